@@ -1,0 +1,76 @@
+"""Train a population of networks that graft each other. Names load when first used (PEP 562)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dist_graft.version import VERSION as __version__  # noqa: N811
+
+if TYPE_CHECKING:
+    from dist_graft.errors import (
+        ConfigError,
+        DisagreementError,
+        DistGraftError,
+        NonFiniteError,
+        PeerError,
+    )
+    from dist_graft.grafting.coefficient import graft_coefficient
+    from dist_graft.grafting.criteria import entropy, filter_entropy, l1
+    from dist_graft.grafting.mixing import Mixing, mix
+    from dist_graft.grafting.rules import Ring, Rule
+    from dist_graft.grafting.units import GraftUnit, graft_units
+    from dist_graft.population.grafter import Grafter, GraftRecord
+
+_HOME = {
+    "ConfigError": "errors",
+    "DisagreementError": "errors",
+    "DistGraftError": "errors",
+    "NonFiniteError": "errors",
+    "PeerError": "errors",
+    "entropy": "grafting.criteria",
+    "filter_entropy": "grafting.criteria",
+    "l1": "grafting.criteria",
+    "graft_coefficient": "grafting.coefficient",
+    "GraftUnit": "grafting.units",
+    "graft_units": "grafting.units",
+    "Mixing": "grafting.mixing",
+    "mix": "grafting.mixing",
+    "Ring": "grafting.rules",
+    "Rule": "grafting.rules",
+    "Grafter": "population.grafter",
+    "GraftRecord": "population.grafter",
+}
+
+__all__ = [
+    "ConfigError",
+    "DisagreementError",
+    "DistGraftError",
+    "GraftRecord",
+    "GraftUnit",
+    "Grafter",
+    "Mixing",
+    "NonFiniteError",
+    "PeerError",
+    "Ring",
+    "Rule",
+    "__version__",
+    "entropy",
+    "filter_entropy",
+    "graft_coefficient",
+    "graft_units",
+    "l1",
+    "mix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dist_graft' has no attribute {name!r}")
+    value = getattr(import_module(f"dist_graft.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

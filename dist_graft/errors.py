@@ -1,0 +1,45 @@
+"""What ends a run: each error's text is the one line that the user reads."""
+
+from __future__ import annotations
+
+
+class DistGraftError(Exception):
+    """Base of the errors whose text alone is shown: it names the thing and says what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(DistGraftError, ValueError):
+    """An option is unknown, out of range, or does not go with another."""
+
+    exit_status = 2
+
+
+class DataError(DistGraftError):
+    """A data set is missing, empty or unreadable."""
+
+
+class RunDirectoryError(DistGraftError):
+    """The run directory cannot be written, or holds something else than this run."""
+
+
+class DisagreementError(DistGraftError):
+    """The networks of a population do not have the same tensors, graft units or options."""
+
+
+class NonFiniteError(DistGraftError):
+    """A weight is NaN or infinite."""
+
+
+class PeerError(DistGraftError):
+    """Another process of the population died, or did not answer in time."""
+
+
+class StoppedError(DistGraftError):
+    """A signal told the process to stop."""
+
+    exit_status = 143
+
+
+class StartError(DistGraftError):
+    """The processes cannot find each other, or a device or backend is not there."""

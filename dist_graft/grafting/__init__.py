@@ -1,0 +1,1 @@
+"""The method itself: tensors in, tensors out. Nothing here communicates or touches files."""

@@ -1,0 +1,115 @@
+"""What flows into what in one round, and the round itself as a function of a whole population."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_graft.grafting.units import GraftUnit
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How much of each network flows into each, per graft unit.
+
+    Each network becomes a convex combination of itself and its donors, all as they were before
+    the round. The ring has one donor a network; a mean over the population has all others.
+    """
+
+    shares: Tensor
+    """[units, networks, networks], float64 on the CPU: shares[u, i, j] is how much of network j
+    flows into unit u of network i. Rows add up to 1."""
+    donors: tuple[tuple[int, ...], ...]
+    """Of each network, in the order in which they are blended in; never itself."""
+
+    def __post_init__(self) -> None:
+        shares, networks = self.shares, len(self.donors)
+        if shares.dim() != 3 or shares.shape[1:] != (networks, networks):
+            raise ValueError(
+                f"shares must be [units, {networks}, {networks}] for {networks} networks, got "
+                f"{list(shares.shape)}"
+            )
+        if shares.dtype != torch.float64 or shares.device.type != "cpu":
+            raise ValueError(f"shares must be float64 on the CPU, got {shares.dtype}")
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError("shares must be in [0, 1]")
+        if shares.numel() and (shares.sum(dim=2) - 1).abs().max() > 1e-9:
+            raise ValueError("the shares of each row must add up to 1")
+        for network, donors in enumerate(self.donors):
+            if network in donors or len(set(donors)) != len(donors):
+                raise ValueError(f"network {network} must have distinct donors other than itself")
+            own = {network, *donors}
+            others = [other for other in range(networks) if other not in own]
+            if shares[:, network, others].any():
+                raise ValueError(
+                    f"network {network} has a share of a network it does not take from"
+                )
+
+    @property
+    def networks(self) -> int:
+        """Size of the population."""
+        return len(self.donors)
+
+    def own_share(self, network: int) -> list[float]:
+        """What the network keeps of itself, per unit: the coefficient."""
+        return [float(share) for share in self.shares[:, network, network]]
+
+    def fractions(self, network: int) -> list[list[float]]:
+        """Per donor and unit: the weight of the linear interpolation that blends the donor in.
+
+        Blending donors in one after the other, the s-th with fraction w_s / (1 - sum of the later
+        w), gives each the share w it was meant to have. The last fraction is its share itself.
+        """
+        remaining = torch.ones(self.shares.shape[0], dtype=torch.float64)
+        backwards = []
+        for donor in reversed(self.donors[network]):
+            share = self.shares[:, network, donor]
+            backwards.append(torch.where(remaining > 0, share / remaining, 0.0).clamp(max=1.0))
+            remaining = remaining - share
+        return [fraction.tolist() for fraction in reversed(backwards)]
+
+
+def blend_(recipients: list[Tensor], donors: list[Tensor], fractions: list[float]) -> None:
+    """Blend in place, tensor by tensor: recipient <- recipient + fraction (donor - recipient).
+
+    The one place where weights are blended: in a distributed round and in `mix` alike, so that
+    both give the same bits. Storage and memory format of the recipients stay as they are.
+    """
+    with torch.no_grad():
+        torch._foreach_lerp_(recipients, donors, fractions)
+
+
+def mix(
+    states: Sequence[Mapping[str, Tensor]], units: Sequence[GraftUnit], mixing: Mixing
+) -> list[dict[str, Tensor]]:
+    """A whole population's round in one process: the specification of the distributed round.
+
+    Args:
+        states: state dict of each network.
+        units: of their common architecture; tensors outside of them are kept as they are.
+        mixing: of as many networks and units.
+
+    Returns: the state dicts after the round, in new tensors; the arguments are not changed.
+
+    Raises: ValueError when the numbers of networks or units do not match.
+    """
+    if len(states) != mixing.networks or len(units) != mixing.shares.shape[0]:
+        raise ValueError(
+            f"the mixing is of {mixing.networks} networks and {mixing.shares.shape[0]} units, "
+            f"got {len(states)} states and {len(units)} units"
+        )
+    mixed = []
+    for network, state in enumerate(states):
+        after = {key: value.detach().clone() for key, value in state.items()}
+        for donor, fractions in zip(mixing.donors[network], mixing.fractions(network), strict=True):
+            for unit, fraction in zip(units, fractions, strict=True):
+                blend_(
+                    [after[key] for key in unit.tensors],
+                    [states[donor][key].detach() for key in unit.tensors],
+                    [fraction] * len(unit.tensors),
+                )
+        mixed.append(after)
+    return mixed

@@ -1,0 +1,1 @@
+"""Many networks, one a process: the only room that communicates."""

@@ -1,0 +1,107 @@
+"""Moves flat buffers between networks; the Mixing says which must travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_graft.population.buckets import Bucket
+
+Exchange = Literal["all_gather", "p2p"]
+Phase = Callable[[str], AbstractContextManager[None]]
+Pack = Callable[[Tensor, Bucket], None]
+Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
+
+
+def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where buffers must lie to travel in this group, for tensors that live on `device`.
+
+    The device itself when a backend of the group serves it and is not gloo, which moves host
+    memory; else the CPU.
+    """
+    served = dict(
+        pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair
+    )
+    if device.type != "cpu" and served.get(device.type, "gloo") != "gloo":
+        return device
+    return torch.device("cpu")
+
+
+def all_gather(
+    buckets: Sequence[Bucket],
+    pack: Pack,
+    donors: Sequence[Sequence[int]],
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    phase: Phase,
+) -> Received:
+    """Every rank of the group sees every network, bucket by bucket.
+
+    Holds networks x bucket on `device`; the part that is sent lies inside the receive buffer.
+    Every rank of the group must iterate to the end.
+
+    Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
+    """
+    rank, networks = dist.get_rank(group), dist.get_world_size(group)
+    for bucket, space in _spaces(buckets, networks, device):
+        parts = list(space.split(bucket.length))
+        with phase("pack"):
+            pack(parts[rank], bucket)
+        with phase("exchange"):
+            dist.all_gather_single(space, parts[rank], group=group)
+        yield bucket, {donor: parts[donor] for donor in donors[rank]}
+
+
+def p2p(
+    buckets: Sequence[Bucket],
+    pack: Pack,
+    donors: Sequence[Sequence[int]],
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    phase: Phase,
+) -> Received:
+    """Only the donors' weights travel, bucket by bucket.
+
+    Holds one bucket to send and one for each donor on `device`. Every rank of the group must
+    iterate to the end.
+
+    Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
+    """
+    rank = dist.get_rank(group)
+    recipients = [network for network, givers in enumerate(donors) if rank in givers]
+    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device):
+        own, *parts = space.split(bucket.length)
+        with phase("pack"):
+            pack(own, bucket)
+        with phase("exchange"):
+            moves = [
+                dist.P2POp(dist.isend, own, group=group, group_peer=peer) for peer in recipients
+            ] + [
+                dist.P2POp(dist.irecv, part, group=group, group_peer=peer)
+                for peer, part in zip(donors[rank], parts, strict=True)
+            ]
+            for work in dist.batch_isend_irecv(moves) if moves else ():
+                work.wait()
+        yield bucket, dict(zip(donors[rank], parts, strict=True))
+
+
+EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
+
+
+def _spaces(
+    buckets: Sequence[Bucket], parts: int, device: torch.device
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """Each bucket with room for `parts` copies of it, in one allocation a type."""
+    for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
+        mine = [bucket for bucket in buckets if bucket.dtype == dtype]
+        space = torch.empty(parts * max(b.length for b in mine), dtype=dtype, device=device)
+        for bucket in mine:
+            yield bucket, space[: parts * bucket.length]
+        del space

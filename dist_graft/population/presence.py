@@ -1,0 +1,95 @@
+"""Who takes part, where they run and how far they have come, through the run's key-value store."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from dist_graft.errors import PeerError, StartError
+
+_LOOK_AGAIN = timedelta(seconds=1)
+
+
+class RollCall:
+    """Each network's host and the last round it reached.
+
+    Args:
+        store: of the run; every process has one.
+        network: of this process.
+        networks: size of the population.
+    """
+
+    def __init__(self, store: Store, network: int, networks: int) -> None:
+        self._store = store
+        self._network = network
+        self._networks = networks
+
+    def check_in(self, timeout_seconds: float) -> None:
+        """Say where this network runs and wait until all others have said so.
+
+        Raises: StartError naming the networks that did not, after the time-out.
+        """
+        self._store.set(f"host/{self._network}", socket.gethostname())
+        missing = self._wait([f"host/{k}" for k in range(self._networks)], timeout_seconds)
+        if missing:
+            names = ", ".join(key.removeprefix("host/") for key in missing)
+            raise StartError(
+                f"network {names} did not start within {timeout_seconds:g} s: see its output, and "
+                f"check that {self._networks} processes were started with the same "
+                "MASTER_ADDR and MASTER_PORT"
+            )
+
+    def arrive(self, round_: int) -> None:
+        """Say that this network has reached a round."""
+        self._store.set(f"round/{self._network}", str(round_))
+
+    def absent(self, round_: int) -> list[str]:
+        """The networks that have not reached a round, each with rank and host.
+
+        Empty when the store does not answer either: its host is then gone.
+        """
+        try:
+            return [self.describe(k) for k in range(self._networks) if not self._reached(k, round_)]
+        except RuntimeError:
+            return []
+
+    def describe(self, network: int) -> str:
+        """A network with its rank and host."""
+        host = self._store.get(f"host/{network}").decode()
+        return f"network {network} (rank {network} on {host})"
+
+    def post(self, what: str, value: bytes) -> None:
+        """Leave a value for the other networks to read."""
+        self._store.set(f"{what}/{self._network}", value)
+
+    def collect(self, what: str, timeout_seconds: float) -> list[bytes]:
+        """Everyone's value, in the order of the networks, once all have left theirs.
+
+        Raises: PeerError naming the networks that did not, after the time-out.
+        """
+        keys = [f"{what}/{k}" for k in range(self._networks)]
+        missing = self._wait(keys, timeout_seconds)
+        if missing:
+            names = "; ".join(self.describe(int(key.rpartition("/")[2])) for key in missing)
+            raise PeerError(f"no answer within {timeout_seconds:g} s to {what} from {names}")
+        return [self._store.get(key) for key in keys]
+
+    def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
+        """Wait until all keys are there; returns those that are not after the time-out."""
+        deadline = time.monotonic() + timeout_seconds
+        while missing := [key for key in keys if not self._store.check([key])]:
+            if time.monotonic() >= deadline:
+                return missing
+            try:
+                self._store.wait(missing, _LOOK_AGAIN)  # short, so that signals are served
+            except dist.DistStoreError:
+                continue
+        return []
+
+    def _reached(self, network: int, round_: int) -> bool:
+        key = f"round/{network}"
+        return self._store.check([key]) and int(self._store.get(key)) >= round_

@@ -7,7 +7,6 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import Store
 
 from dist_graft.errors import PeerError, StartError
 
@@ -23,7 +22,9 @@ class RollCall:
         networks: size of the population.
     """
 
-    def __init__(self, store: Store, network: int, networks: int) -> None:
+    def __init__(
+        self, store: dist.TCPStore | dist.PrefixStore, network: int, networks: int
+    ) -> None:
         self._store = store
         self._network = network
         self._networks = networks
@@ -62,12 +63,12 @@ class RollCall:
         host = self._store.get(f"host/{network}").decode()
         return f"network {network} (rank {network} on {host})"
 
-    def post(self, what: str, value: bytes) -> None:
-        """Leave a value for the other networks to read."""
+    def post(self, what: str, value: str) -> None:
+        """Leave a text for the other networks to read."""
         self._store.set(f"{what}/{self._network}", value)
 
-    def collect(self, what: str, timeout_seconds: float) -> list[bytes]:
-        """Everyone's value, in the order of the networks, once all have left theirs.
+    def collect(self, what: str, timeout_seconds: float) -> list[str]:
+        """Everyone's text, in the order of the networks, once all have left theirs.
 
         Raises: PeerError naming the networks that did not, after the time-out.
         """
@@ -76,7 +77,7 @@ class RollCall:
         if missing:
             names = "; ".join(self.describe(int(key.rpartition("/")[2])) for key in missing)
             raise PeerError(f"no answer within {timeout_seconds:g} s to {what} from {names}")
-        return [self._store.get(key) for key in keys]
+        return [self._store.get(key).decode() for key in keys]
 
     def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
         """Wait until all keys are there; returns those that are not after the time-out."""

@@ -1,0 +1,214 @@
+"""The command line: parses, validates, calls one function for each command.
+
+Nothing here or above the functions that run a command imports torch, so that help and mistakes
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import socket
+import sys
+import traceback
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+
+from dist_graft.config import TrainConfig
+from dist_graft.errors import ConfigError, DistGraftError, StoppedError
+from dist_graft.population.place import Place, read_place
+from dist_graft.version import VERSION
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit status.
+
+    An error of the user's making ends with one line that says what to do: on standard error, in
+    the network's log.txt when a run directory is known, and in torchrun's table of failures.
+    """
+    place = Place()
+    try:
+        place = read_place()
+        command, options = _parse(argv)
+        if command == "prepare":
+            from dist_graft.training.data.prepare import prepare
+
+            print(prepare(options["name"], root=options["root"], source=options["source"]))
+            return 0
+        return _train(_build(TrainConfig, options), place)
+    except StoppedError as error:
+        return _fail(str(error), error.exit_status, place, argv, root_cause=False)
+    except DistGraftError as error:
+        return _fail(str(error), error.exit_status, place, argv)
+    except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
+        traceback.print_exc()
+        return _fail(f"unexpected {type(error).__name__}: {error}", 1, place, argv)
+
+
+def _train(config: TrainConfig, place: Place) -> int:
+    from dist_graft.population.process import die_with_launcher, stop_on_signals
+    from dist_graft.training.data import check_dataset_name
+    from dist_graft.training.learning_rates import learning_rates
+
+    check_dataset_name(config.data.name)
+    learning_rates(config.optim, place.networks)
+    stop_on_signals()
+    if place.launched:
+        die_with_launcher()
+
+    import torch
+
+    from dist_graft.population.runtime import start
+    from dist_graft.training.trainer import fit
+
+    try:
+        fit(config, start(config.runtime, place))
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
+            "batch with optim.accumulation"
+        ) from error
+    return 0
+
+
+def _fail(
+    message: str, status: int, place: Place, argv: Sequence[str], *, root_cause: bool = True
+) -> int:
+    line = " ".join(message.split())
+    if place.networks > 1:
+        line = f"network {place.network} (rank {place.rank} on {socket.gethostname()}): {line}"
+    print(f"dist-graft: error: {line}", file=sys.stderr, flush=True)
+    run_dir = _mentioned(argv, "--run_dir")
+    if run_dir and "train" in argv:
+        from dist_graft.monitoring.log import append_line
+
+        append_line(Path(run_dir) / f"network{place.network:02d}", f"ERROR {line}")
+    if place.launched:
+        from dist_graft.population.process import leave, report_failure
+
+        if root_cause:
+            report_failure(line)
+        leave(status)
+    return status
+
+
+def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error))) from error
+    command = parsed.command
+    options = parsed[command].as_dict()
+    options.pop("config", None)
+    return command, options
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_strictly, (yaml.YAMLError,))
+    settings: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    parser = ArgumentParser(
+        prog="dist-graft",
+        description="Train a population of networks that graft each other.",
+        version=VERSION,
+        **settings,
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    train = ArgumentParser(
+        description="Train one network a process; start with torchrun for more than one.",
+        **settings,
+    )
+    train.add_argument("--config", action="config", help="YAML file with options.")
+    train.add_class_arguments(TrainConfig, nested_key=None)
+    commands.add_subcommand("train", train, help="train a population")
+
+    prepare = ArgumentParser(description="Put a data set where training finds it.", **settings)
+    prepare.add_argument("name", type=str, help="fashion-mnist, cifar10 or cifar100")
+    prepare.add_argument("--root", type=str, default="data", help="folder that holds data sets")
+    prepare.add_argument(
+        "--source", type=str | None, default=None, help="folder with the original files"
+    )
+    commands.add_subcommand("prepare", prepare, help="put a data set where training finds it")
+    return parser
+
+
+def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A configuration dataclass from nested dictionaries; its checks name what is wrong."""
+    types = typing.get_type_hints(kind)
+    arguments = {
+        name: _build(types[name], value) if dataclasses.is_dataclass(types[name]) else value
+        for name, value in values.items()
+    }
+    return kind(**arguments)
+
+
+_yaml_load = get_loader("yaml")
+
+
+def _load_strictly(text: str) -> Any:
+    """YAML as jsonargparse reads it, but a key given twice is an error.
+
+    The section `run` that a run directory's config.yaml adds is left out, so that the file can be
+    used as a configuration.
+    """
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None:
+        _refuse_duplicates(node)
+    value = _yaml_load(text)
+    if isinstance(value, dict) and "run_dir" in value:
+        value.pop("run", None)
+    return value
+
+
+def _refuse_duplicates(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+            _refuse_duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value)
+
+
+def _explain(message: str) -> str:
+    """The parser's message, with the option that was probably meant."""
+    unknown = re.search(r"(?:arguments?: |Key ['\"]|key ['\"])(--)?([\w.]+)", message)
+    if unknown:
+        near = difflib.get_close_matches(unknown.group(2), list(option_names()), n=1)
+        if near and near[0] != unknown.group(2):
+            message += f"; did you mean --{near[0]}?"
+    return f"{message}; dist-graft train --help lists all options"
+
+
+def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """All options of training, as they are written after the two dashes."""
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from option_names(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _mentioned(argv: Sequence[str], option: str) -> str | None:
+    """An option's value, read without the parser, for errors that the parser itself finds."""
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None

@@ -1,0 +1,62 @@
+"""The run's log: every network into its own file, the first also onto the console."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dist_graft.errors import RunDirectoryError
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_logger = logging.getLogger("dist_graft")
+
+
+class _Console(logging.Handler):
+    """Writes around a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def open_log(folder: Path, *, console: bool) -> logging.Logger:
+    """Start appending to FOLDER/log.txt, and to standard output when `console`.
+
+    Raises: RunDirectoryError when the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers: list[logging.Handler] = [logging.FileHandler(folder / "log.txt")]
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{folder} cannot be written: {error.strerror}; choose another run_dir"
+        ) from error
+    handlers[0].setFormatter(logging.Formatter(_FORMAT))
+    if console:
+        handlers.append(_Console())
+    close_log()
+    for handler in handlers:
+        _logger.addHandler(handler)
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+    return _logger
+
+
+def close_log() -> None:
+    """Detach all handlers."""
+    for handler in list(_logger.handlers):
+        _logger.removeHandler(handler)
+        handler.close()
+
+
+def append_line(folder: Path, line: str) -> None:
+    """Add an error's line to a network's log when it can be; the console has it in any case."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a") as file:
+            file.write(line + "\n")
+    except OSError:
+        return

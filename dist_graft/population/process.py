@@ -1,0 +1,58 @@
+"""One process of a run: it dies with its launcher, stops on a signal, and says why it failed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from dist_graft.errors import StoppedError
+
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when the launcher dies (Linux), so that none is orphaned.
+
+    A run that is started again after its launcher was killed thus never meets the old processes.
+    """
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the line above
+        os._exit(1)
+
+
+def stop_on_signals() -> None:
+    """Make SIGTERM and SIGINT raise StoppedError in the main thread, the first time only."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for later in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(later, signal.SIG_IGN)
+        raise StoppedError(
+            f"stopped by {signal.Signals(number).name}; if a peer failed, its own line says why; "
+            "the same command goes on from the newest checkpoint"
+        )
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def report_failure(line: str) -> None:
+    """Tell torchrun why this process ends, so that its table of failures shows the line."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(place).write_text(json.dumps({"message": message}))
+
+
+def leave(status: int) -> None:
+    """End the process now: tearing down a process group whose peers are gone can hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

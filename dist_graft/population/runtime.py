@@ -1,0 +1,184 @@
+"""Brings the processes of a run together: device, backend, store, process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_graft.config import RuntimeConfig
+from dist_graft.errors import ConfigError, PeerError, StartError
+from dist_graft.population.agreement import gather_vectors
+from dist_graft.population.place import Place
+from dist_graft.population.presence import RollCall
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A process that has met its peers."""
+
+    place: Place
+    device: torch.device
+    backend: str
+    """As torch.distributed was given it; "none" for a network alone."""
+    timeout_seconds: float
+    roll_call: RollCall | None
+    """None for a network alone."""
+
+    def gather(self, values: list[float], what: str) -> list[list[float]]:
+        """Everyone's numbers, as many from each, in the order of the networks: a collective.
+
+        Raises: PeerError, saying during what, when a peer died or did not answer.
+        """
+        if self.place.networks == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64)
+        try:
+            everyone = gather_vectors(mine, group=_world(), device=self._header_device())
+        except RuntimeError as error:
+            raise _lost(what, error) from error
+        return [list(map(float, row)) for row in everyone.tolist()]
+
+    def sum(self, tensor: Tensor, what: str) -> Tensor:
+        """Sum of everyone's tensors of one shape, on the CPU: a collective.
+
+        Raises: PeerError, saying during what, when a peer died or did not answer.
+        """
+        if self.place.networks == 1:
+            return tensor.cpu()
+        total = tensor.to(self._header_device(), copy=True)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise _lost(what, error) from error
+        return total.cpu()
+
+    def finish(self) -> None:
+        """Part from the peers after a run that went well: a collective."""
+        if self.place.networks > 1:
+            self.gather([0.0], "the end of the run")
+            dist.destroy_process_group()
+
+    def _header_device(self) -> torch.device:
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+
+def start(config: RuntimeConfig, place: Place) -> Runtime:
+    """Choose the device and meet the peers; every process of the run must call this.
+
+    Raises: ConfigError for a device or backend that is not there; StartError when the processes do
+        not find each other in time, naming those that are missing.
+    """
+    device = choose_device(config.device, place)
+    torch.set_num_threads(config.threads or place.cpu_share())
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("runtime.precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    own_gpu = device.type == "cuda" and (
+        config.device != "auto" or torch.cuda.device_count() >= place.local_world_size
+    )
+    if config.backend == "nccl" and not own_gpu:
+        raise ConfigError(
+            "runtime.backend nccl needs a GPU for every process, and this machine has "
+            f"{torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
+        )
+    if place.networks == 1:
+        return Runtime(place, device, "none", config.timeout_seconds, None)
+
+    nccl = own_gpu and config.backend != "gloo" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    if nccl:
+        torch.cuda.set_device(device)
+    store = _meet(place, config.timeout_seconds)
+    roll_call = RollCall(dist.PrefixStore("dist_graft", store), place.network, place.networks)
+    roll_call.check_in(config.timeout_seconds)
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("process_group", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=config.timeout_seconds),
+            device_id=device if nccl else None,
+        )
+    except RuntimeError as error:
+        raise StartError(
+            f"backend {backend} could not connect the processes: {_first_line(error)}; check that "
+            "the hosts reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+        ) from error
+    return Runtime(place, device, backend, config.timeout_seconds, roll_call)
+
+
+def choose_device(name: str, place: Place) -> torch.device:
+    """The device of this process: auto and cuda give each process of a machine the next GPU.
+
+    Raises: ConfigError for a name that is none, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = int(number) if number else place.local_rank % max(1, count)
+    if index >= count:
+        raise ConfigError(
+            f"runtime.device {name}: torch {torch.__version__} sees {count} GPUs here; use cpu or "
+            "auto, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", index)
+
+
+def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:
+    """The run's key-value store: torchrun's own when there is one, else opened by rank 0."""
+    host = os.environ.get("MASTER_ADDR")
+    port = os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdigit():
+        raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
+    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = place.rank == 0 and not by_launcher
+    try:
+        store = dist.TCPStore(
+            host,
+            int(port),
+            world_size=place.world_size,
+            is_master=serves,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except RuntimeError as error:
+        what = "opened" if serves else "reached"
+        raise StartError(
+            f"port {port} of {host} could not be {what}: {_first_line(error)}; choose a free "
+            "MASTER_PORT that all hosts can reach"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _lost(what: str, error: RuntimeError) -> PeerError:
+    return PeerError(
+        f"lost the other networks during {what}: one died or did not answer, and its own output "
+        f"says why ({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,1 @@
+"""What happens between two rounds, and the story of a run."""

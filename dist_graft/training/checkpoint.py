@@ -1,0 +1,145 @@
+"""Sets of per-network files that are complete or invisible."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_graft.errors import RunDirectoryError
+
+_NAME = re.compile(r"epoch_(\d{4,})")
+COMPLETE = "COMPLETE.json"
+
+
+@dataclass(frozen=True)
+class CheckpointSet:
+    """A complete set: what COMPLETE.json says."""
+
+    path: Path
+    epoch: int
+    """Epochs finished."""
+    round: int
+    """Rounds finished."""
+    networks: int
+    sha256: dict[str, str]
+    """Of each file, by name."""
+
+
+def set_path(folder: Path, epoch: int) -> Path:
+    """Where the set of a number of finished epochs lies."""
+    return folder / f"epoch_{epoch:04d}"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole and durable, or not at all.
+
+    Raises: RunDirectoryError naming the file, when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
+        ) from error
+
+
+def save_network(path: Path, state: Mapping[str, Any]) -> str:
+    """Save one network's state and return the sha256 of the file."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_network(path: Path, sha256: str, device: torch.device) -> dict[str, Any]:
+    """Load one network's state; nothing but tensors and plain values is unpickled.
+
+    Raises: RunDirectoryError when the file is not the one that was saved.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise RunDirectoryError(f"{path} is missing or damaged: delete its folder and start again")
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return state
+
+
+def complete_set(path: Path, *, epoch: int, round_: int, sha256: list[str]) -> None:
+    """Declare a set complete, once every network's file is durable."""
+    files = {f"network{k:02d}.pt": digest for k, digest in enumerate(sha256)}
+    content = {"epoch": epoch, "round": round_, "networks": len(sha256), "sha256": files}
+    write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def complete_sets(folder: Path) -> list[CheckpointSet]:
+    """All complete sets, the newest last; files are not read."""
+    found = []
+    for path in folder.glob("epoch_*") if folder.is_dir() else ():
+        if _NAME.fullmatch(path.name) and (checkpoint := _read_set(path)):
+            found.append(checkpoint)
+    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+
+
+def damage(checkpoint: CheckpointSet) -> Path | None:
+    """The first file of a set that is missing or not as it was saved; None when all are well."""
+    for name, digest in checkpoint.sha256.items():
+        path = checkpoint.path / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return path
+    return None
+
+
+def clear_after(folder: Path, epoch: int) -> None:
+    """Make room for the sets of more epochs than these: damaged ones are renamed, not deleted."""
+    for path in folder.glob("epoch_*") if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if not match or int(match.group(1)) <= epoch:
+            continue
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+            continue
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all complete sets but the newest `keep`."""
+    for checkpoint in complete_sets(folder)[:-keep]:
+        (checkpoint.path / COMPLETE).unlink()
+        shutil.rmtree(checkpoint.path)
+
+
+def _read_set(path: Path) -> CheckpointSet | None:
+    try:
+        content = json.loads((path / COMPLETE).read_text())
+        return CheckpointSet(
+            path=path,
+            epoch=content["epoch"],
+            round=content["round"],
+            networks=content["networks"],
+            sha256=dict(content["sha256"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not complete

@@ -1,0 +1,212 @@
+"""Large images in class folders (ImageNet's layout), decoded and augmented in loader workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
+
+from dist_graft.config import DataConfig
+from dist_graft.draws import stream_seed
+from dist_graft.errors import DataError
+from dist_graft.training.data.augment import Normalise
+from dist_graft.training.data.order import check_steps, choose_subsets, epoch_order
+from dist_graft.training.data.sources import Facts
+
+IMAGENET_SIZE = 224
+
+Sample = tuple[str, int]
+"""Path of an image and its class."""
+Place = tuple[int, int]
+"""Position in the epoch and index of the sample there."""
+
+
+class FolderImages:
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/*; implements Data (see the package).
+
+    `val` is the test split here, as in ImageNet; a validation split is taken from `train`. The
+    classes take turns in the fixed order of samples, so that the first N of them are balanced.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        network: int,
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        classes, self._train = _read_folder(Path(config.root) / "train")
+        test_classes, self._test = _read_folder(Path(config.root) / "val")
+        if classes != test_classes:
+            odd = sorted(set(classes) ^ set(test_classes))[0]
+            raise DataError(
+                f"{config.root} must have the same class folders in train and val, "
+                f"{odd!r} is in only one of them"
+            )
+        self.num_classes = len(classes)
+        self.channels = config.channels or 3
+        self.image_size = config.image_size or IMAGENET_SIZE
+        self._subsets = choose_subsets(
+            config, seed=seed, train_total=len(self._train), test_total=len(self._test)
+        )
+        self.train_size = len(self._subsets.train)
+        self.steps_per_epoch = -(-self.train_size // config.batch_size)
+        self.has_validation = len(self._subsets.val) > 0
+        self._config, self._seed, self._network = config, seed, network
+        self._device = device
+        facts = Facts(
+            num_classes=self.num_classes,
+            mean=(0.485, 0.456, 0.406),
+            deviation=(0.229, 0.224, 0.225),
+        )
+        mean, deviation = facts.statistics(self.channels)
+        self._normalise = Normalise(mean, deviation, device=device, channels_last=channels_last)
+
+    def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Data.train_batches."""
+        check_steps(first, last, self.steps_per_epoch)
+        order = epoch_order(self.train_size, seed=self._seed, network=self._network, epoch=epoch)
+        size = self._config.batch_size
+        places = list(enumerate(self._subsets.train[order].tolist()))[first * size : last * size]
+        transform = self._training() if self._config.augment else self._evaluation()
+        images = _Images(self._train, transform, (self._seed, self._network, epoch))
+        return self._batches(images, self._cut(places))
+
+    def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Data.eval_batches."""
+        places = list(enumerate(self._subsets.evaluated(split).tolist()))
+        images = _Images(self._test if split == "test" else self._train, self._evaluation(), None)
+        return self._batches(images, self._cut(places))
+
+    def _cut(self, places: list[Place]) -> list[list[Place]]:
+        size = self._config.batch_size
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    def _training(self) -> v2.Compose:
+        return v2.Compose(
+            [
+                *self._colours(),
+                v2.RandomResizedCrop(self.image_size),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def _evaluation(self) -> v2.Compose:
+        return v2.Compose(
+            [
+                *self._colours(),
+                v2.Resize(round(self.image_size * 256 / 224)),
+                v2.CenterCrop(self.image_size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def _colours(self) -> list[v2.Transform]:
+        return [v2.Grayscale()] if self.channels == 1 else []
+
+    def _batches(
+        self, images: _Images, batches: list[list[Place]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=self._config.workers,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_shield_worker,
+            generator=torch.Generator(),  # the loader draws a seed: not from the trainer's stream
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            pixels, labels = (part.to(self._device, non_blocking=True) for part in batch)
+            yield self._normalise(pixels), labels
+
+
+class _Images(Dataset[tuple[Tensor, int] | str]):
+    """Decoded images (uint8 [channels, size, size]) with their classes, or why one is unreadable.
+
+    An error is returned and not raised, for a worker would wrap it into its traceback.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Callable[[Any], Tensor],
+        stream: tuple[int, int, int] | None,
+    ) -> None:
+        """stream: (seed, network, epoch) that the augmentation is drawn for; None: no draws."""
+        self._samples = samples
+        self._transform = transform
+        self._stream = stream
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, int] | str:
+        position, index = place
+        path, label = self._samples[index]
+        try:
+            image = default_loader(path)
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of them
+            return f"{path} cannot be read as an image: {error}"
+        if self._stream is None:
+            return self._transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(stream_seed("augment", *self._stream, position))
+            return self._transform(image), label
+
+
+def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    images, labels = [], []
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+        images.append(sample[0])
+        labels.append(sample[1])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _shield_worker(_: int) -> None:
+    """Let only the trainer end this loader worker.
+
+    Ctrl-C and job schedulers signal all processes; the trainer needs its workers until the step
+    at which it stops. Its own SIGTERM, at exit, must get through, or it would wait forever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
+
+
+def _read_folder(folder: Path) -> tuple[list[str], list[Sample]]:
+    """Class names and samples of a folder, the classes taking turns; DataError when empty."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is missing: imagefolder needs train/CLASS/* and val/CLASS/*")
+    if not any(entry.is_dir() for entry in folder.iterdir()):
+        raise DataError(f"{folder} has no class folders: imagefolder needs one for each class")
+    content = ImageFolder(str(folder), allow_empty=True)
+    turns: defaultdict[int, list[Sample]] = defaultdict(list)
+    seen = [0] * len(content.classes)
+    for path, label in content.samples:
+        turns[seen[label]].append((path, label))
+        seen[label] += 1
+    if 0 in seen:
+        raise DataError(f"{folder / content.classes[seen.index(0)]} holds no images")
+    return content.classes, [sample for turn in turns.values() for sample in turn]

@@ -1,0 +1,101 @@
+"""Put a data set where training looks for it."""
+
+from __future__ import annotations
+
+import http.client
+import tempfile
+from pathlib import Path
+
+from dist_graft.errors import DataError
+from dist_graft.training.data.names import check_dataset_name
+from dist_graft.training.data.sources import (
+    CIFAR_FOLDERS,
+    FASHION_MINI,
+    fashion_folder,
+    find_idx,
+    open_cifar,
+    read_bytes,
+    read_fashion_split,
+)
+
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist has the gzipped files."""
+
+FASHION_COUNTS = {"train": 60_000, "t10k": 10_000}
+FASHION_FILES = tuple(
+    f"{prefix}-{kind}"
+    for prefix in FASHION_COUNTS
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+)
+
+_ADVICE = "install Debian's package dataset-fashion-mnist, or give --source DIR"
+
+
+def prepare(name: str, *, root: str, source: str | None = None) -> str:
+    """Bring a data set into root; what is there and whole stays untouched.
+
+    Args: source: folder with Fashion-MNIST's four idx files, gzipped or not; unset: Debian's
+    dataset-fashion-mnist when installed, else a download.
+    Returns: a line that says what is where.
+    Raises: ConfigError for an unknown name; DataError when there is no source, the download
+    fails, or a file is damaged.
+    """
+    check_dataset_name(name)
+    if name == "fashion-mini":
+        return f"fashion-mini is shipped with dist_graft: {FASHION_MINI}"
+    if name == "imagefolder":
+        return f"imagefolder reads your own images: {root}/train/CLASS/* and {root}/val/CLASS/*"
+    if name == "fashion-mnist":
+        return _prepare_fashion_mnist(root, source)
+    open_cifar(name, root, train=True, download=True)
+    return f"{name} is in {Path(root) / CIFAR_FOLDERS[name]}"
+
+
+def _prepare_fashion_mnist(root: str, source: str | None) -> str:
+    folder = fashion_folder(root)
+    try:
+        _verify(folder)
+    except DataError:  # missing or damaged: bring it
+        if source is None and not DEBIAN_FASHION.is_dir():
+            _download(root)
+        else:
+            _unpack(DEBIAN_FASHION if source is None else Path(source), folder)
+        _verify(folder)
+    return f"fashion-mnist (60,000 training and 10,000 test images) is in {folder}"
+
+
+def _verify(folder: Path) -> None:
+    """Raise DataError when a file is missing, damaged, or has fewer images than it should."""
+    for prefix, count in FASHION_COUNTS.items():
+        split = read_fashion_split(folder, prefix)
+        if split is None:
+            raise DataError(f"{folder} does not hold Fashion-MNIST's four idx files: {_ADVICE}")
+        if len(split.images) != count:
+            raise DataError(
+                f"{folder} must hold {count} images in {prefix}-images-idx3-ubyte, "
+                f"has {len(split.images)}"
+            )
+
+
+def _unpack(origin: Path, folder: Path) -> None:
+    _verify(origin)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            for name in FASHION_FILES:
+                path = find_idx(origin, name)
+                assert path is not None
+                unpacked = Path(part) / name
+                unpacked.write_bytes(read_bytes(path))
+                unpacked.replace(folder / name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}") from error
+
+
+def _download(root: str) -> None:
+    from torchvision import datasets
+
+    try:
+        datasets.FashionMNIST(root, download=True)
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
+        raise DataError(f"Fashion-MNIST cannot be downloaded ({error}): {_ADVICE}") from error

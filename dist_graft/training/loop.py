@@ -1,0 +1,158 @@
+"""Steps of one network, and its evaluation. Nothing here knows of other networks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_graft.config import OptimConfig
+from dist_graft.draws import stream_seed
+from dist_graft.errors import ConfigError
+from dist_graft.training.data import Data
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Trainee:
+    """A network in training: what a checkpoint holds, and what runs it."""
+
+    model: nn.Module
+    """The plain module, whose weights are grafted and saved."""
+    forward: Callable[[Tensor], Tensor]
+    """Runs the module: itself, or its compiled form."""
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16; disabled otherwise."""
+    precision: Precision
+    device: torch.device
+    seed: int
+    network: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The run's precision for a forward pass."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        kind = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, kind)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Means over the images of a stretch of steps."""
+
+    loss: float
+    accuracy: float
+    """Percent."""
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over the images of a split."""
+
+    loss: float
+    accuracy: float
+    """Percent."""
+    probabilities: Tensor
+    """[images, classes], float32 on the CPU, in the order of the split."""
+    labels: Tensor
+    """[images], int64 on the CPU."""
+
+
+def train_steps(
+    trainee: Trainee,
+    data: Data,
+    config: OptimConfig,
+    *,
+    epoch: int,
+    first: int,
+    last: int,
+    on_step: Callable[[], None] | None = None,
+) -> TrainResult:
+    """Train the network on the batches first ... last - 1 of an epoch.
+
+    Every step's draws (dropout) follow from (seed, network, epoch, step). A batch is cut into
+    config.accumulation parts whose gradients add up to the gradient of its mean loss.
+    """
+    start = time.perf_counter()
+    trainee.model.train()
+    totals = torch.zeros(2, dtype=torch.float64, device=trainee.device)
+    images = 0
+    batches = data.train_batches(epoch, first, last)
+    for step, (inputs, labels) in enumerate(batches, start=first):
+        torch.manual_seed(stream_seed("step", trainee.seed, trainee.network, epoch, step))
+        parts = min(config.accumulation, len(labels))
+        for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+            with trainee.autocast():
+                logits = trainee.forward(part)
+                _check_logits(logits, target)
+                loss = F.cross_entropy(
+                    logits.float(), target, label_smoothing=config.label_smoothing
+                )
+            share = len(target) / len(labels)
+            trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
+            with torch.no_grad():
+                totals[0] += loss.detach() * len(target)
+                totals[1] += (logits.detach().argmax(1) == target).sum()
+        if config.clip_norm is not None:
+            trainee.scaler.unscale_(trainee.optimizer)
+            torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), config.clip_norm)
+        trainee.scaler.step(trainee.optimizer)
+        trainee.scaler.update()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.scheduler.step()
+        images += len(labels)
+        if on_step:
+            on_step()
+    loss_sum, correct = totals.tolist()  # the only read from the device
+    return TrainResult(
+        loss=loss_sum / images,
+        accuracy=100 * correct / images,
+        images=images,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.no_grad()
+def evaluate(trainee: Trainee, data: Data, split: Literal["test", "val"]) -> EvalResult:
+    """Loss, accuracy and probabilities of the network as it is on every image of a split."""
+    trainee.model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=trainee.device)
+    probabilities, everyone = [], []
+    for inputs, labels in data.eval_batches(split):
+        with trainee.autocast():
+            logits = trainee.forward(inputs)
+        logits = logits.float()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        probabilities.append(logits.softmax(1))
+        everyone.append(labels)
+    guess, labels = torch.cat(probabilities).cpu(), torch.cat(everyone).cpu()
+    return EvalResult(
+        loss=float(loss) / len(labels),
+        accuracy=accuracy(guess, labels),
+        probabilities=guess,
+        labels=labels,
+    )
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Percent of the labels [images] that the largest of the scores [images, classes] hits."""
+    return 100 * float((scores.argmax(1) == labels).double().mean())
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+        raise ConfigError(
+            "the model does not return one row of class scores an image: choose an image classifier"
+        )

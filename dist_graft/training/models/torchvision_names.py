@@ -1,0 +1,68 @@
+"""Image classifiers of torchvision by name; importing this module imports torchvision."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torchvision
+from torch import nn
+
+from dist_graft.errors import ConfigError
+
+_WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
+_OPTIONS: dict[str, dict[str, bool]] = {
+    "googlenet": _WITHOUT_AUXILIARY,
+    "inception_v3": _WITHOUT_AUXILIARY,
+}
+"""What makes a network return one tensor in training too, and build without a warning."""
+
+
+def build(name: str, *, num_classes: int, channels: int, own_names: Sequence[str]) -> nn.Module:
+    """Build "NAME" or "torchvision/NAME" without pretrained weights, for 1 or 3 channels.
+
+    The first convolution of a network for grey images holds the sum of the three channels'
+    weights, so the network computes what the colour one does when all three channels are equal.
+
+    Raises:
+        ConfigError: torchvision has no image classifier of that name; own_names (those of this
+            package) are among what the message offers.
+    """
+    assert channels in (1, 3)
+    bare = name.removeprefix("torchvision/")
+    if bare not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(_refusal(name, bare, own_names))
+    model: nn.Module = torchvision.models.get_model(
+        bare, num_classes=num_classes, **_OPTIONS.get(bare, {})
+    )
+    if channels == 1:
+        _take_grey_images(model)
+    return model
+
+
+def _refusal(name: str, bare: str, own_names: Sequence[str]) -> str:
+    if bare in torchvision.models.list_models():
+        return (
+            f"model.name {name!r} is torchvision's, but no image classifier "
+            "(detection, segmentation, video, optical flow and quantized models are not supported)"
+        )
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    candidates = list(dict.fromkeys([*own_names, *classifiers]))
+    nearest = difflib.get_close_matches(bare.lower(), candidates)
+    if bare != name:
+        nearest = [f"torchvision/{near}" if near in classifiers else near for near in nearest]
+    return (
+        f"model.name {name!r} is unknown; nearest: {', '.join(nearest) or 'none'}; known: "
+        f"{', '.join(own_names)}, and any name of torchvision.models "
+        "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))')"
+    )
+
+
+def _take_grey_images(model: nn.Module) -> None:
+    first = next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+    )
+    first.in_channels = 1
+    first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))

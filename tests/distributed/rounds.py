@@ -1,0 +1,99 @@
+"""What the ranks of a test do in their own processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from architectures import State, build, disturb_, lead_of, places, snapshot
+from harness import Place
+from torch import Tensor
+
+from dist_graft import Grafter, GraftRecord, Mixing
+from dist_graft.grafting.criteria import entropy
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture and one way to graft it."""
+
+    architecture: str
+    exchange: str
+    bucket_bytes: int
+    rule: Rule | None = None
+    rounds: int = 2
+
+    def __str__(self) -> str:
+        rule = f"-{type(self.rule).__name__}" if self.rule else ""
+        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}{rule}"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One network before and after one round."""
+
+    before: State
+    after: State
+    record: GraftRecord
+    moved: bool
+    """Whether a tensor lies elsewhere in memory after the round."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Every network becomes a mean of all, some weighing more with every round."""
+
+    def information(self, filters: Tensor) -> Tensor:
+        return entropy(filters)
+
+    def decide(self, information: Tensor, round_: int) -> Mixing:
+        networks, units = information.shape
+        weights = torch.arange(1.0, networks + 1, dtype=torch.float64) + round_
+        rows = torch.stack([weights.roll(network) for network in range(networks)])
+        shares = (rows / rows.sum(dim=1, keepdim=True)).expand(units, networks, networks)
+        donors = tuple(
+            tuple(other for other in range(networks) if other != network)
+            for network in range(networks)
+        )
+        return Mixing(shares=shares.clone(), donors=donors)
+
+
+@dataclass(frozen=True)
+class OneGives:
+    """Network 0 gives a third of itself to all others and takes nothing."""
+
+    def information(self, filters: Tensor) -> Tensor:
+        return entropy(filters)
+
+    def decide(self, information: Tensor, round_: int) -> Mixing:
+        networks, units = information.shape
+        shares = torch.eye(networks, dtype=torch.float64).repeat(units, 1, 1)
+        shares[:, 1:] *= 2 / 3
+        shares[:, 1:, 0] = 1 / 3
+        return Mixing(shares=shares, donors=((), *[(0,)] * (networks - 1)))
+
+
+Rule = Mean | OneGives
+
+
+def play(place: Place, cases: list[Case]) -> dict[str, list[Round]]:
+    """A few rounds of every case, with a disturbance after each round."""
+    return {str(case): _rounds(place, case) for case in cases}
+
+
+def _rounds(place: Place, case: Case) -> list[Round]:
+    model = build(case.architecture, place.rank)
+    grafter = Grafter(
+        model,
+        lead=lead_of(case.architecture),
+        exchange=case.exchange,
+        bucket_mb=case.bucket_bytes / 2**20,
+        rule=case.rule,
+    )
+    rounds = []
+    for number in range(case.rounds):
+        before, there = snapshot(model), places(model)
+        record = grafter.graft()
+        rounds.append(Round(before, snapshot(model), record, places(model) != there))
+        disturb_(model, place.networks * (number + 1) + place.rank)
+    return rounds

@@ -1,0 +1,167 @@
+"""What differs between the networks is an error with the same words on every rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import build, same_bits, snapshot
+from harness import Place, attempt, run
+from torch import nn
+
+from dist_graft import Grafter, Ring
+from dist_graft.grafting.rules import Rule
+
+
+class Keen(Ring):
+    """Another class with the same fields."""
+
+
+def narrow() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+
+
+def longer() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False))
+
+
+def renamed() -> nn.Module:
+    return nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)})
+
+
+def bfloat16() -> nn.Module:
+    return narrow().to(torch.bfloat16)
+
+
+def channels_last() -> nn.Module:
+    return narrow().to(memory_format=torch.channels_last)
+
+
+def led_by_linear_too() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(4, 4))
+
+
+ARCHITECTURES = {
+    function.__name__: function
+    for function in (narrow, wide, longer, renamed, bfloat16, channels_last, led_by_linear_too)
+}
+
+
+def meet(place: Place, odd: int, name: str, other: str, options: dict, others: dict):
+    """The rank `odd` has another architecture or other options than the rest."""
+    mine = other if place.rank == odd else name
+    model = ARCHITECTURES[mine]()
+    grafter = Grafter(model, **(others if place.rank == odd else options))
+    before = snapshot(model)
+    outcome = attempt(grafter.graft)
+    return outcome, _unchanged(before, model), grafter.round
+
+
+def _unchanged(before, model):
+    after = snapshot(model)
+    return all(same_bits(before[key], after[key]) for key in before)
+
+
+def check_all_say(results, kind: str, *words: str) -> None:
+    texts = {outcome for outcome, _, _ in results}
+    assert len(texts) == 1, texts
+    ((found, text),) = texts
+    assert found == kind
+    for word in words:
+        assert word in text
+    assert all(unchanged for _, unchanged, _ in results)
+    assert all(round_ == 0 for _, _, round_ in results)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("wide", "tensors number 0 is 0.weight float32 [4, 3, 3, 3]"),
+        ("longer", "tensors number 6 is missing in network 0 and 2.weight float32 [4, 4, 3, 3]"),
+        ("renamed", "stem.weight"),
+        ("bfloat16", "0.weight bfloat16 [4, 3, 3, 3]"),
+        ("channels_last", "in memory order [0, 2, 3, 1]"),
+    ],
+)
+@pytest.mark.parametrize("odd", [1, 2])
+def test_another_architecture(other, difference, odd):
+    results = run(meet, 3, odd, "narrow", other, {}, {})
+    check_all_say(results, "DisagreementError", f"ranks 0 and {odd}", difference, "same model")
+
+
+def test_another_architecture_on_the_first_rank():
+    results = run(meet, 3, 0, "narrow", "wide", {}, {})
+    check_all_say(results, "DisagreementError", "ranks 0 and 1", "[5, 3, 3, 3]", "[4, 3, 3, 3]")
+
+
+@pytest.mark.parametrize(
+    ("others", "difference"),
+    [
+        ({"amplitude": 0.2}, "amplitude is 0.4 in network 0 and 0.2 in network 1"),
+        ({"sensitivity": 500.0}, "sensitivity is 5.0 in network 0 and 500.0 in network 1"),
+        ({"num_bins": 20}, "num_bins is 10 in network 0 and 20 in network 1"),
+        ({"criterion": "l1"}, "criterion is entropy in network 0 and l1 in network 1"),
+        ({"exchange": "p2p"}, "exchange is all_gather in network 0 and p2p in network 1"),
+        ({"bucket_mb": 1}, "bucket_bytes is 33554432 in network 0 and 1048576 in network 1"),
+        ({"lead": "conv+linear"}, "lead is conv in network 0 and conv+linear in network 1"),
+        ({"rule": Keen()}, "rule is Ring in network 0 and Keen in network 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_options(others: dict[str, Rule], difference):
+    results = run(meet, 2, 1, "led_by_linear_too", "led_by_linear_too", {}, others)
+    check_all_say(results, "DisagreementError", "ranks 0 and 1", difference, "same options")
+
+
+def meet_in_another_round(place: Place):
+    model = narrow()
+    grafter = Grafter(model)
+    grafter.round = 5 if place.rank == 2 else 4
+    before = snapshot(model)
+    return attempt(grafter.graft), _unchanged(before, model), grafter.round - grafter.round
+
+
+def test_another_number_of_rounds():
+    results = run(meet_in_another_round, 3)
+    check_all_say(results, "DisagreementError", "rank 0 is in round 4 and rank 2 in round 5")
+
+
+def meet_unwell(place: Place, unwell: dict[int, tuple[str, float]]):
+    """Some networks hold a value that is no number; then they recover and meet again."""
+    model = build("plain", place.rank)
+    grafter = Grafter(model)
+    if place.rank in unwell:
+        key, value = unwell[place.rank]
+        tensor = dict(model.state_dict(keep_vars=True))[key].data
+        there = tensor.view(-1)[-1].clone()
+        tensor.view(-1)[-1] = value
+    before = {key: value.nan_to_num(7.0) for key, value in snapshot(model).items()}
+    outcome = attempt(grafter.graft)
+    after = {key: value.nan_to_num(7.0) for key, value in snapshot(model).items()}
+    unchanged = all(same_bits(before[key], after[key]) for key in before)
+    failed_in = grafter.round
+    if place.rank in unwell:
+        tensor.view(-1)[-1] = there
+    assert grafter.graft().round == failed_in
+    return outcome, unchanged, failed_in
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["3.weight", "4.running_var", "7.bias"])
+def test_a_weight_that_is_not_finite(key, value):
+    results = run(meet_unwell, 3, {1: (key, value)})
+    check_all_say(results, "NonFiniteError", f"network 1 has a weight that is not finite in {key}")
+
+
+def test_every_network_that_is_not_finite_is_named():
+    results = run(meet_unwell, 4, {0: ("0.weight", float("nan")), 3: ("1.bias", float("inf"))})
+    check_all_say(
+        results,
+        "NonFiniteError",
+        "network 0 has a weight that is not finite in 0.weight",
+        "network 3 has a weight that is not finite in 1.bias",
+        "round 0",
+    )

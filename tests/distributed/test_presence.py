@@ -1,0 +1,128 @@
+"""A peer that is not there is an error that names it, instead of a wait for ever."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from architectures import build
+from harness import Place, attempt, run
+
+from dist_graft import Grafter, PeerError
+from dist_graft.errors import StartError
+from dist_graft.population.presence import RollCall
+
+
+def graft_until_one_is_gone(place: Place, gone: int, called: bool):
+    """Two rounds together; the network `gone` ends its process before the third."""
+    roll_call = RollCall(place.store, place.rank, place.networks) if called else None
+    if roll_call:
+        roll_call.check_in(60)
+    grafter = Grafter(build("plain", place.rank), roll_call=roll_call)
+    grafter.graft()
+    grafter.graft()
+    if place.rank == gone:
+        os._exit(0)
+    if called:  # so that only `gone` has not reached the round when the others fail
+        roll_call.arrive(grafter.round)
+        place.store.wait([f"round/{k}" for k in range(place.networks)])
+        while any(
+            int(place.store.get(f"round/{k}")) < grafter.round
+            for k in range(place.networks)
+            if k != gone
+        ):
+            continue
+    return attempt(grafter.graft)
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_survivors_name_the_peer_that_ended_before_the_round(gone):
+    results = run(graft_until_one_is_gone, 3, gone, True, ending={gone})
+    for rank, result in enumerate(results):
+        if rank != gone:
+            kind, text = result
+            assert kind == "PeerError"
+            assert "round 2" in text
+            assert f"network {gone} (rank {gone} on {os.uname().nodename})" in text
+            assert not any(f"network {k} (" in text for k in {0, 1, 2} - {gone})
+            assert "\n" not in text
+
+
+def test_without_a_roll_call_the_error_says_that_a_peer_is_gone():
+    results = run(graft_until_one_is_gone, 2, 1, False, ending={1})
+    kind, text = results[0]
+    assert kind == "PeerError"
+    assert "round 2 failed, a peer died or did not answer" in text
+
+
+def graft_with_a_silent_peer(place: Place):
+    """Network 1 lives but comes to the round only after the others gave up."""
+    roll_call = RollCall(place.store, place.rank, place.networks)
+    roll_call.check_in(60)
+    grafter = Grafter(build("plain", place.rank), roll_call=roll_call)
+    if place.rank == 1:
+        place.store.wait(["gave up"])
+        return None
+    outcome = attempt(grafter.graft)
+    place.store.set("gave up", "")
+    return outcome
+
+
+def test_a_peer_that_does_not_come_is_named_after_the_time_out():
+    (kind, text), _ = run(graft_with_a_silent_peer, 2, group_timeout=1)
+    assert kind == "PeerError"
+    assert "network 1 (rank 1 on " in text
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    return dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
+
+
+def test_check_in_names_the_networks_that_did_not_start(store):
+    with pytest.raises(StartError, match=r"network 1, 3 did not start within 0\.2 s") as caught:
+        RollCall(store, 2, 4).check_in(0.2) if store.set("host/0", "there") is None else None
+    assert "4 processes" in str(caught.value)
+
+
+def check_in(place: Place):
+    roll_call = RollCall(place.store, place.rank, place.networks)
+    roll_call.check_in(60)
+    roll_call.arrive(place.rank)
+    roll_call.post("score", str(10 * place.rank))
+    scores = roll_call.collect("score", 60)
+    return roll_call.absent(2), scores, [roll_call.describe(k) for k in range(place.networks)]
+
+
+def test_all_networks_check_in_and_see_each_other():
+    for absent, scores, names in run(check_in, 4):
+        assert scores == ["0", "10", "20", "30"]
+        assert [name.split(" on ")[0] for name in absent] == [
+            "network 0 (rank 0",
+            "network 1 (rank 1",
+        ]
+        assert absent == names[:2]
+
+
+def test_collect_names_the_networks_that_did_not_answer(store):
+    calls = [RollCall(store, network, 2) for network in range(2)]
+    calls[1]._store.set("host/1", "elsewhere")
+    calls[0].post("digest", "same")
+    with pytest.raises(PeerError, match=r"digest from network 1 \(rank 1 on elsewhere\)"):
+        calls[0].collect("digest", 0.2)
+
+
+def test_a_network_is_absent_until_it_has_reached_the_round(store):
+    mine, other = RollCall(store, 0, 2), RollCall(store, 1, 2)
+    for key in ("host/0", "host/1"):
+        store.set(key, "here")
+    mine.arrive(1)
+    assert mine.absent(1) == ["network 1 (rank 1 on here)"]
+    other.arrive(0)
+    assert mine.absent(1) == ["network 1 (rank 1 on here)"]
+    other.arrive(1)
+    assert mine.absent(1) == []

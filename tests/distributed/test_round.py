@@ -1,0 +1,175 @@
+"""A round between processes against `mix`, the same round in one process."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, State, build, lead_of, same_bits
+from harness import run
+from rounds import Case, Mean, OneGives, Round, play
+
+from dist_graft import GraftUnit, Ring, graft_units, mix
+from dist_graft.grafting.units import graft_tensors
+
+SMALL = [name for name in ARCHITECTURES if name != "large"]
+RAGGED = 252  # bytes: cuts every tensor at an odd place
+EXCHANGES = ("all_gather", "p2p")
+CASES = (
+    *(Case(name, exchange, RAGGED) for name in SMALL for exchange in EXCHANGES),
+    *(Case(name, exchange, 1 << 25) for name in SMALL for exchange in EXCHANGES),
+    *(Case("tied", exchange, 1, rounds=1) for exchange in EXCHANGES),
+    *(Case("mixed_types", exchange, RAGGED, Mean()) for exchange in EXCHANGES),
+    *(Case("mixed_types", exchange, RAGGED, OneGives()) for exchange in EXCHANGES),
+)
+
+
+@cache
+def population(networks: int, cases: tuple[Case, ...] = CASES) -> list[dict[str, list[Round]]]:
+    """All cases of a population, in one launch of its processes."""
+    return run(play, networks, list(cases))
+
+
+def rounds_of(networks: int, case: Case) -> list[list[Round]]:
+    """[round][network] of a case."""
+    everyone = population(networks) if case in CASES else population(networks, (case,))
+    return [list(round_) for round_ in zip(*(one[str(case)] for one in everyone), strict=True)]
+
+
+def units_of(case: Case) -> list[GraftUnit]:
+    return graft_units(build(case.architecture, 0), lead=lead_of(case.architecture))
+
+
+def information_of(states: list[State], case: Case) -> torch.Tensor:
+    rule = case.rule or Ring()
+    return torch.stack(
+        [
+            torch.stack([rule.information(u.filters(state[u.lead])) for u in units_of(case)])
+            for state in states
+        ]
+    )
+
+
+def check_case(networks: int, case: Case) -> None:
+    """Weights, records and memory of every round of a case."""
+    tied_again = {"2.weight"} if case.architecture == "tied" else set()
+    for number, round_ in enumerate(rounds_of(networks, case)):
+        befores = [one.before for one in round_]
+        information = information_of(befores, case)
+        mixing = (case.rule or Ring()).decide(information, number)
+        expected = mix(befores, units_of(case), mixing)
+        for network, one in enumerate(round_):
+            for key, value in one.after.items():
+                if key not in tied_again:
+                    assert same_bits(value, expected[network][key]), (number, network, key)
+            assert not one.moved
+            check_record(network, number, one, case, befores, information)
+
+
+def check_record(
+    network: int,
+    number: int,
+    one: Round,
+    case: Case,
+    befores: list[State],
+    information: torch.Tensor,
+) -> None:
+    units, record = units_of(case), one.record
+    names = [unit.name for unit in units]
+    mixing = (case.rule or Ring()).decide(information, number)
+    donors = mixing.donors[network]
+    assert record.round == number
+    assert record.donor == (donors[0] if donors else (network - 1) % len(befores))
+    for entry in (record.coefficient, record.information, record.distance):
+        assert list(entry) == names
+    assert list(record.coefficient.values()) == mixing.own_share(network)
+    assert list(record.information.values()) == information[network].tolist()
+    for unit in units:
+        squares = [
+            (befores[donor][key].double() - befores[network][key].double()).square().sum()
+            for donor in donors
+            for key in unit.tensors
+        ]
+        apart = math.sqrt(sum(squares) / len(donors)) if donors else 0.0
+        assert record.distance[unit.name] == pytest.approx(apart, rel=1e-5)
+    size = sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in graft_tensors(build(case.architecture, 0)).values()
+    )
+    senders = len(donors) if case.exchange == "p2p" else len(befores) - 1
+    assert record.bytes_received == senders * size
+    assert set(record.phase_seconds) == {
+        "measure",
+        "agree",
+        "pack",
+        "exchange",
+        "distance",
+        "blend",
+    }
+    assert 0 < sum(record.phase_seconds.values()) <= record.seconds
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("networks", [1, 2, 3, 4, 5])
+def test_a_round_equals_mix_bit_for_bit(networks, case):
+    check_case(networks, case)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_eight_networks(exchange):
+    check_case(8, Case("plain", exchange, RAGGED, rounds=3))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_tensor_larger_than_what_is_blended_at_a_time(exchange):
+    """147,456 elements and more, in buckets that cut it at odd places."""
+    check_case(2, Case("large", exchange, 300_004, rounds=1))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule is None], ids=str)
+def test_two_networks_are_equal_after_a_round(case):
+    """With K = 2 the two coefficients of a unit add up to 1: equal but for rounding."""
+    blended = {key for unit in units_of(case) for key in unit.tensors}
+    for first, second in rounds_of(2, case):
+        for key in blended:
+            one, other = first.after[key], second.after[key]
+            # An ulp of the larger input: where the two nearly cancel, the blend keeps its error.
+            size = torch.maximum(first.before[key].abs(), second.before[key].abs())
+            ulp = torch.finfo(one.dtype).eps * size.double()
+            assert ((one.double() - other.double()).abs() <= 2 * ulp).all(), key
+
+
+def test_three_networks_stay_different():
+    for round_ in rounds_of(3, Case("plain", "p2p", RAGGED)):
+        for one, other in zip(round_, [*round_[1:], round_[0]], strict=True):
+            assert not torch.equal(one.after["0.weight"], other.after["0.weight"])
+
+
+def test_a_network_alone_keeps_every_bit():
+    for case in CASES:
+        for (one,) in rounds_of(1, case):
+            assert all(same_bits(one.after[key], one.before[key]) for key in one.before)
+            assert set(one.record.coefficient.values()) == {1.0}
+            assert one.record.donor == 0
+            assert one.record.bytes_received == 0
+
+
+def test_tied_weights_are_blended_once():
+    for networks in (2, 3):
+        for one in rounds_of(networks, Case("tied", "p2p", RAGGED))[0]:
+            assert same_bits(one.after["0.weight"], one.after["2.weight"])
+            assert list(one.record.coefficient) == ["0", "3"]
+
+
+def test_integers_stay_and_frozen_tensors_are_blended():
+    whole = {"norm.num_batches_tracked", "steps", "mask"}
+    for networks in (2, 3):
+        for one in rounds_of(networks, Case("norm_first", "all_gather", RAGGED))[0]:
+            changed = {
+                key for key in one.before if not torch.equal(one.before[key], one.after[key])
+            }
+            assert changed == set(one.before) - whole - {"nothing"}
+            assert "stem.weight" in changed
+            assert "norm.running_var" in changed

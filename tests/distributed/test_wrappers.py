@@ -1,0 +1,146 @@
+"""Modules inside compile and data-parallel wrappers, and groups that are not the whole world."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from architectures import build, same_bits, snapshot
+from harness import Place, attempt, run
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_graft import Grafter, Ring, graft_units, mix
+
+UNITS = ["0", "3"]
+
+
+def expected(states):
+    units = graft_units(build("plain", 0))
+    rule = Ring()
+    information = torch.stack(
+        [torch.stack([rule.information(u.filters(state[u.lead])) for u in units]) for state in states]
+    )
+    return mix(states, units, rule.decide(information, 0))
+
+
+def graft_compiled(place: Place):
+    model = build("plain", place.rank).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    batch = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stale = compiled(batch)
+        before = snapshot(model)
+        record = Grafter(compiled).graft()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            fresh = compiled(batch)
+        return before, snapshot(model), record, stale, fresh, model(batch)
+
+
+def test_a_compiled_module_has_plain_keys_and_runs_with_the_new_weights():
+    results = run(graft_compiled, 2)
+    after = expected([before for before, *_ in results])
+    for network, (_, state, record, stale, fresh, eager) in enumerate(results):
+        assert all(same_bits(state[key], after[network][key]) for key in state)
+        assert list(record.coefficient) == UNITS
+        assert torch.equal(fresh, eager)
+        assert not torch.equal(fresh, stale)
+
+
+def graft_data_parallel(place: Place, compiled: bool):
+    """Ranks 0 and 1 train one network, ranks 2 and 3 another."""
+    replicas = [dist.new_group([0, 1]), dist.new_group([2, 3])][place.rank // 2]
+    networks = [dist.new_group([0, 2]), dist.new_group([1, 3])][place.rank % 2]
+    model = build("plain", place.rank // 2)
+    wrapped = DistributedDataParallel(model, process_group=replicas)
+    if compiled:
+        wrapped = torch.compile(wrapped, backend="eager")
+    grafter = Grafter(wrapped, group=networks)
+    before = snapshot(model)
+    record = grafter.graft()
+    after = snapshot(model)
+    wrapped(torch.randn(4, 3, 8, 8)).sum().backward()
+    same_gradient = all(_same_everywhere(p.grad, replicas) for p in model.parameters())
+    return before, after, record, same_gradient
+
+
+def _same_everywhere(tensor, group):
+    everyone = torch.stack([torch.zeros_like(tensor)] * dist.get_world_size(group))
+    dist.all_gather_single(everyone.view(-1), tensor.contiguous().view(-1), group=group)
+    return bool((everyone == everyone[0]).all())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_networks_of_two_data_parallel_replicas(compiled):
+    results = run(graft_data_parallel, 4, compiled)
+    after = expected([results[0][0], results[2][0]])
+    for rank, (_, state, record, same_gradient) in enumerate(results):
+        assert all(same_bits(state[key], after[rank // 2][key]) for key in state)
+        assert list(record.coefficient) == UNITS
+        assert record.donor == 1 - rank // 2
+        assert same_gradient
+
+
+def graft_alone_in_data_parallel(place: Place):
+    own = [dist.new_group([rank]) for rank in range(place.networks)][place.rank]
+    model = build("plain", place.rank)
+    before = snapshot(model)
+    record = Grafter(DistributedDataParallel(model, process_group=own)).graft()
+    return before, snapshot(model), record
+
+
+def test_networks_of_one_data_parallel_process_each():
+    results = run(graft_alone_in_data_parallel, 2)
+    after = expected([before for before, *_ in results])
+    for network, (_, state, record) in enumerate(results):
+        assert all(same_bits(state[key], after[network][key]) for key in state)
+        assert list(record.coefficient) == UNITS
+
+
+def graft_in_a_subgroup(place: Place, exchange: str):
+    group = dist.new_group([3, 1, 2])
+    model = build("plain", place.rank)
+    before = snapshot(model)
+    record = Grafter(model, group=group, exchange=exchange).graft() if place.rank else None
+    return before, snapshot(model), record
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "p2p"])
+def test_only_the_ranks_of_the_group_are_networks(exchange):
+    results = run(graft_in_a_subgroup, 4, exchange)
+    outside, *members = results
+    assert outside[2] is None
+    assert all(same_bits(outside[0][key], outside[1][key]) for key in outside[0])
+    after = expected([before for before, *_ in members])
+    for network, (_, state, record) in enumerate(members):
+        assert all(same_bits(state[key], after[network][key]) for key in state)
+        assert record.donor == (network - 1) % 3
+
+
+def build_with_bad_options(place: Place):
+    model = build("plain", 0)
+    options = (
+        {"exchange": "broadcast"},
+        {"bucket_mb": 0},
+        {"bucket_mb": float("nan")},
+        {"amplitude": 1.5},
+        {"sensitivity": -1.0},
+        {"num_bins": 0},
+        {"criterion": "l2"},
+        {"lead": "linear"},
+    )
+    return [(option, attempt(lambda option=option: Grafter(model, **option))) for option in options]
+
+
+def test_an_option_out_of_range_is_named_with_its_value():
+    (results,) = run(build_with_bad_options, 1)
+    for option, error in results:
+        ((name, value),) = option.items()
+        kind, text = error
+        assert kind == "ValueError", option
+        assert name in text
+        assert repr(value) in text or str(value) in text
+
+
+def test_a_grafter_needs_a_process_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        Grafter(build("plain", 0))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from dist_graft.config import DataConfig
+from dist_graft.errors import DataError
+from dist_graft.training.data import ensure_available, load_data
+from dist_graft.training.data.sources import (
+    FACTS,
+    fashion_folder,
+    read_fashion_mini,
+    read_idx,
+    read_small,
+)
+
+
+def idx(array):
+    array = np.asarray(array, dtype=np.uint8)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
+    return header + array.tobytes()
+
+
+@pytest.fixture
+def fashion_root(tmp_path):
+    folder = fashion_folder(str(tmp_path))
+    folder.mkdir(parents=True)
+    for prefix, count in (("train", 20), ("t10k", 6)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(idx(np.arange(count) % 10))
+        )
+    return tmp_path
+
+
+def test_idx(tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    (tmp_path / "plain").write_bytes(idx(array))
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(idx(array)))
+    np.testing.assert_array_equal(read_idx(tmp_path / "plain"), array)
+    np.testing.assert_array_equal(read_idx(tmp_path / "packed.gz"), array)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an idx file"),
+        (b"\x00\x00\x08\x03\x00", "not an idx file"),
+        (b"\x00\x00\x0d\x01\x00\x00\x00\x01abcd", "not an idx file"),
+        (idx(np.zeros((4, 5)))[:-1], "damaged: .* 20 bytes of data, it has 19"),
+        (idx(np.zeros((4, 5))) + b"x", "damaged"),
+    ],
+)
+def test_damaged_idx_is_named(tmp_path, content, reason):
+    path = tmp_path / "labels"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path} is {reason}"):
+        read_idx(path)
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(idx(np.zeros(9)))[:-9]])
+def test_damaged_gzip_is_named(tmp_path, content):
+    path = tmp_path / "labels.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path} cannot be read"):
+        read_idx(path)
+
+
+def test_fashion_mnist(fashion_root):
+    train, test = read_small("fashion-mnist", str(fashion_root))
+    assert train.images.shape == (20, 1, 28, 28)
+    assert test.labels.tolist() == list(range(6))
+    data = load_data(
+        DataConfig(name="fashion-mnist", root=str(fashion_root), batch_size=16),
+        seed=0,
+        network=0,
+        device=torch.device("cpu"),
+        channels_last=True,
+    )
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, 28)
+    assert (data.train_size, data.steps_per_epoch) == (20, 2)
+
+
+def test_missing_fashion_mnist_says_what_to_run(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read_small("fashion-mnist", str(tmp_path))
+    text = str(caught.value)
+    assert str(tmp_path / "FashionMNIST" / "raw") in text
+    assert f"dist-graft prepare fashion-mnist --root {tmp_path}" in text
+    assert "\n" not in text
+
+
+def test_fashion_mnist_files_that_do_not_match(fashion_root):
+    folder = fashion_folder(str(fashion_root))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(19)))
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte .* 20 images"):
+        read_small("fashion-mnist", str(fashion_root))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.full(20, 10)))
+    with pytest.raises(DataError, match="class below 10"):
+        read_small("fashion-mnist", str(fashion_root))
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((20, 27, 28))))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte .* 28 x 28"):
+        read_small("fashion-mnist", str(fashion_root))
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off"])
+def test_damaged_fashion_mini_is_named(tmp_path, content):
+    path = tmp_path / "mini.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path} cannot be read"):
+        read_fashion_mini(path)
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """Four images a batch file, in both of CIFAR's layouts, with checksums to match."""
+    for kind, label_key in ((datasets.CIFAR10, "labels"), (datasets.CIFAR100, "fine_labels")):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+
+        def write(name, content, folder=folder):
+            packed = pickle.dumps(content, protocol=2)
+            (folder / name).write_bytes(packed)
+            return hashlib.md5(packed, usedforsecurity=False).hexdigest()
+
+        for attribute in ("train_list", "test_list"):
+            checked = []
+            for number, (name, _) in enumerate(getattr(kind, attribute)):
+                pixels = np.random.default_rng(number).integers(0, 256, (4, 3072), dtype=np.uint8)
+                content = {"data": pixels, label_key: [0, 1, 2, 3]}
+                checked.append([name, write(name, content)])
+            monkeypatch.setattr(kind, attribute, checked)
+        names = {kind.meta["key"]: [str(k) for k in range(10)]}
+        md5 = write(kind.meta["filename"], names)
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "count"), [("cifar10", 20), ("cifar100", 4)])
+def test_cifar(cifar_root, name, count):
+    ensure_available(DataConfig(name=name, root=str(cifar_root)))
+    train, test = read_small(name, str(cifar_root))
+    assert train.images.shape == (count, 3, 32, 32)
+    assert train.labels.tolist() == [0, 1, 2, 3] * (count // 4)
+    assert len(test.images) == 4
+    first = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    np.testing.assert_array_equal(train.images[0], first[0].reshape(3, 32, 32))
+
+
+def test_damaged_cifar_names_its_folder(cifar_root):
+    (cifar_root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"cut")
+    config = DataConfig(name="cifar10", root=str(cifar_root), download=False)
+    with pytest.raises(DataError, match=f"{cifar_root}/cifar-10-batches-py is missing or damaged"):
+        ensure_available(config)
+
+
+def test_missing_cifar_without_download(tmp_path):
+    config = DataConfig(name="cifar100", root=str(tmp_path), download=False)
+    with pytest.raises(DataError) as caught:
+        ensure_available(config)
+    text = str(caught.value)
+    assert str(tmp_path / "cifar-100-python") in text
+    assert f"dist-graft prepare cifar100 --root {tmp_path}" in text
+    assert "\n" not in text
+
+
+def test_failing_download_names_folder_and_cause(tmp_path, monkeypatch):
+    def unreachable(self):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", unreachable)
+    config = DataConfig(name="cifar10", root=str(tmp_path))
+    with pytest.raises(DataError, match=r"cifar-10-batches-py .*no route to host") as caught:
+        ensure_available(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_follow_the_channels():
+    assert FACTS["fashion-mnist"].statistics(3)[0] == (0.2860,) * 3
+    (mean,), (deviation,) = FACTS["cifar10"].statistics(1)
+    assert mean == pytest.approx(0.299 * 0.4914 + 0.587 * 0.4822 + 0.114 * 0.4465)
+    assert 0.24 < deviation < 0.25
+    assert FACTS["cifar10"].statistics(3) == (FACTS["cifar10"].mean, FACTS["cifar10"].deviation)

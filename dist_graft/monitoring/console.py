@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -33,3 +34,64 @@ def progress_bar(
         leave=False,
         dynamic_ncols=True,
     )
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """What the population's table says of one network in one epoch; only numbers, to be sent."""
+
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    images_per_second: float
+    donor: float
+    """Network that was mixed in; -1 without a round."""
+    smallest_coefficient: float
+    largest_coefficient: float
+
+    def numbers(self) -> list[float]:
+        """The fields in order."""
+        return list(astuple(self))
+
+
+def epoch_text(epoch: int, epochs: int, seconds: float, rows: Sequence[NetworkRow]) -> str:
+    """The population after an epoch (0-based), one line a network."""
+    header = ("network", "lr", "train loss", "train %", "test loss", "test %", "images/s", "keeps")
+    cells = [
+        (
+            str(network),
+            f"{row.lr:.4g}",
+            f"{row.train_loss:.4f}",
+            f"{row.train_accuracy:.2f}",
+            f"{row.test_loss:.4f}",
+            f"{row.test_accuracy:.2f}",
+            f"{row.images_per_second:.0f}",
+            _keeps(row),
+        )
+        for network, row in enumerate(rows)
+    ]
+    return f"epoch {epoch + 1}/{epochs} ({seconds:.1f} s)\n{table(header, cells)}"
+
+
+def _keeps(row: NetworkRow) -> str:
+    if row.donor < 0:
+        return "all"
+    low, high = row.smallest_coefficient, row.largest_coefficient
+    return f"{low:.2f}-{high:.2f}, rest of {row.donor:.0f}"
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """Final accuracies, one line a network, then mean and ensemble."""
+    header = ("test accuracy, %", "before the last round", "after it")
+    whens = ("accuracy_before_last_round", "accuracy_after_last_round")
+    rows = [
+        (f"network {row['network']} (lr {row['lr']:.4g})", *(f"{row[when]:.2f}" for when in whens))
+        for row in summary["networks"]
+    ]
+    rows += [
+        (name, *(f"{summary[f'{name}_{when}']:.2f}" for when in whens))
+        for name in ("mean", "ensemble")
+    ]
+    return table(header, rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +31,7 @@ from dist_graft.population.agreement import (
 )
 from dist_graft.population.buckets import Bucket, cut_buckets, pack_
 from dist_graft.population.exchange import EXCHANGES, Exchange, communication_device
+from dist_graft.population.phases import PhaseClock
 from dist_graft.population.presence import RollCall
 
 
@@ -149,7 +149,7 @@ class Grafter:
         keys = list(tensors)
         home = next(iter(tensors.values())).device
         device = communication_device(self._group, home)
-        clock = _PhaseClock(home)
+        clock = PhaseClock(home)
 
         with clock.phase("measure"):
             bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
@@ -206,7 +206,7 @@ class Grafter:
         }
 
     def _apply(
-        self, tensors: dict[str, Tensor], mixing: Mixing, device: torch.device, clock: _PhaseClock
+        self, tensors: dict[str, Tensor], mixing: Mixing, device: torch.device, clock: PhaseClock
     ) -> tuple[list[float], int]:
         """Exchange and blend; returns the distance per unit and the bytes received."""
         assert self._group is not None
@@ -274,27 +274,6 @@ class Grafter:
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "
                 f"says why ({str(error).splitlines()[0]})"
             ) from error
-
-
-class _PhaseClock:
-    """Adds up where a round's time goes; on a GPU a phase ends when its kernels have."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = time.perf_counter()
-        phases = ("measure", "agree", "pack", "exchange", "distance", "blend")
-        self.seconds = dict.fromkeys(phases, 0.0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        self.seconds[name] += time.perf_counter() - start
-
-    def total(self) -> float:
-        return time.perf_counter() - self._start
 
 
 def _squared_distance(own: Tensor, other: Tensor) -> Tensor:

@@ -94,10 +94,8 @@ def complete_set(path: Path, *, epoch: int, round_: int, sha256: list[str]) -> N
 
 def complete_sets(folder: Path) -> list[CheckpointSet]:
     """All complete sets, the newest last; files are not read."""
-    found = []
-    for path in folder.glob("epoch_*") if folder.is_dir() else ():
-        if _NAME.fullmatch(path.name) and (checkpoint := _read_set(path)):
-            found.append(checkpoint)
+    paths = [path for path in _folders(folder) if _NAME.fullmatch(path.name)]
+    found = [checkpoint for path in paths if (checkpoint := _read_set(path))]
     return sorted(found, key=lambda checkpoint: checkpoint.epoch)
 
 
@@ -112,7 +110,7 @@ def damage(checkpoint: CheckpointSet) -> Path | None:
 
 def clear_after(folder: Path, epoch: int) -> None:
     """Make room for the sets of more epochs than these: damaged ones are renamed, not deleted."""
-    for path in folder.glob("epoch_*") if folder.is_dir() else ():
+    for path in _folders(folder):
         match = _NAME.fullmatch(path.name)
         if not match or int(match.group(1)) <= epoch:
             continue
@@ -129,6 +127,10 @@ def prune(folder: Path, keep: int) -> None:
     for checkpoint in complete_sets(folder)[:-keep]:
         (checkpoint.path / COMPLETE).unlink()
         shutil.rmtree(checkpoint.path)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return list(folder.glob("epoch_*")) if folder.is_dir() else []
 
 
 def _read_set(path: Path) -> CheckpointSet | None:

@@ -78,7 +78,7 @@ def train_steps(
     epoch: int,
     first: int,
     last: int,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> TrainResult:
     """Train the network on the batches first ... last - 1 of an epoch.
 

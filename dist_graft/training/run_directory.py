@@ -137,7 +137,11 @@ def network_folder(path: Path, network: int) -> Path:
 
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
-    return {"dist_graft": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "dist_graft": VERSION,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def git_commit() -> str | None:

@@ -16,11 +16,11 @@ UNITS = ["0", "3"]
 
 def expected(states):
     units = graft_units(build("plain", 0))
-    rule = Ring()
-    information = torch.stack(
-        [torch.stack([rule.information(u.filters(state[u.lead])) for u in units]) for state in states]
-    )
-    return mix(states, units, rule.decide(information, 0))
+    information = [
+        torch.stack([Ring().information(unit.filters(state[unit.lead])) for unit in units])
+        for state in states
+    ]
+    return mix(states, units, Ring().decide(torch.stack(information), 0))
 
 
 def graft_compiled(place: Place):
@@ -46,14 +46,12 @@ def test_a_compiled_module_has_plain_keys_and_runs_with_the_new_weights():
         assert not torch.equal(fresh, stale)
 
 
-def graft_data_parallel(place: Place, compiled: bool):
+def graft_data_parallel(place: Place):
     """Ranks 0 and 1 train one network, ranks 2 and 3 another."""
     replicas = [dist.new_group([0, 1]), dist.new_group([2, 3])][place.rank // 2]
     networks = [dist.new_group([0, 2]), dist.new_group([1, 3])][place.rank % 2]
     model = build("plain", place.rank // 2)
     wrapped = DistributedDataParallel(model, process_group=replicas)
-    if compiled:
-        wrapped = torch.compile(wrapped, backend="eager")
     grafter = Grafter(wrapped, group=networks)
     before = snapshot(model)
     record = grafter.graft()
@@ -69,9 +67,8 @@ def _same_everywhere(tensor, group):
     return bool((everyone == everyone[0]).all())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_two_networks_of_two_data_parallel_replicas(compiled):
-    results = run(graft_data_parallel, 4, compiled)
+def test_two_networks_of_two_data_parallel_replicas():
+    results = run(graft_data_parallel, 4)
     after = expected([results[0][0], results[2][0]])
     for rank, (_, state, record, same_gradient) in enumerate(results):
         assert all(same_bits(state[key], after[rank // 2][key]) for key in state)
@@ -80,20 +77,34 @@ def test_two_networks_of_two_data_parallel_replicas(compiled):
         assert same_gradient
 
 
-def graft_alone_in_data_parallel(place: Place):
+def graft_in_every_wrapper(place: Place):
+    """One process a network, in a data-parallel group of its own."""
     own = [dist.new_group([rank]) for rank in range(place.networks)][place.rank]
-    model = build("plain", place.rank)
-    before = snapshot(model)
-    record = Grafter(DistributedDataParallel(model, process_group=own)).graft()
-    return before, snapshot(model), record
+    wrappers = (
+        lambda model: DistributedDataParallel(model, process_group=own),
+        lambda model: torch.compile(
+            DistributedDataParallel(model, process_group=own), backend="eager"
+        ),
+        lambda model: DistributedDataParallel(
+            torch.compile(model, backend="eager"), process_group=own
+        ),
+    )
+    outcomes = []
+    for wrap in wrappers:
+        model = build("plain", place.rank)
+        before = snapshot(model)
+        record = Grafter(wrap(model)).graft()
+        outcomes.append((before, snapshot(model), record))
+    return outcomes
 
 
-def test_networks_of_one_data_parallel_process_each():
-    results = run(graft_alone_in_data_parallel, 2)
-    after = expected([before for before, *_ in results])
-    for network, (_, state, record) in enumerate(results):
-        assert all(same_bits(state[key], after[network][key]) for key in state)
-        assert list(record.coefficient) == UNITS
+def test_compile_and_data_parallel_wrappers_in_any_order():
+    results = run(graft_in_every_wrapper, 2)
+    for outcomes in zip(*results, strict=True):
+        after = expected([before for before, *_ in outcomes])
+        for network, (_, state, record) in enumerate(outcomes):
+            assert all(same_bits(state[key], after[network][key]) for key in state)
+            assert list(record.coefficient) == UNITS
 
 
 def graft_in_a_subgroup(place: Place, exchange: str):

@@ -1,0 +1,37 @@
+"""The end of a run in numbers."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from dist_graft.population.runtime import Runtime
+from dist_graft.training.loop import EvalResult, accuracy
+
+
+def summarise(
+    runtime: Runtime, lr: float, before: EvalResult, after: EvalResult, seconds: float
+) -> dict[str, Any]:
+    """Accuracies of all networks, of their mean and of their ensemble: a collective.
+
+    The ensemble answers with the members' mean probability. Accuracies are percentages.
+    """
+    rows = runtime.gather([lr, before.accuracy, after.accuracy], "the summary")
+    summary: dict[str, Any] = {
+        "networks": [
+            {
+                "network": network,
+                "lr": row[0],
+                "accuracy_before_last_round": row[1],
+                "accuracy_after_last_round": row[2],
+            }
+            for network, row in enumerate(rows)
+        ]
+    }
+    for column, (when, result) in enumerate(
+        (("before_last_round", before), ("after_last_round", after)), start=1
+    ):
+        summary[f"mean_accuracy_{when}"] = statistics.fmean(row[column] for row in rows)
+        scores = runtime.sum(result.probabilities, "the ensemble")
+        summary[f"ensemble_accuracy_{when}"] = accuracy(scores, result.labels)
+    return summary | {"wall_seconds": seconds}

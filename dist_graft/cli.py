@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import socket
 import sys
@@ -22,7 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, DistGraftError, StoppedError
+from dist_graft.errors import ConfigError, DistGraftError, PeerError, StoppedError
 from dist_graft.population.place import Place, read_place
 from dist_graft.version import VERSION
 
@@ -62,14 +63,23 @@ def _train(config: TrainConfig, place: Place) -> int:
     stop_on_signals()
     if place.launched:
         die_with_launcher()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what went wrong
 
     import torch
 
     from dist_graft.population.runtime import start
     from dist_graft.training.trainer import fit
 
+    runtime = start(config.runtime, place)
     try:
-        fit(config, start(config.runtime, place))
+        fit(config, runtime)
+    except StoppedError as error:
+        gone = runtime.roll_call.gone() if runtime.roll_call else []
+        if gone:
+            raise PeerError(
+                f"{'; '.join(gone)} died; the same command goes on from the newest checkpoint"
+            ) from error
+        raise
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
@@ -93,7 +103,7 @@ def _fail(
     if place.launched:
         from dist_graft.population.process import leave, report_failure
 
-        if root_cause:
+        if root_cause:  # else the line of whoever failed first is the one to show
             report_failure(line)
         leave(status)
     return status
@@ -186,10 +196,10 @@ def _refuse_duplicates(node: yaml.Node) -> None:
 
 def _explain(message: str) -> str:
     """The parser's message, with the option that was probably meant."""
-    unknown = re.search(r"(?:arguments?: |Key ['\"]|key ['\"])(--)?([\w.]+)", message)
+    unknown = re.search(r"(?:arguments?: --|option ')([\w.]+)", message)
     if unknown:
-        near = difflib.get_close_matches(unknown.group(2), list(option_names()), n=1)
-        if near and near[0] != unknown.group(2):
+        near = difflib.get_close_matches(unknown.group(1), list(option_names()), n=1)
+        if near and near[0] != unknown.group(1):
             message += f"; did you mean --{near[0]}?"
     return f"{message}; dist-graft train --help lists all options"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from datetime import timedelta
@@ -35,6 +36,7 @@ class RollCall:
         Raises: StartError naming the networks that did not, after the time-out.
         """
         self._store.set(f"host/{self._network}", socket.gethostname())
+        self._store.set(f"process/{self._network}", str(os.getpid()))
         missing = self._wait([f"host/{k}" for k in range(self._networks)], timeout_seconds)
         if missing:
             names = ", ".join(key.removeprefix("host/") for key in missing)
@@ -55,6 +57,13 @@ class RollCall:
         """
         try:
             return [self.describe(k) for k in range(self._networks) if not self._reached(k, round_)]
+        except RuntimeError:
+            return []
+
+    def gone(self) -> list[str]:
+        """The networks of this machine whose process is no more, each with rank and host."""
+        try:
+            return [self.describe(k) for k in range(self._networks) if self._is_gone(k)]
         except RuntimeError:
             return []
 
@@ -90,6 +99,15 @@ class RollCall:
             except dist.DistStoreError:
                 continue
         return []
+
+    def _is_gone(self, network: int) -> bool:
+        if self._store.get(f"host/{network}").decode() != socket.gethostname():
+            return False
+        try:
+            os.kill(int(self._store.get(f"process/{network}")), 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def _reached(self, network: int, round_: int) -> bool:
         key = f"round/{network}"

@@ -37,15 +37,23 @@ def rounds_of(networks: int, case: Case) -> list[list[Round]]:
     return [list(round_) for round_ in zip(*(one[str(case)] for one in everyone), strict=True)]
 
 
-def units_of(case: Case) -> list[GraftUnit]:
-    return graft_units(build(case.architecture, 0), lead=lead_of(case.architecture))
+@cache
+def units_of(architecture: str) -> list[GraftUnit]:
+    return graft_units(build(architecture, 0), lead=lead_of(architecture))
+
+
+@cache
+def size_of(architecture: str) -> int:
+    """Bytes of what a round blends."""
+    tensors = graft_tensors(build(architecture, 0)).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def information_of(states: list[State], case: Case) -> torch.Tensor:
     rule = case.rule or Ring()
     return torch.stack(
         [
-            torch.stack([rule.information(u.filters(state[u.lead])) for u in units_of(case)])
+            torch.stack([rule.information(u.filters(state[u.lead])) for u in units_of(case.architecture)])
             for state in states
         ]
     )
@@ -58,7 +66,7 @@ def check_case(networks: int, case: Case) -> None:
         befores = [one.before for one in round_]
         information = information_of(befores, case)
         mixing = (case.rule or Ring()).decide(information, number)
-        expected = mix(befores, units_of(case), mixing)
+        expected = mix(befores, units_of(case.architecture), mixing)
         for network, one in enumerate(round_):
             for key, value in one.after.items():
                 if key not in tied_again:
@@ -75,7 +83,7 @@ def check_record(
     befores: list[State],
     information: torch.Tensor,
 ) -> None:
-    units, record = units_of(case), one.record
+    units, record = units_of(case.architecture), one.record
     names = [unit.name for unit in units]
     mixing = (case.rule or Ring()).decide(information, number)
     donors = mixing.donors[network]
@@ -93,12 +101,8 @@ def check_record(
         ]
         apart = math.sqrt(sum(squares) / len(donors)) if donors else 0.0
         assert record.distance[unit.name] == pytest.approx(apart, rel=1e-5)
-    size = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in graft_tensors(build(case.architecture, 0)).values()
-    )
     senders = len(donors) if case.exchange == "p2p" else len(befores) - 1
-    assert record.bytes_received == senders * size
+    assert record.bytes_received == senders * size_of(case.architecture)
     assert set(record.phase_seconds) == {
         "measure",
         "agree",
@@ -135,7 +139,7 @@ def test_a_tensor_larger_than_what_is_blended_at_a_time(exchange):
 @pytest.mark.parametrize("case", [case for case in CASES if case.rule is None], ids=str)
 def test_two_networks_are_equal_after_a_round(case):
     """With K = 2 the two coefficients of a unit add up to 1: equal but for rounding."""
-    blended = {key for unit in units_of(case) for key in unit.tensors}
+    blended = {key for unit in units_of(case.architecture) for key in unit.tensors}
     for first, second in rounds_of(2, case):
         for key in blended:
             one, other = first.after[key], second.after[key]

@@ -32,6 +32,13 @@ def communication_device(group: dist.ProcessGroup, device: torch.device) -> torc
     return torch.device("cpu")
 
 
+def world() -> dist.ProcessGroup:
+    """The default group; init_process_group has been called."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def all_gather(
     buckets: Sequence[Bucket],
     pack: Pack,

@@ -30,7 +30,7 @@ from dist_graft.population.agreement import (
     gather_vectors,
 )
 from dist_graft.population.buckets import Bucket, cut_buckets, pack_
-from dist_graft.population.exchange import EXCHANGES, Exchange, communication_device
+from dist_graft.population.exchange import EXCHANGES, Exchange, communication_device, world
 from dist_graft.population.phases import PhaseClock
 from dist_graft.population.presence import RollCall
 
@@ -116,7 +116,7 @@ class Grafter:
         self._rule = rule or Ring(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        self._group = group or dist.group.WORLD
+        self._group = group or world()
         self._roll_call = roll_call
         self._round = 0
 
@@ -143,7 +143,6 @@ class Grafter:
             NonFiniteError when a weight of any network is not finite; PeerError when another
             process died or did not answer. In the first two cases no weight was changed.
         """
-        assert self._group is not None
         rank = dist.get_rank(self._group)
         tensors = graft_tensors(self._module)
         keys = list(tensors)
@@ -154,20 +153,10 @@ class Grafter:
         with clock.phase("measure"):
             bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
             information = self._measure(tensors) if bad == ALL_FINITE else None
-        schema = Schema(tensors, [unit.name for unit in self._units], self._options())
-        header = Header(
-            protocol=PROTOCOL,
-            network=rank,
-            round=self._round,
-            digest=schema.digest,
-            schema_bytes=len(schema.json),
-            not_finite=bad,
-            units=len(self._units),
-        )
         with clock.phase("agree"), self._peers():
             if self._roll_call:
                 self._roll_call.arrive(self._round)
-            agree(header, schema, keys, group=self._group, device=device)
+            self._agree(tensors, bad, device)
             assert information is not None
             matrix = gather_vectors(information, group=self._group, device=device)
         mixing = self._rule.decide(matrix, self._round)
@@ -187,6 +176,31 @@ class Grafter:
         )
         self._round += 1
         return record
+
+    def check(self) -> None:
+        """Compare models, options and round with the other ranks now, not in the next round.
+
+        Every rank of the group must call this. No weight is read.
+
+        Raises (on every rank alike): DisagreementError, PeerError, as `graft` does.
+        """
+        tensors = graft_tensors(self._module)
+        home = next(iter(tensors.values())).device
+        with self._peers():
+            self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
+
+    def _agree(self, tensors: dict[str, Tensor], not_finite: int, device: torch.device) -> None:
+        schema = Schema(tensors, [unit.name for unit in self._units], self._options())
+        header = Header(
+            protocol=PROTOCOL,
+            network=dist.get_rank(self._group),
+            round=self._round,
+            digest=schema.digest,
+            schema_bytes=len(schema.json),
+            not_finite=not_finite,
+            units=len(self._units),
+        )
+        agree(header, schema, list(tensors), group=self._group, device=device)
 
     def _measure(self, tensors: dict[str, Tensor]) -> Tensor:
         values = [
@@ -209,7 +223,6 @@ class Grafter:
         self, tensors: dict[str, Tensor], mixing: Mixing, device: torch.device, clock: PhaseClock
     ) -> tuple[list[float], int]:
         """Exchange and blend; returns the distance per unit and the bytes received."""
-        assert self._group is not None
         rank = dist.get_rank(self._group)
         index = {key: i for i, key in enumerate(tensors)}
         unit_of = {

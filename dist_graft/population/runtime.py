@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_graft.config import RuntimeConfig
 from dist_graft.errors import ConfigError, PeerError, StartError
 from dist_graft.population.agreement import gather_vectors
+from dist_graft.population.exchange import world
 from dist_graft.population.place import Place
 from dist_graft.population.presence import RollCall
 
@@ -38,7 +39,7 @@ class Runtime:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64)
         try:
-            everyone = gather_vectors(mine, group=_world(), device=self._header_device())
+            everyone = gather_vectors(mine, group=world(), device=self._header_device())
         except RuntimeError as error:
             raise _lost(what, error) from error
         return [list(map(float, row)) for row in everyone.tolist()]
@@ -165,12 +166,6 @@ def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}", store)
-
-
-def _world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _lost(what: str, error: RuntimeError) -> PeerError:

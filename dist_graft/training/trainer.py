@@ -75,6 +75,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     start_epoch, round_, earlier_seconds = _resume(config, runtime, directory, trainee, log)
     if grafter:
         grafter.round = round_
+        grafter.check()
     if start_epoch >= config.epochs:
         log.info("%s is complete: all of its %d epochs are done", directory.path, config.epochs)
         runtime.finish()

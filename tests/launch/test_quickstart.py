@@ -1,0 +1,28 @@
+"""The one command, as it stands, in a smaller size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    small = ["--epochs", "1", "--data.train_samples", "128", "--data.test_samples", "50"]
+    done = subprocess.run(
+        [ROOT / "launch/quickstart.sh", *small],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=os.environ | {"VENV": sys.prefix, "RUN_DIR": str(tmp_path / "run")},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert len(summary["networks"]) == 2
+    assert f"tensorboard --logdir {tmp_path}/run" in done.stdout

@@ -1,6 +1,6 @@
 """How fast `dist-graft --help` answers: wall time of the whole program.
 
-    python benchmarks/help.py
+python benchmarks/help.py
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class NetworkBoard:
 
     def after_last_round(self, accuracy: float, epoch: int) -> None:
         """Write the test accuracy that the last round left."""
-        self._writer.add_scalar("accuracy/test_after_last_round", accuracy, epoch)
+        self._writer.add_scalar("final/test_accuracy_after_last_round", accuracy, epoch)
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -86,12 +86,12 @@ class PopulationBoard:
             ("max", max(test_accuracy)),
             ("standard_deviation", spread),
         ):
-            self._writer.add_scalar(f"accuracy/test_{name}", value, epoch)
+            self._writer.add_scalar(f"population/test_accuracy_{name}", value, epoch)
         self._writer.flush()
 
     def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:
         """Write the accuracy of the members' mean probability."""
-        self._writer.add_scalar(f"accuracy/test_ensemble_{tag}", accuracy, epoch)
+        self._writer.add_scalar(f"final/ensemble_test_accuracy_{tag}", accuracy, epoch)
 
     def close(self) -> None:
         """Flush and close the file."""

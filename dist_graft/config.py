@@ -48,7 +48,7 @@ class DataConfig:
     workers: int = 4
     """Processes that decode images for each network (imagefolder only)."""
     download: bool = True
-    """Download what torchvision can when it is missing, once on every machine."""
+    """Download CIFAR when it is missing, once on every machine."""
 
     def __post_init__(self) -> None:
         _at_least("data.batch_size", self.batch_size, 1)
@@ -153,7 +153,7 @@ class GraftConfig:
     bucket_mb: float = 32.0
     """Size of one network's part of an exchange buffer, in MiB."""
     reset_momentum: bool = False
-    """Forget the optimizer's state after each round."""
+    """Forget the optimizer's whole state (momentum, AdamW's moments) after each round."""
 
     def __post_init__(self) -> None:
         _at_least("graft.every", self.every, 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dist_graft.errors import ConfigError
 
@@ -240,3 +243,21 @@ class TrainConfig:
         _require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         _at_least("epochs", self.epochs, 1)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+
+
+def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A configuration dataclass from nested dictionaries, as YAML holds them.
+
+    Raises: ConfigError for a value out of range; TypeError for a name that is no field.
+    """
+    types = typing.get_type_hints(kind)
+    return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})
+
+
+def _as_field(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            section = getattr(kind, "__name__", "").removesuffix("Config").lower()
+            raise ConfigError(f"{section} must be a section with options, got {value!r}")
+        return from_nested(typing.cast("type[Any]", kind), value)
+    return tuple(value) if typing.get_origin(kind) is tuple else value

@@ -153,9 +153,8 @@ class Grafter:
         with clock.phase("measure"):
             bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
             information = self._measure(tensors) if bad == ALL_FINITE else None
-        with clock.phase("agree"), self._peers():
-            if self._roll_call:
-                self._roll_call.arrive(self._round)
+        with clock.phase("agree"), self._peers(self._round):
+            self._arrive(self._round)
             self._agree(tensors, bad, device)
             assert information is not None
             matrix = gather_vectors(information, group=self._group, device=device)
@@ -186,7 +185,9 @@ class Grafter:
         """
         tensors = graft_tensors(self._module)
         home = next(iter(tensors.values())).device
-        with self._peers():
+        before = self._round - 1
+        with self._peers(before):
+            self._arrive(before)
             self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
 
     def _agree(self, tensors: dict[str, Tensor], not_finite: int, device: torch.device) -> None:
@@ -272,16 +273,20 @@ class Grafter:
     def _next(
         self, moving: Iterator[tuple[Bucket, dict[int, Tensor]]]
     ) -> tuple[Bucket, dict[int, Tensor]] | None:
-        with self._peers():
+        with self._peers(self._round):
             return next(moving, None)
 
+    def _arrive(self, round_: int) -> None:
+        if self._roll_call:
+            self._roll_call.arrive(round_)
+
     @contextmanager
-    def _peers(self) -> Iterator[None]:
+    def _peers(self, round_: int) -> Iterator[None]:
         """Turn the failure of a collective into an error that says who is missing."""
         try:
             yield
         except RuntimeError as error:
-            absent = self._roll_call.absent(self._round) if self._roll_call else []
+            absent = self._roll_call.absent(round_) if self._roll_call else []
             who = "; ".join(absent) or "a network that had reached it"
             raise PeerError(
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "

@@ -25,9 +25,8 @@ def dense(draw: st.DrawFn, dtype: torch.dtype | None = None) -> torch.Tensor:
     return tensor.copy_(torch.arange(count, dtype=torch.float64).reshape(shape))
 
 
-@given(st.lists(dense(), max_size=8), bucket_sizes)
-def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
-    views = [flat(tensor) for tensor in tensors]
+def check_round_trip(views: list[torch.Tensor], bucket_bytes: int) -> None:
+    """Pack every bucket, and put its pieces where the receiving side finds them."""
     copies = [torch.full_like(view, -1) for view in views]
     for bucket in cut_buckets(
         [view.numel() for view in views], [view.dtype for view in views], bucket_bytes=bucket_bytes
@@ -39,6 +38,17 @@ def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
                 piece.offset : piece.offset + piece.length
             ]
     assert all(torch.equal(copy, view) for copy, view in zip(copies, views, strict=True))
+
+
+@given(st.lists(dense(), max_size=8), bucket_sizes)
+def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
+    check_round_trip([flat(tensor) for tensor in tensors], bucket_bytes)
+
+
+@given(st.lists(st.integers(1, 1 << 19), min_size=1, max_size=3), st.integers(1 << 16, 1 << 22))
+def test_packing_and_unpacking_large_tensors_is_the_identity(counts, bucket_bytes):
+    """Larger than what is blended at a time."""
+    check_round_trip([torch.arange(float(count)) for count in counts], bucket_bytes)
 
 
 sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 19))

@@ -1,0 +1,141 @@
+"""The shape of the house: what may import what, how long a file may be, what loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dist_graft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMMUNICATES = ("torch.distributed", "torch.nn.parallel")
+MOST_LINES = 320
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def touched(source: str) -> set[str]:
+    """Dotted names that a file imports or reaches through attributes of an imported name."""
+    names: dict[str, str] = {}
+    found = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.add(alias.name)
+                first = alias.name.partition(".")[0]
+                names[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                found.add(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id in names:
+            found.add(".".join([names[inner.id], *reversed(parts)]))
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            found.update(a.value for a in node.args if isinstance(a, ast.Constant))
+    return {name for name in found if isinstance(name, str)}
+
+
+def communicates(source: str) -> bool:
+    return any(
+        name == room or name.startswith(f"{room}.")
+        for name in touched(source)
+        for room in COMMUNICATES
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed",
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch import distributed as dist",
+        "from torch.distributed import all_reduce",
+        "from torch.distributed.elastic.multiprocessing.errors import record",
+        "import torch\ntorch.distributed.barrier()",
+        "import torch as t\nt.distributed.barrier()",
+        "from torch.nn.parallel import DistributedDataParallel",
+        "from torch import nn\nnn.parallel.DistributedDataParallel",
+        "import importlib\nimportlib.import_module('torch.distributed')",
+        "__import__('torch.distributed')",
+    ],
+)
+def test_every_way_to_communicate_is_seen(source):
+    assert communicates(source)
+
+
+def test_what_does_not_communicate_is_not_seen():
+    assert not communicates("import torch\nfrom torch import nn\ntorch.rand(2)\nnn.Linear(1, 1)")
+    assert not communicates("import distributed\ndistributed.barrier()")
+    assert not communicates("command = ['python', '-m', 'torch.distributed.run']")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if "population" not in path.parts], ids=name_of
+)
+def test_only_population_communicates(path):
+    assert not communicates(path.read_text())
+
+
+def test_population_communicates():
+    assert any(communicates(path.read_text()) for path in (PACKAGE / "population").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def modules_after(statement: str) -> set[str]:
+    """What a fresh interpreter has loaded after a statement."""
+    program = f"import sys\n{statement}\nprint(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PACKAGE.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return set(ended.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import dist_graft",
+        "import dist_graft; dir(dist_graft); dist_graft.__version__",
+        "import dist_graft.config, dist_graft.errors, dist_graft.draws, dist_graft.version",
+        "from dist_graft import ConfigError, DisagreementError, NonFiniteError, PeerError",
+    ],
+)
+def test_what_says_no_more_than_names_loads_no_torch(statement):
+    loaded = modules_after(statement)
+    assert "dist_graft" in loaded
+    assert not loaded & {"torch", "torchvision", "numpy", "tensorboard"}
+
+
+def test_grafting_in_one_process_loads_no_population():
+    loaded = modules_after("from dist_graft import entropy, graft_units, mix, Ring")
+    assert "torch" in loaded
+    assert not any(name.startswith("dist_graft.population") for name in loaded)
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_not():
+    import dist_graft
+
+    assert set(dir(dist_graft)) >= set(dist_graft.__all__)
+    assert all(getattr(dist_graft, name) is not None for name in dist_graft.__all__)
+    with pytest.raises(AttributeError, match="module 'dist_graft' has no attribute 'graft'"):
+        _ = dist_graft.graft

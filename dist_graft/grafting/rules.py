@@ -74,10 +74,14 @@ class Graft:
     def information(self, filters: Tensor) -> Tensor:
         """Information of one lead by the criterion; [filters, weights per filter] -> scalar.
 
-        Where the coefficient does not depend on it in the usual way, it is the entropy.
+        For constant and shuffled it is the entropy.
         """
-        name = self.criterion if self.criterion in CRITERIA else "entropy"
-        return CRITERIA[name](filters, self.num_bins)
+        return CRITERIA[self.measured](filters, self.num_bins)
+
+    @property
+    def measured(self) -> str:
+        """Name of what `information` gives."""
+        return self.criterion if self.criterion in CRITERIA else "entropy"
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         """Information of each unit's lead: [units], float64."""

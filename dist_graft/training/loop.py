@@ -13,10 +13,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_graft.config import OptimConfig
+from dist_graft.config import DistillConfig, OptimConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
+from dist_graft.training.losses import distillation_loss
+from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -37,6 +39,8 @@ class Trainee:
     device: torch.device
     seed: int
     network: int
+    teachers: Teachers | None = None
+    """Frozen networks to learn from, beside the labels."""
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The run's precision for a forward pass."""
@@ -55,6 +59,16 @@ class TrainResult:
     """Percent."""
     images: int
     seconds: float
+
+    def __add__(self, other: TrainResult) -> TrainResult:
+        """Both stretches together."""
+        images = self.images + other.images
+        return TrainResult(
+            loss=(self.loss * self.images + other.loss * other.images) / images,
+            accuracy=(self.accuracy * self.images + other.accuracy * other.images) / images,
+            images=images,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ def train_steps(
     data: Data,
     config: OptimConfig,
     *,
+    distill: DistillConfig,
     epoch: int,
     first: int,
     last: int,
@@ -99,6 +114,11 @@ def train_steps(
                 _check_logits(logits, target)
                 loss = F.cross_entropy(
                     logits.float(), target, label_smoothing=config.label_smoothing
+                )
+            if trainee.teachers is not None:
+                teaching = trainee.teachers(part, trainee.autocast())
+                loss = loss + distill.weight * distillation_loss(
+                    logits, teaching, temperature=distill.temperature
                 )
             share = len(target) / len(labels)
             trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
@@ -144,6 +164,11 @@ def evaluate(trainee: Trainee, data: Data, split: Literal["test", "val"]) -> Eva
         probabilities=guess,
         labels=labels,
     )
+
+
+def current_lr(trainee: Trainee) -> float:
+    """Learning rate of the next step."""
+    return float(trainee.optimizer.param_groups[0]["lr"])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

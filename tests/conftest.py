@@ -11,8 +11,13 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "suite",
     deadline=None,
+    derandomize=True,
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
+)
+# Looks for what the suite has not found: pytest tests/property --hypothesis-profile explore
+settings.register_profile(
+    "explore", settings.get_profile("suite"), derandomize=False, max_examples=2000
 )
 settings.load_profile("suite")
 
@@ -31,14 +36,23 @@ def _nothing_leaks():
 
 
 def _children() -> set[str]:
-    """Child processes by id and command, without multiprocessing's own, which live on."""
+    """Running child processes, without multiprocessing's own servers, which live on."""
     children = {f"{child.pid} {child.name}" for child in multiprocessing.active_children()}
     for listing in Path("/proc/self/task").glob("*/children"):
         for pid in _text(listing).split():
-            command = _text(Path("/proc") / pid / "cmdline").replace("\0", " ")
+            command = _command(Path("/proc") / pid)
             if command and "from multiprocessing." not in command:
                 children.add(f"{pid} {command}")
     return children
+
+
+def _command(process: Path) -> str:
+    """Command line of a process; nothing when it has ended, waited for or not."""
+    while not (command := _text(process / "cmdline")):  # empty also while it is being started
+        state = _text(process / "stat").rpartition(")")[2].split()
+        if not state or state[0] in "ZX":
+            break
+    return command.replace("\0", " ").strip()
 
 
 def _text(path: Path) -> str:

@@ -66,7 +66,7 @@ def l1(weight: Tensor) -> Tensor:
     Raises: ValueError for a weight that is empty, not floating or not finite.
     """
     _check(weight, 1)
-    return weight.detach().abs().mean(dtype=_sum_type(weight)).double()
+    return weight.detach().abs().mean(dtype=torch.float64)
 
 
 def filter_norms(filters: Tensor) -> Tensor:
@@ -100,9 +100,8 @@ def _check(weight: Tensor, num_bins: int) -> None:
             f"information needs a floating tensor with elements, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}"
         )
-    extremes = torch.stack(torch.aminmax(weight.detach())).float()  # bins are cut in float32
-    if not extremes.isfinite().all():
-        raise ValueError("information needs finite float32 weights, got NaN or infinity")
+    if not is_finite(weight):
+        raise ValueError("information needs finite weights, got NaN or infinity")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -116,24 +115,26 @@ def is_finite(tensor: Tensor) -> bool:
 def _histogram(rows: Tensor, num_bins: int) -> Tensor:
     """Counts [rows, num_bins], int64, of each row between its smallest and largest element."""
     rows = rows.detach()
-    low, high = (edge.float() for edge in torch.aminmax(rows, dim=1, keepdim=True))
-    scale = 1.0
-    if not (high - low).isfinite().all():
-        scale = 0.5  # a range wider than float32 holds: bins do not change with the scale
-    low = low * scale
-    span = high * scale - low
+    low, high = torch.aminmax(rows, dim=1, keepdim=True)
+    shrink = None
+    if not (high.float() - low.float()).isfinite().all():
+        # A range wider than float32 holds: a power of two brings it back, and changes no bin.
+        exponent = torch.frexp(torch.maximum(low.abs(), high.abs()).double()).exponent
+        shrink = torch.ldexp(torch.ones_like(low, dtype=torch.float64), -exponent.clamp(min=0) - 1)
+        low, high = low * shrink, high * shrink
+    low, span = low.float(), high.float() - low.float()
     span = torch.where(span > 0, span, torch.ones_like(span))
     counts = torch.zeros(rows.shape[0] * num_bins, dtype=torch.int64, device=rows.device)
     offset = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)[:, None] * num_bins
     for first, last in _blocks(rows.shape):
         for start in range(0, rows.shape[1], _CHUNK):
-            part = rows[first:last, start : start + _CHUNK].float()
-            part = part.mul(scale) if scale != 1.0 else part
-            position = part.sub(low[first:last]).div_(span[first:last]).mul_(num_bins)
+            part = rows[first:last, start : start + _CHUNK]
+            part = part if shrink is None else part * shrink[first:last]
+            position = part.float().sub(low[first:last]).div_(span[first:last]).mul_(num_bins)
             bin_ = position.to(torch.int32).clamp_(max=num_bins - 1)
             if rows.shape[0] > 1:
                 bin_ += offset[first:last]
-            counts += torch.bincount(bin_.view(-1), minlength=counts.numel())
+            counts += torch.bincount(bin_.reshape(-1), minlength=counts.numel())
     return counts.view(rows.shape[0], num_bins)
 
 

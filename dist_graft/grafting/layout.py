@@ -24,13 +24,13 @@ def flat(tensor: Tensor) -> Tensor:
     Raises: ValueError when the elements do not fill one stretch of memory (a slice with gaps, an
         expanded tensor).
     """
-    try:
-        return tensor.permute(memory_order(tensor)).view(-1)
-    except RuntimeError as error:
+    ordered = tensor.permute(memory_order(tensor))
+    if not ordered.is_contiguous():
         raise ValueError(
             f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} does not fill "
             "one stretch of memory; clone it first"
-        ) from error
+        )
+    return ordered.view(-1)
 
 
 def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_graft.grafting.units import GraftUnit
+from dist_graft.grafting.units import GraftUnit, Place, place_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class Mixing:
         if shares.numel() and (shares.sum(dim=2) - 1).abs().max() > 1e-9:
             raise ValueError("the shares of each row must add up to 1")
         for network, donors in enumerate(self.donors):
+            if not all(0 <= donor < networks for donor in donors):
+                raise ValueError(f"network {network} has a donor outside of 0 to {networks - 1}")
             if network in donors or len(set(donors)) != len(donors):
                 raise ValueError(f"network {network} must have distinct donors other than itself")
             own = {network, *donors}
@@ -131,7 +133,7 @@ def mix(
         )
     mixed = []
     for network, state in enumerate(states):
-        after = {key: value.detach().clone() for key, value in state.items()}
+        after = _copy(state)
         for donor, fractions in zip(mixing.donors[network], mixing.fractions(network), strict=True):
             for index, (unit, fraction) in enumerate(zip(units, fractions, strict=True)):
                 for key in unit.tensors:
@@ -143,3 +145,12 @@ def mix(
                         blend_finely_(after[key], other, fine.expand(other.shape))
         mixed.append(after)
     return mixed
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state in new tensors; keys that share one tensor share its copy."""
+    copies: dict[Place, Tensor] = {}
+    return {
+        key: copies.setdefault(place_of(value), value.detach().clone())
+        for key, value in state.items()
+    }

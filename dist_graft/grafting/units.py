@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +49,16 @@ class GraftUnit:
         write_filters(weight, filters, transposed=self.transposed, groups=self.groups)
 
 
+Place = tuple[Hashable, ...]
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Where a tensor's elements are: equal for tensors that are tied, be it through a view."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype)
+
+
 def graft_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that a round blends, by plain state-dict key, in state-dict order.
 
@@ -58,7 +69,7 @@ def graft_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises: ValueError naming a complex or uninitialised tensor.
     """
     tensors: dict[str, Tensor] = {}
-    seen = set()
+    seen: set[Place] = set()
     for key, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             continue  # a module's extra state
@@ -66,8 +77,8 @@ def graft_tensors(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{key} has no shape yet: run the model once before grafting it")
         if value.is_complex():
             raise ValueError(f"{key} is complex: grafting blends real tensors only")
-        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if not value.is_floating_point() or (value.numel() and place in seen):
+        place = place_of(value)
+        if not value.is_floating_point() or place in seen:
             continue
         seen.add(place)
         tensors[key.replace(_WRAPPER, "")] = value
@@ -120,6 +131,7 @@ def graft_units(model: nn.Module, *, lead: Lead = "conv") -> list[GraftUnit]:
 def _leads(model: nn.Module, lead: Lead, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
     kinds = _CONVOLUTIONS if lead == "conv" else (*_CONVOLUTIONS, nn.Linear)
     leads: dict[str, nn.Module] = {}
+    key_of = {place_of(tensor): key for key, tensor in tensors.items()}
     for path, module in model.named_modules():
         if not isinstance(module, kinds):
             continue
@@ -129,9 +141,9 @@ def _leads(model: nn.Module, lead: Lead, tensors: dict[str, Tensor]) -> dict[str
                 f"layer {name} ({type(module).__name__}) has a parametrised weight, which cannot "
                 "be blended: remove the parametrisation before grafting"
             )
-        key = f"{name}.weight" if name else "weight"
-        if key in tensors:  # else tied to an earlier lead
-            leads[key] = module
+        weight = module._parameters["weight"]
+        assert weight is not None
+        leads.setdefault(key_of[place_of(weight)], module)
     return leads
 
 

@@ -31,7 +31,7 @@ class NetworkBoard:
     """
 
     def __init__(self, folder: Path, *, start_epoch: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
 
     def epoch(self, metrics: EpochMetrics, layers: LayerView) -> None:
         """Write what an epoch and its round gave."""
@@ -75,7 +75,7 @@ class PopulationBoard:
     """Events of the population as a whole, written by one process."""
 
     def __init__(self, folder: Path, *, start_epoch: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
 
     def epoch(self, epoch: int, test_accuracy: Sequence[float]) -> None:
         """Write mean and spread of the networks' test accuracies (before the round)."""

@@ -24,23 +24,15 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass
-class Trainee:
-    """A network in training: what a checkpoint holds, and what runs it."""
+class Predictor:
+    """A network that answers: its module, and how it is run."""
 
     model: nn.Module
     """The plain module, whose weights are grafted and saved."""
     forward: Callable[[Tensor], Tensor]
     """Runs the module: itself, or its compiled form."""
-    optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    """Scales the loss in fp16; disabled otherwise."""
     precision: Precision
     device: torch.device
-    seed: int
-    network: int
-    teachers: Teachers | None = None
-    """Frozen networks to learn from, beside the labels."""
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The run's precision for a forward pass."""
@@ -48,6 +40,20 @@ class Trainee:
             return contextlib.nullcontext()
         kind = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, kind)
+
+
+@dataclass
+class Trainee(Predictor):
+    """A network in training: with the rest of what a checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16; disabled otherwise."""
+    seed: int
+    network: int
+    teachers: Teachers | None = None
+    """Frozen networks to learn from, beside the labels."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +151,14 @@ def train_steps(
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, data: Data, split: Literal["test", "val"]) -> EvalResult:
+def evaluate(predictor: Predictor, data: Data, split: Literal["test", "val"]) -> EvalResult:
     """Loss, accuracy and probabilities of the network as it is on every image of a split."""
-    trainee.model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=trainee.device)
+    predictor.model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     probabilities, everyone = [], []
     for inputs, labels in data.eval_batches(split):
-        with trainee.autocast():
-            logits = trainee.forward(inputs)
+        with predictor.autocast():
+            logits = predictor.forward(inputs)
         logits = logits.float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
         probabilities.append(logits.softmax(1))

@@ -16,6 +16,7 @@ import yaml
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage, write_atomically
+from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
 _FREE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_seconds")
@@ -57,7 +58,12 @@ class RunDirectory:
 
         Raises: RunDirectoryError that says what differs and what to do.
         """
-        started = self.config.exists()
+        try:
+            started = self.config.exists()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} cannot be read: {error.strerror}; choose another run_dir"
+            ) from error
         if config.resume == "must" and not complete_sets(self.checkpoints):
             raise RunDirectoryError(
                 f"{self.path} holds no complete checkpoint set to go on from (--resume must)"
@@ -110,6 +116,20 @@ class RunDirectory:
         run = {"networks": networks, "versions": versions(), "git_commit": git_commit()}
         text = yaml.safe_dump(_plain(config) | {"run": run}, sort_keys=False)
         write_atomically(self.config, text.encode())
+
+    def read(self) -> tuple[TrainConfig, int]:
+        """What the run was started with, and its number of networks.
+
+        Raises: RunDirectoryError when there is no run here, or config.yaml is not one of ours.
+        """
+        if not self.config.is_file():
+            raise RunDirectoryError(f"{self.path} is no run directory: it has no config.yaml")
+        try:
+            stored = yaml.safe_load(self.config.read_text())
+            networks = int(stored.pop("run")["networks"])
+            return from_nested(TrainConfig, stored), networks
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
 
     def newest_usable(self) -> tuple[CheckpointSet | None, list[Path]]:
         """The newest complete set whose files are whole, and the damaged files of newer ones.

@@ -166,3 +166,36 @@ def test_every_network_that_is_not_finite_is_named():
         "network 3 has a weight that is not finite in 1.bias",
         "round 0",
     )
+
+
+def check(place: Place, other: str):
+    """`check` first, and the round that it promises to go well or not."""
+    model = ARCHITECTURES[other if place.rank == 2 else "narrow"]()
+    with torch.no_grad():
+        model[0].weight[0] = float("nan")  # no weight is read
+    grafter = Grafter(model)
+    before = _visible(model)
+    outcome = attempt(grafter.check)
+    after = _visible(model)
+    untouched = all(same_bits(before[key], after[key]) for key in before)
+    return outcome, untouched and grafter.round == 0
+
+
+def test_check_finds_a_difference_before_the_first_round():
+    results = run(check, 3, "wide")
+    check_all_say(results, "DisagreementError", "ranks 0 and 2", "[5, 3, 3, 3]", "same model")
+
+
+def test_check_of_networks_that_agree_says_nothing():
+    assert run(check, 3, "narrow") == [(None, True)] * 3
+
+
+def check_in_another_round(place: Place):
+    grafter = Grafter(narrow())
+    grafter.round = place.rank
+    return attempt(grafter.check), True
+
+
+def test_check_finds_a_network_that_resumed_elsewhere():
+    results = run(check_in_another_round, 2)
+    check_all_say(results, "DisagreementError", "rank 0 is in round 0 and rank 1 in round 1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -45,6 +47,24 @@ def test_survivors_name_the_peer_that_ended_before_the_round(gone):
             assert f"network {gone} (rank {gone} on {socket.gethostname()})" in text
             assert not any(f"network {k} (" in text for k in {0, 1, 2} - {gone})
             assert "\n" not in text
+
+
+def check_when_one_is_gone(place: Place, gone: int):
+    """The network `gone` ends its process before the comparison at the start."""
+    roll_call = RollCall(place.store, place.rank, place.networks)
+    roll_call.check_in(60)
+    grafter = Grafter(build("plain", place.rank), roll_call=roll_call)
+    if place.rank == gone:
+        os._exit(0)
+    return attempt(grafter.check)
+
+
+def test_survivors_of_a_check_do_not_name_themselves():
+    results = run(check_when_one_is_gone, 3, 1, ending={1})
+    for rank in (0, 2):
+        kind, text = results[rank]
+        assert kind == "PeerError"
+        assert f"network {rank} (" not in text
 
 
 def test_without_a_roll_call_the_error_says_that_a_peer_is_gone():
@@ -124,3 +144,17 @@ def test_a_network_is_absent_until_it_has_reached_the_round(store):
     assert mine.absent(1) == ["network 1 (rank 1 on here)"]
     other.arrive(1)
     assert mine.absent(1) == []
+
+
+def test_a_network_whose_process_has_ended_is_gone(store):
+    mine = RollCall(store, 0, 3)
+    for network in (1, 2):
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        store.set(f"process/{network}", str(process.pid))
+    store.set("host/1", socket.gethostname())
+    store.set("host/2", "elsewhere")  # whose processes cannot be seen from here
+    mine.check_in(20)
+    assert mine.gone() == [mine.describe(1)]
+    store.set("process/1", str(os.getpid()))
+    assert mine.gone() == []

@@ -53,7 +53,9 @@ def information_of(states: list[State], case: Case) -> torch.Tensor:
     rule = case.rule or Ring()
     return torch.stack(
         [
-            torch.stack([rule.information(u.filters(state[u.lead])) for u in units_of(case.architecture)])
+            torch.stack(
+                [rule.information(u.filters(state[u.lead])) for u in units_of(case.architecture)]
+            )
             for state in states
         ]
     )

@@ -1,0 +1,93 @@
+"""Cutting tensors into buckets and putting them together again loses nothing."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_graft.grafting.layout import flat, memory_order
+from dist_graft.population.buckets import cut_buckets, pack_
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+shapes = st.lists(st.integers(0, 5), max_size=4)
+bucket_sizes = st.one_of(st.integers(1, 64), st.integers(64, 1 << 16))
+
+
+@st.composite
+def dense(draw: st.DrawFn, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of any shape, type and order of its dimensions in memory."""
+    shape = draw(shapes)
+    order = draw(st.permutations(range(len(shape))))
+    kind = dtype or draw(st.sampled_from(TYPES))
+    tensor = torch.empty_permuted(shape, tuple(order), dtype=kind)
+    count = tensor.numel()
+    return tensor.copy_(torch.arange(count, dtype=torch.float64).reshape(shape))
+
+
+@given(st.lists(dense(), max_size=8), bucket_sizes)
+def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
+    views = [flat(tensor) for tensor in tensors]
+    copies = [torch.full_like(view, -1) for view in views]
+    for bucket in cut_buckets(
+        [view.numel() for view in views], [view.dtype for view in views], bucket_bytes=bucket_bytes
+    ):
+        buffer = torch.full((bucket.length,), -2.0, dtype=bucket.dtype)
+        pack_(buffer, bucket, views)
+        for piece in bucket.pieces:
+            copies[piece.tensor][piece.start : piece.start + piece.length] = buffer[
+                piece.offset : piece.offset + piece.length
+            ]
+    assert all(torch.equal(copy, view) for copy, view in zip(copies, views, strict=True))
+
+
+sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 19))
+
+
+@given(st.lists(st.tuples(sizes, st.sampled_from(TYPES)), max_size=8), st.integers(400, 1 << 21))
+def test_every_element_is_in_exactly_one_piece(tensors, bucket_bytes):
+    """Sizes past what is blended at a time too."""
+    counts, dtypes = [size for size, _ in tensors], [dtype for _, dtype in tensors]
+    buckets = cut_buckets(counts, dtypes, bucket_bytes=bucket_bytes)
+    reached = [0] * len(tensors)
+    for bucket in buckets:
+        filled = 0
+        for piece in bucket.pieces:
+            assert piece.length > 0
+            assert dtypes[piece.tensor] == bucket.dtype
+            assert piece.offset == filled
+            assert piece.start == reached[piece.tensor]
+            filled += piece.length
+            reached[piece.tensor] += piece.length
+        assert filled == bucket.length
+        assert bucket.bytes == bucket.length * bucket.dtype.itemsize <= bucket_bytes
+    assert reached == counts
+
+
+@given(st.lists(st.tuples(sizes, st.sampled_from(TYPES)), max_size=8), st.integers(400, 1 << 21))
+def test_only_the_last_bucket_of_a_type_has_room_left(tensors, bucket_bytes):
+    counts, dtypes = [size for size, _ in tensors], [dtype for _, dtype in tensors]
+    buckets = cut_buckets(counts, dtypes, bucket_bytes=bucket_bytes)
+    order = [bucket.dtype for bucket in buckets]
+    for dtype in set(order):
+        of_type = [bucket for bucket in buckets if bucket.dtype == dtype]
+        full = bucket_bytes // dtype.itemsize
+        assert all(bucket.length == full for bucket in of_type[:-1])
+        assert order[order.index(dtype) :][: len(of_type)] == [dtype] * len(of_type)
+
+
+@given(st.lists(st.integers(0, 20), max_size=5), st.sampled_from(TYPES))
+def test_a_bucket_smaller_than_an_element_holds_one(sizes_, dtype):
+    buckets = cut_buckets(sizes_, [dtype] * len(sizes_), bucket_bytes=1)
+    assert [bucket.length for bucket in buckets] == [1] * sum(sizes_)
+
+
+@given(dense(), st.data())
+def test_equal_memory_order_means_that_flat_views_match(one, data):
+    """Then, and only then for different elements, the same place holds the same element."""
+    order = data.draw(st.permutations(range(one.dim())))
+    other = torch.empty_permuted(one.shape, tuple(order), dtype=one.dtype).copy_(one)
+    matches = torch.equal(flat(one), flat(other))
+    if one.numel():
+        assert matches == (memory_order(one) == memory_order(other))
+    assert sorted(flat(other).tolist()) == sorted(one.flatten().tolist())

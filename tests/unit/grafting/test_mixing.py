@@ -1,0 +1,219 @@
+"""A population's round in one process, against numpy."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_graft import Mixing, Ring, graft_units, mix
+from dist_graft.grafting.mixing import blend_
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3))
+    model[1].num_batches_tracked.fill_(seed)
+    model[1].running_mean.normal_()
+    return model
+
+
+UNITS = graft_units(network(0))
+
+
+def states(networks: int) -> list[dict[str, Tensor]]:
+    return [network(seed).state_dict() for seed in range(networks)]
+
+
+def shares(*rows: list[float], units: int = 1) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).repeat(units, 1, 1)
+
+
+@pytest.mark.parametrize("networks", [1, 2, 3, 6])
+def test_the_ring_is_a_weighted_sum_of_two_networks(networks):
+    before = states(networks)
+    information = torch.rand(networks, 2, dtype=torch.float64) * 3
+    mixing = Ring().decide(information, 0)
+    after = mix(before, UNITS, mixing)
+    for k in range(networks):
+        donor = (k - 1) % networks
+        assert list(after[k]) == list(before[k])
+        for unit, kept in zip(UNITS, mixing.own_share(k), strict=True):
+            for key in unit.tensors:
+                own, other = (before[n][key].double().numpy() for n in (k, donor))
+                expected = kept * own + (1 - kept) * other
+                np.testing.assert_allclose(after[k][key].numpy(), expected, rtol=1e-5, atol=1e-7)
+        assert after[k]["1.num_batches_tracked"] == k
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4, 7])
+def test_equal_shares_give_the_mean(networks):
+    before = states(networks)
+    everyone = range(networks)
+    mixing = Mixing(
+        shares=torch.full((2, networks, networks), 1 / networks, dtype=torch.float64),
+        donors=tuple(tuple(j for j in everyone if j != k) for k in everyone),
+    )
+    for k, after in enumerate(mix(before, UNITS, mixing)):
+        for key in (key for unit in UNITS for key in unit.tensors):
+            mean = torch.stack([state[key].double() for state in before]).mean(dim=0)
+            torch.testing.assert_close(after[key].double(), mean, rtol=1e-5, atol=1e-7)
+        assert after["1.num_batches_tracked"] == k
+
+
+def test_donors_give_what_they_were_before_the_round():
+    """Blended one after the other, network 1 would pass on what it just took."""
+    (unit,) = graft_units(nn.Conv2d(1, 3, 1, bias=False))
+    before = [{"weight": torch.full((3,), float(k))} for k in range(3)]
+    mixing = Mixing(shares=shares([0, 0, 1], [1, 0, 0], [0, 1, 0]), donors=((2,), (0,), (1,)))
+    after = [state["weight"].tolist() for state in mix(before, [unit], mixing)]
+    assert after == [[2.0] * 3, [0.0] * 3, [1.0] * 3]
+
+
+def test_each_unit_has_shares_of_its_own():
+    before = states(2)
+    own = torch.eye(2, dtype=torch.float64)
+    mixing = Mixing(shares=torch.stack([own, 1 - own]), donors=((1,), (0,)))
+    first, second = mix(before, UNITS, mixing)
+    for key in UNITS[0].tensors:
+        assert torch.equal(first[key], before[0][key])
+        assert torch.equal(second[key], before[1][key])
+    for key in UNITS[1].tensors:
+        assert torch.equal(first[key], before[1][key])
+        assert torch.equal(second[key], before[0][key])
+
+
+def test_the_arguments_are_not_changed_and_not_shared():
+    before = states(2)
+    kept = copy.deepcopy(before)
+    mixing = Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0)
+    after = mix(before, UNITS, mixing)
+    for k in range(2):
+        for key, value in before[k].items():
+            assert torch.equal(value, kept[k][key])
+            assert after[k][key].data_ptr() != value.data_ptr()
+
+
+def test_memory_format_and_types_stay():
+    before = [
+        network(seed).to(memory_format=torch.channels_last, dtype=torch.bfloat16).state_dict()
+        for seed in range(2)
+    ]
+    mixing = Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0)
+    for state, after in zip(before, mix(before, UNITS, mixing), strict=True):
+        for key, value in after.items():
+            assert value.dtype == state[key].dtype
+            assert value.stride() == state[key].stride()
+
+
+def test_parameters_that_need_gradients_are_taken_too():
+    before = [dict(network(seed).state_dict(keep_vars=True)) for seed in range(2)]
+    after = mix(before, UNITS, Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0))
+    assert not any(value.requires_grad for state in after for value in state.values())
+
+
+def tied_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_the_state_dict_of_tied_weights_loads_back_as_mixed():
+    """All keys of one tensor carry its new value: loading the dict leaves the last one."""
+    models = [tied_network(seed) for seed in range(2)]
+    units = graft_units(models[0])
+    mixing = Ring().decide(torch.rand(2, len(units), dtype=torch.float64), 0)
+    for model, after in zip(
+        models, mix([m.state_dict() for m in models], units, mixing), strict=True
+    ):
+        expected = after["0.weight"].clone()
+        model.load_state_dict(after)
+        assert torch.equal(model[0].weight, expected)
+
+
+@pytest.mark.parametrize(("networks", "units"), [(3, 2), (1, 2), (2, 1), (2, 3)])
+def test_another_number_of_networks_or_units_is_an_error(networks, units):
+    mixing = Ring().decide(torch.rand(networks, units, dtype=torch.float64), 0)
+    text = f"of {networks} networks and {units} units, got 2 states and 2 units"
+    with pytest.raises(ValueError, match=text):
+        mix(states(2), UNITS, mixing)
+
+
+@pytest.mark.parametrize(
+    ("value", "donors", "text"),
+    [
+        (shares([1, 0], [0, 1])[0], ((), ()), "shares must be [units, 2, 2] for 2 networks"),
+        (shares([1, 0], [0, 1]), ((), (), ()), "shares must be [units, 3, 3] for 3 networks"),
+        (shares([1, 0], [0, 1]).float(), ((), ()), "shares must be float64 on the CPU"),
+        (shares([1.5, -0.5], [0, 1]), ((1,), ()), "shares must be in [0, 1]"),
+        (shares([float("nan"), 0], [0, 1]), ((1,), ()), "shares must be in [0, 1]"),
+        (shares([0.5, 0.4], [0, 1]), ((1,), ()), "the shares of each row must add up to 1"),
+        (shares([1, 0], [0, 1]), ((0,), ()), "network 0 must have distinct donors"),
+        (shares([0.5, 0.5], [0, 1]), ((1, 1), ()), "network 0 must have distinct donors"),
+        (shares([1, 0], [0.5, 0.5]), ((1,), ()), "network 1 has a share of a network it does not"),
+        (shares([1, 0], [0, 1]), ((), (2,)), "network 1 "),
+        (shares([1, 0], [0, 1]), ((), (-2,)), "network 1 "),
+    ],
+    ids=[
+        "two_dimensions",
+        "three_networks",
+        "float32",
+        "negative",
+        "nan",
+        "sum",
+        "itself",
+        "twice",
+        "no_donor",
+        "donor_beyond_the_last",
+        "donor_below_the_first",
+    ],
+)
+def test_a_mixing_that_cannot_be_is_refused(value, donors, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Mixing(shares=value, donors=donors)
+
+
+def test_fractions_blend_to_the_shares():
+    mixing = Mixing(
+        shares=shares([0.1, 0.2, 0.3, 0.4], *torch.eye(4)[1:].tolist()),
+        donors=((1, 2, 3), (), (), ()),
+    )
+    kept, given = 1.0, {}
+    for donor, (fraction,) in zip(mixing.donors[0], mixing.fractions(0), strict=True):
+        given = {other: share * (1 - fraction) for other, share in given.items()}
+        given[donor] = fraction
+        kept *= 1 - fraction
+    assert kept == pytest.approx(0.1)
+    assert given == pytest.approx({1: 0.2, 2: 0.3, 3: 0.4})
+    assert mixing.own_share(0) == [0.1]
+    assert mixing.networks == 4
+
+
+def test_the_last_fraction_is_the_share_itself():
+    mixing = Mixing(shares=shares([0.9, 0.1], [0.7, 0.3]), donors=((1,), (0,)))
+    assert mixing.fractions(0) == [[0.1]]
+    assert mixing.fractions(1) == [[0.7]]
+
+
+def test_a_donor_without_a_share_leaves_no_nan():
+    mixing = Mixing(
+        shares=shares([0, 0, 1], [0.5, 0.5, 0], [0, 0, 1]), donors=((1, 2), (0, 2), (0, 1))
+    )
+    assert mixing.fractions(0) == [[0.0], [1.0]]
+    assert mixing.fractions(1) == [[0.5], [0.0]]
+    assert mixing.fractions(2) == [[0.0], [0.0]]
+
+
+def test_blend_writes_into_the_recipients_alone():
+    recipients = [nn.Parameter(torch.zeros(3)), torch.zeros(2, dtype=torch.float64)]
+    donors = [torch.ones(3), torch.ones(2, dtype=torch.float64)]
+    there = [tensor.data_ptr() for tensor in recipients]
+    blend_(recipients, donors, [0.25, 0.75])
+    assert [tensor.tolist() for tensor in recipients] == [[0.25] * 3, [0.75] * 2]
+    assert [tensor.data_ptr() for tensor in recipients] == there
+    assert all((tensor == 1).all() for tensor in donors)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+
+from dist_graft.config import (
+    CheckpointConfig,
+    DataConfig,
+    GraftConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from dist_graft.errors import ConfigError
+from dist_graft.options import option_names
+
+NAN, INF = float("nan"), float("inf")
+
+OUT_OF_RANGE = [
+    (DataConfig, "data", "batch_size", 0, "at least 1"),
+    (DataConfig, "data", "train_samples", 0, "at least 1"),
+    (DataConfig, "data", "test_samples", -1, "at least 1"),
+    (DataConfig, "data", "val_fraction", 1.0, "in [0, 1)"),
+    (DataConfig, "data", "val_fraction", -0.1, "in [0, 1)"),
+    (DataConfig, "data", "val_fraction", NAN, "in [0, 1)"),
+    (DataConfig, "data", "image_size", 0, "at least 1"),
+    (DataConfig, "data", "channels", 2, "1 or 3"),
+    (DataConfig, "data", "workers", -1, "at least 0"),
+    (OptimConfig, "optim", "lr", 0.0, "above 0"),
+    (OptimConfig, "optim", "lr", NAN, "above 0"),
+    (OptimConfig, "optim", "lr", INF, "above 0"),
+    (OptimConfig, "optim", "momentum", 1.0, "in [0, 1)"),
+    (OptimConfig, "optim", "betas", (0.9, 1.0), "in [0, 1)"),
+    (OptimConfig, "optim", "weight_decay", -1e-9, "at least 0"),
+    (OptimConfig, "optim", "weight_decay", INF, "at least 0"),
+    (OptimConfig, "optim", "step_epochs", 0, "at least 1"),
+    (OptimConfig, "optim", "step_factor", 0.0, "in (0, 1]"),
+    (OptimConfig, "optim", "step_factor", 1.1, "in (0, 1]"),
+    (OptimConfig, "optim", "warmup_epochs", -0.5, "at least 0"),
+    (OptimConfig, "optim", "clip_norm", 0.0, "above 0"),
+    (OptimConfig, "optim", "accumulation", 0, "at least 1"),
+    (OptimConfig, "optim", "label_smoothing", 1.0, "in [0, 1)"),
+    (GraftConfig, "graft", "every", -1, "at least 0"),
+    (GraftConfig, "graft", "num_bins", 0, "in [1, "),
+    (GraftConfig, "graft", "amplitude", -0.01, "in [0, 1]"),
+    (GraftConfig, "graft", "amplitude", 1.01, "in [0, 1]"),
+    (GraftConfig, "graft", "amplitude", NAN, "in [0, 1]"),
+    (GraftConfig, "graft", "sensitivity", -0.01, "at least 0"),
+    (GraftConfig, "graft", "sensitivity", INF, "at least 0"),
+    (GraftConfig, "graft", "bucket_mb", 0.0, "above 0"),
+    (RuntimeConfig, "runtime", "threads", -1, "at least 0"),
+    (RuntimeConfig, "runtime", "timeout_seconds", 0.0, "above 0"),
+    (CheckpointConfig, "checkpoint", "every", -1, "at least 0"),
+    (CheckpointConfig, "checkpoint", "keep", 0, "at least 1"),
+    (TrainConfig, "", "epochs", 0, "at least 1"),
+    (TrainConfig, "", "seed", -1, "in [0, 2^63)"),
+    (TrainConfig, "", "seed", 2**63, "in [0, 2^63)"),
+    (TrainConfig, "", "run_dir", "", "a folder"),
+]
+
+RELIED_ON = {
+    "run_dir": "runs/run",
+    "epochs": 20,
+    "seed": 0,
+    "resume": "auto",
+    "method": "graft",
+    "data.name": "fashion-mini",
+    "data.root": "data",
+    "data.batch_size": 128,
+    "data.train_samples": None,
+    "data.test_samples": None,
+    "data.image_size": None,
+    "data.channels": None,
+    "data.val_fraction": 0.0,
+    "model.name": "resnet20",
+    "optim.lr": 0.1,
+    "optim.lr_diversity": "none",
+    "optim.lrs": None,
+    "optim.schedule": "cosine",
+    "graft.amplitude": 0.4,
+    "graft.sensitivity": 5.0,
+    "graft.num_bins": 10,
+    "graft.criterion": "entropy",
+    "graft.every": 1,
+    "graft.exchange": "all_gather",
+    "graft.lead": "conv",
+    "runtime.device": "auto",
+    "runtime.backend": "auto",
+    "runtime.precision": "fp32",
+    "runtime.threads": 0,
+    "runtime.timeout_seconds": 600.0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 2,
+}
+
+
+def sections() -> list[type]:
+    kinds = [kind for kind in typing.get_type_hints(TrainConfig).values() if isinstance(kind, type)]
+    return [TrainConfig, *filter(dataclasses.is_dataclass, kinds)]
+
+
+@pytest.mark.parametrize(("kind", "section", "name", "value", "legal"), OUT_OF_RANGE)
+def test_an_error_names_field_value_and_legal_range(
+    kind: type, section: str, name: str, value: object, legal: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**{name: value})
+    text = str(caught.value)
+    assert text.startswith(f"{section}.{name} must be" if section else f"{name} must be")
+    assert legal in text
+    assert text.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (DataConfig, "val_fraction", 0.99),
+        (OptimConfig, "step_factor", 1.0),
+        (OptimConfig, "momentum", 0.0),
+        (GraftConfig, "amplitude", 0.0),
+        (GraftConfig, "amplitude", 1.0),
+        (GraftConfig, "sensitivity", 0.0),
+        (GraftConfig, "every", 0),
+        (CheckpointConfig, "every", 0),
+        (TrainConfig, "seed", 2**63 - 1),
+    ],
+)
+def test_the_ends_of_a_range_are_legal(kind: type, name: str, value: object) -> None:
+    assert getattr(kind(**{name: value}), name) == value
+
+
+def test_an_error_names_the_learning_rate_that_is_wrong() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lrs must be above 0, got -0\.2"):
+        OptimConfig(lrs=[0.1, -0.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"lrs": [0.1], "lr_diversity": "cosine"}, ("optim.lrs", "optim.lr_diversity")),
+        ({"nesterov": True, "momentum": 0.0}, ("optim.nesterov", "optim.momentum")),
+        ({"nesterov": True, "name": "adamw"}, ("optim.nesterov", "sgd")),
+    ],
+)
+def test_options_that_exclude_each_other(
+    options: dict[str, object], names: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimConfig(**options)  # type: ignore[arg-type]
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("kind", sections())
+def test_sections_are_frozen_and_take_keywords_only(kind: type) -> None:
+    first = dataclasses.fields(kind)[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kind(), first.name, getattr(kind(), first.name))
+    with pytest.raises(TypeError, match="positional"):
+        kind(getattr(kind(), first.name))
+
+
+def test_the_options_that_others_rely_on_have_their_names_and_defaults() -> None:
+    assert set(RELIED_ON) <= set(option_names())
+    config = TrainConfig()
+    for option, default in RELIED_ON.items():
+        value: object = config
+        for part in option.split("."):
+            value = getattr(value, part)
+        assert value == default, option

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
+from torch import nn
+
+from dist_graft.config import DataConfig, OptimConfig
+from dist_graft.population.place import Place
+from dist_graft.population.runtime import Runtime
+from dist_graft.training.data.images import ResidentImages
+from dist_graft.training.data.sources import Facts
+from dist_graft.training.loop import Trainee
+from dist_graft.training.optim import build_optimizer, build_scheduler
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small sums are the fastest, and the same everywhere, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_data() -> MakeData:
+    """29 training images (in four classes, of 8 pixels) in batches of 8, and 10 test images."""
+
+    def make(*, network: int = 0, **options: object) -> ResidentImages:
+        return ResidentImages(
+            images(29),
+            images(10),
+            Facts(num_classes=4, mean=(0.5,), deviation=(0.29,)),
+            DataConfig(**{"batch_size": 8, "augment": False, **options}),  # type: ignore[arg-type]
+            seed=0,
+            network=network,
+            device=CPU,
+            channels_last=True,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_trainee() -> MakeTrainee:
+    """A small network in training, on batches of make_data."""
+
+    def make(
+        config: OptimConfig,
+        *,
+        model: nn.Module | None = None,
+        network: int = 0,
+        precision: str = "fp32",
+        epochs: int = 10,
+        steps_per_epoch: int = 4,
+    ) -> Trainee:
+        model = model or small_model()
+        optimizer = build_optimizer(config, model, lr=config.lr)
+        scheduler = build_scheduler(
+            config, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch
+        )
+        return Trainee(
+            model=model,
+            forward=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            precision=precision,  # type: ignore[arg-type]
+            device=CPU,
+            seed=0,
+            network=network,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_runtime() -> MakeRuntime:
+    """The runtime of one of several networks, as far as nothing is sent."""
+
+    def make(network: int = 0, networks: int = 1) -> Runtime:
+        return Runtime(Place(network, networks, network, networks), CPU, "none", 60.0, None)
+
+    return make

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from small import MakeData, MakeRuntime, MakeTrainee
+from torch import nn
+
+from dist_graft.config import GraftConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dist_graft.errors import ConfigError
+from dist_graft.training.assembly import (
+    build_rule,
+    build_trainee,
+    build_units,
+    epochs_between_rounds,
+    lr_of,
+)
+from dist_graft.training.layers import check_finite
+
+
+def first_weights(
+    make_data: MakeData, make_runtime: MakeRuntime, network: int, config: TrainConfig
+) -> torch.Tensor:
+    trainee = build_trainee(config, make_data(network=network), make_runtime(network, 2))
+    return torch.cat([parameter.detach().flatten() for parameter in trainee.model.parameters()])
+
+
+def test_every_network_starts_from_its_own_weights(
+    make_data: MakeData, make_runtime: MakeRuntime
+) -> None:
+    first, again, second, other_seed = (
+        first_weights(make_data, make_runtime, network, TrainConfig(seed=seed))
+        for network, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other_seed)
+
+
+def test_shared_init_starts_all_from_those_of_the_first(
+    make_data: MakeData, make_runtime: MakeRuntime
+) -> None:
+    shared = TrainConfig(model=ModelConfig(shared_init=True))
+    own = first_weights(make_data, make_runtime, 0, TrainConfig())
+    for network in (0, 1):
+        assert torch.equal(own, first_weights(make_data, make_runtime, network, shared))
+
+
+def test_a_trainee_is_as_the_configuration_says(
+    make_data: MakeData, make_runtime: MakeRuntime
+) -> None:
+    config = TrainConfig(
+        seed=7,
+        model=ModelConfig(name="resnet20", activation="leaky_relu"),
+        optim=OptimConfig(lrs=[0.3, 0.1]),
+        runtime=RuntimeConfig(precision="bf16", channels_last=False),
+    )
+    trainee = build_trainee(config, make_data(network=1), make_runtime(1, 2))
+    assert (trainee.seed, trainee.network, trainee.precision) == (7, 1, "bf16")
+    assert trainee.optimizer.param_groups[0]["lr"] == 0.1
+    assert trainee.forward is trainee.model
+    assert not trainee.scaler.is_enabled()
+    convolutions = [part for part in trainee.model.modules() if isinstance(part, nn.Conv2d)]
+    assert convolutions[0].in_channels == 1
+    assert convolutions[1].weight.is_contiguous()
+    assert any(isinstance(part, nn.LeakyReLU) for part in trainee.model.modules())
+
+
+def test_channels_last(make_data: MakeData, make_runtime: MakeRuntime) -> None:
+    trainee = build_trainee(TrainConfig(), make_data(), make_runtime())
+    weight = trainee.model.get_parameter("layer1.0.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_learning_rate_of_each_network(make_runtime: MakeRuntime) -> None:
+    config = TrainConfig(optim=OptimConfig(lr=0.4, lr_diversity="cosine"))
+    assert [lr_of(config, make_runtime(k, 2)) for k in range(2)] == pytest.approx([0.2, 0.4])
+
+
+def test_the_rule_has_all_options(make_runtime: MakeRuntime) -> None:
+    graft = GraftConfig(amplitude=0.3, sensitivity=2.0, num_bins=7, criterion="l1")
+    rule = build_rule(TrainConfig(graft=graft))
+    assert (rule.amplitude, rule.sensitivity, rule.num_bins, rule.criterion) == (0.3, 2.0, 7, "l1")
+
+
+def test_units_of_the_lead_that_was_asked_for(make_trainee: MakeTrainee) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.Flatten(), nn.Linear(8, 4))
+    trainee = make_trainee(OptimConfig(), model=model)
+    names = [unit.name for unit in build_units(TrainConfig(), trainee)]
+    both = TrainConfig(graft=GraftConfig(lead="conv+linear"))
+    assert names == ["0"]
+    assert [unit.name for unit in build_units(both, trainee)] == ["0", "2"]
+
+
+def test_a_model_that_cannot_be_grafted_is_told_what_to_pass(make_trainee: MakeTrainee) -> None:
+    trainee = make_trainee(OptimConfig(), model=nn.Linear(8, 4))
+    with pytest.raises(ConfigError) as caught:
+        build_units(TrainConfig(model=ModelConfig(name="some_name")), trainee)
+    assert "some_name" in str(caught.value)
+    assert "--graft.lead conv+linear" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "every", "networks", "expected"),
+    [("graft", 3, 2, 3), ("graft", 0, 2, 0), ("graft", 3, 1, 0), ("none", 3, 2, 0)],
+)
+def test_when_there_are_rounds(method: str, every: int, networks: int, expected: int) -> None:
+    config = TrainConfig(method=method, graft=GraftConfig(every=every))  # type: ignore[arg-type]
+    assert epochs_between_rounds(config, networks) == expected
+
+
+def test_a_built_network_is_finite(make_data: MakeData, make_runtime: MakeRuntime) -> None:
+    check_finite(build_trainee(TrainConfig(), make_data(), make_runtime()), 0)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reading import contents
+from small import write_set
+
+from dist_graft import cli
+from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig, from_nested
+from dist_graft.errors import RunDirectoryError
+from dist_graft.options import option_names
+from dist_graft.training.run_directory import RunDirectory, network_folder
+
+FREE = {"run_dir", "resume", "checkpoint", "monitor", "runtime.timeout_seconds"}
+OTHER: dict[str, Any] = {
+    "seed": 1,
+    "method": "none",
+    "data.name": "cifar10",
+    "data.root": "elsewhere",
+    "data.batch_size": 127,
+    "data.train_samples": 100,
+    "data.test_samples": 100,
+    "data.val_fraction": 0.5,
+    "data.image_size": 32,
+    "data.channels": 3,
+    "data.augment": False,
+    "data.workers": 1,
+    "data.download": False,
+    "model.name": "resnet32",
+    "model.activation": "leaky_relu",
+    "model.shared_init": True,
+    "optim.name": "adamw",
+    "optim.lr": 0.2,
+    "optim.lr_diversity": "cosine",
+    "optim.lrs": [0.1, 0.1],
+    "optim.momentum": 0.8,
+    "optim.nesterov": True,
+    "optim.betas": (0.8, 0.9),
+    "optim.weight_decay": 1e-5,
+    "optim.schedule": "constant",
+    "optim.step_epochs": 30,
+    "optim.step_factor": 0.2,
+    "optim.warmup_epochs": 1.5,
+    "optim.clip_norm": 1.0,
+    "optim.accumulation": 2,
+    "optim.label_smoothing": 0.1,
+    "graft.every": 2,
+    "graft.criterion": "l1",
+    "graft.num_bins": 12,
+    "graft.amplitude": 0.5,
+    "graft.sensitivity": 500.0,
+    "graft.lead": "conv+linear",
+    "graft.exchange": "p2p",
+    "graft.bucket_mb": 16.0,
+    "graft.reset_momentum": True,
+    "runtime.device": "cpu",
+    "runtime.backend": "gloo",
+    "runtime.precision": "bf16",
+    "runtime.threads": 3,
+    "runtime.channels_last": False,
+    "runtime.compile": True,
+    "runtime.deterministic": True,
+    "run_dir": "runs/elsewhere",
+    "resume": "must",
+    "checkpoint.every": 3,
+    "checkpoint.keep": 5,
+    "monitor.tensorboard": False,
+    "monitor.progress": "lines",
+    "runtime.timeout_seconds": 5.0,
+}
+"""Another legal value of every option but the epochs."""
+
+
+def changed(config: TrainConfig, option: str, value: object) -> TrainConfig:
+    section, _, name = option.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: part})  # type: ignore[arg-type]
+
+
+def started(path: Path, config: TrainConfig | None = None, *, networks: int = 2) -> RunDirectory:
+    """A run's folder as it is after its first epoch."""
+    directory = RunDirectory(str(path))
+    directory.describe(config or TrainConfig(), networks)
+    write_set(directory.checkpoints, 1, networks=networks)
+    return directory
+
+
+def test_where_things_lie() -> None:
+    directory = RunDirectory("RUN")
+    assert directory.config == Path("RUN/config.yaml")
+    assert directory.checkpoints == Path("RUN/checkpoints")
+    assert directory.population == Path("RUN/population")
+    assert directory.summary == Path("RUN/summary.json")
+    assert directory.network(3) == network_folder(Path("RUN"), 3) == Path("RUN/network03")
+
+
+class TestConfigFile:
+    def test_it_says_with_what_the_run_was_made(self, tmp_path: Path) -> None:
+        stored = yaml.safe_load(started(tmp_path, networks=3).config.read_text())
+        assert stored["run"]["networks"] == 3
+        assert {"dist_graft", "torch", "python"} <= set(stored["run"]["versions"])
+        assert "git_commit" in stored["run"]
+        assert stored["graft"]["amplitude"] == 0.4
+        assert list(stored)[-1] == "run"
+
+    @pytest.mark.parametrize("left_out", [["optim.nesterov", "optim.lrs"], ["optim.name"]])
+    def test_every_option_comes_back_through_the_command_line(
+        self, tmp_path: Path, left_out: list[str]
+    ) -> None:
+        """Some options exclude each other, so in two parts."""
+        config = TrainConfig()
+        for option, value in OTHER.items():
+            if option not in {*left_out, "optim.lr_diversity"}:
+                config = changed(config, option, value)
+        assert read_back(started(tmp_path, config)) == config
+
+    @settings(max_examples=10)
+    @given(
+        st.floats(1e-9, 1e9),
+        st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=3),
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+        st.integers(0, 2**63 - 1),
+    )
+    def test_any_value_comes_back(
+        self, decay: float, lrs: list[float], name: str, seed: int
+    ) -> None:
+        config = TrainConfig(
+            seed=seed,
+            optim=OptimConfig(weight_decay=decay, lrs=lrs),
+            data=DataConfig(root=name),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            assert read_back(started(Path(folder), config)) == config
+
+
+def read_back(directory: RunDirectory) -> TrainConfig:
+    _, options = cli._parse(["train", "--config", str(directory.config)])
+    config = from_nested(TrainConfig, options)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+class TestStartingAgain:
+    def test_every_option_is_looked_at(self) -> None:
+        assert set(OTHER) | {"epochs"} == set(option_names())
+
+    @pytest.mark.parametrize("option", OTHER)
+    def test_what_may_change_and_what_may_not(self, tmp_path: Path, option: str) -> None:
+        directory, config = started(tmp_path), changed(TrainConfig(), option, OTHER[option])
+        before = contents(tmp_path)
+        if option in FREE or option.partition(".")[0] in FREE:
+            directory.check(config, 2)
+        else:
+            with pytest.raises(RunDirectoryError) as caught:
+                directory.check(config, 2)
+            text = str(caught.value)
+            value = list(OTHER[option]) if option == "optim.betas" else OTHER[option]
+            assert f"{option} was " in text
+            assert f" and is now {value!r}" in text
+            assert "another run_dir" in text
+            assert text.count(" was ") == 1
+        assert contents(tmp_path) == before
+
+    def test_all_differences_are_named(self, tmp_path: Path) -> None:
+        directory = started(tmp_path)
+        config = TrainConfig(seed=3, graft=GraftConfig(amplitude=0.1, sensitivity=9.0))
+        with pytest.raises(RunDirectoryError) as caught:
+            directory.check(config, 2)
+        for part in (
+            "seed was 0 and is now 3",
+            "graft.amplitude was 0.4 and is now 0.1",
+            "graft.sensitivity was 5.0 and is now 9.0",
+        ):
+            assert part in str(caught.value)
+
+    @pytest.mark.parametrize("networks", [1, 3])
+    def test_another_number_of_networks(self, tmp_path: Path, networks: int) -> None:
+        with pytest.raises(RunDirectoryError, match=f"run of 2 networks, and {networks} processes"):
+            started(tmp_path).check(TrainConfig(), networks)
+
+    @pytest.mark.parametrize("schedule", ["constant", "step"])
+    def test_more_epochs_when_the_schedule_does_not_depend_on_them(
+        self, tmp_path: Path, schedule: typing.Literal["constant", "step"]
+    ) -> None:
+        config = TrainConfig(epochs=3, optim=OptimConfig(schedule=schedule))
+        directory = started(tmp_path, config)
+        directory.check(dataclasses.replace(config, epochs=4), 2)
+        with pytest.raises(RunDirectoryError, match="run of 3 epochs, more than --epochs 2"):
+            directory.check(dataclasses.replace(config, epochs=2), 2)
+
+    def test_more_epochs_when_it_does(self, tmp_path: Path) -> None:
+        directory = started(tmp_path, TrainConfig(epochs=3))
+        with pytest.raises(RunDirectoryError) as caught:
+            directory.check(TrainConfig(epochs=4), 2)
+        text = str(caught.value)
+        assert "cosine schedule depends on" in text
+        assert "--epochs 4" in text
+        assert "another run_dir" in text
+
+    def test_must_needs_a_complete_set(self, tmp_path: Path) -> None:
+        config = TrainConfig(resume="must")
+        with pytest.raises(RunDirectoryError, match="no complete checkpoint set"):
+            RunDirectory(str(tmp_path / "none")).check(config, 2)
+        directory = started(tmp_path)
+        directory.check(config, 2)
+        (directory.checkpoints / "epoch_0001" / "COMPLETE.json").unlink()
+        with pytest.raises(RunDirectoryError, match="no complete checkpoint set"):
+            directory.check(config, 2)
+
+    def test_never_needs_an_unused_folder(self, tmp_path: Path) -> None:
+        config = TrainConfig(resume="never")
+        RunDirectory(str(tmp_path)).check(config, 2)
+        with pytest.raises(RunDirectoryError, match="already holds a run"):
+            started(tmp_path).check(config, 2)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "epochs: [",
+            "- a",
+            "3",
+            "epochs: 3\n",
+            "epochs: 20\nrun: 4\n",
+            "run: {networks: 2}\n",
+        ],
+    )
+    def test_a_configuration_that_cannot_be_read(self, tmp_path: Path, text: str) -> None:
+        directory = started(tmp_path)
+        directory.config.write_text(text)
+        with pytest.raises(RunDirectoryError, match="another run_dir"):
+            directory.check(TrainConfig(), 2)
+        assert directory.config.read_text() == text
+
+    def test_a_name_that_no_disk_takes(self, tmp_path: Path) -> None:
+        with pytest.raises(RunDirectoryError, match="another run_dir"):
+            RunDirectory(str(tmp_path / ("n" * 300))).check(TrainConfig(), 2)

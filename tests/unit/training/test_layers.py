@@ -8,7 +8,7 @@ from torch import nn
 import dist_graft
 from dist_graft.config import OptimConfig
 from dist_graft.errors import NonFiniteError
-from dist_graft.grafting.rules import Ring
+from dist_graft.grafting.rules import Graft
 from dist_graft.grafting.units import graft_units
 from dist_graft.training.layers import check_finite, count_invalid, layer_information
 
@@ -36,11 +36,11 @@ def test_integers_are_not_looked_at(make_trainee: MakeTrainee) -> None:
 def test_information_is_that_of_the_lead(make_trainee: MakeTrainee) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
     trainee = make_trainee(OptimConfig(), model=model)
-    found = layer_information(trainee, graft_units(model), Ring())
+    found = layer_information(trainee, graft_units(model), Graft())
     weights = {name: model[int(name)].weight.detach() for name in ("0", "1")}
     expected = {name: float(dist_graft.entropy(weight)) for name, weight in weights.items()}
     assert found == pytest.approx(expected)
-    weighed = layer_information(trainee, graft_units(model), Ring(criterion="l1"))
+    weighed = layer_information(trainee, graft_units(model), Graft(criterion="l1"))
     assert weighed["1"] == pytest.approx(float(weights["1"].abs().mean()))
 
 

@@ -157,9 +157,8 @@ class Grafter:
         with clock.phase("measure"):
             bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
             mine = self._rule.measure(self._units, tensors) if bad == ALL_FINITE else None
-        with clock.phase("agree"), self._peers():
-            if self._roll_call:
-                self._roll_call.arrive(self._round)
+        with clock.phase("agree"), self._peers(self._round):
+            self._arrive(self._round)
             self._agree(tensors, bad, device, rate)
             assert mine is not None
             matrix = gather_vectors(mine.double(), group=self._group, device=device)
@@ -167,7 +166,7 @@ class Grafter:
         if rate != 1.0:
             mixing = mixing.scaled(rate)
 
-        with self._peers():
+        with self._peers(self._round):
             applied = apply_mixing(
                 tensors,
                 self._units,
@@ -203,7 +202,9 @@ class Grafter:
         """
         tensors = graft_tensors(self._module)
         home = next(iter(tensors.values())).device
-        with self._peers():
+        before = self._round - 1
+        with self._peers(before):
+            self._arrive(before)
             self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
 
     def _agree(
@@ -232,13 +233,17 @@ class Grafter:
             "bucket_bytes": self._bucket_bytes,
         }
 
+    def _arrive(self, round_: int) -> None:
+        if self._roll_call:
+            self._roll_call.arrive(round_)
+
     @contextmanager
-    def _peers(self) -> Iterator[None]:
+    def _peers(self, round_: int) -> Iterator[None]:
         """Turn the failure of a collective into an error that says who is missing."""
         try:
             yield
         except WireError as error:
-            absent = self._roll_call.absent(self._round) if self._roll_call else []
+            absent = self._roll_call.absent(round_) if self._roll_call else []
             who = "; ".join(absent) or "a network that had reached it"
             raise PeerError(
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "

@@ -13,11 +13,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_graft.config import DistillConfig, OptimConfig
+from dist_graft.config import OptimConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
-from dist_graft.training.losses import distillation_loss
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -95,7 +94,6 @@ def train_steps(
     data: Data,
     config: OptimConfig,
     *,
-    distill: DistillConfig,
     epoch: int,
     first: int,
     last: int,
@@ -122,10 +120,7 @@ def train_steps(
                     logits.float(), target, label_smoothing=config.label_smoothing
                 )
             if trainee.teachers is not None:
-                teaching = trainee.teachers(part, trainee.autocast())
-                loss = loss + distill.weight * distillation_loss(
-                    logits, teaching, temperature=distill.temperature
-                )
+                loss = loss + trainee.teachers.loss(part, logits, trainee.autocast())
             share = len(target) / len(labels)
             trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
             with torch.no_grad():

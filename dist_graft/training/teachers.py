@@ -10,9 +10,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dist_graft.config import ModelConfig, TrainConfig
+from dist_graft.config import DistillConfig, ModelConfig, TrainConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
+from dist_graft.training.losses import distillation_loss
 from dist_graft.training.models import build_model
 
 
@@ -21,15 +22,23 @@ class Teachers:
 
     Args:
         models: in evaluation mode, on the run's device.
-        temperature: tau, that softens the probabilities.
+        config: temperature, and the weight of their loss.
     """
 
-    def __init__(self, models: Sequence[nn.Module], temperature: float) -> None:
+    def __init__(self, models: Sequence[nn.Module], config: DistillConfig) -> None:
         self._models = models
-        self._temperature = temperature
+        self._temperature = config.temperature
+        self._weight = config.weight
+
+    def loss(
+        self, images: Tensor, logits: Tensor, autocast: AbstractContextManager[object]
+    ) -> Tensor:
+        """Weighted distillation loss of a student's logits [images, classes] on the images."""
+        teaching = self.probabilities(images, autocast)
+        return self._weight * distillation_loss(logits, teaching, temperature=self._temperature)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, autocast: AbstractContextManager[object]) -> Tensor:
+    def probabilities(self, images: Tensor, autocast: AbstractContextManager[object]) -> Tensor:
         """Mean of the teachers' softened probabilities: [images, classes], float32.
 
         Args:
@@ -52,7 +61,7 @@ def load_teachers(config: TrainConfig, data: Data, device: torch.device) -> Teac
     models = [_load(Path(path), data, device) for path in config.distill.teachers]
     if config.runtime.channels_last:
         models = [model.to(memory_format=torch.channels_last) for model in models]
-    return Teachers(models, config.distill.temperature)
+    return Teachers(models, config.distill)
 
 
 def _load(path: Path, data: Data, device: torch.device) -> nn.Module:

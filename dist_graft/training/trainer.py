@@ -111,7 +111,6 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             trainee,
             data,
             config.optim,
-            distill=config.distill,
             epoch=epoch,
             first=segment.first,
             last=segment.last,

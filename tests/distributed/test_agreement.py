@@ -8,7 +8,7 @@ from architectures import State, build, same_bits, snapshot
 from harness import Place, attempt, run
 from torch import nn
 
-from dist_graft import Grafter, Graft
+from dist_graft import Graft, Grafter
 from dist_graft.grafting.rules import Rule
 
 

@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, State, build, lead_of, same_bits
 from harness import run
 from rounds import Case, Mean, OneGives, Round, play
 
-from dist_graft import GraftUnit, Graft, graft_units, mix
+from dist_graft import Graft, GraftUnit, graft_units, mix
 from dist_graft.grafting.units import graft_tensors
 
 SMALL = [name for name in ARCHITECTURES if name != "large"]
@@ -132,10 +132,11 @@ def test_buckets_of_one_element(exchange):
     check_case(2, Case("tied", exchange, 1, rounds=1))
 
 
+@pytest.mark.parametrize("bucket_bytes", [300_004, 1 << 25], ids=["cut", "whole"])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_tensor_larger_than_what_is_blended_at_a_time(exchange):
-    """147,456 elements and more, in buckets that cut it at odd places."""
-    check_case(2, Case("large", exchange, 300_004, rounds=1))
+def test_a_tensor_larger_than_what_is_blended_at_a_time(exchange, bucket_bytes):
+    """148,608 elements, in buckets that cut it at an odd place and in one that holds it."""
+    check_case(2, Case("large", exchange, bucket_bytes, rounds=1))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rule is None], ids=str)

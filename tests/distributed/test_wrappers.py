@@ -9,7 +9,7 @@ from architectures import build, same_bits, snapshot
 from harness import Place, attempt, run
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft import Grafter, Graft, graft_units, mix
+from dist_graft import Graft, Grafter, graft_units, mix
 
 UNITS = ["0", "3"]
 

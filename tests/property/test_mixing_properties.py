@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_graft import Mixing, Graft, graft_units, mix
+from dist_graft import Graft, Mixing, graft_units, mix
 
 State = dict[str, Tensor]
 

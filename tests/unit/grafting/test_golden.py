@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_graft import Mixing, Graft, entropy, graft_coefficient, graft_units, mix
+from dist_graft import Graft, Mixing, entropy, graft_coefficient, graft_units, mix
 
 FOLDER = Path(__file__).parents[2] / "golden"
 

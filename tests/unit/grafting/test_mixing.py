@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_graft import Mixing, Graft, graft_units, mix
+from dist_graft import Graft, Mixing, graft_units, mix
 from dist_graft.grafting.mixing import blend_
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dist_graft.grafting.coefficient import graft_coefficient
     from dist_graft.grafting.criteria import entropy, filter_entropy, l1
     from dist_graft.grafting.mixing import Mixing, mix
-    from dist_graft.grafting.rules import Ring, Rule
+    from dist_graft.grafting.neighbours import Average, Papa, Wash
+    from dist_graft.grafting.rules import Graft, Rule
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.population.grafter import Grafter, GraftRecord
 
@@ -36,24 +37,30 @@ _HOME = {
     "graft_units": "grafting.units",
     "Mixing": "grafting.mixing",
     "mix": "grafting.mixing",
-    "Ring": "grafting.rules",
+    "Average": "grafting.neighbours",
+    "Papa": "grafting.neighbours",
+    "Wash": "grafting.neighbours",
+    "Graft": "grafting.rules",
     "Rule": "grafting.rules",
     "Grafter": "population.grafter",
     "GraftRecord": "population.grafter",
 }
 
 __all__ = [
+    "Average",
     "ConfigError",
     "DisagreementError",
     "DistGraftError",
+    "Graft",
     "GraftRecord",
     "GraftUnit",
     "Grafter",
     "Mixing",
     "NonFiniteError",
+    "Papa",
     "PeerError",
-    "Ring",
     "Rule",
+    "Wash",
     "__version__",
     "entropy",
     "filter_entropy",

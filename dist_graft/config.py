@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from dist_graft.errors import ConfigError
-
-
-def _require(ok: bool, name: str, value: object, legal: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {legal}, got {value!r}")
-
-
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None:
-        _require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, name, value, "above 0")
+from dist_graft.validation import above_zero, at_least, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +37,13 @@ class DataConfig:
     """Download CIFAR when it is missing, once on every machine."""
 
     def __post_init__(self) -> None:
-        _at_least("data.batch_size", self.batch_size, 1)
-        _at_least("data.train_samples", self.train_samples, 1)
-        _at_least("data.test_samples", self.test_samples, 1)
-        _require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
-        _at_least("data.image_size", self.image_size, 1)
-        _require(self.channels in (None, 1, 3), "data.channels", self.channels, "1 or 3")
-        _at_least("data.workers", self.workers, 0)
+        at_least("data.batch_size", self.batch_size, 1)
+        at_least("data.train_samples", self.train_samples, 1)
+        at_least("data.test_samples", self.test_samples, 1)
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
+        at_least("data.image_size", self.image_size, 1)
+        require(self.channels in (None, 1, 3), "data.channels", self.channels, "1 or 3")
+        at_least("data.workers", self.workers, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,23 +93,23 @@ class OptimConfig:
     """In [0, 1)."""
 
     def __post_init__(self) -> None:
-        _above_zero("optim.lr", self.lr)
+        above_zero("optim.lr", self.lr)
         for value in self.lrs or ():
-            _above_zero("optim.lrs", value)
+            above_zero("optim.lrs", value)
         if self.lrs is not None and self.lr_diversity != "none":
             raise ConfigError("optim.lrs and optim.lr_diversity exclude each other: give one")
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
-        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "in [0, 1)")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "in [0, 1)")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ConfigError("optim.nesterov needs optim.name sgd and optim.momentum above 0")
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _at_least("optim.step_epochs", self.step_epochs, 1)
-        _require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
-        _at_least("optim.warmup_epochs", self.warmup_epochs, 0)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.step_epochs", self.step_epochs, 1)
+        require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
+        at_least("optim.warmup_epochs", self.warmup_epochs, 0)
         if self.clip_norm is not None:
-            _above_zero("optim.clip_norm", self.clip_norm)
-        _at_least("optim.accumulation", self.accumulation, 1)
-        _require(
+            above_zero("optim.clip_norm", self.clip_norm)
+        at_least("optim.accumulation", self.accumulation, 1)
+        require(
             0 <= self.label_smoothing < 1,
             "optim.label_smoothing",
             self.label_smoothing,
@@ -140,9 +123,23 @@ class GraftConfig:
 
     every: int = 1
     """Epochs between two rounds; 0: never, the networks are independent."""
-    criterion: Literal["entropy", "filter_entropy", "l1"] = "entropy"
+    every_steps: int = 0
+    """Optimizer steps between two rounds, instead of epochs; 0: count epochs."""
+    start: int = 0
+    """Epochs that are trained before rounds begin."""
+    source: Literal["external", "internal", "noise"] = "external"
+    """Where scions come from: another network, this network's own strongest filters, or noise.
+    The last two exchange nothing and work with one network."""
+    topology: Literal["ring", "random", "exponential"] = "ring"
+    """Who gives to whom: the ring neighbour, a new random network in each round, or the one at
+    distance 1, 2, 4, ... in turn."""
+    level: Literal["layer", "filter"] = "layer"
+    """layer: one coefficient a layer, by the criterion; filter: one a channel, by the scales of the
+    batch norm (plain convolutional chains such as VGG)."""
+    criterion: Literal["entropy", "filter_entropy", "l1", "constant", "shuffled"] = "entropy"
     """What a layer's information is: entropy of all its weights (eq. 6), the sum of its filters'
-    entropies (eq. 5), both in nats, or the mean absolute weight."""
+    entropies (eq. 5), both in nats, or the mean absolute weight. Two test whether it matters:
+    constant keeps one half, shuffled permutes the coefficients over the layers."""
     num_bins: int = 10
     """Bins of the histogram that the entropy is computed from."""
     amplitude: float = 0.4
@@ -153,17 +150,79 @@ class GraftConfig:
     """Which layers lead a graft unit; conv+linear for MLPs and transformers."""
     exchange: Literal["all_gather", "p2p"] = "all_gather"
     """all_gather: every process sees every network; p2p: only the donor's weights travel."""
+    threshold: float = 0.1
+    """L1 norm below which a filter is invalid (sources internal and noise)."""
+    noise_annealing: float = 0.975
+    """a of the noise's standard deviation a^round, in (0, 1]."""
     bucket_mb: float = 32.0
     """Size of one network's part of an exchange buffer, in MiB."""
     reset_momentum: bool = False
     """Forget the optimizer's whole state (momentum, AdamW's moments) after each round."""
 
     def __post_init__(self) -> None:
-        _at_least("graft.every", self.every, 0)
-        _require(1 <= self.num_bins <= 4096, "graft.num_bins", self.num_bins, "in [1, 4096]")
-        _require(0 <= self.amplitude <= 1, "graft.amplitude", self.amplitude, "in [0, 1]")
-        _at_least("graft.sensitivity", self.sensitivity, 0)
-        _above_zero("graft.bucket_mb", self.bucket_mb)
+        at_least("graft.every", self.every, 0)
+        at_least("graft.every_steps", self.every_steps, 0)
+        at_least("graft.start", self.start, 0)
+        above_zero("graft.threshold", self.threshold)
+        require(
+            0 < self.noise_annealing <= 1,
+            "graft.noise_annealing",
+            self.noise_annealing,
+            "in (0, 1]",
+        )
+        require(1 <= self.num_bins <= 4096, "graft.num_bins", self.num_bins, "in [1, 4096]")
+        require(0 <= self.amplitude <= 1, "graft.amplitude", self.amplitude, "in [0, 1]")
+        at_least("graft.sensitivity", self.sensitivity, 0)
+        above_zero("graft.bucket_mb", self.bucket_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PapaConfig:
+    """PAPA (arXiv 2304.03094), with method papa."""
+
+    every_steps: int = 10
+    """Optimizer steps between two pulls to the mean."""
+    beta: float = 0.99
+    """Share a network keeps in a pull, in [0, 1]; 1 - beta falls with the learning rate."""
+    variant: Literal["pull", "all", "pairs"] = "pull"
+    """all: every few epochs each network becomes the mean of all; pairs: of two random ones."""
+    every: int = 5
+    """Epochs between two means, for the variants all and pairs."""
+
+    def __post_init__(self) -> None:
+        at_least("papa.every_steps", self.every_steps, 1)
+        require(0 <= self.beta <= 1, "papa.beta", self.beta, "in [0, 1]")
+        at_least("papa.every", self.every, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WashConfig:
+    """WASH (arXiv 2405.17517), with method wash."""
+
+    probability: float = 0.001
+    """p, that a scalar of the first layer changes places in a round; it falls to 0 at the last."""
+    every_steps: int = 1
+    """Optimizer steps between two rounds."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "wash.probability", self.probability, "in [0, 1]")
+        at_least("wash.every_steps", self.every_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from frozen teachers, beside the labels (arXiv 2004.12311)."""
+
+    teachers: list[str] = field(default_factory=list)
+    """Networks of finished runs, e.g. RUN/checkpoints/epoch_0200/network00.pt."""
+    temperature: float = 2.0
+    """tau, that softens the probabilities."""
+    weight: float = 1.0
+    """Of the teachers' loss beside the labels'."""
+
+    def __post_init__(self) -> None:
+        above_zero("distill.temperature", self.temperature)
+        at_least("distill.weight", self.weight, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +247,8 @@ class RuntimeConfig:
     """Deterministic kernels on a GPU, so that equal commands give equal weights."""
 
     def __post_init__(self) -> None:
-        _at_least("runtime.threads", self.threads, 0)
-        _above_zero("runtime.timeout_seconds", self.timeout_seconds)
+        at_least("runtime.threads", self.threads, 0)
+        above_zero("runtime.timeout_seconds", self.timeout_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +261,8 @@ class CheckpointConfig:
     """Newest complete sets that are kept."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every", self.every, 0)
-        _at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,35 +288,21 @@ class TrainConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest complete checkpoint set, or start; must: refuse to start anew;
     never: refuse to go on."""
-    method: Literal["graft", "none"] = "graft"
-    """How the networks influence each other; none: not at all."""
+    method: Literal["graft", "average", "papa", "wash", "none"] = "graft"
+    """How the networks influence each other; average: all become the mean, as often as
+    graft.every says; none: not at all."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     graft: GraftConfig = field(default_factory=GraftConfig)
+    papa: PapaConfig = field(default_factory=PapaConfig)
+    wash: WashConfig = field(default_factory=WashConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
-        _at_least("epochs", self.epochs, 1)
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-
-
-def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from nested dictionaries, as YAML holds them.
-
-    Raises: ConfigError for a value out of range; TypeError for a name that is no field.
-    """
-    types = typing.get_type_hints(kind)
-    return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})
-
-
-def _as_field(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            section = getattr(kind, "__name__", "").removesuffix("Config").lower()
-            raise ConfigError(f"{section} must be a section with options, got {value!r}")
-        return from_nested(typing.cast("type[Any]", kind), value)
-    return tuple(value) if typing.get_origin(kind) is tuple else value
+        require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        at_least("epochs", self.epochs, 1)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")

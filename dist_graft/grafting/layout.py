@@ -50,3 +50,24 @@ def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) 
         return grouped.transpose(1, 2).reshape(groups * out, -1)
     inner = [dim for dim in memory_order(weight) if dim != 0]
     return weight.permute(0, *inner).reshape(weight.shape[0], math.prod(weight.shape[1:]))
+
+
+def write_filters(
+    weight: Tensor, filters: Tensor, *, transposed: bool = False, groups: int = 1
+) -> None:
+    """Write a matrix as `filter_matrix` gives it back into the weight, in place.
+
+    Args:
+        weight: of the layer; changed.
+        filters: [filters, weights per filter].
+        transposed: whether the layer is a transposed convolution.
+        groups: of the layer; only a transposed one needs it.
+    """
+    if transposed:
+        into, out, *kernel = weight.shape
+        grouped = filters.view(groups, out, into // groups, *kernel).transpose(1, 2)
+        weight.copy_(grouped.reshape(weight.shape))
+        return
+    inner = [dim for dim in memory_order(weight) if dim != 0]
+    shape = [weight.shape[0], *(weight.shape[dim] for dim in inner)]
+    weight.permute(0, *inner).copy_(filters.view(shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,9 +55,31 @@ class Mixing:
         """Size of the population."""
         return len(self.donors)
 
+    def scaled(self, rate: float) -> Mixing:
+        """The mixing with every donor's share multiplied by a rate in [0, 1].
+
+        Raises: ValueError for another rate.
+        """
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must be in [0, 1], got {rate!r}")
+        own = torch.eye(self.networks, dtype=torch.float64)
+        return replace(self, shares=own + (self.shares - own) * rate)
+
     def own_share(self, network: int) -> list[float]:
         """What the network keeps of itself, per unit: the coefficient."""
         return [float(share) for share in self.shares[:, network, network]]
+
+    def tensor_fraction(
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size
+    ) -> Tensor | None:
+        """Element by element, where a method mixes finer than by graft unit.
+
+        Returns: the weight of the interpolation that blends the donor into the tensor `key` of
+        this shape in this unit, broadcastable to the shape, float32 on the CPU; None where the
+        unit's fraction holds for the whole tensor.
+        """
+        del network, donor, unit, key, shape
+        return None
 
     def fractions(self, network: int) -> list[list[float]]:
         """Per donor and unit: the weight of the linear interpolation that blends the donor in.
@@ -84,6 +106,12 @@ def blend_(recipients: list[Tensor], donors: list[Tensor], fractions: list[float
         torch._foreach_lerp_(recipients, donors, fractions)
 
 
+def blend_finely_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
+    """Blend in place with a fraction for each element, as `blend_` does with one for a tensor."""
+    with torch.no_grad():
+        recipient.lerp_(donor, fraction.to(recipient.device, recipient.dtype))
+
+
 def mix(
     states: Sequence[Mapping[str, Tensor]], units: Sequence[GraftUnit], mixing: Mixing
 ) -> list[dict[str, Tensor]]:
@@ -107,12 +135,14 @@ def mix(
     for network, state in enumerate(states):
         after = _copy(state)
         for donor, fractions in zip(mixing.donors[network], mixing.fractions(network), strict=True):
-            for unit, fraction in zip(units, fractions, strict=True):
-                blend_(
-                    [after[key] for key in unit.tensors],
-                    [states[donor][key].detach() for key in unit.tensors],
-                    [fraction] * len(unit.tensors),
-                )
+            for index, (unit, fraction) in enumerate(zip(units, fractions, strict=True)):
+                for key in unit.tensors:
+                    other = states[donor][key].detach()
+                    fine = mixing.tensor_fraction(network, donor, index, key, other.shape)
+                    if fine is None:
+                        blend_([after[key]], [other], [fraction])
+                    else:
+                        blend_finely_(after[key], other, fine.expand(other.shape))
         mixed.append(after)
     return mixed
 

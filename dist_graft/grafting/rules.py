@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from dist_graft.grafting.coefficient import graft_coefficient
 from dist_graft.grafting.criteria import CRITERIA
 from dist_graft.grafting.mixing import Mixing
-from dist_graft.grafting.topology import ring
+from dist_graft.grafting.topology import TOPOLOGIES
+from dist_graft.grafting.units import GraftUnit
 
 
 class Rule(Protocol):
@@ -20,55 +22,103 @@ class Rule(Protocol):
     A dataclass: its fields are compared between the processes before anything is exchanged.
     """
 
-    def information(self, filters: Tensor) -> Tensor:
-        """Information of one lead's weight, [filters, weights per filter] -> scalar."""
+    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
+        """What this network tells the others before a round: [n], the same n in all of them.
+
+        Args:
+            units: the graft units.
+            tensors: the network's own tensors by state-dict key; not to be changed.
+        """
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         """What flows where.
 
         Args:
-            information: [networks, units], float64 on the CPU, the same in every process.
+            information: [networks, n], what each network measured, float64 on the CPU, the same in
+                every process.
             round_: number of the round, from 0.
 
-        Returns: a Mixing that is a pure function of the arguments.
+        Returns: a Mixing that is a pure function of the rule and the arguments.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ring:
-    """Filter grafting: each network takes from its ring neighbour, layer by layer (eq. 7)."""
+class Graft:
+    """Filter grafting: each network takes from one other, layer by layer (eq. 7)."""
 
     amplitude: float = 0.4
     sensitivity: float = 5.0
     num_bins: int = 10
     criterion: str = "entropy"
+    """entropy, filter_entropy or l1; or, to test the claim that information matters: constant
+    (alpha = 1/2) or shuffled (each round's coefficients by entropy, permuted over the units)."""
+    topology: str = "ring"
+    """ring, random or exponential."""
+    seed: int = 0
+    """Of the random topology and the shuffled coefficients."""
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
+        criteria = (*CRITERIA, "constant", "shuffled")
+        if self.criterion not in criteria:
             raise ValueError(
-                f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
+                f"criterion must be one of {', '.join(criteria)}, got {self.criterion!r}"
+            )
+        if self.topology not in TOPOLOGIES:
+            raise ValueError(
+                f"topology must be one of {', '.join(TOPOLOGIES)}, got {self.topology!r}"
             )
         if self.num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, got {self.num_bins!r}")
         graft_coefficient(0.0, 0.0, amplitude=self.amplitude, sensitivity=self.sensitivity)
 
     def information(self, filters: Tensor) -> Tensor:
-        """Information of one lead by the criterion; [filters, weights per filter] -> scalar."""
-        return CRITERIA[self.criterion](filters, self.num_bins)
+        """Information of one lead by the criterion; [filters, weights per filter] -> scalar.
+
+        For constant and shuffled it is the entropy.
+        """
+        return CRITERIA[self.measured](filters, self.num_bins)
+
+    @property
+    def measured(self) -> str:
+        """Name of what `information` gives."""
+        return self.criterion if self.criterion in CRITERIA else "entropy"
+
+    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
+        """Information of each unit's lead: [units], float64."""
+        return torch.stack(
+            [self.information(unit.filters(tensors[unit.lead].detach())) for unit in units]
+        ).double()
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
-        """Share alpha of itself and 1 - alpha of network (k - 1) mod K, in every round."""
+        """Share alpha of itself and 1 - alpha of its donor in this round's topology."""
         networks, units = information.shape
-        donor = ring(networks)
+        donor = TOPOLOGIES[self.topology](networks, round_, self.seed)
         own = graft_coefficient(
-            information,
-            information[donor],
-            amplitude=self.amplitude,
-            sensitivity=self.sensitivity,
+            information, information[donor], amplitude=self.amplitude, sensitivity=self.sensitivity
         )
-        rows = torch.arange(networks)
-        shares = torch.zeros(units, networks, networks, dtype=torch.float64)
-        shares[:, rows, donor] = (1 - own).T
-        shares[:, rows, rows] = own.T if networks > 1 else 1.0
-        donors = tuple((other,) if networks > 1 else () for other in donor)
-        return Mixing(shares=shares, donors=donors)
+        if self.criterion == "constant":
+            own = torch.full_like(own, 0.5)
+        elif self.criterion == "shuffled":
+            draw = torch.Generator().manual_seed(_seed(self.seed, round_))
+            own = own[:, torch.randperm(units, generator=draw)]
+        return take_from(donor, own)
+
+
+def take_from(donor: Sequence[int], own: Tensor) -> Mixing:
+    """Each network keeps a share of itself and takes the rest from one donor.
+
+    Args:
+        donor: of each network; itself in a population of one.
+        own: [networks, units], float64, each in [0, 1].
+    """
+    networks, units = own.shape
+    rows = torch.arange(networks)
+    shares = torch.zeros(units, networks, networks, dtype=torch.float64)
+    shares[:, rows, list(donor)] = (1 - own).T
+    shares[:, rows, rows] = own.T if networks > 1 else 1.0
+    return Mixing(shares=shares, donors=tuple((other,) if networks > 1 else () for other in donor))
+
+
+def _seed(seed: int, round_: int) -> int:
+    """A seed for one round; distinct for all rounds of all seeds below 2^31."""
+    return (seed << 32) + round_ & (2**63 - 1)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dist_graft.grafting.layout import filter_matrix
+from dist_graft.grafting.layout import filter_matrix, write_filters
 
 Lead = Literal["conv", "conv+linear"]
 
@@ -43,6 +43,10 @@ class GraftUnit:
     def filters(self, weight: Tensor) -> Tensor:
         """The lead's weight as [filters, weights per filter]."""
         return filter_matrix(weight, transposed=self.transposed, groups=self.groups)
+
+    def store_filters(self, weight: Tensor, filters: Tensor) -> None:
+        """Write what `filters` gave, after a change, back into the lead's weight in place."""
+        write_filters(weight, filters, transposed=self.transposed, groups=self.groups)
 
 
 Place = tuple[Hashable, ...]

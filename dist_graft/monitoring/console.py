@@ -21,19 +21,38 @@ def table(header: Row, rows: Sequence[Row]) -> str:
     )
 
 
-def progress_bar(
-    mode: Literal["auto", "bar", "lines"], *, steps: int, epoch: int, epochs: int
-) -> tqdm[Any] | None:
-    """A bar over an epoch's steps; None where lines are wanted instead (a log, a pipe)."""
-    if mode == "lines" or (mode == "auto" and not sys.stderr.isatty()):
-        return None
-    return tqdm(
-        total=steps,
-        desc=f"epoch {epoch + 1}/{epochs}",
-        unit="step",
-        leave=False,
-        dynamic_ncols=True,
-    )
+class ProgressBar:
+    """A bar over an epoch's steps on a terminal; nothing where lines are wanted (a log, a pipe).
+
+    Args:
+        mode: auto shows it on a terminal only.
+        show: whether this process is the one that shows it.
+    """
+
+    def __init__(self, mode: Literal["auto", "bar", "lines"], *, show: bool) -> None:
+        self._shown = show and (mode == "bar" or (mode == "auto" and sys.stderr.isatty()))
+        self._bar: tqdm[Any] | None = None
+
+    def start(self, *, steps: int, epoch: int, epochs: int) -> None:
+        """Begin an epoch (0-based) of so many steps."""
+        if self._shown:
+            self._bar = tqdm(
+                total=steps,
+                desc=f"epoch {epoch + 1}/{epochs}",
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def step(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def stop(self) -> None:
+        """The epoch's training is over."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dist_graft.errors import DisagreementError, NonFiniteError
 from dist_graft.grafting.layout import memory_order
+from dist_graft.population.wire import on_the_wire
 
 PROTOCOL = 1
 ALL_FINITE = -1
+RATE_UNIT = 2**53
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Header:
     not_finite: int
     """Index of the first tensor that is not finite, or ALL_FINITE."""
     units: int
+    rate: int
+    """What the donors' shares are multiplied with, in units of 1 / RATE_UNIT."""
 
 
 class Schema:
@@ -82,7 +86,7 @@ def agree(
     everyone = gather_vectors(mine, group=group, device=device)
     headers = [Header(*row) for row in everyone.tolist()]
 
-    for name in ("protocol", "round", "digest", "units"):
+    for name in ("protocol", "round", "digest", "units", "rate"):
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue
@@ -117,7 +121,8 @@ def gather_vectors(vector: Tensor, *, group: dist.ProcessGroup, device: torch.de
     mine = vector.to(device)
     networks = dist.get_world_size(group)
     everyone = mine.new_empty(networks * mine.numel())
-    dist.all_gather_single(everyone, mine, group=group)
+    with on_the_wire():
+        dist.all_gather_single(everyone, mine, group=group)
     return everyone.cpu().view(networks, -1)
 
 

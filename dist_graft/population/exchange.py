@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.population.buckets import Bucket
+from dist_graft.population.wire import on_the_wire
 
 Exchange = Literal["all_gather", "p2p"]
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -60,7 +61,7 @@ def all_gather(
         parts = list(space.split(bucket.length))
         with phase("pack"):
             pack(parts[rank], bucket)
-        with phase("exchange"):
+        with phase("exchange"), on_the_wire():
             dist.all_gather_single(space, parts[rank], group=group)
         yield bucket, {donor: parts[donor] for donor in donors[rank]}
 
@@ -87,7 +88,7 @@ def p2p(
         own, *parts = space.split(bucket.length)
         with phase("pack"):
             pack(own, bucket)
-        with phase("exchange"):
+        with phase("exchange"), on_the_wire():
             moves = [
                 dist.P2POp(dist.isend, own, group=group, group_peer=peer) for peer in recipients
             ] + [

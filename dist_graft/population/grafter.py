@@ -16,23 +16,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_graft.errors import PeerError
 from dist_graft.grafting.criteria import is_finite
-from dist_graft.grafting.layout import flat
-from dist_graft.grafting.mixing import Mixing, blend_
-from dist_graft.grafting.rules import Ring, Rule
+from dist_graft.grafting.rules import Graft, Rule
 from dist_graft.grafting.topology import ring
 from dist_graft.grafting.units import GraftUnit, Lead, graft_tensors, graft_units
 from dist_graft.population.agreement import (
     ALL_FINITE,
     PROTOCOL,
+    RATE_UNIT,
     Header,
     Schema,
     agree,
     gather_vectors,
 )
-from dist_graft.population.buckets import Bucket, cut_buckets, pack_
+from dist_graft.population.application import apply_mixing
 from dist_graft.population.exchange import EXCHANGES, Exchange, communication_device, world
 from dist_graft.population.phases import PhaseClock
 from dist_graft.population.presence import RollCall
+from dist_graft.population.wire import WireError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,11 @@ class GraftRecord:
     coefficient: dict[str, float]
     """Share that the network kept of itself."""
     information: dict[str, float]
-    """Of this network before the round, in the criterion's unit (nats for entropy)."""
+    """Of this network before the round, in the criterion's unit (nats for entropy); empty for a
+    rule that has no criterion."""
     distance: dict[str, float]
     """Euclidean distance to the donor (root mean square over several) before the round, over all
-    tensors of the unit."""
+    tensors of the unit; empty where single scalars travel."""
     seconds: float
     """Of the whole round, waiting for the others included."""
     phase_seconds: dict[str, float]
@@ -63,7 +64,7 @@ class Grafter:
     """Grafts the networks of a process group into each other, one network a process.
 
     Build one in every process after `init_process_group`; building communicates nothing. The
-    keywords from amplitude to criterion are shorthand for `rule=Ring(...)`.
+    keywords from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
 
     Args:
         model: any module: plain, compiled, or wrapped for data-parallel training.
@@ -113,7 +114,7 @@ class Grafter:
         self._lead = lead
         self._exchange: Exchange = exchange
         self._bucket_bytes = max(1, int(bucket_mb * 2**20))
-        self._rule = rule or Ring(
+        self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
         self._group = group or world()
@@ -134,10 +135,13 @@ class Grafter:
     def round(self, value: int) -> None:
         self._round = value
 
-    def graft(self) -> GraftRecord:
+    def graft(self, *, rate: float = 1.0) -> GraftRecord:
         """One round: every rank of the group must call this, equally often.
 
         Changes the model's floating parameters and buffers in place; integer buffers stay.
+
+        Args:
+            rate: what every donor's share is multiplied with, in [0, 1]; the same on every rank.
 
         Raises (on every rank alike): DisagreementError when the models or options differ,
             NonFiniteError when a weight of any network is not finite; PeerError when another
@@ -152,26 +156,39 @@ class Grafter:
 
         with clock.phase("measure"):
             bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
-            information = self._measure(tensors) if bad == ALL_FINITE else None
+            mine = self._rule.measure(self._units, tensors) if bad == ALL_FINITE else None
         with clock.phase("agree"), self._peers(self._round):
             self._arrive(self._round)
-            self._agree(tensors, bad, device)
-            assert information is not None
-            matrix = gather_vectors(information, group=self._group, device=device)
+            self._agree(tensors, bad, device, rate)
+            assert mine is not None
+            matrix = gather_vectors(mine.double(), group=self._group, device=device)
         mixing = self._rule.decide(matrix, self._round)
+        if rate != 1.0:
+            mixing = mixing.scaled(rate)
 
-        distance, received = self._apply(tensors, mixing, device, clock)
+        with self._peers(self._round):
+            applied = apply_mixing(
+                tensors,
+                self._units,
+                mixing,
+                exchange=self._exchange,
+                bucket_bytes=self._bucket_bytes,
+                group=self._group,
+                device=device,
+                phase=clock.phase,
+            )
+        informed = matrix[rank].tolist() if hasattr(self._rule, "criterion") else []
         names = [unit.name for unit in self._units]
         donors = mixing.donors[rank]
         record = GraftRecord(
             round=self._round,
             donor=donors[0] if donors else ring(mixing.networks)[rank],
             coefficient=dict(zip(names, mixing.own_share(rank), strict=True)),
-            information=dict(zip(names, matrix[rank].tolist(), strict=True)),
-            distance=dict(zip(names, distance, strict=True)),
+            information=dict(zip(names, informed, strict=False)),
+            distance=dict(zip(names, applied.distance, strict=False)),
             seconds=clock.total(),
             phase_seconds=clock.seconds,
-            bytes_received=received,
+            bytes_received=applied.bytes_received,
         )
         self._round += 1
         return record
@@ -190,7 +207,9 @@ class Grafter:
             self._arrive(before)
             self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
 
-    def _agree(self, tensors: dict[str, Tensor], not_finite: int, device: torch.device) -> None:
+    def _agree(
+        self, tensors: dict[str, Tensor], not_finite: int, device: torch.device, rate: float = 1.0
+    ) -> None:
         schema = Schema(tensors, [unit.name for unit in self._units], self._options())
         header = Header(
             protocol=PROTOCOL,
@@ -200,15 +219,9 @@ class Grafter:
             schema_bytes=len(schema.json),
             not_finite=not_finite,
             units=len(self._units),
+            rate=round(rate * RATE_UNIT),
         )
         agree(header, schema, list(tensors), group=self._group, device=device)
-
-    def _measure(self, tensors: dict[str, Tensor]) -> Tensor:
-        values = [
-            self._rule.information(unit.filters(tensors[unit.lead].detach()))
-            for unit in self._units
-        ]
-        return torch.stack(values).double()
 
     def _options(self) -> dict[str, Any]:
         kind = type(self._rule)
@@ -220,62 +233,6 @@ class Grafter:
             "bucket_bytes": self._bucket_bytes,
         }
 
-    def _apply(
-        self, tensors: dict[str, Tensor], mixing: Mixing, device: torch.device, clock: PhaseClock
-    ) -> tuple[list[float], int]:
-        """Exchange and blend; returns the distance per unit and the bytes received."""
-        rank = dist.get_rank(self._group)
-        index = {key: i for i, key in enumerate(tensors)}
-        unit_of = {
-            index[key]: number for number, unit in enumerate(self._units) for key in unit.tensors
-        }
-        views = [flat(tensor.detach()) for tensor in tensors.values()]
-        donors = mixing.donors[rank]
-        fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
-        buckets = cut_buckets(
-            [view.numel() for view in views],
-            [view.dtype for view in views],
-            bucket_bytes=self._bucket_bytes,
-        )
-        squares: list[list[Tensor]] = [[] for _ in self._units]
-        received = 0
-        moving = EXCHANGES[self._exchange](
-            buckets if mixing.networks > 1 else [],
-            lambda buffer, bucket: pack_(buffer, bucket, views),
-            mixing.donors,
-            group=self._group,
-            device=device,
-            phase=clock.phase,
-        )
-        while arrival := self._next(moving):
-            bucket, parts = arrival
-            arriving = len(parts) if self._exchange == "p2p" else mixing.networks - 1
-            received += arriving * bucket.bytes
-            for piece in bucket.pieces:
-                unit = unit_of[piece.tensor]
-                own = views[piece.tensor][piece.start : piece.start + piece.length]
-                theirs = {
-                    donor: part[piece.offset : piece.offset + piece.length].to(own.device)
-                    for donor, part in parts.items()
-                }
-                with clock.phase("distance"):
-                    squares[unit].extend(_squared_distance(own, part) for part in theirs.values())
-                with clock.phase("blend"):
-                    for donor, part in theirs.items():
-                        blend_([own], [part], [fractions[donor][unit]])
-        with clock.phase("distance"):
-            distance = [
-                math.sqrt(sum(torch.stack(parts).tolist()) / len(donors)) if parts else 0.0
-                for parts in squares
-            ]
-        return distance, received
-
-    def _next(
-        self, moving: Iterator[tuple[Bucket, dict[int, Tensor]]]
-    ) -> tuple[Bucket, dict[int, Tensor]] | None:
-        with self._peers(self._round):
-            return next(moving, None)
-
     def _arrive(self, round_: int) -> None:
         if self._roll_call:
             self._roll_call.arrive(round_)
@@ -285,18 +242,13 @@ class Grafter:
         """Turn the failure of a collective into an error that says who is missing."""
         try:
             yield
-        except RuntimeError as error:
+        except WireError as error:
             absent = self._roll_call.absent(round_) if self._roll_call else []
             who = "; ".join(absent) or "a network that had reached it"
             raise PeerError(
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "
-                f"says why ({str(error).splitlines()[0]})"
+                f"says why ({error})"
             ) from error
-
-
-def _squared_distance(own: Tensor, other: Tensor) -> Tensor:
-    kind = torch.promote_types(own.dtype, torch.float32)
-    return torch.dist(own.to(kind), other.to(kind)).double().square()
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.exchange import world
 from dist_graft.population.place import Place
 from dist_graft.population.presence import RollCall
+from dist_graft.population.wire import WireError, on_the_wire
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Runtime:
         mine = torch.tensor(values, dtype=torch.float64)
         try:
             everyone = gather_vectors(mine, group=world(), device=self._header_device())
-        except RuntimeError as error:
+        except WireError as error:
             raise _lost(what, error) from error
         return [list(map(float, row)) for row in everyone.tolist()]
 
@@ -53,8 +54,9 @@ class Runtime:
             return tensor.cpu()
         total = tensor.to(self._header_device(), copy=True)
         try:
-            dist.all_reduce(total)
-        except RuntimeError as error:
+            with on_the_wire():
+                dist.all_reduce(total)
+        except WireError as error:
             raise _lost(what, error) from error
         return total.cpu()
 
@@ -168,10 +170,10 @@ def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
-def _lost(what: str, error: RuntimeError) -> PeerError:
+def _lost(what: str, error: WireError) -> PeerError:
     return PeerError(
         f"lost the other networks during {what}: one died or did not answer, and its own output "
-        f"says why ({_first_line(error)})"
+        f"says why ({error})"
     )
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dist_graft.config import TrainConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
-from dist_graft.grafting.rules import Ring
-from dist_graft.grafting.units import GraftUnit, graft_units
+from dist_graft.grafting.filter_level import FilterGraft, filter_links
+from dist_graft.grafting.neighbours import Average, Papa, Wash
+from dist_graft.grafting.rules import Graft, Rule
+from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.runtime import Runtime
+from dist_graft.training.clock import Cadence
 from dist_graft.training.data import Data
-from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.learning_rates import learning_rates, schedule
 from dist_graft.training.loop import Trainee
 from dist_graft.training.models import build_model
 from dist_graft.training.optim import build_optimizer, build_scheduler
+from dist_graft.training.teachers import load_teachers
 
 
 def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
@@ -44,6 +50,7 @@ def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
         device=runtime.device,
         seed=config.seed,
         network=network,
+        teachers=load_teachers(config, data, runtime.device),
     )
 
 
@@ -60,17 +67,34 @@ def build_units(config: TrainConfig, trainee: Trainee) -> list[GraftUnit]:
         raise ConfigError(f"model {config.model.name} cannot be grafted: {error}") from error
 
 
-def build_rule(config: TrainConfig) -> Ring:
+def build_rule(config: TrainConfig, trainee: Trainee, units: list[GraftUnit]) -> Rule:
     """What flows where in a round, as the configuration asks for it."""
-    return Ring(
-        amplitude=config.graft.amplitude,
-        sensitivity=config.graft.sensitivity,
-        num_bins=config.graft.num_bins,
-        criterion=config.graft.criterion,
+    graft = config.graft
+    if config.method == "average":
+        return Average()
+    if config.method == "papa":
+        return Papa(beta=config.papa.beta, variant=config.papa.variant, seed=config.seed)
+    if config.method == "wash":
+        return Wash(probability=config.wash.probability, seed=config.seed)
+    if graft.level == "filter":
+        try:
+            links = filter_links(units, graft_tensors(trainee.model))
+        except ValueError as error:
+            raise ConfigError(
+                f"model {config.model.name} cannot be grafted filter by filter: {error}"
+            ) from error
+        return FilterGraft(links=links, topology=graft.topology, seed=config.seed)
+    return Graft(
+        amplitude=graft.amplitude,
+        sensitivity=graft.sensitivity,
+        num_bins=graft.num_bins,
+        criterion=graft.criterion,
+        topology=graft.topology,
+        seed=config.seed,
     )
 
 
-def build_grafter(config: TrainConfig, trainee: Trainee, rule: Ring, runtime: Runtime) -> Grafter:
+def build_grafter(config: TrainConfig, trainee: Trainee, rule: Rule, runtime: Runtime) -> Grafter:
     """What runs the rounds of this network."""
     return Grafter(
         trainee.model,
@@ -82,6 +106,35 @@ def build_grafter(config: TrainConfig, trainee: Trainee, rule: Ring, runtime: Ru
     )
 
 
-def epochs_between_rounds(config: TrainConfig, networks: int) -> int:
-    """0 when there are no rounds: a network alone, or networks that are independent."""
-    return config.graft.every if config.method == "graft" and networks > 1 else 0
+def build_cadence(config: TrainConfig, networks: int) -> Cadence:
+    """When rounds happen; never for independent networks, or a network alone (but with itself)."""
+    alone = networks == 1 and not grafts_itself(config)
+    if config.method == "none" or alone:
+        return Cadence()
+    if config.method == "papa" and config.papa.variant == "pull":
+        return Cadence(every_steps=config.papa.every_steps)
+    if config.method == "papa":
+        return Cadence(every_epochs=config.papa.every)
+    if config.method == "wash":
+        return Cadence(every_steps=config.wash.every_steps)
+    return Cadence(
+        every_epochs=0 if config.graft.every_steps else config.graft.every,
+        every_steps=config.graft.every_steps,
+        start_epoch=config.graft.start,
+    )
+
+
+def grafts_itself(config: TrainConfig) -> bool:
+    """Whether a round happens inside each network, without an exchange."""
+    return config.method == "graft" and config.graft.source != "external"
+
+
+def build_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """What donors' shares are multiplied with after a number of steps of the run.
+
+    The pull of PAPA falls with the learning rate; all else is constant.
+    """
+    if config.method == "papa" and config.papa.variant == "pull":
+        factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+        return lambda steps: factor(steps - 1)
+    return lambda steps: 1.0

@@ -7,6 +7,40 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Cadence:
+    """When rounds happen: every few epochs or every few steps, or never."""
+
+    every_epochs: int = 0
+    """Rounds follow the epochs N, 2N, ... of the run; 0: none."""
+    every_steps: int = 0
+    """Rounds follow the steps N, 2N, ... of the run, counted through all epochs; 0: none."""
+    start_epoch: int = 0
+    """Finished epochs before which there are no rounds."""
+
+    @property
+    def never(self) -> bool:
+        """Whether there are no rounds at all."""
+        return self.every_epochs == 0 and self.every_steps == 0
+
+    def after_epoch(self, epoch: int, steps_per_epoch: int) -> bool:
+        """Whether a round follows the last step of an epoch (0-based)."""
+        if epoch < self.start_epoch:
+            return False
+        if self.every_steps:
+            return (epoch + 1) * steps_per_epoch % self.every_steps == 0
+        return self.every_epochs > 0 and (epoch + 1) % self.every_epochs == 0
+
+    def inside_epoch(self, epoch: int, steps_per_epoch: int) -> list[int]:
+        """Steps of an epoch before which there is a round: none is 0 or the number of steps."""
+        if not self.every_steps or epoch < self.start_epoch:
+            return []
+        before = epoch * steps_per_epoch
+        return [
+            step for step in range(1, steps_per_epoch) if (before + step) % self.every_steps == 0
+        ]
+
+
+@dataclass(frozen=True)
 class Segment:
     """Steps of one epoch, and what follows them, in the order of the fields."""
 
@@ -18,6 +52,7 @@ class Segment:
     """One past the last step."""
     ends_run: bool
     evaluate: bool
+    """True at the end of an epoch."""
     round: bool
     save: bool
 
@@ -26,7 +61,7 @@ def segments(
     *,
     epochs: int,
     steps_per_epoch: int,
-    round_every: int,
+    cadence: Cadence,
     save_every: int,
     start_epoch: int = 0,
 ) -> Iterator[Segment]:
@@ -35,19 +70,23 @@ def segments(
     Args:
         epochs: in all, those before `start_epoch` included.
         steps_per_epoch: optimizer steps.
-        round_every: epochs between two rounds, counted from the start of the run; 0: no rounds.
+        cadence: when rounds happen, counted from the start of the run.
         save_every: epochs between two checkpoint sets; 0: only the last epoch's.
         start_epoch: epochs that are finished.
     """
     for epoch in range(start_epoch, epochs):
+        first = 0
+        for step in cadence.inside_epoch(epoch, steps_per_epoch):
+            yield Segment(epoch, first, step, False, False, round=True, save=False)
+            first = step
         finished = epoch + 1
         last = finished == epochs
         yield Segment(
             epoch=epoch,
-            first=0,
+            first=first,
             last=steps_per_epoch,
             ends_run=last,
             evaluate=True,
-            round=round_every > 0 and finished % round_every == 0,
+            round=cadence.after_epoch(epoch, steps_per_epoch),
             save=last or (save_every > 0 and finished % save_every == 0),
         )

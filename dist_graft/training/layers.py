@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dist_graft.config import TrainConfig
 from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.criteria import invalid_filters, is_finite
-from dist_graft.grafting.rules import Ring
+from dist_graft.grafting.rules import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
+from dist_graft.monitoring.tensorboard import LayerView
 from dist_graft.training.loop import Trainee
 
 INVALID_THRESHOLDS = (0.1, 0.01)
@@ -22,22 +27,32 @@ def check_finite(trainee: Trainee, epoch: int) -> None:
             )
 
 
-def layer_information(trainee: Trainee, units: list[GraftUnit], rule: Ring) -> dict[str, float]:
-    """Information of each graft unit, in the unit of the rule's criterion."""
-    tensors = graft_tensors(trainee.model)
-    return {
-        unit.name: float(rule.information(unit.filters(tensors[unit.lead].detach())))
-        for unit in units
-    }
+@contextmanager
+def naming_epoch(epoch: int) -> Iterator[None]:
+    """Add the epoch to what a round says of a weight that is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"epoch {epoch}: {error}") from error
 
 
-def count_invalid(trainee: Trainee, units: list[GraftUnit]) -> dict[float, dict[str, int]]:
-    """Number of invalid filters, by threshold and graft unit."""
+def look_at_layers(config: TrainConfig, trainee: Trainee, units: list[GraftUnit]) -> LayerView:
+    """Information by the configured criterion, and invalid filters, by graft unit.
+
+    Units that are not finite have no information: the round, or `check_finite`, says so.
+    """
     tensors = graft_tensors(trainee.model)
-    return {
-        threshold: {
-            unit.name: int(invalid_filters(unit.filters(tensors[unit.lead]), threshold))
-            for unit in units
-        }
-        for threshold in INVALID_THRESHOLDS
-    }
+    rule = Graft(criterion=config.graft.criterion, num_bins=config.graft.num_bins)
+    filters = {unit.name: unit.filters(tensors[unit.lead].detach()) for unit in units}
+    return LayerView(
+        criterion=rule.measured,
+        information={
+            name: float(rule.information(rows)) for name, rows in filters.items() if is_finite(rows)
+        },
+        invalid={
+            threshold: {
+                name: int(invalid_filters(rows, threshold)) for name, rows in filters.items()
+            }
+            for threshold in INVALID_THRESHOLDS
+        },
+    )

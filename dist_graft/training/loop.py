@@ -17,6 +17,7 @@ from dist_graft.config import OptimConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
+from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -50,6 +51,8 @@ class Trainee(Predictor):
     """Scales the loss in fp16; disabled otherwise."""
     seed: int
     network: int
+    teachers: Teachers | None = None
+    """Frozen networks to learn from, beside the labels."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class TrainResult:
     """Percent."""
     images: int
     seconds: float
+
+    def __add__(self, other: TrainResult) -> TrainResult:
+        """Both stretches together."""
+        images = self.images + other.images
+        return TrainResult(
+            loss=(self.loss * self.images + other.loss * other.images) / images,
+            accuracy=(self.accuracy * self.images + other.accuracy * other.images) / images,
+            images=images,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,8 @@ def train_steps(
                 loss = F.cross_entropy(
                     logits.float(), target, label_smoothing=config.label_smoothing
                 )
+            if trainee.teachers is not None:
+                loss = loss + trainee.teachers.loss(part, logits, trainee.autocast())
             share = len(target) / len(labels)
             trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
             with torch.no_grad():
@@ -150,6 +165,11 @@ def evaluate(predictor: Predictor, data: Data, split: Literal["test", "val"]) ->
         probabilities=guess,
         labels=labels,
     )
+
+
+def current_lr(trainee: Trainee) -> float:
+    """Learning rate of the next step."""
+    return float(trainee.optimizer.param_groups[0]["lr"])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import yaml
 
-from dist_graft.config import TrainConfig, from_nested
+from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage, write_atomically
+from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
 _FREE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_seconds")

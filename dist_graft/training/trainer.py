@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any
 
 import torch
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, NonFiniteError
-from dist_graft.monitoring.console import NetworkRow, epoch_text, progress_bar, summary_text
+from dist_graft.errors import ConfigError
+from dist_graft.monitoring.console import NetworkRow, ProgressBar
 from dist_graft.monitoring.log import open_log
-from dist_graft.monitoring.metrics import EpochMetrics, MetricsFile
-from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
+from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.population.grafter import GraftRecord
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import (
+    build_cadence,
     build_grafter,
+    build_rate,
     build_rule,
     build_trainee,
     build_units,
-    epochs_between_rounds,
+    grafts_itself,
     lr_of,
 )
 from dist_graft.training.checkpoint import (
@@ -37,9 +37,11 @@ from dist_graft.training.checkpoint import (
 )
 from dist_graft.training.clock import segments
 from dist_graft.training.data import Data, ensure_available, load_data
-from dist_graft.training.layers import check_finite, count_invalid, layer_information
-from dist_graft.training.loop import Trainee, evaluate, train_steps
+from dist_graft.training.layers import check_finite, look_at_layers, naming_epoch
+from dist_graft.training.loop import Trainee, TrainResult, current_lr, evaluate, train_steps
+from dist_graft.training.reporting import Reporter, graft_entry, row_of
 from dist_graft.training.run_directory import RunDirectory
+from dist_graft.training.scions import graft_itself
 from dist_graft.training.summary import summarise
 
 
@@ -68,9 +70,12 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         channels_last=config.runtime.channels_last,
     )
     trainee = build_trainee(config, data, runtime)
-    units, rule = build_units(config, trainee), build_rule(config)
-    round_every = epochs_between_rounds(config, networks)
-    grafter = build_grafter(config, trainee, rule, runtime) if round_every else None
+    units = build_units(config, trainee)
+    cadence = build_cadence(config, networks)
+    rate = build_rate(config, data.steps_per_epoch)
+    grafter = None
+    if not cadence.never and not grafts_itself(config):
+        grafter = build_grafter(config, trainee, build_rule(config, trainee, units), runtime)
 
     start_epoch, round_, earlier_seconds = _resume(config, runtime, directory, trainee, log)
     if grafter:
@@ -83,60 +88,55 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start_epoch))
-    metrics_file = MetricsFile(
-        directory.network(network) / "metrics.jsonl", start_epoch=start_epoch
+    reporter = Reporter(
+        config, directory, network=network, speaks=speaks, start_epoch=start_epoch, log=log
     )
-    board = population_board = None
-    if config.monitor.tensorboard:
-        board = NetworkBoard(directory.network(network), start_epoch=start_epoch)
-        if speaks:
-            population_board = PopulationBoard(directory.population, start_epoch=start_epoch)
+    bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
 
+    trained: TrainResult | None = None
+    records: list[GraftRecord] = []
+    lr = current_lr(trainee)
     for segment in segments(
         epochs=config.epochs,
         steps_per_epoch=data.steps_per_epoch,
-        round_every=round_every,
+        cadence=cadence,
         save_every=config.checkpoint.every,
         start_epoch=start_epoch,
     ):
         epoch = segment.epoch
-        lr = float(trainee.optimizer.param_groups[0]["lr"])
-        bar = None
-        if runtime.place.local_rank == 0:
-            bar = progress_bar(
-                config.monitor.progress,
-                steps=segment.last - segment.first,
-                epoch=epoch,
-                epochs=config.epochs,
-            )
-        trained = train_steps(
+        if segment.first == 0:
+            bar.start(steps=data.steps_per_epoch, epoch=epoch, epochs=config.epochs)
+            trained, records, lr = None, [], current_lr(trainee)
+        stretch = train_steps(
             trainee,
             data,
             config.optim,
             epoch=epoch,
             first=segment.first,
             last=segment.last,
-            on_step=bar.update if bar else None,
+            on_step=bar.step,
         )
-        if bar:
-            bar.close()
-        tested = evaluate(trainee, data, "test")
-        validated = evaluate(trainee, data, "val") if data.has_validation else None
-        invalid = count_invalid(trainee, units)
+        trained = trained + stretch if trained else stretch
 
-        record = None
+        if segment.evaluate:
+            bar.stop()
+            tested = evaluate(trainee, data, "test")
+            validated = evaluate(trainee, data, "val") if data.has_validation else None
+            layers = look_at_layers(config, trainee, units)
         if segment.round and grafter:
-            try:
-                record = grafter.graft()
-            except NonFiniteError as error:
-                raise NonFiniteError(f"epoch {epoch}: {error}") from error
-            if config.graft.reset_momentum:
-                trainee.optimizer.state.clear()
+            steps = epoch * data.steps_per_epoch + segment.last
+            with naming_epoch(epoch):
+                records.append(grafter.graft(rate=rate(steps)))
             round_ = grafter.round
-            information = record.information
-        else:
+        elif segment.round:
+            graft_itself(trainee, units, config.graft, round_)
+            round_ += 1
+        if segment.round and config.graft.reset_momentum:
+            trainee.optimizer.state.clear()
+        if not segment.evaluate:
+            continue
+        if not (segment.round and grafter):
             check_finite(trainee, epoch)
-            information = layer_information(trainee, units, rule)
 
         metrics = EpochMetrics(
             epoch=epoch,
@@ -148,50 +148,24 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             val_loss=validated.loss if validated else None,
             val_accuracy=validated.accuracy if validated else None,
             images_per_second=trained.images / trained.seconds,
-            graft=_graft_entry(record),
+            graft=graft_entry(records),
         )
-        metrics_file.write(metrics)
-        if board:
-            layers = LayerView(
-                criterion=config.graft.criterion, information=information, invalid=invalid
-            )
-            board.epoch(metrics, layers)
-        row = NetworkRow(
-            lr=lr,
-            train_loss=trained.loss,
-            train_accuracy=trained.accuracy,
-            test_loss=tested.loss,
-            test_accuracy=tested.accuracy,
-            images_per_second=metrics.images_per_second,
-            donor=record.donor if record else -1,
-            smallest_coefficient=min(record.coefficient.values()) if record else 1.0,
-            largest_coefficient=max(record.coefficient.values()) if record else 1.0,
-        )
+        reporter.network(metrics, layers)
+        row = row_of(metrics, records[-1] if records else None)
         numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
-        everyone = [NetworkRow(*other) for other in numbers]
-        log.info("%s", epoch_text(epoch, config.epochs, trained.seconds, everyone))
-        if population_board:
-            population_board.epoch(epoch, [other.test_accuracy for other in everyone])
+        reporter.population(epoch, trained.seconds, [NetworkRow(*other) for other in numbers])
 
         seconds = earlier_seconds + time.monotonic() - began
         if segment.ends_run:
-            after = evaluate(trainee, data, "test") if record else tested
+            after = evaluate(trainee, data, "test") if segment.round else tested
             summary = summarise(runtime, lr_of(config, runtime), tested, after, seconds)
-            if board:
-                board.after_last_round(after.accuracy, epoch)
-            if population_board:
-                for when in ("before_last_round", "after_last_round"):
-                    population_board.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
             if speaks:
                 write_atomically(directory.summary, (json.dumps(summary, indent=1) + "\n").encode())
-            log.info("%s", summary_text(summary))
+            reporter.summary(summary, network)
         if segment.save:
             _save(config, runtime, directory, trainee, epoch + 1, round_, seconds)
 
-    if board:
-        board.close()
-    if population_board:
-        population_board.close()
+    reporter.close()
     if speaks:
         log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
     runtime.finish()
@@ -277,18 +251,3 @@ def _opening(
         f"{config.runtime.precision} on {where}, {torch.get_num_threads()} threads a process; "
         f"run directory {config.run_dir}"
     )
-
-
-def _graft_entry(record: GraftRecord | None) -> dict[str, Any] | None:
-    if record is None:
-        return None
-    return {
-        "round": record.round,
-        "donor": record.donor,
-        "seconds": record.seconds,
-        "phase_seconds": record.phase_seconds,
-        "bytes": record.bytes_received,
-        "coefficient": record.coefficient,
-        "information": record.information,
-        "distance": record.distance,
-    }

@@ -8,11 +8,11 @@ from architectures import State, build, same_bits, snapshot
 from harness import Place, attempt, run
 from torch import nn
 
-from dist_graft import Grafter, Ring
+from dist_graft import Graft, Grafter
 from dist_graft.grafting.rules import Rule
 
 
-class Keen(Ring):
+class Keen(Graft):
     """Another class with the same fields."""
 
 
@@ -113,7 +113,7 @@ def test_another_architecture_on_the_first_rank():
         ({"exchange": "p2p"}, "exchange is all_gather in network 0 and p2p in network 1"),
         ({"bucket_mb": 1}, "bucket_bytes is 33554432 in network 0 and 1048576 in network 1"),
         ({"lead": "conv+linear"}, "lead is conv in network 0 and conv+linear in network 1"),
-        ({"rule": Keen()}, "rule is Ring in network 0 and Keen in network 1"),
+        ({"rule": Keen()}, "rule is Graft in network 0 and Keen in network 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, State, build, lead_of, same_bits
 from harness import run
 from rounds import Case, Mean, OneGives, Round, play
 
-from dist_graft import GraftUnit, Ring, graft_units, mix
+from dist_graft import Graft, GraftUnit, graft_units, mix
 from dist_graft.grafting.units import graft_tensors
 
 SMALL = [name for name in ARCHITECTURES if name != "large"]
@@ -50,7 +50,7 @@ def size_of(architecture: str) -> int:
 
 
 def information_of(states: list[State], case: Case) -> torch.Tensor:
-    rule = case.rule or Ring()
+    rule = case.rule or Graft()
     return torch.stack(
         [
             torch.stack(
@@ -67,7 +67,7 @@ def check_case(networks: int, case: Case) -> None:
     for number, round_ in enumerate(rounds_of(networks, case)):
         befores = [one.before for one in round_]
         information = information_of(befores, case)
-        mixing = (case.rule or Ring()).decide(information, number)
+        mixing = (case.rule or Graft()).decide(information, number)
         expected = mix(befores, units_of(case.architecture), mixing)
         for network, one in enumerate(round_):
             for key, value in one.after.items():
@@ -87,7 +87,7 @@ def check_record(
 ) -> None:
     units, record = units_of(case.architecture), one.record
     names = [unit.name for unit in units]
-    mixing = (case.rule or Ring()).decide(information, number)
+    mixing = (case.rule or Graft()).decide(information, number)
     donors = mixing.donors[network]
     assert record.round == number
     assert record.donor == (donors[0] if donors else (network - 1) % len(befores))

@@ -9,7 +9,7 @@ from architectures import build, same_bits, snapshot
 from harness import Place, attempt, run
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft import Grafter, Ring, graft_units, mix
+from dist_graft import Graft, Grafter, graft_units, mix
 
 UNITS = ["0", "3"]
 
@@ -17,10 +17,10 @@ UNITS = ["0", "3"]
 def expected(states):
     units = graft_units(build("plain", 0))
     information = [
-        torch.stack([Ring().information(unit.filters(state[unit.lead])) for unit in units])
+        torch.stack([Graft().information(unit.filters(state[unit.lead])) for unit in units])
         for state in states
     ]
-    return mix(states, units, Ring().decide(torch.stack(information), 0))
+    return mix(states, units, Graft().decide(torch.stack(information), 0))
 
 
 def graft_compiled(place: Place):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_graft import Mixing, Ring, graft_units, mix
+from dist_graft import Graft, Mixing, graft_units, mix
 
 State = dict[str, Tensor]
 
@@ -135,7 +135,7 @@ def test_a_graft_lies_between_recipient_and_donor(before, data):
         data.draw(st.lists(st.floats(0, 3), min_size=2 * networks, max_size=2 * networks)),
         dtype=torch.float64,
     ).view(networks, 2)
-    rule = Ring(amplitude=data.draw(st.floats(0, 1)), sensitivity=data.draw(st.floats(0, 500)))
+    rule = Graft(amplitude=data.draw(st.floats(0, 1)), sensitivity=data.draw(st.floats(0, 500)))
     for network, after in enumerate(mix(before, UNITS, rule.decide(information, 0))):
         for key in (key for unit in UNITS for key in unit.tensors):
             own, donor = before[network][key], before[network - 1][key]
@@ -170,6 +170,6 @@ def test_networks_that_give_nothing_do_not_matter(case, data):
 def test_equal_networks_stay_equal_to_themselves(before, information):
     """Whatever is known of them: blending a network with itself changes no bit."""
     same = [before[0]] * len(before)
-    mixing = Ring().decide(torch.rand(len(before), 2, dtype=torch.float64) * information, 0)
+    mixing = Graft().decide(torch.rand(len(before), 2, dtype=torch.float64) * information, 0)
     for after in mix(same, UNITS, mixing):
         assert all(torch.equal(after[key], before[0][key]) for key in after)

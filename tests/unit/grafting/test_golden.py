@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_graft import Mixing, Ring, entropy, graft_coefficient, graft_units, mix
+from dist_graft import Graft, Mixing, entropy, graft_coefficient, graft_units, mix
 
 FOLDER = Path(__file__).parents[2] / "golden"
 
@@ -101,7 +101,7 @@ def test_the_recorded_network_is_the_one_built_here(golden):
 
 def test_donors_are_the_ring(golden):
     information = torch.zeros(len(golden.networks), 1, dtype=torch.float64)
-    mixing = Ring().decide(information, 0)
+    mixing = Graft().decide(information, 0)
     assert [donor for (donor,) in mixing.donors] == golden.donor_of
 
 
@@ -215,7 +215,7 @@ def test_our_round_on_their_weights_ends_near_theirs():
     """All habits together, at the sensitivity where they matter little."""
     golden = Golden("k3_c5")
     befores = [golden.state("before", network) for network in golden.networks]
-    rule = Ring(amplitude=golden.amplitude, sensitivity=golden.sensitivity)
+    rule = Graft(amplitude=golden.amplitude, sensitivity=golden.sensitivity)
     information = torch.stack(
         [
             torch.stack([rule.information(u.filters(state[u.lead])) for u in golden.units])

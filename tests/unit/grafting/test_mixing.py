@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_graft import Mixing, Ring, graft_units, mix
+from dist_graft import Graft, Mixing, graft_units, mix
 from dist_graft.grafting.mixing import blend_
 
 
@@ -37,7 +37,7 @@ def shares(*rows: list[float], units: int = 1) -> Tensor:
 def test_the_ring_is_a_weighted_sum_of_two_networks(networks):
     before = states(networks)
     information = torch.rand(networks, 2, dtype=torch.float64) * 3
-    mixing = Ring().decide(information, 0)
+    mixing = Graft().decide(information, 0)
     after = mix(before, UNITS, mixing)
     for k in range(networks):
         donor = (k - 1) % networks
@@ -90,7 +90,7 @@ def test_each_unit_has_shares_of_its_own():
 def test_the_arguments_are_not_changed_and_not_shared():
     before = states(2)
     kept = copy.deepcopy(before)
-    mixing = Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0)
+    mixing = Graft().decide(torch.rand(2, 2, dtype=torch.float64), 0)
     after = mix(before, UNITS, mixing)
     for k in range(2):
         for key, value in before[k].items():
@@ -103,7 +103,7 @@ def test_memory_format_and_types_stay():
         network(seed).to(memory_format=torch.channels_last, dtype=torch.bfloat16).state_dict()
         for seed in range(2)
     ]
-    mixing = Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0)
+    mixing = Graft().decide(torch.rand(2, 2, dtype=torch.float64), 0)
     for state, after in zip(before, mix(before, UNITS, mixing), strict=True):
         for key, value in after.items():
             assert value.dtype == state[key].dtype
@@ -112,7 +112,7 @@ def test_memory_format_and_types_stay():
 
 def test_parameters_that_need_gradients_are_taken_too():
     before = [dict(network(seed).state_dict(keep_vars=True)) for seed in range(2)]
-    after = mix(before, UNITS, Ring().decide(torch.rand(2, 2, dtype=torch.float64), 0))
+    after = mix(before, UNITS, Graft().decide(torch.rand(2, 2, dtype=torch.float64), 0))
     assert not any(value.requires_grad for state in after for value in state.values())
 
 
@@ -127,7 +127,7 @@ def test_the_state_dict_of_tied_weights_loads_back_as_mixed():
     """All keys of one tensor carry its new value: loading the dict leaves the last one."""
     models = [tied_network(seed) for seed in range(2)]
     units = graft_units(models[0])
-    mixing = Ring().decide(torch.rand(2, len(units), dtype=torch.float64), 0)
+    mixing = Graft().decide(torch.rand(2, len(units), dtype=torch.float64), 0)
     for model, after in zip(
         models, mix([m.state_dict() for m in models], units, mixing), strict=True
     ):
@@ -138,7 +138,7 @@ def test_the_state_dict_of_tied_weights_loads_back_as_mixed():
 
 @pytest.mark.parametrize(("networks", "units"), [(3, 2), (1, 2), (2, 1), (2, 3)])
 def test_another_number_of_networks_or_units_is_an_error(networks, units):
-    mixing = Ring().decide(torch.rand(networks, units, dtype=torch.float64), 0)
+    mixing = Graft().decide(torch.rand(networks, units, dtype=torch.float64), 0)
     text = f"of {networks} networks and {units} units, got 2 states and 2 units"
     with pytest.raises(ValueError, match=text):
         mix(states(2), UNITS, mixing)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dist_graft import Ring, entropy, filter_entropy, l1
+from dist_graft import Graft, entropy, filter_entropy, l1
 from dist_graft.grafting.topology import ring
 
 
@@ -19,7 +19,7 @@ def test_network_k_takes_from_the_one_before_it():
 @pytest.mark.parametrize("networks", [2, 3, 5])
 def test_the_ring_is_eq_7_unit_by_unit(networks):
     information = torch.rand(networks, 4, dtype=torch.float64)
-    rule = Ring(amplitude=0.6, sensitivity=20.0)
+    rule = Graft(amplitude=0.6, sensitivity=20.0)
     mixing = rule.decide(information, 0)
     for k in range(networks):
         donor = (k - 1) % networks
@@ -36,20 +36,20 @@ def test_the_ring_is_eq_7_unit_by_unit(networks):
 
 def test_the_ring_is_the_same_in_every_round():
     information = torch.rand(3, 2, dtype=torch.float64)
-    first, later = Ring().decide(information, 0), Ring().decide(information, 7)
+    first, later = Graft().decide(information, 0), Graft().decide(information, 7)
     assert torch.equal(first.shares, later.shares)
     assert first.donors == later.donors
 
 
 def test_a_network_alone_keeps_itself():
-    mixing = Ring().decide(torch.tensor([[1.0, 2.0]], dtype=torch.float64), 0)
+    mixing = Graft().decide(torch.tensor([[1.0, 2.0]], dtype=torch.float64), 0)
     assert mixing.donors == ((),)
     assert mixing.own_share(0) == [1.0, 1.0]
     assert mixing.fractions(0) == []
 
 
 def test_two_coefficients_of_a_pair_add_up_to_1():
-    mixing = Ring(amplitude=1.0, sensitivity=500.0).decide(
+    mixing = Graft(amplitude=1.0, sensitivity=500.0).decide(
         torch.rand(2, 50, dtype=torch.float64), 0
     )
     both = torch.tensor(mixing.own_share(0)) + torch.tensor(mixing.own_share(1))
@@ -58,11 +58,11 @@ def test_two_coefficients_of_a_pair_add_up_to_1():
 
 def test_the_criterion_and_its_bins_are_used():
     filters = torch.randn(6, 30, generator=torch.Generator().manual_seed(0))
-    assert Ring().information(filters) == entropy(filters)
-    assert Ring(num_bins=3).information(filters) == entropy(filters, num_bins=3)
-    summed = Ring(criterion="filter_entropy", num_bins=4)
+    assert Graft().information(filters) == entropy(filters)
+    assert Graft(num_bins=3).information(filters) == entropy(filters, num_bins=3)
+    summed = Graft(criterion="filter_entropy", num_bins=4)
     assert summed.information(filters) == filter_entropy(filters, num_bins=4)
-    assert Ring(criterion="l1").information(filters) == l1(filters)
+    assert Graft(criterion="l1").information(filters) == l1(filters)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_the_criterion_and_its_bins_are_used():
 )
 def test_an_option_out_of_range_is_named_with_its_value(option, text):
     with pytest.raises(ValueError, match=text):
-        Ring(**option)
+        Graft(**option)
 
 
 def test_the_defaults_are_the_second_release():
-    assert dataclasses.asdict(Ring()) == {
+    assert dataclasses.asdict(Graft()) == {
         "amplitude": 0.4,
         "sensitivity": 5.0,
         "num_bins": 10,

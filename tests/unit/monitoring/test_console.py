@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import pytest
 
 from dist_graft.monitoring.console import (
     NetworkRow,
+    ProgressBar,
     epoch_text,
-    progress_bar,
     summary_text,
     table,
 )
@@ -76,19 +77,22 @@ def test_the_closing_table() -> None:
 
 
 class TestProgressBar:
-    def test_none_where_lines_are_wanted(self) -> None:
-        assert progress_bar("lines", steps=3, epoch=0, epochs=2) is None
-
-    def test_none_without_a_terminal(self, capfd: pytest.CaptureFixture[str]) -> None:
-        assert progress_bar("auto", steps=3, epoch=0, epochs=2) is None
+    @pytest.mark.parametrize(("mode", "show"), [("lines", True), ("auto", True), ("bar", False)])
+    def test_nothing_where_it_is_not_wanted(
+        self, capfd: pytest.CaptureFixture[str], mode: Literal["auto", "bar", "lines"], show: bool
+    ) -> None:
+        """Auto shows none here: the output is captured, and no terminal."""
+        bar = ProgressBar(mode, show=show)
+        bar.start(steps=3, epoch=0, epochs=2)
+        bar.step()
+        bar.stop()
         assert capfd.readouterr().err == ""
 
     def test_counts_the_steps_of_the_epoch(self, capfd: pytest.CaptureFixture[str]) -> None:
-        bar = progress_bar("bar", steps=3, epoch=1, epochs=4)
-        assert bar is not None
-        bar.update(2)
-        bar.refresh()
-        bar.close()
+        bar = ProgressBar("bar", show=True)
+        bar.start(steps=1, epoch=1, epochs=4)
+        bar.step()
+        bar.stop()
         shown = capfd.readouterr().err
         assert "epoch 2/4" in shown
-        assert "2/3" in shown
+        assert "0/1" in shown

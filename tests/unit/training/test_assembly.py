@@ -5,15 +5,28 @@ import torch
 from small import MakeData, MakeRuntime, MakeTrainee
 from torch import nn
 
-from dist_graft.config import GraftConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dist_graft.config import (
+    GraftConfig,
+    ModelConfig,
+    OptimConfig,
+    PapaConfig,
+    RuntimeConfig,
+    TrainConfig,
+    WashConfig,
+)
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.filter_level import FilterGraft
+from dist_graft.grafting.neighbours import Average, Papa, Wash
+from dist_graft.grafting.rules import Graft, Rule
 from dist_graft.training.assembly import (
+    build_cadence,
+    build_rate,
     build_rule,
     build_trainee,
     build_units,
-    epochs_between_rounds,
     lr_of,
 )
+from dist_graft.training.clock import Cadence
 from dist_graft.training.layers import check_finite
 
 
@@ -76,10 +89,60 @@ def test_the_learning_rate_of_each_network(make_runtime: MakeRuntime) -> None:
     assert [lr_of(config, make_runtime(k, 2)) for k in range(2)] == pytest.approx([0.2, 0.4])
 
 
-def test_the_rule_has_all_options(make_runtime: MakeRuntime) -> None:
-    graft = GraftConfig(amplitude=0.3, sensitivity=2.0, num_bins=7, criterion="l1")
-    rule = build_rule(TrainConfig(graft=graft))
-    assert (rule.amplitude, rule.sensitivity, rule.num_bins, rule.criterion) == (0.3, 2.0, 7, "l1")
+CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            TrainConfig(
+                seed=3,
+                graft=GraftConfig(
+                    amplitude=0.3, sensitivity=2.0, num_bins=7, criterion="l1", topology="random"
+                ),
+            ),
+            Graft(
+                amplitude=0.3,
+                sensitivity=2.0,
+                num_bins=7,
+                criterion="l1",
+                topology="random",
+                seed=3,
+            ),
+        ),
+        (TrainConfig(method="average"), Average()),
+        (
+            TrainConfig(method="papa", seed=5, papa=PapaConfig(beta=0.9, variant="pairs")),
+            Papa(beta=0.9, variant="pairs", seed=5),
+        ),
+        (
+            TrainConfig(method="wash", seed=5, wash=WashConfig(probability=0.2)),
+            Wash(probability=0.2, seed=5),
+        ),
+    ],
+    ids=["graft", "average", "papa", "wash"],
+)
+def test_the_rule_has_all_options(
+    make_trainee: MakeTrainee, config: TrainConfig, expected: Rule
+) -> None:
+    trainee = make_trainee(OptimConfig(), model=CHAIN)
+    assert build_rule(config, trainee, build_units(config, trainee)) == expected
+
+
+def test_the_rule_of_the_filter_level(make_trainee: MakeTrainee) -> None:
+    config = TrainConfig(graft=GraftConfig(level="filter"))
+    trainee = make_trainee(OptimConfig(), model=CHAIN)
+    rule = build_rule(config, trainee, build_units(config, trainee))
+    assert isinstance(rule, FilterGraft)
+    assert [link.filters for link in rule.links] == [8, 4]
+
+
+def test_a_model_without_batch_norm_has_no_filter_level(make_trainee: MakeTrainee) -> None:
+    config = TrainConfig(graft=GraftConfig(level="filter"))
+    trainee = make_trainee(OptimConfig(), model=nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
+    with pytest.raises(ConfigError, match="layer 0 has no batch norm"):
+        build_rule(config, trainee, build_units(config, trainee))
 
 
 def test_units_of_the_lead_that_was_asked_for(make_trainee: MakeTrainee) -> None:
@@ -101,11 +164,38 @@ def test_a_model_that_cannot_be_grafted_is_told_what_to_pass(make_trainee: MakeT
 
 @pytest.mark.parametrize(
     ("method", "every", "networks", "expected"),
-    [("graft", 3, 2, 3), ("graft", 0, 2, 0), ("graft", 3, 1, 0), ("none", 3, 2, 0)],
+    [
+        ("graft", 3, 2, Cadence(every_epochs=3)),
+        ("graft", 0, 2, Cadence()),
+        ("graft", 3, 1, Cadence()),
+        ("none", 3, 2, Cadence()),
+        ("average", 2, 2, Cadence(every_epochs=2)),
+        ("papa", 3, 2, Cadence(every_steps=10)),
+        ("wash", 3, 2, Cadence(every_steps=1)),
+        ("wash", 3, 1, Cadence()),
+    ],
 )
-def test_when_there_are_rounds(method: str, every: int, networks: int, expected: int) -> None:
+def test_when_there_are_rounds(method: str, every: int, networks: int, expected: Cadence) -> None:
     config = TrainConfig(method=method, graft=GraftConfig(every=every))  # type: ignore[arg-type]
-    assert epochs_between_rounds(config, networks) == expected
+    assert build_cadence(config, networks) == expected
+
+
+def test_rounds_in_steps_replace_rounds_in_epochs() -> None:
+    config = TrainConfig(graft=GraftConfig(every_steps=7, start=2))
+    assert build_cadence(config, 2) == Cadence(every_steps=7, start_epoch=2)
+
+
+@pytest.mark.parametrize("source", ["internal", "noise"])
+def test_a_network_alone_can_graft_itself(source: str) -> None:
+    config = TrainConfig(graft=GraftConfig(source=source))  # type: ignore[arg-type]
+    assert build_cadence(config, 1) == Cadence(every_epochs=1)
+
+
+def test_the_pull_falls_with_the_learning_rate() -> None:
+    config = TrainConfig(epochs=4, method="papa")
+    rate = build_rate(config, 10)
+    assert [rate(10), rate(20), rate(40)] == pytest.approx([1.0, 0.8535533905932737, 0.1464466094])
+    assert build_rate(TrainConfig(epochs=4), 10)(40) == 1.0
 
 
 def test_a_built_network_is_finite(make_data: MakeData, make_runtime: MakeRuntime) -> None:

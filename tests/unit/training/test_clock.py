@@ -6,13 +6,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.training.clock import Segment, segments
+from dist_graft.training.clock import Cadence, Segment, segments
 
 RUNS = st.fixed_dictionaries(
     {
         "epochs": st.integers(1, 30),
         "steps_per_epoch": st.integers(1, 9),
-        "round_every": st.integers(0, 8),
+        "cadence": st.one_of(
+            st.builds(Cadence, every_epochs=st.integers(0, 8), start_epoch=st.integers(0, 3)),
+            st.builds(Cadence, every_steps=st.integers(0, 12), start_epoch=st.integers(0, 3)),
+        ),
         "save_every": st.integers(0, 8),
     }
 )
@@ -39,29 +42,36 @@ def test_what_is_left_of_a_run_is_the_rest_of_the_whole_run(
 
 
 @given(RUNS)
-def test_rounds_follow_the_epochs_that_the_number_divides(run: dict[str, Any]) -> None:
-    every = run["round_every"]
-    rounds = [segment.epoch + 1 for segment in of(run) if segment.round]
-    assert rounds == (list(range(every, run["epochs"] + 1, every)) if every else [])
+def test_rounds_follow_what_the_number_divides(run: dict[str, Any]) -> None:
+    cadence, length = run["cadence"], run["steps_per_epoch"]
+    first = min(cadence.start_epoch, run["epochs"]) * length
+    every = cadence.every_steps or cadence.every_epochs * length
+    rounds = [segment.epoch * length + segment.last for segment in of(run) if segment.round]
+    steps = range(first + 1, run["epochs"] * length + 1)
+    assert rounds == [step for step in steps if every and step % every == 0]
 
 
 @given(RUNS)
 def test_the_end_of_a_run_is_saved_and_said_once(run: dict[str, Any]) -> None:
     whole = of(run)
-    assert [segment.ends_run for segment in whole] == [False] * (run["epochs"] - 1) + [True]
+    assert [segment.ends_run for segment in whole] == [False] * (len(whole) - 1) + [True]
     assert whole[-1].save
     every = run["save_every"]
     for segment in whole[:-1]:
-        assert segment.save == (every > 0 and (segment.epoch + 1) % every == 0)
+        due = every > 0 and (segment.epoch + 1) % every == 0
+        assert segment.save == (segment.evaluate and due)
 
 
 @given(RUNS)
-def test_networks_are_evaluated_after_every_epoch_and_before_every_round(
-    run: dict[str, Any],
-) -> None:
-    whole = of(run)
-    assert [s.epoch for s in whole if s.evaluate] == list(range(run["epochs"]))
-    assert all(segment.evaluate for segment in whole if segment.round)
+def test_networks_are_evaluated_after_every_epoch(run: dict[str, Any]) -> None:
+    length = run["steps_per_epoch"]
+    ends = [(s.epoch, s.last) for s in of(run) if s.evaluate]
+    assert ends == [(epoch, length) for epoch in range(run["epochs"])]
+
+
+@given(RUNS)
+def test_a_segment_is_cut_only_where_something_happens(run: dict[str, Any]) -> None:
+    assert all(segment.evaluate or segment.round for segment in of(run))
 
 
 @given(RUNS, st.integers(1, 30))
@@ -75,6 +85,6 @@ def test_more_epochs_change_nothing_before_the_old_end(run: dict[str, Any], more
 
 def test_nothing_is_left_of_a_finished_run() -> None:
     assert (
-        list(segments(epochs=3, steps_per_epoch=2, round_every=1, save_every=1, start_epoch=3))
+        list(segments(epochs=3, steps_per_epoch=2, cadence=Cadence(), save_every=1, start_epoch=3))
         == []
     )

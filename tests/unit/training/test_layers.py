@@ -6,11 +6,10 @@ from small import MakeTrainee, small_model
 from torch import nn
 
 import dist_graft
-from dist_graft.config import OptimConfig
+from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.errors import NonFiniteError
-from dist_graft.grafting.rules import Ring
 from dist_graft.grafting.units import graft_units
-from dist_graft.training.layers import check_finite, count_invalid, layer_information
+from dist_graft.training.layers import check_finite, look_at_layers
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -36,12 +35,25 @@ def test_integers_are_not_looked_at(make_trainee: MakeTrainee) -> None:
 def test_information_is_that_of_the_lead(make_trainee: MakeTrainee) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
     trainee = make_trainee(OptimConfig(), model=model)
-    found = layer_information(trainee, graft_units(model), Ring())
+    view = look_at_layers(TrainConfig(), trainee, graft_units(model))
     weights = {name: model[int(name)].weight.detach() for name in ("0", "1")}
     expected = {name: float(dist_graft.entropy(weight)) for name, weight in weights.items()}
-    assert found == pytest.approx(expected)
-    weighed = layer_information(trainee, graft_units(model), Ring(criterion="l1"))
-    assert weighed["1"] == pytest.approx(float(weights["1"].abs().mean()))
+    assert view.criterion == "entropy"
+    assert view.information == pytest.approx(expected)
+    config = TrainConfig(graft=GraftConfig(criterion="l1"))
+    weighed = look_at_layers(config, trainee, graft_units(model))
+    assert weighed.criterion == "l1"
+    assert weighed.information["1"] == pytest.approx(float(weights["1"].abs().mean()))
+
+
+def test_a_unit_that_is_not_finite_has_no_information(make_trainee: MakeTrainee) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0, 0, 0] = float("nan")
+    view = look_at_layers(
+        TrainConfig(), make_trainee(OptimConfig(), model=model), graft_units(model)
+    )
+    assert list(view.information) == ["0"]
 
 
 def test_invalid_filters_are_counted_by_their_l1_norm(make_trainee: MakeTrainee) -> None:
@@ -50,5 +62,6 @@ def test_invalid_filters_are_counted_by_their_l1_norm(make_trainee: MakeTrainee)
     with torch.no_grad():
         model[0].weight.copy_((norms / 9)[:, None, None, None].expand(4, 1, 3, 3))
         model[0].weight[:, :, 0, 0] *= -1
-    counts = count_invalid(make_trainee(OptimConfig(), model=model), graft_units(model))
-    assert counts == {0.1: {"0": 3}, 0.01: {"0": 2}}
+    trainee = make_trainee(OptimConfig(), model=model)
+    view = look_at_layers(TrainConfig(), trainee, graft_units(model))
+    assert view.invalid == {0.1: {"0": 3}, 0.01: {"0": 2}}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dist_graft.options import option_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import contents
@@ -16,7 +17,6 @@ from small import write_set
 from dist_graft import cli
 from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig, from_nested
 from dist_graft.errors import RunDirectoryError
-from dist_graft.options import option_names
 from dist_graft.training.run_directory import RunDirectory, network_folder
 
 FREE = {"run_dir", "resume", "checkpoint", "monitor", "runtime.timeout_seconds"}

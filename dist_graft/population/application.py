@@ -1,0 +1,176 @@
+"""Carries a Mixing out: moves what must travel, and blends it into this network in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_graft.grafting.layout import flat, memory_order
+from dist_graft.grafting.mixing import Mixing, blend_, blend_finely_
+from dist_graft.grafting.neighbours import Shuffle
+from dist_graft.grafting.units import GraftUnit
+from dist_graft.population.agreement import gather_vectors
+from dist_graft.population.buckets import Piece, cut_buckets, pack_
+from dist_graft.population.exchange import EXCHANGES, Exchange, Phase
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What carrying out a Mixing took."""
+
+    distance: list[float]
+    """Per unit, to the donors before the round; empty where single scalars travelled."""
+    bytes_received: int
+    """Weights of other networks."""
+
+
+def apply_mixing(
+    tensors: Mapping[str, Tensor],
+    units: Sequence[GraftUnit],
+    mixing: Mixing,
+    *,
+    exchange: Exchange,
+    bucket_bytes: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    phase: Phase,
+) -> Applied:
+    """Change this rank's tensors as the mixing says; every rank of the group must call this.
+
+    Args:
+        tensors: of this network, by key; changed in place.
+        units: of the common architecture.
+        mixing: the same on every rank.
+        exchange: how whole tensors travel.
+        bucket_bytes: size of one network's part of a buffer.
+        group: whose ranks are the networks.
+        device: where buffers must lie to travel.
+        phase: adds the time of a block to a named phase.
+    """
+    if isinstance(mixing, Shuffle):
+        return _swap_scalars(tensors, units, mixing, group=group, device=device, phase=phase)
+    rank = dist.get_rank(group)
+    keys = list(tensors)
+    index = {key: number for number, key in enumerate(keys)}
+    unit_of = {index[key]: number for number, unit in enumerate(units) for key in unit.tensors}
+    views = [flat(tensor.detach()) for tensor in tensors.values()]
+    donors = mixing.donors[rank]
+    fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
+    fine = _FineFractions(mixing, rank, keys, list(tensors.values()), unit_of)
+    buckets = cut_buckets(
+        [view.numel() for view in views],
+        [view.dtype for view in views],
+        bucket_bytes=bucket_bytes,
+    )
+    squares: list[list[Tensor]] = [[] for _ in units]
+    received = 0
+    for bucket, parts in EXCHANGES[exchange](
+        buckets if mixing.networks > 1 else [],
+        lambda buffer, bucket: pack_(buffer, bucket, views),
+        mixing.donors,
+        group=group,
+        device=device,
+        phase=phase,
+    ):
+        received += (len(parts) if exchange == "p2p" else mixing.networks - 1) * bucket.bytes
+        for piece in bucket.pieces:
+            unit = unit_of[piece.tensor]
+            own = views[piece.tensor][piece.start : piece.start + piece.length]
+            theirs = {
+                donor: part[piece.offset : piece.offset + piece.length].to(own.device)
+                for donor, part in parts.items()
+            }
+            with phase("distance"):
+                squares[unit].extend(_squared_distance(own, part) for part in theirs.values())
+            with phase("blend"):
+                for donor, part in theirs.items():
+                    fraction = fine.of(piece, donor)
+                    if fraction is None:
+                        blend_([own], [part], [fractions[donor][unit]])
+                    else:
+                        blend_finely_(own, part, fraction)
+    with phase("distance"):
+        distance = [
+            math.sqrt(sum(torch.stack(parts).tolist()) / len(donors)) if parts else 0.0
+            for parts in squares
+        ]
+    return Applied(distance, received)
+
+
+class _FineFractions:
+    """Fractions that differ inside a tensor, in memory order, for one tensor at a time."""
+
+    def __init__(
+        self,
+        mixing: Mixing,
+        network: int,
+        keys: Sequence[str],
+        tensors: Sequence[Tensor],
+        unit_of: Mapping[int, int],
+    ) -> None:
+        self._mixing = mixing
+        self._network = network
+        self._keys = keys
+        self._tensors = tensors
+        self._unit_of = unit_of
+        self._tensor = -1
+        self._fractions: dict[int, Tensor | None] = {}
+
+    def of(self, piece: Piece, donor: int) -> Tensor | None:
+        """The fractions of one piece; None where the unit's holds."""
+        if piece.tensor != self._tensor:
+            self._tensor, self._fractions = piece.tensor, {}
+        if donor not in self._fractions:
+            tensor = self._tensors[piece.tensor]
+            unit, key = self._unit_of[piece.tensor], self._keys[piece.tensor]
+            fraction = self._mixing.tensor_fraction(self._network, donor, unit, key, tensor.shape)
+            if fraction is not None:
+                order = memory_order(tensor)
+                fraction = fraction.expand(tensor.shape).permute(order).reshape(-1)
+            self._fractions[donor] = fraction
+        whole = self._fractions[donor]
+        return None if whole is None else whole[piece.start : piece.start + piece.length]
+
+
+def _swap_scalars(
+    tensors: Mapping[str, Tensor],
+    units: Sequence[GraftUnit],
+    mixing: Shuffle,
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    phase: Phase,
+) -> Applied:
+    """Only the chosen scalars travel, type by type: every rank chooses the same ones."""
+    rank = dist.get_rank(group)
+    received = 0
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
+        with phase("pack"):
+            moving = [
+                (tensors[key].detach(), *mixing.chosen(number, key, tensors[key].numel()))
+                for number, unit in enumerate(units)
+                for key in unit.tensors
+                if tensors[key].dtype == dtype
+            ]
+            mine = torch.cat([tensor.take(where.to(tensor.device)) for tensor, where, _ in moving])
+        if mixing.networks == 1 or mine.numel() == 0:
+            continue
+        with phase("exchange"):
+            everyone = gather_vectors(mine, group=group, device=device)
+        received += (mixing.networks - 1) * mine.numel() * mine.element_size()
+        with phase("blend"):
+            columns = everyone.split([len(where) for _, where, _ in moving], dim=1)
+            for (tensor, where, sources), values in zip(moving, columns, strict=True):
+                taken = values[sources[:, rank], torch.arange(len(where))]
+                tensor.put_(where.to(tensor.device), taken.to(tensor.device))
+    return Applied([], received)
+
+
+def _squared_distance(own: Tensor, other: Tensor) -> Tensor:
+    kind = torch.promote_types(own.dtype, torch.float32)
+    return torch.dist(own.to(kind), other.to(kind)).double().square()

@@ -1,0 +1,86 @@
+"""Frozen networks of finished runs, whose probabilities a network learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dist_graft.config import DistillConfig, ModelConfig, TrainConfig
+from dist_graft.errors import ConfigError
+from dist_graft.training.data import Data
+from dist_graft.training.losses import distillation_loss
+from dist_graft.training.models import build_model
+
+
+class Teachers:
+    """One or several frozen networks, evaluated without gradients.
+
+    Args:
+        models: in evaluation mode, on the run's device.
+        config: temperature, and the weight of their loss.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], config: DistillConfig) -> None:
+        self._models = models
+        self._temperature = config.temperature
+        self._weight = config.weight
+
+    def loss(
+        self, images: Tensor, logits: Tensor, autocast: AbstractContextManager[object]
+    ) -> Tensor:
+        """Weighted distillation loss of a student's logits [images, classes] on the images."""
+        teaching = self.probabilities(images, autocast)
+        return self._weight * distillation_loss(logits, teaching, temperature=self._temperature)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor, autocast: AbstractContextManager[object]) -> Tensor:
+        """Mean of the teachers' softened probabilities: [images, classes], float32.
+
+        Args:
+            images: [images, channels, height, width].
+            autocast: the run's precision.
+        """
+        with autocast:
+            answers = [model(images) for model in self._models]
+        soft = [(logits.float() / self._temperature).softmax(dim=1) for logits in answers]
+        return torch.stack(soft).mean(dim=0)
+
+
+def load_teachers(config: TrainConfig, data: Data, device: torch.device) -> Teachers | None:
+    """The teachers that the configuration names; None without.
+
+    Raises: ConfigError naming a file that is no network of a run, or answers other classes.
+    """
+    if not config.distill.teachers:
+        return None
+    models = [_load(Path(path), data, device) for path in config.distill.teachers]
+    if config.runtime.channels_last:
+        models = [model.to(memory_format=torch.channels_last) for model in models]
+    return Teachers(models, config.distill)
+
+
+def _load(path: Path, data: Data, device: torch.device) -> nn.Module:
+    try:
+        options = yaml.safe_load((path.parents[2] / "config.yaml").read_text())["model"]
+        state = torch.load(path, map_location=device, weights_only=True)["model"]
+    except (OSError, IndexError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        raise ConfigError(
+            f"distill.teachers: {path} is no network of a run ({error}): give files such as "
+            "RUN/checkpoints/epoch_0200/network00.pt"
+        ) from error
+    model = build_model(
+        ModelConfig(**options), num_classes=data.num_classes, channels=data.channels
+    )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"distill.teachers: {path} was trained on other data: it does not answer "
+            f"{data.num_classes} classes of images with {data.channels} channels"
+        ) from error
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,46 @@
+"""How options become configurations, and how one that is out of range is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dist_graft.errors import ConfigError
+
+
+def require(ok: bool, name: str, value: object, legal: str) -> None:
+    """Raise ConfigError naming option, value and legal range, unless ok."""
+    if not ok:
+        raise ConfigError(f"{name} must be {legal}, got {value!r}")
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Require a finite number not below the least; None stands for unset."""
+    if value is not None:
+        require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Require a finite number above 0."""
+    require(math.isfinite(value) and value > 0, name, value, "above 0")
+
+
+def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A configuration dataclass from nested dictionaries, as YAML holds them.
+
+    Raises: ConfigError for a value out of range; TypeError for a name that is no field.
+    """
+    types = typing.get_type_hints(kind)
+    return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})
+
+
+def _as_field(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            section = getattr(kind, "__name__", "").removesuffix("Config").lower()
+            raise ConfigError(f"{section} must be a section with options, got {value!r}")
+        return from_nested(typing.cast("type[Any]", kind), value)
+    return tuple(value) if typing.get_origin(kind) is tuple else value

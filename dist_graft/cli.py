@@ -6,25 +6,24 @@ are answered at once.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-import re
 import socket
 import sys
 import traceback
-import typing
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser
 
+from dist_graft.analysis import commands as analysis
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, DistGraftError, PeerError, StoppedError
+from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
 from dist_graft.population.place import Place, read_place
+from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
 
@@ -43,7 +42,10 @@ def run(argv: Sequence[str]) -> int:
 
             print(prepare(options["name"], root=options["root"], source=options["source"]))
             return 0
-        return _train(_build(TrainConfig, options), place)
+        if command in analysis.COMMANDS:
+            _show(analysis.COMMANDS[command](options, place))
+            return 0
+        return _train(from_nested(TrainConfig, options), place)
     except StoppedError as error:
         return _fail(str(error), error.exit_status, place, argv, root_cause=False)
     except DistGraftError as error:
@@ -51,6 +53,13 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
         traceback.print_exc()
         return _fail(f"unexpected {type(error).__name__}: {error}", 1, place, argv)
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(config: TrainConfig, place: Place) -> int:
@@ -95,7 +104,7 @@ def _fail(
     if place.networks > 1:
         line = f"network {place.network} (rank {place.rank} on {socket.gethostname()}): {line}"
     print(f"dist-graft: error: {line}", file=sys.stderr, flush=True)
-    run_dir = _mentioned(argv, "--run_dir")
+    run_dir = _mentioned(argv, "--run_dir") or _run_dir_in_file(_mentioned(argv, "--config"))
     if run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line
 
@@ -114,7 +123,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     try:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error))) from error
+        raise ConfigError(_explain(str(error), argv)) from error
     command = parsed.command
     options = parsed[command].as_dict()
     options.pop("config", None)
@@ -122,9 +131,8 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("yaml", _load_strictly, (yaml.YAMLError,))
-    settings: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    prepare_parsing()
+    settings = PARSER_SETTINGS
     parser = ArgumentParser(
         prog="dist-graft",
         description="Train a population of networks that graft each other.",
@@ -148,70 +156,15 @@ def _parser() -> ArgumentParser:
         "--source", type=str | None, default=None, help="folder with the original files"
     )
     commands.add_subcommand("prepare", prepare, help="put a data set where training finds it")
+    analysis.add_parsers(commands, settings)
     return parser
 
 
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from nested dictionaries; its checks name what is wrong."""
-    types = typing.get_type_hints(kind)
-    arguments = {
-        name: _build(types[name], value) if dataclasses.is_dataclass(types[name]) else value
-        for name, value in values.items()
-    }
-    return kind(**arguments)
-
-
-_yaml_load = get_loader("yaml")
-
-
-def _load_strictly(text: str) -> Any:
-    """YAML as jsonargparse reads it, but a key given twice is an error.
-
-    The section `run` that a run directory's config.yaml adds is left out, so that the file can be
-    used as a configuration.
-    """
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if node is not None:
-        _refuse_duplicates(node)
-    value = _yaml_load(text)
-    if isinstance(value, dict) and "run_dir" in value:
-        value.pop("run", None)
-    return value
-
-
-def _refuse_duplicates(node: yaml.Node) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-            _refuse_duplicates(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicates(value)
-
-
-def _explain(message: str) -> str:
+def _explain(message: str, argv: Sequence[str]) -> str:
     """The parser's message, with the option that was probably meant."""
-    unknown = re.search(r"(?:arguments?: --|option ')([\w.]+)", message)
-    if unknown:
-        near = difflib.get_close_matches(unknown.group(1), list(option_names()), n=1)
-        if near and near[0] != unknown.group(1):
-            message += f"; did you mean --{near[0]}?"
-    return f"{message}; dist-graft train --help lists all options"
-
-
-def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """All options of training, as they are written after the two dashes."""
-    types = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from option_names(types[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+    if argv and argv[0] in ("prepare", *analysis.COMMANDS):
+        return f"{message}; dist-graft {argv[0]} --help lists all options"
+    return f"{message}{did_you_mean(message)}; dist-graft train --help lists all options"
 
 
 def _mentioned(argv: Sequence[str], option: str) -> str | None:
@@ -222,3 +175,13 @@ def _mentioned(argv: Sequence[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None
+
+
+def _run_dir_in_file(path: str | None) -> str | None:
+    """The run directory that a configuration file names, if it can be read at all."""
+    try:
+        options = yaml.safe_load(Path(path).read_text()) if path else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    run_dir = options.get("run_dir") if isinstance(options, dict) else None
+    return run_dir if isinstance(run_dir, str) else None

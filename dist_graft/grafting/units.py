@@ -148,7 +148,7 @@ def _leads(model: nn.Module, lead: Lead, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _check_share(leads: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
-    total = sum(tensor.numel() for tensor in tensors.values())
+    total = sum(tensor.numel() for tensor in tensors.values() if tensor.dim() > 1)
     led = sum(tensors[key].numel() for key in leads)
     if not leads or 2 * led < total:
         raise ValueError(

@@ -107,6 +107,12 @@ class Grafter:
             )
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        given = (amplitude, sensitivity, num_bins, criterion)
+        if rule is not None and given != (0.4, 5.0, 10, "entropy"):
+            raise ValueError(
+                "amplitude, sensitivity, num_bins and criterion are a ring rule's: give them to the "
+                "rule"
+            )
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")
         self._module = _unwrap(model)
@@ -243,7 +249,8 @@ class Grafter:
         try:
             yield
         except WireError as error:
-            absent = self._roll_call.absent(round_) if self._roll_call else []
+            roll_call = self._roll_call
+            absent = (roll_call.gone() or roll_call.absent(round_)) if roll_call else []
             who = "; ".join(absent) or "a network that had reached it"
             raise PeerError(
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "

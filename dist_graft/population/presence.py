@@ -35,8 +35,8 @@ class RollCall:
 
         Raises: StartError naming the networks that did not, after the time-out.
         """
-        self._store.set(f"host/{self._network}", socket.gethostname())
         self._store.set(f"process/{self._network}", str(os.getpid()))
+        self._store.set(f"host/{self._network}", socket.gethostname())
         missing = self._wait([f"host/{k}" for k in range(self._networks)], timeout_seconds)
         if missing:
             names = ", ".join(key.removeprefix("host/") for key in missing)
@@ -92,10 +92,11 @@ class RollCall:
         """Wait until all keys are there; returns those that are not after the time-out."""
         deadline = time.monotonic() + timeout_seconds
         while missing := [key for key in keys if not self._store.check([key])]:
-            if time.monotonic() >= deadline:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 return missing
-            try:
-                self._store.wait(missing, _LOOK_AGAIN)  # short, so that signals are served
+            try:  # not for long, so that signals are served
+                self._store.wait(missing, min(_LOOK_AGAIN, timedelta(seconds=left)))
             except dist.DistStoreError:
                 continue
         return []
@@ -106,6 +107,8 @@ class RollCall:
         try:
             os.kill(int(self._store.get(f"process/{network}")), 0)
         except ProcessLookupError:
+            return True
+        except PermissionError:  # alive, and somebody else's by now
             return True
         return False
 

@@ -127,7 +127,7 @@ def test_what_says_no_more_than_names_loads_no_torch(statement):
 
 
 def test_grafting_in_one_process_loads_no_population():
-    loaded = modules_after("from dist_graft import entropy, graft_units, mix, Ring")
+    loaded = modules_after("from dist_graft import entropy, graft_units, mix, Graft")
     assert "torch" in loaded
     assert not any(name.startswith("dist_graft.population") for name in loaded)
 

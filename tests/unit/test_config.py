@@ -4,7 +4,6 @@ import dataclasses
 import typing
 
 import pytest
-from dist_graft.options import option_names
 
 from dist_graft.config import (
     CheckpointConfig,
@@ -15,6 +14,7 @@ from dist_graft.config import (
     TrainConfig,
 )
 from dist_graft.errors import ConfigError
+from dist_graft.options import option_names
 
 NAN, INF = float("nan"), float("inf")
 

@@ -68,7 +68,8 @@ def test_the_criterion_and_its_bins_are_used():
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ({"criterion": "l2"}, "criterion must be one of entropy, filter_entropy, l1, got 'l2'"),
+        ({"criterion": "l2"}, "criterion must be one of entropy, .*, shuffled, got 'l2'"),
+        ({"topology": "star"}, "topology must be one of ring, random, exponential, got 'star'"),
         ({"num_bins": 0}, "num_bins must be at least 1, got 0"),
         ({"amplitude": 2.0}, r"amplitude must be in \[0, 1\], got 2.0"),
         ({"sensitivity": -1.0}, "sensitivity must be finite and at least 0, got -1.0"),
@@ -85,4 +86,6 @@ def test_the_defaults_are_the_second_release():
         "sensitivity": 5.0,
         "num_bins": 10,
         "criterion": "entropy",
+        "topology": "ring",
+        "seed": 0,
     }

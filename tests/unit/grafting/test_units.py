@@ -255,7 +255,9 @@ def test_few_convolutions_are_an_error_that_says_what_to_pass():
 def test_half_of_the_weights_are_enough():
     model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Linear(4, 4, bias=False))
     assert len(graft_units(model)) == 1
-    model.append(nn.BatchNorm1d(1, affine=False))  # two more floating numbers, in buffers
+    model.append(nn.BatchNorm1d(40))  # vectors: no weights that a layer multiplies with
+    assert len(graft_units(model)) == 1
+    model.append(nn.Linear(2, 1))
     with pytest.raises(ValueError, match="16 of the model's 34 weights"):
         graft_units(model)
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
-from dist_graft.options import option_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import contents
 from small import write_set
 
 from dist_graft import cli
-from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig, from_nested
+from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
 from dist_graft.errors import RunDirectoryError
+from dist_graft.options import option_names
 from dist_graft.training.run_directory import RunDirectory, network_folder
+from dist_graft.validation import from_nested
 
 FREE = {"run_dir", "resume", "checkpoint", "monitor", "runtime.timeout_seconds"}
 OTHER: dict[str, Any] = {
@@ -53,6 +54,22 @@ OTHER: dict[str, Any] = {
     "optim.accumulation": 2,
     "optim.label_smoothing": 0.1,
     "graft.every": 2,
+    "graft.every_steps": 5,
+    "graft.start": 1,
+    "graft.source": "noise",
+    "graft.topology": "random",
+    "graft.level": "filter",
+    "graft.threshold": 0.01,
+    "graft.noise_annealing": 0.9,
+    "papa.every_steps": 5,
+    "papa.beta": 0.9,
+    "papa.variant": "pairs",
+    "papa.every": 2,
+    "wash.probability": 0.01,
+    "wash.every_steps": 2,
+    "distill.teachers": ["RUN/checkpoints/epoch_0001/network00.pt"],
+    "distill.temperature": 4.0,
+    "distill.weight": 0.5,
     "graft.criterion": "l1",
     "graft.num_bins": 12,
     "graft.amplitude": 0.5,

@@ -1,0 +1,209 @@
+"""The commands of this room: their options, and the function that each one calls.
+
+Importing this imports no torch, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from dist_graft.errors import ConfigError, StartError
+from dist_graft.population.place import Place
+
+Options = Mapping[str, Any]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def add_parsers(commands: Any, settings: Mapping[str, Any]) -> None:
+    """Add the commands to what the command line's parser offers, made with its settings."""
+    for name, build in (
+        ("evaluate", _evaluate),
+        ("inspect", _inspect),
+        ("export", _export),
+        ("compare", _compare),
+    ):
+        parser, text = build(settings)
+        commands.add_subcommand(name, parser, help=text)
+
+
+def _evaluate(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="Test the networks of a run, their ensemble and their soups; writes "
+        "RUN/evaluation.json.",
+        **settings,
+    )
+    _add_run(parser)
+    add = parser.add_argument
+    add("--data.root", type=str | None, default=None, help="folder of the data; unset: the run's")
+    add("--device", type=str | None, default=None, help="auto, cpu, cuda, cuda:N; unset: the run's")
+    add(
+        "--precision", type=Precision | None, default=None, help="of the networks; unset: the run's"
+    )
+    add("--batch_size", type=int | None, default=None, help="images at once; unset: the run's")
+    add(
+        "--batch_norm_batches",
+        type=int | None,
+        default=None,
+        help="training batches that a soup's batch norm is re-estimated on; unset: an epoch's",
+    )
+    return parser, "test a run's networks, ensemble and soups"
+
+
+def _inspect(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="Count and draw what the filters hold; writes inspect.csv and three PNG plots.",
+        **settings,
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        type=str,
+        nargs="+",
+        help="run directories, checkpoint sets, exported folders or .pt files, side by side",
+    )
+    add(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.01, 0.001],
+        help="L1 norms below which a filter counts as invalid",
+    )
+    add("--num_bins", type=int, default=10, help="bins of the histogram that entropy is taken of")
+    add("--out", type=str, default="inspect", help="folder that is written to")
+    add(
+        "--model.name",
+        type=str | None,
+        default=None,
+        help="architecture of .pt files that lie in no run and no exported folder",
+    )
+    add(
+        "--graft.lead",
+        type=Literal["conv", "conv+linear"] | None,
+        default=None,
+        help="layers that are looked at; unset: those that the run grafts",
+    )
+    return parser, "count and draw invalid filters, entropy and L1 norms"
+
+
+def _export(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="Write plain state dicts: networkNN.pt, and uniform_soup.pt, their mean.",
+        **settings,
+    )
+    _add_run(parser)
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder that is written to; unset: RUN/export"
+    )
+    return parser, "write the networks as plain state dicts"
+
+
+def _compare(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="Train what a plan compares, or what is left of it, and write a report.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("plan", type=str, help="YAML file: recipe, methods, networks, seeds (docs/compare.md)")
+    add(
+        "--out",
+        type=str | None,
+        default=None,
+        help="folder of the results; unset: the plan's, or comparisons/NAME",
+    )
+    add(
+        "--report_only",
+        type=bool,
+        default=False,
+        help="report on the runs that there are, also while the comparison goes on",
+    )
+    return parser, "compare methods with their controls, over several seeds"
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="run directory")
+    parser.add_argument(
+        "--checkpoint",
+        type=str | None,
+        default=None,
+        help="name of the checkpoint set, e.g. epoch_0003; unset: the newest complete one",
+    )
+
+
+def _run_evaluate(options: Options, place: Place) -> str:
+    _alone(place, "evaluate")
+    for name in ("batch_size", "batch_norm_batches"):
+        _at_least_one(name, options[name])
+    from dist_graft.analysis.evaluation import evaluate_run
+
+    return evaluate_run(
+        options["run"],
+        checkpoint=options["checkpoint"],
+        data_root=options["data"]["root"],
+        device=options["device"],
+        precision=options["precision"],
+        batch_size=options["batch_size"],
+        batch_norm_batches=options["batch_norm_batches"],
+    )
+
+
+def _run_inspect(options: Options, place: Place) -> str:
+    _alone(place, "inspect")
+    _at_least_one("num_bins", options["num_bins"])
+    for threshold in options["thresholds"]:
+        if not (threshold > 0 and math.isfinite(threshold)):
+            raise ConfigError(f"thresholds must be above 0, got {threshold!r}")
+    from dist_graft.analysis.inspection import inspect_sources
+
+    return inspect_sources(
+        [Path(source) for source in options["sources"]],
+        thresholds=sorted(set(options["thresholds"]), reverse=True),
+        num_bins=options["num_bins"],
+        out=Path(options["out"]),
+        model_name=options["model"]["name"],
+        lead=options["graft"]["lead"],
+    )
+
+
+def _run_export(options: Options, place: Place) -> str:
+    _alone(place, "export")
+    from dist_graft.analysis.export import export_run
+
+    out = options["out"]
+    return export_run(
+        options["run"], checkpoint=options["checkpoint"], out=Path(out) if out else None
+    )
+
+
+def _run_compare(options: Options, place: Place) -> str:
+    _alone(place, "compare")
+    from dist_graft.analysis.compare.state import load_plan
+
+    plan = load_plan(Path(options["plan"]))
+    from dist_graft.analysis.compare.comparison import compare
+
+    out = options["out"] or plan.out or f"comparisons/{plan.name}"
+    return compare(plan, Path(out), report_only=options["report_only"])
+
+
+def _alone(place: Place, command: str) -> None:
+    if place.networks > 1:
+        raise StartError(f"{command} runs in one process: start it without torchrun")
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value!r}")
+
+
+COMMANDS: dict[str, Callable[[Options, Place], str]] = {
+    "evaluate": _run_evaluate,
+    "inspect": _run_inspect,
+    "export": _run_export,
+    "compare": _run_compare,
+}
+"""By name: runs a command and returns what is to be printed."""

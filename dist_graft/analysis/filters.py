@@ -1,0 +1,108 @@
+"""What the filters of networks hold, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_graft.analysis.sources import Source
+from dist_graft.analysis.stored import architecture, fill
+from dist_graft.errors import ConfigError, NonFiniteError
+from dist_graft.grafting.criteria import entropies, entropy, filter_norms, l1
+from dist_graft.grafting.units import Lead, graft_tensors, graft_units
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The lead of one graft unit in one network."""
+
+    unit: str
+    weights: int
+    """Of each filter."""
+    entropy: float
+    """Of all weights together (eq. 6), in nats."""
+    mean_absolute: float
+    """Mean absolute weight: what the L1 criterion compares."""
+    norms: Numbers
+    """[filters]: L1 norm of each filter."""
+    entropies: Numbers
+    """[filters]: entropy of each filter (eq. 4), in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """The layers of all networks of one source; every network has the same ones."""
+
+    label: str
+    networks: dict[str, list[Layer]]
+
+    @property
+    def units(self) -> list[tuple[str, int]]:
+        """Name of each graft unit and number of its filters, from the input to the output."""
+        return [(layer.unit, len(layer.norms)) for layer in next(iter(self.networks.values()))]
+
+    def below(self, threshold: float) -> NDArray[np.int64]:
+        """[networks, units]: number of filters with a smaller L1 norm."""
+        return np.array(
+            [
+                [int((layer.norms < threshold).sum()) for layer in layers]
+                for layers in self.networks.values()
+            ]
+        )
+
+    def layer_entropies(self) -> Numbers:
+        """[networks, units]: entropy of each layer, in nats."""
+        return np.array([[layer.entropy for layer in layers] for layers in self.networks.values()])
+
+
+def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | None) -> Inspected:
+    """Measure every filter of every network.
+
+    Args: lead: layers that are looked at; None: those that the source's run grafts.
+    Raises: ConfigError when the weights do not fit the architecture, or nothing leads;
+        NonFiniteError naming the network and layer.
+    """
+    first = next(iter(source.states.values()))
+    model = architecture(source.model, first, source.path)
+    try:
+        units = graft_units(model, lead=lead or source.lead)
+    except ValueError as error:
+        raise ConfigError(f"{source.path}: {error}") from error
+    networks = {}
+    for name, state in source.states.items():
+        fill(model, state, source.path)
+        tensors = graft_tensors(model)
+        layers = []
+        for unit in units:
+            filters = unit.filters(tensors[unit.lead].detach())
+            try:
+                layer = Layer(
+                    unit=unit.name,
+                    weights=filters.shape[1],
+                    entropy=float(entropy(filters, num_bins=num_bins)),
+                    mean_absolute=float(l1(filters)),
+                    norms=filter_norms(filters).double().numpy(),
+                    entropies=entropies(filters, num_bins=num_bins).numpy(),
+                )
+            except ValueError as error:
+                raise NonFiniteError(
+                    f"{source.path}: layer {unit.name} of network {name}: {error}"
+                ) from error
+            layers.append(layer)
+        networks[name] = layers
+    return Inspected(label=label, networks=networks)
+
+
+def check_alike(inspected: Sequence[Inspected]) -> None:
+    """Raise ConfigError unless all sources have the same layers, so that they can be compared."""
+    for other in inspected[1:]:
+        if other.units != inspected[0].units:
+            raise ConfigError(
+                f"{inspected[0].label} and {other.label} do not have the same layers: inspect them "
+                "one by one"
+            )

@@ -1,0 +1,167 @@
+"""Real processes, started as a user starts them, on data small enough for seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SMALL = (
+    *("--data.train_samples", "64", "--data.test_samples", "40", "--data.batch_size", "32"),
+    *("--model.name", "resnet20", "--runtime.device", "cpu", "--runtime.threads", "1"),
+)
+PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
+"""What the run of two networks is given that most tests look at."""
+PROMPTLY = 20
+"""Seconds within which an error must have ended a process."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ERROR = "dist-graft: error: "
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a program ended."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours without what a launcher says, and without GPUs."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def program(run: Path, *options: str) -> list[str]:
+    """One process of a training run."""
+    return [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(run), *SMALL, *options]
+
+
+def torchrun(networks: int, run: Path, *options: str) -> list[str]:
+    """A training run of several networks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={networks}"]
+    return [sys.executable, *launcher, *program(run, *options)[1:]]
+
+
+def finish(command: Sequence[str], *, timeout: float, cwd: Path | None = None, **more: str) -> Done:
+    """Run a program to its end."""
+    with background([command], cwd=cwd, **more) as (process,):
+        return end_of(process, timeout)
+
+
+def together(networks: int, run: Path, *options: str) -> list[Done]:
+    """A whole run without a launcher; each process is told its place by hand."""
+    with background([program(run, *options)] * networks) as processes:
+        ends = [end_of(process, 150) for process in processes]
+    assert not any(end.status for end in ends), ends
+    return ends
+
+
+def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
+    """Wait for a program and read what it said."""
+    output, errors = process.communicate(timeout=timeout)
+    return Done(process.returncode, output, errors)
+
+
+@contextmanager
+def background(
+    commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Programs that run meanwhile, with RANK, … when there are several; none outlives the block."""
+    place = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(free_port())}
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for rank, command in enumerate(commands):
+            by_hand = place | {"RANK": str(rank)} if len(commands) > 1 else {}
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment(**by_hand, **more),
+                    cwd=cwd,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    what: str,
+    *,
+    seconds: float = 90,
+    meanwhile: Sequence[subprocess.Popen[str]] = (),
+) -> None:
+    """Look again and again; fails after so many seconds, or when a program has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for process in meanwhile:
+            ended = process.poll() is not None
+            assert not ended, f"the program ended before {what}: {process.communicate()}"
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.01)
+
+
+def saved(run: Path, epochs: int) -> Callable[[], bool]:
+    """Asks whether the checkpoint set of so many finished epochs is complete."""
+    return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of a launcher's workers, in the order of their ranks."""
+    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = {}
+    for pid in (int(child) for children in lists for child in children.read_text().split()):
+        told_rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+        if told_rank:
+            workers[int(told_rank.group(1))] = pid
+    return [workers[rank] for rank in sorted(workers)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def told(done: Done, *parts: str, log: Path | None = None) -> str:
+    """The one line that a program which failed says, checked for what it must name.
+
+    There is no traceback of ours beside it, and the network's log has it too.
+    """
+    assert done.status != 0, done
+    ours = re.findall(r'File ".*[/\\]dist_graft[/\\].*', done.errors + done.output)
+    assert not ours, f"a traceback of ours: {done.errors}"
+    lines = [line for line in done.errors.splitlines() if line.startswith(ERROR)]
+    assert lines, done
+    first = lines[0].removeprefix(ERROR)
+    for part in parts:
+        assert part in first
+    if log:
+        assert first in log.read_text()
+    return first

@@ -1,0 +1,121 @@
+"""What only several processes can meet: each says what it found, and all end soon."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from launching import (
+    PROMPTLY,
+    background,
+    children,
+    end_of,
+    finish,
+    free_port,
+    is_alive,
+    program,
+    saved,
+    told,
+    torchrun,
+    wait_until,
+)
+from reading import contents
+
+LONG = ("--epochs", "400")
+SHORT = ("--epochs", "1")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """Every process says it, into its log too, and torchrun's table of failures has the line."""
+    run = tmp_path / "run"
+    with background([torchrun(2, run, *SHORT, "--optim.lr", "1e30")]) as (launcher,):
+        opened = run / "network01/log.txt"
+        wait_until(lambda: opened.is_file() and "resnet20" in opened.read_text(), "the start")
+        done = end_of(launcher, PROMPTLY)
+    line = told(done, "epoch 0", "network 0 has a weight", "network 1 has a weight")
+    assert re.search(r"not finite in \S+\.(weight|bias|running_var|running_mean)", line)
+    table = done.errors[done.errors.index("FAILED") :]
+    assert "has a weight that is not finite" in table
+    logs = [(run / f"network{k:02d}/log.txt").read_text() for k in (0, 1)]
+    assert any("ERROR" in log and "not finite" in log for log in logs)
+    assert not (run / "checkpoints").exists()
+    assert not (run / "summary.json").exists()
+
+
+def test_architectures_that_differ(tmp_path: Path) -> None:
+    """Found before the first epoch, however long an epoch is."""
+    run = tmp_path / "run"
+    names = ("resnet20", "resnet32")
+    with background([program(run, *LONG, "--model.name", name) for name in names]) as processes:
+        ends = [end_of(process, 60) for process in processes]
+    for network, done in enumerate(ends):
+        log = run / f"network{network:02d}/log.txt"
+        told(done, "ranks 0 and 1", "layer2.0.conv1.weight", "layer1.3.conv1.weight", log=log)
+        assert "same model" in done.errors
+    assert not list(run.glob("network*/metrics.jsonl"))
+
+
+def test_a_peer_that_died_is_named_by_the_other(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with background([program(run, *LONG)] * 2) as processes:
+        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        processes[1].kill()
+        done = end_of(processes[0], PROMPTLY)
+    told(done, "network 0", "network 1 (rank 1 on ", log=run / "network00/log.txt")
+    assert list(run.glob("checkpoints/*/COMPLETE.json"))
+    assert not (run / "summary.json").exists()
+
+
+def test_under_torchrun_a_peer_that_died_is_named_by_the_survivor_and_in_the_table(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    with background([torchrun(2, run, *LONG)]) as (launcher,):
+        wait_until(saved(run, 1), "the first set", meanwhile=[launcher])
+        first, second = children(launcher)
+        os.kill(second, signal.SIGKILL)
+        done = end_of(launcher, PROMPTLY)
+    told(done, "network 1 (rank 1 on ")
+    table = done.errors[done.errors.index("FAILED") :]
+    assert re.search(r"rank +: 1", table)
+    assert not is_alive(first)
+
+
+def test_a_peer_that_does_not_answer_is_named_after_the_time_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = (*LONG, "--runtime.timeout_seconds", "8")
+    with background([program(run, *options)] * 2) as processes:
+        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        processes[1].send_signal(signal.SIGSTOP)
+        done = end_of(processes[0], PROMPTLY)
+    told(done, "network 1 (rank 1 on ", log=run / "network00/log.txt")
+
+
+def place(rank: int, port: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
+def test_a_peer_that_never_starts(tmp_path: Path, rank: int, missing: int) -> None:
+    command = program(tmp_path / "run", *SHORT, "--runtime.timeout_seconds", "3")
+    port = free_port()
+    done = finish(command, timeout=PROMPTLY, **place(rank, port))
+    line = told(done, f"network {rank} (rank {rank} on ", "MASTER_PORT")
+    assert f"network {missing}" in line or str(port) in line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_port_that_something_else_has(tmp_path: Path, rank: int) -> None:
+    command = program(tmp_path / "run", *SHORT, "--runtime.timeout_seconds", "3")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        done = finish(command, timeout=PROMPTLY, **place(rank, port))
+    told(done, f"port {port} of 127.0.0.1", "choose a free MASTER_PORT")
+    assert list(contents(tmp_path / "run")) == [f"network{rank:02d}/log.txt"]

@@ -1,0 +1,224 @@
+"""What one process finds wrong by itself: one clear line, an exit code, nothing overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launching import (
+    ERROR,
+    PAIR,
+    PROMPTLY,
+    Done,
+    background,
+    end_of,
+    finish,
+    program,
+    saved,
+    told,
+    wait_until,
+)
+from reading import checkpoint, contents, metrics
+
+Alone = Callable[..., Done]
+ONE = ("--epochs", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.name", "resnet21"], ["'resnet21'", "resnet20", "torchvision.models"]),
+        (["--model.name", "fasterrcnn_resnet50_fpn"], ["no image classifier"]),
+        (["--model.name", "vgg16_bn", "--model.activation", "leaky_relu"], ["model.activation"]),
+        (["--data.image_size", "20"], ["data.image_size", "at least 28"]),
+        (["--data.val_fraction", "0.999"], ["data.val_fraction"]),
+        (["--runtime.precision", "fp16"], ["runtime.precision fp16 needs a GPU", "bf16"]),
+        (["--runtime.backend", "nccl"], ["runtime.backend nccl needs a GPU", "gloo"]),
+        (["--runtime.device", "cuda:99"], ["runtime.device cuda:99", "use cpu or auto"]),
+        (["--runtime.device", "tpu"], ["runtime.device must be auto, cpu, cuda", "'tpu'"]),
+        (["--resume", "must"], ["no complete checkpoint set", "--resume must"]),
+    ],
+)
+def test_an_option_that_cannot_be_had_here(
+    alone: Alone, tmp_path: Path, options: list[str], says: list[str]
+) -> None:
+    done = alone(tmp_path / "run", *ONE, *options)
+    told(done, *says, log=tmp_path / "run/network00/log.txt")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_where_there_is_none(alone: Alone, tmp_path: Path) -> None:
+    done = alone(tmp_path / "run", *ONE, "--runtime.device", "cuda")
+    told(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "says"),
+    [
+        ("imagefolder", [], ["train is missing", "train/CLASS/*"]),
+        ("imagefolder", ["train", "val"], ["train has no class folders"]),
+        ("imagefolder", ["train/cat", "val/cat"], ["train/cat", "image"]),
+        ("fashion-mnist", [], ["FashionMNIST/raw", "dist-graft prepare fashion-mnist"]),
+        ("fashion-mnist", ["FashionMNIST/raw"], ["FashionMNIST/raw", "dist-graft prepare"]),
+        ("cifar10", [], ["cifar-10-batches-py", "dist-graft prepare cifar10"]),
+        ("cifar100", ["cifar-100-python"], ["cifar-100-python", "dist-graft prepare cifar100"]),
+    ],
+)
+def test_a_data_folder_that_is_missing_or_empty(
+    alone: Alone, tmp_path: Path, name: str, folders: list[str], says: list[str]
+) -> None:
+    root = tmp_path / "images"
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+    options = ("--data.name", name, "--data.root", str(root), "--data.download", "false")
+    done = alone(tmp_path / "run", *ONE, *options)
+    told(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
+
+
+def test_a_weight_that_is_not_finite(alone: Alone, tmp_path: Path) -> None:
+    done = alone(tmp_path / "run", *ONE, "--optim.lr", "1e30")
+    line = told(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
+    assert ".weight" in line
+    assert "learning rate" in line
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+class TestRunDirectory:
+    @pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+    def test_a_file_in_the_way(self, alone: Alone, tmp_path: Path, place: str) -> None:
+        (tmp_path / "file").write_text("here")
+        told(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
+        assert (tmp_path / "file").read_text() == "here"
+
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+    def test_a_folder_that_takes_no_files(self, alone: Alone) -> None:
+        told(alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir")
+
+    @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])
+    def test_a_file_under_a_name_of_ours(self, alone: Alone, tmp_path: Path, part: str) -> None:
+        path = tmp_path / "run" / part
+        path.parent.mkdir(parents=True)
+        path.write_text("here")
+        told(alone(tmp_path / "run", *ONE), str(path), "cannot be written", "run_dir")
+        assert path.read_text() == "here"
+
+    @pytest.fixture
+    def finished(self, alone: Alone, tmp_path: Path) -> Path:
+        assert alone(tmp_path / "run", *ONE).status == 0
+        return tmp_path / "run"
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["--optim.lr", "0.2"], ["optim.lr was 0.1 and is now 0.2"]),
+            (
+                ["--seed", "1", "--data.train_samples", "65"],
+                ["seed was 0 and is now 1", "data.train_samples was 64 and is now 65"],
+            ),
+            (["--resume", "never"], ["already holds a run", "--resume never"]),
+            (["--epochs", "2"], ["run of 1 epochs", "cosine schedule", "--epochs 2"]),
+        ],
+    )
+    def test_another_run_is_there(
+        self, alone: Alone, finished: Path, options: list[str], says: list[str]
+    ) -> None:
+        before = contents(finished, without=("log.txt",))
+        log = finished / "network00/log.txt"
+        written = log.read_text()
+        done = alone(finished, *ONE, *options)
+        line = told(done, str(finished), *says, "run_dir", log=log)
+        assert contents(finished, without=("log.txt",)) == before
+        assert log.read_text() == f"{written}ERROR {line}\n"
+
+    def test_a_run_of_more_networks_is_there(
+        self, alone: Alone, pair: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(pair, tmp_path / "run")
+        before = contents(tmp_path / "run", without=("log.txt",))
+        done = alone(tmp_path / "run", *PAIR)
+        told(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
+        assert contents(tmp_path / "run", without=("log.txt",)) == before
+
+    def test_no_set_is_whole(self, alone: Alone, finished: Path) -> None:
+        (finished / "checkpoints/epoch_0001/network00.pt").write_bytes(b"damaged")
+        before = contents(finished, without=("log.txt",))
+        told(alone(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir")
+        assert contents(finished, without=("log.txt",)) == before
+
+    def test_the_line_is_in_the_log_when_a_file_names_the_folder(
+        self, alone: Alone, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The option is given nowhere else: not on the command line."""
+        monkeypatch.chdir(finished.parent)
+        config = finished.parent / "options.yaml"
+        config.write_text((finished / "config.yaml").read_text())
+        command = [sys.executable, "-m", "dist_graft", "train", "--config", str(config)]
+        done = finish([*command, "--optim.lr", "0.3"], timeout=PROMPTLY)
+        told(done, "optim.lr was 0.1 and is now 0.3", log=finished / "network00/log.txt")
+
+
+class TestFullDisk:
+    """A limit on the size of a file stands in for it."""
+
+    def limited(self, run: Path, kilobytes: int, *options: str) -> Done:
+        limit = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited"]
+        return finish([*limit, *program(run, *options)], timeout=60)
+
+    def test_a_checkpoint_that_does_not_fit(self, alone: Alone, tmp_path: Path) -> None:
+        """The run says so, the sets before stay, and it goes on when there is room again."""
+        run, schedule = tmp_path / "run", ("--optim.schedule", "constant")
+        assert alone(run, "--epochs", "1", *schedule).status == 0
+        before = contents(run / "checkpoints")
+        done = self.limited(run, 1000, "--epochs", "2", *schedule)
+        log = run / "network00/log.txt"
+        told(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
+        whole = {name: value for name, value in contents(run / "checkpoints").items()
+                 if name.startswith("epoch_0001")}  # fmt: skip
+        assert whole == before
+        assert alone(run, "--epochs", "2", *schedule).status == 0
+        assert checkpoint(run, 2, 0)["epoch"] == 2
+        assert [line["epoch"] for line in metrics(run, 0)] == [0, 1]
+
+    def test_events_that_do_not_fit(self, tmp_path: Path) -> None:
+        done = self.limited(tmp_path / "run", 2, *ONE)
+        told(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
+
+
+def test_a_signal_stops_it_with_one_line_and_the_same_command_goes_on(
+    alone: Alone, tmp_path: Path
+) -> None:
+    run, options = tmp_path / "run", ("--epochs", "300", "--optim.schedule", "constant")
+    with background([program(run, *options)]) as (process,):
+        wait_until(saved(run, 1), "the first set", meanwhile=[process])
+        process.send_signal(signal.SIGTERM)
+        done = end_of(process, PROMPTLY)
+    assert done.status == 143
+    told(done, "SIGTERM", "the same command goes on", log=run / "network00/log.txt")
+    (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
+    epochs = int(newest.parent.name[-4:]) + 1
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("epochs: 300", f"epochs: {epochs}")
+    )
+    done = alone(run, "--epochs", str(epochs), "--optim.schedule", "constant")
+    assert done.status == 0, done
+    assert [line["epoch"] for line in metrics(run, 0)] == list(range(epochs))
+
+
+def test_a_mistake_is_answered_before_anything_is_imported(tmp_path: Path) -> None:
+    """Also in a process of several, which names its network."""
+    with background([program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2) as processes:
+        ends = [end_of(process, PROMPTLY) for process in processes]
+    for network, done in enumerate(ends):
+        assert done.status == 2
+        assert done.errors.count(ERROR) == len(done.errors.splitlines()) == 1
+        line = told(done, "optim.lrs names 3 learning rates for 2 networks")
+        assert line.startswith(f"network {network} (rank {network} on {os.uname().nodename})")
+        log = (tmp_path / f"run/network{network:02d}/log.txt").read_text()
+        assert log == f"ERROR {line}\n"

@@ -1,0 +1,45 @@
+"""Without rounds a network of a population is the network that it would be alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from launching import Done
+from reading import assert_same_bits, checkpoint, metrics, scalars
+
+NETWORKS = (0, 1)
+
+
+def test_the_first_is_the_network_alone_bit_for_bit(
+    independent: Path, alone: Callable[..., Done], tmp_path: Path
+) -> None:
+    lr = str(metrics(independent, 0)[0]["lr"])
+    assert alone(tmp_path / "run", "--epochs", "3", "--seed", "5", "--optim.lr", lr).status == 0
+    together, single = (checkpoint(run, 3, 0) for run in (independent, tmp_path / "run"))
+    assert_same_bits(together["model"], single["model"])
+    assert together["round"] == single["round"] == 0
+
+
+def test_the_second_is_another_network(independent: Path) -> None:
+    first, second = (checkpoint(independent, 3, k)["model"]["conv1.weight"] for k in NETWORKS)
+    assert not torch.allclose(first, second)
+
+
+def test_there_is_no_round(independent: Path) -> None:
+    for network in NETWORKS:
+        assert {line["graft"] for line in metrics(independent, network)} == {None}
+        tags = scalars(independent / f"network{network:02d}")
+        assert not [tag for tag in tags if tag.startswith(("coefficient/", "distance/", "round/"))]
+        assert "entropy/conv1" in tags
+
+
+def test_no_round_means_nothing_after_it(independent: Path) -> None:
+    summary = json.loads((independent / "summary.json").read_text())
+    for row in summary["networks"]:
+        assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]
+    for name in ("mean", "ensemble"):
+        accuracies = {summary[f"{name}_accuracy_{when}_last_round"] for when in ("before", "after")}
+        assert len(accuracies) == 1

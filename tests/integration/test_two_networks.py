@@ -1,0 +1,341 @@
+"""What a run of two networks leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import PAIR, SMALL, finish, torchrun
+from reading import assert_same_bits, checkpoint, contents, metrics, scalars
+from torch import Tensor
+
+from dist_graft import Graft, cli, graft_units, mix
+from dist_graft.config import DataConfig, ModelConfig, TrainConfig
+from dist_graft.training.data import load_data
+from dist_graft.training.models import build_model
+from dist_graft.validation import from_nested
+
+NETWORKS = (0, 1)
+CONTRACT = {
+    *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    *("images_per_second", "graft"),
+}
+ROUND_CONTRACT = {"round", "donor", "seconds", "bytes", "coefficient", "information", "distance"}
+BY_UNIT = ("coefficient", "information", "distance")
+UNITS = graft_units(build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1))
+NAMES = [unit.name for unit in UNITS]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
+def test_the_files_of_the_contract_and_no_others(pair: Path) -> None:
+    found = {re.sub(r"tfevents\..*", "tfevents", name) for name in contents(pair)}
+    assert found - {"population/log.txt"} == {
+        "config.yaml",
+        "summary.json",
+        *(f"network{k:02d}/metrics.jsonl" for k in NETWORKS),
+        *(f"network{k:02d}/log.txt" for k in NETWORKS),
+        *(f"network{k:02d}/events.out.tfevents" for k in NETWORKS),
+        "population/events.out.tfevents",
+        *(f"checkpoints/epoch_000{n}/network{k:02d}.pt" for n in (2, 3) for k in NETWORKS),
+        *(f"checkpoints/epoch_000{n}/COMPLETE.json" for n in (2, 3)),
+    }
+
+
+def test_the_population_has_a_log(pair: Path) -> None:
+    assert "epoch 3/3" in (pair / "population/log.txt").read_text()
+
+
+def test_each_network_logs_every_epoch(pair: Path) -> None:
+    for network in NETWORKS:
+        log = (pair / f"network{network:02d}/log.txt").read_text()
+        assert [log.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_one_process_speaks(pair: Path) -> None:
+    output = (pair.parent / "output.txt").read_text()
+    assert [output.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert output.count("ensemble") == 1
+    assert f"tensorboard --logdir {pair}" in output
+
+
+class TestConfiguration:
+    def test_it_loads_back(self, pair: Path) -> None:
+        options = ["--run_dir", str(pair), *SMALL, *PAIR]
+        configs = [
+            from_nested(TrainConfig, cli._parse(["train", *argv])[1])
+            for argv in (options, ["--config", str(pair / "config.yaml")])
+        ]
+        assert configs[0] == configs[1]
+        assert configs[0].optim.lr_diversity == "cosine"
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_a_line_an_epoch_with_the_keys_of_the_contract(self, pair: Path, network: int) -> None:
+        lines = metrics(pair, network)
+        assert [line["epoch"] for line in lines] == [0, 1, 2]
+        for line in lines:
+            assert set(line) == CONTRACT | {"val_loss", "val_accuracy"}
+            assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds"}
+            assert line["val_loss"] is line["val_accuracy"] is None
+            for which, images in (("train", 64), ("test", 40)):
+                hits = line[f"{which}_accuracy"] * images / 100
+                assert hits == pytest.approx(round(hits))
+                assert 0 <= hits <= images
+                assert line[f"{which}_loss"] > 0
+            assert line["images_per_second"] > 0
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_the_rounds(self, pair: Path, network: int) -> None:
+        for number, line in enumerate(metrics(pair, network)):
+            graft = line["graft"]
+            assert graft["round"] == number
+            assert graft["donor"] == 1 - network
+            assert graft["seconds"] > 0
+            assert all(list(graft[name]) == NAMES for name in BY_UNIT)
+            assert all(0.3 < value < 0.7 for value in graft["coefficient"].values())
+            assert all(0 < value < math.log(10) for value in graft["information"].values())
+            assert all(value > 0 for value in graft["distance"].values())
+
+    def test_both_sides_of_a_round_say_the_same(self, pair: Path) -> None:
+        for first, second in zip(*(metrics(pair, k) for k in NETWORKS), strict=True):
+            one, other = first["graft"], second["graft"]
+            for unit in NAMES:
+                assert one["coefficient"][unit] + other["coefficient"][unit] == pytest.approx(1)
+                assert one["distance"][unit] == pytest.approx(other["distance"][unit])
+                surplus = one["information"][unit] - other["information"][unit]
+                expected = 0.4 / math.pi * math.atan(5 * surplus) + 0.5
+                assert one["coefficient"][unit] == pytest.approx(expected)
+
+    def test_what_a_round_moves(self, pair: Path) -> None:
+        """All weights and running statistics of the other network, in fp32."""
+        state = checkpoint(pair, 3, 0)["model"]
+        size = sum(value.numel() * 4 for value in state.values() if value.is_floating_point())
+        assert {line["graft"]["bytes"] for k in NETWORKS for line in metrics(pair, k)} == {size}
+
+    def test_different_learning_rates(self, pair: Path) -> None:
+        for network, largest in enumerate((0.05, 0.1)):
+            rates = [line["lr"] for line in metrics(pair, network)]
+            expected = [largest * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+            assert rates == pytest.approx(expected)
+            assert summary(pair)["networks"][network]["lr"] == pytest.approx(largest)
+
+    def test_each_network_sees_the_data_in_its_own_order(self, pair: Path) -> None:
+        first, second = (metrics(pair, network)[2]["train_loss"] for network in NETWORKS)
+        assert first != second
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("epoch", [2, 3])
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_a_file_has_the_keys_of_the_contract(
+        self, pair: Path, epoch: int, network: int
+    ) -> None:
+        state = checkpoint(pair, epoch, network)
+        contract = {"network", "epoch", "step", "round", "model", "optimizer", "scheduler"}
+        assert contract <= set(state)
+        assert (state["network"], state["epoch"], state["round"]) == (network, epoch, epoch)
+        assert state["step"] == 0
+        assert state["scheduler"]["last_epoch"] == 2 * epoch
+        model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
+        model.load_state_dict(state["model"])
+        assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
+
+    @pytest.mark.parametrize("epoch", [2, 3])
+    def test_a_complete_set_has_the_checksum_of_every_file(self, pair: Path, epoch: int) -> None:
+        folder = pair / "checkpoints" / f"epoch_{epoch:04d}"
+        mark = json.loads((folder / "COMPLETE.json").read_text())
+        assert (mark["epoch"], mark["round"], mark["networks"]) == (epoch, epoch, 2)
+        assert mark["sha256"] == {
+            f"network{k:02d}.pt": hashlib.sha256(
+                (folder / f"network{k:02d}.pt").read_bytes()
+            ).hexdigest()
+            for k in NETWORKS
+        }
+
+    def test_their_momentum_stays_their_own(self, pair: Path) -> None:
+        first, second = (checkpoint(pair, 3, network)["optimizer"]["state"] for network in NETWORKS)
+        assert not torch.allclose(first[0]["momentum_buffer"], second[0]["momentum_buffer"])
+
+
+class TestRounds:
+    """`independent` has the weights that the networks go into their first round with."""
+
+    def test_the_first_round_is_the_round_in_one_process(
+        self, by_peers: Path, independent: Path
+    ) -> None:
+        """Bit for bit what `mix` makes of the networks as they were."""
+        before = [checkpoint(independent, 1, network)["model"] for network in NETWORKS]
+        after = [checkpoint(by_peers, 1, network)["model"] for network in NETWORKS]
+        rule = Graft()
+        information = torch.stack(
+            [
+                torch.stack([rule.information(unit.filters(state[unit.lead])) for unit in UNITS])
+                for state in before
+            ]
+        )
+        expected = mix(before, UNITS, rule.decide(information.double(), 0))
+        for network in NETWORKS:
+            assert_same_bits(after[network], expected[network])
+            assert not torch.equal(after[network]["conv1.weight"], before[network]["conv1.weight"])
+
+    def test_both_networks_hold_equal_weights(self, by_peers: Path, independent: Path) -> None:
+        """Equal within 2 ulp of the larger input, batch norm's statistics included."""
+        before = [checkpoint(independent, 1, network)["model"] for network in NETWORKS]
+        first, second = (checkpoint(by_peers, 1, network)["model"] for network in NETWORKS)
+        for key, value in first.items():
+            if value.is_floating_point():
+                size = torch.maximum(*(state[key].abs() for state in before))
+                ulp = torch.finfo(torch.float32).eps * size.double()
+                assert ((value.double() - second[key].double()).abs() <= 2 * ulp).all(), key
+            else:
+                assert torch.equal(value, second[key]), key
+
+    @pytest.mark.parametrize("epoch", [2, 3])
+    def test_only_the_donor_s_weights_travelling_gives_the_same_bits(
+        self, pair: Path, by_peers: Path, epoch: int
+    ) -> None:
+        for network in NETWORKS:
+            states = (checkpoint(run, epoch, network)["model"] for run in (pair, by_peers))
+            assert_same_bits(*states)
+
+
+class TestSummary:
+    def test_its_keys(self, pair: Path) -> None:
+        found = summary(pair)
+        assert set(found) == {
+            "networks",
+            "wall_seconds",
+            *(f"{name}_accuracy_{when}_last_round" for name in ("mean", "ensemble")
+              for when in ("before", "after")),
+        }  # fmt: skip
+        assert [row["network"] for row in found["networks"]] == [0, 1]
+        assert found["wall_seconds"] > 0
+        for row in found["networks"]:
+            assert set(row) == {
+                *("network", "lr"),
+                *("accuracy_before_last_round", "accuracy_after_last_round"),
+            }
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_the_mean_is_the_mean(self, pair: Path, when: str) -> None:
+        found = summary(pair)
+        members = [row[f"accuracy_{when}_last_round"] for row in found["networks"]]
+        assert found[f"mean_accuracy_{when}_last_round"] == pytest.approx(statistics.mean(members))
+
+    def test_before_the_round_is_what_the_last_epoch_said(self, pair: Path) -> None:
+        for network, row in enumerate(summary(pair)["networks"]):
+            assert row["accuracy_before_last_round"] == metrics(pair, network)[-1]["test_accuracy"]
+
+    def test_after_the_round_is_what_the_saved_weights_give(self, pair: Path) -> None:
+        found, members, labels = summary(pair), [], torch.tensor([])
+        for network, row in enumerate(found["networks"]):
+            scores, labels = predictions(checkpoint(pair, 3, network)["model"])
+            assert row["accuracy_after_last_round"] == percent(scores, labels)
+            members.append(scores)
+        ensemble = percent(torch.stack(members).mean(0), labels)
+        assert found["ensemble_accuracy_after_last_round"] == ensemble
+
+    def test_the_ensemble_before_the_round_is_a_share_of_the_images(self, pair: Path) -> None:
+        hits = summary(pair)["ensemble_accuracy_before_last_round"] * 40 / 100
+        assert hits == pytest.approx(round(hits))
+        assert 0 <= hits <= 40
+
+
+@torch.no_grad()
+def predictions(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Probabilities of the run's test images and their labels."""
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1).eval()
+    model.load_state_dict(state)
+    data = load_data(
+        DataConfig(train_samples=64, test_samples=40, batch_size=40),
+        seed=0,
+        network=0,
+        device=torch.device("cpu"),
+        channels_last=False,
+    )
+    inputs, labels = next(data.eval_batches("test"))
+    return model(inputs).softmax(1), labels
+
+
+def percent(scores: Tensor, labels: Tensor) -> float:
+    return 100 * int((scores.argmax(1) == labels).sum()) / len(labels)
+
+
+class TestTensorBoard:
+    def test_the_same_tags_for_every_network(self, pair: Path) -> None:
+        first, second = (scalars(pair / f"network{network:02d}") for network in NETWORKS)
+        assert set(first) == set(second)
+        singles = {
+            *("loss/train", "loss/test", "accuracy/train", "accuracy/test"),
+            *("learning_rate", "images_per_second"),
+        }
+        kinds = ("coefficient", "entropy", "distance", "invalid_0.1", "invalid_0.01")
+        by_unit = {f"{kind}/{unit}" for kind in kinds for unit in NAMES}
+        assert singles | by_unit <= set(first)
+        for tag in singles | by_unit:
+            assert list(first[tag]) == list(second[tag]) == [0, 1, 2], tag
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_they_say_what_the_metrics_say(self, pair: Path, network: int) -> None:
+        board = scalars(pair / f"network{network:02d}")
+        for epoch, line in enumerate(metrics(pair, network)):
+            said = {
+                "loss/train": line["train_loss"],
+                "loss/test": line["test_loss"],
+                "accuracy/train": line["train_accuracy"],
+                "accuracy/test": line["test_accuracy"],
+                "learning_rate": line["lr"],
+                "images_per_second": line["images_per_second"],
+            }
+            for unit in NAMES:
+                said[f"coefficient/{unit}"] = line["graft"]["coefficient"][unit]
+                said[f"entropy/{unit}"] = line["graft"]["information"][unit]
+                said[f"distance/{unit}"] = line["graft"]["distance"][unit]
+            for tag, value in said.items():
+                assert board[tag][epoch] == pytest.approx(value, rel=1e-6), tag
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_invalid_filters(self, pair: Path, network: int) -> None:
+        """As many as filters at most, fewer at the lower threshold, and the sum over the units."""
+        board = scalars(pair / f"network{network:02d}")
+        state = checkpoint(pair, 3, network)["model"]
+        for epoch in range(3):
+            for unit in NAMES:
+                low, high = (board[f"invalid_{at}/{unit}"][epoch] for at in ("0.01", "0.1"))
+                assert 0 <= low <= high <= len(state[f"{unit}.weight"])
+
+    def test_the_population(self, pair: Path) -> None:
+        board = scalars(pair / "population")
+        for epoch in range(3):
+            members = [metrics(pair, k)[epoch]["test_accuracy"] for k in NETWORKS]
+            for name, value in (
+                ("mean", statistics.mean(members)),
+                ("min", min(members)),
+                ("max", max(members)),
+                ("standard_deviation", statistics.stdev(members)),
+            ):
+                found = board[f"population/test_accuracy_{name}"][epoch]
+                assert found == pytest.approx(value, abs=1e-4)
+
+
+def test_a_finished_run_started_again_changes_nothing(pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pair, run)
+    before = contents(run, without=("log.txt",))
+    done = finish(torchrun(2, run, *PAIR), timeout=150)
+    assert done.status == 0, done
+    assert f"{run} is complete" in done.output
+    assert contents(run, without=("log.txt",)) == before

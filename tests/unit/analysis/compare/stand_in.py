@@ -1,0 +1,78 @@
+"""Stands in for `train` and `evaluate`: writes what they would write, in a moment.
+
+    stand_in.py train OPTIONS RUN_DIR NETWORKS BEHAVIOUR     stand_in.py evaluate RUN_DIR
+
+BEHAVIOUR is a folder: a file that is named like the run directory says what the run does (fail,
+silent, sleep), and every start is noted in its file `starts`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
+    with (behaviour / "starts").open("a") as file:
+        file.write(f"{run.name}\n")
+    what = behaviour / run.name
+    wanted = what.read_text() if what.exists() else ""
+    print(f"training {run}")
+    if wanted == "fail":
+        print("dist-graft: error: network 1: stopped by SIGTERM; another line says why")
+        print(
+            "dist-graft: error: epoch 0: network 0 has a weight that is not finite in conv.weight"
+        )
+        print("and a table of failures")
+        return 1
+    if wanted == "silent":
+        return 3
+    if wanted == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    value = 80.0 + options["seed"] + (0.5 if options["method"] == "graft" else 0.0)
+    for network in range(networks):
+        folder = run / f"network{network:02d}"
+        folder.mkdir(exist_ok=True)
+        line = {"test_accuracy": value, "val_accuracy": value - 1}
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * options["epochs"])
+    if wanted == "sleep":
+        time.sleep(60)
+    for epoch in (1, 2):
+        folder = run / "checkpoints" / f"epoch_{epoch:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        complete = {"epoch": epoch, "round": epoch, "networks": networks, "sha256": {}}
+        (folder / "COMPLETE.json").write_text(json.dumps(complete))
+    stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
+    (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))
+    rates = options["optim"]["lrs"] or [options["optim"]["lr"]] * networks
+    summary = {
+        "networks": [
+            {"network": k, "lr": rate, "accuracy_after_last_round": value}
+            for k, rate in enumerate(rates)
+        ],
+        "ensemble_accuracy_after_last_round": value + 1,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    return 0
+
+
+def evaluate(run: Path) -> int:
+    networks = len(list(run.glob("network*")))
+    result = {
+        "members": [{"val_accuracy": 79.0} for _ in range(networks)],
+        "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0},
+        "greedy_soup": None,
+    }
+    (run / "evaluation.json").write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        options = json.loads(Path(sys.argv[2]).read_text())
+        sys.exit(train(options, Path(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])))
+    sys.exit(evaluate(Path(sys.argv[2])))

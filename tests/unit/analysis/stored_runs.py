@@ -1,0 +1,87 @@
+"""Run directories of networks that were never trained: quick to make, and no two are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_graft.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dist_graft.training.checkpoint import complete_set, save_network, set_path
+from dist_graft.training.models import build_model
+from dist_graft.training.run_directory import RunDirectory
+
+MakeRun = Callable[..., Path]
+
+SMALL = {"train_samples": 60, "test_samples": 48, "batch_size": 20}
+
+
+def network(seed: int, *, name: str = "resnet20", channels: int = 1) -> nn.Module:
+    """A network with weights and running statistics of its own."""
+    torch.manual_seed(seed)
+    model = build_model(ModelConfig(name=name), num_classes=10, channels=channels)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.num_batches_tracked.fill_(seed + 1)
+    return model
+
+
+def related_states(count: int) -> list[dict[str, Tensor]]:
+    """Weights around those of one network, so that their means are not worthless.
+
+    Of three, the greedy soup refuses one and takes a later one.
+    """
+    first = network(0).state_dict()
+    states = []
+    for number, spread in enumerate((0.1, 0.3, 0.6)[:count]):
+        generator = torch.Generator().manual_seed(number)
+        state = {key: tensor.clone() for key, tensor in first.items()}
+        for key, tensor in state.items():
+            if tensor.dim() > 1:
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.add_(noise * tensor.std(), alpha=spread)
+            elif key.endswith("tracked"):
+                tensor.add_(number)
+        states.append(state)
+    return states
+
+
+def write_run(
+    folder: Path,
+    states: list[dict[str, Tensor]],
+    *,
+    epochs: tuple[int, ...] = (2,),
+    model: str = "resnet20",
+    precision: str = "fp32",
+    lrs: list[float] | None = None,
+    **data: object,
+) -> Path:
+    """A run directory with a complete set for each number of epochs, all of the same weights."""
+    config = TrainConfig(
+        run_dir=str(folder),
+        model=ModelConfig(name=model),
+        data=DataConfig(**{**SMALL, **data}),  # type: ignore[arg-type]
+        optim=OptimConfig(lrs=lrs),
+        runtime=RuntimeConfig(device="cpu", threads=1, precision=precision),  # type: ignore[arg-type]
+    )
+    directory = RunDirectory(str(folder))
+    directory.describe(config, len(states))
+    for epoch in epochs:
+        path = set_path(directory.checkpoints, epoch)
+        sums = [
+            save_network(path / f"network{number:02d}.pt", {"network": number, "model": state})
+            for number, state in enumerate(states)
+        ]
+        complete_set(path, epoch=epoch, round_=epoch, sha256=sums)
+    return folder
+
+
+def damage_file(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))

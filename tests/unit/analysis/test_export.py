@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from stored_runs import network, related_states, write_run
+
+from dist_graft.analysis.export import export_run
+from dist_graft.config import ModelConfig
+from dist_graft.errors import ConfigError
+from dist_graft.training.models import build_model
+
+
+def test_into_our_own_architecture(trio: Path) -> None:
+    text = export_run(str(trio))
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
+    for number, state in enumerate(related_states(3)):
+        path = trio / "export" / f"network{number:02d}.pt"
+        assert str(path) in text
+        model.load_state_dict(torch.load(path, weights_only=True))
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[key])
+
+
+def test_into_torchvisions_own_architecture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    run = write_run(tmp_path / "run", [trained.state_dict()], model="resnet18", channels=3)
+    export_run(str(run))
+    path = run / "export/network00.pt"
+
+    model = torchvision.models.resnet18(num_classes=10)
+    model.load_state_dict(torch.load(path, weights_only=True))
+
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), trained.eval()(images))
+    assert all(tensor.is_contiguous() for tensor in torch.load(path, weights_only=True).values())
+
+
+def test_the_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
+    export_run(str(trio), out=tmp_path)
+    soup = torch.load(tmp_path / "uniform_soup.pt", weights_only=True)
+    states = related_states(3)
+    for key, tensor in soup.items():
+        if tensor.is_floating_point():
+            mean = sum(state[key].double() for state in states) / 3
+            torch.testing.assert_close(tensor, mean.float(), rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(tensor, states[0][key])
+
+
+def test_the_description_names_the_files(trio: Path, tmp_path: Path) -> None:
+    export_run(str(trio), out=tmp_path, checkpoint="epoch_0001")
+    description = json.loads((tmp_path / "export.json").read_text())
+    assert (description["epoch"], description["model"], description["lead"]) == (
+        *(1, "resnet20"),
+        "conv",
+    )
+    files = {path.name: path for path in tmp_path.glob("*.pt")}
+    assert set(files) == {"network00.pt", "network01.pt", "network02.pt", "uniform_soup.pt"}
+    for name, digest in description["sha256"].items():
+        assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
+
+
+def test_weights_of_another_architecture_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", [network(0).state_dict()], model="resnet32")
+    with pytest.raises(ConfigError, match="does not hold the weights of this architecture"):
+        export_run(str(run))
+    assert not (run / "export").exists()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_graft import cli
+from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
+from dist_graft.options import option_names
+from dist_graft.validation import from_nested
+
+PREFIX = "dist-graft: error: "
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a command line which asks for something wrong is answered with."""
+    assert cli.run(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith(PREFIX)
+    assert captured.out == ""
+    return lines[0].removeprefix(PREFIX)
+
+
+def parsed(*argv: str) -> TrainConfig:
+    command, options = cli._parse(["train", *argv])
+    assert command == "train"
+    config = from_nested(TrainConfig, options)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def in_file(text: str, name: str = "options.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+class TestWhatIsUnderstood:
+    def test_nothing_given_means_the_defaults(self) -> None:
+        assert parsed() == TrainConfig()
+
+    def test_options_of_every_type(self) -> None:
+        config = parsed(
+            *("--epochs", "3", "--graft.amplitude", "0.25", "--optim.lrs", "[0.1, 1e-3]"),
+            *("--optim.nesterov", "true", "--data.channels", "3", "--graft.exchange=p2p"),
+            *("--optim.betas", "[0.8, 0.9]"),
+        )
+        assert config == TrainConfig(
+            epochs=3,
+            graft=GraftConfig(amplitude=0.25, exchange="p2p"),
+            optim=OptimConfig(lrs=[0.1, 1e-3], nesterov=True, betas=(0.8, 0.9)),
+            data=type(config.data)(channels=3),
+        )
+
+    def test_a_file_and_options_that_overrule_it(self) -> None:
+        path = in_file("epochs: 7\ngraft:\n  amplitude: 0.1\n  sensitivity: 2\n")
+        config = parsed("--config", path, "--graft.amplitude", "0.2")
+        assert config.epochs == 7
+        assert config.graft == GraftConfig(amplitude=0.2, sensitivity=2.0)
+
+    def test_what_print_config_prints_can_be_read_again(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = ("--optim.lrs", "[0.1, 0.2]", "--seed", "5", "--data.train_samples", "64")
+        with pytest.raises(SystemExit) as left:
+            cli.run(["train", *options, "--print_config"])
+        assert not left.value.code
+        path = in_file(capsys.readouterr().out)
+        assert parsed("--config", path) == parsed(*options)
+
+    def test_the_section_that_a_run_directory_adds_is_left_out(self) -> None:
+        path = in_file("run_dir: somewhere\nepochs: 2\nrun:\n  networks: 4\n")
+        assert parsed("--config", path) == TrainConfig(run_dir="somewhere", epochs=2)
+
+    def test_a_section_named_run_in_any_other_file_is_unknown(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert "'run" in refused(capsys, "train", "--config", in_file("run:\n  networks: 4\n"))
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("argv", "names", "meant"),
+        [
+            (["--graft.amplitud", "0.5"], "--graft.amplitud", "--graft.amplitude"),
+            (["--data.train_sample", "5"], "--data.train_sample", "--data.train_samples"),
+            (["--epoch=3"], "--epoch", "--epochs"),
+            (["--run-dir", "x"], "--run-dir", None),
+            (["--optim.lrdiversity", "cosine"], "--optim.lrdiversity", "--optim.lr_diversity"),
+            (["--grft.every", "0"], "--grft.every", "--graft.every"),
+            (["--xyzzy", "1"], "--xyzzy", None),
+            (["surplus"], "surplus", None),
+        ],
+    )
+    def test_an_unknown_option_or_an_abbreviation(
+        self, capsys: pytest.CaptureFixture[str], argv: list[str], names: str, meant: str | None
+    ) -> None:
+        line = refused(capsys, "train", *argv)
+        assert names in line
+        assert "--help lists all options" in line
+        if meant:
+            assert f"did you mean {meant}?" in line
+
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            (["--graft.amplitude", "1.5"], "graft.amplitude must be in [0, 1], got 1.5"),
+            (["--graft.amplitude", "-0.5"], "graft.amplitude must be in [0, 1], got -0.5"),
+            (["--graft.sensitivity", "-1"], "graft.sensitivity must be at least 0, got -1.0"),
+            (["--optim.lrs", "[0.1, 0.2]"], "optim.lrs names 2 learning rates for 1 networks"),
+            (["--data.name", "cifar-10"], "(did you mean cifar10 or cifar100?)"),
+            (["--data.name", "mnist"], "fashion-mini, fashion-mnist, cifar10"),
+            (["--epochs", "two"], "epochs"),
+            (["--optim.schedule", "linear"], "'cosine', 'step', 'constant'"),
+            (["--graft.exchange", "p2q"], "'all_gather', 'p2p'"),
+            (["--config", "missing.yaml"], "missing.yaml"),
+            (["--epochs"], "--epochs"),
+        ],
+    )
+    def test_a_value_that_is_not_legal(
+        self, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+    ) -> None:
+        assert says in refused(capsys, "train", *argv)
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("graft:\n  amplitud: 0.3\n", "did you mean --graft.amplitude?"),
+            ("epocs: 3\n", "did you mean --epochs?"),
+            ("graft:\n  amplitude: 0.3\n  amplitude: 0.4\n", "key 'amplitude' is given twice"),
+            ("epochs: 1\nseed: 2\nepochs: 3\n", "key 'epochs' is given twice"),
+            ("graft: {every: 1}\ngraft: {every: 2}\n", "key 'graft' is given twice"),
+            ("graft:\n  amplitude: 1.3\n", "graft.amplitude must be in [0, 1], got 1.3"),
+            ("model:\n  name: 3\n", "model.name"),
+            ("graft: 3\n", "graft"),
+            ("graft: [1, 2]\n", "graft"),
+            ("epochs: [\n", "parsing"),
+            ("- a\n- b\n", "config"),
+        ],
+    )
+    def test_a_file_that_is_not_legal(
+        self, capsys: pytest.CaptureFixture[str], text: str, says: str
+    ) -> None:
+        assert says in refused(capsys, "train", "--config", in_file(text))
+
+    @pytest.mark.parametrize("argv", [[], ["trian"], ["prepare"], ["prepare", "mnist"]])
+    def test_a_command_that_is_not_there(
+        self, capsys: pytest.CaptureFixture[str], argv: list[str]
+    ) -> None:
+        refused(capsys, *argv)
+
+
+class TestWhereAnErrorIsTold:
+    def test_in_the_log_of_the_network(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")
+        assert Path("run/network00/log.txt").read_text() == f"ERROR {line}\n"
+
+    def test_in_the_log_when_a_file_names_the_run_directory(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = in_file("run_dir: run\ngraft:\n  amplitude: 2\n")
+        line = refused(capsys, "train", "--config", path)
+        assert line in Path("run/network00/log.txt").read_text()
+
+    def test_after_what_the_log_already_holds(self, capsys: pytest.CaptureFixture[str]) -> None:
+        log = Path("run/network00/log.txt")
+        log.parent.mkdir(parents=True)
+        log.write_text("before\n")
+        refused(capsys, "train", "--run_dir=run", "--graft.amplitude", "2")
+        assert log.read_text().startswith("before\nERROR graft.amplitude")
+
+    def test_on_standard_error_when_the_log_cannot_be_written(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("run").write_text("in the way")
+        refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")
+        assert Path("run").read_text() == "in the way"
+
+    @pytest.mark.parametrize(
+        ("environment", "says"),
+        [
+            ({"RANK": "1"}, "WORLD_SIZE"),
+            ({"RANK": "one", "WORLD_SIZE": "2"}, "'one'"),
+            ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ],
+    )
+    def test_an_environment_that_makes_no_sense(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        environment: dict[str, str],
+        says: str,
+    ) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert cli.run(["train"]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith(PREFIX)
+        assert says in captured.err
+        assert "torchrun" in captured.err
+
+
+def test_help_lists_every_option_and_loads_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from dist_graft.cli import run\n"
+        "try:\n"
+        "    run(['train', '--help'])\n"
+        "finally:\n"
+        "    assert not {'torch', 'torchvision', 'numpy', 'tensorboard'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    listed = set(re.findall(r"--([\w.]+)", done.stdout))
+    assert set(option_names()) <= listed
+
+
+def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_graft", "train", "--graft.amplitude", "2"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"{PREFIX}graft.amplitude must be in [0, 1], got 2.0\n"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "launch").rglob("*.yaml")))
+def test_every_shipped_configuration_is_legal(path: Path) -> None:
+    config = parsed("--config", str(path))
+    given = yaml.safe_load(path.read_text())
+    assert given
+    assert all(hasattr(config, name) for name in given)

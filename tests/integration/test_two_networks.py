@@ -88,7 +88,7 @@ class TestMetrics:
         assert [line["epoch"] for line in lines] == [0, 1, 2]
         for line in lines:
             assert set(line) == CONTRACT | {"val_loss", "val_accuracy"}
-            assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds"}
+            assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds", "rounds"}
             assert line["val_loss"] is line["val_accuracy"] is None
             for which, images in (("train", 64), ("test", 40)):
                 hits = line[f"{which}_accuracy"] * images / 100
@@ -180,13 +180,8 @@ class TestRounds:
         before = [checkpoint(independent, 1, network)["model"] for network in NETWORKS]
         after = [checkpoint(by_peers, 1, network)["model"] for network in NETWORKS]
         rule = Graft()
-        information = torch.stack(
-            [
-                torch.stack([rule.information(unit.filters(state[unit.lead])) for unit in UNITS])
-                for state in before
-            ]
-        )
-        expected = mix(before, UNITS, rule.decide(information.double(), 0))
+        information = torch.stack([rule.measure(UNITS, state) for state in before])
+        expected = mix(before, UNITS, rule.decide(information, 0))
         for network in NETWORKS:
             assert_same_bits(after[network], expected[network])
             assert not torch.equal(after[network]["conv1.weight"], before[network]["conv1.weight"])

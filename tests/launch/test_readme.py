@@ -75,22 +75,20 @@ def test_shipped_configurations_parse(config: Path) -> None:
     assert options["epochs"] >= 1
 
 
-def test_library_example(tmp_path: Path) -> None:
-    """The README's own lines, in two processes that differ before and agree after the round."""
-    program = tmp_path / "example.py"
-    lines = LIBRARY_EXAMPLE.splitlines()
+def in_two_processes(
+    folder: Path, before: list[str], lines: list[str], after: list[str], *, prints: dict[str, int]
+) -> None:
+    """Run documentation's lines between ours; expects so many prints of each text."""
+    program = folder / "example.py"
     program.write_text(
         "\n".join(
             [
-                "import torch, torch.distributed as dist",
+                "import os, torch, torch.distributed as dist",
                 "dist.init_process_group('gloo')",
                 "torch.manual_seed(dist.get_rank())",
-                "model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))",
-                "epochs, train_one_epoch = 2, lambda model: model(torch.randn(4, 3, 8, 8))",
+                *before,
                 *lines,
-                "assert record.round == 1 and record.donor == 1 - dist.get_rank(), record",
-                "assert 0.3 <= record.coefficient['0'] <= 0.7, record",
-                "print('round', record.round)",
+                *after,
                 "dist.destroy_process_group()",
             ]
         )
@@ -107,7 +105,45 @@ def test_library_example(tmp_path: Path) -> None:
         text=True,
         timeout=120,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("round 1") == 2
+    for text, times in prints.items():
+        assert done.stdout.count(text) == times
+
+
+def test_library_example(tmp_path: Path) -> None:
+    """The README's own lines, in two processes that differ before and agree after the round."""
+    in_two_processes(
+        tmp_path,
+        [
+            "model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))",
+            "epochs, train_one_epoch = 2, lambda model: model(torch.randn(4, 3, 8, 8))",
+        ],
+        LIBRARY_EXAMPLE.splitlines(),
+        [
+            "assert record.round == 1 and record.donor == 1 - dist.get_rank(), record",
+            "assert 0.3 <= record.coefficient['0'] <= 0.7, record",
+            "os.write(1, f'round {record.round}\\n'.encode())",
+        ],
+        prints={"round 1": 2},
+    )
+
+
+def test_the_rule_of_the_documentation(tmp_path: Path) -> None:
+    """The page's own lines, in two processes: the one with less entropy follows the other."""
+    text = (ROOT / "docs/adding_a_rule.md").read_text()
+    example = next(iter(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    assert len(example.splitlines()) < 30
+    in_two_processes(
+        tmp_path,
+        ["model = torch.nn.Conv2d(3, 8, 3)", "before = model.weight.detach().clone()"],
+        example.splitlines(),
+        [
+            "record = grafter.graft()",
+            "moved = not torch.equal(before, model.weight)",
+            "assert moved == (record.coefficient['weight'] == 0.5), record",
+            "os.write(1, f'moved {moved}\\n'.encode())",
+        ],
+        prints={"moved True": 1, "moved False": 1},
+    )

@@ -8,10 +8,13 @@ import pytest
 from dist_graft.config import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     GraftConfig,
     OptimConfig,
+    PapaConfig,
     RuntimeConfig,
     TrainConfig,
+    WashConfig,
 )
 from dist_graft.errors import ConfigError
 from dist_graft.options import option_names
@@ -50,6 +53,18 @@ OUT_OF_RANGE = [
     (GraftConfig, "graft", "sensitivity", -0.01, "at least 0"),
     (GraftConfig, "graft", "sensitivity", INF, "at least 0"),
     (GraftConfig, "graft", "bucket_mb", 0.0, "above 0"),
+    (GraftConfig, "graft", "every_steps", -1, "at least 0"),
+    (GraftConfig, "graft", "start", -1, "at least 0"),
+    (GraftConfig, "graft", "threshold", 0.0, "above 0"),
+    (GraftConfig, "graft", "noise_annealing", 0.0, "in (0, 1]"),
+    (GraftConfig, "graft", "noise_annealing", 1.1, "in (0, 1]"),
+    (PapaConfig, "papa", "every_steps", 0, "at least 1"),
+    (PapaConfig, "papa", "beta", 1.1, "in [0, 1]"),
+    (PapaConfig, "papa", "every", 0, "at least 1"),
+    (WashConfig, "wash", "probability", -0.1, "in [0, 1]"),
+    (WashConfig, "wash", "every_steps", 0, "at least 1"),
+    (DistillConfig, "distill", "temperature", 0.0, "above 0"),
+    (DistillConfig, "distill", "weight", -1.0, "at least 0"),
     (RuntimeConfig, "runtime", "threads", -1, "at least 0"),
     (RuntimeConfig, "runtime", "timeout_seconds", 0.0, "above 0"),
     (CheckpointConfig, "checkpoint", "every", -1, "at least 0"),

@@ -167,7 +167,7 @@ def _append(path: Path, columns: Sequence[str], lines: Sequence[Sequence[object]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     content = path.read_bytes() if path.exists() else b""
-    if not content:
+    if b"\n" not in content:
         writer.writerow(columns)
     writer.writerows(lines)
     try:

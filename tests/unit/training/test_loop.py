@@ -121,6 +121,22 @@ class TestOneStep:
         assert torch.equal(clipped, self.change(make_data, make_trainee, plain()))
 
 
+def test_every_step_follows_its_own_gradient(
+    make_data: MakeData, make_trainee: MakeTrainee
+) -> None:
+    trainee, reference = make_trainee(plain()), small_model()
+    train_steps(trainee, make_data(), plain(), epoch=0, first=0, last=4)
+    for batch in make_data().train_batches(0, 0, 4):
+        step = torch.split(
+            -0.5 * gradient(reference, *batch), [p.numel() for p in reference.parameters()]
+        )
+        with torch.no_grad():
+            for parameter, change in zip(reference.parameters(), step, strict=True):
+                parameter.add_(change.view_as(parameter))
+    expected = torch.cat([parameter.detach().flatten() for parameter in reference.parameters()])
+    torch.testing.assert_close(weights(trainee), expected)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8, 50])
 def test_accumulation_is_the_same_step(
     make_data: MakeData, make_trainee: MakeTrainee, parts: int

@@ -247,7 +247,7 @@ class TestASignal:
 
         monkeypatch.setattr(execution, "epochs_done", stop_in_the_second)
         with pytest.raises(
-            StoppedError, match="seed 0, after 1 of 4 runs.*the same command goes on"
+            StoppedError, match=r"seed 0, after 1 of 4 runs.*the same command goes on"
         ):
             compare(plan(), tmp_path / "out")
         assert list(Results(tmp_path / "out").rows) == [runs[0].key]

@@ -24,12 +24,13 @@ def test_what_is_added_is_read_again(tmp_path: Path, runs: list[Run]) -> None:
         results.add(row_of(run, 87.25), curve_of(run, 87.25))
     again = Results(tmp_path)
     assert list(again.rows) == [run.key for run in runs]
-    for key, row in results.rows.items():
+    for run in runs:
+        key, row = run.key, results.rows[run.key]
         assert again.rows[key].arm == row.arm
         assert again.rows[key].outcomes == pytest.approx(dict(row.outcomes), abs=1e-4)
         assert again.rows[key].filters == row.filters
         assert list(again.rows[key].members) == pytest.approx(list(row.members), abs=1e-4)
-        assert [p.epoch for p in again.curves[key]] == list(range(20))
+        assert [p.epoch for p in again.curves[key]] == list(range(run.config.epochs))
 
 
 def test_a_row_that_failed_is_not_taken_for_a_result(tmp_path: Path, runs: list[Run]) -> None:

@@ -1,0 +1,280 @@
+"""Every rule between processes against `mix`, the same round in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from architectures import State, disturb_, places, same_bits, snapshot
+from harness import Place, attempt, run
+from torch import nn
+
+from dist_graft import (
+    Average,
+    Graft,
+    Grafter,
+    GraftRecord,
+    GraftUnit,
+    Papa,
+    Rule,
+    Wash,
+    graft_units,
+    mix,
+)
+from dist_graft.grafting.filter_level import FilterGraft, FilterLink, filter_links
+from dist_graft.grafting.neighbours import Shuffle
+from dist_graft.grafting.units import graft_tensors
+
+ROUNDS = 3
+EXCHANGES = ("all_gather", "p2p")
+RAGGED, WHOLE = 252, 1 << 20
+
+
+def ragged() -> nn.Module:
+    """Grouped, depthwise and transposed convolutions in a chain, channels last."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 3, groups=2, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ConvTranspose2d(6, 8, 2, groups=2),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.BatchNorm2d(8),
+        nn.ConvTranspose2d(8, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(20, 3),
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def of_types() -> nn.Module:
+    """The same with types that take turns."""
+    model = ragged()
+    for index, kind in ((1, torch.float64), (2, torch.bfloat16), (12, torch.float16)):
+        model[index].to(kind)
+    return model
+
+
+MODELS = {"ragged": ragged, "of_types": of_types}
+
+
+def build(name: str, network: int) -> nn.Module:
+    torch.manual_seed(network)
+    model = MODELS[name]()
+    disturb_(model, network)
+    return model
+
+
+@cache
+def units() -> list[GraftUnit]:
+    return graft_units(build("ragged", 0))
+
+
+@cache
+def links() -> tuple[FilterLink, ...]:
+    return filter_links(units(), graft_tensors(build("ragged", 0)))
+
+
+RULES: dict[str, Rule] = {
+    "ring": Graft(),
+    "random": Graft(topology="random", seed=3, amplitude=0.9),
+    "exponential": Graft(topology="exponential", criterion="l1", sensitivity=200.0),
+    "constant": Graft(criterion="constant"),
+    "shuffled": Graft(criterion="shuffled", topology="random", amplitude=1.0, sensitivity=50.0),
+    "average": Average(),
+    "papa": Papa(beta=0.8),
+    "papa-all": Papa(variant="all"),
+    "papa-pairs": Papa(variant="pairs", seed=4),
+    "wash": Wash(probability=0.3, seed=5),
+    "wash-rarely": Wash(probability=0.002),
+    "filter": FilterGraft(links=links()),
+    "filter-random": FilterGraft(links=links(), topology="random", seed=2),
+    "filter-exponential": FilterGraft(links=links(), topology="exponential"),
+}
+DENSE = ("random", "shuffled", "average", "papa", "papa-all", "papa-pairs")
+TYPED = ("random", "average", "papa-pairs", "wash", "filter", "filter-exponential")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rule, and how it is carried out."""
+
+    rule: str
+    exchange: str
+    model: str = "ragged"
+    bucket_bytes: int = RAGGED
+    rate: float = 1.0
+
+    def __str__(self) -> str:
+        parts = (self.rule, self.exchange, self.model, self.bucket_bytes, self.rate)
+        return "-".join(map(str, parts))
+
+
+CASES = (
+    *(Case(rule, exchange) for rule in RULES for exchange in EXCHANGES),
+    *(Case(rule, exchange, rate=0.3) for rule in DENSE for exchange in EXCHANGES),
+    *(Case(rule, exchange, "of_types") for rule in TYPED for exchange in EXCHANGES),
+    *(Case(rule, "p2p", bucket_bytes=WHOLE) for rule in ("papa-pairs", "wash", "filter-random")),
+)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One network before and after one round."""
+
+    before: State
+    after: State
+    record: GraftRecord
+    moved: bool
+    """Whether a tensor lies elsewhere in memory after the round."""
+
+
+def play(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
+    """A few rounds of every case, with a disturbance after each."""
+    played = {}
+    for case in cases:
+        model = build(case.model, place.rank)
+        grafter = grafter_of(model, case)
+        rounds = []
+        for number in range(ROUNDS):
+            before, there = snapshot(model), places(model)
+            record = grafter.graft(rate=case.rate)
+            rounds.append(Round(before, snapshot(model), record, places(model) != there))
+            disturb_(model, place.networks * (number + 1) + place.rank)
+        played[str(case)] = rounds
+    return played
+
+
+def grafter_of(model: nn.Module, case: Case) -> Grafter:
+    return Grafter(
+        model,
+        rule=RULES[case.rule],
+        exchange=case.exchange,
+        bucket_mb=case.bucket_bytes / 2**20,
+    )
+
+
+@cache
+def population(networks: int) -> list[dict[str, list[Round]]]:
+    """All cases, in one launch of the processes."""
+    return run(play, networks, CASES)
+
+
+def rounds_of(networks: int, case: Case) -> list[tuple[Round, ...]]:
+    """[round][network] of a case."""
+    return list(zip(*(one[str(case)] for one in population(networks)), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_a_round_equals_mix_bit_for_bit(networks, case):
+    rule = RULES[case.rule]
+    for number, round_ in enumerate(rounds_of(networks, case)):
+        befores = [one.before for one in round_]
+        told = torch.stack([rule.measure(units(), before) for before in befores])
+        mixing = rule.decide(told, number)
+        if case.rate != 1.0:
+            mixing = mixing.scaled(case.rate)
+        expected = mix(befores, units(), mixing)
+        changed = 0
+        for network, one in enumerate(round_):
+            for key, value in one.after.items():
+                assert same_bits(value, expected[network][key]), (number, network, key)
+                changed += not same_bits(value, one.before[key])
+            assert not one.moved
+            assert one.record.round == number
+            assert list(one.record.coefficient.values()) == mixing.own_share(network)
+        assert changed > 0 or case.rule == "wash-rarely"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_the_bytes_are_of_what_travelled(networks, case):
+    rule = RULES[case.rule]
+    tensors = graft_tensors(build(case.model, 0))
+    size = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    for number, round_ in enumerate(rounds_of(networks, case)):
+        befores = [one.before for one in round_]
+        mixing = rule.decide(
+            torch.stack([rule.measure(units(), before) for before in befores]), number
+        )
+        for network, one in enumerate(round_):
+            if isinstance(mixing, Shuffle):
+                chosen = sum(
+                    len(mixing.chosen(index, key, tensors[key].numel())[0])
+                    * tensors[key].element_size()
+                    for index, unit in enumerate(units())
+                    for key in unit.tensors
+                )
+                assert one.record.bytes_received == (networks - 1) * chosen
+                assert chosen < (0.3 if case.rule == "wash" else 0.05) * sum(size.values())
+                assert one.record.distance == {}
+            else:
+                p2p = case.exchange == "p2p"
+                senders = len(mixing.donors[network]) if p2p else networks - 1
+                assert one.record.bytes_received == senders * sum(size.values())
+                assert len(one.record.distance) == len(units())
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_wash_loses_no_scalar(networks):
+    """At every position the networks hold the same values before and after, in some order."""
+    for model in MODELS:
+        for round_ in rounds_of(networks, Case("wash", "p2p", model)):
+            for key, value in round_[0].before.items():
+                if value.is_floating_point():
+                    before, after = (
+                        torch.stack([state[key].double() for state in states]).sort(dim=0).values
+                        for states in ([o.before for o in round_], [o.after for o in round_])
+                    )
+                    assert torch.equal(before, after), key
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("rule", ["average", "papa-all"])
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_all_networks_become_the_mean(networks, rule, exchange):
+    for round_ in rounds_of(networks, Case(rule, exchange)):
+        for key, value in round_[0].before.items():
+            if value.is_floating_point():
+                mean = torch.stack([one.before[key].double() for one in round_]).mean(dim=0)
+                for one in round_:
+                    torch.testing.assert_close(one.after[key].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def rates(place: Place) -> tuple[object, bool]:
+    """A round in which the last rank has another rate, and whether it left the weights alone."""
+    model = build("ragged", place.rank)
+    before = snapshot(model)
+    grafter = grafter_of(model, Case("papa", "all_gather"))
+    rate = 0.25 if place.rank == place.networks - 1 else 0.5
+    told = attempt(lambda: grafter.graft(rate=rate))
+    after = snapshot(model)
+    return told, all(same_bits(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+def test_another_rate_is_a_disagreement_on_every_rank(networks):
+    for (kind, text), unchanged in run(rates, networks):
+        assert kind == "DisagreementError"
+        assert "rank 0 " in text
+        assert f"rank {networks - 1} " in text
+        assert "rate" in text
+        assert unchanged
+
+
+def seeds(place: Place) -> object:
+    """A round in which each rank would shuffle with a seed of its own."""
+    grafter = Grafter(build("ragged", place.rank), rule=Wash(seed=place.rank))
+    return attempt(grafter.graft)
+
+
+def test_another_seed_is_a_disagreement_that_names_it():
+    for kind, text in run(seeds, 2):
+        assert kind == "DisagreementError"
+        assert "seed is 0 in network 0 and 1 in network 1" in text

@@ -1,0 +1,210 @@
+"""Every method that a run can have, on real processes: what it tells, and what a restart changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import Done, finish, together, torchrun
+from reading import assert_same_bits, checkpoint, metrics
+
+from dist_graft.config import ModelConfig
+from dist_graft.grafting.units import graft_tensors, graft_units
+from dist_graft.training.models import build_model
+
+Alone = Callable[..., Done]
+
+TINY = (
+    *("--data.batch_size", "16", "--data.test_samples", "40", "--monitor.tensorboard", "false"),
+    *("--optim.schedule", "constant"),
+)
+STEPS = 4
+"""Of an epoch: 64 images in batches of 16."""
+PAPA = ("--method", "papa", "--papa.every_steps", "3", "--papa.beta", "0.5")
+WASH = ("--method", "wash", "--wash.probability", "0.05")
+AVERAGE = ("--method", "average")
+RANDOM = ("--graft.every_steps", "3", "--graft.topology", "random")
+NOISE = ("--graft.source", "noise", "--graft.threshold")
+
+
+def straight(folder: Path, *options: str) -> Path:
+    """The folder of a run of two networks over two epochs."""
+    run = folder / "straight"
+    done = finish(torchrun(2, run, *TINY, "--epochs", "2", *options), timeout=150)
+    assert done.status == 0, done
+    return run
+
+
+@pytest.fixture(scope="module")
+def papa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return straight(tmp_path_factory.mktemp("papa"), *PAPA)
+
+
+@pytest.fixture(scope="module")
+def wash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return straight(tmp_path_factory.mktemp("wash"), *WASH)
+
+
+@pytest.fixture(scope="module")
+def average(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return straight(tmp_path_factory.mktemp("average"), *AVERAGE)
+
+
+@pytest.fixture(scope="module")
+def random_donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return straight(tmp_path_factory.mktemp("random"), *RANDOM)
+
+
+@pytest.fixture(scope="module")
+def bytes_of_a_network() -> int:
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
+    return sum(tensor.numel() * tensor.element_size() for tensor in graft_tensors(model).values())
+
+
+def entries(run: Path, network: int) -> list[dict[str, Any]]:
+    """What each epoch tells of its rounds."""
+    return [line["graft"] for line in metrics(run, network)]
+
+
+def apart(run: Path) -> float:
+    """Largest difference between the two networks' first convolutions at the end."""
+    first, second = (checkpoint(run, 2, k)["model"]["conv1.weight"] for k in (0, 1))
+    return float((first - second).abs().max())
+
+
+def assert_a_restart_changes_nothing(run: Path, tmp_path: Path, *options: str) -> None:
+    """One epoch, and a second one from its checkpoint, end as the straight run did."""
+    again = tmp_path / "again"
+    for epochs in ("1", "2"):
+        together(2, again, *TINY, *options, "--epochs", epochs)
+    for network in (0, 1):
+        first, second = (checkpoint(folder, 2, network) for folder in (run, again))
+        assert_same_bits(first["model"], second["model"])
+        moments = [
+            {str(k): part["momentum_buffer"] for k, part in state["optimizer"]["state"].items()}
+            for state in (first, second)
+        ]
+        assert moments[0]
+        assert_same_bits(*moments)
+        assert first["round"] == second["round"]
+        for one, other in zip(entries(run, network), entries(again, network), strict=True):
+            for what in ("round", "rounds", "bytes", "coefficient", "donor", "distance"):
+                assert one[what] == other[what]
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_papa_pulls_every_few_steps(papa: Path, bytes_of_a_network: int, network: int) -> None:
+    """Steps 3 and 6 of 8: one in each epoch, with a quarter of the other network."""
+    told = entries(papa, network)
+    assert [entry["round"] for entry in told] == [0, 1]
+    assert [entry["rounds"] for entry in told] == [1, 1]
+    for entry in told:
+        assert entry["bytes"] == bytes_of_a_network
+        assert set(entry["coefficient"].values()) == {0.75}
+        assert entry["information"] == {}
+        assert min(entry["distance"].values()) > 0
+    assert checkpoint(papa, 2, network)["round"] == 2
+
+
+def test_papa_leaves_the_networks_apart(papa: Path) -> None:
+    assert apart(papa) > 1e-3
+
+
+def test_papa_goes_on_from_a_checkpoint_bit_for_bit(papa: Path, tmp_path: Path) -> None:
+    assert_a_restart_changes_nothing(papa, tmp_path, *PAPA)
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_wash_swaps_a_few_scalars_after_every_step(
+    wash: Path, bytes_of_a_network: int, network: int
+) -> None:
+    told = entries(wash, network)
+    assert [entry["round"] for entry in told] == [STEPS - 1, 2 * STEPS - 1]
+    for entry in told:
+        assert entry["rounds"] == STEPS
+        assert entry["bytes"] % 4 == 0
+        # At most 5 % of the first layer's scalars travel, and none of the last's.
+        assert 0 < entry["bytes"] < 0.05 * STEPS * bytes_of_a_network
+        assert entry["distance"] == {}
+        kept = list(entry["coefficient"].values())
+        assert kept[0] == pytest.approx(1 - 0.05 / 2)
+        assert kept == sorted(kept)
+        assert kept[-1] == 1.0
+    assert checkpoint(wash, 2, network)["round"] == 2 * STEPS
+
+
+def test_wash_moves_as_many_bytes_in_both_networks(wash: Path) -> None:
+    first, second = ([entry["bytes"] for entry in entries(wash, k)] for k in (0, 1))
+    assert first == second
+
+
+def test_wash_goes_on_from_a_checkpoint_bit_for_bit(wash: Path, tmp_path: Path) -> None:
+    assert_a_restart_changes_nothing(wash, tmp_path, *WASH)
+
+
+def test_the_average_makes_the_networks_alike(average: Path, bytes_of_a_network: int) -> None:
+    for network in (0, 1):
+        told = entries(average, network)
+        assert [(entry["round"], entry["rounds"]) for entry in told] == [(0, 1), (1, 1)]
+        assert {entry["bytes"] for entry in told} == {bytes_of_a_network}
+        assert {share for entry in told for share in entry["coefficient"].values()} == {0.5}
+    assert apart(average) < 1e-6
+
+
+def test_random_donors_every_few_steps(random_donors: Path, bytes_of_a_network: int) -> None:
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
+    names = [unit.name for unit in graft_units(model)]
+    for network in (0, 1):
+        told = entries(random_donors, network)
+        assert [(entry["round"], entry["rounds"]) for entry in told] == [(0, 1), (1, 1)]
+        for entry in told:
+            assert entry["donor"] == 1 - network
+            assert entry["bytes"] == bytes_of_a_network
+            assert list(entry["coefficient"]) == list(entry["information"]) == names
+            assert all(0.3 <= share <= 0.7 for share in entry["coefficient"].values())
+    kept = [
+        list(entries(random_donors, k)[1]["coefficient"].values()) for k in (0, 1)
+    ]  # of one pair: they add up to 1
+    assert [one + other for one, other in zip(*kept, strict=True)] == pytest.approx(
+        [1.0] * len(names)
+    )
+
+
+def test_noise_needs_no_other_network(alone: Alone, tmp_path: Path) -> None:
+    """It changes only invalid filters; where there are none the run is plain training."""
+    ends = {}
+    for name, options in (
+        ("plain", ("--method", "none")),
+        ("none", (*NOISE, "1e-9")),
+        ("all", (*NOISE, "1e9")),
+    ):
+        done = alone(tmp_path / name, *TINY, "--epochs", "2", *options)
+        assert done.status == 0, done
+        assert [line["graft"] for line in metrics(tmp_path / name, 0)] == [None, None]
+        ends[name] = checkpoint(tmp_path / name, 2, 0)
+    assert [ends[name]["round"] for name in ("plain", "none", "all")] == [0, 2, 2]
+    assert_same_bits(ends["plain"]["model"], ends["none"]["model"])
+    plain, noisy = (ends[name]["model"]["conv1.weight"] for name in ("plain", "all"))
+    assert 0.5 < float((plain - noisy).std()) < 3
+
+
+def test_a_network_learns_from_a_teacher(average: Path, alone: Alone, tmp_path: Path) -> None:
+    teacher = average / "checkpoints/epoch_0002/network00.pt"
+    digest = hashlib.sha256(teacher.read_bytes()).digest()
+    asked = ("--distill.teachers", f"[{teacher}]", "--distill.weight")
+    losses, weights = {}, {}
+    for name, options in (("plain", ()), ("0", (*asked, "0")), ("1", (*asked, "1"))):
+        done = alone(tmp_path / name, *TINY, "--epochs", "1", *options)
+        assert done.status == 0, done
+        (line,) = metrics(tmp_path / name, 0)
+        losses[name] = line["train_loss"]
+        weights[name] = checkpoint(tmp_path / name, 1, 0)["model"]
+    assert_same_bits(weights["plain"], weights["0"])
+    assert losses["0"] == pytest.approx(losses["plain"])
+    assert losses["1"] > losses["0"] + 1
+    assert not torch.equal(weights["1"]["conv1.weight"], weights["0"]["conv1.weight"])
+    assert hashlib.sha256(teacher.read_bytes()).digest() == digest

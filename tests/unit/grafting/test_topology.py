@@ -1,0 +1,76 @@
+"""Who gives to whom, and how soon everybody has reached everybody."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_graft import Graft
+from dist_graft.grafting.topology import TOPOLOGIES, exponential, random_derangement, ring
+
+SIZES = st.integers(2, 40)
+NUMBERS = st.integers(0, 2**40)
+
+
+def rounds_to_reach_all(topology, networks: int) -> int:
+    """Rounds after which each network holds something of all others."""
+    holds = [{network} for network in range(networks)]
+    for round_ in range(4 * networks):
+        if all(len(held) == networks for held in holds):
+            return round_
+        donors = topology(networks, round_, 0)
+        holds = [holds[network] | holds[donors[network]] for network in range(networks)]
+    raise AssertionError("not in so many rounds")
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@given(networks=SIZES, round_=NUMBERS, seed=st.integers(0, 2**62))
+def test_every_network_gives_once_and_never_to_itself(name, networks, round_, seed):
+    donors = TOPOLOGIES[name](networks, round_, seed)
+    assert sorted(donors) == list(range(networks))
+    assert all(donor != network for network, donor in enumerate(donors))
+    assert TOPOLOGIES[name](networks, round_, seed) == donors
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_network_alone_has_itself(name):
+    assert [TOPOLOGIES[name](1, round_, 0) for round_ in range(3)] == [[0]] * 3
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4, 5, 7, 8, 9, 16, 17])
+def test_how_many_rounds_reach_everybody(networks):
+    assert rounds_to_reach_all(exponential, networks) == math.ceil(math.log2(networks))
+    assert rounds_to_reach_all(ring, networks) == networks - 1
+
+
+def test_exponential_distances_take_turns():
+    assert [exponential(8, round_)[0] for round_ in range(4)] == [7, 6, 4, 7]
+    assert [exponential(5, round_)[0] for round_ in range(4)] == [4, 3, 1, 4]
+    assert [exponential(2, round_) for round_ in range(2)] == [[1, 0], [1, 0]]
+
+
+def test_random_donors_are_uniform_over_the_nine_of_four():
+    """9 permutations of 4 have no fixed point; 4,500 draws, each expected 500 times."""
+    seen = Counter(tuple(random_derangement(4, round_, 1)) for round_ in range(4500))
+    assert len(seen) == 9
+    chi_squared = sum((count - 500) ** 2 / 500 for count in seen.values())
+    assert chi_squared < 26  # 8 degrees of freedom: 0.1 %
+
+
+def test_random_donors_depend_on_round_and_seed():
+    by_round = {tuple(random_derangement(12, round_, 0)) for round_ in range(20)}
+    by_seed = {tuple(random_derangement(12, 0, seed)) for seed in range(20)}
+    assert len(by_round) == len(by_seed) == 20
+
+
+def test_graft_follows_its_topology():
+    information = torch.rand(5, 3, dtype=torch.float64)
+    for name, topology in TOPOLOGIES.items():
+        for round_ in range(4):
+            mixing = Graft(topology=name, seed=6).decide(information, round_)
+            assert [donor for (donor,) in mixing.donors] == topology(5, round_, 6)

@@ -110,8 +110,7 @@ class Grafter:
         given = (amplitude, sensitivity, num_bins, criterion)
         if rule is not None and given != (0.4, 5.0, 10, "entropy"):
             raise ValueError(
-                "amplitude, sensitivity, num_bins and criterion are a ring rule's: give them to the "
-                "rule"
+                "amplitude, sensitivity, num_bins and criterion belong to the rule: give them there"
             )
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")

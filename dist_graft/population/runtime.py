@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +19,8 @@ from dist_graft.population.exchange import world
 from dist_graft.population.place import Place
 from dist_graft.population.presence import RollCall
 from dist_graft.population.wire import WireError, on_the_wire
+
+_ANSWER_SECONDS = 2.0  # for the store's own time-out to be reported first
 
 
 @dataclass(frozen=True)
@@ -151,21 +155,35 @@ def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = place.rank == 0 and not by_launcher
+    opened: queue.SimpleQueue[dist.TCPStore | RuntimeError] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                host,
+                int(port),
+                world_size=place.world_size,
+                is_master=serves,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        except RuntimeError as error:
+            opened.put(error)
+        else:
+            opened.put(store)
+
+    # In a thread, because it waits for ever for the answer of a port that is somebody else's.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        store = dist.TCPStore(
-            host,
-            int(port),
-            world_size=place.world_size,
-            is_master=serves,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-    except RuntimeError as error:
+        store = opened.get(timeout=timeout_seconds + _ANSWER_SECONDS)
+    except queue.Empty:
+        store = RuntimeError("what listens there does not answer, and is no store of this run")
+    if isinstance(store, RuntimeError):
         what = "opened" if serves else "reached"
         raise StartError(
-            f"port {port} of {host} could not be {what}: {_first_line(error)}; choose a free "
+            f"port {port} of {host} could not be {what}: {_first_line(store)}; choose a free "
             "MASTER_PORT that all hosts can reach"
-        ) from error
+        ) from store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}", store)
 

@@ -1,4 +1,4 @@
-"""Every method that a run can have, on real processes: what it tells, and what a restart changes."""
+"""Every method on real processes: what a run tells of it, and that a restart changes nothing."""
 
 from __future__ import annotations
 

@@ -112,8 +112,7 @@ def _learning_rates(state: State, rows: Rows) -> list[Block]:
 
 def appendix(state: State, results: Results, history: Sequence[Entry]) -> list[Block]:
     """Failures, all runs, statistics, provenance, the plan."""
-    planned = [*state.search_runs, *state.lr_runs, *state.comparison_runs]
-    rows = [results.rows[run.key] for run in planned if run.key in results.rows]
+    rows = [results.rows[run.key] for run in state.all_runs if run.key in results.rows]
     failed = [row for row in rows if row.status == "failed"]
     blocks: list[Block] = []
     if failed:

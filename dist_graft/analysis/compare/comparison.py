@@ -59,11 +59,12 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
         state = state_of(plan, results.rows)
         _run_all("comparison", state.comparison_runs, plan, results, folder)
         text = _report(plan, results, folder)
-        failed = [row for row in results.rows.values() if row.status == "failed"]
+    rows = [results.rows[run.key] for run in state_of(plan, results.rows).all_runs]
+    failed = [row for row in rows if row.status == "failed"]
     if failed:
         print(text)
         raise FailedRunsError(
-            f"{len(failed)} of {len(results.rows)} runs failed, the first with: {failed[0].error}; "
+            f"{len(failed)} of {len(rows)} runs failed, the first with: {failed[0].error}; "
             f"{folder / 'report.html'} lists them, and the same command tries them again"
         )
     return text

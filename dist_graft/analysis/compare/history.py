@@ -80,8 +80,8 @@ def register(plan: Plan, out: Path, *, runs_before: int, command: Sequence[str])
         | {"dist_graft": VERSION, "python": platform.python_version()},
         commit=git_commit() or "",
     )
-    with (out / "history.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")
+    lines = [json.dumps(asdict(one)) + "\n" for one in (*entries, entry)]
+    write_atomically(out / "history.jsonl", "".join(lines).encode())
 
 
 def read_history(out: Path) -> list[Entry]:

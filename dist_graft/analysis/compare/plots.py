@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,27 +10,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dist_graft.analysis.compare.figures import (
+    BLACK,
+    BLUE,
+    CYCLE,
+    DASHES,
+    DPI,
+    GREEN,
+    GREY,
+    PURPLE,
+    SKY,
+    SPREAD,
+    VERMILION,
+    WIDTH,
+    around,
+    explain,
+    legend_below,
+    no_box,
+    png,
+    rows,
+)
 from dist_graft.analysis.compare.lines import ArmLine, ContrastLine, mean_and_deviation
 from dist_graft.analysis.compare.outcomes import CurvePoint
-
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-"""Okabe and Ito's colours (jfly.uni-koeln.de/color); yellow is too pale for lines on white."""
-
-GREY = "#767676"
-_CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_WIDTH = 7.2  # inches: the text width of A4
-_DPI = 140
-_SPREAD = 0.16  # of the seeds' dots around their line, in lines
 
 OUTCOME_STYLES = {
     "largest_lr_member": ("member with the largest learning rate", BLUE, "o"),
@@ -48,7 +48,7 @@ def dots(lines: Sequence[ArmLine], outcome: str, axis: str) -> bytes:
     figure, axes = _arms(lines)
     for place, line in enumerate(lines):
         values = list(line.values(outcome).values())
-        axes.plot(values, _around(place, len(values)), "o", color=_role(line), ms=4.5, alpha=0.75)
+        axes.plot(values, around(place, len(values)), "o", color=_role(line), ms=4.5, alpha=0.75)
         told = mean_and_deviation(values)
         if told:
             mean, deviation = told
@@ -64,18 +64,18 @@ def dots(lines: Sequence[ArmLine], outcome: str, axis: str) -> bytes:
                 elinewidth=1.2,
             )
     axes.set_xlabel(axis)
-    _explain(axes, "dots: seeds (blue: methods, grey: controls); bars: mean ± standard deviation")
-    return _png(figure)
+    explain(axes, "dots: seeds (blue: methods, grey: controls); bars: mean ± standard deviation")
+    return png(figure)
 
 
 def differences(lines: Sequence[ContrastLine]) -> bytes:
     """Differences to the control: every seed a dot, the corrected interval a bar."""
     names = [f"{line.contrast.method.label}\nless {line.contrast.control_name}" for line in lines]
-    figure, axes = _rows(names, height=0.55)
+    figure, axes = rows(names, height=0.55)
     axes.axvline(0, color=BLACK, lw=1)
     for place, line in enumerate(lines):
         values = list(line.differences.values())
-        axes.plot(values, _around(place, len(values)), "o", color=SKY, ms=4.5)
+        axes.plot(values, around(place, len(values)), "o", color=SKY, ms=4.5)
         if not values:
             continue
         colour = VERMILION if line.decision.shown else BLACK
@@ -85,12 +85,12 @@ def differences(lines: Sequence[ContrastLine]) -> bytes:
         axes.plot([line.result.mean], [place], "D", color=colour, ms=6)
     _frame(axes, lines)
     axes.set_xlabel("difference in accuracy (percentage points)")
-    _explain(
+    explain(
         axes,
         "dots: seeds; diamonds and bars: mean and t-interval, corrected after Holm; "
         "red: a difference is shown",
     )
-    return _png(figure)
+    return png(figure)
 
 
 def curves(
@@ -100,9 +100,7 @@ def curves(
 
     The bands are one standard deviation.
     """
-    figure = Figure(
-        figsize=(_WIDTH, 3.1 + 0.2 * -(-len(lines) // 3)), dpi=_DPI, layout="constrained"
-    )
+    figure = Figure(figsize=(WIDTH, 3.1 + 0.2 * -(-len(lines) // 3)), dpi=DPI, layout="constrained")
     whole, end = figure.subplots(1, 2)
     shown: list[float] = []
     epochs = 0
@@ -128,16 +126,16 @@ def curves(
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#dddddd", lw=0.6)
-        _no_box(axes)
+        no_box(axes)
     whole.set_ylabel(axis)
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) or 1.0
         end.set_ylim(min(shown) - margin, max(shown) + margin)
         end.set_xlim(max(epochs // 2, 1) - 0.5, epochs + 0.5)
-    _explain(whole, "all epochs")
-    _explain(end, "the last half")
-    _legend_below(figure, end, columns=3)
-    return _png(figure)
+    explain(whole, "all epochs")
+    explain(end, "the last half")
+    legend_below(figure, end, columns=3)
+    return png(figure)
 
 
 def outcomes(lines: Sequence[ArmLine], axis: str) -> bytes:
@@ -157,7 +155,7 @@ def outcomes(lines: Sequence[ArmLine], axis: str) -> bytes:
     least = min(trained) - max(max(trained) - min(trained), 0.5)
     for number, name in enumerate(drawn):
         text, colour, marker = OUTCOME_STYLES[name]
-        offset = _SPREAD * 1.4 * (2 * number / max(len(drawn) - 1, 1) - 1)
+        offset = SPREAD * 1.4 * (2 * number / max(len(drawn) - 1, 1) - 1)
         style: dict[str, Any] = {
             "fmt": marker,
             "ms": 5.5,
@@ -181,8 +179,8 @@ def outcomes(lines: Sequence[ArmLine], axis: str) -> bytes:
             axes.text(least, place + offset, note, color=colour, fontsize=7.5, va="center")
     axes.set_xlim(left=least)
     axes.set_xlabel(axis)
-    _legend_below(figure, axes)
-    return _png(figure)
+    legend_below(figure, axes)
+    return png(figure)
 
 
 def filters(lines: Sequence[ArmLine], names: Mapping[str, str]) -> bytes:
@@ -220,13 +218,13 @@ def _from_zero(
     figure, axes = _arms(lines)
     for number, (text, by_arm) in enumerate(values.items()):
         xs = [x for of_arm in by_arm for x in of_arm]
-        ys = [y for place, of_arm in enumerate(by_arm) for y in _around(place, len(of_arm))]
-        style: dict[str, Any] = {"color": _CYCLE[number], "ms": 4.5, "alpha": 0.75, "label": text}
+        ys = [y for place, of_arm in enumerate(by_arm) for y in around(place, len(of_arm))]
+        style: dict[str, Any] = {"color": CYCLE[number], "ms": 4.5, "alpha": 0.75, "label": text}
         axes.plot(xs, ys, "os^"[number % 3], **style)
     axes.set_xlabel(axis)
     axes.set_xlim(left=0.0 if any(map(any, (o for v in values.values() for o in v))) else None)
-    _legend_below(figure, axes)
-    return _png(figure)
+    legend_below(figure, axes)
+    return png(figure)
 
 
 def _role(line: ArmLine) -> str:
@@ -238,44 +236,22 @@ def _styles(lines: Sequence[ArmLine]) -> Iterator[dict[str, Any]]:
     methods = controls = 0
     for line in lines:
         if line.arm.role == "method":
-            dashes = _DASHES[methods // len(_CYCLE) % len(_DASHES)]
-            yield {"color": _CYCLE[methods % len(_CYCLE)], "ls": dashes}
+            dashes = DASHES[methods // len(CYCLE) % len(DASHES)]
+            yield {"color": CYCLE[methods % len(CYCLE)], "ls": dashes}
             methods += 1
         else:
-            colour = (BLACK, GREY)[controls // len(_DASHES) % 2]
-            yield {"color": colour, "ls": _DASHES[(controls + 1) % len(_DASHES)]}
+            colour = (BLACK, GREY)[controls // len(DASHES) % 2]
+            yield {"color": colour, "ls": DASHES[(controls + 1) % len(DASHES)]}
             controls += 1
 
 
 def _arms(lines: Sequence[ArmLine], height: float = 0.34) -> tuple[Figure, Axes]:
     """A figure with a line for each arm; sizes of populations are kept apart."""
-    figure, axes = _rows([line.arm.label for line in lines], height)
+    figure, axes = rows([line.arm.label for line in lines], height)
     for place in range(1, len(lines)):
         if lines[place].arm.group != lines[place - 1].arm.group:
             axes.axhline(place - 0.5, color="#999999", lw=0.8)
     return figure, axes
-
-
-def _rows(names: Sequence[str], height: float = 0.34) -> tuple[Figure, Axes]:
-    """A figure with one line for each name, from the top."""
-    figure = Figure(
-        figsize=(_WIDTH, height * max(len(names), 2) + 1.2), dpi=_DPI, layout="constrained"
-    )
-    axes = figure.subplots()
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", lw=0.6)
-    axes.set_axisbelow(True)
-    _no_box(axes)
-    return figure, axes
-
-
-def _around(place: int, count: int) -> list[float]:
-    """Places of some dots around a line, so that equal values are all seen."""
-    if count < 2:
-        return [float(place)] * count
-    return [place + _SPREAD * (2 * number / (count - 1) - 1) for number in range(count)]
 
 
 def _frame(axes: Axes, lines: Iterable[ContrastLine]) -> None:
@@ -284,31 +260,3 @@ def _frame(axes: Axes, lines: Iterable[ContrastLine]) -> None:
     reach = 3 * max([abs(value) for value in values], default=1.0) or 1.0
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
-
-
-def _explain(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontsize=7.5, color="#444444", loc="right")
-
-
-def _legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    handles, texts = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles,
-            texts,
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            fontsize=8,
-            numpoints=1,
-        )
-
-
-def _no_box(axes: Axes) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -13,7 +13,6 @@ from dist_graft.analysis.compare.lines import (
     ContrastLine,
     arm_lines,
     contrast_lines,
-    mean_and_deviation,
 )
 from dist_graft.analysis.compare.render import (
     Block,
@@ -27,13 +26,11 @@ from dist_graft.analysis.compare.render import (
 )
 from dist_graft.analysis.compare.results import Results
 from dist_graft.analysis.compare.state import State
+from dist_graft.analysis.compare.tables import arm_table, contrast_table, spread_text
 from dist_graft.analysis.compare.verdict import (
     answer,
-    enough_digits,
     reservations,
-    signed,
     verdict,
-    word,
 )
 from dist_graft.training.checkpoint import write_atomically
 
@@ -123,13 +120,13 @@ def _primary(state: State, lines: Sequence[ArmLine], main: Sequence[ContrastLine
             "epoch and the last round. Differences are those between runs of one seed; each is in "
             "percentage points, with the half-width of its t-interval."
         ),
-        _contrast_table(main),
+        contrast_table(main),
         Picture(
             "differences",
             plots.differences(main),
             f"Difference to the control in {PRIMARY_TEXTS[plan.primary]}.",
         ),
-        _arm_table(lines, plan.primary),
+        arm_table(lines, plan.primary),
         Picture(
             "primary",
             plots.dots(lines, plan.primary, _AXES[plan.primary]),
@@ -161,51 +158,8 @@ def _further(further: Sequence[ContrastLine]) -> list[Block]:
             "with all its networks, and costs as much at inference. Holm's correction runs over "
             "this table, apart from the one above."
         ),
-        _contrast_table(further),
+        contrast_table(further),
     ]
-
-
-def _contrast_table(lines: Sequence[ContrastLine]) -> Table:
-    rows = []
-    for line in lines:
-        digits = 2 if line.half_width is None else enough_digits(line.half_width)
-        mean = signed(line.result.mean, digits) if line.result.n else "–"
-        rows.append(
-            (
-                line.contrast.method.label,
-                line.contrast.control_name,
-                mean if line.half_width is None else f"{mean} ± {line.half_width:.{digits}f}",
-                str(line.result.n),
-                _p_text(line),
-                "–" if line.smallest is None else f"{line.smallest:.{digits}f}",
-                word(line),
-            )
-        )
-    header = ("method", "control", "difference", "n", "p", "could have shown", "in words")
-    return Table(header, rows)
-
-
-def _p_text(line: ContrastLine) -> str:
-    if line.result.p is None:
-        return "–"
-    p = line.decision.adjusted_p
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"
-
-
-def _arm_table(lines: Sequence[ArmLine], outcome: str) -> Table:
-    rows = []
-    for line in lines:
-        values = line.values(outcome)
-        rows.append(
-            (
-                line.arm.label,
-                line.arm.role,
-                spread_text(list(values.values())),
-                str(len(values)),
-                " ".join(f"{value:.2f}" for value in values.values()),
-            )
-        )
-    return Table(("trained", "as", "mean ± std", "n", "each seed"), rows)
 
 
 def _learning_curves(state: State, lines: Sequence[ArmLine], results: Results) -> list[Block]:
@@ -313,12 +267,3 @@ def _costs(lines: Sequence[ArmLine]) -> list[Block]:
             "What a training costs.",
         ),
     ]
-
-
-def spread_text(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation; the mean alone with one value."""
-    told = mean_and_deviation(values)
-    if told is None:
-        return "–"
-    mean, deviation = told
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")

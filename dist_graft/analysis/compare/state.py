@@ -41,6 +41,11 @@ class State:
     """None before the search has found a regime."""
 
     @property
+    def all_runs(self) -> list[Run]:
+        """Of the searches and of the comparison."""
+        return [*self.search_runs, *self.lr_runs, *self.comparison_runs]
+
+    @property
     def search_runs(self) -> list[Run]:
         """Of the search for a regime, pairs side by side, seed by seed."""
         return _distinct(

@@ -137,6 +137,24 @@ def test_every_step_follows_its_own_gradient(
     torch.testing.assert_close(weights(trainee), expected)
 
 
+def test_the_learning_rate_follows_the_schedule_step_by_step(
+    make_data: MakeData, make_trainee: MakeTrainee
+) -> None:
+    config = plain(warmup_epochs=0.5, schedule="step", step_epochs=1)
+    trainee, rates = make_trainee(config), [0.25]
+    for epoch in range(2):
+        train_steps(
+            trainee,
+            make_data(),
+            config,
+            epoch=epoch,
+            first=0,
+            last=4,
+            on_step=lambda: rates.append(trainee.optimizer.param_groups[0]["lr"]),
+        )
+    assert rates == pytest.approx([0.25, *[0.5] * 3, *[0.05] * 4, 0.005])
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8, 50])
 def test_accumulation_is_the_same_step(
     make_data: MakeData, make_trainee: MakeTrainee, parts: int

@@ -18,9 +18,10 @@ from dist_graft.analysis.compare.plan import Plan, plan_of
 from dist_graft.analysis.compare.render import Code, Heading, Items, Paragraph, Picture, Table
 from dist_graft.analysis.compare.render import markdown as as_markdown
 from dist_graft.analysis.compare.render import page as as_page
-from dist_graft.analysis.compare.report import build, spread_text, write_report
+from dist_graft.analysis.compare.report import build, write_report
 from dist_graft.analysis.compare.results import Results
 from dist_graft.analysis.compare.state import State, state_of
+from dist_graft.analysis.compare.tables import spread_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -190,11 +191,12 @@ def headings(state: State, results: Results) -> list[str]:
 
 class TestAReportOnWhatThereIs:
     def test_before_the_first_run(self, tmp_path: Path) -> None:
-        results = Results(tmp_path)
-        blocks, sentences = build(state_of(plan(), {}), results, [])
+        state = state_of(plan(), {})
+        blocks, sentences = build(state, Results(tmp_path), [])
         assert sentences[0].endswith("there is no answer yet.")
         text = as_markdown(blocks, "pictures")
-        assert "0 of 24 runs ended well, 24 are still to be run" in text
+        count = len(state.comparison_runs)
+        assert f"0 of {count} runs ended well, {count} are still to be run" in text
 
     def test_in_the_middle(self, tmp_path: Path) -> None:
         _, results = carried_out(plan(), tmp_path, value_of)

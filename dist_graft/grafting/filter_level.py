@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class FilterLink:
     lead: str
     transposed: bool
     groups: int
+    channels: tuple[str, ...]
+    """State-dict keys of the vectors over the channels: bias, batch norm."""
+    classifier: str | None
+    """State-dict key of a matrix behind them that reads the channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,11 @@ class FilterMixing(Mixing):
     own: tuple[tuple[Tensor, ...], ...] = ()
     """By network and unit: share that each channel keeps of itself, float64 [filters]."""
 
+    def scaled(self, rate: float) -> FilterMixing:
+        """Every channel takes less, too."""
+        own = tuple(tuple(1 - rate * (1 - part) for part in parts) for parts in self.own)
+        return replace(self, shares=super().scaled(rate).shares, own=own)
+
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size
     ) -> Tensor | None:
@@ -42,9 +51,9 @@ class FilterMixing(Mixing):
         if key == link.lead:
             into = self.own[network][unit - 1] if unit else None
             share = _of_weight(link, shape, out, into)
-        elif shape == (link.filters,):
+        elif key in link.channels:
             share = out
-        elif len(shape) == 2 and shape[1] % link.filters == 0:  # a classifier over the channels
+        elif key == link.classifier:
             share = out.repeat_interleave(shape[1] // link.filters)
         else:
             return None
@@ -116,8 +125,26 @@ def filter_links(
                     f"layer {unit.name} has {filters} channels, and the next one, {after.name}, "
                     f"reads {_inputs(after, tensors[after.lead])}: use the level 'layer'"
                 )
-        links.append(FilterLink(scales[0], filters, unit.lead, unit.transposed, unit.groups))
+        links.append(_link(unit, tensors, scales[0], filters))
     return tuple(links)
+
+
+def _link(unit: GraftUnit, tensors: Mapping[str, Tensor], scale: str, filters: int) -> FilterLink:
+    behind = [key for key in unit.tensors if key != unit.lead]
+    matrices = [key for key in behind if tensors[key].dim() > 1]
+    first = behind.index(matrices[0]) if matrices else len(behind)
+    reads = matrices and tensors[matrices[0]].dim() == 2
+    return FilterLink(
+        scale=scale,
+        filters=filters,
+        lead=unit.lead,
+        transposed=unit.transposed,
+        groups=unit.groups,
+        channels=tuple(key for key in behind[:first] if tensors[key].shape == (filters,)),
+        classifier=(
+            matrices[0] if reads and tensors[matrices[0]].shape[1] % filters == 0 else None
+        ),
+    )
 
 
 def _inputs(unit: GraftUnit, weight: Tensor) -> int:

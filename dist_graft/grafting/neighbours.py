@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -91,6 +91,11 @@ class Shuffle(Mixing):
     seed: int = 0
     round: int = 0
 
+    def scaled(self, rate: float) -> Shuffle:
+        """As many times fewer scalars are chosen."""
+        slower = tuple(rate * probability for probability in self.probability)
+        return replace(self, shares=super().scaled(rate).shares, probability=slower)
+
     def chosen(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
         """The scalars of one tensor that move, the same in every process.
 
@@ -154,6 +159,8 @@ def bernoulli_positions(count: int, probability: float, draw: torch.Generator) -
     """
     if probability <= 0 or count == 0:
         return torch.zeros(0, dtype=torch.int64)
+    if probability >= 1:
+        return torch.arange(count)
     found: list[Tensor] = []
     last = -1
     while last < count:

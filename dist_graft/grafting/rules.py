@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -99,7 +100,8 @@ class Graft:
         if self.criterion == "constant":
             own = torch.full_like(own, 0.5)
         elif self.criterion == "shuffled":
-            draw = torch.Generator().manual_seed(_seed(self.seed, round_))
+            seed = random.Random(f"{self.seed}:{round_}").getrandbits(32)
+            draw = torch.Generator().manual_seed(seed)
             own = own[:, torch.randperm(units, generator=draw)]
         return take_from(donor, own)
 
@@ -117,8 +119,3 @@ def take_from(donor: Sequence[int], own: Tensor) -> Mixing:
     shares[:, rows, list(donor)] = (1 - own).T
     shares[:, rows, rows] = own.T if networks > 1 else 1.0
     return Mixing(shares=shares, donors=tuple((other,) if networks > 1 else () for other in donor))
-
-
-def _seed(seed: int, round_: int) -> int:
-    """A seed for one round; distinct for all rounds of all seeds below 2^31."""
-    return (seed << 32) + round_ & (2**63 - 1)

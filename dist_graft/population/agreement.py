@@ -96,6 +96,8 @@ def agree(
             )
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))
         rank = next(rank for rank, value in enumerate(values) if value != values[0])
+        if name == "rate":
+            values = [value / RATE_UNIT for value in values]
         raise DisagreementError(
             f"rank 0 is in {name} {values[0]} and rank {rank} in {name} {values[rank]}: every rank "
             "must run the same program and call graft() as often"

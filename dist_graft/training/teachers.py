@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,11 @@ from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
 from dist_graft.training.losses import distillation_loss
 from dist_graft.training.models import build_model
+
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+    *(yaml.YAMLError, IndexError, KeyError, TypeError, UnicodeDecodeError),
+)
 
 
 class Teachers:
@@ -67,15 +73,14 @@ def load_teachers(config: TrainConfig, data: Data, device: torch.device) -> Teac
 def _load(path: Path, data: Data, device: torch.device) -> nn.Module:
     try:
         options = yaml.safe_load((path.parents[2] / "config.yaml").read_text())["model"]
+        architecture = ModelConfig(**options)
         state = torch.load(path, map_location=device, weights_only=True)["model"]
-    except (OSError, IndexError, KeyError, TypeError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(
-            f"distill.teachers: {path} is no network of a run ({error}): give files such as "
-            "RUN/checkpoints/epoch_0200/network00.pt"
+            f"distill.teachers: {path} is no network of a run ({type(error).__name__}): "
+            "give files such as RUN/checkpoints/epoch_0200/network00.pt"
         ) from error
-    model = build_model(
-        ModelConfig(**options), num_classes=data.num_classes, channels=data.channels
-    )
+    model = build_model(architecture, num_classes=data.num_classes, channels=data.channels)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dist_graft import Grafter, GraftRecord, Mixing
 from dist_graft.grafting.criteria import entropy
+from dist_graft.grafting.units import GraftUnit
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Round:
 class Mean:
     """Every network becomes a mean of all, some weighing more with every round."""
 
-    def information(self, filters: Tensor) -> Tensor:
-        return entropy(filters)
+    criterion = "entropy"
+
+    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape
@@ -62,8 +66,10 @@ class Mean:
 class OneGives:
     """Network 0 gives a third of itself to all others and takes nothing."""
 
-    def information(self, filters: Tensor) -> Tensor:
-        return entropy(filters)
+    criterion = "entropy"
+
+    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape

@@ -51,14 +51,8 @@ def size_of(architecture: str) -> int:
 
 def information_of(states: list[State], case: Case) -> torch.Tensor:
     rule = case.rule or Graft()
-    return torch.stack(
-        [
-            torch.stack(
-                [rule.information(u.filters(state[u.lead])) for u in units_of(case.architecture)]
-            )
-            for state in states
-        ]
-    )
+    units = units_of(case.architecture)
+    return torch.stack([rule.measure(units, state) for state in states])
 
 
 def check_case(networks: int, case: Case) -> None:

@@ -28,7 +28,7 @@ DPI = 140
 SPREAD = 0.16  # of the seeds' dots around their line, in lines
 
 
-def rows(names: Sequence[str], height: float = 0.34) -> tuple[Figure, Axes]:
+def row_axes(names: Sequence[str], height: float = 0.34) -> tuple[Figure, Axes]:
     """A figure with one line for each name, from the top."""
     figure = Figure(
         figsize=(WIDTH, height * max(len(names), 2) + 1.2), dpi=DPI, layout="constrained"
@@ -51,10 +51,12 @@ def around(place: int, count: int) -> list[float]:
 
 
 def explain(axes: Axes, text: str) -> None:
+    """What the marks mean, above the picture."""
     axes.set_title(text, fontsize=7.5, color="#444444", loc="right")
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    """A legend of what the axes show, where nothing is hidden by it."""
     handles, texts = axes.get_legend_handles_labels()
     if handles:
         figure.legend(
@@ -69,10 +71,12 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
 
 
 def no_box(axes: Axes) -> None:
+    """Keep the horizontal axis' line alone."""
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def png(figure: Figure) -> bytes:
+    """The figure's file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

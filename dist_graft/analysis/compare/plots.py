@@ -28,7 +28,7 @@ from dist_graft.analysis.compare.figures import (
     legend_below,
     no_box,
     png,
-    rows,
+    row_axes,
 )
 from dist_graft.analysis.compare.lines import ArmLine, ContrastLine, mean_and_deviation
 from dist_graft.analysis.compare.outcomes import CurvePoint
@@ -71,7 +71,7 @@ def dots(lines: Sequence[ArmLine], outcome: str, axis: str) -> bytes:
 def differences(lines: Sequence[ContrastLine]) -> bytes:
     """Differences to the control: every seed a dot, the corrected interval a bar."""
     names = [f"{line.contrast.method.label}\nless {line.contrast.control_name}" for line in lines]
-    figure, axes = rows(names, height=0.55)
+    figure, axes = row_axes(names, height=0.55)
     axes.axvline(0, color=BLACK, lw=1)
     for place, line in enumerate(lines):
         values = list(line.differences.values())
@@ -247,7 +247,7 @@ def _styles(lines: Sequence[ArmLine]) -> Iterator[dict[str, Any]]:
 
 def _arms(lines: Sequence[ArmLine], height: float = 0.34) -> tuple[Figure, Axes]:
     """A figure with a line for each arm; sizes of populations are kept apart."""
-    figure, axes = rows([line.arm.label for line in lines], height)
+    figure, axes = row_axes([line.arm.label for line in lines], height)
     for place in range(1, len(lines)):
         if lines[place].arm.group != lines[place - 1].arm.group:
             axes.axhline(place - 0.5, color="#999999", lw=0.8)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_graft.analysis.compare.plan import BUILT_IN, Plan, plan_of, plan_text, read_plan
+from dist_graft.analysis.compare.plan import BUILT_IN, plan_of, plan_text, read_plan
 from dist_graft.analysis.compare.state import load_plan
 from dist_graft.errors import ConfigError
 
@@ -193,5 +193,21 @@ class TestWhatIsRefused:
             load_plan(written(tmp_path, SEARCHING | {"search": search}))
 
 
-def test_a_plan_says_of_each_field_what_it_is() -> None:
-    assert Plan.__doc__
+PLANS = sorted((Path(__file__).parents[4] / "launch" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_every_shipped_plan_can_be_carried_out(path: Path) -> None:
+    plan = load_plan(path)
+    assert plan.test_seeds
+
+
+def test_the_plan_of_the_guide_can_be_carried_out(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[4] / "docs" / "compare.md").read_text()
+    first, second = (part.partition("```")[0] for part in guide.split("```yaml\n")[1:3])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("epochs: 3\n")
+    (tmp_path / "plans").mkdir()
+    assert load_plan(written(tmp_path / "plans", first)).recipe == {"epochs": 40}
+    searching = first.replace("seeds: [1, 2, 3, 4, 5]\n", "") + second
+    assert len(load_plan(written(tmp_path / "plans", searching)).search.recipes) == 3

@@ -31,11 +31,7 @@ def entropy(weight: Tensor, *, num_bins: int = 10) -> Tensor:
     Example: four weights 0, 0, 1, 1 fill two of ten bins evenly: ln 2.
     """
     _check(weight, num_bins)
-    try:
-        row = flat(weight)
-    except ValueError:
-        row = weight.reshape(-1)
-    return _entropy_of_counts(_histogram(row[None], num_bins))[0]
+    return _entropy_of_counts(_histogram(_vector(weight)[None], num_bins))[0]
 
 
 def filter_entropy(filters: Tensor, *, num_bins: int = 10) -> Tensor:
@@ -108,14 +104,23 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; an empty tensor is finite."""
     if tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor.detach())  # NaN wins both
+    low, high = torch.aminmax(_vector(tensor.detach()))  # NaN wins both
     return bool((low.isfinite() & high.isfinite()).item())
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, without a copy where they fill one stretch of memory."""
+    try:
+        return flat(tensor)
+    except ValueError:
+        return tensor.reshape(-1)
 
 
 def _histogram(rows: Tensor, num_bins: int) -> Tensor:
     """Counts [rows, num_bins], int64, of each row between its smallest and largest element."""
     rows = rows.detach()
-    low, high = torch.aminmax(rows, dim=1, keepdim=True)
+    # amin and amax: aminmax with a dimension is ten times slower than both together
+    low, high = torch.amin(rows, 1, keepdim=True), torch.amax(rows, 1, keepdim=True)
     shrink = None
     if not (high.float() - low.float()).isfinite().all():
         # A range wider than float32 holds: a power of two brings it back, and changes no bin.

@@ -68,7 +68,7 @@ def test_cosine_falls_at_the_start_of_an_epoch() -> None:
 
 def test_step_falls_every_few_epochs() -> None:
     config = OptimConfig(schedule="step", step_epochs=2, step_factor=0.5)
-    assert factors(config, epochs=5, steps_per_epoch=1) == [1.0, 1.0, 0.5, 0.5, 0.25]
+    assert factors(config, epochs=5, steps_per_epoch=2) == [1.0] * 4 + [0.5] * 4 + [0.25] * 2
 
 
 def test_constant_does_not_fall() -> None:

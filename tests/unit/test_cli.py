@@ -242,7 +242,10 @@ def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
     assert done.stderr == f"{PREFIX}graft.amplitude must be in [0, 1], got 2.0\n"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "launch" / "configs").rglob("*.yaml")))
+CONFIGS = Path(__file__).parents[2] / "launch/configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_legal(path: Path) -> None:
     config = parsed("--config", str(path))
     given = yaml.safe_load(path.read_text())

@@ -22,19 +22,21 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
-def open_log(folder: Path, *, console: bool) -> logging.Logger:
-    """Start appending to FOLDER/log.txt, and to standard output when `console`.
+def open_log(*folders: Path, console: bool) -> logging.Logger:
+    """Start appending to log.txt in each folder, and to standard output when `console`.
 
-    Raises: RunDirectoryError when the folder cannot be written.
+    Raises: RunDirectoryError when a folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handlers: list[logging.Handler] = [logging.FileHandler(folder / "log.txt")]
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{folder} cannot be written: {error.strerror}; choose another run_dir"
-        ) from error
-    handlers[0].setFormatter(logging.Formatter(_FORMAT))
+    handlers: list[logging.Handler] = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(folder / "log.txt"))
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{folder} cannot be written: {error.strerror}; choose another run_dir"
+            ) from error
+        handlers[-1].setFormatter(logging.Formatter(_FORMAT))
     if console:
         handlers.append(_Console())
     close_log()

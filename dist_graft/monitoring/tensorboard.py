@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.metrics import EpochMetrics
 
 
@@ -22,6 +25,47 @@ class LayerView:
     """Number of filters below each threshold."""
 
 
+def _told_by_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """The event writer's thread hands a disk's error on; only what is not one is printed."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+class _Events:
+    """An event file; a disk that refuses is an error of the run, also when it does so later."""
+
+    def __init__(self, folder: Path, start_epoch: int) -> None:
+        self._folder = folder
+        threading.excepthook = _told_by_the_main_thread
+        with self._told():
+            self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one number; it may reach the disk later."""
+        with self._told():
+            self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Have all that was written reach the disk."""
+        with self._told():
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        with self._told():
+            self._writer.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunDirectoryError(
+                f"events in {self._folder} cannot be written: {error.strerror}; free space or "
+                "choose another run_dir"
+            ) from error
+
+
 class NetworkBoard:
     """Events of one network; steps are epochs, counted from 0.
 
@@ -31,7 +75,7 @@ class NetworkBoard:
     """
 
     def __init__(self, folder: Path, *, start_epoch: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
+        self._events = _Events(folder, start_epoch)
 
     def epoch(self, metrics: EpochMetrics, layers: LayerView) -> None:
         """Write what an epoch and its round gave."""
@@ -59,23 +103,23 @@ class NetworkBoard:
                     scalars[f"{name}/{unit}"] = value
         for tag, scalar in scalars.items():
             if scalar is not None:
-                self._writer.add_scalar(tag, scalar, metrics.epoch)
-        self._writer.flush()
+                self._events.scalar(tag, scalar, metrics.epoch)
+        self._events.flush()
 
     def after_last_round(self, accuracy: float, epoch: int) -> None:
         """Write the test accuracy that the last round left."""
-        self._writer.add_scalar("final/test_accuracy_after_last_round", accuracy, epoch)
+        self._events.scalar("final/test_accuracy_after_last_round", accuracy, epoch)
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._writer.close()
+        self._events.close()
 
 
 class PopulationBoard:
     """Events of the population as a whole, written by one process."""
 
     def __init__(self, folder: Path, *, start_epoch: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
+        self._events = _Events(folder, start_epoch)
 
     def epoch(self, epoch: int, test_accuracy: Sequence[float]) -> None:
         """Write mean and spread of the networks' test accuracies (before the round)."""
@@ -86,13 +130,13 @@ class PopulationBoard:
             ("max", max(test_accuracy)),
             ("standard_deviation", spread),
         ):
-            self._writer.add_scalar(f"population/test_accuracy_{name}", value, epoch)
-        self._writer.flush()
+            self._events.scalar(f"population/test_accuracy_{name}", value, epoch)
+        self._events.flush()
 
     def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:
         """Write the accuracy of the members' mean probability."""
-        self._writer.add_scalar(f"final/ensemble_test_accuracy_{tag}", accuracy, epoch)
+        self._events.scalar(f"final/ensemble_test_accuracy_{tag}", accuracy, epoch)
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._writer.close()
+        self._events.close()

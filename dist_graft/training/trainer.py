@@ -57,7 +57,8 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     if speaks:
         directory.check(config, networks)
     runtime.gather([0.0], "the check of the run directory")
-    log = open_log(directory.network(network), console=speaks)
+    folders = [directory.network(network), *([directory.population] if speaks else [])]
+    log = open_log(*folders, console=speaks)
 
     if runtime.place.local_rank == 0:
         ensure_available(config.data)

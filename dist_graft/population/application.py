@@ -19,6 +19,9 @@ from dist_graft.population.buckets import Piece, cut_buckets, pack_
 from dist_graft.population.exchange import EXCHANGES, Exchange, Phase
 
 
+_HOST_BUCKET_BYTES = 8 << 20  # fresh host memory costs a page fault; larger buckets lose by it
+
+
 @dataclass(frozen=True)
 class Applied:
     """What carrying out a Mixing took."""
@@ -54,6 +57,8 @@ def apply_mixing(
     """
     if isinstance(mixing, Shuffle):
         return _swap_scalars(tensors, units, mixing, group=group, device=device, phase=phase)
+    if device.type == "cpu":
+        bucket_bytes = min(bucket_bytes, _HOST_BUCKET_BYTES)
     rank = dist.get_rank(group)
     keys = list(tensors)
     index = {key: number for number, key in enumerate(keys)}

@@ -62,8 +62,20 @@ def all_gather(
         with phase("pack"):
             pack(parts[rank], bucket)
         with phase("exchange"), on_the_wire():
-            dist.all_gather_single(space, parts[rank], group=group)
+            if device.type == "cpu":  # gloo's own all-gather holds everything twice
+                _to_everyone(parts, rank, group)
+            else:
+                dist.all_gather_single(space, parts[rank], group=group)
         yield bucket, {donor: parts[donor] for donor in donors[rank]}
+
+
+def _to_everyone(parts: Sequence[Tensor], rank: int, group: dist.ProcessGroup) -> None:
+    """Send this rank's part to all others, and receive theirs into place."""
+    others = [peer for peer in range(len(parts)) if peer != rank]
+    moves = [dist.P2POp(dist.isend, parts[rank], group=group, group_peer=peer) for peer in others]
+    moves += [dist.P2POp(dist.irecv, parts[peer], group=group, group_peer=peer) for peer in others]
+    for work in dist.batch_isend_irecv(moves) if moves else ():
+        work.wait()
 
 
 def p2p(

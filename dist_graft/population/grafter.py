@@ -75,7 +75,8 @@ class Grafter:
         lead: "conv", or "conv+linear" for MLPs and transformers.
         exchange: "all_gather": every rank receives every network, or "p2p": the donor's only.
             Both give the same bits.
-        bucket_mb: size of one network's part of a buffer, in MiB; all_gather holds networks x
+        bucket_mb: largest size of one network's part of a buffer, in MiB (in host memory 8 are
+            taken where more are allowed, which is faster); all_gather holds networks x
             bucket, p2p two buckets (on the ring).
         rule: what flows where, instead of the ring.
         group: whose ranks are the networks; None: the default group.

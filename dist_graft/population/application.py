@@ -18,7 +18,6 @@ from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.buckets import Piece, cut_buckets, pack_
 from dist_graft.population.exchange import EXCHANGES, Exchange, Phase
 
-
 _HOST_BUCKET_BYTES = 8 << 20  # fresh host memory costs a page fault; larger buckets lose by it
 
 

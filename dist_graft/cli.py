@@ -63,7 +63,7 @@ def _show(text: str) -> None:
 
 
 def _train(config: TrainConfig, place: Place) -> int:
-    from dist_graft.population.process import die_with_launcher, stop_on_signals
+    from dist_graft.population.process import die_with_launcher, leave, stop_on_signals
     from dist_graft.training.data import check_dataset_name
     from dist_graft.training.learning_rates import learning_rates
 
@@ -94,6 +94,8 @@ def _train(config: TrainConfig, place: Place) -> int:
             f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
             "batch with optim.accumulation"
         ) from error
+    if place.launched:
+        leave(0)
     return 0
 
 

@@ -123,7 +123,7 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        self._group = group or world()
+        self._given_group = group
         self._roll_call = roll_call
         self._round = 0
 
@@ -140,6 +140,13 @@ class Grafter:
     @round.setter
     def round(self, value: int) -> None:
         self._round = value
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        """Looked up each time: a default group that is held cannot be destroyed, and its threads
+        abort an interpreter that finalizes under them.
+        """
+        return self._given_group or world()
 
     def graft(self, *, rate: float = 1.0) -> GraftRecord:
         """One round: every rank of the group must call this, equally often.

@@ -52,7 +52,11 @@ def report_failure(line: str) -> None:
 
 
 def leave(status: int) -> None:
-    """End the process now: tearing down a process group whose peers are gone can hang."""
+    """End the process now, without tearing anything down.
+
+    A process group whose peers are gone can hang, and a thread of gloo that still drops a tensor
+    aborts an interpreter that is finalizing.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -155,3 +157,18 @@ def test_an_option_out_of_range_is_named_with_its_value():
 def test_a_grafter_needs_a_process_group():
     with pytest.raises(RuntimeError, match="init_process_group"):
         Grafter(build("plain", 0))
+
+
+def part_while_the_grafter_lives(_: Place):
+    grafter = Grafter(build("plain", 0))
+    grafter.graft()
+    with_group = sum(1 for _ in Path("/proc/self/task").iterdir())
+    dist.destroy_process_group()
+    without = sum(1 for _ in Path("/proc/self/task").iterdir())
+    assert grafter.round == 1
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the harness
+    return with_group - without
+
+
+def test_the_default_group_ends_its_threads_while_the_grafter_lives():
+    assert all(ended >= 2 for ended in run(part_while_the_grafter_lives, 2))

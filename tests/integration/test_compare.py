@@ -65,8 +65,8 @@ def test_a_comparison_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert errors.strip().splitlines() == [
-        "dist-graft: error: stopped in graft, 2 networks, seed 0, after 0 of 4 runs (comparison); "
-        "the same command goes on from there"
+        "dist-graft: error: stopped by SIGTERM in graft, 2 networks, seed 0, after 0 of 4 runs "
+        "(comparison); the same command goes on from there"
     ]
     wait_for(lambda: not workers_of(out), 10)
     assert not (out / "results.csv").exists()

@@ -14,6 +14,8 @@ from dist_graft.options import option_names
 from dist_graft.validation import from_nested
 
 PREFIX = "dist-graft: error: "
+BRIEFLY = ("--data.train_samples=8", "--data.test_samples=8", "--model.name=none")
+"""So that what is not refused, though it should be, does not go on to train for long."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +27,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line that a command line which asks for something wrong is answered with."""
-    assert cli.run(argv) == 2
+    assert cli.run([*argv, *(BRIEFLY if argv[:1] == ("train",) else ())]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith(PREFIX)
     assert captured.out == ""
+    assert "model.name 'none'" not in lines[0], "it was not refused"
     return lines[0].removeprefix(PREFIX)
 
 

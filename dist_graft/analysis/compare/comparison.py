@@ -38,7 +38,8 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
     Returns: the verdict, and where the report is.
 
     Raises: StoppedError when a signal arrived: the same command goes on; FailedRunsError when runs
-    failed, after the report is written.
+    failed, after the report is written; ConfigError when the plan has become another one in what
+    must not change.
     """
     if report_only:
         _refuse_another(plan, folder)
@@ -47,15 +48,22 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
     stop_on_signals()
     with _alone_in(folder):
         results = Results(folder)
+        state = state_of(plan, results.rows)
+        tested = any(row.phase == "comparison" for row in results.rows.values())
+        if tested and any(run.key not in results.rows for run in state.search_runs):
+            raise ConfigError(
+                f"the search in {folder} is over, and what it found was tested: a wider one needs "
+                "unseen seeds and another folder (--out)"
+            )
         register(plan, folder, runs_before=len(results.rows), command=command_line())
-        _run_all("search", state_of(plan, results.rows).search_runs, plan, results, folder)
+        _run_all("search", state.search_runs, plan, results, folder, retry=not tested)
         state = state_of(plan, results.rows)
         if state.design is None:
             raise FailedRunsError(
                 f"no regime of the search has all of its runs; {folder / 'results.csv'} says what "
                 "failed, and the same command tries again"
             )
-        _run_all("best lr", state.lr_runs, plan, results, folder)
+        _run_all("best lr", state.lr_runs, plan, results, folder, retry=not tested)
         state = state_of(plan, results.rows)
         _run_all("comparison", state.comparison_runs, plan, results, folder)
         text = _report(plan, results, folder)
@@ -70,9 +78,22 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
     return text
 
 
-def _run_all(title: str, runs: Sequence[Run], plan: Plan, results: Results, folder: Path) -> None:
-    """Carry out the runs that are not there yet, one after the other; rows come as they end."""
-    left = [run for run in runs if not results.has(run.key)]
+def _run_all(
+    title: str,
+    runs: Sequence[Run],
+    plan: Plan,
+    results: Results,
+    folder: Path,
+    *,
+    retry: bool = True,
+) -> None:
+    """Carry out the runs that are not there yet, one after the other; rows come as they end.
+
+    Args: retry: those that failed, too. What was chosen before a test must not change after it.
+    """
+    left = [
+        run for run in runs if not results.has(run.key) and (retry or run.key not in results.rows)
+    ]
     if not left:
         return
     done, began = len(runs) - len(left), time.monotonic()
@@ -92,8 +113,9 @@ def _run_all(title: str, runs: Sequence[Run], plan: Plan, results: Results, fold
                     run, folder, keep_checkpoints=plan.keep_checkpoints, on_epochs=show
                 )
             except StoppedError as error:
+                cause = str(error).partition(";")[0]  # "stopped by SIGTERM"
                 raise StoppedError(
-                    f"stopped in {run}, after {number - 1} of {len(runs)} runs ({title}); the same "
+                    f"{cause} in {run}, after {number - 1} of {len(runs)} runs ({title}); the same "
                     "command goes on from there"
                 ) from error
             results.add(row, curve)

@@ -40,6 +40,7 @@ from dist_graft.population.process import die_with_launcher
 from dist_graft.training.learning_rates import learning_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
+_KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # torchrun's table
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
 _ONLY_OF_THE_FOLDER = ("run_dir", "resume")
@@ -231,6 +232,8 @@ def error_line(output: str, status: int) -> str:
         return (causes or found)[0].strip()
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
+    if killed := _KILLED.search(output):
+        return f"a process of the run was killed by {killed.group(1)}"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {status}, and not a word"
 

@@ -16,7 +16,7 @@ from dist_graft.training.learning_rates import learning_rates
 
 Options = dict[str, Any]
 
-EXCHANGE = ("method", "graft", "papa", "wash", "average")
+EXCHANGE = ("method", "graft", "papa", "wash")
 """Sections that say what flows between networks; the others say what a network is and learns."""
 
 _LEARNING_RATES = ("lr", "lrs", "lr_diversity")
@@ -81,6 +81,19 @@ def _parsed(options: str) -> TrainConfig:
     return config
 
 
+def exchanges(config: TrainConfig, networks: int) -> bool:
+    """Whether anything happens to the networks besides their training."""
+    if config.method == "none" or (networks == 1 and not _within(config)):
+        return False
+    by_graft = config.method in ("graft", "average")
+    return not by_graft or config.graft.every > 0 or config.graft.every_steps > 0
+
+
+def _within(config: TrainConfig) -> bool:
+    """Whether a network takes its scions from itself."""
+    return config.method == "graft" and config.graft.source != "external"
+
+
 def key_of(config: TrainConfig, networks: int) -> str:
     """Short hash of everything that a run's numbers follow from: equal keys, equal runs.
 
@@ -91,10 +104,14 @@ def key_of(config: TrainConfig, networks: int) -> str:
     differing = {
         name: value
         for name, value in flat(asdict(config))
-        if value != defaults[name]
-        and not name.startswith(_WITHOUT_INFLUENCE)
-        and not (config.method == "none" and name.partition(".")[0] in EXCHANGE[1:])
+        if value != defaults[name] and not name.startswith(_WITHOUT_INFLUENCE)
     }
+    if not exchanges(config, networks):
+        differing = {
+            name: value
+            for name, value in differing.items()
+            if name.partition(".")[0] not in EXCHANGE
+        } | {"method": "none"}
     text = json.dumps({"networks": networks, "options": differing}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 

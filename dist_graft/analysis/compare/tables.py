@@ -26,7 +26,7 @@ def contrast_table(lines: Sequence[ContrastLine]) -> Table:
                 word(line),
             )
         )
-    header = ("method", "control", "difference", "n", "p", "could have shown", "in words")
+    header = ("method", "control", "difference", "n", "p (Holm)", "could have shown", "in words")
     return Table(header, rows)
 
 

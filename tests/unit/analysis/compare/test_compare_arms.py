@@ -68,8 +68,12 @@ class TestControls:
         assert long.config(0).optim.step_epochs == 3 * networks
 
     def test_one_network_alone_needs_no_longer_one(self) -> None:
-        found = designed(plan(networks=[1]))
-        assert labels(found) == ["graft, 1 network", "no exchange, 1 network"]
+        found = designed(plan(networks=[1], methods=["internal"]))
+        assert labels(found) == ["internal, 1 network", "no exchange, 1 network"]
+
+    def test_one_network_alone_has_nobody_to_exchange_with(self) -> None:
+        found = designed(plan(networks=[1, 2]))
+        assert [contrast.method.networks for contrast in found.main] == [2]
 
     def test_methods_that_differ_in_the_exchange_alone_share_their_controls(self) -> None:
         methods = {"graft": None, "sharp": {"graft.sensitivity": 500}}
@@ -205,9 +209,17 @@ class TestKeys:
             assert self.key(**{name: value}) == self.key(), name
 
     def test_without_exchange_its_options_do_not_count(self) -> None:
-        assert self.key(method="none", graft={"every": 0, "amplitude": 1.0}) == self.key(
-            method="none"
-        )
+        none = self.key(method="none")
+        assert self.key(method="none", graft={"every": 0, "amplitude": 1.0}) == none
+        assert self.key(graft={"every": 0, "amplitude": 1.0}) == none
+        assert self.key(method="average", graft={"every": 0}) == none
+        assert self.key(graft={"every": 0, "every_steps": 5}) != none
+        assert self.key(method="papa", graft={"every": 0}) != none
+
+    def test_a_network_alone_exchanges_nothing(self) -> None:
+        none = self.key(1, method="none")
+        assert self.key(1) == self.key(1, method="wash") == none
+        assert self.key(1, graft={"source": "noise"}) != none
 
 
 def test_merging_lays_sections_over_each_other() -> None:

@@ -227,6 +227,49 @@ class TestARunThatFails:
         assert Results(tmp_path / "out").rows[broken.key].error.startswith(line)
 
 
+SEARCH = {
+    "recipes": {"plain": None, "fast": {"optim.lr": 0.4}},
+    "seeds": [0],
+    "confirm_seeds": [10, 11, 12, 13, 14],
+}
+
+
+class TestASearch:
+    def plan(self, **changes: Any) -> Plan:
+        search = SEARCH | changes
+        return plan(seeds=[], search=search, best_lr={"candidates": [0.1, 0.2]})
+
+    def test_comes_before_the_trials_and_the_test(self, behaviour: Path, tmp_path: Path) -> None:
+        compare(self.plan(), tmp_path / "out")
+        phases = [row.phase for row in Results(tmp_path / "out").rows.values()]
+        assert phases == ["search"] * 4 + ["best_lr"] * 4 + ["comparison"] * len(phases[8:])
+        assert len(phases) > 8
+
+    def test_is_not_taken_up_again_once_its_regime_was_tested(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        broken = next(
+            r for r in state_of(self.plan(), {}).search_runs if r.arm.name == "graft, fast"
+        )
+        (behaviour / folder_of(broken)).write_text("fail")
+        with pytest.raises(FailedRunsError, match=r"1 of .* runs failed"):
+            compare(self.plan(), tmp_path / "out")
+        (behaviour / folder_of(broken)).unlink()
+        before = starts(behaviour)
+        with pytest.raises(FailedRunsError, match=r"1 of .* runs failed"):
+            compare(self.plan(), tmp_path / "out")
+        assert starts(behaviour) == before
+
+    def test_is_not_widened_once_its_regime_was_tested(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        compare(self.plan(), tmp_path / "out")
+        before = starts(behaviour)
+        with pytest.raises(ConfigError, match="is over, and what it found was tested"):
+            compare(self.plan(seeds=[0, 1]), tmp_path / "out")
+        assert starts(behaviour) == before
+
+
 class TestASignal:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_ends_the_run_and_the_same_command_goes_on(
@@ -271,6 +314,12 @@ LINES = [
     ),
     ("dist-graft: error: stopped by SIGTERM; x\n", 143, "stopped by SIGTERM; x"),
     ("Traceback\nValueError: three\n\n", 1, "ValueError: three"),
+    (
+        "Root Cause (first observed failure):\n[0]:\n  exitcode  : -6 (pid: 3)\n"
+        "  traceback : Signal 6 (SIGABRT) received by PID 3\n=====\n",
+        1,
+        "a process of the run was killed by SIGABRT",
+    ),
     ("", -9, "killed by SIGKILL"),
     ("", 7, "exit status 7, and not a word"),
 ]

@@ -7,6 +7,7 @@ are answered at once.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import traceback
@@ -127,7 +128,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), argv)) from error
     command = parsed.command
-    options = parsed[command].as_dict()
+    options = parsed[command].clone(with_meta=False).as_dict()
     options.pop("config", None)
     return command, options
 
@@ -147,8 +148,12 @@ def _parser() -> ArgumentParser:
         description="Train one network a process; start with torchrun for more than one.",
         **settings,
     )
-    train.add_argument("--config", action="config", help="YAML file with options.")
-    train.add_class_arguments(TrainConfig, nested_key=None)
+    train.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with options; a section may be the name of a YAML file beside it.",
+    )
+    train.add_class_arguments(TrainConfig, nested_key=None, sub_configs=True)
     commands.add_subcommand("train", train, help="train a population")
 
     prepare = ArgumentParser(description="Put a data set where training finds it.", **settings)
@@ -166,6 +171,11 @@ def _explain(message: str, argv: Sequence[str]) -> str:
     """The parser's message, with the option that was probably meant."""
     if argv and argv[0] in ("prepare", *analysis.COMMANDS):
         return f"{message}; dist-graft {argv[0]} --help lists all options"
+    section = re.match(r'Parser key "(\w+)":\s+Unable to load config (\S+)\s+- (.*)', message, re.S)
+    if section:
+        name, file, why = section.groups()
+        unread = f"there is no file of options {file}: its options are --{name}.NAME VALUE"
+        message = f"section {name}: {unread if 'Unable to load' in why else f'{file}: {why}'}"
     return f"{message}{did_you_mean(message)}; dist-graft train --help lists all options"
 
 

@@ -20,6 +20,13 @@ from dist_graft.validation import from_nested
 
 PARSER_SETTINGS: Mapping[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
 
+SECTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(TrainConfig)
+    if dataclasses.is_dataclass(field.default_factory)
+)
+"""Of TrainConfig; in a YAML file each may be the name of another file, beside it."""
+
 _yaml_load = get_loader("yaml")
 
 

@@ -56,7 +56,10 @@ def test_the_readme_has_commands_of_both_kinds() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]),
+    sorted(
+        p.relative_to(ROOT)
+        for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("launch/**/*.md")]
+    ),
     ids=str,
 )
 def test_links_inside_the_repository(document: Path) -> None:

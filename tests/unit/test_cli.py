@@ -130,6 +130,7 @@ class TestWhatIsRefused:
             (["--graft.exchange", "p2q"], "'all_gather', 'p2p'"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--epochs"], "--epochs"),
+            (["--data", "cifar10"], "section data: there is no file of options 'cifar10': "),
         ],
     )
     def test_a_value_that_is_not_legal(
@@ -245,10 +246,42 @@ def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
     assert done.stderr == f"{PREFIX}graft.amplitude must be in [0, 1], got 2.0\n"
 
 
+class TestASectionInAFileOfItsOwn:
+    def write(self, **files: str) -> None:
+        Path("sections").mkdir()
+        for name, text in files.items():
+            Path("sections", f"{name}.yaml").write_text(text)
+        Path("all.yaml").write_text("optim: sections/optim.yaml\n")
+
+    def test_is_found_from_the_file_that_names_it(self) -> None:
+        self.write(optim="lr: 0.5\nmomentum: 0.5\n")
+        config = parsed("--config", "all.yaml", "--optim.momentum", "0.25")
+        assert (config.optim.lr, config.optim.momentum) == (0.5, 0.25)
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("lrr: 1\n", "did you mean --optim.lr?"),
+            ("lr: 1\nlr: 2\n", "section optim: 'sections/optim.yaml': key 'lr' is given twice"),
+            ("lr: 0\n", "optim.lr must be above 0"),
+        ],
+    )
+    def test_is_read_as_strictly(
+        self, capsys: pytest.CaptureFixture[str], text: str, says: str
+    ) -> None:
+        self.write(optim=text)
+        assert says in refused(capsys, "train", "--config", "all.yaml")
+
+    def test_is_missing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.write()
+        line = refused(capsys, "train", "--config", "all.yaml")
+        assert line.startswith("section optim: there is no file of options 'sections/optim.yaml'")
+
+
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_legal(path: Path) -> None:
     config = parsed("--config", str(path))
     given = yaml.safe_load(path.read_text())

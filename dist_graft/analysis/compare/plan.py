@@ -13,7 +13,7 @@ import yaml
 
 from dist_graft.analysis.compare.overrides import Options, expand, merge
 from dist_graft.errors import ConfigError
-from dist_graft.options import from_mapping, load_strictly
+from dist_graft.options import SECTIONS, from_mapping, load_strictly
 
 Primary = Literal["largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
 """A run's outcomes that a comparison may be about; all are accuracies after the last round."""
@@ -246,7 +246,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _files(names: str | Sequence[str], folder: Path) -> Options:
     options: Options = {}
     for name in [names] if isinstance(names, str) else names:
-        options = merge(options, _read_yaml(folder / name))
+        path = folder / name
+        content = _read_yaml(path)
+        sections = {
+            section: _read_yaml(path.parent / file)
+            for section, file in content.items()
+            if section in SECTIONS and isinstance(file, str)
+        }
+        options = merge(options, content | sections)
     for name in NOT_THE_PLANS:
         options.pop(name, None)
     return options

@@ -51,6 +51,14 @@ class TestWhatIsUnderstood:
             "optim": {"lr_diversity": "cosine"},
         }
 
+    def test_a_section_of_a_file_may_be_a_file_beside_it(self, tmp_path: Path) -> None:
+        (tmp_path / "recipes/sections").mkdir(parents=True)
+        (tmp_path / "recipes/sections/slow.yaml").write_text("lr: 0.01\n")
+        (tmp_path / "recipes/row.yaml").write_text("epochs: 9\noptim: sections/slow.yaml\n")
+        content = SMALLEST | {"recipe": "recipes/row.yaml"}
+        plan = read_plan(written(tmp_path, content))
+        assert plan.recipe == {"epochs": 9, "optim": {"lr": 0.01}}
+
     def test_the_recipe_of_a_file_is_put_into_the_plan(self, tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text("epochs: 9\noptim: {lr: 0.3}\nrun_dir: runs/other\n")
         content = SMALLEST | {"recipe": "recipe.yaml"}

@@ -1,0 +1,73 @@
+"""Every recipe of launch/configs, as a user starts it, at reduced size: one real step each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import Done
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "launch/configs"
+RECIPES = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("configs", "sections")
+)
+ONE_STEP = (
+    *("--data.name", "fashion-mini", "--data.channels", "3", "--data.image_size", "32"),
+    *("--data.batch_size", "4", "--data.train_samples", "4", "--data.test_samples", "4"),
+    *("--epochs", "1", "--monitor.tensorboard", "false", "--runtime.threads", "2"),
+)
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def on_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options: str) -> dict:
+    """Train one step of a recipe; returns the options that the run had."""
+    done = alone(run, "--config", str(recipe), *ONE_STEP, *options)
+    assert done.status == 0, done.errors
+    metrics = json.loads((run / "network00/metrics.jsonl").read_text())
+    assert math.isfinite(metrics["train_loss"])
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_one_step(recipe: Path, alone: Callable[..., Done], tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    taught = content.get("distill", {}).get("teachers", [])
+    options = []
+    if taught:
+        teacher = tmp_path / "teacher"
+        architecture = taught[0].split("/")[1].removeprefix("teacher_")
+        on_one_step(alone, teacher, CONFIGS / "cifar/baseline.yaml", "--model.name", architecture)
+        options = ["--distill.teachers", f"[{teacher}/checkpoints/epoch_0001/network00.pt]"]
+    ran = on_one_step(alone, tmp_path / "run", recipe, *options)
+    assert ran["model"] == ran["model"] | content["model"]
+    section = content.get("graft", {})
+    if isinstance(section, str):
+        section = yaml.safe_load((recipe.parent / section).read_text())
+    assert ran["graft"] == ran["graft"] | section
+    rates = yaml.safe_load((recipe.parent / content["optim"]).read_text())
+    assert ran["optim"] == ran["optim"] | rates
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_says_where_its_figure_is_from(recipe: Path) -> None:
+    comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("arXiv 2001.05868" in line or "arXiv 2004.12311" in line for line in comment)
+    assert len(recipe.read_text().splitlines()) < 20
+
+
+def test_every_section_is_used() -> None:
+    used = {
+        (path.parent / value).resolve()
+        for path in RECIPES
+        for value in yaml.safe_load(path.read_text()).values()
+        if isinstance(value, str)
+    }
+    assert used == set((CONFIGS / "sections").glob("*.yaml"))

@@ -27,24 +27,27 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
 
     Raises: RunDirectoryError when a folder cannot be written.
     """
-    handlers: list[logging.Handler] = []
+    close_log()
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(folder / "log.txt"))
+            _attach(logging.FileHandler(folder / "log.txt"))
         except OSError as error:
+            close_log()
             raise RunDirectoryError(
                 f"{folder} cannot be written: {error.strerror}; choose another run_dir"
             ) from error
-        handlers[-1].setFormatter(logging.Formatter(_FORMAT))
     if console:
-        handlers.append(_Console())
-    close_log()
-    for handler in handlers:
-        _logger.addHandler(handler)
+        _attach(_Console())
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
     return _logger
+
+
+def _attach(handler: logging.Handler) -> None:
+    if isinstance(handler, logging.FileHandler):
+        handler.setFormatter(logging.Formatter(_FORMAT))
+    _logger.addHandler(handler)
 
 
 def close_log() -> None:

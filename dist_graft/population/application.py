@@ -16,7 +16,7 @@ from dist_graft.grafting.neighbours import Shuffle
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.buckets import Piece, cut_buckets, pack_
-from dist_graft.population.exchange import EXCHANGES, Exchange, Phase
+from dist_graft.population.exchange import EXCHANGES, IN_FLIGHT, Exchange, Phase
 
 _HOST_BUCKET_BYTES = 8 << 20  # fresh host memory costs a page fault; larger buckets lose by it
 
@@ -56,6 +56,8 @@ def apply_mixing(
     """
     if isinstance(mixing, Shuffle):
         return _swap_scalars(tensors, units, mixing, group=group, device=device, phase=phase)
+    if exchange == "p2p":
+        bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
     if device.type == "cpu":
         bucket_bytes = min(bucket_bytes, _HOST_BUCKET_BYTES)
     rank = dist.get_rank(group)

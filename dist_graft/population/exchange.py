@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -16,6 +17,8 @@ from dist_graft.population.wire import on_the_wire
 Exchange = Literal["all_gather", "p2p"]
 Phase = Callable[[str], AbstractContextManager[None]]
 Pack = Callable[[Tensor, Bucket], None]
+IN_FLIGHT = 2
+"""Buckets of `p2p` that travel at once: one is packed and blended while another is under way."""
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
 
 
@@ -89,14 +92,26 @@ def p2p(
 ) -> Received:
     """Only the donors' weights travel, bucket by bucket.
 
-    Holds one bucket to send and one for each donor on `device`. Every rank of the group must
-    iterate to the end.
+    Holds IN_FLIGHT times a bucket to send and one for each donor on `device`. A bucket is packed
+    while the one before it travels, so a bucket that was yielded may only change its own elements.
+    Every rank of the group must iterate to the end.
 
     Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
     """
     rank = dist.get_rank(group)
     recipients = [network for network, givers in enumerate(donors) if rank in givers]
-    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device):
+    under_way: deque[tuple[Bucket, Sequence[Tensor], list[dist.Work]]] = deque()
+
+    def arrived() -> tuple[Bucket, dict[int, Tensor]]:
+        bucket, parts, moves = under_way.popleft()
+        with phase("exchange"), on_the_wire():
+            for move in moves:
+                move.wait()
+        return bucket, dict(zip(donors[rank], parts, strict=True))
+
+    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device, slots=IN_FLIGHT):
+        if len(under_way) == IN_FLIGHT:
+            yield arrived()
         own, *parts = space.split(bucket.length)
         with phase("pack"):
             pack(own, bucket)
@@ -107,21 +122,24 @@ def p2p(
                 dist.P2POp(dist.irecv, part, group=group, group_peer=peer)
                 for peer, part in zip(donors[rank], parts, strict=True)
             ]
-            for work in dist.batch_isend_irecv(moves) if moves else ():
-                work.wait()
-        yield bucket, dict(zip(donors[rank], parts, strict=True))
+            under_way.append((bucket, parts, dist.batch_isend_irecv(moves) if moves else []))
+    while under_way:
+        yield arrived()
 
 
 EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
 
 
 def _spaces(
-    buckets: Sequence[Bucket], parts: int, device: torch.device
+    buckets: Sequence[Bucket], parts: int, device: torch.device, *, slots: int = 1
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """Each bucket with room for `parts` copies of it, in one allocation a type."""
+    """Each bucket with room for `parts` copies of it; the room is used again `slots` buckets on."""
     for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
         mine = [bucket for bucket in buckets if bucket.dtype == dtype]
-        space = torch.empty(parts * max(b.length for b in mine), dtype=dtype, device=device)
-        for bucket in mine:
-            yield bucket, space[: parts * bucket.length]
-        del space
+        most = parts * max(bucket.length for bucket in mine)
+        spaces = [
+            torch.empty(most, dtype=dtype, device=device) for _ in range(min(slots, len(mine)))
+        ]
+        for number, bucket in enumerate(mine):
+            yield bucket, spaces[number % slots][: parts * bucket.length]
+        del spaces

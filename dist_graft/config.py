@@ -155,7 +155,7 @@ class GraftConfig:
     noise_annealing: float = 0.975
     """a of the noise's standard deviation a^round, in (0, 1]."""
     bucket_mb: float = 32.0
-    """Largest size of one network's part of a buffer, in MiB; host memory takes at most 8."""
+    """Largest size of one network's part of a buffer, in MiB; host memory takes at most 16."""
     reset_momentum: bool = False
     """Forget the optimizer's whole state (momentum, AdamW's moments) after each round."""
 

@@ -18,7 +18,7 @@ from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.buckets import Piece, cut_buckets, pack_
 from dist_graft.population.exchange import EXCHANGES, IN_FLIGHT, Exchange, Phase
 
-_HOST_BUCKET_BYTES = 8 << 20  # fresh host memory costs a page fault; larger buckets lose by it
+_HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
 
 
 @dataclass(frozen=True)

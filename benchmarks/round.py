@@ -130,9 +130,10 @@ def watch_memory(rank: int, plan: Plan) -> Seen:
     model = meet(rank, plan)
     seen = Seen()
     for case in plan.cases:
-        grafter = Grafter(model, exchange=case.exchange, bucket_mb=case.bucket_mb)
-        grafter.graft()  # a first round also loads code
-        seen.memory[case] = [peak_of_round(grafter) for _ in range(MEMORY_ROUNDS)]
+        options = {"exchange": case.exchange, "bucket_mb": case.bucket_mb}
+        Grafter(model, **options).graft()  # a first round also loads code
+        # each time a new one: a Grafter keeps its buffers from round to round
+        seen.memory[case] = [peak_of_round(Grafter(model, **options)) for _ in range(MEMORY_ROUNDS)]
     dist.destroy_process_group()
     return seen
 

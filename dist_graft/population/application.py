@@ -16,7 +16,7 @@ from dist_graft.grafting.neighbours import Shuffle
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.buckets import Piece, cut_buckets, pack_
-from dist_graft.population.exchange import EXCHANGES, IN_FLIGHT, Exchange, Phase
+from dist_graft.population.exchange import EXCHANGES, IN_FLIGHT, BufferPool, Exchange, Phase
 
 _HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
 
@@ -40,6 +40,7 @@ def apply_mixing(
     bucket_bytes: int,
     group: dist.ProcessGroup,
     device: torch.device,
+    pool: BufferPool,
     phase: Phase,
 ) -> Applied:
     """Change this rank's tensors as the mixing says; every rank of the group must call this.
@@ -52,6 +53,7 @@ def apply_mixing(
         bucket_bytes: size of one network's part of a buffer.
         group: whose ranks are the networks.
         device: where buffers must lie to travel.
+        pool: of the buffers.
         phase: adds the time of a block to a named phase.
     """
     if isinstance(mixing, Shuffle):
@@ -81,6 +83,7 @@ def apply_mixing(
         mixing.donors,
         group=group,
         device=device,
+        pool=pool,
         phase=phase,
     ):
         received += (len(parts) if exchange == "p2p" else mixing.networks - 1) * bucket.bytes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -20,8 +19,27 @@ Phase = Callable[[str], AbstractContextManager[None]]
 Pack = Callable[[Tensor, Bucket], None]
 IN_FLIGHT = 2
 """Buckets of `p2p` that travel at once: one is packed and blended while another is under way."""
-_HUGE_PAGE = 2 << 20
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
+
+
+class BufferPool:
+    """Flat memory that buckets travel in.
+
+    On the CPU it is kept from round to round: the first touch of a page costs more than the copy
+    that fills it. A GPU's allocator keeps memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def take(self, slot: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory, [length]; what was taken for the slot before is taken back."""
+        if device.type != "cpu":
+            return torch.empty(length, dtype=dtype, device=device)
+        kept = self._kept.get((slot, dtype))
+        if kept is None or len(kept) < length:
+            kept = self._kept[slot, dtype] = torch.empty(length, dtype=dtype)
+        return kept[:length]
 
 
 def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
@@ -52,6 +70,7 @@ def all_gather(
     *,
     group: dist.ProcessGroup,
     device: torch.device,
+    pool: BufferPool,
     phase: Phase,
 ) -> Received:
     """Every rank of the group sees every network, bucket by bucket.
@@ -62,7 +81,7 @@ def all_gather(
     Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
     """
     rank, networks = dist.get_rank(group), dist.get_world_size(group)
-    for bucket, space in _spaces(buckets, networks, device):
+    for bucket, space in _spaces(buckets, networks, device, pool):
         parts = list(space.split(bucket.length))
         with phase("pack"):
             pack(parts[rank], bucket)
@@ -90,6 +109,7 @@ def p2p(
     *,
     group: dist.ProcessGroup,
     device: torch.device,
+    pool: BufferPool,
     phase: Phase,
 ) -> Received:
     """Only the donors' weights travel, bucket by bucket.
@@ -111,7 +131,7 @@ def p2p(
                 move.wait()
         return bucket, dict(zip(donors[rank], parts, strict=True))
 
-    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device, slots=IN_FLIGHT):
+    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device, pool, slots=IN_FLIGHT):
         if len(under_way) == IN_FLIGHT:
             yield arrived()
         own, *parts = space.split(bucket.length)
@@ -133,27 +153,13 @@ EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
 
 
 def _spaces(
-    buckets: Sequence[Bucket], parts: int, device: torch.device, *, slots: int = 1
+    buckets: Sequence[Bucket], parts: int, device: torch.device, pool: BufferPool, *, slots: int = 1
 ) -> Iterator[tuple[Bucket, Tensor]]:
     """Each bucket with room for `parts` copies of it; the room is used again `slots` buckets on."""
     for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
         mine = [bucket for bucket in buckets if bucket.dtype == dtype]
         most = parts * max(bucket.length for bucket in mine)
-        spaces = [_room(most, dtype, device) for _ in range(min(slots, len(mine)))]
+        spaces = [pool.take(slot, most, dtype, device) for slot in range(min(slots, len(mine)))]
         for number, bucket in enumerate(mine):
             yield bucket, spaces[number % slots][: parts * bucket.length]
         del spaces
-
-
-def _room(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on the CPU in huge pages where the system has them.
-
-    A fault for every 4 KiB of fresh memory costs more than the copy that fills it.
-    """
-    size = length * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(length, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)

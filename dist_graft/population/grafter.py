@@ -29,7 +29,13 @@ from dist_graft.population.agreement import (
     gather_vectors,
 )
 from dist_graft.population.application import apply_mixing
-from dist_graft.population.exchange import EXCHANGES, Exchange, communication_device, world
+from dist_graft.population.exchange import (
+    EXCHANGES,
+    BufferPool,
+    Exchange,
+    communication_device,
+    world,
+)
 from dist_graft.population.phases import PhaseClock
 from dist_graft.population.presence import RollCall
 from dist_graft.population.wire import WireError
@@ -124,6 +130,7 @@ class Grafter:
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
         self._given_group = group
+        self._pool = BufferPool()
         self._roll_call = roll_call
         self._round = 0
 
@@ -188,6 +195,7 @@ class Grafter:
                 bucket_bytes=self._bucket_bytes,
                 group=self._group,
                 device=device,
+                pool=self._pool,
                 phase=clock.phase,
             )
         informed = matrix[rank].tolist() if hasattr(self._rule, "criterion") else []

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_graft.analysis.compare.plan import read_plan
+from dist_graft.analysis.compare.state import state_of
 from dist_graft.cli import _parse
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +152,11 @@ def test_the_rule_of_the_documentation(tmp_path: Path) -> None:
         ],
         prints={"moved True": 1, "moved False": 1},
     )
+
+
+@pytest.mark.parametrize(
+    "plan", sorted((ROOT / "launch/plans").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_plans_are_legal_and_ready_to_run(plan: Path) -> None:
+    state = state_of(read_plan(plan), {})
+    assert state.search_runs or state.lr_runs or state.comparison_runs

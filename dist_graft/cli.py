@@ -21,7 +21,13 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.analysis import commands as analysis
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, DistGraftError, PeerError, StoppedError
+from dist_graft.errors import (
+    ConfigError,
+    DistGraftError,
+    PeerError,
+    StoppedEarlyError,
+    StoppedError,
+)
 from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
 from dist_graft.population.place import Place, read_place
 from dist_graft.validation import from_nested
@@ -83,6 +89,8 @@ def _train(config: TrainConfig, place: Place) -> int:
     runtime = start(config.runtime, place)
     try:
         fit(config, runtime)
+    except StoppedEarlyError:
+        raise
     except StoppedError as error:
         gone = runtime.roll_call.gone() if runtime.roll_call else []
         if gone:

@@ -259,10 +259,13 @@ class CheckpointConfig:
     """Epochs between two checkpoint sets; 0: none but the last epoch's."""
     keep: int = 2
     """Newest complete sets that are kept."""
+    grace_seconds: float = 25.0
+    """Within which a run that is asked to stop must have saved and left."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 1)
+        above_zero("checkpoint.grace_seconds", self.grace_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

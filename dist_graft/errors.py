@@ -41,5 +41,15 @@ class StoppedError(DistGraftError):
     exit_status = 143
 
 
+class StoppedEarlyError(StoppedError):
+    """The run was asked to stop, and everything is saved: the same command goes on."""
+
+    exit_status = 75
+
+
+class RoundStoppedError(DistGraftError):
+    """A network asked to stop instead of taking part in a round; no weight was changed."""
+
+
 class StartError(DistGraftError):
     """The processes cannot find each other, or a device or backend is not there."""

@@ -33,11 +33,13 @@ class ProgressBar:
         self._shown = show and (mode == "bar" or (mode == "auto" and sys.stderr.isatty()))
         self._bar: tqdm[Any] | None = None
 
-    def start(self, *, steps: int, epoch: int, epochs: int) -> None:
-        """Begin an epoch (0-based) of so many steps."""
+    def start(self, *, steps: int, epoch: int, epochs: int, done: int = 0) -> None:
+        """Begin an epoch (0-based) of so many steps, of which some are done."""
+        self.stop()
         if self._shown:
             self._bar = tqdm(
                 total=steps,
+                initial=done,
                 desc=f"epoch {epoch + 1}/{epochs}",
                 unit="step",
                 leave=False,

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.errors import DisagreementError, NonFiniteError
+from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
 from dist_graft.grafting.layout import memory_order
 from dist_graft.population.wire import on_the_wire
 
-PROTOCOL = 1
+PROTOCOL = 2
 ALL_FINITE = -1
 RATE_UNIT = 2**53
 
@@ -36,6 +36,8 @@ class Header:
     units: int
     rate: int
     """What the donors' shares are multiplied with, in units of 1 / RATE_UNIT."""
+    stop: int
+    """1 when this network wants to stop before the round."""
 
 
 class Schema:
@@ -79,14 +81,18 @@ def agree(
 
     All ranks see the same headers, so all return or all raise.
 
-    Raises: DisagreementError naming the ranks and the first difference; NonFiniteError naming the
-        networks and their first tensor that is not finite.
+    Raises: RoundStoppedError naming the networks that want to stop; DisagreementError naming the
+        ranks and the first difference; NonFiniteError naming the networks and their first tensor
+        that is not finite.
     """
     mine = torch.tensor(astuple(header), dtype=torch.int64)
     everyone = gather_vectors(mine, group=group, device=device)
     headers = [Header(*row) for row in everyone.tolist()]
 
-    for name in ("protocol", "round", "digest", "units", "rate"):
+    for name in ("protocol", "stop", "round", "digest", "units", "rate"):
+        if name == "stop" and (stopping := [other.network for other in headers if other.stop]):
+            who = ", ".join(map(str, stopping))
+            raise RoundStoppedError(f"network {who} stops before round {header.round}")
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue

@@ -81,7 +81,7 @@ class Grafter:
         lead: "conv", or "conv+linear" for MLPs and transformers.
         exchange: "all_gather": every rank receives every network, or "p2p": the donor's only.
             Both give the same bits.
-        bucket_mb: largest size of one network's part of a buffer, in MiB (in host memory 8 are
+        bucket_mb: largest size of one network's part of a buffer, in MiB (in host memory 16 are
             taken where more are allowed, which is faster); all_gather holds networks x
             bucket, p2p two buckets (on the ring).
         rule: what flows where, instead of the ring.
@@ -155,31 +155,33 @@ class Grafter:
         """
         return self._given_group or world()
 
-    def graft(self, *, rate: float = 1.0) -> GraftRecord:
+    def graft(self, *, rate: float = 1.0, stop: bool = False) -> GraftRecord:
         """One round: every rank of the group must call this, equally often.
 
         Changes the model's floating parameters and buffers in place; integer buffers stay.
 
         Args:
             rate: what every donor's share is multiplied with, in [0, 1]; the same on every rank.
+            stop: this rank wants to stop instead: all ranks learn it, and none takes part.
 
-        Raises (on every rank alike): DisagreementError when the models or options differ,
+        Raises (on every rank alike): RoundStoppedError when a rank wants to stop;
+            DisagreementError when the models or options differ,
             NonFiniteError when a weight of any network is not finite; PeerError when another
-            process died or did not answer. In the first two cases no weight was changed.
+            process died or did not answer. But for the last case no weight was changed.
         """
         rank = dist.get_rank(self._group)
         tensors = graft_tensors(self._module)
-        keys = list(tensors)
         home = next(iter(tensors.values())).device
         device = communication_device(self._group, home)
         clock = PhaseClock(home)
 
         with clock.phase("measure"):
-            bad = next((i for i, key in enumerate(keys) if not is_finite(tensors[key])), ALL_FINITE)
-            mine = self._rule.measure(self._units, tensors) if bad == ALL_FINITE else None
+            bad = ALL_FINITE if stop else _first_not_finite(tensors)
+            silent = stop or bad != ALL_FINITE
+            mine = None if silent else self._rule.measure(self._units, tensors)
         with clock.phase("agree"), self._peers(self._round):
             self._arrive(self._round)
-            self._agree(tensors, bad, device, rate)
+            self._agree(tensors, bad, device, rate, stop=stop)
             assert mine is not None
             matrix = gather_vectors(mine.double(), group=self._group, device=device)
         mixing = self._rule.decide(matrix, self._round)
@@ -229,7 +231,13 @@ class Grafter:
             self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
 
     def _agree(
-        self, tensors: dict[str, Tensor], not_finite: int, device: torch.device, rate: float = 1.0
+        self,
+        tensors: dict[str, Tensor],
+        not_finite: int,
+        device: torch.device,
+        rate: float = 1.0,
+        *,
+        stop: bool = False,
     ) -> None:
         schema = Schema(tensors, [unit.name for unit in self._units], self._options())
         header = Header(
@@ -241,6 +249,7 @@ class Grafter:
             not_finite=not_finite,
             units=len(self._units),
             rate=round(rate * RATE_UNIT),
+            stop=int(stop),
         )
         agree(header, schema, list(tensors), group=self._group, device=device)
 
@@ -271,6 +280,11 @@ class Grafter:
                 f"round {self._round} failed, a peer died or did not answer: {who}; its own output "
                 f"says why ({error})"
             ) from error
+
+
+def _first_not_finite(tensors: dict[str, Tensor]) -> int:
+    found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
+    return next(found, ALL_FINITE)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -72,9 +72,29 @@ class RollCall:
         host = self._store.get(f"host/{network}").decode()
         return f"network {network} (rank {network} on {host})"
 
+    def ask_to_stop(self, why: str) -> None:
+        """Leave word for all networks that the run is to stop."""
+        self._store.set("stop", why)
+
+    def asked_to_stop(self) -> str | None:
+        """Why the run is to stop, if any network was asked to."""
+        return self._store.get("stop").decode() if self._store.check(["stop"]) else None
+
     def post(self, what: str, value: str) -> None:
         """Leave a text for the other networks to read."""
         self._store.set(f"{what}/{self._network}", value)
+
+    def hear(self, what: str, network: int, timeout_seconds: float) -> str:
+        """What one network has left, once it has.
+
+        Raises: PeerError naming the network, after the time-out.
+        """
+        key = f"{what}/{network}"
+        if self._wait([key], timeout_seconds):
+            raise PeerError(
+                f"no answer within {timeout_seconds:g} s to {what} from {self.describe(network)}"
+            )
+        return self._store.get(key).decode()
 
     def collect(self, what: str, timeout_seconds: float) -> list[str]:
         """Everyone's text, in the order of the networks, once all have left theirs.

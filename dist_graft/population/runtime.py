@@ -49,6 +49,17 @@ class Runtime:
             raise _lost(what, error) from error
         return [list(map(float, row)) for row in everyone.tolist()]
 
+    def from_first(self, what: str, text: str) -> str:
+        """What rank 0 says, to everyone; the text of the others does not count.
+
+        Raises: PeerError when it says nothing in time.
+        """
+        if self.roll_call is None:
+            return text
+        if self.place.rank == 0:
+            self.roll_call.post(what, text)
+        return self.roll_call.hear(what, 0, self.timeout_seconds)
+
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of everyone's tensors of one shape, on the CPU: a collective.
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from dist_graft.errors import RunDirectoryError
 
-_NAME = re.compile(r"epoch_(\d{4,})")
+_NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 COMPLETE = "COMPLETE.json"
 
 
@@ -36,9 +36,31 @@ class CheckpointSet:
     """Of each file, by name."""
 
 
-def set_path(folder: Path, epoch: int) -> Path:
-    """Where the set of a number of finished epochs lies."""
-    return folder / f"epoch_{epoch:04d}"
+def set_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
+    """Where a set lies.
+
+    Args:
+        folder: of the sets.
+        epoch: epochs finished.
+        round_: rounds finished, for a set inside the epoch after them.
+        again: counts further sets between the same two rounds.
+    """
+    inside = "" if round_ is None else f"_round_{round_:04d}"
+    return folder / f"epoch_{epoch:04d}{inside}{f'_again_{again}' if again else ''}"
+
+
+def path_after(folder: Path, epoch: int, round_: int, newest: str | None) -> Path:
+    """Where a set inside an epoch lies that follows the set `newest`, which it must not replace."""
+    match = _NAME.fullmatch(newest or "")
+    same = match and match[2] and (int(match[1]), int(match[2])) == (epoch, round_)
+    return set_path(folder, epoch, round_, again=int(match[3] or 0) + 1 if match and same else 0)
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Sorts the names of sets from old to new."""
+    match = _NAME.fullmatch(name)
+    assert match
+    return int(match[1]), int(match[2] or -1), int(match[3] or 0)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -88,10 +110,32 @@ def load_network(path: Path, sha256: str, device: torch.device) -> dict[str, Any
     return state
 
 
-def complete_set(path: Path, *, epoch: int, round_: int, sha256: list[str]) -> None:
-    """Declare a set complete, once every network's file is durable."""
+def complete_set(
+    path: Path,
+    *,
+    epoch: int,
+    round_: int,
+    sha256: list[str],
+    positions: Sequence[tuple[int, int]] | None = None,
+) -> None:
+    """Declare a set complete, once every network's file is durable.
+
+    Args:
+        path: of the set.
+        epoch: epochs that all networks finished.
+        round_: rounds that all networks finished.
+        sha256: of each network's file.
+        positions: epochs and steps that each network finished; None: no step of another epoch.
+    """
     files = {f"network{k:02d}.pt": digest for k, digest in enumerate(sha256)}
-    content = {"epoch": epoch, "round": round_, "networks": len(sha256), "sha256": files}
+    places = positions or [(epoch, 0)] * len(sha256)
+    content = {
+        "epoch": epoch,
+        "round": round_,
+        "networks": len(sha256),
+        "positions": [{"epoch": finished, "step": step} for finished, step in places],
+        "sha256": files,
+    }
     write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -99,7 +143,7 @@ def complete_sets(folder: Path) -> list[CheckpointSet]:
     """All complete sets, the newest last; files are not read."""
     paths = [path for path in _folders(folder) if _NAME.fullmatch(path.name)]
     found = [checkpoint for path in paths if (checkpoint := _read_set(path))]
-    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+    return sorted(found, key=lambda checkpoint: _order(checkpoint.path.name))
 
 
 def damage(checkpoint: CheckpointSet) -> Path | None:
@@ -111,11 +155,13 @@ def damage(checkpoint: CheckpointSet) -> Path | None:
     return None
 
 
-def clear_after(folder: Path, epoch: int) -> None:
-    """Make room for the sets of more epochs than these: damaged ones are renamed, not deleted."""
+def clear_after(folder: Path, chosen: CheckpointSet | None) -> None:
+    """Make room for newer sets than the chosen one: damaged ones are renamed, not deleted."""
     for path in _folders(folder):
-        match = _NAME.fullmatch(path.name)
-        if not match or int(match.group(1)) <= epoch:
+        newer = chosen is None or (
+            _NAME.fullmatch(path.name) and _order(path.name) > _order(chosen.path.name)
+        )
+        if not _NAME.fullmatch(path.name) or not newer:
             continue
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)

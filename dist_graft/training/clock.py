@@ -39,6 +39,28 @@ class Cadence:
             step for step in range(1, steps_per_epoch) if (before + step) % self.every_steps == 0
         ]
 
+    def rounds_before(self, epoch: int, step: int, steps_per_epoch: int) -> int:
+        """Rounds of the run that precede a step of an epoch; one that follows it does not count."""
+        if self.every_steps:
+            steps = epoch * steps_per_epoch + step
+            skipped = self.start_epoch * steps_per_epoch // self.every_steps
+            return max(0, (steps - 1 if step else steps) // self.every_steps - skipped)
+        if not self.every_epochs:
+            return 0
+        return max(0, epoch // self.every_epochs - self.start_epoch // self.every_epochs)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a network has come."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Steps finished of the epoch after them."""
+    round: int = 0
+    """Rounds finished."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -63,20 +85,24 @@ def segments(
     steps_per_epoch: int,
     cadence: Cadence,
     save_every: int,
-    start_epoch: int = 0,
+    start: Position = Position(),
 ) -> Iterator[Segment]:
     """What remains of a run, in order.
 
     Args:
-        epochs: in all, those before `start_epoch` included.
+        epochs: in all, those before `start` included.
         steps_per_epoch: optimizer steps.
         cadence: when rounds happen, counted from the start of the run.
         save_every: epochs between two checkpoint sets; 0: only the last epoch's.
-        start_epoch: epochs that are finished.
+        start: where the run goes on; a round that is due there comes first, without a step.
     """
-    for epoch in range(start_epoch, epochs):
-        first = 0
+    for epoch in range(start.epoch, epochs):
+        first = start.step if epoch == start.epoch else 0
+        here = cadence.rounds_before(epoch, first, steps_per_epoch)
+        done = first > 0 and start.round > here
         for step in cadence.inside_epoch(epoch, steps_per_epoch):
+            if step < first or (step == first and done):
+                continue
             yield Segment(epoch, first, step, False, False, round=True, save=False)
             first = step
         finished = epoch + 1

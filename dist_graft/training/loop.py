@@ -63,15 +63,19 @@ class TrainResult:
     accuracy: float
     """Percent."""
     images: int
+    steps: int
     seconds: float
 
     def __add__(self, other: TrainResult) -> TrainResult:
         """Both stretches together."""
         images = self.images + other.images
+        if not images:
+            return self
         return TrainResult(
             loss=(self.loss * self.images + other.loss * other.images) / images,
             accuracy=(self.accuracy * self.images + other.accuracy * other.images) / images,
             images=images,
+            steps=self.steps + other.steps,
             seconds=self.seconds + other.seconds,
         )
 
@@ -98,8 +102,9 @@ def train_steps(
     first: int,
     last: int,
     on_step: Callable[[], object] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Train the network on the batches first ... last - 1 of an epoch.
+    """Train the network on the batches first ... last - 1 of an epoch, or until `stop`.
 
     Every step's draws (dropout) follow from (seed, network, epoch, step). A batch is cut into
     config.accumulation parts whose gradients add up to the gradient of its mean loss.
@@ -107,7 +112,7 @@ def train_steps(
     start = time.perf_counter()
     trainee.model.train()
     totals = torch.zeros(2, dtype=torch.float64, device=trainee.device)
-    images = 0
+    images = steps = 0
     batches = data.train_batches(epoch, first, last)
     for step, (inputs, labels) in enumerate(batches, start=first):
         torch.manual_seed(stream_seed("step", trainee.seed, trainee.network, epoch, step))
@@ -134,13 +139,17 @@ def train_steps(
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.scheduler.step()
         images += len(labels)
+        steps += 1
         if on_step:
             on_step()
+        if stop():
+            break
     loss_sum, correct = totals.tolist()  # the only read from the device
     return TrainResult(
-        loss=loss_sum / images,
-        accuracy=100 * correct / images,
+        loss=loss_sum / max(images, 1),
+        accuracy=100 * correct / max(images, 1),
         images=images,
+        steps=steps,
         seconds=time.perf_counter() - start,
     )
 

@@ -77,8 +77,9 @@ class Reporter:
                 board.close()
 
 
-def row_of(metrics: EpochMetrics, record: GraftRecord | None) -> NetworkRow:
+def row_of(metrics: EpochMetrics) -> NetworkRow:
     """What the others hear of one network's epoch."""
+    graft = metrics.graft or {"donor": -1, "coefficient": {"": 1.0}}
     return NetworkRow(
         lr=metrics.lr,
         train_loss=metrics.train_loss,
@@ -86,28 +87,26 @@ def row_of(metrics: EpochMetrics, record: GraftRecord | None) -> NetworkRow:
         test_loss=metrics.test_loss,
         test_accuracy=metrics.test_accuracy,
         images_per_second=metrics.images_per_second,
-        donor=record.donor if record else -1,
-        smallest_coefficient=min(record.coefficient.values()) if record else 1.0,
-        largest_coefficient=max(record.coefficient.values()) if record else 1.0,
+        donor=graft["donor"],
+        smallest_coefficient=min(graft["coefficient"].values()),
+        largest_coefficient=max(graft["coefficient"].values()),
     )
 
 
-def graft_entry(records: Sequence[GraftRecord]) -> dict[str, Any] | None:
+def with_round(earlier: dict[str, Any] | None, record: GraftRecord) -> dict[str, Any]:
     """The rounds of one epoch for metrics.jsonl: the last one, with the time and bytes of all."""
-    if not records:
-        return None
-    last = records[-1]
+    before = earlier or {"rounds": 0, "seconds": 0.0, "phase_seconds": {}, "bytes": 0}
     return {
-        "round": last.round,
-        "rounds": len(records),
-        "donor": last.donor,
-        "seconds": sum(record.seconds for record in records),
+        "round": record.round,
+        "rounds": before["rounds"] + 1,
+        "donor": record.donor,
+        "seconds": before["seconds"] + record.seconds,
         "phase_seconds": {
-            phase: sum(record.phase_seconds[phase] for record in records)
-            for phase in last.phase_seconds
+            phase: before["phase_seconds"].get(phase, 0.0) + seconds
+            for phase, seconds in record.phase_seconds.items()
         },
-        "bytes": sum(record.bytes_received for record in records),
-        "coefficient": last.coefficient,
-        "information": last.information,
-        "distance": last.distance,
+        "bytes": before["bytes"] + record.bytes_received,
+        "coefficient": record.coefficient,
+        "information": record.information,
+        "distance": record.distance,
     }

@@ -49,6 +49,16 @@ class RunDirectory:
         """Final accuracies."""
         return self.path / "summary.json"
 
+    @property
+    def stop(self) -> Path:
+        """A file of this name asks the run to stop."""
+        return self.path / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        """Says that the run stopped early and goes on when it is started again."""
+        return self.path / "STOPPED_EARLY"
+
     def network(self, network: int) -> Path:
         """What one network writes: log, metrics, events."""
         return network_folder(self.path, network)

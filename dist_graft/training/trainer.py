@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
+import socket
+import sys
 import time
+from functools import partial
 
 import torch
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError
+from dist_graft.errors import RoundStoppedError
 from dist_graft.monitoring.console import NetworkRow, ProgressBar
 from dist_graft.monitoring.log import open_log
 from dist_graft.monitoring.metrics import EpochMetrics
-from dist_graft.population.grafter import GraftRecord
+from dist_graft.population.place import Place
+from dist_graft.population.process import leave
 from dist_graft.population.runtime import Runtime
+from dist_graft.population.stopping import StopRequests
 from dist_graft.training.assembly import (
     build_cadence,
     build_grafter,
@@ -25,21 +29,13 @@ from dist_graft.training.assembly import (
     grafts_itself,
     lr_of,
 )
-from dist_graft.training.checkpoint import (
-    CheckpointSet,
-    clear_after,
-    complete_set,
-    load_network,
-    prune,
-    save_network,
-    set_path,
-    write_atomically,
-)
-from dist_graft.training.clock import segments
+from dist_graft.training.checkpoint import write_atomically
+from dist_graft.training.checkpointing import Checkpoints, Progress
+from dist_graft.training.clock import Position, segments
 from dist_graft.training.data import Data, ensure_available, load_data
 from dist_graft.training.layers import check_finite, look_at_layers, naming_epoch
-from dist_graft.training.loop import Trainee, TrainResult, current_lr, evaluate, train_steps
-from dist_graft.training.reporting import Reporter, graft_entry, row_of
+from dist_graft.training.loop import Trainee, current_lr, evaluate, train_steps
+from dist_graft.training.reporting import Reporter, row_of, with_round
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.scions import graft_itself
 from dist_graft.training.summary import summarise
@@ -78,36 +74,47 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     if not cadence.never and not grafts_itself(config):
         grafter = build_grafter(config, trainee, build_rule(config, trainee, units), runtime)
 
-    start_epoch, round_, earlier_seconds = _resume(config, runtime, directory, trainee, log)
+    checkpoints = Checkpoints(config, runtime, directory, trainee, log)
+    progress = checkpoints.resume()
+    start, earlier_seconds = progress.position, progress.seconds
+    round_ = start.round
     if grafter:
         grafter.round = round_
         grafter.check()
-    if start_epoch >= config.epochs:
+    if start.epoch >= config.epochs:
         log.info("%s is complete: all of its %d epochs are done", directory.path, config.epochs)
         runtime.finish()
         return
     if speaks:
         directory.describe(config, networks)
-    log.info("%s", _opening(config, runtime, data, trainee, start_epoch))
+        directory.stopped.unlink(missing_ok=True)
+    log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
     reporter = Reporter(
-        config, directory, network=network, speaks=speaks, start_epoch=start_epoch, log=log
+        config, directory, network=network, speaks=speaks, start_epoch=start.epoch, log=log
     )
     bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
+    requests = StopRequests(
+        directory.stop,
+        runtime.roll_call,
+        grace_seconds=config.checkpoint.grace_seconds,
+        late=partial(_leave_without_peers, runtime.place, config.checkpoint.grace_seconds),
+    )
+    requests.listen()
 
-    trained: TrainResult | None = None
-    records: list[GraftRecord] = []
-    lr = current_lr(trainee)
     for segment in segments(
         epochs=config.epochs,
         steps_per_epoch=data.steps_per_epoch,
         cadence=cadence,
         save_every=config.checkpoint.every,
-        start_epoch=start_epoch,
+        start=start,
     ):
         epoch = segment.epoch
         if segment.first == 0:
-            bar.start(steps=data.steps_per_epoch, epoch=epoch, epochs=config.epochs)
-            trained, records, lr = None, [], current_lr(trainee)
+            progress = Progress(lr=current_lr(trainee))
+        if segment.first == 0 or (epoch, segment.first) == (start.epoch, start.step):
+            bar.start(
+                steps=data.steps_per_epoch, done=segment.first, epoch=epoch, epochs=config.epochs
+            )
         stretch = train_steps(
             trainee,
             data,
@@ -116,20 +123,37 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             first=segment.first,
             last=segment.last,
             on_step=bar.step,
+            stop=requests.asked,
         )
-        trained = trained + stretch if trained else stretch
+        progress.trained = progress.trained + stretch if progress.trained else stretch
+        progress.position = Position(epoch, segment.first + stretch.steps, round_)
+        progress.seconds = earlier_seconds + time.monotonic() - began
 
-        if segment.evaluate:
+        if segment.evaluate and not requests.asked():
             bar.stop()
             tested = evaluate(trainee, data, "test")
             validated = evaluate(trainee, data, "val") if data.has_validation else None
             layers = look_at_layers(config, trainee, units)
+        # Here the networks meet, and all go on or all stop.
+        stop = requests.asked()
         if segment.round and grafter:
             steps = epoch * data.steps_per_epoch + segment.last
-            with naming_epoch(epoch):
-                records.append(grafter.graft(rate=rate(steps)))
-            round_ = grafter.round
-        elif segment.round:
+            try:
+                with naming_epoch(epoch):
+                    record = grafter.graft(rate=rate(steps), stop=stop)
+            except RoundStoppedError:
+                stop = True
+            else:
+                progress.rounds = with_round(progress.rounds, record)
+                round_ = grafter.round
+        elif segment.evaluate or stop:
+            votes = runtime.gather([float(stop)], f"the end of epoch {epoch}")
+            stop = [1.0] in votes
+        if stop:
+            bar.stop()
+            reporter.close()
+            checkpoints.leave(progress, requests.reason or requests.heard())
+        if segment.round and not grafter:
             graft_itself(trainee, units, config.graft, round_)
             round_ += 1
         if segment.round and config.graft.reset_momentum:
@@ -139,9 +163,10 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         if not (segment.round and grafter):
             check_finite(trainee, epoch)
 
+        trained = progress.trained
         metrics = EpochMetrics(
             epoch=epoch,
-            lr=lr,
+            lr=progress.lr or 0.0,
             train_loss=trained.loss,
             train_accuracy=trained.accuracy,
             test_loss=tested.loss,
@@ -149,11 +174,10 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             val_loss=validated.loss if validated else None,
             val_accuracy=validated.accuracy if validated else None,
             images_per_second=trained.images / trained.seconds,
-            graft=graft_entry(records),
+            graft=progress.rounds,
         )
         reporter.network(metrics, layers)
-        row = row_of(metrics, records[-1] if records else None)
-        numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
+        numbers = runtime.gather(row_of(metrics).numbers(), f"the report of epoch {epoch}")
         reporter.population(epoch, trained.seconds, [NetworkRow(*other) for other in numbers])
 
         seconds = earlier_seconds + time.monotonic() - began
@@ -164,7 +188,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
                 write_atomically(directory.summary, (json.dumps(summary, indent=1) + "\n").encode())
             reporter.summary(summary, network)
         if segment.save:
-            _save(config, runtime, directory, trainee, epoch + 1, round_, seconds)
+            checkpoints.save(Progress(Position(epoch + 1, 0, round_), seconds))
 
     reporter.close()
     if speaks:
@@ -172,71 +196,16 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     runtime.finish()
 
 
-def _resume(
-    config: TrainConfig,
-    runtime: Runtime,
-    directory: RunDirectory,
-    trainee: Trainee,
-    log: logging.Logger,
-) -> tuple[int, int, float]:
-    """Load the newest usable set; returns epochs and rounds finished, and seconds spent."""
-    chosen: CheckpointSet | None = None
-    if runtime.place.rank == 0:
-        chosen, damaged = directory.newest_usable()
-        for path in damaged:
-            log.warning("%s is missing or damaged: going on from an older set", path)
-        clear_after(directory.checkpoints, chosen.epoch if chosen else 0)
-    mine = float(chosen.epoch) if chosen else 0.0
-    epoch = int(runtime.gather([mine], "the choice of a checkpoint set")[0][0])
-    if epoch == 0:
-        return 0, 0, 0.0
-    chosen, _ = directory.newest_usable()
-    if chosen is None or chosen.epoch != epoch:
-        raise ConfigError(
-            f"this process does not see the checkpoint set of epoch {epoch} in "
-            f"{directory.checkpoints}: all processes need the same run_dir on a shared disk"
-        )
-    name = f"network{runtime.place.network:02d}.pt"
-    state = load_network(chosen.path / name, chosen.sha256[name], runtime.device)
-    trainee.model.load_state_dict(state["model"])
-    trainee.optimizer.load_state_dict(state["optimizer"])
-    trainee.scheduler.load_state_dict(state["scheduler"])
-    trainee.scaler.load_state_dict(state["scaler"])
-    log.info("going on from %s: epoch %d, round %d", chosen.path, chosen.epoch, chosen.round)
-    return chosen.epoch, chosen.round, float(state["seconds"])
-
-
-def _save(
-    config: TrainConfig,
-    runtime: Runtime,
-    directory: RunDirectory,
-    trainee: Trainee,
-    epochs_done: int,
-    round_: int,
-    seconds: float,
-) -> None:
-    """Write this network's file; rank 0 completes the set once all files are durable."""
-    path = set_path(directory.checkpoints, epochs_done)
-    state = {
-        "network": runtime.place.network,
-        "epoch": epochs_done,
-        "step": 0,
-        "round": round_,
-        "model": trainee.model.state_dict(),
-        "optimizer": trainee.optimizer.state_dict(),
-        "scheduler": trainee.scheduler.state_dict(),
-        "scaler": trainee.scaler.state_dict(),
-        "seconds": seconds,
-    }
-    digest = save_network(path / f"network{runtime.place.network:02d}.pt", state)
-    everyone = [digest]
-    if runtime.roll_call:
-        runtime.roll_call.post(f"saved/{path.name}", digest)
-        if runtime.place.rank != 0:
-            return
-        everyone = runtime.roll_call.collect(f"saved/{path.name}", runtime.timeout_seconds)
-    complete_set(path, epoch=epochs_done, round_=round_, sha256=everyone)
-    prune(directory.checkpoints, config.checkpoint.keep)
+def _leave_without_peers(place: Place, seconds: float) -> None:
+    """End a process that was asked to stop, and whose peers do not agree to."""
+    print(
+        f"dist-graft: error: network {place.network} (rank {place.rank} on {socket.gethostname()})"
+        f": could not stop in good order within {seconds:g} s (--checkpoint.grace_seconds); the "
+        "same command goes on from the newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    leave(1)
 
 
 def _opening(

@@ -108,6 +108,7 @@ RELIED_ON = {
     "runtime.timeout_seconds": 600.0,
     "checkpoint.every": 1,
     "checkpoint.keep": 2,
+    "checkpoint.grace_seconds": 25.0,
 }
 
 

@@ -19,6 +19,7 @@ from dist_graft.training.checkpoint import (
     complete_sets,
     damage,
     load_network,
+    path_after,
     prune,
     save_network,
     set_path,
@@ -161,13 +162,41 @@ class TestSets:
         hashes = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.pt")
         }
-        assert mark == {"epoch": 3, "round": 3, "networks": 2, "sha256": hashes}
+        assert mark == {
+            "epoch": 3,
+            "round": 3,
+            "networks": 2,
+            "positions": [{"epoch": 3, "step": 0}] * 2,
+            "sha256": hashes,
+        }
         assert len(hashes) == 2
 
     def test_no_folder_no_sets(self, tmp_path: Path) -> None:
         assert complete_sets(tmp_path / "none") == []
-        clear_after(tmp_path / "none", 0)
+        clear_after(tmp_path / "none", None)
         prune(tmp_path / "none", 1)
+
+    def test_sets_inside_an_epoch_follow_the_one_before_it(self, tmp_path: Path) -> None:
+        names = [
+            "epoch_0001",
+            "epoch_0001_round_0002",
+            "epoch_0001_round_0002_again_1",
+            "epoch_0001_round_0002_again_2",
+            "epoch_0001_round_0010",
+            "epoch_0002",
+        ]
+        newest = None
+        for epoch, round_ in ((1, None), (1, 2), (1, 2), (1, 2), (1, 10), (2, None)):
+            if round_ is None:
+                path = set_path(tmp_path, epoch)
+            else:
+                path = path_after(tmp_path, epoch, round_, newest)
+            newest = path.name
+            digest = save_network(path / "network00.pt", {})
+            complete_set(path, epoch=epoch, round_=round_ or 0, sha256=[digest])
+        assert [found.path.name for found in complete_sets(tmp_path)] == names
+        clear_after(tmp_path, complete_sets(tmp_path)[2])
+        assert [found.path.name for found in complete_sets(tmp_path)] == names[:3]
 
     def test_they_are_ordered_by_number_not_by_name(self, tmp_path: Path) -> None:
         for epoch in (10000, 9999, 2):
@@ -191,7 +220,7 @@ class TestSets:
         (set_path(tmp_path, 3) / "COMPLETE.json").unlink()
         hurt_file(set_path(tmp_path, 4) / "network00.pt", "flipped", place=0.5)
         before = contents(tmp_path)
-        clear_after(tmp_path, 2)
+        clear_after(tmp_path, complete_sets(tmp_path)[1])
         after = contents(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "epoch_0001",
@@ -206,5 +235,5 @@ class TestSets:
     def test_a_set_is_put_aside_again_after_a_second_damage(self, tmp_path: Path) -> None:
         for _ in range(2):
             write_set(tmp_path, 4)
-            clear_after(tmp_path, 2)
+            clear_after(tmp_path, None)
         assert [path.name for path in tmp_path.iterdir()] == ["epoch_0004.damaged"]

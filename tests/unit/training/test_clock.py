@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.training.clock import Cadence, Segment, segments
+from dist_graft.training.clock import Cadence, Position, Segment, segments
 
 RUNS = st.fixed_dictionaries(
     {
@@ -21,8 +21,25 @@ RUNS = st.fixed_dictionaries(
 )
 
 
-def of(run: dict[str, Any], start_epoch: int = 0) -> list[Segment]:
-    return list(segments(**run, start_epoch=start_epoch))
+def of(run: dict[str, Any], start: Position | None = None) -> list[Segment]:
+    return list(segments(**run, start=start or Position()))
+
+
+def events(run: dict[str, Any], start: Position | None = None) -> list[tuple[Any, ...]]:
+    """All that happens to the weights, in order, each with the position after it."""
+    found: list[tuple[Any, ...]] = []
+    round_ = start.round if start else 0
+    for segment in of(run, start):
+        found += [
+            ("step", Position(segment.epoch, step + 1, round_))
+            for step in range(segment.first, segment.last)
+        ]
+        if segment.round:
+            round_ += 1
+            found.append(("round", Position(segment.epoch, segment.last, round_)))
+        if segment.evaluate:
+            found.append(("epoch", Position(segment.epoch + 1, 0, round_)))
+    return found
 
 
 @given(RUNS)
@@ -38,7 +55,35 @@ def test_what_is_left_of_a_run_is_the_rest_of_the_whole_run(
     whole = of(run)
     saved = [segment.epoch + 1 for segment in whole if segment.save]
     start = data.draw(st.sampled_from([0, *saved]))
-    assert [s for s in whole if s.epoch < start] + of(run, start) == whole
+    assert [s for s in whole if s.epoch < start] + of(run, Position(start)) == whole
+
+
+@given(RUNS, st.lists(st.floats(0, 1), max_size=5))
+def test_a_run_interrupted_anywhere_and_often_does_the_same(
+    run: dict[str, Any], cuts: list[float]
+) -> None:
+    """It can stop after a step, before what follows it, or after a round inside an epoch."""
+    whole = events(run)
+    done: list[tuple[Any, ...]] = []
+    start = Position()
+    for cut in cuts:
+        left = events(run, start)
+        count = round(cut * len(left))
+        while count and left[count - 1][0] == "round" and left[count][0] == "epoch":
+            count -= 1  # what follows the last round of an epoch is not interrupted
+        done += left[:count]
+        start = left[count - 1][1] if count else start
+    assert done + events(run, start) == whole
+
+
+@given(RUNS)
+def test_rounds_before_a_step_are_counted_without_walking(run: dict[str, Any]) -> None:
+    cadence, length = run["cadence"], run["steps_per_epoch"]
+    rounds = [(s.epoch, s.last) for s in of(run) if s.round]
+    for epoch in range(run["epochs"]):
+        for step in range(length + 1):
+            before = [place for place in rounds if place < (epoch, step)]
+            assert cadence.rounds_before(epoch, step, length) == len(before)
 
 
 @given(RUNS)
@@ -84,7 +129,5 @@ def test_more_epochs_change_nothing_before_the_old_end(run: dict[str, Any], more
 
 
 def test_nothing_is_left_of_a_finished_run() -> None:
-    assert (
-        list(segments(epochs=3, steps_per_epoch=2, cadence=Cadence(), save_every=1, start_epoch=3))
-        == []
-    )
+    run = {"epochs": 3, "steps_per_epoch": 2, "cadence": Cadence(), "save_every": 1}
+    assert of(run, Position(3)) == []

@@ -89,6 +89,7 @@ OTHER: dict[str, Any] = {
     "resume": "must",
     "checkpoint.every": 3,
     "checkpoint.keep": 5,
+    "checkpoint.grace_seconds": 9.0,
     "monitor.tensorboard": False,
     "monitor.progress": "lines",
     "runtime.timeout_seconds": 5.0,

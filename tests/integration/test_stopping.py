@@ -1,0 +1,98 @@
+"""A run that is asked to stop saves where it stands, and goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import background, children, end_of, finish, saved, together, torchrun, wait_until
+from reading import assert_same_bits, checkpoint, metrics, scalars
+
+OPTIONS = (
+    *("--epochs", "3", "--data.train_samples", "512", "--data.batch_size", "16"),
+    *("--graft.every_steps", "7", "--optim.accumulation", "2", "--optim.warmup_epochs", "0.5"),
+)
+Launcher = subprocess.Popen[str]
+
+
+def to_one(number: signal.Signals) -> Callable[[Launcher, Path], None]:
+    return lambda launcher, _: os.kill(children(launcher)[1], number)
+
+
+ASKS: dict[str, Callable[[Launcher, Path], None]] = {
+    "SIGTERM": to_one(signal.SIGTERM),
+    "SIGUSR1": to_one(signal.SIGUSR1),
+    "SIGTERM of the launcher": lambda launcher, _: launcher.terminate(),
+    "STOP": lambda _, run: (run / "STOP").touch(),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    together(2, run, *OPTIONS)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked_by", ASKS)
+def test_it_stops_inside_an_epoch_and_goes_on(
+    asked_by: str, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = run / "network00/metrics.jsonl"
+    with background([torchrun(2, run, *OPTIONS)]) as (launcher,):
+        wait_until(
+            lambda: first.exists() and "\n" in first.read_text(), "epoch 1", meanwhile=[launcher]
+        )
+        ASKS[asked_by](launcher, run)
+        done = end_of(launcher, 25)
+    assert done.status == 1  # torchrun's; a process's own is 75
+    lines = [line for line in done.errors.splitlines() if "dist-graft:" in line]
+    assert len(lines) == 2, done
+    assert all("stopped early by " in line and "the same command goes on" in line for line in lines)
+    name = asked_by.partition(" ")[0]
+    assert name in lines[0]
+    assert name in (run / "STOPPED_EARLY").read_text()
+    (newest,) = run.glob("checkpoints/epoch_0001_round_*/COMPLETE.json")
+    assert not (run / "summary.json").exists()
+
+    done = finish(torchrun(2, run, *OPTIONS), timeout=150)
+    assert done.status == 0, done
+    assert f"going on from {newest.parent}" in (run / "network00/log.txt").read_text()
+    assert not (run / "STOPPED_EARLY").exists()
+    assert not (run / "STOP").exists()
+    for network in (0, 1):
+        before, after = (checkpoint(path, 3, network) for path in (straight, run))
+        assert_same_bits(before["model"], after["model"])
+        assert before["round"] == after["round"]
+        assert before["scheduler"] == after["scheduler"]
+        for one, other in zip(metrics(straight, network), metrics(run, network), strict=True):
+            for what in ("epoch", "lr", "test_loss", "test_accuracy", "train_accuracy"):
+                assert one[what] == other[what]
+            assert one["train_loss"] == pytest.approx(other["train_loss"])
+            assert one["graft"]["rounds"] == other["graft"]["rounds"]
+            assert one["graft"]["coefficient"] == other["graft"]["coefficient"]
+        tags = scalars(run / f"network{network:02d}")
+        assert all(list(values) == [0, 1, 2] for values in tags.values() if len(values) > 1)
+
+
+@pytest.mark.slow
+def test_a_signal_after_a_peer_died_is_no_reason_to_save(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with background([torchrun(3, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
+        wait_until(
+            saved(run, 1),
+            "the first set",
+            meanwhile=[launcher],
+        )
+        os.kill(children(launcher)[1], signal.SIGKILL)
+        done = end_of(launcher, 20)
+    assert done.status == 1
+    assert "stopped early" not in done.errors
+    assert not (run / "STOPPED_EARLY").exists()
+    assert "network 1 (rank 1 on " in done.errors

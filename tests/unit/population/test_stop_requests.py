@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dist_graft.population.presence import RollCall
+from dist_graft.population.stopping import SIGNALS, StopRequests
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def late() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def store() -> dist.HashStore:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=5))
+    return store
+
+
+def requests(
+    folder: Path, late: threading.Event, roll_call: RollCall | None = None, grace: float = 60
+) -> StopRequests:
+    return StopRequests(folder / "STOP", roll_call, grace_seconds=grace, late=late.set)
+
+
+def test_nobody_asks(tmp_path: Path, late: threading.Event) -> None:
+    here = requests(tmp_path, late)
+    here.listen()
+    assert not here.asked()
+    assert here.reason is None
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_and_a_second_one_changes_nothing(
+    number: signal.Signals, tmp_path: Path, late: threading.Event
+) -> None:
+    here = requests(tmp_path, late)
+    here.listen()
+    os.kill(os.getpid(), number)
+    assert here.asked()
+    for other in SIGNALS:
+        os.kill(os.getpid(), other)
+    assert here.asked()
+    assert here.reason == number.name
+
+
+def test_a_file_asks(tmp_path: Path, late: threading.Event) -> None:
+    (tmp_path / "STOP").touch()
+    here = requests(tmp_path, late)
+    assert here.asked()
+    assert str(tmp_path / "STOP") in str(here.reason)
+
+
+def test_a_signal_to_one_is_known_to_all(
+    tmp_path: Path, late: threading.Event, store: dist.HashStore
+) -> None:
+    here, there = (requests(tmp_path, late, RollCall(store, k, 2)) for k in (0, 1))
+    here.listen()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert here.asked()
+    assert there.heard() == "SIGUSR1"
+    assert there.asked()
+    assert there.reason == "SIGUSR1"
+
+
+def test_the_store_is_asked_once_a_second_at_most(
+    tmp_path: Path, late: threading.Event, store: dist.HashStore
+) -> None:
+    roll_call = RollCall(store, 0, 1)
+    here = requests(tmp_path, late, roll_call)
+    assert not here.asked()
+    roll_call.ask_to_stop("somebody")
+    assert not here.asked()
+
+
+def test_who_does_not_stop_in_time_is_ended(tmp_path: Path, late: threading.Event) -> None:
+    (tmp_path / "STOP").touch()
+    here = requests(tmp_path, late, grace=0.01)
+    assert not late.is_set()
+    assert here.asked()
+    assert late.wait(10)

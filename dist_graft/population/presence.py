@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -77,8 +78,14 @@ class RollCall:
         self._store.set("stop", why)
 
     def asked_to_stop(self) -> str | None:
-        """Why the run is to stop, if any network was asked to."""
-        return self._store.get("stop").decode() if self._store.check(["stop"]) else None
+        """Why the run is to stop, if any network was asked to.
+
+        Nobody, when the store does not answer: who kept it is gone, and the next meeting says so.
+        """
+        try:
+            return self._store.get("stop").decode() if self._store.check(["stop"]) else None
+        except dist.DistNetworkError:
+            return None
 
     def post(self, what: str, value: str) -> None:
         """Leave a text for the other networks to read."""
@@ -87,26 +94,37 @@ class RollCall:
     def hear(self, what: str, network: int, timeout_seconds: float) -> str:
         """What one network has left, once it has.
 
-        Raises: PeerError naming the network, after the time-out.
+        Raises: PeerError naming the network, when it died or after the time-out.
         """
-        key = f"{what}/{network}"
-        if self._wait([key], timeout_seconds):
-            raise PeerError(
-                f"no answer within {timeout_seconds:g} s to {what} from {self.describe(network)}"
-            )
-        return self._store.get(key).decode()
+        return self._answers(what, [network], timeout_seconds)[0]
 
     def collect(self, what: str, timeout_seconds: float) -> list[str]:
         """Everyone's text, in the order of the networks, once all have left theirs.
 
-        Raises: PeerError naming the networks that did not, after the time-out.
+        Raises: PeerError naming the networks that did not, when one died or after the time-out.
         """
-        keys = [f"{what}/{k}" for k in range(self._networks)]
-        missing = self._wait(keys, timeout_seconds)
-        if missing:
-            names = "; ".join(self.describe(int(key.rpartition("/")[2])) for key in missing)
-            raise PeerError(f"no answer within {timeout_seconds:g} s to {what} from {names}")
-        return [self._store.get(key).decode() for key in keys]
+        return self._answers(what, range(self._networks), timeout_seconds)
+
+    def _answers(self, what: str, networks: Sequence[int], timeout_seconds: float) -> list[str]:
+        keys = {network: f"{what}/{network}" for network in networks}
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while True:
+                left = min(_LOOK_AGAIN.total_seconds(), deadline - time.monotonic())
+                missing = self._wait(list(keys.values()), left)
+                if not missing:
+                    return [self._store.get(key).decode() for key in keys.values()]
+                silent = [network for network, key in keys.items() if key in missing]
+                dead = [network for network in silent if self._is_gone(network)]
+                if dead or time.monotonic() >= deadline:
+                    who = "; ".join(self.describe(network) for network in dead or silent)
+                    why = "died" if dead else f"did not answer within {timeout_seconds:g} s"
+                    raise PeerError(f"{who} {why} ({what}); its own output says why")
+        except dist.DistNetworkError as error:
+            raise PeerError(
+                f"the run's key-value store is gone ({what}): who kept it, network 0 or the "
+                "launcher, died"
+            ) from error
 
     def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
         """Wait until all keys are there; returns those that are not after the time-out."""

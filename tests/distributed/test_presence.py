@@ -130,8 +130,30 @@ def test_collect_names_the_networks_that_did_not_answer(store):
     store.set("host/1", "elsewhere")
     mine = RollCall(store, 0, 2)
     mine.post("digest", "same")
-    with pytest.raises(PeerError, match=r"digest from network 1 \(rank 1 on elsewhere\)"):
+    line = r"network 1 \(rank 1 on elsewhere\) did not answer within 0\.2 s \(digest\)"
+    with pytest.raises(PeerError, match=line):
         mine.collect("digest", 0.2)
+    with pytest.raises(PeerError, match=line):
+        mine.hear("digest", 1, 0.2)
+
+
+def test_who_died_is_not_waited_for(store):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store.set("host/1", socket.gethostname())
+    store.set("process/1", str(ended.pid))
+    with pytest.raises(PeerError, match=r"network 1 \(rank 1 on .*\) died \(digest\)"):
+        RollCall(store, 0, 2).hear("digest", 1, 100)
+
+
+def test_a_store_that_is_gone_is_an_error_and_asks_nobody_to_stop():
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = dist.TCPStore("127.0.0.1", kept.port, is_master=False)
+    roll_call = RollCall(other, 1, 2)
+    del kept
+    assert roll_call.asked_to_stop() is None
+    with pytest.raises(PeerError, match=r"key-value store is gone \(digest\)"):
+        roll_call.hear("digest", 0, 100)
 
 
 def test_a_network_is_absent_until_it_has_reached_the_round(store):

@@ -51,7 +51,7 @@ class ModelConfig:
     """The architecture that all networks share."""
 
     name: str = "resnet20"
-    """resnet20/32/44/56/110, mobilenetv2, vgg16_bn, wrn28_10 (all for small images), or any
+    """resnet8/14/20/32/44/56/110, mobilenetv2, vgg16_bn, wrn28_10 (all for small images), or any
     name of torchvision.models (torchvision/NAME where both have it)."""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """Of the small-image ResNets."""

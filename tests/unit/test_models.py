@@ -12,7 +12,7 @@ from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model, model_names
 
-RESNETS = ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+RESNETS = ["resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 # Small enough for forward and backward passes on one thread.
 TRAINABLE = [name for name in model_names() if name != "wrn28_10"]
 
@@ -57,6 +57,8 @@ def test_model_names():
 @pytest.mark.parametrize(
     ("name", "parameter_count", "filter_count"),
     [
+        ("resnet8", 75_290, 240),
+        ("resnet14", 172_506, 464),
         ("resnet20", 269_722, 688),
         ("resnet32", 464_154, 1_136),
         ("resnet44", 658_586, 1_584),
@@ -164,7 +166,7 @@ def test_leaky_relu_replaces_every_relu():
 @pytest.mark.parametrize("name", ["mobilenetv2", "vgg16_bn", "wrn28_10", "resnet18"])
 def test_activation_needs_a_small_resnet(name: str):
     message = message_of(name, activation="leaky_relu")
-    assert message.startswith("model.activation 'leaky_relu' needs one of resnet20, resnet32")
+    assert message.startswith("model.activation 'leaky_relu' needs one of resnet8, resnet14")
     assert message.endswith(f"model.name is {name!r}")
 
 

@@ -16,7 +16,7 @@ from dist_graft.training.models.wide_resnet import WideResNet
 
 __all__ = ["build_model", "model_names"]
 
-_RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+_RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
 _OTHERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2": MobileNetV2,
     "vgg16_bn": VGG16,

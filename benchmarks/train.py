@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
+from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import build_trainee
@@ -94,7 +95,7 @@ def compare(precision: str, options: argparse.Namespace) -> Sides:
         runtime=RuntimeConfig(precision=precision, threads=options.threads),
     )
     data = open_data(options.data, config)
-    alone = Runtime(Place(), DEVICE, "none", config.runtime.timeout_seconds, None)
+    alone = Runtime(Place(), DEVICE, "none", Patience(60, epochs=5), None)
     ours, bare = build_trainee(config, data, alone), build_trainee(config, data, alone)
     images = data.steps_per_epoch * options.batch_size
     sides = Sides([], [])

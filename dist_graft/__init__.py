@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dist_graft.grafting.neighbours import Average, Papa, Wash
     from dist_graft.grafting.rules import Graft, Rule
     from dist_graft.grafting.units import GraftUnit, graft_units
-    from dist_graft.population.grafter import Grafter, GraftRecord
+    from dist_graft.population.grafter import Grafter
+    from dist_graft.population.record import GraftRecord
 
 _HOME = {
     "ConfigError": "errors",
@@ -43,7 +44,7 @@ _HOME = {
     "Graft": "grafting.rules",
     "Rule": "grafting.rules",
     "Grafter": "population.grafter",
-    "GraftRecord": "population.grafter",
+    "GraftRecord": "population.record",
 }
 
 __all__ = [

@@ -76,6 +76,11 @@ def _train(config: TrainConfig, place: Place) -> int:
 
     check_dataset_name(config.data.name)
     learning_rates(config.optim, place.networks)
+    stopped = Path(config.run_dir) / "STOPPED_EARLY"
+    if place.restarts and stopped.exists():
+        raise StoppedEarlyError(
+            f"{config.run_dir} was asked to stop, and the launcher started it again: left as it is"
+        )
     stop_on_signals()
     if place.launched:
         die_with_launcher()

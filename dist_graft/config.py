@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dist_graft.config_methods import DistillConfig, PapaConfig, WashConfig
 from dist_graft.errors import ConfigError
 from dist_graft.validation import above_zero, at_least, require
 
@@ -177,55 +178,6 @@ class GraftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PapaConfig:
-    """PAPA (arXiv 2304.03094), with method papa."""
-
-    every_steps: int = 10
-    """Optimizer steps between two pulls to the mean."""
-    beta: float = 0.99
-    """Share a network keeps in a pull, in [0, 1]; 1 - beta falls with the learning rate."""
-    variant: Literal["pull", "all", "pairs"] = "pull"
-    """all: every few epochs each network becomes the mean of all; pairs: of two random ones."""
-    every: int = 5
-    """Epochs between two means, for the variants all and pairs."""
-
-    def __post_init__(self) -> None:
-        at_least("papa.every_steps", self.every_steps, 1)
-        require(0 <= self.beta <= 1, "papa.beta", self.beta, "in [0, 1]")
-        at_least("papa.every", self.every, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WashConfig:
-    """WASH (arXiv 2405.17517), with method wash."""
-
-    probability: float = 0.001
-    """p, that a scalar of the first layer changes places in a round; it falls to 0 at the last."""
-    every_steps: int = 1
-    """Optimizer steps between two rounds."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.probability <= 1, "wash.probability", self.probability, "in [0, 1]")
-        at_least("wash.every_steps", self.every_steps, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Learning from frozen teachers, beside the labels (arXiv 2004.12311)."""
-
-    teachers: list[str] = field(default_factory=list)
-    """Networks of finished runs, e.g. RUN/checkpoints/epoch_0200/network00.pt."""
-    temperature: float = 2.0
-    """tau, that softens the probabilities."""
-    weight: float = 1.0
-    """Of the teachers' loss beside the labels'."""
-
-    def __post_init__(self) -> None:
-        above_zero("distill.temperature", self.temperature)
-        at_least("distill.weight", self.weight, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Where and how the processes run."""
 
@@ -238,7 +190,10 @@ class RuntimeConfig:
     threads: int = 0
     """CPU threads a process computes with; 0: its share of the cores it may use."""
     timeout_seconds: float = 600.0
-    """How long a process waits for another before it gives up."""
+    """How long a process waits for another at the start and in the first epoch."""
+    timeout_epochs: float = 5.0
+    """Afterwards: in units of the longest epoch that a network has taken, but at least a minute
+    (or timeout_seconds where that is less)."""
     channels_last: bool = True
     """Keep images and convolutions in channels-last memory format."""
     compile: bool = False
@@ -249,6 +204,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout_seconds", self.timeout_seconds)
+        at_least("runtime.timeout_epochs", self.timeout_epochs, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,14 +213,21 @@ class CheckpointConfig:
 
     every: int = 1
     """Epochs between two checkpoint sets; 0: none but the last epoch's."""
+    every_minutes: float | None = None
+    """Minutes after the last checkpoint set at which there is another, also inside an epoch."""
     keep: int = 2
     """Newest complete sets that are kept."""
+    max_failures: int = 3
+    """Sets in a row that may fail to be written (a full disk) before the run ends."""
     grace_seconds: float = 25.0
     """Within which a run that is asked to stop must have saved and left."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
+        if self.every_minutes is not None:
+            above_zero("checkpoint.every_minutes", self.every_minutes)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.max_failures", self.max_failures, 0)
         above_zero("checkpoint.grace_seconds", self.grace_seconds)
 
 
@@ -294,6 +257,10 @@ class TrainConfig:
     method: Literal["graft", "average", "papa", "wash", "none"] = "graft"
     """How the networks influence each other; average: all become the mean, as often as
     graft.every says; none: not at all."""
+    on_divergence: Literal["heal", "abort", "exclude"] = "heal"
+    """What becomes of a network whose weights or loss are no longer finite. heal: it takes the
+    weights of the network before it, and goes on; abort: the run ends; exclude: nobody takes from
+    it."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -51,5 +51,17 @@ class RoundStoppedError(DistGraftError):
     """A network asked to stop instead of taking part in a round; no weight was changed."""
 
 
+class RoundPostponedError(DistGraftError):
+    """A checkpoint set comes before the round, at which some networks have yet to take part.
+
+    Args:
+        saves: requested sets at which each network must have taken part.
+    """
+
+    def __init__(self, saves: int) -> None:
+        super().__init__(f"checkpoint set {saves} comes first")
+        self.saves = saves
+
+
 class StartError(DistGraftError):
     """The processes cannot find each other, or a device or backend is not there."""

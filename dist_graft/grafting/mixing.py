@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,18 @@ class Mixing:
         """What the network keeps of itself, per unit: the coefficient."""
         return [float(share) for share in self.shares[:, network, network]]
 
+    def row_without(self, network: int, lost: Collection[int]) -> Tensor:
+        """The network's shares when some donors give nothing: [units, networks], float64.
+
+        The others, itself among them, take over their share in proportion; the network stays as it
+        is where nothing is left.
+        """
+        row = self.shares[:, network].clone()
+        row[:, list(lost)] = 0.0
+        left = row.sum(dim=1, keepdim=True)
+        own = torch.eye(self.networks, dtype=torch.float64)[network]
+        return torch.where(left > 0, row / left, own)
+
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size
     ) -> Tensor | None:
@@ -96,14 +108,18 @@ class Mixing:
         return [fraction.tolist() for fraction in reversed(backwards)]
 
 
-def blend_(recipients: list[Tensor], donors: list[Tensor], fractions: list[float]) -> None:
-    """Blend in place, tensor by tensor: recipient <- recipient + fraction (donor - recipient).
+def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
+    """Blend in place: recipient <- recipient + fraction (donor - recipient).
 
     The one place where weights are blended: in a distributed round and in `mix` alike, so that
-    both give the same bits. Storage and memory format of the recipients stay as they are.
+    both give the same bits. A fraction of 1 copies, so that nothing of the recipient stays, were it
+    NaN. Storage and memory format of the recipient stay as they are.
     """
     with torch.no_grad():
-        torch._foreach_lerp_(recipients, donors, fractions)
+        if fraction == 1.0:
+            recipient.copy_(donor)
+        else:
+            torch._foreach_lerp_([recipient], [donor], [fraction])
 
 
 def blend_finely_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
@@ -140,7 +156,7 @@ def mix(
                     other = states[donor][key].detach()
                     fine = mixing.tensor_fraction(network, donor, index, key, other.shape)
                     if fine is None:
-                        blend_([after[key]], [other], [fraction])
+                        blend_(after[key], other, fraction)
                     else:
                         blend_finely_(after[key], other, fine.expand(other.shape))
         mixed.append(after)

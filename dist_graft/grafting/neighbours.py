@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +95,13 @@ class Shuffle(Mixing):
         """As many times fewer scalars are chosen."""
         slower = tuple(rate * probability for probability in self.probability)
         return replace(self, shares=super().scaled(rate).shares, probability=slower)
+
+    def row_without(self, network: int, lost: Collection[int]) -> Tensor:
+        """The network keeps the scalars that it would have got from the lost ones."""
+        row = self.shares[:, network].clone()
+        row[:, network] += row[:, list(lost)].sum(dim=1)
+        row[:, list(lost)] = 0.0
+        return row
 
     def chosen(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
         """The scalars of one tensor that move, the same in every process.

@@ -71,6 +71,12 @@ class NetworkRow:
     """Network that was mixed in; -1 without a round."""
     smallest_coefficient: float
     largest_coefficient: float
+    busy_seconds: float
+    """Of training and evaluating, without waiting for other networks."""
+    epoch_seconds: float
+    """Of the whole epoch; 0 when this process did not live through all of it."""
+    sound: float
+    """1, or 0 when a weight or the training loss is not finite."""
 
     def numbers(self) -> list[float]:
         """The fields in order."""
@@ -97,6 +103,8 @@ def epoch_text(epoch: int, epochs: int, seconds: float, rows: Sequence[NetworkRo
 
 
 def _keeps(row: NetworkRow) -> str:
+    if not row.sound:
+        return "diverged"
     if row.donor < 0:
         return "all"
     low, high = row.smallest_coefficient, row.largest_coefficient

@@ -22,6 +22,24 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
+class _File(logging.FileHandler):
+    """A log file whose disk may be full: said once on standard error, and the run goes on."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(
+                f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def open_log(*folders: Path, console: bool) -> logging.Logger:
     """Start appending to log.txt in each folder, and to standard output when `console`.
 
@@ -31,7 +49,7 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _attach(logging.FileHandler(folder / "log.txt"))
+            _attach(_File(folder / "log.txt"))
         except OSError as error:
             close_log()
             raise RunDirectoryError(

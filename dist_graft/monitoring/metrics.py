@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_graft.errors import RunDirectoryError
+from dist_graft.monitoring.lines import LinesFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +43,11 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, start_epoch: int) -> None:
-        self._path = path
-        try:
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if _epoch(line) < start_epoch]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(path)
-        except OSError as error:
-            raise _refused(path, error) from error
+        self._lines = LinesFile(path, keep=lambda line: line["epoch"] < start_epoch)
 
     def write(self, metrics: EpochMetrics) -> None:
-        """Append one line; numbers that JSON does not know (NaN, infinity) become null."""
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(_jsonable(asdict(metrics))) + "\n")
-        except OSError as error:
-            raise _refused(self._path, error) from error
+        """Append one line; numbers that JSON does not know (NaN, infinity) become null.
 
-
-def _refused(path: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
-    )
-
-
-def _epoch(line: str) -> float:
-    try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that was cut off
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        Raises: RunDirectoryError when the disk refuses; the next call writes this line, too.
+        """
+        self._lines.write(asdict(metrics))

@@ -45,6 +45,11 @@ class _Events:
         with self._told():
             self._writer.add_scalar(tag, value, step)
 
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Write a text; it may reach the disk later."""
+        with self._told():
+            self._writer.add_text(tag, text, step)
+
     def flush(self) -> None:
         """Have all that was written reach the disk."""
         with self._told():
@@ -131,6 +136,11 @@ class PopulationBoard:
             ("standard_deviation", spread),
         ):
             self._events.scalar(f"population/test_accuracy_{name}", value, epoch)
+        self._events.flush()
+
+    def event(self, text: str, epoch: int) -> None:
+        """Write what happened in an epoch beside the training."""
+        self._events.text("events", text, epoch)
         self._events.flush()
 
     def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
+from dist_graft.errors import (
+    DisagreementError,
+    NonFiniteError,
+    RoundPostponedError,
+    RoundStoppedError,
+)
 from dist_graft.grafting.layout import memory_order
-from dist_graft.population.wire import on_the_wire
+from dist_graft.population.wire import on_the_wire, wait_for
 
-PROTOCOL = 2
-ALL_FINITE = -1
+PROTOCOL = 3
+SOUND = -1
+LOSS = -2
 RATE_UNIT = 2**53
 
 
@@ -31,13 +37,17 @@ class Header:
     digest: int
     """Of the schema, 63 bits."""
     schema_bytes: int
-    not_finite: int
-    """Index of the first tensor that is not finite, or ALL_FINITE."""
+    diverged: int
+    """Index of the first tensor that is not finite; LOSS when it is the loss; else SOUND."""
     units: int
+    measured: int
+    """Numbers that the network will tell the others; -1 when it has none to tell."""
     rate: int
     """What the donors' shares are multiplied with, in units of 1 / RATE_UNIT."""
     stop: int
     """1 when this network wants to stop before the round."""
+    saves: int
+    """Checkpoint sets at which the network took part on request."""
 
 
 class Schema:
@@ -69,37 +79,54 @@ def _visible_order(tensor: Tensor) -> list[int]:
     return [dim for dim in memory_order(tensor) if tensor.shape[dim] != 1]
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What all networks know once they agree to go on."""
+
+    diverged: dict[int, str]
+    """What is not finite, by network."""
+    measured: int
+    """Numbers that each network tells."""
+
+
 def agree(
     header: Header,
     schema: Schema,
     keys: Sequence[str],
     *,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> None:
+    gather: Callable[[Tensor], Tensor],
+    tolerant: bool,
+) -> Agreement:
     """Compare all networks' headers; every rank of the group must call this.
 
     All ranks see the same headers, so all return or all raise.
 
-    Raises: RoundStoppedError naming the networks that want to stop; DisagreementError naming the
-        ranks and the first difference; NonFiniteError naming the networks and their first tensor
-        that is not finite.
+    Args:
+        header: of this network.
+        schema: of this network.
+        keys: of the tensors, in order.
+        gather: everyone's vectors of one length, [n] -> [networks, n].
+        tolerant: go on without the networks that diverged, while there are others.
+
+    Raises: RoundStoppedError naming the networks that want to stop; RoundPostponedError when some
+        took part in fewer requested checkpoint sets; DisagreementError naming the ranks and the
+        first difference; NonFiniteError naming the networks that diverged and their
+        first tensor that is not finite.
     """
-    mine = torch.tensor(astuple(header), dtype=torch.int64)
-    everyone = gather_vectors(mine, group=group, device=device)
+    everyone = gather(torch.tensor(astuple(header), dtype=torch.int64))
     headers = [Header(*row) for row in everyone.tolist()]
 
-    for name in ("protocol", "stop", "round", "digest", "units", "rate"):
+    for name in ("protocol", "stop", "saves", "round", "digest", "units", "rate"):
         if name == "stop" and (stopping := [other.network for other in headers if other.stop]):
             who = ", ".join(map(str, stopping))
             raise RoundStoppedError(f"network {who} stops before round {header.round}")
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue
+        if name == "saves":
+            raise RoundPostponedError(max(values))
         if name in ("digest", "units"):
-            schemas = _gather_bytes(
-                schema.json, [other.schema_bytes for other in headers], group=group, device=device
-            )
+            schemas = _gather_bytes(schema.json, [other.schema_bytes for other in headers], gather)
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))
         rank = next(rank for rank, value in enumerate(values) if value != values[0])
         if name == "rate":
@@ -109,40 +136,59 @@ def agree(
             "must run the same program and call graft() as often"
         )
 
-    bad = [other for other in headers if other.not_finite != ALL_FINITE]
-    if bad:
+    diverged = {
+        other.network: f"a weight that is not finite in {keys[other.diverged]}"
+        if other.diverged >= 0
+        else "a training loss that is not finite"
+        for other in headers
+        if other.diverged != SOUND
+    }
+    if diverged and not (tolerant and len(diverged) < len(headers)):
         raise NonFiniteError(
-            "; ".join(
-                f"network {other.network} has a weight that is not finite in "
-                f"{keys[other.not_finite]}"
-                for other in bad
-            )
+            "; ".join(f"network {network} has {what}" for network, what in diverged.items())
             + f" (round {header.round}): a lower learning rate, warm-up or clipping may help"
         )
+    return Agreement(diverged, max(other.measured for other in headers))
 
 
-def gather_vectors(vector: Tensor, *, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+def gather_vectors(
+    vector: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    seconds: float | None = None,
+    on_wait: Callable[[float], None] = lambda waited: None,
+) -> Tensor:
     """All networks' vectors of one agreed length: [n] -> [networks, n], on the CPU.
 
     Every rank of the group must call this.
+
+    Args:
+        vector: of this network.
+        group: whose ranks are the networks.
+        device: where vectors must lie to travel.
+        seconds: after which to give up, on the CPU; None: the group's own time-out.
+        on_wait: called about once a second while waiting on the CPU.
     """
     mine = vector.to(device)
     networks = dist.get_world_size(group)
     everyone = mine.new_empty(networks * mine.numel())
     with on_the_wire():
-        dist.all_gather_single(everyone, mine, group=group)
+        work = dist.all_gather_single(everyone, mine, group=group, async_op=True)
+        assert work is not None  # this rank is of the group
+        if device.type == "cpu":
+            wait_for(work, seconds, on_wait)
+        else:
+            work.wait()
     return everyone.cpu().view(networks, -1)
 
 
 def _gather_bytes(
-    data: bytes, lengths: list[int], *, group: dist.ProcessGroup, device: torch.device
+    data: bytes, lengths: list[int], gather: Callable[[Tensor], Tensor]
 ) -> list[bytes]:
     padded = torch.frombuffer(bytearray(data.ljust(max(lengths), b" ")), dtype=torch.uint8)
     return [
-        bytes(row[:length].tolist())
-        for row, length in zip(
-            gather_vectors(padded, group=group, device=device), lengths, strict=True
-        )
+        bytes(row[:length].tolist()) for row, length in zip(gather(padded), lengths, strict=True)
     ]
 
 

@@ -42,6 +42,7 @@ def apply_mixing(
     device: torch.device,
     pool: BufferPool,
     phase: Phase,
+    seconds: float | None = None,
 ) -> Applied:
     """Change this rank's tensors as the mixing says; every rank of the group must call this.
 
@@ -55,9 +56,12 @@ def apply_mixing(
         device: where buffers must lie to travel.
         pool: of the buffers.
         phase: adds the time of a block to a named phase.
+        seconds: after which a transfer over gloo is given up; None: the group's own time-out.
     """
     if isinstance(mixing, Shuffle):
-        return _swap_scalars(tensors, units, mixing, group=group, device=device, phase=phase)
+        return _swap_scalars(
+            tensors, units, mixing, group=group, device=device, phase=phase, seconds=seconds
+        )
     if exchange == "p2p":
         bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
     if device.type == "cpu":
@@ -85,6 +89,7 @@ def apply_mixing(
         device=device,
         pool=pool,
         phase=phase,
+        seconds=seconds,
     ):
         received += (len(parts) if exchange == "p2p" else mixing.networks - 1) * bucket.bytes
         for piece in bucket.pieces:
@@ -100,7 +105,7 @@ def apply_mixing(
                 for donor, part in theirs.items():
                     fraction = fine.of(piece, donor)
                     if fraction is None:
-                        blend_([own], [part], [fractions[donor][unit]])
+                        blend_(own, part, fractions[donor][unit])
                     else:
                         blend_finely_(own, part, fraction)
     with phase("distance"):
@@ -154,6 +159,7 @@ def _swap_scalars(
     group: dist.ProcessGroup,
     device: torch.device,
     phase: Phase,
+    seconds: float | None,
 ) -> Applied:
     """Only the chosen scalars travel, type by type: every rank chooses the same ones."""
     rank = dist.get_rank(group)
@@ -170,7 +176,7 @@ def _swap_scalars(
         if mixing.networks == 1 or mine.numel() == 0:
             continue
         with phase("exchange"):
-            everyone = gather_vectors(mine, group=group, device=device)
+            everyone = gather_vectors(mine, group=group, device=device, seconds=seconds)
         received += (mixing.networks - 1) * mine.numel() * mine.element_size()
         with phase("blend"):
             columns = everyone.split([len(where) for _, where, _ in moving], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -56,6 +57,16 @@ def communication_device(group: dist.ProcessGroup, device: torch.device) -> torc
     return torch.device("cpu")
 
 
+def header_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where short vectors travel: the CPU when a backend of the group serves it.
+
+    Over gloo a process that waits sees at once that a peer died, serves signals, and can say whom
+    it waits for; NCCL does none of this.
+    """
+    cpu = torch.device("cpu")
+    return cpu if "cpu:" in dist.get_backend_config(group) else communication_device(group, device)
+
+
 def world() -> dist.ProcessGroup:
     """The default group; init_process_group has been called."""
     group = dist.group.WORLD
@@ -72,6 +83,7 @@ def all_gather(
     device: torch.device,
     pool: BufferPool,
     phase: Phase,
+    seconds: float | None = None,
 ) -> Received:
     """Every rank of the group sees every network, bucket by bucket.
 
@@ -87,19 +99,26 @@ def all_gather(
             pack(parts[rank], bucket)
         with phase("exchange"), on_the_wire():
             if device.type == "cpu":  # gloo's own all-gather holds everything twice
-                _to_everyone(parts, rank, group)
+                _to_everyone(parts, rank, group, seconds)
             else:
                 dist.all_gather_single(space, parts[rank], group=group)
         yield bucket, {donor: parts[donor] for donor in donors[rank]}
 
 
-def _to_everyone(parts: Sequence[Tensor], rank: int, group: dist.ProcessGroup) -> None:
+def _to_everyone(
+    parts: Sequence[Tensor], rank: int, group: dist.ProcessGroup, seconds: float | None
+) -> None:
     """Send this rank's part to all others, and receive theirs into place."""
     others = [peer for peer in range(len(parts)) if peer != rank]
     moves = [dist.P2POp(dist.isend, parts[rank], group=group, group_peer=peer) for peer in others]
     moves += [dist.P2POp(dist.irecv, parts[peer], group=group, group_peer=peer) for peer in others]
     for work in dist.batch_isend_irecv(moves) if moves else ():
-        work.wait()
+        _finish(work, seconds)
+
+
+def _finish(work: dist.Work, seconds: float | None) -> None:
+    """Wait for one transfer; without a limit of its own the group's time-out holds."""
+    work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
 
 
 def p2p(
@@ -111,6 +130,7 @@ def p2p(
     device: torch.device,
     pool: BufferPool,
     phase: Phase,
+    seconds: float | None = None,
 ) -> Received:
     """Only the donors' weights travel, bucket by bucket.
 
@@ -128,7 +148,7 @@ def p2p(
         bucket, parts, moves = under_way.popleft()
         with phase("exchange"), on_the_wire():
             for move in moves:
-                move.wait()
+                _finish(move, seconds if device.type == "cpu" else None)
         return bucket, dict(zip(donors[rank], parts, strict=True))
 
     for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device, pool, slots=IN_FLIGHT):

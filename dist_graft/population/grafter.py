@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import PeerError
 from dist_graft.grafting.criteria import is_finite
+from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.rules import Graft, Rule
 from dist_graft.grafting.topology import ring
 from dist_graft.grafting.units import GraftUnit, Lead, graft_tensors, graft_units
 from dist_graft.population.agreement import (
-    ALL_FINITE,
+    LOSS,
     PROTOCOL,
     RATE_UNIT,
+    SOUND,
+    Agreement,
     Header,
     Schema,
     agree,
@@ -34,36 +33,16 @@ from dist_graft.population.exchange import (
     BufferPool,
     Exchange,
     communication_device,
+    header_device,
     world,
 )
+from dist_graft.population.patience import Patience
 from dist_graft.population.phases import PhaseClock
-from dist_graft.population.presence import RollCall
-from dist_graft.population.wire import WireError
+from dist_graft.population.presence import RollCall, naming_missing
+from dist_graft.population.record import GraftRecord
+from dist_graft.population.wrappers import unwrapped
 
-
-@dataclasses.dataclass(frozen=True)
-class GraftRecord:
-    """What one round did to this network; dictionaries are by graft unit name."""
-
-    round: int
-    """Number of the round, from 0."""
-    donor: int
-    """Index in the group of the network whose weights were mixed in; the first of several."""
-    coefficient: dict[str, float]
-    """Share that the network kept of itself."""
-    information: dict[str, float]
-    """Of this network before the round, in the criterion's unit (nats for entropy); empty for a
-    rule that has no criterion."""
-    distance: dict[str, float]
-    """Euclidean distance to the donor (root mean square over several) before the round, over all
-    tensors of the unit; empty where single scalars travel."""
-    seconds: float
-    """Of the whole round, waiting for the others included."""
-    phase_seconds: dict[str, float]
-    """Of measure (finite check, information), agree (with the waiting), pack, exchange, distance
-    and blend."""
-    bytes_received: int
-    """Weights received from other networks."""
+OnDivergence = Literal["raise", "heal", "exclude"]
 
 
 class Grafter:
@@ -86,7 +65,12 @@ class Grafter:
             bucket, p2p two buckets (on the ring).
         rule: what flows where, instead of the ring.
         group: whose ranks are the networks; None: the default group.
+        on_divergence: what becomes of a network whose weights are no longer finite: "raise" a
+            NonFiniteError on every rank; "heal" it with the weights of its donor, or the nearest
+            sound network upstream (its optimizer's state is the caller's to reset); "exclude" it,
+            so that nobody takes from it and it stays as it is. When all diverged, it is an error.
         roll_call: lets errors name the network that is missing.
+        patience: how long to wait for the others; None: the group's own time-out.
 
     Raises: ValueError for an option out of range or a model that cannot be grafted (see
         `graft_units`; sharded parameters are refused by name); RuntimeError before
@@ -106,7 +90,9 @@ class Grafter:
         bucket_mb: float = 32,
         rule: Rule | None = None,
         group: dist.ProcessGroup | None = None,
+        on_divergence: OnDivergence = "raise",
         roll_call: RollCall | None = None,
+        patience: Patience | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
@@ -114,6 +100,11 @@ class Grafter:
             )
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        if on_divergence not in get_args(OnDivergence):
+            raise ValueError(
+                f"on_divergence must be one of {', '.join(get_args(OnDivergence))}, got "
+                f"{on_divergence!r}"
+            )
         given = (amplitude, sensitivity, num_bins, criterion)
         if rule is not None and given != (0.4, 5.0, 10, "entropy"):
             raise ValueError(
@@ -121,7 +112,7 @@ class Grafter:
             )
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")
-        self._module = _unwrap(model)
+        self._module = unwrapped(model)
         self._units = graft_units(self._module, lead=lead)
         self._lead = lead
         self._exchange: Exchange = exchange
@@ -131,7 +122,9 @@ class Grafter:
         )
         self._given_group = group
         self._pool = BufferPool()
+        self._on_divergence: OnDivergence = on_divergence
         self._roll_call = roll_call
+        self._patience = patience
         self._round = 0
 
     @property
@@ -155,7 +148,9 @@ class Grafter:
         """
         return self._given_group or world()
 
-    def graft(self, *, rate: float = 1.0, stop: bool = False) -> GraftRecord:
+    def graft(
+        self, *, rate: float = 1.0, stop: bool = False, saves: int = 0, diverged: bool = False
+    ) -> GraftRecord:
         """One round: every rank of the group must call this, equally often.
 
         Changes the model's floating parameters and buffers in place; integer buffers stay.
@@ -163,30 +158,36 @@ class Grafter:
         Args:
             rate: what every donor's share is multiplied with, in [0, 1]; the same on every rank.
             stop: this rank wants to stop instead: all ranks learn it, and none takes part.
+            saves: checkpoint sets at which this rank took part on request.
+            diverged: this network is of no use although its weights are finite (its loss is not).
 
         Raises (on every rank alike): RoundStoppedError when a rank wants to stop;
-            DisagreementError when the models or options differ,
-            NonFiniteError when a weight of any network is not finite; PeerError when another
-            process died or did not answer. But for the last case no weight was changed.
+            RoundPostponedError when some ranks took part in fewer requested checkpoint sets: these
+            save, and all call again; DisagreementError when the models or options differ,
+            NonFiniteError when a network diverged that is not to be healed or excluded;
+            PeerError when another process died or did not answer. But for the last case no weight
+            was changed.
         """
         rank = dist.get_rank(self._group)
         tensors = graft_tensors(self._module)
-        home = next(iter(tensors.values())).device
-        device = communication_device(self._group, home)
+        home = _home(tensors)
         clock = PhaseClock(home)
 
         with clock.phase("measure"):
-            bad = ALL_FINITE if stop else _first_not_finite(tensors)
-            silent = stop or bad != ALL_FINITE
-            mine = None if silent else self._rule.measure(self._units, tensors)
+            state = SOUND if stop else self._state_of(tensors, diverged)
+            silent = stop or state != SOUND
+            mine = None if silent else self._rule.measure(self._units, tensors).double()
         with clock.phase("agree"), self._peers(self._round):
-            self._arrive(self._round)
-            self._agree(tensors, bad, device, rate, stop=stop)
-            assert mine is not None
-            matrix = gather_vectors(mine.double(), group=self._group, device=device)
+            agreement = self._agree(tensors, self._round, state, mine, rate, stop=stop, saves=saves)
+            if mine is None:  # a network that diverged has nothing to tell
+                mine = torch.zeros(agreement.measured, dtype=torch.float64)
+            matrix = self._gather(mine, home=home)
         mixing = self._rule.decide(matrix, self._round)
         if rate != 1.0:
             mixing = mixing.scaled(rate)
+        if agreement.diverged:
+            heal = self._on_divergence == "heal"
+            mixing = without_diverged(mixing, agreement.diverged, heal=heal)
 
         with self._peers(self._round):
             applied = apply_mixing(
@@ -196,22 +197,28 @@ class Grafter:
                 exchange=self._exchange,
                 bucket_bytes=self._bucket_bytes,
                 group=self._group,
-                device=device,
+                device=communication_device(self._group, home),
                 pool=self._pool,
                 phase=clock.phase,
+                seconds=self._seconds,
             )
-        informed = matrix[rank].tolist() if hasattr(self._rule, "criterion") else []
+        informed = state == SOUND and hasattr(self._rule, "criterion")
         names = [unit.name for unit in self._units]
         donors = mixing.donors[rank]
         record = GraftRecord(
             round=self._round,
+            network=rank,
             donor=donors[0] if donors else ring(mixing.networks)[rank],
             coefficient=dict(zip(names, mixing.own_share(rank), strict=True)),
-            information=dict(zip(names, informed, strict=False)),
+            information=dict(zip(names, matrix[rank].tolist() if informed else [], strict=False)),
             distance=dict(zip(names, applied.distance, strict=False)),
             seconds=clock.total(),
             phase_seconds=clock.seconds,
             bytes_received=applied.bytes_received,
+            diverged=agreement.diverged,
+            healed={
+                network: donor for network in agreement.diverged for donor in mixing.donors[network]
+            },
         )
         self._round += 1
         return record
@@ -223,22 +230,23 @@ class Grafter:
 
         Raises (on every rank alike): DisagreementError, PeerError, as `graft` does.
         """
-        tensors = graft_tensors(self._module)
-        home = next(iter(tensors.values())).device
         before = self._round - 1
         with self._peers(before):
-            self._arrive(before)
-            self._agree(tensors, ALL_FINITE, communication_device(self._group, home))
+            self._agree(graft_tensors(self._module), before)
 
     def _agree(
         self,
         tensors: dict[str, Tensor],
-        not_finite: int,
-        device: torch.device,
+        arriving_at: int,
+        state: int = SOUND,
+        mine: Tensor | None = None,
         rate: float = 1.0,
         *,
         stop: bool = False,
-    ) -> None:
+        saves: int = 0,
+    ) -> Agreement:
+        if self._roll_call:
+            self._roll_call.arrive(arriving_at)
         schema = Schema(tensors, [unit.name for unit in self._units], self._options())
         header = Header(
             protocol=PROTOCOL,
@@ -246,12 +254,47 @@ class Grafter:
             round=self._round,
             digest=schema.digest,
             schema_bytes=len(schema.json),
-            not_finite=not_finite,
+            diverged=state,
             units=len(self._units),
+            measured=-1 if mine is None else mine.numel(),
             rate=round(rate * RATE_UNIT),
             stop=int(stop),
+            saves=saves,
         )
-        agree(header, schema, list(tensors), group=self._group, device=device)
+        return agree(
+            header,
+            schema,
+            list(tensors),
+            gather=partial(self._gather, home=_home(tensors), arriving_at=arriving_at),
+            tolerant=self._on_divergence != "raise",
+        )
+
+    def _gather(
+        self, vector: Tensor, *, home: torch.device, arriving_at: int | None = None
+    ) -> Tensor:
+        """Everyone's short vectors; says who is waited for where the waiting happens."""
+        waiting = {}
+        if self._patience and self._roll_call and arriving_at is not None:
+            absent = partial(self._roll_call.absent, arriving_at)
+            waiting["on_wait"] = self._patience.remark(f"round {self._round}", absent)
+        return gather_vectors(
+            vector,
+            group=self._group,
+            device=header_device(self._group, home),
+            seconds=self._seconds,
+            **waiting,
+        )
+
+    def _peers(self, round_: int) -> AbstractContextManager[None]:
+        return naming_missing(self._roll_call, round_, f"round {self._round}")
+
+    @property
+    def _seconds(self) -> float | None:
+        return self._patience.seconds if self._patience else None
+
+    def _state_of(self, tensors: dict[str, Tensor], diverged: bool) -> int:
+        found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
+        return next(found, LOSS if diverged else SOUND)
 
     def _options(self) -> dict[str, Any]:
         kind = type(self._rule)
@@ -260,49 +303,10 @@ class Grafter:
             "rule": kind.__qualname__,
             "lead": self._lead,
             "exchange": self._exchange,
+            "on_divergence": self._on_divergence,
             "bucket_bytes": self._bucket_bytes,
         }
 
-    def _arrive(self, round_: int) -> None:
-        if self._roll_call:
-            self._roll_call.arrive(round_)
 
-    @contextmanager
-    def _peers(self, round_: int) -> Iterator[None]:
-        """Turn the failure of a collective into an error that says who is missing."""
-        try:
-            yield
-        except WireError as error:
-            roll_call = self._roll_call
-            absent = (roll_call.gone() or roll_call.absent(round_)) if roll_call else []
-            who = "; ".join(absent) or "a network that had reached it"
-            raise PeerError(
-                f"round {self._round} failed, a peer died or did not answer: {who}; its own output "
-                f"says why ({error})"
-            ) from error
-
-
-def _first_not_finite(tensors: dict[str, Tensor]) -> int:
-    found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
-    return next(found, ALL_FINITE)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module, out of any order of compile and data-parallel wrappers."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            break
-    for path, part in model.named_modules():
-        if type(part).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                f"{path or 'the model'} is sharded (FSDP), which grafting cannot blend"
-            )
-    sharded = itertools.chain(model.named_parameters(), model.named_buffers())
-    for key, tensor in sharded:
-        if type(tensor).__name__ == "DTensor":
-            raise ValueError(f"{key} is a sharded DTensor, which grafting cannot blend")
-    return model
+def _home(tensors: dict[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device

@@ -19,6 +19,8 @@ class Place:
     local_world_size: int = 1
     launched: bool = False
     """Whether a launcher such as torchrun started the process."""
+    restarts: int = 0
+    """How often the launcher has started the processes again."""
 
     @property
     def network(self) -> int:
@@ -55,4 +57,12 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
             f"RANK {rank} of WORLD_SIZE {world_size} and LOCAL_RANK {local_rank} of "
             f"LOCAL_WORLD_SIZE {local_world_size} do not fit: start with torchrun"
         )
-    return Place(rank, world_size, local_rank, local_world_size, launched=True)
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Place(
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        launched=True,
+        restarts=int(restarts) if restarts.isdigit() else 0,
+    )

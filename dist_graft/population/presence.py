@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
+from dist_graft.population.wire import WireError
 
 _LOOK_AGAIN = timedelta(seconds=1)
 
@@ -24,12 +26,14 @@ class RollCall:
         networks: size of the population.
     """
 
-    def __init__(
-        self, store: dist.TCPStore | dist.PrefixStore, network: int, networks: int
-    ) -> None:
+    def __init__(self, store: dist.Store, network: int, networks: int) -> None:
         self._store = store
         self._network = network
         self._networks = networks
+
+    def apart(self) -> RollCall:
+        """The same over a connection of its own, for another thread, as a wait blocks one."""
+        return RollCall(self._store.clone(), self._network, self._networks)
 
     def check_in(self, timeout_seconds: float) -> None:
         """Say where this network runs and wait until all others have said so.
@@ -61,6 +65,14 @@ class RollCall:
         except RuntimeError:
             return []
 
+    def silent(self, what: str) -> list[str]:
+        """The networks that have not left a text, each with rank and host."""
+        try:
+            missing = [k for k in range(self._networks) if not self._store.check([f"{what}/{k}"])]
+            return [self.describe(k) for k in missing]
+        except RuntimeError:
+            return []
+
     def gone(self) -> list[str]:
         """The networks of this machine whose process is no more, each with rank and host."""
         try:
@@ -88,8 +100,12 @@ class RollCall:
             return None
 
     def post(self, what: str, value: str) -> None:
-        """Leave a text for the other networks to read."""
-        self._store.set(f"{what}/{self._network}", value)
+        """Leave a text for the other networks to read.
+
+        Raises: PeerError when the store is gone.
+        """
+        with self._reachable(what):
+            self._store.set(f"{what}/{self._network}", value)
 
     def hear(self, what: str, network: int, timeout_seconds: float) -> str:
         """What one network has left, once it has.
@@ -98,17 +114,33 @@ class RollCall:
         """
         return self._answers(what, [network], timeout_seconds)[0]
 
-    def collect(self, what: str, timeout_seconds: float) -> list[str]:
+    def collect(
+        self, what: str, timeout_seconds: float, *, given_up: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         """Everyone's text, in the order of the networks, once all have left theirs.
 
-        Raises: PeerError naming the networks that did not, when one died or after the time-out.
+        Raises: PeerError naming the networks that did not, when one died, after the time-out, or
+            about a second after `given_up`.
         """
-        return self._answers(what, range(self._networks), timeout_seconds)
+        return self._answers(what, range(self._networks), timeout_seconds, given_up)
 
-    def _answers(self, what: str, networks: Sequence[int], timeout_seconds: float) -> list[str]:
+    def heard(self, what: str, network: int) -> bool:
+        """Whether a network has left a text; no, when the store does not answer."""
+        try:
+            return self._store.check([f"{what}/{network}"])
+        except dist.DistNetworkError:
+            return False
+
+    def _answers(
+        self,
+        what: str,
+        networks: Sequence[int],
+        timeout_seconds: float,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> list[str]:
         keys = {network: f"{what}/{network}" for network in networks}
         deadline = time.monotonic() + timeout_seconds
-        try:
+        with self._reachable(what):
             while True:
                 left = min(_LOOK_AGAIN.total_seconds(), deadline - time.monotonic())
                 missing = self._wait(list(keys.values()), left)
@@ -116,10 +148,17 @@ class RollCall:
                     return [self._store.get(key).decode() for key in keys.values()]
                 silent = [network for network, key in keys.items() if key in missing]
                 dead = [network for network in silent if self._is_gone(network)]
-                if dead or time.monotonic() >= deadline:
+                late = time.monotonic() >= deadline
+                if dead or late or given_up():
                     who = "; ".join(self.describe(network) for network in dead or silent)
-                    why = "died" if dead else f"did not answer within {timeout_seconds:g} s"
+                    within = f" within {timeout_seconds:g} s" if late else ""
+                    why = "died" if dead else f"did not answer{within}"
                     raise PeerError(f"{who} {why} ({what}); its own output says why")
+
+    @contextmanager
+    def _reachable(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except dist.DistNetworkError as error:
             raise PeerError(
                 f"the run's key-value store is gone ({what}): who kept it, network 0 or the "
@@ -153,3 +192,23 @@ class RollCall:
     def _reached(self, network: int, round_: int) -> bool:
         key = f"round/{network}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
+
+
+@contextmanager
+def naming_missing(roll_call: RollCall | None, round_: int, what: str) -> Iterator[None]:
+    """Turn the failure of a round's collective into a PeerError that says who is missing.
+
+    Args:
+        roll_call: of the run; None when nobody knows.
+        round_: which the missing networks have not reached.
+        what: failed.
+    """
+    try:
+        yield
+    except WireError as error:
+        absent = (roll_call.gone() or roll_call.absent(round_)) if roll_call else []
+        who = "; ".join(absent) or "a network that had reached it"
+        raise PeerError(
+            f"{what} failed, a peer died or did not answer: {who}; its own output says why "
+            f"({error})"
+        ) from error

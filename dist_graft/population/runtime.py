@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,10 @@ from dist_graft.config import RuntimeConfig
 from dist_graft.errors import ConfigError, PeerError, StartError
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.exchange import world
+from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.presence import RollCall
-from dist_graft.population.wire import WireError, on_the_wire
+from dist_graft.population.wire import WireError, on_the_wire, wait_for
 
 _ANSWER_SECONDS = 2.0  # for the store's own time-out to be reported first
 
@@ -31,7 +34,7 @@ class Runtime:
     device: torch.device
     backend: str
     """As torch.distributed was given it; "none" for a network alone."""
-    timeout_seconds: float
+    patience: Patience
     roll_call: RollCall | None
     """None for a network alone."""
 
@@ -44,9 +47,15 @@ class Runtime:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64)
         try:
-            everyone = gather_vectors(mine, group=world(), device=self._header_device())
+            everyone = gather_vectors(
+                mine,
+                group=world(),
+                device=torch.device("cpu"),
+                seconds=self.patience.seconds,
+                on_wait=self._arrive(what),
+            )
         except WireError as error:
-            raise _lost(what, error) from error
+            raise self._lost(what, error) from error
         return [list(map(float, row)) for row in everyone.tolist()]
 
     def from_first(self, what: str, text: str) -> str:
@@ -58,7 +67,7 @@ class Runtime:
             return text
         if self.place.rank == 0:
             self.roll_call.post(what, text)
-        return self.roll_call.hear(what, 0, self.timeout_seconds)
+        return self.roll_call.hear(what, 0, self.patience.seconds)
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of everyone's tensors of one shape, on the CPU: a collective.
@@ -67,13 +76,16 @@ class Runtime:
         """
         if self.place.networks == 1:
             return tensor.cpu()
-        total = tensor.to(self._header_device(), copy=True)
+        total = tensor.cpu().clone()
+        on_wait = self._arrive(what)
         try:
             with on_the_wire():
-                dist.all_reduce(total)
+                work = dist.all_reduce(total, async_op=True)
+                assert work is not None
+                wait_for(work, self.patience.seconds, on_wait)
         except WireError as error:
-            raise _lost(what, error) from error
-        return total.cpu()
+            raise self._lost(what, error) from error
+        return total
 
     def finish(self) -> None:
         """Part from the peers after a run that went well: a collective."""
@@ -81,8 +93,19 @@ class Runtime:
             self.gather([0.0], "the end of the run")
             dist.destroy_process_group()
 
-    def _header_device(self) -> torch.device:
-        return self.device if self.backend == "nccl" else torch.device("cpu")
+    def _arrive(self, what: str) -> Callable[[float], None]:
+        """Say that this process is there; returns what to call while it waits for the others."""
+        assert self.roll_call is not None
+        self.roll_call.post(what, "")
+        return self.patience.remark(what, partial(self.roll_call.silent, what))
+
+    def _lost(self, what: str, error: WireError) -> PeerError:
+        assert self.roll_call is not None
+        who = "; ".join(self.roll_call.gone() or self.roll_call.silent(what))
+        return PeerError(
+            f"lost {who or 'another network'} during {what}: it died or did not answer, and its "
+            f"own output says why ({error})"
+        )
 
 
 def start(config: RuntimeConfig, place: Place) -> Runtime:
@@ -109,8 +132,9 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
             "runtime.backend nccl needs a GPU for every process, and this machine has "
             f"{torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
         )
+    patience = Patience(config.timeout_seconds, epochs=config.timeout_epochs)
     if place.networks == 1:
-        return Runtime(place, device, "none", config.timeout_seconds, None)
+        return Runtime(place, device, "none", patience, None)
 
     nccl = own_gpu and config.backend != "gloo" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -125,7 +149,7 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
             store=dist.PrefixStore("process_group", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=config.timeout_seconds),
+            timeout=timedelta(seconds=config.timeout_seconds),  # waits over gloo have their own
             device_id=device if nccl else None,
         )
     except RuntimeError as error:
@@ -133,7 +157,7 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
             f"backend {backend} could not connect the processes: {_first_line(error)}; check that "
             "the hosts reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
-    return Runtime(place, device, backend, config.timeout_seconds, roll_call)
+    return Runtime(place, device, backend, patience, roll_call)
 
 
 def choose_device(name: str, place: Place) -> torch.device:
@@ -197,13 +221,6 @@ def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:
         ) from store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}", store)
-
-
-def _lost(what: str, error: WireError) -> PeerError:
-    return PeerError(
-        f"lost the other networks during {what}: one died or did not answer, and its own output "
-        f"says why ({error})"
-    )
 
 
 def _first_line(error: Exception) -> str:

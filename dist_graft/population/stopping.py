@@ -51,10 +51,7 @@ class StopRequests:
             signal.signal(number, self._note)
 
     def asked(self) -> bool:
-        """Whether the run is to stop; costs next to nothing but once a second.
-
-        Raises: RuntimeError when the store is gone.
-        """
+        """Whether the run is to stop; costs next to nothing but once a second."""
         if self.reason is None:
             self.reason = self._look()
             if self.reason is not None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_LOOK_AGAIN = 1.0
 
 
 class WireError(Exception):
@@ -18,3 +24,34 @@ def on_the_wire() -> Iterator[None]:
     except RuntimeError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WireError(first) from error
+
+
+def wait_for(
+    work: dist.Work,
+    seconds: float | None,
+    on_wait: Callable[[float], None] = lambda waited: None,
+) -> None:
+    """Wait for a gather on the CPU; signals are served meanwhile.
+
+    Args:
+        work: of an asynchronous collective over gloo.
+        seconds: after which to give up; None: the backend's own time-out.
+        on_wait: called about once a second with the seconds waited.
+
+    Raises: RuntimeError, the backend's or for the time-out.
+    """
+    began = time.monotonic()
+    while True:
+        left = _LOOK_AGAIN if seconds is None else seconds + began - time.monotonic()
+        try:
+            work.wait(timedelta(seconds=min(_LOOK_AGAIN, max(left, 0.001))))
+        except RuntimeError:
+            waited = time.monotonic() - began
+            if work.is_completed():
+                work.wait()  # came meanwhile, or fails for good
+                return
+            if seconds is not None and waited >= seconds:
+                raise RuntimeError(f"no answer within {seconds:g} s") from None
+            on_wait(waited)
+        else:
+            return

@@ -102,7 +102,9 @@ def build_grafter(config: TrainConfig, trainee: Trainee, rule: Rule, runtime: Ru
         exchange=config.graft.exchange,
         bucket_mb=config.graft.bucket_mb,
         rule=rule,
+        on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
         roll_call=runtime.roll_call,
+        patience=runtime.patience,
     )
 
 

@@ -172,10 +172,21 @@ def clear_after(folder: Path, chosen: CheckpointSet | None) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all complete sets but the newest `keep`."""
-    for checkpoint in complete_sets(folder)[:-keep]:
+    """Remove all complete sets but the newest `keep`, and what was left of incomplete ones."""
+    complete = complete_sets(folder)
+    for checkpoint in complete[:-keep]:
         (checkpoint.path / COMPLETE).unlink()
         shutil.rmtree(checkpoint.path)
+    newest = complete[-1].path.name if complete else ""
+    for path in _folders(folder):
+        if newest and _NAME.fullmatch(path.name) and _order(path.name) < _order(newest):
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove what was written of a set that is not complete."""
+    if not (path / COMPLETE).exists():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, StoppedEarlyError
+from dist_graft.errors import ConfigError, RunDirectoryError, StoppedEarlyError
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.checkpoint import (
     CheckpointSet,
     clear_after,
-    complete_set,
     load_network,
     path_after,
-    prune,
-    save_network,
     set_path,
     write_atomically,
 )
 from dist_graft.training.clock import Position
 from dist_graft.training.loop import Trainee, TrainResult
 from dist_graft.training.run_directory import RunDirectory
+from dist_graft.training.saving import SetWriter
 
 
 @dataclass
@@ -39,6 +37,8 @@ class Progress:
     """Of the epoch that is under way."""
     rounds: dict[str, Any] | None = None
     """Those inside the epoch that is under way, as metrics.jsonl tells of them."""
+    diverged: bool = False
+    """Whether the training loss was not finite since the last round."""
 
 
 class Checkpoints:
@@ -60,13 +60,21 @@ class Checkpoints:
         trainee: Trainee,
         log: logging.Logger,
     ) -> None:
-        self._keep = config.checkpoint.keep
         self._runtime = runtime
         self._directory = directory
         self._trainee = trainee
         self._log = log
+        self.loaded: Path | None = None
+        """The set that the run goes on from."""
         self._newest: str | None = None
-        self._digest = ""
+        self._max_failures = config.checkpoint.max_failures
+        self._failures = 0
+        self._writer = SetWriter(
+            runtime.place.network,
+            runtime.roll_call,
+            seconds=lambda: runtime.patience.seconds,
+            keep=config.checkpoint.keep,
+        )
         self._file = f"network{runtime.place.network:02d}.pt"
 
     def resume(self) -> Progress:
@@ -81,7 +89,6 @@ class Checkpoints:
             for path in damaged:
                 self._log.warning("%s is missing or damaged: going on from an older set", path)
             clear_after(folder, chosen)
-            self._directory.stop.unlink(missing_ok=True)
         name = self._runtime.from_first(
             "the choice of a checkpoint set", chosen.path.name if chosen else ""
         )
@@ -96,6 +103,11 @@ class Checkpoints:
         state = load_network(
             chosen.path / self._file, chosen.sha256[self._file], self._runtime.device
         )
+        if state["network"] != self._runtime.place.network:
+            raise RunDirectoryError(
+                f"{chosen.path / self._file} holds network {state['network']}, not network "
+                f"{self._runtime.place.network}: give the files of {chosen.path} their names back"
+            )
         trainee = self._trainee
         trainee.model.load_state_dict(state["model"])
         trainee.optimizer.load_state_dict(state["optimizer"])
@@ -105,7 +117,7 @@ class Checkpoints:
             "going on from %s: epoch %d, step %d, round %d",
             *(chosen.path, state["epoch"], state["step"], state["round"]),
         )
-        self._newest = name
+        self._newest, self.loaded = name, chosen.path
         trained = state["trained"]
         return Progress(
             position=Position(state["epoch"], state["step"], state["round"]),
@@ -113,26 +125,52 @@ class Checkpoints:
             lr=state["lr"],
             trained=TrainResult(**trained) if trained else None,
             rounds=state["rounds"],
+            diverged=bool(state["diverged"]),
         )
 
-    def save(self, progress: Progress) -> None:
-        """Write this network's file; rank 0 completes the set once all files are durable.
+    @property
+    def busy(self) -> bool:
+        """Whether a set is still being written."""
+        return self._writer.busy
 
-        All networks must have finished as many rounds.
+    def save(self, progress: Progress, name: str | None = None) -> None:
+        """Save where the run stands, in the background; every network must call this.
+
+        All networks must have finished as many rounds. The set before is waited for first. Its
+        name follows from where the run stands, when all networks stand alike.
+
+        Raises: RunDirectoryError when too many sets in a row could not be written, in every network
+            alike; PeerError when another network died or did not answer.
         """
-        path = self._write(progress)
-        if self._runtime.place.rank == 0:
-            self._complete(path, progress.position)
+        self._settle()
+        self._newest = name = name or self.path(progress).name
+        self._writer.start(
+            name, self._directory.checkpoints / name, progress.position, self._state(progress)
+        )
+
+    def finish(self) -> None:
+        """Wait for the last set; every network must call this.
+
+        Raises: RunDirectoryError when it could not be written; PeerError as `save` does.
+        """
+        if failure := self._settle(last=True):
+            raise RunDirectoryError(f"the last checkpoint set is not complete: {failure}")
 
     def leave(self, progress: Progress, reason: str) -> NoReturn:
         """Save where the run stands and end it early; every network must call this.
 
-        Raises: StoppedEarlyError when the set is complete; PeerError when another network did not
-            save in time.
+        Raises: StoppedEarlyError when the set is complete; RunDirectoryError when it could not be
+            written; PeerError when another network did not save in time.
         """
-        path = self._write(progress)
+        self._writer.give_up()
+        self._settle(last=True)
+        name = self._runtime.from_first("the name of the last set", self.path(progress).name)
+        path = self._directory.checkpoints / name
+        self._writer.start(f"{name} at the stop", path, progress.position, self._state(progress))
+        failure = self._settle(last=True)
+        if failure:
+            raise RunDirectoryError(f"stopped by {reason}, but the state was not saved: {failure}")
         if self._runtime.place.rank == 0:
-            self._complete(path, progress.position)
             text = f"stopped early by {reason}: the same command goes on from {path}\n"
             write_atomically(self._directory.stopped, text.encode())
         # Together, since a launcher ends those that stay behind the first that leaves.
@@ -142,15 +180,36 @@ class Checkpoints:
             "from there"
         )
 
-    def _write(self, progress: Progress) -> Path:
-        position, trainee = progress.position, self._trainee
-        if progress.lr is None:
-            path = set_path(self._directory.checkpoints, position.epoch)
-        else:
-            path = path_after(
-                self._directory.checkpoints, position.epoch, position.round, self._newest
+    def _settle(self, *, last: bool = False) -> str:
+        """Wait for the set under way; returns why it is not complete, if so."""
+        outcome = self._writer.result()
+        if outcome is None or not outcome.failure:
+            self._failures = 0
+            return ""
+        self._failures += 1
+        endured = self._failures <= self._max_failures
+        if not endured and not last:
+            raise RunDirectoryError(
+                f"{self._failures} checkpoint sets in a row could not be written "
+                f"(--checkpoint.max_failures {self._max_failures}): {outcome.failure}"
             )
-        state = {
+        self._log.warning(
+            "checkpoint set %s is not complete: %s; training goes on, and what was saved before "
+            "stays",
+            *(outcome.path, outcome.failure),
+        )
+        return outcome.failure
+
+    def path(self, progress: Progress) -> Path:
+        """Where the next set will lie."""
+        position, folder = progress.position, self._directory.checkpoints
+        if progress.lr is None:
+            return set_path(folder, position.epoch)
+        return path_after(folder, position.epoch, position.round, self._newest)
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        position, trainee = progress.position, self._trainee
+        return {
             "network": self._runtime.place.network,
             "epoch": position.epoch,
             "step": position.step,
@@ -163,28 +222,5 @@ class Checkpoints:
             "lr": progress.lr,
             "trained": asdict(progress.trained) if progress.trained else None,
             "rounds": progress.rounds,
+            "diverged": progress.diverged,
         }
-        digest = save_network(path / self._file, state)
-        if self._runtime.roll_call:
-            self._runtime.roll_call.post(
-                f"saved/{path.name}", f"{digest} {position.epoch} {position.step}"
-            )
-        self._digest, self._newest = digest, path.name
-        return path
-
-    def _complete(self, path: Path, position: Position) -> None:
-        """Declare the set complete once every network's file is durable: only rank 0."""
-        told = [f"{self._digest} {position.epoch} {position.step}"]
-        if self._runtime.roll_call:
-            told = self._runtime.roll_call.collect(
-                f"saved/{path.name}", self._runtime.timeout_seconds
-            )
-        saved = [text.split() for text in told]
-        complete_set(
-            path,
-            epoch=position.epoch,
-            round_=position.round,
-            sha256=[digest for digest, _, _ in saved],
-            positions=[(int(epoch), int(step)) for _, epoch, step in saved],
-        )
-        prune(path.parent, self._keep)

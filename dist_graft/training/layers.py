@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dist_graft.config import TrainConfig
@@ -10,6 +10,7 @@ from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.criteria import invalid_filters, is_finite
 from dist_graft.grafting.rules import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
+from dist_graft.monitoring.console import NetworkRow
 from dist_graft.monitoring.tensorboard import LayerView
 from dist_graft.training.loop import Trainee
 
@@ -17,14 +18,41 @@ INVALID_THRESHOLDS = (0.1, 0.01)
 """L1 norms below which a filter counts as invalid, as in arXiv 2001.05868."""
 
 
-def check_finite(trainee: Trainee, epoch: int) -> None:
-    """Raise NonFiniteError naming epoch, network and tensor, if a weight is not finite."""
+def what_is_lost(trainee: Trainee, *, loss: bool) -> str:
+    """What of the network is not finite; empty when all is well.
+
+    Args:
+        trainee: the network.
+        loss: whether it is known that the training loss is not.
+    """
     for key, tensor in graft_tensors(trainee.model).items():
         if not is_finite(tensor):
-            raise NonFiniteError(
-                f"epoch {epoch}: network {trainee.network} has a weight that is not finite in "
-                f"{key}: a lower learning rate, warm-up or clipping may help"
-            )
+            return f"a weight that is not finite in {key}"
+    return "a training loss that is not finite" if loss else ""
+
+
+def check_sound(
+    everyone: Sequence[NetworkRow], epoch: int, network: int, lost: str, *, may_go_on: bool
+) -> None:
+    """Raise NonFiniteError, in every process alike, when diverged networks end the run.
+
+    Args:
+        everyone: what the networks say of themselves.
+        epoch: that is over.
+        network: of this process.
+        lost: what of it is not finite.
+        may_go_on: whether the run goes on while one network is sound.
+    """
+    diverged = [other for other, row in enumerate(everyone) if not row.sound]
+    if not diverged or (may_go_on and len(diverged) < len(everyone)):
+        return
+    elsewhere = "a weight or a training loss that is not finite"
+    who = "; ".join(
+        f"network {other} has {lost if other == network else elsewhere}" for other in diverged
+    )
+    raise NonFiniteError(
+        f"epoch {epoch}: {who}: a lower learning rate, warm-up or clipping may help"
+    )
 
 
 @contextmanager

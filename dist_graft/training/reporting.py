@@ -2,82 +2,239 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from dist_graft.config import TrainConfig
+from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.console import NetworkRow, epoch_text, summary_text
 from dist_graft.monitoring.metrics import EpochMetrics, MetricsFile
+from dist_graft.monitoring.story import Event, StoryFile
 from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
-from dist_graft.population.grafter import GraftRecord
+from dist_graft.population.place import Place
+from dist_graft.population.record import GraftRecord
+from dist_graft.training.checkpoint import write_atomically
+from dist_graft.training.clock import Position
+from dist_graft.training.loop import EvalResult, TrainResult
 from dist_graft.training.run_directory import RunDirectory
+
+SLOW = 2.0
+"""A network is slow that is busy so many times longer than its peers' median."""
+_SHORT_SECONDS = 1.0  # epochs in which a hiccup makes the difference
 
 
 class Reporter:
     """Writes what one network and, in the first process, the population did.
 
+    A disk that refuses in the middle of a run is a warning: the numbers are written later, and
+    TensorBoard's events of the epoch are lost.
+
     Args:
         config: of the run.
         directory: of the run.
-        network: of this process.
-        speaks: whether this process reports on the population.
-        start_epoch: first epoch to be reported; what is there from it on is dropped.
+        place: of this process.
+        start: where this start of the run begins; what is there from it on is dropped.
         log: of this process.
+
+    Raises: RunDirectoryError when the disk refuses from the start.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         directory: RunDirectory,
+        place: Place,
         *,
-        network: int,
-        speaks: bool,
-        start_epoch: int,
+        start: Position,
         log: logging.Logger,
     ) -> None:
         self._config = config
+        self._directory = directory
+        self._place = place
         self._log = log
-        folder = directory.network(network)
-        self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start_epoch)
+        self._slow: set[int] = set()
+        self._diverged: set[int] = set()
+        folder = directory.network(place.network)
+        self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
+        self._story: StoryFile | None = None
         self._board: NetworkBoard | None = None
         self._population: PopulationBoard | None = None
-        if config.monitor.tensorboard:
-            self._board = NetworkBoard(folder, start_epoch=start_epoch)
-            if speaks:
-                self._population = PopulationBoard(directory.population, start_epoch=start_epoch)
+        if place.rank == 0:
+            self._story = StoryFile(
+                directory.events, start_epoch=start.epoch, start_round=start.round
+            )
+        self._open_boards(start.epoch)
+
+    def resumed(self, path: Path, start: Position) -> None:
+        """Report from where the run goes on."""
+        self._tell(
+            Event(
+                kind="resumed",
+                epoch=start.epoch,
+                round=start.round,
+                network=None,
+                text=f"went on from {path}",
+            ),
+            logging.DEBUG,  # who loaded it has logged it
+        )
+
+    def round(self, epoch: int, record: GraftRecord) -> None:
+        """Report the networks that a round found to have diverged."""
+        for network, what in record.diverged.items():
+            if network in record.healed:
+                self._tell(
+                    Event(
+                        kind="healed",
+                        epoch=epoch,
+                        round=record.round,
+                        network=network,
+                        text=f"network {network} has {what}: it took the weights of network "
+                        f"{record.healed[network]} whole, and its optimizer starts anew",
+                    )
+                )
+            elif network not in self._diverged:
+                self._tell(
+                    Event(
+                        kind="diverged",
+                        epoch=epoch,
+                        round=record.round,
+                        network=network,
+                        text=f"network {network} has {what}: from here on nobody takes from it",
+                    )
+                )
+        self._diverged = set(record.diverged) - set(record.healed)
 
     def network(self, metrics: EpochMetrics, layers: LayerView) -> None:
         """Report one epoch of this process's network."""
-        self._metrics.write(metrics)
-        if self._board:
-            self._board.epoch(metrics, layers)
+        with self._enduring():
+            self._metrics.write(metrics)
+        with self._showing(metrics.epoch):
+            if self._board:
+                self._board.epoch(metrics, layers)
 
-    def population(self, epoch: int, seconds: float, everyone: Sequence[NetworkRow]) -> None:
+    def population(
+        self, epoch: int, round_: int, seconds: float, everyone: Sequence[NetworkRow]
+    ) -> None:
         """Report one epoch of all networks."""
         self._log.info("%s", epoch_text(epoch, self._config.epochs, seconds, everyone))
-        if self._population:
-            self._population.epoch(epoch, [row.test_accuracy for row in everyone])
+        with self._showing(epoch):
+            if self._population:
+                self._population.epoch(epoch, [row.test_accuracy for row in everyone])
+        slow = slow_networks(everyone)
+        for network in sorted(set(slow) - self._slow):
+            self._tell(
+                Event(
+                    kind="slow",
+                    epoch=epoch,
+                    round=round_,
+                    network=network,
+                    text=f"network {network} is slow: its epoch took "
+                    f"{everyone[network].busy_seconds:.1f} s, {slow[network]:.1f} times what the "
+                    "others took; they wait for it",
+                )
+            )
+        self._slow = set(slow)
 
-    def summary(self, summary: dict[str, Any], network: int) -> None:
-        """Report the end of the run."""
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Report the end of the run; the first process writes summary.json."""
         epoch = self._config.epochs - 1
-        if self._board:
-            after = summary["networks"][network]["accuracy_after_last_round"]
-            self._board.after_last_round(after, epoch)
-        if self._population:
+        if self._story:
+            summary = summary | {"events": self._story.events}
+            text = json.dumps(summary, indent=1) + "\n"
+            with self._enduring():
+                write_atomically(self._directory.summary, text.encode())
+        after = summary["networks"][self._place.network]["accuracy_after_last_round"]
+        with self._showing(epoch):
+            if self._board:
+                self._board.after_last_round(after, epoch)
             for when in ("before_last_round", "after_last_round"):
-                self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
+                if self._population:
+                    self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
         self._log.info("%s", summary_text(summary))
 
     def close(self) -> None:
         """Flush and close all files."""
         for board in (self._board, self._population):
             if board:
-                board.close()
+                with self._enduring():
+                    board.close()
+
+    def _tell(self, event: Event, level: int = logging.WARNING) -> None:
+        self._log.log(level, "epoch %d: %s", event.epoch + 1, event.text)
+        if self._story:
+            with self._enduring():
+                self._story.write(event)
+        with self._showing(event.epoch):
+            if self._population:
+                self._population.event(event.text, event.epoch)
+
+    def _open_boards(self, epoch: int) -> None:
+        if self._config.monitor.tensorboard:
+            folder = self._directory.network(self._place.network)
+            self._board = NetworkBoard(folder, start_epoch=epoch)
+            if self._place.rank == 0:
+                self._population = PopulationBoard(self._directory.population, start_epoch=epoch)
+
+    @contextmanager
+    def _showing(self, epoch: int) -> Iterator[None]:
+        """Write events; boards whose disk refused are opened anew for the next epoch."""
+        try:
+            yield
+        except RunDirectoryError as error:
+            self._log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
+            with self._enduring():
+                self._open_boards(epoch + 1)
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        try:
+            yield
+        except RunDirectoryError as error:
+            self._log.warning("%s; training goes on", error)
 
 
-def row_of(metrics: EpochMetrics) -> NetworkRow:
+def slow_networks(everyone: Sequence[NetworkRow]) -> dict[int, float]:
+    """Networks that keep the others waiting, and how many times longer than these they are busy."""
+    found: dict[int, float] = {}
+    if not all(row.epoch_seconds for row in everyone):
+        return found
+    for network, row in enumerate(everyone):
+        others = [other.busy_seconds for other in everyone if other is not row]
+        usual = statistics.median(others) if others else 0.0
+        if row.busy_seconds > max(SLOW * usual, _SHORT_SECONDS) and usual > 0:
+            found[network] = row.busy_seconds / usual
+    return found
+
+
+def epoch_metrics(
+    epoch: int,
+    lr: float,
+    trained: TrainResult,
+    tested: EvalResult,
+    validated: EvalResult | None,
+    rounds: dict[str, Any] | None,
+) -> EpochMetrics:
+    """One epoch of one network, as metrics.jsonl tells of it."""
+    return EpochMetrics(
+        epoch=epoch,
+        lr=lr,
+        train_loss=trained.loss,
+        train_accuracy=trained.accuracy,
+        test_loss=tested.loss,
+        test_accuracy=tested.accuracy,
+        val_loss=validated.loss if validated else None,
+        val_accuracy=validated.accuracy if validated else None,
+        images_per_second=trained.images / trained.seconds,
+        graft=rounds,
+    )
+
+
+def row_of(metrics: EpochMetrics, *, busy: float, whole: float, sound: bool) -> NetworkRow:
     """What the others hear of one network's epoch."""
     graft = metrics.graft or {"donor": -1, "coefficient": {"": 1.0}}
     return NetworkRow(
@@ -90,6 +247,9 @@ def row_of(metrics: EpochMetrics) -> NetworkRow:
         donor=graft["donor"],
         smallest_coefficient=min(graft["coefficient"].values()),
         largest_coefficient=max(graft["coefficient"].values()),
+        busy_seconds=busy,
+        epoch_seconds=whole,
+        sound=float(sound),
     )
 
 
@@ -109,4 +269,5 @@ def with_round(earlier: dict[str, Any] | None, record: GraftRecord) -> dict[str,
         "coefficient": record.coefficient,
         "information": record.information,
         "distance": record.distance,
+        "healed_from": record.healed.get(record.network),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -19,7 +20,7 @@ from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage,
 from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
-_FREE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_seconds")
+_FREE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_")
 _SCHEDULES_WITHOUT_END = ("constant", "step")
 
 
@@ -48,6 +49,11 @@ class RunDirectory:
     def summary(self) -> Path:
         """Final accuracies."""
         return self.path / "summary.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened beside the training, one JSON line an event."""
+        return self.population / "events.jsonl"
 
     @property
     def stop(self) -> Path:
@@ -108,6 +114,12 @@ class RunDirectory:
                 "give the same options, or choose another run_dir"
             )
         self._check_epochs(int(before["epochs"]), config)
+
+    def forget_stop(self) -> None:
+        """Drop the requests to stop, and the marker, that an earlier start has left."""
+        for path in (self.stop, self.stopped):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _check_epochs(self, before: int, config: TrainConfig) -> None:
         if config.epochs < before:

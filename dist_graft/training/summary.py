@@ -5,18 +5,27 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
+
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.loop import EvalResult, accuracy
 
 
 def summarise(
-    runtime: Runtime, lr: float, before: EvalResult, after: EvalResult, seconds: float
+    runtime: Runtime,
+    lr: float,
+    before: EvalResult,
+    after: EvalResult,
+    seconds: float,
+    *,
+    sound: bool,
 ) -> dict[str, Any]:
     """Accuracies of all networks, of their mean and of their ensemble: a collective.
 
-    The ensemble answers with the members' mean probability. Accuracies are percentages.
+    The ensemble answers with the members' mean probability. Accuracies are percentages. Networks
+    that ended with weights that are not finite count in the mean, and cannot in the ensemble.
     """
-    rows = runtime.gather([lr, before.accuracy, after.accuracy], "the summary")
+    rows = runtime.gather([lr, before.accuracy, after.accuracy, float(sound)], "the summary")
     summary: dict[str, Any] = {
         "networks": [
             {
@@ -32,6 +41,10 @@ def summarise(
         (("before_last_round", before), ("after_last_round", after)), start=1
     ):
         summary[f"mean_accuracy_{when}"] = statistics.fmean(row[column] for row in rows)
-        scores = runtime.sum(result.probabilities, "the ensemble")
+        answers = result.probabilities
+        if not answers.isfinite().all():
+            answers = torch.zeros_like(answers)
+        scores = runtime.sum(answers, f"the ensemble {when}")
         summary[f"ensemble_accuracy_{when}"] = accuracy(scores, result.labels)
-    return summary | {"wall_seconds": seconds}
+    diverged = [network for network, row in enumerate(rows) if not row[3]]
+    return summary | {"diverged": diverged, "wall_seconds": seconds}

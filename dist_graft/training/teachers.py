@@ -11,7 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dist_graft.config import DistillConfig, ModelConfig, TrainConfig
+from dist_graft.config import ModelConfig, TrainConfig
+from dist_graft.config_methods import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
 from dist_graft.training.losses import distillation_loss

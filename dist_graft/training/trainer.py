@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
@@ -14,10 +13,10 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundStoppedError
 from dist_graft.monitoring.console import NetworkRow, ProgressBar
 from dist_graft.monitoring.log import open_log
-from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.population.place import Place
 from dist_graft.population.process import leave
 from dist_graft.population.runtime import Runtime
+from dist_graft.population.saving import SaveRequests
 from dist_graft.population.stopping import StopRequests
 from dist_graft.training.assembly import (
     build_cadence,
@@ -29,13 +28,13 @@ from dist_graft.training.assembly import (
     grafts_itself,
     lr_of,
 )
-from dist_graft.training.checkpoint import write_atomically
-from dist_graft.training.checkpointing import Checkpoints, Progress
-from dist_graft.training.clock import Position, segments
+from dist_graft.training.checkpointing import Checkpoints
+from dist_graft.training.clock import segments
+from dist_graft.training.course import Course
 from dist_graft.training.data import Data, ensure_available, load_data
-from dist_graft.training.layers import check_finite, look_at_layers, naming_epoch
-from dist_graft.training.loop import Trainee, current_lr, evaluate, train_steps
-from dist_graft.training.reporting import Reporter, row_of, with_round
+from dist_graft.training.layers import check_sound, look_at_layers, what_is_lost
+from dist_graft.training.loop import Trainee, evaluate
+from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.scions import graft_itself
 from dist_graft.training.summary import summarise
@@ -52,6 +51,8 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     directory = RunDirectory(config.run_dir)
     if speaks:
         directory.check(config, networks)
+        if not runtime.place.restarts:
+            directory.forget_stop()
     runtime.gather([0.0], "the check of the run directory")
     folders = [directory.network(network), *([directory.population] if speaks else [])]
     log = open_log(*folders, console=speaks)
@@ -69,17 +70,17 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     trainee = build_trainee(config, data, runtime)
     units = build_units(config, trainee)
     cadence = build_cadence(config, networks)
-    rate = build_rate(config, data.steps_per_epoch)
     grafter = None
     if not cadence.never and not grafts_itself(config):
         grafter = build_grafter(config, trainee, build_rule(config, trainee, units), runtime)
 
+    endures = config.on_divergence == "exclude" or (config.on_divergence == "heal" and grafter)
+
     checkpoints = Checkpoints(config, runtime, directory, trainee, log)
     progress = checkpoints.resume()
-    start, earlier_seconds = progress.position, progress.seconds
-    round_ = start.round
+    start = progress.position
     if grafter:
-        grafter.round = round_
+        grafter.round = start.round
         grafter.check()
     if start.epoch >= config.epochs:
         log.info("%s is complete: all of its %d epochs are done", directory.path, config.epochs)
@@ -87,19 +88,26 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         return
     if speaks:
         directory.describe(config, networks)
-        directory.stopped.unlink(missing_ok=True)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
-    reporter = Reporter(
-        config, directory, network=network, speaks=speaks, start_epoch=start.epoch, log=log
+    reporter = Reporter(config, directory, runtime.place, start=start, log=log)
+    course = Course(
+        config=config,
+        runtime=runtime,
+        trainee=trainee,
+        data=data,
+        grafter=grafter,
+        rate=build_rate(config, data.steps_per_epoch),
+        checkpoints=checkpoints,
+        stops=build_stop_requests(config, runtime, directory),
+        saves=SaveRequests(config.checkpoint.every_minutes, runtime.roll_call, asks=speaks),
+        bar=ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0),
+        progress=progress,
+        began=began - progress.seconds,
+        round=start.round,
     )
-    bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
-    requests = StopRequests(
-        directory.stop,
-        runtime.roll_call,
-        grace_seconds=config.checkpoint.grace_seconds,
-        late=partial(_leave_without_peers, runtime.place, config.checkpoint.grace_seconds),
-    )
-    requests.listen()
+    course.stops.listen()
+    if checkpoints.loaded:
+        reporter.resumed(checkpoints.loaded, start)
 
     for segment in segments(
         epochs=config.epochs,
@@ -110,90 +118,69 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     ):
         epoch = segment.epoch
         if segment.first == 0:
-            progress = Progress(lr=current_lr(trainee))
+            course.begin_epoch()
         if segment.first == 0 or (epoch, segment.first) == (start.epoch, start.step):
-            bar.start(
+            course.bar.start(
                 steps=data.steps_per_epoch, done=segment.first, epoch=epoch, epochs=config.epochs
             )
-        stretch = train_steps(
-            trainee,
-            data,
-            config.optim,
-            epoch=epoch,
-            first=segment.first,
-            last=segment.last,
-            on_step=bar.step,
-            stop=requests.asked,
-        )
-        progress.trained = progress.trained + stretch if progress.trained else stretch
-        progress.position = Position(epoch, segment.first + stretch.steps, round_)
-        progress.seconds = earlier_seconds + time.monotonic() - began
-
-        if segment.evaluate and not requests.asked():
-            bar.stop()
-            tested = evaluate(trainee, data, "test")
-            validated = evaluate(trainee, data, "val") if data.has_validation else None
+        course.train(segment)
+        if segment.evaluate and not course.stops.asked():
+            tested, validated = course.evaluate()
             layers = look_at_layers(config, trainee, units)
-        # Here the networks meet, and all go on or all stop.
-        stop = requests.asked()
-        if segment.round and grafter:
-            steps = epoch * data.steps_per_epoch + segment.last
-            try:
-                with naming_epoch(epoch):
-                    record = grafter.graft(rate=rate(steps), stop=stop)
-            except RoundStoppedError:
-                stop = True
-            else:
-                progress.rounds = with_round(progress.rounds, record)
-                round_ = grafter.round
-        elif segment.evaluate or stop:
-            votes = runtime.gather([float(stop)], f"the end of epoch {epoch}")
-            stop = [1.0] in votes
-        if stop:
-            bar.stop()
+        try:
+            record = course.meet(segment)
+        except RoundStoppedError:
             reporter.close()
-            checkpoints.leave(progress, requests.reason or requests.heard())
+            course.leave()
+        if record:
+            reporter.round(epoch, record)
         if segment.round and not grafter:
-            graft_itself(trainee, units, config.graft, round_)
-            round_ += 1
+            graft_itself(trainee, units, config.graft, course.round)
+            course.round += 1
         if segment.round and config.graft.reset_momentum:
             trainee.optimizer.state.clear()
         if not segment.evaluate:
             continue
-        if not (segment.round and grafter):
-            check_finite(trainee, epoch)
 
-        trained = progress.trained
-        metrics = EpochMetrics(
-            epoch=epoch,
-            lr=progress.lr or 0.0,
-            train_loss=trained.loss,
-            train_accuracy=trained.accuracy,
-            test_loss=tested.loss,
-            test_accuracy=tested.accuracy,
-            val_loss=validated.loss if validated else None,
-            val_accuracy=validated.accuracy if validated else None,
-            images_per_second=trained.images / trained.seconds,
-            graft=progress.rounds,
+        metrics = epoch_metrics(
+            epoch, course.lr, course.trained, tested, validated, course.progress.rounds
         )
         reporter.network(metrics, layers)
-        numbers = runtime.gather(row_of(metrics).numbers(), f"the report of epoch {epoch}")
-        reporter.population(epoch, trained.seconds, [NetworkRow(*other) for other in numbers])
+        lost = what_is_lost(trainee, loss=course.progress.diverged)
+        row = row_of(metrics, busy=course.busy, whole=course.whole, sound=not lost)
+        numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
+        everyone = [NetworkRow(*other) for other in numbers]
+        runtime.patience.learn(max(other.epoch_seconds for other in everyone))
+        reporter.population(epoch, course.round, course.trained.seconds, everyone)
+        check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
 
-        seconds = earlier_seconds + time.monotonic() - began
         if segment.ends_run:
             after = evaluate(trainee, data, "test") if segment.round else tested
-            summary = summarise(runtime, lr_of(config, runtime), tested, after, seconds)
-            if speaks:
-                write_atomically(directory.summary, (json.dumps(summary, indent=1) + "\n").encode())
-            reporter.summary(summary, network)
+            summary = summarise(
+                runtime, lr_of(config, runtime), tested, after, course.seconds, sound=not lost
+            )
+            reporter.summary(summary)
         if segment.save:
-            checkpoints.save(Progress(Position(epoch + 1, 0, round_), seconds))
+            course.finish_epoch(epoch)
 
     reporter.close()
+    checkpoints.finish()
     if speaks:
         log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
     runtime.finish()
+
+
+def build_stop_requests(
+    config: TrainConfig, runtime: Runtime, directory: RunDirectory
+) -> StopRequests:
+    """Listens for whoever wants the run to stop."""
+    grace = config.checkpoint.grace_seconds
+    return StopRequests(
+        directory.stop,
+        runtime.roll_call,
+        grace_seconds=grace,
+        late=partial(_leave_without_peers, runtime.place, grace),
+    )
 
 
 def _leave_without_peers(place: Place, seconds: float) -> None:

@@ -20,7 +20,7 @@ EXCHANGE = ("method", "graft", "papa", "wash")
 """Sections that say what flows between networks; the others say what a network is and learns."""
 
 _LEARNING_RATES = ("lr", "lrs", "lr_diversity")
-_WITHOUT_INFLUENCE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_seconds")
+_WITHOUT_INFLUENCE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_")
 _KEY_LENGTH = 12
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import numpy as np
@@ -209,11 +210,22 @@ def test_a_donor_without_a_share_leaves_no_nan():
     assert mixing.fractions(2) == [[0.0], [0.0]]
 
 
-def test_blend_writes_into_the_recipients_alone():
-    recipients = [nn.Parameter(torch.zeros(3)), torch.zeros(2, dtype=torch.float64)]
-    donors = [torch.ones(3), torch.ones(2, dtype=torch.float64)]
-    there = [tensor.data_ptr() for tensor in recipients]
-    blend_(recipients, donors, [0.25, 0.75])
-    assert [tensor.tolist() for tensor in recipients] == [[0.25] * 3, [0.75] * 2]
-    assert [tensor.data_ptr() for tensor in recipients] == there
-    assert all((tensor == 1).all() for tensor in donors)
+@pytest.mark.parametrize(("fraction", "expected"), [(0.25, 0.25), (0.75, 0.75), (1.0, 1.0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_blend_writes_into_the_recipient_alone(fraction, expected, dtype):
+    recipient = nn.Parameter(torch.zeros(3, dtype=dtype))
+    donor, there = torch.ones(3, dtype=dtype), recipient.data_ptr()
+    blend_(recipient, donor, fraction)
+    assert recipient.tolist() == [expected] * 3
+    assert recipient.data_ptr() == there
+    assert (donor == 1).all()
+
+
+def test_a_fraction_of_1_copies_whatever_there_was():
+    """In the order in memory that each has, and so that no NaN or infinity is left."""
+    recipient = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1.0, -0.0]).view(2, 3).t()
+    donor = torch.tensor([1e-45, -0.0, -3e38, 3.0, 4.0, 5.0]).view(3, 2)
+    blend_(recipient, donor, 1.0)
+    assert recipient.tolist() == donor.tolist()
+    assert math.copysign(1, recipient[0, 1]) == -1
+    assert recipient.stride() == (1, 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import pytest
@@ -23,6 +24,9 @@ ROW = NetworkRow(
     donor=-1,
     smallest_coefficient=1.0,
     largest_coefficient=1.0,
+    busy_seconds=7.5,
+    epoch_seconds=8.25,
+    sound=1.0,
 )
 
 
@@ -48,6 +52,12 @@ def test_one_line_a_network_after_an_epoch() -> None:
     )
     assert first.split() == ["0", "0.05", "1.2346", "45.68", "2.5000", "40.00", "1234", "all"]
     assert second.split()[-4:] == ["0.30-0.70,", "rest", "of", "0"]
+
+
+def test_the_line_of_a_network_that_diverged_says_so() -> None:
+    lost = dataclasses.replace(ROW, train_loss=math.nan, donor=1.0, sound=0.0)
+    line = epoch_text(0, 1, 1.0, [ROW, lost]).splitlines()[-1]
+    assert line.split() == ["1", "0.05", "nan", "45.68", "2.5000", "40.00", "1234", "diverged"]
 
 
 def test_the_closing_table() -> None:

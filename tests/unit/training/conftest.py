@@ -8,6 +8,7 @@ from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
 from torch import nn
 
 from dist_graft.config import DataConfig, OptimConfig
+from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.data.images import ResidentImages
@@ -82,6 +83,7 @@ def make_runtime() -> MakeRuntime:
     """The runtime of one of several networks, as far as nothing is sent."""
 
     def make(network: int = 0, networks: int = 1) -> Runtime:
-        return Runtime(Place(network, networks, network, networks), CPU, "none", 60.0, None)
+        place = Place(network, networks, network, networks)
+        return Runtime(place, CPU, "none", Patience(60.0, epochs=5.0), None)
 
     return make

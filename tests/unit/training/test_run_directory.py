@@ -20,10 +20,18 @@ from dist_graft.options import option_names
 from dist_graft.training.run_directory import RunDirectory, network_folder
 from dist_graft.validation import from_nested
 
-FREE = {"run_dir", "resume", "checkpoint", "monitor", "runtime.timeout_seconds"}
+FREE = {
+    "run_dir",
+    "resume",
+    "checkpoint",
+    "monitor",
+    "runtime.timeout_seconds",
+    "runtime.timeout_epochs",
+}
 OTHER: dict[str, Any] = {
     "seed": 1,
     "method": "none",
+    "on_divergence": "abort",
     "data.name": "cifar10",
     "data.root": "elsewhere",
     "data.batch_size": 127,
@@ -88,11 +96,14 @@ OTHER: dict[str, Any] = {
     "run_dir": "runs/elsewhere",
     "resume": "must",
     "checkpoint.every": 3,
+    "checkpoint.every_minutes": 7.5,
     "checkpoint.keep": 5,
+    "checkpoint.max_failures": 1,
     "checkpoint.grace_seconds": 9.0,
     "monitor.tensorboard": False,
     "monitor.progress": "lines",
     "runtime.timeout_seconds": 5.0,
+    "runtime.timeout_epochs": 2.0,
 }
 """Another legal value of every option but the epochs."""
 
@@ -119,6 +130,9 @@ def test_where_things_lie() -> None:
     assert directory.checkpoints == Path("RUN/checkpoints")
     assert directory.population == Path("RUN/population")
     assert directory.summary == Path("RUN/summary.json")
+    assert directory.events == Path("RUN/population/events.jsonl")
+    assert directory.stop == Path("RUN/STOP")
+    assert directory.stopped == Path("RUN/STOPPED_EARLY")
     assert directory.network(3) == network_folder(Path("RUN"), 3) == Path("RUN/network03")
 
 

@@ -1,0 +1,204 @@
+"""One network's way from meeting to meeting, and the sets that are saved on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from dist_graft.config import TrainConfig
+from dist_graft.errors import RoundPostponedError, RoundStoppedError
+from dist_graft.monitoring.console import ProgressBar
+from dist_graft.population.grafter import Grafter
+from dist_graft.population.record import GraftRecord
+from dist_graft.population.runtime import Runtime
+from dist_graft.population.saving import SaveRequests
+from dist_graft.population.stopping import StopRequests
+from dist_graft.training.checkpointing import Checkpoints, Progress
+from dist_graft.training.clock import Position, Segment
+from dist_graft.training.data import Data
+from dist_graft.training.layers import naming_epoch
+from dist_graft.training.loop import (
+    EvalResult,
+    Trainee,
+    TrainResult,
+    current_lr,
+    evaluate,
+    train_steps,
+)
+from dist_graft.training.reporting import with_round
+
+
+@dataclass
+class Course:
+    """Trains one network between the points at which all networks meet.
+
+    A request to stop is honoured after a step, and leaves from the next meeting; a request for a
+    checkpoint set is met after a step, or at a meeting that others reached first.
+    """
+
+    config: TrainConfig
+    runtime: Runtime
+    trainee: Trainee
+    data: Data
+    grafter: Grafter | None
+    rate: Callable[[int], float]
+    """What donors' shares are multiplied with after a number of steps of the run."""
+    checkpoints: Checkpoints
+    stops: StopRequests
+    saves: SaveRequests
+    bar: ProgressBar
+    progress: Progress
+    began: float
+    """When the run would have begun without interruption, on the monotonic clock."""
+    round: int = 0
+    """Rounds finished."""
+    busy: float = field(default=0.0, init=False)
+    """Seconds of training and evaluating in this epoch, in this process's life."""
+    _epoch_began: float | None = field(default=None, init=False)
+    _due: bool = field(default=False, init=False)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run so far, by all its processes' lives."""
+        return time.monotonic() - self.began
+
+    @property
+    def whole(self) -> float:
+        """Seconds since the epoch began; 0 when this process did not live through all of it."""
+        return time.monotonic() - self._epoch_began if self._epoch_began else 0.0
+
+    @property
+    def trained(self) -> TrainResult:
+        """Of the epoch's steps."""
+        assert self.progress.trained is not None
+        return self.progress.trained
+
+    @property
+    def lr(self) -> float:
+        """At the start of the epoch."""
+        assert self.progress.lr is not None
+        return self.progress.lr
+
+    def begin_epoch(self) -> None:
+        """From here on the progress is that of a new epoch."""
+        self.busy, self._epoch_began = 0.0, time.monotonic()
+        self.progress = Progress(
+            lr=current_lr(self.trainee),
+            position=Position(0, 0, self.round),
+            diverged=self.progress.diverged,
+        )
+
+    def train(self, segment: Segment) -> None:
+        """Take the steps of a segment, or as many as there are before a request to stop."""
+        first = segment.first
+        while True:
+            stretch = train_steps(
+                self.trainee,
+                self.data,
+                self.config.optim,
+                epoch=segment.epoch,
+                first=first,
+                last=segment.last,
+                on_step=self.bar.step,
+                stop=self._interrupted,
+            )
+            first += stretch.steps
+            self.busy += stretch.seconds
+            progress = self.progress
+            progress.trained = progress.trained + stretch if progress.trained else stretch
+            progress.position = Position(segment.epoch, first, self.round)
+            progress.diverged |= self._lost(stretch.loss)
+            if self._due:
+                self._save()
+            if first == segment.last or self.stops.asked():
+                return
+
+    def evaluate(self) -> tuple[EvalResult, EvalResult | None]:
+        """The network as it is on the test images, and on the validation images where there are."""
+        began = time.monotonic()
+        self.bar.stop()
+        tested = evaluate(self.trainee, self.data, "test")
+        validated = evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
+        self.busy += time.monotonic() - began
+        return tested, validated
+
+    def meet(self, segment: Segment) -> GraftRecord | None:
+        """Meet the other networks at the end of a segment: all go on or all stop, a collective.
+
+        Returns: what a round did; None when none was due.
+
+        Raises: RoundStoppedError when a network wants to stop.
+        """
+        while True:
+            stop = self.stops.asked()
+            try:
+                if segment.round and self.grafter:
+                    return self._graft(segment, stop)
+                if segment.evaluate or stop:
+                    self._vote(segment.epoch, stop)
+                return None
+            except RoundPostponedError as postponed:
+                if self.saves.count < postponed.saves:
+                    self._save()
+
+    def leave(self) -> NoReturn:
+        """Save where the run stands and end it early, together with all others."""
+        self.bar.stop()
+        self.progress.seconds = self.seconds
+        self.checkpoints.leave(self.progress, self.stops.reason or self.stops.heard())
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Save a set after an epoch and its round."""
+        progress = Progress(
+            Position(epoch + 1, 0, self.round), self.seconds, diverged=self.progress.diverged
+        )
+        self.checkpoints.save(progress)
+        self.saves.saved()
+
+    def _graft(self, segment: Segment, stop: bool) -> GraftRecord:
+        assert self.grafter is not None
+        steps = segment.epoch * self.data.steps_per_epoch + segment.last
+        with naming_epoch(segment.epoch):
+            record = self.grafter.graft(
+                rate=self.rate(steps),
+                stop=stop,
+                saves=self.saves.count,
+                diverged=self.progress.diverged,
+            )
+        if self.runtime.place.network in record.healed:
+            self.trainee.optimizer.state.clear()
+        self.progress.diverged = False
+        self.progress.rounds = with_round(self.progress.rounds, record)
+        self.round = self.grafter.round
+        return record
+
+    def _vote(self, epoch: int, stop: bool) -> None:
+        votes = self.runtime.gather(
+            [float(stop), float(self.saves.count)], f"the end of epoch {epoch}"
+        )
+        if any(stops for stops, _ in votes):
+            raise RoundStoppedError(f"a network stops at the end of epoch {epoch}")
+        saves = [int(count) for _, count in votes]
+        if min(saves) < max(saves):
+            raise RoundPostponedError(max(saves))
+
+    def _save(self) -> None:
+        self._due = False
+        self.progress.seconds = self.seconds
+        own = self.checkpoints.path(self.progress).name
+        name = self.saves.agreed(own, self.runtime.patience.seconds)
+        self.checkpoints.save(self.progress, name)
+        self.saves.done()
+
+    def _interrupted(self) -> bool:
+        if self.stops.asked():
+            return True
+        self._due = self.saves.due(busy=self.checkpoints.busy)
+        return self._due
+
+    def _lost(self, loss: float) -> bool:
+        """Whether a loss tells of a network that is lost; loss scaling skips such steps."""
+        return not math.isfinite(loss) and not self.trainee.scaler.is_enabled()

@@ -1,0 +1,160 @@
+"""Writes checkpoint sets beside the training: one thread, one set at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dist_graft.errors import DistGraftError, RunDirectoryError
+from dist_graft.grafting.units import place_of
+from dist_graft.population.presence import RollCall
+from dist_graft.training.checkpoint import complete_set, discard, prune, save_network
+from dist_graft.training.clock import Position
+
+_WRITTEN = "complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a set, the same for every network."""
+
+    path: Path
+    failure: str = ""
+    """Why it is not complete; empty when it is."""
+
+
+class SetWriter:
+    """Writes one network's file of each set; the first network completes a set.
+
+    The sums travel through the run's key-value store, over a connection of the thread's own.
+
+    Args:
+        network: of this process.
+        roll_call: of the run; None for a network alone.
+        seconds: how long to wait for the other networks' files, asked when it matters.
+        keep: newest sets that stay.
+    """
+
+    def __init__(
+        self, network: int, roll_call: RollCall | None, *, seconds: Callable[[], float], keep: int
+    ) -> None:
+        self._network = network
+        self._roll_call = roll_call.apart() if roll_call else None
+        self._seconds = seconds
+        self._keep = keep
+        self._given_up = threading.Event()
+        self._under_way: Future[Outcome] | None = None
+
+    def start(self, label: str, path: Path, position: Position, state: Mapping[str, Any]) -> None:
+        """Copy the state to host memory, and write it in the background.
+
+        Args:
+            label: of the set, the same for every network and of no other set of the process.
+            path: of the set.
+            position: of this network.
+            state: what torch.save can write; it may change as soon as this returns.
+        """
+        assert self._under_way is None
+        copied = in_host_memory(state)
+        under_way: Future[Outcome] = Future()
+        self._under_way = under_way
+        self._given_up.clear()
+
+        def write() -> None:
+            try:
+                under_way.set_result(self._write(label, path, position, copied))
+            except BaseException as error:  # noqa: BLE001  told to who waits for it
+                under_way.set_exception(error)
+
+        threading.Thread(target=write, name=f"checkpoint {label}", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a set is under way."""
+        return self._under_way is not None and not self._under_way.done()
+
+    def give_up(self) -> None:
+        """Do not wait for the files of networks that may never write theirs."""
+        self._given_up.set()
+
+    def result(self) -> Outcome | None:
+        """What became of the set under way, once that is known; None when there is none.
+
+        Raises: PeerError when another network died or did not answer.
+        """
+        under_way, self._under_way = self._under_way, None
+        return under_way.result() if under_way else None
+
+    def _write(
+        self, label: str, path: Path, position: Position, state: Mapping[str, Any]
+    ) -> Outcome:
+        try:
+            digest = save_network(path / f"network{self._network:02d}.pt", state)
+            told = f"{digest} {position.epoch} {position.step}"
+        except RunDirectoryError as error:
+            told = f"failed {error}"
+        roll_call = self._roll_call
+        if roll_call:
+            roll_call.post(f"{label} written", told)
+        if roll_call and self._network != 0:
+            # Longer than the first network waits for everyone's files, for it to say who is late.
+            verdict = roll_call.hear(f"{label} complete", 0, 2 * self._seconds())
+        else:
+            verdict = self._complete(label, path, position, told)
+            if roll_call:
+                roll_call.post(f"{label} complete", verdict)
+        return Outcome(path=path, failure="" if verdict == _WRITTEN else verdict)
+
+    def _complete(self, label: str, path: Path, position: Position, told: str) -> str:
+        try:
+            texts = [told]
+            if self._roll_call:
+                texts = self._roll_call.collect(
+                    f"{label} written", self._seconds(), given_up=self._given_up.is_set
+                )
+            failed = [text.removeprefix("failed ") for text in texts if text.startswith("failed ")]
+            if failed:
+                raise RunDirectoryError(failed[0])
+            saved = [text.split() for text in texts]
+            complete_set(
+                path,
+                epoch=position.epoch,
+                round_=position.round,
+                sha256=[digest for digest, _, _ in saved],
+                positions=[(int(epoch), int(step)) for _, epoch, step in saved],
+            )
+        except DistGraftError as error:
+            discard(path)
+            return str(error)
+        with contextlib.suppress(OSError):  # more sets than wanted are no harm
+            prune(path.parent, self._keep)
+        return _WRITTEN
+
+
+def in_host_memory(value: Any) -> Any:
+    """A copy whose tensors are on the CPU; those that are the same stay the same one."""
+    copies: dict[Hashable, Tensor] = {}
+
+    def copied(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            place = (place_of(part), part.shape, part.stride())
+            if place not in copies:
+                copies[place] = part.detach().to("cpu", copy=True)
+            return copies[place]
+        if isinstance(part, dict):
+            whole = copy(part)  # with what a state dict holds beside its keys
+            whole.update((key, copied(inner)) for key, inner in part.items())
+            return whole
+        if isinstance(part, list | tuple):
+            return type(part)(copied(inner) for inner in part)
+        return part
+
+    return copied(value)

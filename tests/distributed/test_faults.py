@@ -1,0 +1,243 @@
+"""What becomes of a run in which one network fails: real processes, real faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import (
+    PROMPTLY,
+    background,
+    end_of,
+    finish,
+    program,
+    saved,
+    told,
+    torchrun,
+    wait_until,
+)
+from reading import assert_same_bits, checkpoint, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EPOCHS = 4
+STEPS = 8
+OPTIONS = (
+    *("--epochs", str(EPOCHS), "--data.train_samples", str(16 * STEPS)),
+    *("--data.batch_size", "16"),
+)
+FAULTY = str(Path(__file__).with_name("faulty.py"))
+RESTARTS = "--max-restarts=3"
+
+
+def faulty(
+    networks: int, run: Path, faults: str, *options: str, restarts: bool = False
+) -> list[str]:
+    """Under torchrun: `faults` is WAY NETWORK STEP ...; see faulty.py."""
+    command = torchrun(networks, run, *OPTIONS, *options)
+    train = command.index("train")
+    assert command[train - 2 : train] == ["-m", "dist_graft"]
+    launcher = command[: train - 2] + ([RESTARTS] if restarts else [])
+    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
+
+
+def sets(run: Path) -> list[str]:
+    return sorted(path.parent.name for path in run.glob("checkpoints/*/COMPLETE.json"))
+
+
+def summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
+def finite(run: Path, network: int) -> bool:
+    model = checkpoint(run, EPOCHS, network)["model"]
+    return all(bool(tensor.isfinite().all()) for tensor in model.values())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    done = finish(torchrun(3, run, *OPTIONS), timeout=150)
+    assert done.status == 0, done
+    return run
+
+
+def assert_ends_as(straight: Path, run: Path) -> None:
+    for network in range(3):
+        before, after = (checkpoint(path, EPOCHS, network) for path in (straight, run))
+        assert_same_bits(before["model"], after["model"])
+        assert before["scheduler"] == after["scheduler"]
+        for one, other in zip(metrics(straight, network), metrics(run, network), strict=True):
+            assert one["test_loss"] == other["test_loss"]
+
+
+@pytest.mark.slow
+class TestADivergedNetwork:
+    def test_is_healed(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        done = finish(faulty(3, run, f"nan 1 {STEPS + 2}"), timeout=150)
+        assert done.status == 0, done
+        assert all(finite(run, network) for network in range(3))
+        (event,) = summary(run)["events"]
+        assert (event["kind"], event["network"], event["epoch"]) == ("healed", 1, 1)
+        assert "took the weights of network 0 whole" in event["text"]
+        assert summary(run)["diverged"] == []
+        for network in range(3):
+            assert event["text"] in (run / f"network{network:02d}/log.txt").read_text()
+        assert [line["graft"]["healed_from"] for line in metrics(run, 1)] == [None, 0, None, None]
+        assert [line["graft"]["healed_from"] for line in metrics(run, 2)] == [None] * EPOCHS
+        assert metrics(run, 1)[1]["train_loss"] is None
+        assert set(metrics(run, 1)[1]["graft"]["coefficient"].values()) == {0.0}
+        assert set(metrics(run, 2)[1]["graft"]["coefficient"].values()) == {1.0}
+        board = EventAccumulator(str(run / "population"))
+        board.Reload()
+        (text,) = board.Tensors("events/text_summary")
+        assert text.step == 1
+        assert event["text"] in text.tensor_proto.string_val[0].decode()
+
+    def test_is_left_out_when_it_is_to_be_excluded(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        command = faulty(
+            3, run, "nan 1 2", "--on_divergence", "exclude", "--graft.every_steps", "4"
+        )
+        done = finish(command, timeout=150)
+        assert done.status == 0, done
+        assert [finite(run, network) for network in range(3)] == [True, False, True]
+        assert summary(run)["diverged"] == [1]
+        assert [event["kind"] for event in summary(run)["events"]] == ["diverged"]
+        assert math.isfinite(summary(run)["ensemble_accuracy_after_last_round"])
+
+    def test_ends_the_run_when_it_is_asked_to(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        command = faulty(3, run, f"nan 1 {STEPS + 2}", "--on_divergence", "abort")
+        done = finish(command, timeout=150)
+        told(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
+        assert sets(run) == ["epoch_0001"]
+
+    def test_all_of_them_end_the_run_and_the_last_good_set_stays(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        faults = f"nan 0 {STEPS + 2} nan 1 {STEPS + 2}"
+        done = finish(faulty(2, run, faults), timeout=150)
+        told(done, "network 0 has a weight", "network 1 has a weight")
+        assert sets(run) == ["epoch_0001"]
+
+    def test_has_nobody_to_heal_it_among_independent_networks(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        done = finish(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
+        told(done, "epoch 0: network 1 has a weight")
+
+    @pytest.mark.parametrize("method", ["papa", "wash"])
+    def test_is_healed_by_other_methods(self, method: str, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        done = finish(faulty(3, run, "nan 2 3", "--method", method), timeout=200)
+        assert done.status == 0, done
+        assert all(finite(run, network) for network in range(3))
+        assert [event["network"] for event in summary(run)["events"]] == [2]
+
+
+@pytest.mark.slow
+class TestADeadNetwork:
+    def test_the_launcher_goes_on_by_itself(self, straight: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        faults = f"kill 0 {STEPS + 3} raise 1 {STEPS + 1} exit 2 {STEPS + 2}"
+        done = finish(faulty(3, run, faults, restarts=True), timeout=250)
+        assert done.status == 0, done
+        assert_ends_as(straight, run)
+        events = summary(run)["events"]
+        assert {event["kind"] for event in events} == {"resumed"}
+        assert 1 <= len(events) <= 3
+
+    def test_a_stop_is_not_undone_by_the_launcher(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        command = faulty(2, run, "slow 0 0", "--epochs", "400", restarts=True)
+        with background([command]) as (launcher,):
+            wait_until(saved(run, 1), "the first set", meanwhile=[launcher])
+            (run / "STOP").touch()
+            done = end_of(launcher, 90)
+        assert done.status == 1
+        assert (run / "STOPPED_EARLY").exists()
+        assert (run / "network00/log.txt").read_text().count("epochs 1 to 400") == 1
+        assert "the launcher started it again" in done.errors
+
+
+@pytest.mark.slow
+def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = finish(faulty(2, run, "slow 1 0", "--data.train_samples", "192"), timeout=150)
+    assert done.status == 0, done
+    events = summary(run)["events"]
+    assert {(event["kind"], event["network"]) for event in events} == {("slow", 1)}
+    assert "network 1 is slow: its epoch took" in (run / "network00/log.txt").read_text()
+
+
+@pytest.mark.slow
+class TestADiskThatRefuses:
+    def test_training_goes_on_and_later_sets_are_complete(
+        self, straight: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        faults = f"full 1 {STEPS + 2} space 1 {3 * STEPS + 2}"
+        done = finish(faulty(3, run, faults, "--checkpoint.keep", "9"), timeout=150)
+        assert done.status == 0, done
+        assert sets(run) == ["epoch_0001", "epoch_0004"]
+        assert_ends_as(straight, run)
+        assert "epoch_0002 is not complete" in done.output
+        assert "File too large" in done.output
+
+    def test_too_many_failures_in_a_row_end_the_run(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
+        done = finish(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
+        told(done, "2 checkpoint sets in a row", "File too large", "network01.pt")
+        assert sets(run) == ["epoch_0001"]
+
+    def test_a_run_whose_last_set_failed_is_finished_by_the_same_command(
+        self, straight: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        done = finish(faulty(3, run, f"full 2 {3 * STEPS + 2}"), timeout=150)
+        told(done, "the last checkpoint set is not complete", "network02.pt")
+        done = finish(torchrun(3, run, *OPTIONS), timeout=150)
+        assert done.status == 0, done
+        assert_ends_as(straight, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["graft", "papa", "none"])
+def test_sets_between_epochs_go_on_exactly(method: str, tmp_path: Path) -> None:
+    """A set every 0.6 seconds, at whatever step the networks are; then one network is killed."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
+    done = finish(torchrun(3, straight, *OPTIONS, *options), timeout=150)
+    assert done.status == 0, done
+    timed = (*options, "--checkpoint.every_minutes", "0.01", "--checkpoint.keep", "99")
+    done = finish(faulty(3, run, f"kill 1 {3 * STEPS}", *timed, restarts=True), timeout=200)
+    assert done.status == 0, done
+    inside = [name for name in sets(run) if "round" in name]
+    assert inside
+    told_of = json.loads((run / "checkpoints" / inside[0] / "COMPLETE.json").read_text())
+    assert len(told_of["positions"]) == 3
+    (event,) = summary(run)["events"]
+    assert event["text"].startswith(f"went on from {run}/checkpoints/epoch_")
+    assert_ends_as(straight, run)
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    """Who a network is follows from its file, not from the process that reads it."""
+    run = tmp_path / "run"
+    one = ("--epochs", "1")
+    assert finish(program(run, *one), timeout=60).status == 0
+    path = run / "checkpoints/epoch_0001/network00.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"network": 1}, path)
+    complete = path.with_name("COMPLETE.json")
+    content = json.loads(complete.read_text())
+    content["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    complete.write_text(json.dumps(content))
+    done = finish(program(run, *one), timeout=PROMPTLY * 3)
+    told(done, "holds network 1, not network 0")

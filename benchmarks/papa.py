@@ -23,6 +23,7 @@ from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft import Grafter, Papa
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
+from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import build_trainee
@@ -61,7 +62,7 @@ def watch(rank: int, options: argparse.Namespace, folder: str) -> Seen:
         runtime=RuntimeConfig(precision=options.precision, threads=1),
     )
     data = load_data(config.data, seed=0, network=rank, device=DEVICE, channels_last=True)
-    runtime = Runtime(Place(rank, options.networks), DEVICE, "gloo", 300, None)
+    runtime = Runtime(Place(rank, options.networks), DEVICE, "gloo", Patience(300, epochs=5), None)
     independent, pulled = (build_trainee(config, data, runtime) for _ in range(2))
     grafter = Grafter(pulled.model, rule=Papa(), exchange=options.exchange)
     seen = Seen()

@@ -34,6 +34,8 @@ class DataConfig:
     """Random crops and flips while training, the usual ones of the data set."""
     workers: int = 4
     """Processes that decode images for each network (imagefolder only)."""
+    skip_broken: bool = False
+    """Leave out images that cannot be decoded, and count them (imagefolder only)."""
     download: bool = True
     """Download CIFAR when it is missing, once on every machine."""
 

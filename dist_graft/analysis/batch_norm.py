@@ -16,8 +16,8 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def reestimate(predictor: Predictor, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set the running mean and variance of each batch norm to their means over the batches.
 
-    Every batch weighs the same. Only batch norm runs as in training: dropout stays off, so nothing
-    is drawn. A network without batch norm is left as it is.
+    Every batch weighs the same, an empty one nothing. Only batch norm runs as in training: dropout
+    stays off, so nothing is drawn. A network without batch norm is left as it is.
 
     Args: batches: pairs of images and labels, in the run's device and memory format.
     """
@@ -35,6 +35,8 @@ def reestimate(predictor: Predictor, batches: Iterable[tuple[Tensor, Tensor]]) -
         layer.momentum = None  # the mean of all batches instead of a moving one
         layer.train()
     for images, _ in batches:
+        if not len(images):
+            continue
         with predictor.autocast():
             predictor.model(images)
     for layer, momentum in zip(layers, momenta, strict=True):

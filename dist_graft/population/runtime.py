@@ -36,7 +36,7 @@ class Runtime:
     """As torch.distributed was given it; "none" for a network alone."""
     patience: Patience
     roll_call: RollCall | None
-    """None for a network alone."""
+    """None for a network alone, or where nobody is to be named."""
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
         """Everyone's numbers, as many from each, in the order of the networks: a collective.
@@ -95,13 +95,14 @@ class Runtime:
 
     def _arrive(self, what: str) -> Callable[[float], None]:
         """Say that this process is there; returns what to call while it waits for the others."""
-        assert self.roll_call is not None
+        if self.roll_call is None:
+            return lambda waited: None
         self.roll_call.post(what, "")
         return self.patience.remark(what, partial(self.roll_call.silent, what))
 
     def _lost(self, what: str, error: WireError) -> PeerError:
-        assert self.roll_call is not None
-        who = "; ".join(self.roll_call.gone() or self.roll_call.silent(what))
+        roll_call = self.roll_call
+        who = "; ".join(roll_call.gone() or roll_call.silent(what)) if roll_call else ""
         return PeerError(
             f"lost {who or 'another network'} during {what}: it died or did not answer, and its "
             f"own output says why ({error})"

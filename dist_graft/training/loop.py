@@ -107,7 +107,8 @@ def train_steps(
     """Train the network on the batches first ... last - 1 of an epoch, or until `stop`.
 
     Every step's draws (dropout) follow from (seed, network, epoch, step). A batch is cut into
-    config.accumulation parts whose gradients add up to the gradient of its mean loss.
+    config.accumulation parts whose gradients add up to the gradient of its mean loss. A step whose
+    batch is empty counts and changes no weight.
     """
     start = time.perf_counter()
     trainee.model.train()
@@ -116,27 +117,8 @@ def train_steps(
     batches = data.train_batches(epoch, first, last)
     for step, (inputs, labels) in enumerate(batches, start=first):
         torch.manual_seed(stream_seed("step", trainee.seed, trainee.network, epoch, step))
-        parts = min(config.accumulation, len(labels))
-        for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            with trainee.autocast():
-                logits = trainee.forward(part)
-                _check_logits(logits, target)
-                loss = F.cross_entropy(
-                    logits.float(), target, label_smoothing=config.label_smoothing
-                )
-            if trainee.teachers is not None:
-                loss = loss + trainee.teachers.loss(part, logits, trainee.autocast())
-            share = len(target) / len(labels)
-            trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
-            with torch.no_grad():
-                totals[0] += loss.detach() * len(target)
-                totals[1] += (logits.detach().argmax(1) == target).sum()
-        if config.clip_norm is not None:
-            trainee.scaler.unscale_(trainee.optimizer)
-            torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), config.clip_norm)
-        trainee.scaler.step(trainee.optimizer)
-        trainee.scaler.update()
-        trainee.optimizer.zero_grad(set_to_none=True)
+        if len(labels):
+            _learn(trainee, inputs, labels, config, totals)
         trainee.scheduler.step()
         images += len(labels)
         steps += 1
@@ -152,6 +134,31 @@ def train_steps(
         steps=steps,
         seconds=time.perf_counter() - start,
     )
+
+
+def _learn(
+    trainee: Trainee, inputs: Tensor, labels: Tensor, config: OptimConfig, totals: Tensor
+) -> None:
+    """One optimizer step; adds the sum of the losses and the number of hits to totals [2]."""
+    parts = min(config.accumulation, len(labels))
+    for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+        with trainee.autocast():
+            logits = trainee.forward(part)
+            _check_logits(logits, target)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
+        if trainee.teachers is not None:
+            loss = loss + trainee.teachers.loss(part, logits, trainee.autocast())
+        share = len(target) / len(labels)
+        trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
+        with torch.no_grad():
+            totals[0] += loss.detach() * len(target)
+            totals[1] += (logits.detach().argmax(1) == target).sum()
+    if config.clip_norm is not None:
+        trainee.scaler.unscale_(trainee.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), config.clip_norm)
+    trainee.scaler.step(trainee.optimizer)
+    trainee.scaler.update()
+    trainee.optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

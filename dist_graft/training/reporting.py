@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Reporter:
         self._directory = directory
         self._place = place
         self._log = log
+        self._unwritten: RunDirectoryError | None = None
         self._slow: set[int] = set()
         self._diverged: set[int] = set()
         folder = directory.network(place.network)
@@ -140,14 +141,28 @@ class Reporter:
             )
         self._slow = set(slow)
 
+    def skipped(self, epoch: int, skipped: Mapping[str, str]) -> None:
+        """Warn of the images that this process's network has left out so far; path to reason."""
+        if skipped:
+            first, reason = next(iter(skipped.items()))
+            self._log.warning(
+                "epoch %d: broken images left out so far: %d, the first is %s (%s)",
+                epoch,
+                len(skipped),
+                first,
+                reason,
+            )
+
     def summary(self, summary: dict[str, Any]) -> None:
         """Report the end of the run; the first process writes summary.json."""
         epoch = self._config.epochs - 1
         if self._story:
             summary = summary | {"events": self._story.events}
             text = json.dumps(summary, indent=1) + "\n"
-            with self._enduring():
+            try:
                 write_atomically(self._directory.summary, text.encode())
+            except RunDirectoryError as error:
+                self._unwritten = error
         after = summary["networks"][self._place.network]["accuracy_after_last_round"]
         with self._showing(epoch):
             if self._board:
@@ -163,6 +178,11 @@ class Reporter:
             if board:
                 with self._enduring():
                     board.close()
+
+    def finish(self) -> None:
+        """Raise RunDirectoryError when summary.json could not be written."""
+        if self._unwritten:
+            raise self._unwritten
 
     def _tell(self, event: Event, level: int = logging.WARNING) -> None:
         self._log.log(level, "epoch %d: %s", event.epoch + 1, event.text)

@@ -20,7 +20,10 @@ from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage,
 from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
-_FREE = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_")
+_FREE = (
+    *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
+    "data.skip_broken",  # a run without it ends at the first broken image, before it matters
+)
 _SCHEDULES_WITHOUT_END = ("constant", "step")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dist_graft.errors import DataError
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.loop import EvalResult, accuracy
 
@@ -24,8 +25,17 @@ def summarise(
 
     The ensemble answers with the members' mean probability. Accuracies are percentages. Networks
     that ended with weights that are not finite count in the mean, and cannot in the ensemble.
+
+    Raises: DataError, in all processes, when the networks were not tested on as many images.
     """
-    rows = runtime.gather([lr, before.accuracy, after.accuracy, float(sound)], "the summary")
+    numbers = [lr, before.accuracy, after.accuracy, float(sound), float(len(before.labels))]
+    rows = runtime.gather(numbers, "the summary")
+    tested = [int(row[4]) for row in rows]
+    if len(set(tested)) > 1:  # data.skip_broken, and machines with copies of their own
+        raise DataError(
+            f"the networks were tested on different numbers of images ({tested}): give all "
+            "machines the same files; the same command then goes on"
+        )
     summary: dict[str, Any] = {
         "networks": [
             {

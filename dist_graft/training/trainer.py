@@ -146,6 +146,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             epoch, course.lr, course.trained, tested, validated, course.progress.rounds
         )
         reporter.network(metrics, layers)
+        reporter.skipped(epoch, data.skipped)
         lost = what_is_lost(trainee, loss=course.progress.diverged)
         row = row_of(metrics, busy=course.busy, whole=course.whole, sound=not lost)
         numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
@@ -165,6 +166,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
 
     reporter.close()
     checkpoints.finish()
+    reporter.finish()
     if speaks:
         log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
     runtime.finish()

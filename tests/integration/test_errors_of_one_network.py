@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launching import (
@@ -24,6 +26,7 @@ from launching import (
     told,
     wait_until,
 )
+from PIL import Image
 from reading import checkpoint, contents, metrics
 
 Alone = Callable[..., Done]
@@ -80,6 +83,35 @@ def test_a_data_folder_that_is_missing_or_empty(
     options = ("--data.name", name, "--data.root", str(root), "--data.download", "false")
     done = alone(tmp_path / "run", *ONE, *options)
     told(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
+
+
+def test_broken_images_are_named_and_left_out_when_asked_to(alone: Alone, tmp_path: Path) -> None:
+    root, run = tmp_path / "images", tmp_path / "run"
+    random = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+        (root / split / name).mkdir(parents=True)
+        for number in range(5):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    broken = root / "val/dog/3.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    options = (
+        *("--data.name", "imagefolder", "--data.root", str(root), "--data.workers", "1"),
+        *("--data.image_size", "32", "--data.batch_size", "4", "--epochs", "2"),
+    )
+    told(
+        alone(run, *options), str(broken), "--data.skip_broken true", log=run / "network00/log.txt"
+    )
+
+    done = alone(run, *options, "--data.skip_broken", "true")
+    assert done.status == 0, done
+    log = (run / "network00/log.txt").read_text().splitlines()
+    warnings = [line for line in log if " WARNING " in line]
+    assert len(warnings) == 2
+    for epoch, line in enumerate(warnings):
+        assert f"epoch {epoch}: broken images left out so far: 1, the first is {broken} (" in line
+    hits = [line["test_accuracy"] * 9 / 100 for line in metrics(run, 0)]
+    assert hits == pytest.approx([round(hit) for hit in hits])
 
 
 def test_a_weight_that_is_not_finite(alone: Alone, tmp_path: Path) -> None:

@@ -32,24 +32,31 @@ class Data(Protocol):
     steps_per_epoch: int
     """Training batches in an epoch; the last one may be smaller."""
     has_validation: bool
+    skipped: dict[str, str]
+    """Paths of the broken images that were left out so far, each with the reason, in the order in
+    which they were met; empty unless data.skip_broken."""
 
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the steps first … last − 1 of an epoch, shuffled and augmented.
 
-        They are the same whether the epoch is walked through at once or in parts.
+        They are the same whether the epoch is walked through at once or in parts. A broken image
+        that is left out (data.skip_broken) is missing from its batch, which may become empty, and
+        changes nothing else.
 
         Returns: pairs of normalised images (float32 [batch, channels, size, size]) and labels
         (int64 [batch]), both on the device.
-        Raises: ValueError when not 0 ≤ first ≤ last ≤ steps_per_epoch; DataError when an image
-        cannot be read.
+        Raises: ValueError when not 0 ≤ first ≤ last ≤ steps_per_epoch; DataError naming the file
+        when an image cannot be read and is not to be left out, or all were left out.
         """
         ...
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a split once, in a fixed order, not augmented; pairs as in training.
 
+        Images that are left out are missing, and no batch is empty.
+
         Raises: ConfigError when "val" is asked for and no images are kept for validation;
-        DataError when an image cannot be read.
+        DataError as in training.
         """
         ...
 

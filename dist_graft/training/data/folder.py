@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from dist_graft.config import DataConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import DataError
 from dist_graft.training.data.augment import Normalise
+from dist_graft.training.data.decoding import Unreadable, read_image
+from dist_graft.training.data.loader import shield_worker, start_loading
 from dist_graft.training.data.order import check_steps, choose_subsets, epoch_order
 from dist_graft.training.data.sources import Facts
 
@@ -51,10 +51,11 @@ class FolderImages:
         classes, self._train = _read_folder(Path(config.root) / "train")
         test_classes, self._test = _read_folder(Path(config.root) / "val")
         if classes != test_classes:
-            odd = sorted(set(classes) ^ set(test_classes))[0]
+            odd = min(set(classes) ^ set(test_classes))
+            lacking, having = ("val", "train") if odd in classes else ("train", "val")
             raise DataError(
-                f"{config.root} must have the same class folders in train and val, "
-                f"{odd!r} is in only one of them"
+                f"{Path(config.root) / lacking / odd} is missing, and there is a {having}/{odd}: "
+                "train and val must have the same class folders"
             )
         self.num_classes = len(classes)
         self.channels = config.channels or 3
@@ -65,6 +66,7 @@ class FolderImages:
         self.train_size = len(self._subsets.train)
         self.steps_per_epoch = -(-self.train_size // config.batch_size)
         self.has_validation = len(self._subsets.val) > 0
+        self.skipped: dict[str, str] = {}
         self._config, self._seed, self._network = config, seed, network
         self._device = device
         facts = Facts(
@@ -78,18 +80,33 @@ class FolderImages:
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.train_batches."""
         check_steps(first, last, self.steps_per_epoch)
+        return self._train_batches(epoch, first, last)
+
+    def _train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(self.train_size, seed=self._seed, network=self._network, epoch=epoch)
         size = self._config.batch_size
         places = list(enumerate(self._subsets.train[order].tolist()))[first * size : last * size]
         transform = self._training() if self._config.augment else self._evaluation()
         images = _Images(self._train, transform, (self._seed, self._network, epoch))
-        return self._batches(images, self._cut(places))
+        for pixels, labels in self._batches(images, self._cut(places)):
+            if not len(labels):
+                self._refuse_nothing(self._train, self._subsets.train)
+            yield pixels, labels
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.eval_batches."""
-        places = list(enumerate(self._subsets.evaluated(split).tolist()))
-        images = _Images(self._test if split == "test" else self._train, self._evaluation(), None)
-        return self._batches(images, self._cut(places))
+        indices = self._subsets.evaluated(split)
+        samples = self._test if split == "test" else self._train
+        return self._eval_batches(samples, indices)
+
+    def _eval_batches(
+        self, samples: list[Sample], indices: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        images = _Images(samples, self._evaluation(), None)
+        for pixels, labels in self._batches(images, self._cut(list(enumerate(indices.tolist())))):
+            if len(labels):
+                yield pixels, labels
+        self._refuse_nothing(samples, indices)
 
     def _cut(self, places: list[Place]) -> list[list[Place]]:
         size = self._config.batch_size
@@ -125,23 +142,42 @@ class FolderImages:
             images,
             batch_sampler=batches,
             num_workers=self._config.workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, shape=(self.channels, self.image_size, self.image_size)),
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_shield_worker,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # the loader draws a seed: not from the trainer's stream
         )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise DataError(batch)
-            pixels, labels = (part.to(self._device, non_blocking=True) for part in batch)
-            yield self._normalise(pixels), labels
+        for pixels, labels, unreadable in start_loading(loader):
+            for one in unreadable:
+                self._leave_out(one)
+            yield (
+                self._normalise(pixels.to(self._device, non_blocking=True)),
+                labels.to(self._device, non_blocking=True),
+            )
+
+    def _leave_out(self, one: Unreadable) -> None:
+        """Count a broken image; DataError unless that was asked for."""
+        if not one.broken:
+            raise DataError(f"{one.path} cannot be read: {one.reason}")
+        if not self._config.skip_broken:
+            raise DataError(
+                f"{one.path} cannot be read as an image: {one.reason}; repair or remove it, or "
+                "leave out all such images with --data.skip_broken true"
+            )
+        self.skipped.setdefault(one.path, one.reason)
+
+    def _refuse_nothing(self, samples: Sequence[Sample], indices: Tensor) -> None:
+        """Raise DataError when all of these samples were left out."""
+        paths = [samples[index][0] for index in indices.tolist()]
+        if all(path in self.skipped for path in paths):
+            raise DataError(
+                f"none of {len(paths)} images can be read as one: "
+                f"{paths[0]} cannot because {self.skipped[paths[0]]}"
+            )
 
 
-class _Images(Dataset[tuple[Tensor, int] | str]):
-    """Decoded images (uint8 [channels, size, size]) with their classes, or why one is unreadable.
-
-    An error is returned and not raised, for a worker would wrap it into its traceback.
-    """
+class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
+    """Decoded images (uint8 [channels, size, size]) with their classes, or why there is none."""
 
     def __init__(
         self,
@@ -154,13 +190,12 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
         self._transform = transform
         self._stream = stream
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, int] | str:
+    def __getitem__(self, place: Place) -> tuple[Tensor, int] | Unreadable:
         position, index = place
         path, label = self._samples[index]
-        try:
-            image = default_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of them
-            return f"{path} cannot be read as an image: {error}"
+        image = read_image(path)
+        if isinstance(image, Unreadable):
+            return image
         if self._stream is None:
             return self._transform(image), label
         with torch.random.fork_rng(devices=[]):
@@ -168,31 +203,17 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
             return self._transform(image), label
 
 
-def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    images, labels = [], []
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-        images.append(sample[0])
-        labels.append(sample[1])
-    return torch.stack(images), torch.tensor(labels)
-
-
-def _shield_worker(_: int) -> None:
-    """Let only the trainer end this loader worker.
-
-    Ctrl-C and job schedulers signal all processes; the trainer needs its workers until the step
-    at which it stops. Its own SIGTERM, at exit, must get through, or it would wait forever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey(trainer: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
-    os._exit(0)
+def _collate(
+    samples: list[tuple[Tensor, int] | Unreadable], *, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """Images (uint8 [batch, *shape]) and classes (int64 [batch]) of what could be read."""
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    pixels = torch.empty(len(good), *shape, dtype=torch.uint8)
+    if good:
+        torch.stack([image for image, _ in good], out=pixels)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return pixels, labels, unreadable
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[Sample]]:
@@ -208,5 +229,8 @@ def _read_folder(folder: Path) -> tuple[list[str], list[Sample]]:
         turns[seen[label]].append((path, label))
         seen[label] += 1
     if 0 in seen:
-        raise DataError(f"{folder / content.classes[seen.index(0)]} holds no images")
+        raise DataError(
+            f"{folder / content.classes[seen.index(0)]} holds no images "
+            f"({', '.join(IMG_EXTENSIONS)}): put some there or remove the folder"
+        )
     return content.classes, [sample for turn in turns.values() for sample in turn]

@@ -62,6 +62,7 @@ class ResidentImages:
         self.train_size = len(self._subsets.train)
         self.steps_per_epoch = -(-self.train_size // config.batch_size)
         self.has_validation = len(self._subsets.val) > 0
+        self.skipped: dict[str, str] = {}
         self._batch_size = config.batch_size
         self._augment = config.augment
         self._seed, self._network, self._device = seed, network, device

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import http.client
 import math
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ LUMA = (0.299, 0.587, 0.114)
 FASHION_MINI = Path(__file__).parent / "fashion_mini" / "fashion_mini.npz"
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 """Where torchvision keeps CIFAR inside data.root."""
+
+_NPZ_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, RuntimeError),
+    *(TypeError, zipfile.BadZipFile, zlib.error),
+)
+"""What numpy and zipfile raise for a file that is no npz, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet]:
     return _read_cifar(name, root, train=True), _read_cifar(name, root, train=False)
 
 
+@contextlib.contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    """Add to a DataError's text what to do."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; {advice}") from error
+
+
 def fashion_folder(root: str) -> Path:
     """Where Fashion-MNIST's idx files lie inside data.root (torchvision's layout)."""
     return Path(root) / "FashionMNIST" / "raw"
@@ -100,7 +117,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     says.
     """
     content = read_bytes(path)
-    if content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
         raise DataError(f"{path} is not an idx file of bytes")
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
@@ -126,45 +143,63 @@ def read_fashion_split(folder: Path, prefix: str) -> ImageSet | None:
     label_path = find_idx(folder, f"{prefix}-labels-idx1-ubyte")
     if image_path is None or label_path is None:
         return None
-    images, labels = read_idx(image_path), read_idx(label_path)
-    if images.shape[1:] != (28, 28):
-        raise DataError(f"{image_path} must hold images of 28 x 28 pixels, has {images.shape}")
-    if labels.shape != images.shape[:1] or not len(labels) or labels.max() >= 10:
-        raise DataError(f"{label_path} must hold a class below 10 for each of {len(images)} images")
+    return _fashion_set(read_idx(image_path), read_idx(label_path), image_path, label_path)
+
+
+def _fashion_set(
+    images: NDArray[Any], labels: NDArray[Any], image_path: Path, label_path: Path
+) -> ImageSet:
+    """Images and labels of Fashion-MNIST; DataError naming the file in which they are not that."""
+    if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
+        raise DataError(
+            f"{image_path} must hold images of 28 x 28 pixels, has {images.shape} of {images.dtype}"
+        )
+    if labels.shape != images.shape[:1] or not len(labels) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{label_path} must hold a class for each of {len(images)} images, "
+            f"has {labels.shape} of {labels.dtype}"
+        )
+    if labels.min() < 0 or labels.max() >= 10:
+        odd = int(np.argmax((labels < 0) | (labels >= 10)))
+        raise DataError(
+            f"{label_path} must hold a class in 0 ... 9 for each image, "
+            f"has {labels[odd]} for image {odd}"
+        )
     return ImageSet(images[:, None], labels.astype(np.int64))
 
 
 def read_fashion_mini(path: Path) -> tuple[ImageSet, ImageSet]:
-    """The shipped part of Fashion-MNIST; DataError naming the file when it cannot be read."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            train, test = (
-                ImageSet(file[f"{part}_images"][:, None], file[f"{part}_labels"].astype(np.int64))
-                for part in ("train", "test")
-            )
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read, reinstall dist_graft: {error}") from error
-    return train, test
+    """The shipped part of Fashion-MNIST; DataError naming the file when it is damaged."""
+    with _advising("reinstall dist_graft"):
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                train, test = (
+                    _fashion_set(file[f"{part}_images"], file[f"{part}_labels"], path, path)
+                    for part in ("train", "test")
+                )
+        except _NPZ_ERRORS as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        return train, test
 
 
 def _read_fashion_mnist(root: str) -> tuple[ImageSet, ImageSet]:
     folder = fashion_folder(root)
-    train, test = read_fashion_split(folder, "train"), read_fashion_split(folder, "t10k")
+    command = f"run dist-graft prepare fashion-mnist --root {root}"
+    with _advising(f"remove it and {command}"):
+        train, test = read_fashion_split(folder, "train"), read_fashion_split(folder, "t10k")
     if train is None or test is None:
-        raise DataError(
-            f"{folder} does not hold Fashion-MNIST: "
-            f"run dist-graft prepare fashion-mnist --root {root}"
-        )
+        raise DataError(f"{folder} does not hold Fashion-MNIST: {command}")
     return train, test
 
 
 def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:
     """Open torchvision's data set object of cifar10 or cifar100.
 
-    Raises: DataError naming the folder when it is missing or damaged and is not, or cannot be,
-    downloaded.
+    Raises: DataError naming the folder or the file in it that is missing or damaged and is not,
+    or cannot be, downloaded.
     """
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder = Path(root) / CIFAR_FOLDERS[name]
@@ -178,7 +213,10 @@ def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:
             advice = f"and cannot be downloaded ({error}): put torchvision's files there"
         else:
             advice = f"run dist-graft prepare {name} --root {root}, or set data.download"
-        raise DataError(f"{folder} is missing or damaged, {advice}") from error
+        files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+        paths = (folder / name for name, md5 in files if not check_integrity(folder / name, md5))
+        first = next(paths, folder) if folder.is_dir() else folder
+        raise DataError(f"{first} is missing or damaged, {advice}") from error
 
 
 def _read_cifar(name: str, root: str, *, train: bool) -> ImageSet:

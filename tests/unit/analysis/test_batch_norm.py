@@ -56,6 +56,15 @@ def test_the_statistics_are_means_over_the_batches(model: nn.Sequential) -> None
         assert model[place].num_batches_tracked.item() == len(given)
 
 
+def test_an_empty_batch_weighs_nothing(model: nn.Sequential) -> None:
+    given = batches()
+    reestimate(predictor(model), given)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reestimate(predictor(model), [*given[:1], *batches((0,)), *given[1:]])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
 def test_what_was_there_before_does_not_matter(model: nn.Sequential) -> None:
     reestimate(predictor(model), batches())
     first = [model[place].running_var.clone() for place in (1, 4)]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -141,52 +139,116 @@ def test_folder_without_classes(make, image_root):
 
 def test_class_without_images(make, image_root):
     (image_root / "val" / "eel" / "0.png").rename(image_root / "val" / "eel" / "0.txt")
-    with pytest.raises(DataError, match=f"{image_root}/val/eel holds no images"):
+    with pytest.raises(DataError, match=f"{image_root}/val/eel holds no images .*jpg.*remove"):
+        make()
+    shutil.rmtree(image_root / "train" / "dog")
+    (image_root / "train" / "dog").mkdir()
+    with pytest.raises(DataError, match=f"{image_root}/train/dog holds no images"):
         make()
 
 
 def test_classes_that_differ(make, image_root):
     (image_root / "val" / "eel").rename(image_root / "val" / "elk")
-    with pytest.raises(DataError, match=f"{image_root} .* 'eel' is in only one"):
+    with pytest.raises(DataError, match=f"^{image_root}/val/eel is missing.*train/eel.*same class"):
+        make()
+    (image_root / "val" / "elk").rename(image_root / "val" / "eel")
+    (image_root / "train" / "cat").rename(image_root / "cat")
+    with pytest.raises(DataError, match=f"^{image_root}/train/cat is missing.*val/cat.*same class"):
         make()
 
 
+def cut(path, size=100):
+    path.write_bytes(path.read_bytes()[:size])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cut", [0, 100])
-def test_unreadable_image_is_named_in_one_line(make, image_root, workers, cut):
-    broken = image_root / "train" / "dog" / "2.png"
-    broken.write_bytes(broken.read_bytes()[:cut])
-    with pytest.raises(DataError, match=f"^{broken} cannot be read as an image") as caught:
-        list(make(workers=workers).train_batches(0, 0, 3))
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_unreadable_image_is_named_in_one_line(make, image_root, workers, size, split):
+    broken = image_root / split / "dog" / "1.png"
+    cut(broken, size)
+    data = make(workers=workers)
+    with pytest.raises(DataError, match=f"^{broken} cannot be read as an image: ") as caught:
+        list(data.train_batches(0, 0, 3) if split == "train" else data.eval_batches("test"))
     assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "--data.skip_broken true" in str(caught.value)
+    assert data.skipped == {}
 
 
-PROGRAM = """
-import multiprocessing, signal, subprocess, sys
-import torch
-from dist_graft.config import DataConfig
-from dist_graft.training.data import load_data
-
-torch.set_num_threads(1)
-config = DataConfig(name="imagefolder", root=sys.argv[1], workers=2, image_size=16, batch_size=1)
-data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
-batches = data.train_batches(0, 0, 12)
-next(batches)
-workers = [str(process.pid) for process in multiprocessing.active_children()]
-for name in ("INT", "TERM"):
-    subprocess.run(["sh", "-c", f"kill -{name} " + " ".join(workers)], check=True)
-print(len(workers), sum(1 for _ in zip(batches, range(10))), flush=True)
-raise RuntimeError("the traceback keeps the loader alive")
-"""
+@pytest.mark.parametrize("skip_broken", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_never_left_out(make, image_root, workers, skip_broken):
+    data = make(workers=workers, skip_broken=skip_broken)
+    gone = image_root / "train" / "dog" / "2.png"
+    gone.unlink()
+    with pytest.raises(DataError, match=f"^{gone} cannot be read: No such file or directory$"):
+        list(data.train_batches(0, 0, 3))
 
 
-def test_only_the_trainer_ends_its_loader_workers(image_root):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(image_root)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == "2 10\n", done.stderr
-    assert done.stderr.strip().endswith("RuntimeError: the traceback keeps the loader alive")
+def rows(batches):
+    return [list(zip(images, classes.tolist(), strict=True)) for images, classes in batches]
+
+
+class TestSkipBroken:
+    @pytest.fixture
+    def broken(self, image_root):
+        """Two of the training images and one for testing."""
+        paths = [image_root / "train/cat/3.png", image_root / "train/eel/0.png"]
+        return [*paths, image_root / "val/cat/1.png"]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_the_others_stay_as_they_are(self, make, broken, workers):
+        whole, whole_test = rows(make().train_batches(1, 0, 3)), rows(make().eval_batches("test"))
+        for path in broken:
+            cut(path)
+        data = make(workers=workers, skip_broken=True)
+        assert (data.train_size, data.steps_per_epoch) == (12, 3)
+        left, left_test = rows(data.train_batches(1, 0, 3)), rows(data.eval_batches("test"))
+        assert list(data.skipped)[2:] == [str(broken[2])]
+        assert set(data.skipped) == {str(path) for path in broken}
+        assert [len(batch) for batch in left_test] == [3, 2]
+        assert sum(map(len, left)) == 10
+        for before, after in zip(whole + whole_test, left + left_test, strict=True):
+            rest = iter(before)
+            for image, label in after:
+                assert any(torch.equal(image, other) and label == same for other, same in rest)
+
+    def test_workers_change_nothing(self, make, broken):
+        for path in broken:
+            cut(path)
+        alone, helped = make(skip_broken=True), make(skip_broken=True, workers=2)
+        assert same(list(alone.train_batches(1, 0, 3)), list(helped.train_batches(1, 0, 3)))
+        assert same(list(alone.eval_batches("test")), list(helped.eval_batches("test")))
+        assert list(alone.skipped.items()) == list(helped.skipped.items())
+
+    def test_each_is_counted_once(self, make, broken):
+        cut(broken[0], 0)
+        data = make(skip_broken=True)
+        for epoch in (0, 1):
+            list(data.train_batches(epoch, 0, 3))
+        assert data.skipped == {str(broken[0]): "it is empty"}
+        assert make(skip_broken=True).skipped == {}
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_a_batch_of_nothing_else_is_empty(self, make, broken, channels):
+        cut(broken[0])
+        cut(broken[2])
+        data = make(skip_broken=True, batch_size=1, channels=channels)
+        sizes = [len(labels) for _, labels in data.train_batches(0, 0, 12)]
+        assert sorted(sizes) == [0] + [1] * 11
+        (empty,) = (images for images, _ in data.train_batches(0, 0, 12) if not len(images))
+        assert empty.shape == (0, channels, 16, 16)
+        assert empty.dtype == torch.float32
+        assert [len(classes) for _, classes in data.eval_batches("test")] == [1] * 5
+
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_nothing_left_is_an_error(self, make, image_root, split):
+        data = make(skip_broken=True, workers=1)
+        for path in (image_root / split).glob("*/*.png"):
+            cut(path)
+        with pytest.raises(
+            DataError, match=f"^none of .* {image_root}/{split}/cat/0.png"
+        ) as caught:
+            list(data.train_batches(0, 0, 3) if split == "train" else data.eval_batches("test"))
+        assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import pickle
@@ -53,6 +54,7 @@ def test_idx(tmp_path):
     ("content", "reason"),
     [
         (b"", "not an idx file"),
+        (b"\x00\x00\x08", "not an idx file"),
         (b"\x00\x00\x08\x03\x00", "not an idx file"),
         (b"\x00\x00\x0d\x01\x00\x00\x00\x01abcd", "not an idx file"),
         (idx(np.zeros((4, 5)))[:-1], "damaged: .* 20 bytes of data, it has 19"),
@@ -104,7 +106,7 @@ def test_fashion_mnist_files_that_do_not_match(fashion_root):
     with pytest.raises(DataError, match=r"train-labels-idx1-ubyte .* 20 images"):
         read_small("fashion-mnist", str(fashion_root))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.full(20, 10)))
-    with pytest.raises(DataError, match="class below 10"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte .* 0 \.\.\. 9 .* 10 for image 0"):
         read_small("fashion-mnist", str(fashion_root))
     (folder / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((20, 27, 28))))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte .* 28 x 28"):
@@ -115,8 +117,70 @@ def test_fashion_mnist_files_that_do_not_match(fashion_root):
 def test_damaged_fashion_mini_is_named(tmp_path, content):
     path = tmp_path / "mini.npz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path} cannot be read"):
+    with pytest.raises(DataError, match=f"{path} cannot be read: .*; reinstall dist_graft$"):
         read_fashion_mini(path)
+
+
+MINI = {
+    "train_images": np.zeros((3, 28, 28), np.uint8),
+    "train_labels": np.array([0, 9, 3]),
+    "test_images": np.zeros((2, 28, 28), np.uint8),
+    "test_labels": np.array([1, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "reason"),
+    [
+        ("train_images", np.zeros((3, 27, 28), np.uint8), r"28 x 28 pixels, has \(3, 27, 28\)"),
+        ("train_images", np.zeros(3, np.uint8), "28 x 28 pixels"),
+        ("train_images", np.zeros((3, 28, 28), np.float32), "28 x 28 pixels, .* of float32"),
+        ("test_labels", np.array([1, 2, 3]), "a class for each of 2 images, has"),
+        ("test_labels", np.array([1.0, 2.0]), "a class for each of 2 images, has .* of float64"),
+        ("test_labels", np.array([1, 10]), "has 10 for image 1"),
+        ("train_labels", np.array([0, -1, 0]), "has -1 for image 1"),
+        ("train_labels", np.array([{}, 1, 0]), "cannot be read"),
+    ],
+)
+def test_what_a_damaged_fashion_mini_holds_is_named(tmp_path, part, array, reason):
+    path = tmp_path / "mini.npz"
+    np.savez(path, **MINI)
+    assert len(read_fashion_mini(path)[0].images) == 3
+    np.savez(path, **{**MINI, part: array})
+    with pytest.raises(DataError, match=f"^{path} .*{reason}.*; reinstall dist_graft$"):
+        read_fashion_mini(path)
+
+
+def test_an_array_without_names_is_no_fashion_mini(tmp_path):
+    with (tmp_path / "mini.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(DataError, match=r"mini.npz cannot be read: .*; reinstall dist_graft$"):
+        read_fashion_mini(tmp_path / "mini.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_no_damage_of_an_npz_goes_unexplained(tmp_path, compressed):
+    path = tmp_path / "mini.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **MINI)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        content[random.integers(len(content))] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, 2 * len(content))])
+        with contextlib.suppress(DataError):
+            read_fashion_mini(path)
+
+
+def test_a_damaged_fashion_mnist_says_what_to_do(fashion_root):
+    path = fashion_folder(str(fashion_root)) / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError) as caught:
+        read_small("fashion-mnist", str(fashion_root))
+    text = str(caught.value)
+    assert text.startswith(f"{path} cannot be read: ")
+    advice = f"remove it and run dist-graft prepare fashion-mnist --root {fashion_root}"
+    assert text.endswith(advice)
+    assert "\n" not in text
 
 
 @pytest.fixture
@@ -155,10 +219,22 @@ def test_cifar(cifar_root, name, count):
     np.testing.assert_array_equal(train.images[0], first[0].reshape(3, 32, 32))
 
 
-def test_damaged_cifar_names_its_folder(cifar_root):
-    (cifar_root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"cut")
-    config = DataConfig(name="cifar10", root=str(cifar_root), download=False)
-    with pytest.raises(DataError, match=f"{cifar_root}/cifar-10-batches-py is missing or damaged"):
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),
+        ("cifar10", "cifar-10-batches-py/test_batch"),
+        ("cifar10", "cifar-10-batches-py/batches.meta"),
+        ("cifar100", "cifar-100-python/train"),
+        ("cifar100", "cifar-100-python/meta"),
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_damaged_cifar_names_the_file(cifar_root, name, file, missing):
+    path = cifar_root / file
+    path.unlink() if missing else path.write_bytes(path.read_bytes()[:-1])
+    config = DataConfig(name=name, root=str(cifar_root), download=False)
+    with pytest.raises(DataError, match=f"^{path} is missing or damaged, run dist-graft prepare"):
         ensure_available(config)
 
 

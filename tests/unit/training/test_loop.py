@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
-from dist_graft.training.loop import Trainee, accuracy, evaluate, train_steps
+from dist_graft.training.data import Data
+from dist_graft.training.loop import Trainee, accuracy, current_lr, evaluate, train_steps
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 
@@ -312,6 +315,32 @@ class TestEvaluate:
 )
 def test_accuracy_in_percent(scores: list[list[float]], percent: float) -> None:
     assert accuracy(torch.tensor(scores), torch.ones(len(scores), dtype=torch.int64)) == percent
+
+
+class WithEmptyBatch:
+    """A data set whose batch 1 of an epoch lost all of its images."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (images, labels) in enumerate(self.data.train_batches(epoch, first, last), first):
+            yield (images[:0], labels[:0]) if step == 1 else (images, labels)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_an_empty_batch_counts_as_a_step_and_changes_no_weight(
+    make_data: MakeData, make_trainee: MakeTrainee, clip_norm: float | None
+) -> None:
+    config = plain(momentum=0.9, warmup_epochs=2.0, accumulation=2, clip_norm=clip_norm)
+    data = WithEmptyBatch(make_data())
+    trainee = make_trainee(config)
+    train_steps(trainee, data, config, epoch=0, first=0, last=1)  # type: ignore[arg-type]
+    before, rate = weights(trainee), current_lr(trainee)
+    done = train_steps(trainee, data, config, epoch=0, first=1, last=2)  # type: ignore[arg-type]
+    assert (done.steps, done.images, done.loss) == (1, 0, 0.0)
+    assert torch.equal(weights(trainee), before)
+    assert current_lr(trainee) > rate
 
 
 @pytest.mark.parametrize(

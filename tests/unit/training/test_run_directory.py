@@ -27,6 +27,7 @@ FREE = {
     "monitor",
     "runtime.timeout_seconds",
     "runtime.timeout_epochs",
+    "data.skip_broken",
 }
 OTHER: dict[str, Any] = {
     "seed": 1,
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "data.channels": 3,
     "data.augment": False,
     "data.workers": 1,
+    "data.skip_broken": True,
     "data.download": False,
     "model.name": "resnet32",
     "model.activation": "leaky_relu",

@@ -53,6 +53,12 @@ def run(argv: Sequence[str]) -> int:
             _show(analysis.COMMANDS[command](options, place))
             return 0
         return _train(from_nested(TrainConfig, options), place)
+    except StoppedEarlyError as error:
+        if place.launched and place.local_rank == 0:
+            from dist_graft.population.process import end_launcher
+
+            end_launcher()
+        return _fail(str(error), error.exit_status, place, argv, root_cause=False)
     except StoppedError as error:
         return _fail(str(error), error.exit_status, place, argv, root_cause=False)
     except DistGraftError as error:

@@ -43,6 +43,16 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
+def end_launcher() -> None:
+    """Ask a torchrun that would start the processes again to end: the run was asked to stop."""
+    allowed, used = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("MAX_RESTARTS", "RESTART_COUNT")
+    )
+    if used < allowed:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def report_failure(line: str) -> None:
     """Tell torchrun why this process ends, so that its table of failures shows the line."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -276,6 +276,7 @@ def row_of(metrics: EpochMetrics, *, busy: float, whole: float, sound: bool) -> 
 def with_round(earlier: dict[str, Any] | None, record: GraftRecord) -> dict[str, Any]:
     """The rounds of one epoch for metrics.jsonl: the last one, with the time and bytes of all."""
     before = earlier or {"rounds": 0, "seconds": 0.0, "phase_seconds": {}, "bytes": 0}
+    healed_from = record.healed.get(record.network, before.get("healed_from"))
     return {
         "round": record.round,
         "rounds": before["rounds"] + 1,
@@ -289,5 +290,5 @@ def with_round(earlier: dict[str, Any] | None, record: GraftRecord) -> dict[str,
         "coefficient": record.coefficient,
         "information": record.information,
         "distance": record.distance,
-        "healed_from": record.healed.get(record.network),
+        **({} if healed_from is None else {"healed_from": healed_from}),
     }

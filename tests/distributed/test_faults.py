@@ -89,8 +89,8 @@ class TestADivergedNetwork:
         assert summary(run)["diverged"] == []
         for network in range(3):
             assert event["text"] in (run / f"network{network:02d}/log.txt").read_text()
-        assert [line["graft"]["healed_from"] for line in metrics(run, 1)] == [None, 0, None, None]
-        assert [line["graft"]["healed_from"] for line in metrics(run, 2)] == [None] * EPOCHS
+        healed = [[line["graft"].get("healed_from") for line in metrics(run, k)] for k in (1, 2)]
+        assert healed == [[None, 0, None, None], [None] * EPOCHS]
         assert metrics(run, 1)[1]["train_loss"] is None
         assert set(metrics(run, 1)[1]["graft"]["coefficient"].values()) == {0.0}
         assert set(metrics(run, 2)[1]["graft"]["coefficient"].values()) == {1.0}
@@ -162,7 +162,7 @@ class TestADeadNetwork:
         assert done.status == 1
         assert (run / "STOPPED_EARLY").exists()
         assert (run / "network00/log.txt").read_text().count("epochs 1 to 400") == 1
-        assert "the launcher started it again" in done.errors
+        assert "the launcher started it again" not in done.errors
 
 
 @pytest.mark.slow

@@ -118,5 +118,7 @@ def test_the_summaries_are_the_same(runs: Runs) -> None:
     first, second = (
         json.loads((run / "summary.json").read_text()) for run in (runs.straight, runs.interrupted)
     )
+    assert first.pop("events") == []
+    assert [event["kind"] for event in second.pop("events")] == ["resumed"]
     assert without_clocks(first) == without_clocks(second)
     assert second["wall_seconds"] > 0

@@ -211,8 +211,7 @@ class TestSummary:
     def test_its_keys(self, pair: Path) -> None:
         found = summary(pair)
         assert set(found) == {
-            "networks",
-            "wall_seconds",
+            *("networks", "wall_seconds", "diverged", "events"),
             *(f"{name}_accuracy_{when}_last_round" for name in ("mean", "ensemble")
               for when in ("before", "after")),
         }  # fmt: skip

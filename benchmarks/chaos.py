@@ -228,7 +228,10 @@ class Chaos:
         if self._trains(run, starts):
             tally.away.append(time.monotonic() - clock)
             resumed = run.gone_on_from()[went_on:]
-            self.beyond += bool(sets) and (not resumed or resumed[-1] < max(sets))
+            if sets and (not resumed or resumed[-1] < max(sets)):
+                self.beyond += 1
+                newest = sets[max(sets)][1].name
+                print(f"{way}: {newest} was complete; went on from {resumed}: {run.said()[-3000:]}")
             known = sets | run.sets()
             since = known[resumed[-1]][0] if resumed and resumed[-1] in known else run.began
             tally.lost.append(max(0.0, at - since))

@@ -63,7 +63,7 @@ def _order(name: str) -> tuple[int, int, int]:
     return int(match[1]), int(match[2] or -1), int(match[3] or 0)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file that is there whole and durable, or not at all.
 
     Raises: RunDirectoryError naming the file, when the disk refuses.
@@ -93,7 +93,7 @@ def save_network(path: Path, state: Mapping[str, Any]) -> str:
     """Save one network's state and return the sha256 of the file."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 

@@ -70,7 +70,8 @@ class Run:
         self._command = command(path, options)
         self._said = path.with_suffix(".out")
         self._launcher: subprocess.Popen[bytes] | None = None
-        self._damaged: set[Path] = set()
+        self._damaged: set[int] = set()
+        """Of damaged sets: when they were declared complete, in ns; their names come again."""
         self.began = time.time()
 
     def start(self) -> None:
@@ -125,16 +126,17 @@ class Run:
         found = {}
         for path in self.path.glob("checkpoints/epoch_*/COMPLETE.json"):
             with contextlib.suppress(OSError, ValueError):  # being replaced
-                content = json.loads(path.read_text())
-                if path.parent not in self._damaged:
+                content, born = json.loads(path.read_text()), path.stat()
+                if born.st_mtime_ns not in self._damaged:
                     first = content["positions"][0]
                     standing = (first["epoch"], content["round"], first["step"])
-                    found[standing] = path.stat().st_mtime, path.parent
+                    found[standing] = born.st_mtime, path.parent
         return dict(sorted(found.items()))
 
     def damage(self, folder: Path, how: str, draw: random.Random) -> None:
         """Harm one file of a set."""
-        self._damaged.add(folder)
+        born = (folder / "COMPLETE.json").stat()
+        self._damaged.add(born.st_mtime_ns)
         victim = draw.choice(sorted(folder.iterdir()))
         if how == "remove":
             victim.unlink()
@@ -145,6 +147,7 @@ class Run:
         else:
             del content[len(content) // 2 if how == "truncate" else 0 :]
         victim.write_bytes(content)
+        os.utime(victim, ns=(born.st_atime_ns, born.st_mtime_ns))
 
     def weights(self) -> list[dict[str, torch.Tensor]]:
         """Of all networks, at the end."""

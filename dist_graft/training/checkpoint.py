@@ -140,14 +140,21 @@ def complete_set(
 
 
 def complete_sets(folder: Path) -> list[CheckpointSet]:
-    """All complete sets, the newest last; files are not read."""
+    """All complete sets, the newest last; the networks' files are not read."""
+    return [checkpoint for checkpoint in declared_sets(folder) if checkpoint.networks]
+
+
+def declared_sets(folder: Path) -> list[CheckpointSet]:
+    """As `complete_sets`, with those whose COMPLETE.json is damaged: they have no networks."""
     paths = [path for path in _folders(folder) if _NAME.fullmatch(path.name)]
-    found = [checkpoint for path in paths if (checkpoint := _read_set(path))]
+    found = [_read_set(path) for path in paths if (path / COMPLETE).is_file()]
     return sorted(found, key=lambda checkpoint: _order(checkpoint.path.name))
 
 
 def damage(checkpoint: CheckpointSet) -> Path | None:
     """The first file of a set that is missing or not as it was saved; None when all are well."""
+    if not checkpoint.networks:
+        return checkpoint.path / COMPLETE
     for name, digest in checkpoint.sha256.items():
         path = checkpoint.path / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -193,15 +200,17 @@ def _folders(folder: Path) -> list[Path]:
     return list(folder.glob("epoch_*")) if folder.is_dir() else []
 
 
-def _read_set(path: Path) -> CheckpointSet | None:
+def _read_set(path: Path) -> CheckpointSet:
+    """What COMPLETE.json says, if that can be: it must fit the folder's name and itself."""
     try:
         content = json.loads((path / COMPLETE).read_text())
-        return CheckpointSet(
-            path=path,
-            epoch=content["epoch"],
-            round=content["round"],
-            networks=content["networks"],
-            sha256=dict(content["sha256"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not complete
+        epoch, round_, networks = (int(content[key]) for key in ("epoch", "round", "networks"))
+        sha256 = {str(name): str(digest) for name, digest in content["sha256"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return CheckpointSet(path=path, epoch=0, round=0, networks=0, sha256={})
+    fits = set(sha256) == {f"network{k:02d}.pt" for k in range(networks)} and path.name.startswith(
+        (set_path(path.parent, epoch).name, set_path(path.parent, epoch, round_).name)
+    )
+    return CheckpointSet(
+        path=path, epoch=epoch, round=round_, networks=networks if fits else 0, sha256=sha256
+    )

@@ -16,7 +16,13 @@ import yaml
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage, write_atomically
+from dist_graft.training.checkpoint import (
+    CheckpointSet,
+    complete_sets,
+    damage,
+    declared_sets,
+    write_atomically,
+)
 from dist_graft.validation import from_nested
 from dist_graft.version import VERSION
 
@@ -162,7 +168,7 @@ class RunDirectory:
         Raises: RunDirectoryError when there are complete sets and none is usable.
         """
         damaged: list[Path] = []
-        for checkpoint in reversed(complete_sets(self.checkpoints)):
+        for checkpoint in reversed(declared_sets(self.checkpoints)):
             path = damage(checkpoint)
             if path is None:
                 return checkpoint, damaged

@@ -126,11 +126,11 @@ def test_the_newest_set_that_is_complete_and_whole_is_chosen(
                 mark.unlink()
             if hurt != "no":
                 hurt_file(file, hurt, place=place)
-            if complete == "yes" and not done:
-                if hurt == "no":
+            if complete != "no" and not done:
+                if hurt == "no" and complete == "yes":
                     expected, done = epoch, True
                 else:
-                    damaged.append(file)
+                    damaged.append(file if complete == "yes" else mark)
         if damaged and expected is None:
             with pytest.raises(RunDirectoryError) as caught:
                 directory.newest_usable()

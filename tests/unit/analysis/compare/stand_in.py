@@ -44,7 +44,8 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     for epoch in (1, 2):
         folder = run / "checkpoints" / f"epoch_{epoch:04d}"
         folder.mkdir(parents=True, exist_ok=True)
-        complete = {"epoch": epoch, "round": epoch, "networks": networks, "sha256": {}}
+        files = {f"network{network:02d}.pt": "" for network in range(networks)}
+        complete = {"epoch": epoch, "round": epoch, "networks": networks, "sha256": files}
         (folder / "COMPLETE.json").write_text(json.dumps(complete))
     stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
     (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))

@@ -1,0 +1,24 @@
+"""Faults of every kind at random times: the program whose figures the README carries, shorter."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from launching import finish
+
+CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+FAULTS = 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_and_the_weights_are_the_same() -> None:
+    options = ("--faults", str(FAULTS), "--seed", "2", "--pause", "4", "--epochs", "8")
+    done = finish([sys.executable, str(CHAOS), *options], timeout=590)
+    assert done.status == 0, done
+    assert f"faults: {FAULTS}, recoveries: {FAULTS}" in done.output, done
+    verdicts = re.findall(r": (ok|missed)$", done.output, re.MULTILINE)
+    assert verdicts == ["ok"] * 4, done.output

@@ -24,7 +24,7 @@ from dist_graft.__main__ import main
 SLOW_SECONDS = 0.3
 
 
-def fail(way: str, optimizer: torch.optim.Optimizer) -> None:
+def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
     """Do to this process what the way says."""
     if way == "raise":
         raise RuntimeError("injected")
@@ -32,6 +32,8 @@ def fail(way: str, optimizer: torch.optim.Optimizer) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if way == "vanish":
+        run.rename(run.with_name("vanished"))
     if way == "exit":
         os._exit(3)
     if way in ("nan", "all-nan"):
@@ -43,7 +45,7 @@ def fail(way: str, optimizer: torch.optim.Optimizer) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
-def inject(way: str, network: int, step: int, once: Path) -> None:
+def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
     """Have the fault happen after a step of this process, if it trains that network."""
     if int(os.environ.get("RANK", "0")) != network:
         return
@@ -56,7 +58,7 @@ def inject(way: str, network: int, step: int, once: Path) -> None:
             time.sleep(SLOW_SECONDS)
         elif steps == step and not once.exists():
             once.touch()
-            fail(way, optimizer)
+            fail(way, optimizer, run)
 
     register_optimizer_step_post_hook(after_step)
 
@@ -67,6 +69,7 @@ if __name__ == "__main__":
     run = Path(arguments[arguments.index("--run_dir") + 1])
     for number in range(0, len(faults), 3):
         way, network, step = faults[number : number + 3]
-        inject(way, int(network), int(step), run.with_name(f"{run.name}.{way}{number}"))
+        once = run.with_name(f"{run.name}.{way}{number}")
+        inject(way, int(network), int(step), run, once)
     sys.argv[1:] = arguments
     sys.exit(main())

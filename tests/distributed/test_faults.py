@@ -189,6 +189,16 @@ class TestADiskThatRefuses:
         assert "epoch_0002 is not complete" in done.output
         assert "File too large" in done.output
 
+    def test_a_run_directory_that_vanishes_is_made_anew(
+        self, straight: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        done = finish(faulty(3, run, f"vanish 1 {STEPS + 2}"), timeout=150)
+        assert done.status == 0, done
+        assert_ends_as(straight, run)
+        assert "metrics.jsonl cannot be written: No such file or directory" in done.output
+        assert len(metrics(tmp_path / "vanished", 2)) == 1
+
     def test_too_many_failures_in_a_row_end_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")

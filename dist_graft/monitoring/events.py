@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -57,14 +58,22 @@ class EventFile:
         with self._told():
             self._writer.add_custom_scalars(layout)
 
-    def begin_session(self, options: Mapping[str, float | str], results: Sequence[str]) -> None:
+    def begin_session(
+        self, options: Mapping[str, float | str], *, first: Sequence[str], results: Sequence[str]
+    ) -> None:
         """Write this run's row of the hyperparameters' tab.
 
         Args:
             options: its columns.
+            first: names of those that come first.
             results: tags of the numbers that are its results, written or to be written.
         """
         experiment, start, _ = hparams(dict(options), dict.fromkeys(results, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in first
+        plugin.content = content.SerializeToString()
         with self._told():
             for part in (experiment, start):
                 self._writer._get_file_writer().add_summary(part)

@@ -27,12 +27,13 @@ MOST_ARROWS = 24
 _DPI = 100
 _MISSING = "#bbbbbb"
 _BEND = 0.22
+_WIDTH = 4.6  # inches; a card is about 350 pixels wide
 _SETTINGS: dict[Any, Any] = {
-    "font.size": 13,
-    "axes.titlesize": 14,
+    "font.size": 11,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -56,9 +57,8 @@ def layers_over_epochs(
         middle: value that gets white, with two colours on its sides; unset: one scale of colours.
     """
     edges, shown = _columns(np.asarray(epochs, dtype=np.float64), values)
-    height = min(8.0, max(3.0, 1.4 + 0.22 * min(len(names), MOST_NAMES)))
     with _style():
-        figure = _figure(6.4, height)
+        figure = _figure(_rows_inches(names))
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
             edges,
@@ -89,30 +89,30 @@ def who_gave_to_whom(
     """
     networks = len(donors)
     taken = 1 - np.stack([shares[:, one, one] for one in range(networks)], axis=1)
-    height = min(8.0, max(4.2, 1.4 + 0.22 * min(len(names), MOST_NAMES)))
+    heights = (3.4, _rows_inches(names))
     with _style():
-        figure = _figure(9.0, height)
-        left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-        figure.suptitle(f"{title}: who gave what to whom", x=0.01, ha="left", fontsize=14)
+        figure = _figure(sum(heights))
+        above, below = figure.subplots(2, 1, height_ratios=heights)
         flow = shares.mean(axis=0)
         simple = networks <= 3 or (networks <= MOST_ARROWS and max(map(len, donors)) <= 1)
         if simple:
-            _draw_arrows(left, flow, donors)
+            _draw_arrows(above, flow, donors)
         else:
-            _draw_matrix(left, flow)
-        mesh = right.pcolormesh(
+            _draw_matrix(above, flow)
+        above.set_title(f"{title}: % taken, mean of the layers")
+        mesh = below.pcolormesh(
             np.arange(networks + 1) - 0.5,
             np.arange(len(names) + 1) - 0.5,
             100 * taken,
             cmap=_colours("viridis"),
             norm=_range(100 * taken, None, least=2.0),
         )
-        right.set_title("% taken, layer by layer")
-        right.set_xlabel("network")
-        right.invert_yaxis()
-        _name_rows(right, names)
-        _whole_ticks(right)
-        figure.colorbar(mesh, ax=right, pad=0.03)
+        below.set_title(f"{title}: % taken, layer by layer")
+        below.set_xlabel("network")
+        below.invert_yaxis()
+        _name_rows(below, names)
+        _whole_ticks(below)
+        figure.colorbar(mesh, ax=below, pad=0.03)
         return _pixels(figure)
 
 
@@ -140,7 +140,7 @@ def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> 
         )
         along = places[recipient] - places[donor]
         aside = np.array([-along[1], along[0]])
-        beside = aside * (_BEND / 2 + 0.17 / np.hypot(*along))
+        beside = aside * (_BEND / 2 + 0.16 / np.hypot(*along)) * (1.3, 1.0)
         spot = places[donor] + 0.5 * along + beside
         axes.text(
             float(spot[0]),
@@ -148,12 +148,11 @@ def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> 
             f"{100 * share:.2g}%",
             ha="center",
             va="center",
-            fontsize=12,
+            fontsize=11,
         )
     for one, (x, y) in enumerate(places):
         axes.scatter([x], [y], s=(2 * radius) ** 2, color="#E69F00", edgecolors="black", zorder=3)
         axes.text(x, y, str(one), ha="center", va="center", fontsize=radius, zorder=4)
-    axes.set_title("% taken, mean of layers")
     axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
     axes.axis("off")
 
@@ -169,7 +168,6 @@ def _draw_matrix(axes: Axes, flow: Numbers) -> None:
         cmap=_colours("cividis"),
         norm=_range(given, None, least=2.0),
     )
-    axes.set_title("% taken, mean of layers")
     axes.set_xlabel("from network")
     axes.set_ylabel("by network")
     axes.invert_yaxis()
@@ -202,6 +200,10 @@ def _range(values: Numbers, middle: float | None, *, least: float = 1e-3) -> Nor
     return Normalize(low, max(high, low + least))
 
 
+def _rows_inches(names: Sequence[str]) -> float:
+    return 1.1 + 0.17 * max(8, min(len(names), MOST_NAMES))
+
+
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     every = -(-len(names) // MOST_NAMES)
     axes.set_yticks(range(0, len(names), every), names[::every])
@@ -219,12 +221,12 @@ def _colours(name: str) -> Any:
     return colormaps[name].with_extremes(bad=_MISSING)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """In inches, of 100 pixels each."""
+def _figure(height: float) -> Figure:
+    """Of a height in inches, of 100 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -20,8 +20,9 @@ from dist_graft.monitoring.pictures import layers_over_epochs, who_gave_to_whom
 
 AFTER = "final/test_accuracy_after_last_round"
 BEFORE = "final/test_accuracy_before_last_round"
+FIRST = ("lr", "method", "model", "network", "seed")
 RESULTS = (AFTER, BEFORE, "accuracy/test")
-"""What the hyperparameters' tab shows of a network."""
+"""What the hyperparameters' tab shows first of a network's options, and as its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class NetworkBoard:
         self, folder: Path, *, start_epoch: int, options: Mapping[str, float | str]
     ) -> None:
         self._events = EventFile(folder, start_epoch)
-        self._events.begin_session(options, RESULTS)
+        self._events.begin_session(options, first=FIRST, results=RESULTS)
 
     def epoch(self, metrics: EpochMetrics, layers: LayerView) -> None:
         """Write what an epoch and its round gave."""
@@ -142,7 +143,7 @@ class PopulationBoard:
     def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
         """Draw who gave what to whom in a round of the units of these names."""
         drawn = who_gave_to_whom(
-            f"round {number}, epoch {epoch}",
+            f"round {number}",
             names,
             mixing.shares.numpy().astype(np.float64),
             mixing.donors,

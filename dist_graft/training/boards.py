@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +24,7 @@ class Boards:
     """The board of one network and, in the first process, the population's.
 
     A disk that refuses is a warning: the events of the epoch are lost, and the boards are opened
-    anew for the next one.
+    anew in the next one.
 
     Args:
         config: of the run; without monitor.tensorboard nothing is written.
@@ -60,6 +59,7 @@ class Boards:
         self._coefficients = LayerHistory(lines, coefficients)
         self._informations = LayerHistory(lines, informations)
         self._record: GraftRecord | None = None
+        self._lost: int | None = None
         self._pacing = Pacing(config.epochs)
         self._criterion = Graft(criterion=config.graft.criterion).measured
         self._open(start_epoch)
@@ -73,45 +73,58 @@ class Boards:
         line = asdict(metrics)
         self._coefficients.add(line)
         self._informations.add(line)
-        with self._showing(metrics.epoch):
-            if self._network:
-                self._network.epoch(metrics, layers)
-                if self._pacing.due(metrics.epoch):
-                    with self._pacing.drawing():
-                        self._draw(metrics.epoch, self._network)
+        self._show(metrics.epoch, lambda: self._show_network(metrics, layers))
         self._record = None
 
     def population(self, epoch: int, accuracies: Sequence[float], ensemble: float | None) -> None:
         """Show one epoch of all networks."""
-        with self._showing(epoch):
-            if self._population:
-                self._population.epoch(epoch, accuracies, ensemble)
+        self._show(epoch, lambda: self._show_population(epoch, accuracies, ensemble))
 
     def story(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
         """Show all that happened so far beside the training."""
-        with self._showing(epoch):
-            if self._population and events:
-                self._population.story(events, epoch)
+        if events:
+            self._show(epoch, lambda: self._show_story(events, epoch))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Show the end of the run."""
-        epoch = self._config.epochs - 1
-        own = summary["networks"][self._place.network]
-        with self._showing(epoch):
-            if self._network:
-                self._network.end(
-                    own["accuracy_before_last_round"], own["accuracy_after_last_round"], epoch
-                )
-            for when in ("before_last_round", "after_last_round"):
-                if self._population:
-                    self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
+        self._show(self._config.epochs - 1, lambda: self._show_summary(summary))
 
     def close(self) -> None:
         """Flush and close all files."""
         for board in (self._network, self._population):
             if board:
-                with self._enduring():
+                try:
                     board.close()
+                except RunDirectoryError as error:
+                    self._log.warning("%s; training goes on", error)
+
+    def _show_network(self, metrics: EpochMetrics, layers: LayerView) -> None:
+        if self._network:
+            self._network.epoch(metrics, layers)
+            if self._pacing.due(metrics.epoch):
+                with self._pacing.drawing():
+                    self._draw(metrics.epoch, self._network)
+
+    def _show_population(
+        self, epoch: int, accuracies: Sequence[float], ensemble: float | None
+    ) -> None:
+        if self._population:
+            self._population.epoch(epoch, accuracies, ensemble)
+
+    def _show_story(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        if self._population:
+            self._population.story(events, epoch)
+
+    def _show_summary(self, summary: Mapping[str, Any]) -> None:
+        epoch = self._config.epochs - 1
+        own = summary["networks"][self._place.network]
+        whens = ("before_last_round", "after_last_round")
+        if self._network:
+            before, after = (own[f"accuracy_{when}"] for when in whens)
+            self._network.end(before, after, epoch)
+        for when in whens:
+            if self._population:
+                self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
 
     def _draw(self, epoch: int, board: NetworkBoard) -> None:
         board.heat_map(
@@ -152,21 +165,18 @@ class Boards:
                 },
             )
 
-    @contextmanager
-    def _showing(self, epoch: int) -> Iterator[None]:
+    def _show(self, epoch: int, write: Callable[[], object]) -> None:
+        """Write events, on boards that are opened anew where an earlier epoch's were lost."""
+        if self._lost == epoch:
+            return
         try:
-            yield
+            if self._lost is not None:
+                self._open(epoch)
+                self._lost = None
+            write()
         except RunDirectoryError as error:
+            self._lost = epoch
             self._log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
-            with self._enduring():
-                self._open(epoch + 1)
-
-    @contextmanager
-    def _enduring(self) -> Iterator[None]:
-        try:
-            yield
-        except RunDirectoryError as error:
-            self._log.warning("%s; training goes on", error)
 
 
 def session_options(config: TrainConfig, place: Place) -> dict[str, float | str]:

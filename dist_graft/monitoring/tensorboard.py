@@ -20,7 +20,7 @@ from dist_graft.monitoring.pictures import layers_over_epochs, who_gave_to_whom
 
 AFTER = "final/test_accuracy_after_last_round"
 BEFORE = "final/test_accuracy_before_last_round"
-FIRST = ("lr", "method", "model", "network", "seed")
+FIRST = ("lr", "method", "model", "seed")
 RESULTS = (AFTER, BEFORE, "accuracy/test")
 """What the hyperparameters' tab shows first of a network's options, and as its results."""
 
@@ -158,7 +158,7 @@ class PopulationBoard:
         rows += [
             (event["time"], str(event["epoch"]), event["kind"], event["text"]) for event in events
         ]
-        self._events.text("story", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
+        self._events.text("run/story", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
         self._events.flush()
 
     def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:

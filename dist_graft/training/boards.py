@@ -159,9 +159,9 @@ class Boards:
                     rounds=place.networks > 1 and config.method != "none",
                 ),
                 texts={
-                    "configuration": f"```\n{self._directory.config.read_text()}```",
-                    "versions": _table("what", "version", versions()),
-                    "hosts": _table("network", "host", dict(enumerate(self._hosts))),
+                    "run/configuration": f"```\n{self._directory.config.read_text()}```",
+                    "run/versions": _table("what", "version", versions()),
+                    "run/hosts": _table("network", "host", dict(enumerate(self._hosts))),
                 },
             )
 
@@ -182,7 +182,6 @@ class Boards:
 def session_options(config: TrainConfig, place: Place) -> dict[str, float | str]:
     """The columns by which the hyperparameters' tab tells networks and runs apart."""
     options: dict[str, float | str] = {
-        "network": place.network,
         "networks": place.networks,
         "lr": learning_rates(config.optim, place.networks)[place.network],
         "seed": config.seed,

@@ -208,11 +208,11 @@ def test_the_texts(tmp_path: Path) -> None:
         board.close()
     found = texts(tmp_path)
     assert found["versions"] == {0: "| torch | 0 |", 2: "| torch | 2 |"}
-    assert list(found["story"]) == [1, 3]
+    assert list(found["run/story"]) == [1, 3]
     for event in events:
         row = f"| {event['time']} | {event['epoch']} | {event['kind']} | {event['text']} |"
-        assert row in found["story"][3].splitlines()
-    assert "network 0" not in found["story"][1]
+        assert row in found["run/story"][3].splitlines()
+    assert "network 0" not in found["run/story"][1]
 
 
 def test_a_round(tmp_path: Path) -> None:

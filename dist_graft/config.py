@@ -7,7 +7,7 @@ from typing import Literal
 
 from dist_graft.config_methods import DistillConfig, PapaConfig, WashConfig
 from dist_graft.errors import ConfigError
-from dist_graft.validation import above_zero, at_least, require
+from dist_graft.validation import above_zero, at_least, require, step_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +241,13 @@ class MonitorConfig:
     """Write TensorBoard events."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """A bar, or one line an epoch; auto: a bar on a terminal."""
+    profile_steps: str | None = None
+    """A:B, in quotes in YAML: each network profiles the optimizer steps A to B - 1 of the run,
+    counted from 0, and all between them: RUN/networkNN/trace.json.gz, for ui.perfetto.dev."""
+
+    def __post_init__(self) -> None:
+        if self.profile_steps is not None:
+            step_range("monitor.profile_steps", self.profile_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

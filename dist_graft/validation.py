@@ -28,6 +28,21 @@ def above_zero(name: str, value: float) -> None:
     require(math.isfinite(value) and value > 0, name, value, "above 0")
 
 
+def step_range(name: str, value: str) -> tuple[int, int]:
+    """The two numbers of A:B, 0 <= A < B; a ConfigError that names the option otherwise."""
+    first, colon, last = value.partition(":")
+    legal = bool(colon) and all(
+        number.isascii() and number.isdigit() and len(number) < 16 for number in (first, last)
+    )
+    require(
+        legal and int(first) < int(last),
+        name,
+        value,
+        "A:B with whole numbers 0 <= A < B (the steps A to B - 1 of the run, from 0)",
+    )
+    return int(first), int(last)
+
+
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
     """A configuration dataclass from nested dictionaries, as YAML holds them.
 

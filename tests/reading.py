@@ -3,24 +3,90 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """TensorBoard's values by tag and step; an assertion fails when a step is there twice."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    events = _reloaded(folder)
     found = {}
     for tag in events.Tags()["scalars"]:
         steps = [event.step for event in events.Scalars(tag)]
         assert len(steps) == len(set(steps)), f"{folder}: {tag} has steps {steps}"
         found[tag] = {event.step: event.value for event in events.Scalars(tag)}
     return found
+
+
+def texts(folder: Path) -> dict[str, dict[int, str]]:
+    """TensorBoard's texts by tag and step."""
+    events = _reloaded(folder)
+    suffix = "/text_summary"
+    return {
+        tag.removesuffix(suffix): {
+            event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)
+        }
+        for tag in events.Tags()["tensors"]
+        if tag.endswith(suffix)
+    }
+
+
+def pictures(folder: Path) -> dict[str, dict[int, Image.Image]]:
+    """TensorBoard's pictures by tag and step; an assertion fails when a step is there twice."""
+    events = _reloaded(folder)
+    found = {}
+    for tag in events.Tags()["images"]:
+        steps = [event.step for event in events.Images(tag)]
+        assert len(steps) == len(set(steps)), f"{folder}: {tag} has steps {steps}"
+        found[tag] = {
+            event.step: Image.open(io.BytesIO(event.encoded_image_string))
+            for event in events.Images(tag)
+        }
+    return found
+
+
+def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """The custom scalars' tags by category and title."""
+    (event,) = _reloaded(folder).Tensors(CONFIG_SUMMARY_TAG)
+    read = Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {
+            chart.title: [
+                *chart.multiline.tag,
+                *(tag for s in chart.margin.series for tag in (s.value, s.lower, s.upper)),
+            ]
+            for chart in category.chart
+        }
+        for category in read.category
+    }
+
+
+def session(folder: Path) -> tuple[dict[str, Any], bool]:
+    """A network's row of the hyperparameters' tab, and whether its run has ended."""
+    events = _reloaded(folder)
+    known = events.Tags()["tensors"] + list(events.summary_metadata)
+
+    def content(tag: str) -> HParamsPluginData:
+        return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+    columns = content(SESSION_START_INFO_TAG).session_start_info.hparams
+    row = {name: getattr(value, value.WhichOneof("kind")) for name, value in columns.items()}
+    return row, SESSION_END_INFO_TAG in known
+
+
+def _reloaded(folder: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
 
 
 def metrics(run: Path, network: int) -> list[dict[str, Any]]:

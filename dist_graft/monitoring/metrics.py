@@ -28,6 +28,11 @@ class EpochMetrics:
     val_accuracy: float | None
     images_per_second: float
     """Of training."""
+    phase_seconds: dict[str, float]
+    """Where the time went since the epoch before was reported: data, step, round, evaluation,
+    checkpoint, other."""
+    information: dict[str, float]
+    """By graft unit, before the round, in the criterion's unit."""
     graft: dict[str, Any] | None
     """None in an epoch without a round."""
 
@@ -44,6 +49,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, start_epoch: int) -> None:
         self._lines = LinesFile(path, keep=lambda line: line["epoch"] < start_epoch)
+        self.kept = self._lines.kept
+        """Of an earlier start of the run, in order."""
 
     def write(self, metrics: EpochMetrics) -> None:
         """Append one line; numbers that JSON does not know (NaN, infinity) become null.

@@ -216,6 +216,7 @@ class Grafter:
             phase_seconds=clock.seconds,
             bytes_received=applied.bytes_received,
             diverged=agreement.diverged,
+            mixing=mixing,
             healed={
                 network: donor for network in agreement.diverged for donor in mixing.donors[network]
             },

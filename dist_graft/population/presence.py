@@ -82,8 +82,11 @@ class RollCall:
 
     def describe(self, network: int) -> str:
         """A network with its rank and host."""
-        host = self._store.get(f"host/{network}").decode()
-        return f"network {network} (rank {network} on {host})"
+        return f"network {network} (rank {network} on {self._host(network)})"
+
+    def hosts(self) -> list[str]:
+        """Of all networks, in their order; waits for those that did not check in."""
+        return [self._host(network) for network in range(self._networks)]
 
     def ask_to_stop(self, why: str) -> None:
         """Leave word for all networks that the run is to stop."""
@@ -178,8 +181,11 @@ class RollCall:
                 continue
         return []
 
+    def _host(self, network: int) -> str:
+        return self._store.get(f"host/{network}").decode()
+
     def _is_gone(self, network: int) -> bool:
-        if self._store.get(f"host/{network}").decode() != socket.gethostname():
+        if self._host(network) != socket.gethostname():
             return False
         try:
             os.kill(int(self._store.get(f"process/{network}")), 0)

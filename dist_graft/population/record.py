@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_graft.grafting.mixing import Mixing
+
 
 @dataclass(frozen=True)
 class GraftRecord:
@@ -32,5 +34,7 @@ class GraftRecord:
     """Weights received from other networks."""
     diverged: dict[int, str]
     """What was not finite, by network; empty in an ordinary round. The same in every process."""
+    mixing: Mixing
+    """What flowed where, of all networks; the same in every process."""
     healed: dict[int, int]
     """Whose weights a diverged network took whole, by network; the same in every process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class Runtime:
         if self.place.rank == 0:
             self.roll_call.post(what, text)
         return self.roll_call.hear(what, 0, self.patience.seconds)
+
+    def hosts(self) -> list[str]:
+        """Where the networks run, in their order."""
+        return self.roll_call.hosts() if self.roll_call else [socket.gethostname()]
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of everyone's tensors of one shape, on the CPU: a collective.

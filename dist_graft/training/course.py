@@ -28,7 +28,9 @@ from dist_graft.training.loop import (
     evaluate,
     train_steps,
 )
+from dist_graft.training.profile import StepProfile
 from dist_graft.training.reporting import with_round
+from dist_graft.training.timesheet import TimeSheet
 
 
 @dataclass
@@ -51,10 +53,13 @@ class Course:
     saves: SaveRequests
     bar: ProgressBar
     progress: Progress
+    profile: StepProfile | None
     began: float
     """When the run would have begun without interruption, on the monotonic clock."""
     round: int = 0
     """Rounds finished."""
+    times: TimeSheet = field(default_factory=TimeSheet, init=False)
+    """Of this process, since the last report."""
     busy: float = field(default=0.0, init=False)
     """Seconds of training and evaluating in this epoch, in this process's life."""
     _epoch_began: float | None = field(default=None, init=False)
@@ -94,6 +99,9 @@ class Course:
     def train(self, segment: Segment) -> None:
         """Take the steps of a segment, or as many as there are before a request to stop."""
         first = segment.first
+        if self.profile:
+            before = segment.epoch * self.data.steps_per_epoch
+            self.profile.go_on(before + first, before + segment.last)
         while True:
             stretch = train_steps(
                 self.trainee,
@@ -102,11 +110,13 @@ class Course:
                 epoch=segment.epoch,
                 first=first,
                 last=segment.last,
-                on_step=self.bar.step,
+                on_step=self._after_step,
                 stop=self._interrupted,
             )
             first += stretch.steps
             self.busy += stretch.seconds
+            self.times.add("data", stretch.data_seconds)
+            self.times.add("step", stretch.seconds - stretch.data_seconds)
             progress = self.progress
             progress.trained = progress.trained + stretch if progress.trained else stretch
             progress.position = Position(segment.epoch, first, self.round)
@@ -120,8 +130,11 @@ class Course:
         """The network as it is on the test images, and on the validation images where there are."""
         began = time.monotonic()
         self.bar.stop()
-        tested = evaluate(self.trainee, self.data, "test")
-        validated = evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
+        with self.times.spend("evaluation"):
+            tested = evaluate(self.trainee, self.data, "test")
+            validated = (
+                evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
+            )
         self.busy += time.monotonic() - began
         return tested, validated
 
@@ -155,13 +168,14 @@ class Course:
         progress = Progress(
             Position(epoch + 1, 0, self.round), self.seconds, diverged=self.progress.diverged
         )
-        self.checkpoints.save(progress)
+        with self.times.spend("checkpoint"):
+            self.checkpoints.save(progress)
         self.saves.saved()
 
     def _graft(self, segment: Segment, stop: bool) -> GraftRecord:
         assert self.grafter is not None
         steps = segment.epoch * self.data.steps_per_epoch + segment.last
-        with naming_epoch(segment.epoch):
+        with naming_epoch(segment.epoch), self.times.spend("round"):
             record = self.grafter.graft(
                 rate=self.rate(steps),
                 stop=stop,
@@ -190,8 +204,14 @@ class Course:
         self.progress.seconds = self.seconds
         own = self.checkpoints.path(self.progress).name
         name = self.saves.agreed(own, self.runtime.patience.seconds)
-        self.checkpoints.save(self.progress, name)
+        with self.times.spend("checkpoint"):
+            self.checkpoints.save(self.progress, name)
         self.saves.done()
+
+    def _after_step(self) -> None:
+        self.bar.step()
+        if self.profile:
+            self.profile.step()
 
     def _interrupted(self) -> bool:
         if self.stops.asked():

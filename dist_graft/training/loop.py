@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
 from dist_graft.training.teachers import Teachers
+from dist_graft.training.timesheet import named
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -65,6 +66,8 @@ class TrainResult:
     images: int
     steps: int
     seconds: float
+    data_seconds: float = 0.0
+    """Of them, waiting for batches."""
 
     def __add__(self, other: TrainResult) -> TrainResult:
         """Both stretches together."""
@@ -77,6 +80,7 @@ class TrainResult:
             images=images,
             steps=self.steps + other.steps,
             seconds=self.seconds + other.seconds,
+            data_seconds=self.data_seconds + other.data_seconds,
         )
 
 
@@ -114,12 +118,13 @@ def train_steps(
     trainee.model.train()
     totals = torch.zeros(2, dtype=torch.float64, device=trainee.device)
     images = steps = 0
-    batches = data.train_batches(epoch, first, last)
+    batches = _Batches(data.train_batches(epoch, first, last))
     for step, (inputs, labels) in enumerate(batches, start=first):
         torch.manual_seed(stream_seed("step", trainee.seed, trainee.network, epoch, step))
-        if len(labels):
-            _learn(trainee, inputs, labels, config, totals)
-        trainee.scheduler.step()
+        with named("step"):
+            if len(labels):
+                _learn(trainee, inputs, labels, config, totals)
+            trainee.scheduler.step()
         images += len(labels)
         steps += 1
         if on_step:
@@ -133,7 +138,27 @@ def train_steps(
         images=images,
         steps=steps,
         seconds=time.perf_counter() - start,
+        data_seconds=batches.seconds,
     )
+
+
+class _Batches:
+    """Batches, and the seconds that were spent on waiting for them."""
+
+    def __init__(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
+        try:
+            with named("data"):
+                return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _learn(

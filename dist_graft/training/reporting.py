@@ -15,9 +15,10 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.console import NetworkRow, epoch_text, summary_text
 from dist_graft.monitoring.metrics import EpochMetrics, MetricsFile
 from dist_graft.monitoring.story import Event, StoryFile
-from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
+from dist_graft.monitoring.tensorboard import LayerView
 from dist_graft.population.place import Place
 from dist_graft.population.record import GraftRecord
+from dist_graft.training.boards import Boards
 from dist_graft.training.checkpoint import write_atomically
 from dist_graft.training.clock import Position
 from dist_graft.training.loop import EvalResult, TrainResult
@@ -31,14 +32,14 @@ _SHORT_SECONDS = 1.0  # epochs in which a hiccup makes the difference
 class Reporter:
     """Writes what one network and, in the first process, the population did.
 
-    A disk that refuses in the middle of a run is a warning: the numbers are written later, and
-    TensorBoard's events of the epoch are lost.
+    A disk that refuses in the middle of a run is a warning, and the numbers are written later.
 
     Args:
         config: of the run.
         directory: of the run.
         place: of this process.
         start: where this start of the run begins; what is there from it on is dropped.
+        hosts: of each network.
         log: of this process.
 
     Raises: RunDirectoryError when the disk refuses from the start.
@@ -51,6 +52,7 @@ class Reporter:
         place: Place,
         *,
         start: Position,
+        hosts: Sequence[str],
         log: logging.Logger,
     ) -> None:
         self._config = config
@@ -63,13 +65,21 @@ class Reporter:
         folder = directory.network(place.network)
         self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
         self._story: StoryFile | None = None
-        self._board: NetworkBoard | None = None
-        self._population: PopulationBoard | None = None
         if place.rank == 0:
             self._story = StoryFile(
                 directory.events, start_epoch=start.epoch, start_round=start.round
             )
-        self._open_boards(start.epoch)
+        self._boards = Boards(
+            config,
+            directory,
+            place,
+            start_epoch=start.epoch,
+            lines=self._metrics.kept,
+            hosts=hosts,
+            log=log,
+        )
+        if self._story:
+            self._boards.story(self._story.events, start.epoch)
 
     def resumed(self, path: Path, start: Position) -> None:
         """Report from where the run goes on."""
@@ -85,7 +95,8 @@ class Reporter:
         )
 
     def round(self, epoch: int, record: GraftRecord) -> None:
-        """Report the networks that a round found to have diverged."""
+        """Report a round, and the networks that it found to have diverged."""
+        self._boards.round(record)
         for network, what in record.diverged.items():
             if network in record.healed:
                 self._tell(
@@ -114,18 +125,19 @@ class Reporter:
         """Report one epoch of this process's network."""
         with self._enduring():
             self._metrics.write(metrics)
-        with self._showing(metrics.epoch):
-            if self._board:
-                self._board.epoch(metrics, layers)
+        self._boards.network(metrics, layers)
 
     def population(
-        self, epoch: int, round_: int, seconds: float, everyone: Sequence[NetworkRow]
+        self,
+        epoch: int,
+        round_: int,
+        seconds: float,
+        everyone: Sequence[NetworkRow],
+        ensemble: float | None,
     ) -> None:
-        """Report one epoch of all networks."""
+        """Report one epoch of all networks; the accuracy of their ensemble, if it is known."""
         self._log.info("%s", epoch_text(epoch, self._config.epochs, seconds, everyone))
-        with self._showing(epoch):
-            if self._population:
-                self._population.epoch(epoch, [row.test_accuracy for row in everyone])
+        self._boards.population(epoch, [row.test_accuracy for row in everyone], ensemble)
         slow = slow_networks(everyone)
         for network in sorted(set(slow) - self._slow):
             self._tell(
@@ -155,7 +167,6 @@ class Reporter:
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Report the end of the run; the first process writes summary.json."""
-        epoch = self._config.epochs - 1
         if self._story:
             summary = summary | {"events": self._story.events}
             text = json.dumps(summary, indent=1) + "\n"
@@ -163,21 +174,12 @@ class Reporter:
                 write_atomically(self._directory.summary, text.encode())
             except RunDirectoryError as error:
                 self._unwritten = error
-        after = summary["networks"][self._place.network]["accuracy_after_last_round"]
-        with self._showing(epoch):
-            if self._board:
-                self._board.after_last_round(after, epoch)
-            for when in ("before_last_round", "after_last_round"):
-                if self._population:
-                    self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
+        self._boards.summary(summary)
         self._log.info("%s", summary_text(summary))
 
     def close(self) -> None:
         """Flush and close all files."""
-        for board in (self._board, self._population):
-            if board:
-                with self._enduring():
-                    board.close()
+        self._boards.close()
 
     def finish(self) -> None:
         """Raise RunDirectoryError when summary.json could not be written."""
@@ -189,26 +191,7 @@ class Reporter:
         if self._story:
             with self._enduring():
                 self._story.write(event)
-        with self._showing(event.epoch):
-            if self._population:
-                self._population.event(event.text, event.epoch)
-
-    def _open_boards(self, epoch: int) -> None:
-        if self._config.monitor.tensorboard:
-            folder = self._directory.network(self._place.network)
-            self._board = NetworkBoard(folder, start_epoch=epoch)
-            if self._place.rank == 0:
-                self._population = PopulationBoard(self._directory.population, start_epoch=epoch)
-
-    @contextmanager
-    def _showing(self, epoch: int) -> Iterator[None]:
-        """Write events; boards whose disk refused are opened anew for the next epoch."""
-        try:
-            yield
-        except RunDirectoryError as error:
-            self._log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
-            with self._enduring():
-                self._open_boards(epoch + 1)
+            self._boards.story(self._story.events, event.epoch)
 
     @contextmanager
     def _enduring(self) -> Iterator[None]:
@@ -238,6 +221,8 @@ def epoch_metrics(
     tested: EvalResult,
     validated: EvalResult | None,
     rounds: dict[str, Any] | None,
+    layers: LayerView,
+    phase_seconds: dict[str, float],
 ) -> EpochMetrics:
     """One epoch of one network, as metrics.jsonl tells of it."""
     return EpochMetrics(
@@ -250,6 +235,8 @@ def epoch_metrics(
         val_loss=validated.loss if validated else None,
         val_accuracy=validated.accuracy if validated else None,
         images_per_second=trained.images / trained.seconds,
+        phase_seconds=phase_seconds,
+        information=dict(layers.information),
         graft=rounds,
     )
 

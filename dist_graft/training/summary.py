@@ -11,6 +11,21 @@ from dist_graft.errors import DataError
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.loop import EvalResult, accuracy
 
+LARGEST_ENSEMBLE = 2**22
+"""Probabilities that each network sends after every epoch; 16 MiB."""
+
+
+def ensemble_accuracy(runtime: Runtime, tested: EvalResult, epoch: int) -> float | None:
+    """Percent that the members' mean probability hits after an epoch: a collective.
+
+    Returns: None where it would cost too much, or the networks were not tested on as many images.
+    """
+    size = float(tested.probabilities.numel())
+    sizes = {row[0] for row in runtime.gather([size], f"the test images of epoch {epoch}")}
+    if len(sizes) > 1 or size > LARGEST_ENSEMBLE:
+        return None
+    return _together(runtime, tested, f"the ensemble of epoch {epoch}")
+
 
 def summarise(
     runtime: Runtime,
@@ -51,10 +66,14 @@ def summarise(
         (("before_last_round", before), ("after_last_round", after)), start=1
     ):
         summary[f"mean_accuracy_{when}"] = statistics.fmean(row[column] for row in rows)
-        answers = result.probabilities
-        if not answers.isfinite().all():
-            answers = torch.zeros_like(answers)
-        scores = runtime.sum(answers, f"the ensemble {when}")
-        summary[f"ensemble_accuracy_{when}"] = accuracy(scores, result.labels)
+        summary[f"ensemble_accuracy_{when}"] = _together(runtime, result, f"the ensemble {when}")
     diverged = [network for network, row in enumerate(rows) if not row[3]]
     return summary | {"diverged": diverged, "wall_seconds": seconds}
+
+
+def _together(runtime: Runtime, result: EvalResult, what: str) -> float:
+    """Accuracy of the networks whose probabilities are finite, as one: a collective."""
+    answers = result.probabilities
+    if not answers.isfinite().all():
+        answers = torch.zeros_like(answers)
+    return accuracy(runtime.sum(answers, what), result.labels)

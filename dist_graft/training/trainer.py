@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import time
@@ -34,10 +35,12 @@ from dist_graft.training.course import Course
 from dist_graft.training.data import Data, ensure_available, load_data
 from dist_graft.training.layers import check_sound, look_at_layers, what_is_lost
 from dist_graft.training.loop import Trainee, evaluate
+from dist_graft.training.profile import StepProfile
 from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.scions import graft_itself
-from dist_graft.training.summary import summarise
+from dist_graft.training.summary import ensemble_accuracy, summarise
+from dist_graft.validation import step_range
 
 
 def fit(config: TrainConfig, runtime: Runtime) -> None:
@@ -89,7 +92,8 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
-    reporter = Reporter(config, directory, runtime.place, start=start, log=log)
+    hosts = runtime.hosts()
+    reporter = Reporter(config, directory, runtime.place, start=start, hosts=hosts, log=log)
     course = Course(
         config=config,
         runtime=runtime,
@@ -102,6 +106,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         saves=SaveRequests(config.checkpoint.every_minutes, runtime.roll_call, asks=speaks),
         bar=ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0),
         progress=progress,
+        profile=build_profile(config, data, runtime, directory, log),
         began=began - progress.seconds,
         round=start.round,
     )
@@ -135,7 +140,8 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         if record:
             reporter.round(epoch, record)
         if segment.round and not grafter:
-            graft_itself(trainee, units, config.graft, course.round)
+            with course.times.spend("round"):
+                graft_itself(trainee, units, config.graft, course.round)
             course.round += 1
         if segment.round and config.graft.reset_momentum:
             trainee.optimizer.state.clear()
@@ -143,7 +149,8 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             continue
 
         metrics = epoch_metrics(
-            epoch, course.lr, course.trained, tested, validated, course.progress.rounds
+            *(epoch, course.lr, course.trained, tested, validated, course.progress.rounds),
+            *(layers, course.times.hand_in()),
         )
         reporter.network(metrics, layers)
         reporter.skipped(epoch, data.skipped)
@@ -151,8 +158,9 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         row = row_of(metrics, busy=course.busy, whole=course.whole, sound=not lost)
         numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
         everyone = [NetworkRow(*other) for other in numbers]
+        ensemble = ensemble_accuracy(runtime, tested, epoch)
         runtime.patience.learn(max(other.epoch_seconds for other in everyone))
-        reporter.population(epoch, course.round, course.trained.seconds, everyone)
+        reporter.population(epoch, course.round, course.trained.seconds, everyone, ensemble)
         check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
 
         if segment.ends_run:
@@ -164,12 +172,32 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         if segment.save:
             course.finish_epoch(epoch)
 
+    if course.profile:
+        course.profile.finish()
     reporter.close()
     checkpoints.finish()
     reporter.finish()
     if speaks:
         log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
     runtime.finish()
+
+
+def build_profile(
+    config: TrainConfig,
+    data: Data,
+    runtime: Runtime,
+    directory: RunDirectory,
+    log: logging.Logger,
+) -> StepProfile | None:
+    """What profiles the steps that the configuration asks for, if any."""
+    steps = config.monitor.profile_steps
+    if steps is None:
+        return None
+    path = directory.network(runtime.place.network) / "trace.json.gz"
+    first, last = step_range("monitor.profile_steps", steps)
+    profile = StepProfile(first, last, path, runtime.device, log)
+    profile.check(config.epochs * data.steps_per_epoch)
+    return profile
 
 
 def build_stop_requests(

@@ -24,6 +24,8 @@ def of_epoch(epoch: int, **values: Any) -> EpochMetrics:
         "val_loss": None,
         "val_accuracy": None,
         "images_per_second": 100.0,
+        "phase_seconds": {"step": 2.0},
+        "information": {"conv1": 1.5},
         "graft": None,
     }
     return EpochMetrics(epoch=epoch, **{**given_values, **values})

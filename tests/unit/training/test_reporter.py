@@ -49,6 +49,8 @@ FULL = """
 import logging
 import resource, sys
 from pathlib import Path
+import torch
+from dist_graft import Graft
 from dist_graft.config import TrainConfig
 from dist_graft.monitoring.console import NetworkRow
 from dist_graft.monitoring.metrics import EpochMetrics
@@ -63,28 +65,31 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s
 directory = RunDirectory(sys.argv[1])
 for folder in (directory.network(0), directory.population):
     folder.mkdir(parents=True)
+directory.describe(TrainConfig(epochs=4), 2)
 reporter = Reporter(
-    TrainConfig(epochs=4), directory, Place(0, 2, 0, 2), start=Position(),
+    TrainConfig(epochs=4), directory, Place(0, 2, 0, 2), start=Position(), hosts=["a", "b"],
     log=logging.getLogger("test"),
 )
+mixing = Graft().decide(torch.zeros(2, 1, dtype=torch.float64), 0)
 layers = LayerView(criterion="entropy", information={"a": 1.0}, invalid={0.1: {"a": 1}})
 for epoch in range(4):
     room = resource.RLIM_INFINITY if epoch in (0, 3) else 16
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     healed = {1: 0} if epoch in (1, 3) else {}
     reporter.round(epoch, GraftRecord(
-        round=epoch, network=0, donor=1, coefficient={}, information={}, distance={}, seconds=1.0,
-        phase_seconds={}, bytes_received=0, diverged={1: "a bad loss"} if epoch else {},
-        healed=healed,
+        round=epoch, network=0, donor=1, coefficient={"a": 0.5}, information={}, distance={},
+        seconds=1.0, phase_seconds={}, bytes_received=0,
+        diverged={1: "a bad loss"} if epoch else {}, healed=healed, mixing=mixing,
     ))
     reporter.network(EpochMetrics(
         epoch=epoch, lr=0.1, train_loss=1.0, train_accuracy=1.0, test_loss=1.0, test_accuracy=25.0,
-        val_loss=None, val_accuracy=None, images_per_second=1.0, graft=None,
+        val_loss=None, val_accuracy=None, images_per_second=1.0, phase_seconds={"step": 1.0},
+        information={"a": 1.0}, graft=None,
     ), layers)
     reporter.population(epoch, epoch + 1, 1.0, [
         NetworkRow(*[1.0] * 9, busy_seconds=seconds, epoch_seconds=20.0, sound=1.0)
         for seconds in (5.0, 5.0 if epoch == 0 else 15.0)
-    ])
+    ], None)
 summary = {"networks": [
     {"network": k, "lr": 0.1, "accuracy_before_last_round": 1.0, "accuracy_after_last_round": 2.0}
     for k in range(2)

@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import traceback
-from argparse import ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dist_graft.errors import (
 from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
 from dist_graft.population.place import Place, read_place
 from dist_graft.validation import from_nested
-from dist_graft.version import VERSION
+from dist_graft.version import versions
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,7 +50,9 @@ def run(argv: Sequence[str]) -> int:
             print(prepare(options["name"], root=options["root"], source=options["source"]))
             return 0
         if command in analysis.COMMANDS:
-            _show(analysis.COMMANDS[command](options, place))
+            told = analysis.COMMANDS[command](options, place)
+            for text in [told] if isinstance(told, str) else told:
+                _show(text)
             return 0
         return _train(from_nested(TrainConfig, options), place)
     except StoppedError as error:
@@ -146,15 +148,26 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return command, options
 
 
+class _Versions(Action):
+    """Looks the versions up only when they are asked for: that imports torch."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, **settings)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        _show("\n".join(f"{name} {version}" for name, version in versions().items()))
+        parser.exit()
+
+
 def _parser() -> ArgumentParser:
     prepare_parsing()
     settings = PARSER_SETTINGS
     parser = ArgumentParser(
         prog="dist-graft",
         description="Train a population of networks that graft each other.",
-        version=VERSION,
         **settings,
     )
+    parser.add_argument("--version", action=_Versions, help="print all versions that matter")
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(

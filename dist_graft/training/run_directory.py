@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.training.checkpoint import CheckpointSet, complete_sets, damage, write_atomically
 from dist_graft.validation import from_nested
-from dist_graft.version import VERSION
+from dist_graft.version import versions
 
 _FREE = (
     *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
@@ -178,15 +176,6 @@ class RunDirectory:
 def network_folder(path: Path, network: int) -> Path:
     """Folder of one network in a run directory."""
     return path / f"network{network:02d}"
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on."""
-    return {
-        "dist_graft": VERSION,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 def git_commit() -> str | None:

@@ -59,6 +59,8 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), error.exit_status, place, argv, root_cause=False)
     except DistGraftError as error:
         return _fail(str(error), error.exit_status, place, argv)
+    except KeyboardInterrupt:  # of a command that needs no farewell
+        return 130
     except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
         traceback.print_exc()
         return _fail(f"unexpected {type(error).__name__}: {error}", 1, place, argv)

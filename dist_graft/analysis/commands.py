@@ -28,6 +28,7 @@ def add_parsers(commands: Any, settings: Mapping[str, Any]) -> None:
         ("inspect", _inspect),
         ("export", _export),
         ("compare", _compare),
+        ("status", _status),
         ("doctor", _doctor),
     ):
         parser, text = build(settings)
@@ -127,6 +128,19 @@ def _compare(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
     return parser, "compare methods with their controls, over several seeds"
 
 
+def _status(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="How a run is doing, or what became of it, from the files that it leaves.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("run", type=str, help="run directory")
+    add("--watch", action="store_true", help="look again and again until the run has ended")
+    add("--every", type=float, default=5.0, help="seconds between two looks")
+    add("--json", action="store_true", help="one JSON object a look, for scripts")
+    return parser, "how a run is doing"
+
+
 def _doctor(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
     parser = ArgumentParser(
         description="See whether this machine can train: GPUs, ports, shared memory, disk, and a "
@@ -210,6 +224,19 @@ def _run_compare(options: Options, place: Place) -> str:
     return compare(plan, Path(out), report_only=options["report_only"])
 
 
+def _run_status(options: Options, place: Place) -> Iterator[str]:
+    _alone(place, "status")
+    above_zero("every", options["every"])
+    from dist_graft.analysis.status.watching import look
+
+    yield from look(
+        Path(options["run"]),
+        as_numbers=options["json"],
+        watch=options["watch"],
+        every=options["every"],
+    )
+
+
 def _run_doctor(options: Options, place: Place) -> Iterator[str]:
     _alone(place, "doctor")
     above_zero("timeout_seconds", options["timeout_seconds"])
@@ -233,6 +260,7 @@ COMMANDS: dict[str, Callable[[Options, Place], str | Iterator[str]]] = {
     "inspect": _run_inspect,
     "export": _run_export,
     "compare": _run_compare,
+    "status": _run_status,
     "doctor": _run_doctor,
 }
 """By name: runs a command and returns what is to be printed, at once or bit by bit."""

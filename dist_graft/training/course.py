@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundPostponedError, RoundStoppedError
-from dist_graft.monitoring.console import ProgressBar
+from dist_graft.monitoring.live import Live
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.record import GraftRecord
 from dist_graft.population.runtime import Runtime
@@ -49,7 +49,7 @@ class Course:
     checkpoints: Checkpoints
     stops: StopRequests
     saves: SaveRequests
-    bar: ProgressBar
+    live: Live
     progress: Progress
     began: float
     """When the run would have begun without interruption, on the monotonic clock."""
@@ -102,7 +102,7 @@ class Course:
                 epoch=segment.epoch,
                 first=first,
                 last=segment.last,
-                on_step=self.bar.step,
+                on_step=self.live.step,
                 stop=self._interrupted,
             )
             first += stretch.steps
@@ -119,7 +119,7 @@ class Course:
     def evaluate(self) -> tuple[EvalResult, EvalResult | None]:
         """The network as it is on the test images, and on the validation images where there are."""
         began = time.monotonic()
-        self.bar.stop()
+        self.live.evaluating()
         tested = evaluate(self.trainee, self.data, "test")
         validated = evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
         self.busy += time.monotonic() - began
@@ -132,6 +132,7 @@ class Course:
 
         Raises: RoundStoppedError when a network wants to stop.
         """
+        self.live.meeting()
         while True:
             stop = self.stops.asked()
             try:
@@ -146,7 +147,6 @@ class Course:
 
     def leave(self) -> NoReturn:
         """Save where the run stands and end it early, together with all others."""
-        self.bar.stop()
         self.progress.seconds = self.seconds
         self.checkpoints.leave(self.progress, self.stops.reason or self.stops.heard())
 

@@ -70,6 +70,10 @@ class RunDirectory:
         """What one network writes: log, metrics, events."""
         return network_folder(self.path, network)
 
+    def status(self, network: int) -> Path:
+        """Where one network stands right now."""
+        return self.network(network) / "status.json"
+
     def check(self, config: TrainConfig, networks: int) -> None:
         """Refuse to start here when the folder holds another run, or `resume` forbids it.
 

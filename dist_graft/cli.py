@@ -161,6 +161,12 @@ class _Versions(Action):
         parser.exit()
 
 
+def command_parsers() -> dict[str, ArgumentParser]:
+    """The parser of each command, by its name."""
+    subcommands: Any = next(a for a in _parser()._actions if a.dest == "command")
+    return dict(subcommands._name_parser_map)
+
+
 def _parser() -> ArgumentParser:
     prepare_parsing()
     settings = PARSER_SETTINGS

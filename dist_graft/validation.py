@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dist_graft.errors import ConfigError
+from dist_graft.references import check_name, resolve
 
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
@@ -26,6 +27,22 @@ def at_least(name: str, value: float | None, least: float) -> None:
 def above_zero(name: str, value: float) -> None:
     """Require a finite number above 0."""
     require(math.isfinite(value) and value > 0, name, value, "above 0")
+
+
+def known_or_own(option: str, name: str, known: Collection[str]) -> None:
+    """Require one of our names, or package.module:name."""
+    try:
+        check_name(name, known)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from error
+
+
+def own(option: str, reference: str) -> Callable[..., Any]:
+    """What an option's package.module:name names; ConfigError when it is not there."""
+    try:
+        return resolve(reference)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from error
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:

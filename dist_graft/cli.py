@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import traceback
-from argparse import ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dist_graft.errors import (
 from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
 from dist_graft.population.place import Place, read_place
 from dist_graft.validation import from_nested
-from dist_graft.version import VERSION
+from dist_graft.version import versions
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,7 +50,9 @@ def run(argv: Sequence[str]) -> int:
             print(prepare(options["name"], root=options["root"], source=options["source"]))
             return 0
         if command in analysis.COMMANDS:
-            _show(analysis.COMMANDS[command](options, place))
+            told = analysis.COMMANDS[command](options, place)
+            for text in [told] if isinstance(told, str) else told:
+                _show(text)
             return 0
         return _train(from_nested(TrainConfig, options), place)
     except StoppedEarlyError as error:
@@ -63,6 +65,8 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), error.exit_status, place, argv, root_cause=False)
     except DistGraftError as error:
         return _fail(str(error), error.exit_status, place, argv)
+    except KeyboardInterrupt:  # of a command that needs no farewell
+        return 130
     except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
         traceback.print_exc()
         return _fail(f"unexpected {type(error).__name__}: {error}", 1, place, argv)
@@ -152,15 +156,32 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return command, options
 
 
+class _Versions(Action):
+    """Looks the versions up only when they are asked for: that imports torch."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, **settings)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        _show("\n".join(f"{name} {version}" for name, version in versions().items()))
+        parser.exit()
+
+
+def command_parsers() -> dict[str, ArgumentParser]:
+    """The parser of each command, by its name."""
+    subcommands: Any = next(a for a in _parser()._actions if a.dest == "command")
+    return dict(subcommands._name_parser_map)
+
+
 def _parser() -> ArgumentParser:
     prepare_parsing()
     settings = PARSER_SETTINGS
     parser = ArgumentParser(
         prog="dist-graft",
         description="Train a population of networks that graft each other.",
-        version=VERSION,
         **settings,
     )
+    parser.add_argument("--version", action=_Versions, help="print all versions that matter")
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(

@@ -7,7 +7,10 @@ from typing import Literal
 
 from dist_graft.config_methods import DistillConfig, PapaConfig, WashConfig
 from dist_graft.errors import ConfigError
-from dist_graft.validation import above_zero, at_least, require, step_range
+from dist_graft.validation import above_zero, at_least, known_or_own, require, step_range
+
+_CRITERIA = ("entropy", "filter_entropy", "l1", "constant", "shuffled")
+_TOPOLOGIES = ("ring", "random", "exponential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,8 @@ class DataConfig:
     """What the networks are trained and tested on."""
 
     name: str = "fashion-mini"
-    """fashion-mini (shipped), fashion-mnist, cifar10, cifar100 or imagefolder."""
+    """fashion-mini (shipped), fashion-mnist, cifar10, cifar100 or imagefolder; or
+    package.module:name of a function (root) -> images and labels (docs/extending.md)."""
     root: str = "data"
     """Folder that holds the data sets; for imagefolder the one with train/ and val/ in it."""
     batch_size: int = 128
@@ -55,7 +59,8 @@ class ModelConfig:
 
     name: str = "resnet20"
     """resnet8/14/20/32/44/56/110, mobilenetv2, vgg16_bn, wrn28_10 (all for small images), or any
-    name of torchvision.models (torchvision/NAME where both have it)."""
+    name of torchvision.models (torchvision/NAME where both have it); or package.module:name of a
+    function (num_classes, channels) -> torch module."""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """Of the small-image ResNets."""
     shared_init: bool = False
@@ -67,6 +72,7 @@ class OptimConfig:
     """How every network is trained."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer."""
     lr: float = 0.1
     """Learning rate of the network that has the largest one."""
     lr_diversity: Literal["none", "cosine"] = "none"
@@ -80,6 +86,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW, each in [0, 1)."""
     weight_decay: float = 5e-4
+    """Of all weights; decoupled from the gradient with AdamW."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls; it changes at the start of an epoch."""
     step_epochs: int = 60
@@ -133,16 +140,20 @@ class GraftConfig:
     source: Literal["external", "internal", "noise"] = "external"
     """Where scions come from: another network, this network's own strongest filters, or noise.
     The last two exchange nothing and work with one network."""
-    topology: Literal["ring", "random", "exponential"] = "ring"
-    """Who gives to whom: the ring neighbour, a new random network in each round, or the one at
-    distance 1, 2, 4, ... in turn."""
+    rule: str | None = None
+    """package.module:name of a rule of your own (docs/extending.md), in place of grafting."""
+    topology: str = "ring"
+    """Who gives to whom: ring (the neighbour), random (a new network in each round), exponential
+    (the one at distance 1, 2, 4, ... in turn), or package.module:name of a function (networks,
+    round, seed) -> the donor of each network."""
     level: Literal["layer", "filter"] = "layer"
     """layer: one coefficient a layer, by the criterion; filter: one a channel, by the scales of the
     batch norm (plain convolutional chains such as VGG)."""
-    criterion: Literal["entropy", "filter_entropy", "l1", "constant", "shuffled"] = "entropy"
-    """What a layer's information is: entropy of all its weights (eq. 6), the sum of its filters'
-    entropies (eq. 5), both in nats, or the mean absolute weight. Two test whether it matters:
-    constant keeps one half, shuffled permutes the coefficients over the layers."""
+    criterion: str = "entropy"
+    """What a layer's information is: entropy of all its weights (eq. 6), filter_entropy, the sum of
+    its filters' entropies (eq. 5), both in nats, or l1, the mean absolute weight. Two test whether
+    it matters: constant keeps one half, shuffled permutes the coefficients over the layers. Or
+    package.module:name of a function (filters, num_bins) -> number."""
     num_bins: int = 10
     """Bins of the histogram that the entropy is computed from."""
     amplitude: float = 0.4
@@ -166,6 +177,10 @@ class GraftConfig:
         at_least("graft.every", self.every, 0)
         at_least("graft.every_steps", self.every_steps, 0)
         at_least("graft.start", self.start, 0)
+        known_or_own("graft.criterion", self.criterion, _CRITERIA)
+        known_or_own("graft.topology", self.topology, _TOPOLOGIES)
+        if self.rule is not None:
+            known_or_own("graft.rule", self.rule, ())
         above_zero("graft.threshold", self.threshold)
         require(
             0 < self.noise_annealing <= 1,
@@ -285,3 +300,5 @@ class TrainConfig:
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
+            raise ConfigError("graft.rule needs method graft and graft.source external")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dist_graft.errors import ConfigError
+from dist_graft.references import check_name, resolve
 
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
@@ -41,6 +42,22 @@ def step_range(name: str, value: str) -> tuple[int, int]:
         "A:B with whole numbers 0 <= A < B (the steps A to B - 1 of the run, from 0)",
     )
     return int(first), int(last)
+
+
+def known_or_own(option: str, name: str, known: Collection[str]) -> None:
+    """Require one of our names, or package.module:name."""
+    try:
+        check_name(name, known)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from error
+
+
+def own(option: str, reference: str) -> Callable[..., Any]:
+    """What an option's package.module:name names; ConfigError when it is not there."""
+    try:
+        return resolve(reference)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from error
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:

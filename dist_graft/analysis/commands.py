@@ -6,14 +6,16 @@ Importing this imports no torch, so that help and mistakes are answered at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, StartError
 from dist_graft.population.place import Place
+from dist_graft.validation import above_zero
 
 Options = Mapping[str, Any]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -26,6 +28,8 @@ def add_parsers(commands: Any, settings: Mapping[str, Any]) -> None:
         ("inspect", _inspect),
         ("export", _export),
         ("compare", _compare),
+        ("status", _status),
+        ("doctor", _doctor),
     ):
         parser, text = build(settings)
         commands.add_subcommand(name, parser, help=text)
@@ -124,6 +128,36 @@ def _compare(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
     return parser, "compare methods with their controls, over several seeds"
 
 
+def _status(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="How a run is doing, or what became of it, from the files that it leaves.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("run", type=str, help="run directory")
+    add("--watch", action="store_true", help="look again and again until the run has ended")
+    add("--every", type=float, default=5.0, help="seconds between two looks")
+    add("--json", action="store_true", help="one JSON object a look, for scripts")
+    return parser, "how a run is doing"
+
+
+def _doctor(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    parser = ArgumentParser(
+        description="See whether this machine can train: GPUs, ports, shared memory, disk, and a "
+        "round between two processes. Says what to do, and fails if something is broken.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("--run_dir", type=str, default=TrainConfig.run_dir, help="folder whose disk is tried")
+    add(
+        "--timeout_seconds",
+        type=float,
+        default=120.0,
+        help="within which the two processes must have started and grafted",
+    )
+    return parser, "see whether this machine can train"
+
+
 def _add_run(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="run directory")
     parser.add_argument(
@@ -190,6 +224,27 @@ def _run_compare(options: Options, place: Place) -> str:
     return compare(plan, Path(out), report_only=options["report_only"])
 
 
+def _run_status(options: Options, place: Place) -> Iterator[str]:
+    _alone(place, "status")
+    above_zero("every", options["every"])
+    from dist_graft.analysis.status.watching import look
+
+    yield from look(
+        Path(options["run"]),
+        as_numbers=options["json"],
+        watch=options["watch"],
+        every=options["every"],
+    )
+
+
+def _run_doctor(options: Options, place: Place) -> Iterator[str]:
+    _alone(place, "doctor")
+    above_zero("timeout_seconds", options["timeout_seconds"])
+    from dist_graft.analysis.doctor import examine
+
+    yield from examine(options["run_dir"], seconds=options["timeout_seconds"])
+
+
 def _alone(place: Place, command: str) -> None:
     if place.networks > 1:
         raise StartError(f"{command} runs in one process: start it without torchrun")
@@ -200,10 +255,12 @@ def _at_least_one(name: str, value: int | None) -> None:
         raise ConfigError(f"{name} must be at least 1, got {value!r}")
 
 
-COMMANDS: dict[str, Callable[[Options, Place], str]] = {
+COMMANDS: dict[str, Callable[[Options, Place], str | Iterator[str]]] = {
     "evaluate": _run_evaluate,
     "inspect": _run_inspect,
     "export": _run_export,
     "compare": _run_compare,
+    "status": _run_status,
+    "doctor": _run_doctor,
 }
-"""By name: runs a command and returns what is to be printed."""
+"""By name: runs a command and returns what is to be printed, at once or bit by bit."""

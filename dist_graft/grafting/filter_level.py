@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_graft.grafting.mixing import Mixing
-from dist_graft.grafting.topology import TOPOLOGIES
+from dist_graft.grafting.topology import donors_of
 from dist_graft.grafting.units import GraftUnit
 
 
@@ -80,7 +80,7 @@ class FilterGraft:
     def decide(self, information: Tensor, round_: int) -> Mixing:
         """Shares by the ratio of the scales; one half where both are zero."""
         networks = information.shape[0]
-        donor = TOPOLOGIES[self.topology](networks, round_, self.seed)
+        donor = donors_of(self.topology, networks, round_, self.seed)
         total = information + information[donor]
         own = torch.where(total > 0, information / total, 0.5)
         parts = tuple(row.split([link.filters for link in self.links]) for row in own)

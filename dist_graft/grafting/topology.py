@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from dist_graft.references import is_reference, resolve
+
 
 def ring(networks: int, round_: int = 0, seed: int = 0) -> list[int]:
     """Donor of each network: network k takes from network (k - 1) mod K, in every round."""
@@ -45,3 +47,19 @@ TOPOLOGIES: dict[str, Callable[[int, int, int], list[int]]] = {
     "exponential": exponential,
 }
 """By name: (networks, round, seed) -> donor of each network."""
+
+
+def donors_of(topology: str, networks: int, round_: int, seed: int) -> list[int]:
+    """Donor of each network by a topology's name or package.module:name.
+
+    Raises: ValueError when a function of the user's names donors that are not there.
+    """
+    if not is_reference(topology):
+        return TOPOLOGIES[topology](networks, round_, seed)
+    donors = list(resolve(topology)(networks, round_, seed))
+    if len(donors) != networks or not all(donor in range(networks) for donor in donors):
+        raise ValueError(
+            f"{topology} must name a donor in 0 ... {networks - 1} for each of the networks, got "
+            f"{donors}"
+        )
+    return donors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,18 @@ def table(header: Row, rows: Sequence[Row]) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """A length of time, in the two largest units that matter."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole} s" if minutes else f"{whole} s"
+
+
 class ProgressBar:
     """A bar over an epoch's steps on a terminal; nothing where lines are wanted (a log, a pipe).
 
@@ -32,15 +44,35 @@ class ProgressBar:
     def __init__(self, mode: Literal["auto", "bar", "lines"], *, show: bool) -> None:
         self._shown = show and (mode == "bar" or (mode == "auto" and sys.stderr.isatty()))
         self._bar: tqdm[Any] | None = None
+        self._left: Callable[[], float | None] = lambda: None
 
-    def start(self, *, steps: int, epoch: int, epochs: int, done: int = 0) -> None:
-        """Begin an epoch (0-based) of so many steps, of which some are done."""
+    def start(
+        self,
+        *,
+        steps: int,
+        epoch: int,
+        epochs: int,
+        done: int = 0,
+        left: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """Begin an epoch (0-based) of so many steps, of which some are done.
+
+        Args:
+            steps: of an epoch.
+            epoch: its number.
+            epochs: of the run.
+            done: steps that were taken earlier.
+            left: seconds until the run ends, if that can be told.
+        """
         self.stop()
         if self._shown:
+            self._left = left
             self._bar = tqdm(
                 total=steps,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{epochs}",
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
+                "{rate_noinv_fmt}{postfix}",
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
@@ -49,6 +81,8 @@ class ProgressBar:
     def step(self) -> None:
         """One step is done."""
         if self._bar is not None:
+            if (seconds := self._left()) is not None:
+                self._bar.set_postfix_str(f"{duration(seconds)} left", refresh=False)
             self._bar.update()
 
     def stop(self) -> None:

@@ -15,6 +15,7 @@ from dist_graft.grafting.rules import Graft, Rule
 from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.runtime import Runtime
+from dist_graft.references import is_reference
 from dist_graft.training.clock import Cadence
 from dist_graft.training.data import Data
 from dist_graft.training.learning_rates import learning_rates, schedule
@@ -22,6 +23,7 @@ from dist_graft.training.loop import Trainee
 from dist_graft.training.models import build_model
 from dist_graft.training.optim import build_optimizer, build_scheduler
 from dist_graft.training.teachers import load_teachers
+from dist_graft.validation import own
 
 
 def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
@@ -70,6 +72,11 @@ def build_units(config: TrainConfig, trainee: Trainee) -> list[GraftUnit]:
 def build_rule(config: TrainConfig, trainee: Trainee, units: list[GraftUnit]) -> Rule:
     """What flows where in a round, as the configuration asks for it."""
     graft = config.graft
+    for option, name in (("graft.criterion", graft.criterion), ("graft.topology", graft.topology)):
+        if is_reference(name):
+            own(option, name)
+    if graft.rule:
+        return _build_own_rule(graft.rule)
     if config.method == "average":
         return Average()
     if config.method == "papa":
@@ -92,6 +99,15 @@ def build_rule(config: TrainConfig, trainee: Trainee, units: list[GraftUnit]) ->
         topology=graft.topology,
         seed=config.seed,
     )
+
+
+def _build_own_rule(reference: str) -> Rule:
+    rule: Rule = own("graft.rule", reference)()
+    if not all(callable(getattr(rule, name, None)) for name in ("measure", "decide")):
+        raise ConfigError(
+            f"graft.rule {reference!r} gives {rule!r}, which has no measure or decide"
+        )
+    return rule
 
 
 def build_grafter(config: TrainConfig, trainee: Trainee, rule: Rule, runtime: Runtime) -> Grafter:

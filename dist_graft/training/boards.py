@@ -17,7 +17,8 @@ from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, Populatio
 from dist_graft.population.place import Place
 from dist_graft.population.record import GraftRecord
 from dist_graft.training.learning_rates import learning_rates
-from dist_graft.training.run_directory import RunDirectory, versions
+from dist_graft.training.run_directory import RunDirectory
+from dist_graft.version import versions
 
 
 class Boards:

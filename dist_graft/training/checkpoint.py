@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dist_graft.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    import torch
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 COMPLETE = "COMPLETE.json"
@@ -91,6 +92,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def save_network(path: Path, state: Mapping[str, Any]) -> str:
     """Save one network's state and return the sha256 of the file."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getbuffer()
@@ -103,6 +106,8 @@ def load_network(path: Path, sha256: str, device: torch.device) -> dict[str, Any
 
     Raises: RunDirectoryError when the file is not the one that was saved.
     """
+    import torch
+
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise RunDirectoryError(f"{path} is missing or damaged: delete its folder and start again")

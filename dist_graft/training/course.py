@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundPostponedError, RoundStoppedError
-from dist_graft.monitoring.console import ProgressBar
+from dist_graft.monitoring.live import Live
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.record import GraftRecord
 from dist_graft.population.runtime import Runtime
@@ -51,7 +51,7 @@ class Course:
     checkpoints: Checkpoints
     stops: StopRequests
     saves: SaveRequests
-    bar: ProgressBar
+    live: Live
     progress: Progress
     profile: StepProfile | None
     began: float
@@ -129,7 +129,7 @@ class Course:
     def evaluate(self) -> tuple[EvalResult, EvalResult | None]:
         """The network as it is on the test images, and on the validation images where there are."""
         began = time.monotonic()
-        self.bar.stop()
+        self.live.evaluating()
         with self.times.spend("evaluation"):
             tested = evaluate(self.trainee, self.data, "test")
             validated = (
@@ -145,6 +145,7 @@ class Course:
 
         Raises: RoundStoppedError when a network wants to stop.
         """
+        self.live.meeting()
         while True:
             stop = self.stops.asked()
             try:
@@ -159,7 +160,6 @@ class Course:
 
     def leave(self) -> NoReturn:
         """Save where the run stands and end it early, together with all others."""
-        self.bar.stop()
         self.progress.seconds = self.seconds
         self.checkpoints.leave(self.progress, self.stops.reason or self.stops.heard())
 
@@ -209,7 +209,7 @@ class Course:
         self.saves.done()
 
     def _after_step(self) -> None:
-        self.bar.step()
+        self.live.step()
         if self.profile:
             self.profile.step()
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from dist_graft.config import TrainConfig
@@ -24,7 +22,7 @@ from dist_graft.training.checkpoint import (
     write_atomically,
 )
 from dist_graft.validation import from_nested
-from dist_graft.version import VERSION
+from dist_graft.version import versions
 
 _FREE = (
     *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
@@ -77,6 +75,10 @@ class RunDirectory:
     def network(self, network: int) -> Path:
         """What one network writes: log, metrics, events."""
         return network_folder(self.path, network)
+
+    def status(self, network: int) -> Path:
+        """Where one network stands right now."""
+        return self.network(network) / "status.json"
 
     def check(self, config: TrainConfig, networks: int) -> None:
         """Refuse to start here when the folder holds another run, or `resume` forbids it.
@@ -184,15 +186,6 @@ class RunDirectory:
 def network_folder(path: Path, network: int) -> Path:
     """Folder of one network in a run directory."""
     return path / f"network{network:02d}"
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on."""
-    return {
-        "dist_graft": VERSION,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 def git_commit() -> str | None:

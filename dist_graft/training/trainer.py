@@ -13,6 +13,7 @@ import torch
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundStoppedError
 from dist_graft.monitoring.console import NetworkRow, ProgressBar
+from dist_graft.monitoring.live import Live
 from dist_graft.monitoring.log import open_log
 from dist_graft.population.place import Place
 from dist_graft.population.process import leave
@@ -59,7 +60,21 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     runtime.gather([0.0], "the check of the run directory")
     folders = [directory.network(network), *([directory.population] if speaks else [])]
     log = open_log(*folders, console=speaks)
+    bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
+    with Live(directory.status(network), network, bar) as live:
+        _live_through(config, runtime, directory, log, live, began)
 
+
+def _live_through(
+    config: TrainConfig,
+    runtime: Runtime,
+    directory: RunDirectory,
+    log: logging.Logger,
+    live: Live,
+    began: float,
+) -> None:
+    network, networks = runtime.place.network, runtime.place.networks
+    speaks = runtime.place.rank == 0
     if runtime.place.local_rank == 0:
         ensure_available(config.data)
     runtime.gather([0.0], "the preparation of the data")
@@ -104,11 +119,17 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         checkpoints=checkpoints,
         stops=build_stop_requests(config, runtime, directory),
         saves=SaveRequests(config.checkpoint.every_minutes, runtime.roll_call, asks=speaks),
-        bar=ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0),
+        live=live,
         progress=progress,
         profile=build_profile(config, data, runtime, directory, log),
         began=began - progress.seconds,
         round=start.round,
+    )
+    live.prepare(
+        epochs=config.epochs,
+        steps_per_epoch=data.steps_per_epoch,
+        batch_size=config.data.batch_size,
+        rounds=start.round,
     )
     course.stops.listen()
     if checkpoints.loaded:
@@ -125,9 +146,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         if segment.first == 0:
             course.begin_epoch()
         if segment.first == 0 or (epoch, segment.first) == (start.epoch, start.step):
-            course.bar.start(
-                steps=data.steps_per_epoch, done=segment.first, epoch=epoch, epochs=config.epochs
-            )
+            live.begin(epoch, segment.first)
         course.train(segment)
         if segment.evaluate and not course.stops.asked():
             tested, validated = course.evaluate()
@@ -143,6 +162,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
             with course.times.spend("round"):
                 graft_itself(trainee, units, config.graft, course.round)
             course.round += 1
+        live.met(course.round)
         if segment.round and config.graft.reset_momentum:
             trainee.optimizer.state.clear()
         if not segment.evaluate:

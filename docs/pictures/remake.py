@@ -1,6 +1,6 @@
 """Remakes the README's pictures of TensorBoard from the browser's test.
 
-    python docs/pictures/remake.py
+python docs/pictures/remake.py
 """
 
 from __future__ import annotations

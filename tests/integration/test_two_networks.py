@@ -46,6 +46,7 @@ def test_the_files_of_the_contract_and_no_others(pair: Path) -> None:
         "summary.json",
         *(f"network{k:02d}/metrics.jsonl" for k in NETWORKS),
         *(f"network{k:02d}/log.txt" for k in NETWORKS),
+        *(f"network{k:02d}/status.json" for k in NETWORKS),
         *(f"network{k:02d}/events.out.tfevents" for k in NETWORKS),
         "population/events.out.tfevents",
         *(f"checkpoints/epoch_000{n}/network{k:02d}.pt" for n in (2, 3) for k in NETWORKS),
@@ -328,8 +329,8 @@ class TestTensorBoard:
 def test_a_finished_run_started_again_changes_nothing(pair: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(pair, run)
-    before = contents(run, without=("log.txt",))
+    before = contents(run, without=("log.txt", "status.json"))
     done = finish(torchrun(2, run, *PAIR), timeout=150)
     assert done.status == 0, done
     assert f"{run} is complete" in done.output
-    assert contents(run, without=("log.txt",)) == before
+    assert contents(run, without=("log.txt", "status.json")) == before

@@ -94,13 +94,13 @@ def load_data(
             config, seed=seed, network=network, device=device, channels_last=channels_last
         )
     from dist_graft.training.data.images import ResidentImages
-    from dist_graft.training.data.sources import FACTS, read_small
+    from dist_graft.training.data.sources import read_small
 
-    train, test = read_small(config.name, config.root)
+    train, test, facts = read_small(config.name, config.root)
     return ResidentImages(
         train,
         test,
-        FACTS[config.name],
+        facts,
         config,
         seed=seed,
         network=network,

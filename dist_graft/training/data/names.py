@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from dist_graft.errors import ConfigError
+from dist_graft.references import is_reference
 
 DATASETS = ("fashion-mini", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 
@@ -15,8 +16,11 @@ def dataset_names() -> list[str]:
 
 
 def check_dataset_name(name: str) -> None:
-    """Raise ConfigError, with near names and all legal ones, when no data set has this name."""
-    if name in DATASETS:
+    """Raise ConfigError, with near names and all legal ones, when no data set has this name.
+
+    A reference to a function of the user's is looked up later.
+    """
+    if name in DATASETS or is_reference(name):
         return
     near = difflib.get_close_matches(name, DATASETS, n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""

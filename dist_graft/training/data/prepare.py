@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from dist_graft.errors import DataError
+from dist_graft.references import is_reference
 from dist_graft.training.data.names import check_dataset_name
 from dist_graft.training.data.sources import (
     CIFAR_FOLDERS,
@@ -41,6 +42,8 @@ def prepare(name: str, *, root: str, source: str | None = None) -> str:
     fails, or a file is damaged.
     """
     check_dataset_name(name)
+    if is_reference(name):
+        return f"{name} is your own: it is called with {root} when training starts"
     if name == "fashion-mini":
         return f"fashion-mini is shipped with dist_graft: {FASHION_MINI}"
     if name == "imagefolder":

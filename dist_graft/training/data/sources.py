@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_graft.errors import DataError
+from dist_graft.references import is_reference
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the brightness (ITU-R BT.601)."""
@@ -78,13 +79,22 @@ def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (sum(value * weight for value, weight in zip(values, LUMA, strict=True)),)
 
 
-def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet]:
-    """Training and test set of a small data set, whole; DataError when missing or damaged."""
+def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet, Facts]:
+    """Training and test set of a small data set, whole, and what is known of it.
+
+    Raises: DataError when it is missing or damaged; ConfigError for a function of the user's that
+        is not there.
+    """
+    if is_reference(name):
+        from dist_graft.training.data.own import read_own
+
+        return read_own(name, root)
     if name == "fashion-mini":
-        return read_fashion_mini(FASHION_MINI)
+        return *read_fashion_mini(FASHION_MINI), FACTS[name]
     if name == "fashion-mnist":
-        return _read_fashion_mnist(root)
-    return _read_cifar(name, root, train=True), _read_cifar(name, root, train=False)
+        return *_read_fashion_mnist(root), FACTS[name]
+    train, test = (_read_cifar(name, root, train=train) for train in (True, False))
+    return train, test, FACTS[name]
 
 
 @contextlib.contextmanager

@@ -9,10 +9,12 @@ from torch import nn
 
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
+from dist_graft.references import is_reference
 from dist_graft.training.models.mobilenetv2 import MobileNetV2
 from dist_graft.training.models.resnet import ResNet
 from dist_graft.training.models.vgg import VGG16
 from dist_graft.training.models.wide_resnet import WideResNet
+from dist_graft.validation import own
 
 __all__ = ["build_model", "model_names"]
 
@@ -35,13 +37,16 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     It turns images [N, channels, H, W] into logits [N, num_classes]. A name of model_names()
     means that network, any other one of torchvision.models, without pretrained weights;
     "torchvision/NAME" means torchvision's where both have the name. torchvision is imported only
-    for its own networks and for unknown names.
+    for its own networks and for unknown names. "package.module:name" names a function of the user's
+    that is called with num_classes and channels.
 
     Raises:
         ConfigError: the name is unknown (the message has the nearest ones) or is no image
             classifier, or config.activation is set for a network that has no such choice.
     """
     name = config.name
+    if is_reference(name):
+        return _build_own(config, num_classes=num_classes, channels=channels)
     if name in _RESNET_DEPTHS:
         return ResNet(
             _RESNET_DEPTHS[name],
@@ -62,3 +67,12 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     return torchvision_names.build(
         name, num_classes=num_classes, channels=channels, own_names=model_names()
     )
+
+
+def _build_own(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
+    if config.activation != "relu":
+        raise ConfigError("model.activation is for our own ResNets: give it to your function")
+    model = own("model.name", config.name)(num_classes=num_classes, channels=channels)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.name {config.name!r} must return a torch module, got {model!r}")
+    return model

@@ -48,7 +48,7 @@ def test_unpacks_what_debian_ships(source, tmp_path):
     assert str(fashion_folder(root)) in line
     assert "\n" not in line
     assert sorted(p.name for p in fashion_folder(root).iterdir()) == sorted(FASHION_FILES)
-    train, test = read_small("fashion-mnist", root)
+    train, test, _ = read_small("fashion-mnist", root)
     assert (len(train.images), len(test.images)) == (30, 10)
 
 

@@ -77,7 +77,7 @@ def test_damaged_gzip_is_named(tmp_path, content):
 
 
 def test_fashion_mnist(fashion_root):
-    train, test = read_small("fashion-mnist", str(fashion_root))
+    train, test, _ = read_small("fashion-mnist", str(fashion_root))
     assert train.images.shape == (20, 1, 28, 28)
     assert test.labels.tolist() == list(range(6))
     data = load_data(
@@ -211,7 +211,7 @@ def cifar_root(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "count"), [("cifar10", 20), ("cifar100", 4)])
 def test_cifar(cifar_root, name, count):
     ensure_available(DataConfig(name=name, root=str(cifar_root)))
-    train, test = read_small(name, str(cifar_root))
+    train, test, _ = read_small(name, str(cifar_root))
     assert train.images.shape == (count, 3, 32, 32)
     assert train.labels.tolist() == [0, 1, 2, 3] * (count // 4)
     assert len(test.images) == 4

@@ -68,8 +68,10 @@ def test_the_criterion_and_its_bins_are_used():
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ({"criterion": "l2"}, "criterion must be one of entropy, .*, shuffled, got 'l2'"),
-        ({"topology": "star"}, "topology must be one of ring, random, exponential, got 'star'"),
+        ({"criterion": "l2"}, "criterion must be one of entropy, .*, or package.*, got 'l2'"),
+        ({"topology": "star"}, "topology must be one of ring, .*, or package.*, got 'star'"),
+        ({"criterion": "nonesuch:f"}, "criterion 'nonesuch:f': there is no module nonesuch"),
+        ({"topology": "math:f"}, "topology 'math:f': math has no function or class 'f'"),
         ({"num_bins": 0}, "num_bins must be at least 1, got 0"),
         ({"amplitude": 2.0}, r"amplitude must be in \[0, 1\], got 2.0"),
         ({"sensitivity": -1.0}, "sensitivity must be finite and at least 0, got -1.0"),

@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "graft.exchange": "p2p",
     "graft.bucket_mb": 16.0,
     "graft.reset_momentum": True,
+    "graft.rule": "mypackage.rules:MyRule",
     "runtime.device": "cpu",
     "runtime.backend": "gloo",
     "runtime.precision": "bf16",
@@ -104,6 +105,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.grace_seconds": 9.0,
     "monitor.tensorboard": False,
     "monitor.progress": "lines",
+    "monitor.profile_steps": "2:4",
     "runtime.timeout_seconds": 5.0,
     "runtime.timeout_epochs": 2.0,
 }

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ERROR, Done, finish
+
+from dist_graft.analysis import doctor
+from dist_graft.population.trial import try_round
+
+
+def examined(run: Path, *options: str, **environment: str) -> Done:
+    command = [sys.executable, "-m", "dist_graft", "doctor", "--run_dir", str(run), *options]
+    return finish(command, timeout=150, **environment)
+
+
+def states(done: Done) -> dict[str, str]:
+    """What was found, by the name of the check."""
+    found = re.findall(r"(?m)^(ok|note|broken) +(\S+(?: \S+)*)  +", done.output)
+    return {name: state for state, name in found}
+
+
+def test_a_machine_that_can_train(tmp_path: Path) -> None:
+    done = examined(tmp_path / "runs" / "run")
+    assert done.status == 0, done
+    assert states(done)["run directory"] == states(done)["round over gloo"] == "ok"
+    assert done.output.splitlines()[-1].startswith("All is well. To train: torchrun")
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_what_is_broken_ends_in_advice_and_an_error(tmp_path: Path) -> None:
+    """Neither the disk nor the network interface is there; the other checks are made as well."""
+    (tmp_path / "file").write_text("")
+    done = examined(tmp_path / "file", GLOO_SOCKET_IFNAME="nonesuch0")
+    assert done.status == 1
+    assert states(done)["run directory"] == states(done)["round over gloo"] == "broken"
+    assert states(done)["versions"] == "ok"
+    assert "run directory: choose another --run_dir" in done.output
+    assert "GLOO_SOCKET_IFNAME" in done.output
+    assert done.errors.splitlines() == [
+        f"{ERROR}broken: run directory, round over gloo; what to do is said above"
+    ]
+
+
+def test_a_round_that_takes_too_long_is_ended() -> None:
+    well, text = try_round("gloo", seconds=0.01)
+    assert not well
+    assert text == "process 0 did not end within 0.01 s"
+
+
+def test_a_port_that_torchrun_would_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(1)
+        monkeypatch.setattr(doctor, "_PORT", other.getsockname()[1])
+        found = doctor.check_ports()
+    assert found.state == "note"
+    assert "--master-port" in found.advice
+
+
+def test_what_is_installed_is_printed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_graft", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert list(told) == ["dist_graft", "torch", "python", "cuda", "nccl"]
+    assert all(re.match(r"\d+\.\d+|none", version) for version in told.values()), told

@@ -9,5 +9,5 @@ install "[dev]"
 echo "ruff" && ruff check . && ruff format --check .
 echo "mypy" && mypy
 echo "import-linter" && lint-imports
-echo "shellcheck" && shellcheck launch/*.sh .ci/run
+echo "shellcheck" && shellcheck launch/*.sh launch/*.sbatch .ci/run
 echo "pytest" && python -m pytest "$@"

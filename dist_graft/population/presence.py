@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
+from dist_graft.population.store import AnsweringStore, StoreSilentError
 from dist_graft.population.wire import WireError
 
 _LOOK_AGAIN = timedelta(seconds=1)
@@ -26,7 +27,7 @@ class RollCall:
         networks: size of the population.
     """
 
-    def __init__(self, store: dist.Store, network: int, networks: int) -> None:
+    def __init__(self, store: dist.Store | AnsweringStore, network: int, networks: int) -> None:
         self._store = store
         self._network = network
         self._networks = networks
@@ -95,10 +96,14 @@ class RollCall:
     def asked_to_stop(self) -> str | None:
         """Why the run is to stop, if any network was asked to.
 
-        Nobody, when the store does not answer: who kept it is gone, and the next meeting says so.
+        Nobody, when the store is gone: so is who kept it, and the next meeting says so.
+
+        Raises: PeerError when the store does not answer in time.
         """
         try:
             return self._store.get("stop").decode() if self._store.check(["stop"]) else None
+        except StoreSilentError as error:
+            raise self._cut_off(error) from error
         except dist.DistNetworkError:
             return None
 
@@ -128,9 +133,14 @@ class RollCall:
         return self._answers(what, range(self._networks), timeout_seconds, given_up)
 
     def heard(self, what: str, network: int) -> bool:
-        """Whether a network has left a text; no, when the store does not answer."""
+        """Whether a network has left a text; no, when the store is gone.
+
+        Raises: PeerError when the store does not answer in time.
+        """
         try:
             return self._store.check([f"{what}/{network}"])
+        except StoreSilentError as error:
+            raise self._cut_off(error) from error
         except dist.DistNetworkError:
             return False
 
@@ -162,11 +172,19 @@ class RollCall:
     def _reachable(self, what: str) -> Iterator[None]:
         try:
             yield
+        except StoreSilentError as error:
+            raise self._cut_off(error) from error
         except dist.DistNetworkError as error:
             raise PeerError(
                 f"the run's key-value store is gone ({what}): who kept it, network 0 or the "
                 "launcher, died"
             ) from error
+
+    def _cut_off(self, error: StoreSilentError) -> PeerError:
+        return PeerError(
+            f"{error}: who keeps it, network 0 or its launcher, hangs, or the link to it is cut; "
+            "the same command goes on from the newest checkpoint"
+        )
 
     def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
         """Wait until all keys are there; returns those that are not after the time-out."""

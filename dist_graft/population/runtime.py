@@ -22,6 +22,7 @@ from dist_graft.population.exchange import world
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.presence import RollCall
+from dist_graft.population.store import AnsweringStore
 from dist_graft.population.wire import WireError, on_the_wire, wait_for
 
 _ANSWER_SECONDS = 2.0  # for the store's own time-out to be reported first
@@ -147,7 +148,8 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
     if nccl:
         torch.cuda.set_device(device)
     store = _meet(place, config.timeout_seconds)
-    roll_call = RollCall(dist.PrefixStore("dist_graft", store), place.network, place.networks)
+    answering = AnsweringStore(dist.PrefixStore("dist_graft", store), lambda: patience.seconds)
+    roll_call = RollCall(answering, place.network, place.networks)
     roll_call.check_in(config.timeout_seconds)
     try:
         dist.init_process_group(

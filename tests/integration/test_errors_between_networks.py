@@ -95,6 +95,18 @@ def test_a_peer_that_does_not_answer_is_named_after_the_time_out(tmp_path: Path)
     told(done, "network 1 (rank 1 on ", log=run / "network00/log.txt")
 
 
+@pytest.mark.slow
+def test_a_first_network_that_hangs_does_not_hold_the_others(tmp_path: Path) -> None:
+    """It keeps the store, which each network asks once a second whether to stop."""
+    run = tmp_path / "run"
+    options = (*LONG, "--runtime.timeout_seconds", "5")
+    with background([program(run, *options)] * 2) as processes:
+        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        processes[0].send_signal(signal.SIGSTOP)
+        done = end_of(processes[1], 60)
+    told(done, "network 1 (rank 1 on ", "answer", log=run / "network01/log.txt")
+
+
 def place(rank: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)}  # fmt: skip

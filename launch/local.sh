@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains on this machine: one network a GPU, or a core when there is no GPU. Arguments go to
+# dist_graft train, e.g. launch/local.sh --config launch/configs/quickstart.yaml --run_dir runs/one
+#
+# What to change, or to set as an environment variable:
+#   NETWORKS   how many networks (all GPUs or cores)
+#   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+read -ra python <<<"${PYTHON:-${VENV:-.venv}/bin/python}"
+exec "${python[@]}" -m dist_graft.population.launch --standalone \
+    --nproc-per-node="${NETWORKS:-auto}" -m dist_graft train "$@"

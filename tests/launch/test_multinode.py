@@ -1,0 +1,75 @@
+"""launch/multinode.sh and launch/local.sh on this machine alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from launching import Done, finish, free_port, told
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *("--model.name", "resnet8", "--data.train_samples", "64", "--data.test_samples", "40"),
+    *("--data.batch_size", "32", "--epochs", "1"),
+    *("--runtime.device", "cpu", "--runtime.threads", "1"),
+)
+
+
+def multinode(run: Path, **settings: str) -> Done:
+    """One machine's part, which finds no other."""
+    place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "NETWORKS": "1"}
+    place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
+    return finish([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
+
+
+def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+    done = multinode(tmp_path / "run", HEAD="nowhere.invalid")
+    assert done.status == 1
+    told(done, "the name nowhere.invalid leads to no address", "set HEAD to the name of one of")
+
+
+def test_a_port_of_another_program(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        done = multinode(tmp_path / "run", PORT=port)
+    assert done.status == 1
+    told(done, f"port {port} of localhost belongs to another program", "set PORT to a free one")
+
+
+def test_machines_that_do_not_come(tmp_path: Path) -> None:
+    done = multinode(tmp_path / "run", PORT="29999")
+    assert done.status == 1
+    told(done, "did not meet the other machines at localhost:29999 within 3 s", "start all NODES")
+
+
+@pytest.mark.parametrize("setting", ["HEAD", "NODES"])
+def test_a_setting_that_is_missing(setting: str, tmp_path: Path) -> None:
+    done = multinode(tmp_path / "run", **{setting: ""})
+    assert done.status == 1
+    (line,) = done.errors.splitlines()
+    assert setting in line
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {"NETWORKS": "2", "PYTHON": sys.executable}
+    script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(run)]
+    done = finish(script, timeout=150, **settings)
+    assert done.status == 0, done
+    assert len(json.loads((run / "summary.json").read_text())["networks"]) == 2
+    assert "results in" in done.output
+
+
+def test_what_went_wrong_in_a_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:
+    script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(tmp_path / "run")]
+    settings = {"NETWORKS": "2", "PYTHON": sys.executable}
+    done = finish([*script, "--optim.lr", "1e30"], timeout=150, **settings)
+    assert done.status == 1
+    told(done, "has a weight", "not finite")
+    assert "Traceback" not in done.errors
+    assert "has a weight" in done.errors[done.errors.index("FAILED") :]

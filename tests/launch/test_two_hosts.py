@@ -1,0 +1,95 @@
+"""launch/multinode.sh on two hosts, which are network namespaces with a cable between them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hosts
+import pytest
+from launching import Done, end_of, environment, saved, told, wait_until
+from reading import metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *("--model.name", "resnet8", "--data.train_samples", "64", "--data.test_samples", "40"),
+    *("--data.batch_size", "32", "--optim.schedule", "constant"),
+    *("--runtime.device", "cpu", "--runtime.threads", "1", "--runtime.timeout_seconds", "15"),
+)
+
+
+@pytest.fixture
+def pair() -> Iterator[hosts.TwoHosts]:
+    reason = hosts.missing()
+    if reason:
+        pytest.skip(reason)
+    with hosts.two_hosts() as two:
+        yield two
+
+
+@contextmanager
+def started(
+    pair: hosts.TwoHosts, runs: tuple[Path, Path], *options: str, **settings: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """The script on both hosts; nothing of it outlives the block."""
+    launchers = [
+        subprocess.Popen(
+            pair.on(host, [str(ROOT / "launch/multinode.sh"), *SMALL, *options]),
+            env=environment(
+                **{"HEAD": hosts.NAMES[0], "NODES": "2", "NETWORKS": "1", "PATIENCE": "60"},
+                **{"RUN_DIR": str(run), "PYTHON": sys.executable},
+            )
+            | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host, run in enumerate(runs)
+    ]
+    try:
+        yield launchers
+    finally:
+        for launcher in launchers:
+            launcher.kill()  # the kernel then ends its processes
+        for launcher in launchers:
+            launcher.communicate()
+
+
+def error_of(done: Done) -> str:
+    """The first line of ours on the console, whatever rank's prefix it has."""
+    lines = [line for line in done.errors.splitlines() if "dist-graft: error: " in line]
+    assert lines, done
+    return lines[0].partition("dist-graft: error: ")[2]
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_cut_ends_the_job_on_both_hosts(
+    pair: hosts.TwoHosts, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started(pair, (run, run), "--epochs", "100000") as launchers:
+        wait_until(saved(run, 2), "the second epoch", meanwhile=launchers)
+        pair.cut()
+        ends = [end_of(launcher, 90) for launcher in launchers]
+    assert [metrics(run, network)[0]["graft"]["donor"] for network in (0, 1)] == [1, 0]
+    for network, (name, done) in enumerate(zip(hosts.NAMES, ends, strict=True)):
+        assert done.status == 1
+        line = error_of(done)
+        assert line.startswith(f"network {network} (rank {network} on {name}): ")
+        assert "answer" in line
+        assert line in (run / f"network{network:02d}/log.txt").read_text()
+    assert not (run / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_an_address_that_no_host_has(pair: hosts.TwoHosts, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(pair, (run, run), HEAD="10.77.0.9", PATIENCE="5") as launchers:
+        ends = [end_of(launcher, 90) for launcher in launchers]
+    for name, done in zip(hosts.NAMES, ends, strict=True):
+        assert done.status == 1
+        line = told(done, f"{name} did not meet the other machines at 10.77.0.9:29500 within 5 s")
+        assert "HEAD must be the name of one of them" in line

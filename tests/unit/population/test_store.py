@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from dist_graft.errors import PeerError
+from dist_graft.population.presence import RollCall
+from dist_graft.population.store import AnsweringStore, StoreSilentError
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=2))  # how long a get of what is not there blocks its thread
+    return store
+
+
+def test_it_answers_as_the_store_does(store: dist.Store) -> None:
+    answering = AnsweringStore(store, lambda: 30)
+    answering.set("key", "text")
+    assert answering.get("key") == b"text"
+    assert answering.check(["key"])
+    assert not answering.check(["key", "other"])
+    answering.wait(["key"], timedelta(seconds=30))
+    with pytest.raises(dist.DistStoreError):
+        answering.wait(["other"], timedelta(seconds=0.1))
+    assert answering.check(["key"])
+
+
+def test_silence_is_an_error_and_the_store_is_not_asked_again(store: dist.Store) -> None:
+    answering = AnsweringStore(store, lambda: 0.1)
+    answering.set("key", "text")
+    for question in ("nobody sets this", "key"):
+        with pytest.raises(StoreSilentError, match=r"did not answer within 0\.1 s"):
+            answering.get(question)
+
+
+def test_a_network_that_the_store_does_not_answer_is_told_what_may_be_wrong(
+    store: dist.Store,
+) -> None:
+    answering = AnsweringStore(store, lambda: 0.1)
+    roll_call = RollCall(answering, 1, 2)
+    with pytest.raises(StoreSilentError):
+        answering.get("nobody sets this")
+    for ask in (
+        roll_call.asked_to_stop,
+        lambda: roll_call.heard("save 1", 0),
+        lambda: roll_call.post("the report", ""),
+        lambda: roll_call.hear("the report", 0, 5),
+    ):
+        with pytest.raises(PeerError, match="hangs, or the link to it is cut"):
+            ask()
+    assert roll_call.silent("the report") == []

@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_graft.monitoring.pictures import Numbers
 
-SHARE = 0.005
+SHARE = 0.003
 """Of a run's time that pictures may take, those of its last epoch not counted."""
 MOST_TIMES = 30
 """That the pictures of a run are drawn."""

@@ -16,6 +16,7 @@ from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
 from dist_graft.population.place import Place
 from dist_graft.population.record import GraftRecord
+from dist_graft.training.assembly import build_cadence, grafts_itself
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.version import versions
@@ -157,7 +158,9 @@ class Boards:
                 layout=custom_scalars(
                     self._criterion,
                     validation=config.data.val_fraction > 0,
-                    rounds=place.networks > 1 and config.method != "none",
+                    rounds=not (
+                        build_cadence(config, place.networks).never or grafts_itself(config)
+                    ),
                 ),
                 texts={
                     "run/configuration": f"```\n{self._directory.config.read_text()}```",

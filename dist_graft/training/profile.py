@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class StepProfile:
             self._start()
 
     def _start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its stages are of no use to the reader
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             torch.accelerator.synchronize(self._device)

@@ -15,7 +15,6 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 NAMES = ("custom_scalars", "images")
-COLOURS = 128  # enough for charts, and a quarter of the size
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
         for name in NAMES:
             with Image.open(Path(folder) / f"{name}.png") as screenshot:
                 path = HERE / f"tensorboard_{name}.png"
-                screenshot.convert("RGB").quantize(COLOURS).save(path, optimize=True)
+                screenshot.convert("RGB").save(path, optimize=True)
                 print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 

@@ -98,8 +98,9 @@ def tensorboard(run: Path) -> Iterator[Page]:
     """TensorBoard on a run, in headless Chromium."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run)]
-    with background([[*command, "--host", "127.0.0.1", "--port", str(port)]]) as (server,):
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.name]
+    place = ["--host", "127.0.0.1", "--port", str(port)]
+    with background([[*command, *place]], cwd=run.parent) as (server,):
         wait_until(lambda: _answers(url), "TensorBoard's first page", meanwhile=[server])
         options = Options()
         for argument in (

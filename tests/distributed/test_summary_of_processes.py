@@ -9,7 +9,7 @@ from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.loop import EvalResult
-from dist_graft.training.summary import summarise
+from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
 
 
 def summary_of(place: Place, tested: list[int]) -> str:
@@ -33,3 +33,30 @@ def test_other_numbers_of_test_images_are_an_error_of_all(tested: list[int], say
     told = run(summary_of, 2, tested)
     assert told[0] == told[1]
     assert says in told[0]
+
+
+def ensemble_of(place: Place, certain: list[float], images: list[int]) -> float | None:
+    """What a network hears whose probability of the right answer is certain[rank]."""
+    labels = torch.zeros(images[place.rank], dtype=torch.int64)
+    own = torch.tensor([certain[place.rank], 1 - certain[place.rank]])
+    result = EvalResult(
+        loss=0.0, accuracy=0.0, probabilities=own.expand(len(labels), 2), labels=labels
+    )
+    runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(60.0, epochs=5.0), None)
+    return ensemble_accuracy(runtime, result, 0)
+
+
+@pytest.mark.parametrize(
+    ("certain", "images", "expected"),
+    [
+        ([0.9, 0.3], [5, 5], 100.0),
+        ([0.6, 0.3], [5, 5], 0.0),
+        ([float("nan"), 0.6], [5, 5], 100.0),
+        ([0.9, 0.3], [5, 4], None),
+        ([0.9, 0.3], [LARGEST_ENSEMBLE, LARGEST_ENSEMBLE], None),
+    ],
+)
+def test_the_ensemble_of_an_epoch_is_known_to_all_where_it_is_cheap(
+    certain: list[float], images: list[int], expected: float | None
+) -> None:
+    assert run(ensemble_of, 2, certain, images) == [expected, expected]

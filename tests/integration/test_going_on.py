@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, Done, finish
+from launching import SMALL, Done, finish, told
 from reading import assert_same_bits, checkpoint, contents, metrics, scalars
 
 Alone = Callable[..., Done]
@@ -122,6 +122,25 @@ def test_without_tensorboard_there_are_no_events(alone: Alone, tmp_path: Path) -
     run = tmp_path / "run"
     assert alone(run, "--epochs", "1", "--monitor.tensorboard", "false").status == 0
     assert not list(run.rglob("events.out*"))
+
+
+def test_a_profile_changes_no_weight(alone: Alone, tmp_path: Path) -> None:
+    """Taken over the end of an epoch, and asked for or not when a run goes on."""
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    steady = ("--optim.schedule", "constant")
+    assert alone(plain, "--epochs", "2", *steady).status == 0
+    done = alone(profiled, "--epochs", "1", *steady, "--monitor.profile_steps", "1:2")
+    assert done.status == 0, done
+    (profiled / "network00/trace.json.gz").unlink()
+    done = alone(profiled, "--epochs", "2", *steady, "--monitor.profile_steps", "1:3")
+    assert "profile of the steps 2 to 2" in done.output
+    assert (profiled / "network00/trace.json.gz").stat().st_size > 1000
+    assert_same_bits(checkpoint(profiled, 2, 0)["model"], checkpoint(plain, 2, 0)["model"])
+
+
+def test_a_profile_past_the_run_is_refused(alone: Alone, tmp_path: Path) -> None:
+    done = alone(tmp_path / "run", "--epochs", "1", "--monitor.profile_steps", "2:4")
+    told(done, "monitor.profile_steps begins at step 2", "steps 0 to 1")
 
 
 @pytest.mark.parametrize(("every", "keep", "sets"), [(0, 2, [3]), (2, 5, [2, 3]), (1, 1, [3])])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import background, children, end_of, finish, is_alive, saved, torchrun, wait_until
-from reading import assert_same_bits, checkpoint, metrics, scalars
+from reading import assert_same_bits, checkpoint, metrics, pictures, scalars, texts
 
 NETWORKS = (0, 1, 2)
 EPOCHS = 5
@@ -110,8 +110,23 @@ def test_the_events_have_no_step_twice_and_the_same_values(runs: Runs, folder: s
     assert set(first) == set(second)
     for tag, values in first.items():
         assert list(second[tag]) == list(values), tag
-        if tag not in {"images_per_second", "round/seconds"}:
+        if tag not in {"images_per_second", "round/seconds"} and not tag.startswith("time_share/"):
             assert second[tag] == values, tag
+
+
+@pytest.mark.parametrize("folder", ["network00", "network01", "network02", "population"])
+def test_the_last_pictures_are_the_same(runs: Runs, folder: str) -> None:
+    """Those of all epochs, of which the second start has read the first ones back."""
+    first, second = (pictures(run / folder) for run in (runs.straight, runs.interrupted))
+    assert set(first) == set(second) != set()
+    for tag, drawn in first.items():
+        assert drawn[EPOCHS - 1].tobytes() == second[tag][EPOCHS - 1].tobytes(), tag
+
+
+def test_the_story_tells_of_the_resume(runs: Runs) -> None:
+    (told,) = texts(runs.interrupted / "population")["run/story"].values()
+    assert "| resumed | went on from" in told
+    assert "run/story" not in texts(runs.straight / "population")
 
 
 def test_the_summaries_are_the_same(runs: Runs) -> None:

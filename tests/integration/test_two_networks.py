@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,22 @@ from typing import Any
 import pytest
 import torch
 from launching import PAIR, SMALL, finish, torchrun
-from reading import assert_same_bits, checkpoint, contents, metrics, scalars
+from reading import (
+    assert_same_bits,
+    checkpoint,
+    contents,
+    layout,
+    metrics,
+    pictures,
+    scalars,
+    session,
+    texts,
+)
 from torch import Tensor
 
 from dist_graft import Graft, cli, graft_units, mix
 from dist_graft.config import DataConfig, ModelConfig, TrainConfig
+from dist_graft.monitoring.layout import PHASES, custom_scalars
 from dist_graft.training.data import load_data
 from dist_graft.training.models import build_model
 from dist_graft.validation import from_nested
@@ -28,6 +40,7 @@ CONTRACT = {
     *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
     *("images_per_second", "graft"),
 }
+BEYOND = {"val_loss", "val_accuracy", "phase_seconds", "information"}
 ROUND_CONTRACT = {"round", "donor", "seconds", "bytes", "coefficient", "information", "distance"}
 BY_UNIT = ("coefficient", "information", "distance")
 UNITS = graft_units(build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1))
@@ -49,6 +62,7 @@ def test_the_files_of_the_contract_and_no_others(pair: Path) -> None:
         *(f"network{k:02d}/status.json" for k in NETWORKS),
         *(f"network{k:02d}/events.out.tfevents" for k in NETWORKS),
         "population/events.out.tfevents",
+        "population/events.jsonl",
         *(f"checkpoints/epoch_000{n}/network{k:02d}.pt" for n in (2, 3) for k in NETWORKS),
         *(f"checkpoints/epoch_000{n}/COMPLETE.json" for n in (2, 3)),
     }
@@ -88,8 +102,8 @@ class TestMetrics:
         lines = metrics(pair, network)
         assert [line["epoch"] for line in lines] == [0, 1, 2]
         for line in lines:
-            assert set(line) == CONTRACT | {"val_loss", "val_accuracy"}
-            assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds", "rounds"}
+            assert set(line) == CONTRACT | BEYOND
+            assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds", "rounds", "healed_from"}
             assert line["val_loss"] is line["val_accuracy"] is None
             for which, images in (("train", 64), ("test", 40)):
                 hits = line[f"{which}_accuracy"] * images / 100
@@ -97,6 +111,10 @@ class TestMetrics:
                 assert 0 <= hits <= images
                 assert line[f"{which}_loss"] > 0
             assert line["images_per_second"] > 0
+            assert set(line["phase_seconds"]) == set(PHASES)
+            assert line["phase_seconds"]["step"] > 0
+            assert line["phase_seconds"]["evaluation"] > 0
+            assert line["information"] == pytest.approx(line["graft"]["information"])
 
     @pytest.mark.parametrize("network", NETWORKS)
     def test_the_rounds(self, pair: Path, network: int) -> None:
@@ -324,6 +342,62 @@ class TestTensorBoard:
             ):
                 found = board[f"population/test_accuracy_{name}"][epoch]
                 assert found == pytest.approx(value, abs=1e-4)
+            hits = board["population/ensemble_test_accuracy"][epoch] * 40 / 100
+            assert hits == pytest.approx(round(hits), abs=1e-4)
+        last = board["population/ensemble_test_accuracy"][2]
+        assert last == pytest.approx(summary(pair)["ensemble_accuracy_before_last_round"])
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_time_and_layers_as_a_whole(self, pair: Path, network: int) -> None:
+        board = scalars(pair / f"network{network:02d}")
+        for epoch, line in enumerate(metrics(pair, network)):
+            shares = [board[f"time_share/{phase}"][epoch] for phase in PHASES]
+            assert sum(shares) == pytest.approx(100)
+            graft = line["graft"]
+            distance = math.hypot(*graft["distance"].values())
+            assert board["layers/distance_to_donor"][epoch] == pytest.approx(distance, rel=1e-6)
+            for tag, name in (("coefficient", "coefficient"), ("entropy", "information")):
+                mean = statistics.mean(graft[name].values())
+                assert board[f"layers/{tag}_mean"][epoch] == pytest.approx(mean, rel=1e-6)
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_the_heat_maps_of_the_last_epoch(self, pair: Path, network: int) -> None:
+        found = pictures(pair / f"network{network:02d}")
+        assert {tag: max(steps) for tag, steps in found.items()} == {
+            "heat_map/coefficient": 2,
+            "heat_map/entropy": 2,
+        }
+
+    def test_who_gave_what_to_whom(self, pair: Path) -> None:
+        (drawn,) = pictures(pair / "population").values()
+        assert max(drawn) == 2
+
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_the_hyperparameters_and_their_results(self, pair: Path, network: int) -> None:
+        folder = pair / f"network{network:02d}"
+        row, ended = session(folder)
+        accuracies = summary(pair)["networks"][network]
+        assert ended
+        assert row["lr"] == pytest.approx(accuracies["lr"])
+        assert (row["model"], row["method"], row["seed"]) == ("resnet20", "graft", 5)
+        for when in ("before", "after"):
+            shown = scalars(folder)[f"final/test_accuracy_{when}_last_round"]
+            assert shown == {2: pytest.approx(accuracies[f"accuracy_{when}_last_round"])}
+
+    def test_the_texts(self, pair: Path) -> None:
+        found = texts(pair / "population")
+        assert found["run/configuration"][0] == f"```\n{(pair / 'config.yaml').read_text()}```"
+        assert f"| torch | {torch.__version__} |" in found["run/versions"][0]
+        rows = [f"| {network} | {socket.gethostname()} |" for network in NETWORKS]
+        assert found["run/hosts"][0].splitlines()[2:] == rows
+        assert "run/story" not in found
+
+    def test_the_layout(self, pair: Path) -> None:
+        expected = custom_scalars("entropy", validation=False, rounds=True)
+        assert layout(pair / "population") == {
+            category: {title: tags for title, (_, tags) in charts.items()}
+            for category, charts in expected.items()
+        }
 
 
 def test_a_finished_run_started_again_changes_nothing(pair: Path, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def _show(text: str) -> None:
 
 
 def _train(config: TrainConfig, place: Place) -> int:
+    from dist_graft.monitoring.log import hold_warnings
     from dist_graft.population.process import die_with_launcher, leave, stop_on_signals
     from dist_graft.training.data import check_dataset_name
     from dist_graft.training.learning_rates import learning_rates
@@ -94,6 +95,7 @@ def _train(config: TrainConfig, place: Place) -> int:
     stop_on_signals()
     if place.launched:
         die_with_launcher()
+    hold_warnings()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what went wrong
 
     import torch

@@ -44,6 +44,5 @@ def resolve(reference: str) -> Callable[..., Any]:
 def check_name(name: str, known: Collection[str]) -> None:
     """Raise ValueError unless a name is known or a reference, which may still lead nowhere."""
     if name not in known and not is_reference(name):
-        raise ValueError(
-            f"must be one of {', '.join(known)}, or package.module:name of your own, got {name!r}"
-        )
+        ours = f"one of {', '.join(known)}, or " if known else ""
+        raise ValueError(f"must be {ours}package.module:name of your own, got {name!r}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,6 +14,8 @@ from dist_graft.errors import RunDirectoryError
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")
+_shown_by_python = warnings.showwarning
+_held: list[str] = []
 
 
 class _Console(logging.Handler):
@@ -40,8 +44,23 @@ class _File(logging.FileHandler):
             )
 
 
+def hold_warnings() -> None:
+    """Keep Python's warnings for the log, so that the console has them once, not once a rank."""
+
+    def hold(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = f"{category.__name__}: {message}"
+        if _logger.handlers:
+            _logger.warning("%s", text)
+        else:
+            _held.append(text)
+
+    warnings.showwarning = hold
+
+
 def open_log(*folders: Path, console: bool) -> logging.Logger:
     """Start appending to log.txt in each folder, and to standard output when `console`.
+
+    Python's warnings go there, too.
 
     Raises: RunDirectoryError when a folder cannot be written.
     """
@@ -57,8 +76,11 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
             ) from error
     if console:
         _attach(_Console())
+    hold_warnings()
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
+    while _held:
+        _logger.warning("%s", _held.pop(0))
     return _logger
 
 
@@ -69,7 +91,8 @@ def _attach(handler: logging.Handler) -> None:
 
 
 def close_log() -> None:
-    """Detach all handlers."""
+    """Detach all handlers, and leave warnings to Python again."""
+    warnings.showwarning = _shown_by_python
     for handler in list(_logger.handlers):
         _logger.removeHandler(handler)
         handler.close()

@@ -248,13 +248,20 @@ def _leave_without_peers(place: Place, seconds: float) -> None:
 def _opening(
     config: TrainConfig, runtime: Runtime, data: Data, trainee: Trainee, start_epoch: int
 ) -> str:
-    networks = runtime.place.networks
+    """The first lines: what, where, how many, how to stop, where to look."""
+    place, run_dir = runtime.place, config.run_dir
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
-    where = f"{runtime.device} over {runtime.backend}" if networks > 1 else str(runtime.device)
-    return (
-        f"{networks} x {config.model.name} ({weights:,} parameters) on {config.data.name}: "
-        f"{data.train_size:,} images of {data.channels} x {data.image_size} x {data.image_size}, "
-        f"{data.num_classes} classes; epochs {start_epoch + 1} to {config.epochs}; "
-        f"{config.runtime.precision} on {where}, {torch.get_num_threads()} threads a process; "
-        f"run directory {config.run_dir}"
+    where = f"{runtime.device.type} over {runtime.backend}"
+    return "\n".join(
+        [
+            f"{place.networks} x {config.model.name} ({weights:,} parameters), method "
+            f"{config.method}, epochs {start_epoch + 1} to {config.epochs}, in {run_dir}",
+            f"data     {config.data.name}: {data.train_size:,} images of {data.channels} x "
+            f"{data.image_size} x {data.image_size}, {data.num_classes} classes",
+            f"where    {place.local_world_size} of {place.networks} networks on "
+            f"{socket.gethostname()}; {where if place.networks > 1 else runtime.device.type}, "
+            f"{config.runtime.precision}, {torch.get_num_threads()} threads each",
+            f"to stop  Ctrl-C, or touch {RunDirectory(run_dir).stop}; the same command goes on",
+            f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
+        ]
     )

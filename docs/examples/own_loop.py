@@ -1,5 +1,6 @@
-"""A plain training loop whose networks graft each other. To run it:
+"""A plain training loop whose networks graft each other.
 
+To run it:
 torchrun --standalone --nproc-per-node=2 docs/examples/own_loop.py
 """
 
@@ -18,7 +19,13 @@ EPOCHS, STEPS, BATCH = 3, 20, 32
 def make_model() -> nn.Module:
     """A small image classifier."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 6 * 6, 4)
+        nn.Conv2d(1, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 4),
     )
 
 

@@ -1,0 +1,118 @@
+"""The texts of the repository: their commands, code blocks, headings and links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/**/*.md", "launch/**/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document."""
+
+    document: Path
+    language: str
+    text: str
+
+
+def text_of(document: Path) -> str:
+    """What a document says."""
+    return (ROOT / document).read_text()
+
+
+def blocks(document: Path, *languages: str) -> list[Block]:
+    """The fenced blocks in some languages, in order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text_of(document), re.DOTALL | re.MULTILINE)
+    return [Block(document, *block) for block in found if block[0] in languages]
+
+
+def commands(document: Path) -> Iterator[str]:
+    """Every line of the bash blocks, and inline code that begins as a command of ours does."""
+    for block in blocks(document, "bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if command := line.partition("#")[0].strip():
+                yield " ".join(command.split())
+    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", prose):
+        words = code.split()
+        ours = words[:1] == ["dist-graft"] or {"torchrun", "dist_graft"} <= set(words)
+        if len(words) > 1 and ours:
+            yield " ".join(words)
+
+
+def arguments(command: str) -> list[str] | None:
+    """What reaches our command line; None for a command that is not ours."""
+    words = shlex.split(command)
+    for ours in ("dist_graft", "dist-graft"):
+        if ours in words:
+            return words[words.index(ours) + 1 :]
+    return None
+
+
+def headings(document: Path) -> set[str]:
+    """Anchors of a document, as GitHub and most viewers make them."""
+    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        anchor = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+        count = sum(1 for known in anchors if re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", known))
+        anchors.add(f"{anchor}-{count}" if count else anchor)
+    return anchors
+
+
+def links(document: Path) -> list[str]:
+    """Targets inside the repository, as they are written."""
+    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose)
+    return [t for t in targets if "://" not in t and not t.startswith("mailto:")]
+
+
+def in_two_processes(
+    folder: Path, before: list[str], lines: list[str], after: list[str], *, prints: dict[str, int]
+) -> None:
+    """Run documentation's lines between ours; expects so many prints of each text."""
+    program = folder / "example.py"
+    program.write_text(
+        "\n".join(
+            [
+                "import os, torch, torch.distributed as dist",
+                "dist.init_process_group('gloo')",
+                "torch.manual_seed(dist.get_rank())",
+                *before,
+                *lines,
+                *after,
+                "dist.destroy_process_group()",
+            ]
+        )
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *(f"--master-port={port}", "--master-addr=127.0.0.1", str(program)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    for text, times in prints.items():
+        assert done.stdout.count(text) == times

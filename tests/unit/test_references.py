@@ -1,0 +1,144 @@
+"""What a user gives by package.module:name, and what is said when it is not what it should be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from dist_graft.config import GraftConfig, ModelConfig, TrainConfig
+from dist_graft.errors import ConfigError, DataError
+from dist_graft.grafting.rules import Graft
+from dist_graft.grafting.topology import donors_of
+from dist_graft.references import resolve
+from dist_graft.training.assembly import build_rule
+from dist_graft.training.data.own import read_own
+from dist_graft.training.models import build_model
+
+MODULE = """
+import numpy as np
+from torch import nn
+
+SIZES = {"rgb": (6, 3, 5, 5), "flat": (6, 25), "oblong": (6, 1, 5, 4), "empty": (0, 1, 5, 5)}
+
+
+def rgb(root):
+    images = np.full(SIZES["rgb"], 51, dtype=np.uint8)
+    return (images, [0, 1, 2, 0, 1, 2]), (images[:2], [0, 3])
+
+
+def flat(root): return (np.zeros(SIZES["flat"], np.uint8), [0] * 6), rgb(root)[1]
+def oblong(root): return (np.zeros(SIZES["oblong"], np.uint8), [0] * 6), rgb(root)[1]
+def empty(root): return (np.zeros(SIZES["empty"], np.uint8), []), rgb(root)[1]
+def floats(root): return (np.zeros(SIZES["rgb"]), [0] * 6), rgb(root)[1]
+def negative(root): return (rgb(root)[0][0], [0, 1, 2, 0, 1, -2]), rgb(root)[1]
+def fewer(root): return (rgb(root)[0][0], [0, 1]), rgb(root)[1]
+def grey(root): return (rgb(root)[0][0][:, :1], [0] * 6), rgb(root)[1]
+def nothing(root): return None
+def linear(num_classes, channels): return nn.Linear(channels, num_classes)
+def text(num_classes, channels): return "no module"
+def few(networks, round_, seed): return [0]
+def far(networks, round_, seed): return [1, 2, networks]
+def no_rule(): return object()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "given", raising=False)
+    Path("given.py").write_text(MODULE)
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("nonesuch.inner:f", "there is no module nonesuch; it is looked for in the working"),
+        ("given:f", "given has no function or class 'f'"),
+        ("given:SIZES", "given has no function or class 'SIZES'"),
+        ("given:", "given has no function or class ''"),
+    ],
+)
+def test_what_is_not_there(reference: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        resolve(reference)
+
+
+def test_a_module_that_misses_another_is_shown_as_it_fails() -> None:
+    Path("needs_more.py").write_text("import a_package_that_is_not_installed\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        resolve("needs_more:f")
+
+
+def test_images_of_one_s_own() -> None:
+    train, test, facts = read_own("given:rgb", "anywhere")
+    assert train.images.shape == (6, 3, 5, 5)
+    assert train.labels.dtype == np.int64
+    assert len(test.labels) == 2
+    assert facts.num_classes == 4
+    assert facts.mean == pytest.approx((0.2, 0.2, 0.2))
+    assert facts.deviation == pytest.approx((1e-6, 1e-6, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("flat", r"uint8 \[n, 1 or 3, side, side\], not uint8 \[6, 25\]"),
+        ("oblong", r"not uint8 \[6, 1, 5, 4\]"),
+        ("empty", r"not uint8 \[0, 1, 5, 5\]"),
+        ("floats", "not float64"),
+        ("negative", "a class, from 0, for each of 6 images"),
+        ("fewer", r"each of 6 images, not int64 \[2\]"),
+        ("grey", "differ in shape"),
+        ("nothing", r"must return \(\(images, labels\), \(images, labels\)\)"),
+    ],
+)
+def test_images_that_are_none(name: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        read_own(f"given:{name}", "anywhere")
+
+
+def test_a_model_of_one_s_own() -> None:
+    model = build_model(ModelConfig(name="given:linear"), num_classes=4, channels=3)
+    assert isinstance(model, nn.Linear)
+    for name, says in (("text", "must return a torch module"), ("nope", "no function or class")):
+        with pytest.raises(ConfigError, match=rf"model.name 'given:{name}'.* {says}"):
+            build_model(ModelConfig(name=f"given:{name}"), num_classes=4, channels=3)
+
+
+@pytest.mark.parametrize("name", ["few", "far"])
+def test_donors_that_are_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"given:{name} must name a donor in 0 ... 2"):
+        donors_of(f"given:{name}", 3, 0, 0)
+
+
+def test_what_a_criterion_of_one_s_own_is_called() -> None:
+    assert Graft(criterion="given:linear").measured == "linear"
+
+
+@pytest.mark.parametrize(
+    ("graft", "says"),
+    [
+        (
+            GraftConfig(rule="given:no_rule"),
+            "graft.rule 'given:no_rule' gives .* measure or decide",
+        ),
+        (GraftConfig(rule="given:nope"), "graft.rule 'given:nope': given has no function"),
+        (GraftConfig(criterion="given:nope"), "graft.criterion 'given:nope': given has no"),
+        (GraftConfig(topology="nope:f"), "graft.topology 'nope:f': there is no module nope"),
+    ],
+)
+def test_a_rule_that_is_none(graft: GraftConfig, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build_rule(TrainConfig(graft=graft), None, [])
+
+
+def test_a_rule_that_would_not_be_used_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"graft\.rule needs method graft"):
+        TrainConfig(method="papa", graft=GraftConfig(rule="given:no_rule"))
+    with pytest.raises(ConfigError, match=r"graft\.rule must be package\.module:name of your own"):
+        GraftConfig(rule="best")

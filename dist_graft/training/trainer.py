@@ -38,6 +38,7 @@ from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.scions import graft_itself
 from dist_graft.training.summary import summarise
+from dist_graft.training.whereabouts import check_shared, who_runs_where
 
 
 def fit(config: TrainConfig, runtime: Runtime) -> None:
@@ -53,7 +54,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         directory.check(config, networks)
         if not runtime.place.restarts:
             directory.forget_stop()
-    runtime.gather([0.0], "the check of the run directory")
+    check_shared(directory.path, runtime)
     folders = [directory.network(network), *([directory.population] if speaks else [])]
     log = open_log(*folders, console=speaks)
 
@@ -89,6 +90,9 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
+    if networks > 1:
+        places = who_runs_where(runtime)
+        log.info("who runs where\n%s", places)
     reporter = Reporter(config, directory, runtime.place, start=start, log=log)
     course = Course(
         config=config,

@@ -40,7 +40,7 @@ SETS_KEPT = 2
 SHUTDOWN_SECONDS = 3
 HANGS_AFTER = 300
 """Seconds without an end, or without training, that count as hanging."""
-TRAINING = re.compile(r"epochs \d+ to \d+;")
+TRAINING = re.compile(r"epochs \d+ to \d+,")
 GOING_ON = re.compile(r"going on from (\S+): epoch (\d+), step (\d+), round (\d+)")
 
 Standing = tuple[int, int, int]

@@ -75,6 +75,16 @@ class Runtime:
         """Where the networks run, in their order."""
         return self.roll_call.hosts() if self.roll_call else [socket.gethostname()]
 
+    def everyone(self, what: str, text: str) -> list[str]:
+        """Everyone's text, in the order of the networks; every network must call this.
+
+        Raises: PeerError when one leaves none in time.
+        """
+        if self.roll_call is None:
+            return [text]
+        self.roll_call.post(what, text)
+        return self.roll_call.collect(what, self.patience.seconds)
+
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of everyone's tensors of one shape, on the CPU: a collective.
 

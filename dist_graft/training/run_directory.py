@@ -189,13 +189,17 @@ def network_folder(path: Path, network: int) -> Path:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree that this package was loaded from; None outside of one."""
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Commit of the source tree that this package was loaded from; None when there is no git."""
+    describe = ("describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *describe],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # an image without git
+        return None
     return answer.stdout.strip() or None
 
 

@@ -41,6 +41,7 @@ from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.scions import graft_itself
 from dist_graft.training.summary import ensemble_accuracy, summarise
+from dist_graft.training.whereabouts import check_shared, who_runs_where
 from dist_graft.validation import step_range
 
 
@@ -57,7 +58,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         directory.check(config, networks)
         if not runtime.place.restarts:
             directory.forget_stop()
-    runtime.gather([0.0], "the check of the run directory")
+    check_shared(directory.path, runtime)
     folders = [directory.network(network), *([directory.population] if speaks else [])]
     log = open_log(*folders, console=speaks)
     bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
@@ -107,6 +108,8 @@ def _live_through(
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
+    if networks > 1:
+        log.info("%s", who_runs_where(runtime))
     hosts = runtime.hosts()
     reporter = Reporter(config, directory, runtime.place, start=start, hosts=hosts, log=log)
     course = Course(

@@ -46,6 +46,18 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.slow
+def test_a_run_directory_that_is_not_shared(tmp_path: Path) -> None:
+    """As on two machines, each with a disk of its own: nothing but the errors is written."""
+    runs = [tmp_path / "one", tmp_path / "other"]
+    with background([program(run, *SHORT) for run in runs]) as processes:
+        ends = [end_of(process, 60) for process in processes]
+    for network, (run, done) in enumerate(zip(runs, ends, strict=True)):
+        line = told(done, f"{run} is not one folder for all", "on a disk that all machines share")
+        assert f": network 1 on {socket.gethostname()} cannot see" in line
+        assert list(contents(run)) == [f"network{network:02d}/log.txt"]
+
+
 def test_architectures_that_differ(tmp_path: Path) -> None:
     """Found before the first epoch, however long an epoch is."""
     run = tmp_path / "run"

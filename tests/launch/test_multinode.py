@@ -62,7 +62,9 @@ def test_this_machine(tmp_path: Path) -> None:
     done = finish(script, timeout=150, **settings)
     assert done.status == 0, done
     assert len(json.loads((run / "summary.json").read_text())["networks"]) == 2
-    assert "results in" in done.output
+    here = socket.gethostname()
+    places = [line.split() for line in done.output.splitlines() if here in line.split()]
+    assert places == [["0", "0", here, "cpu"], ["1", "1", here, "cpu"]]
 
 
 def test_what_went_wrong_in_a_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:

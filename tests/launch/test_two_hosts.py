@@ -82,6 +82,12 @@ def test_a_cable_that_is_cut_ends_the_job_on_both_hosts(
         assert "answer" in line
         assert line in (run / f"network{network:02d}/log.txt").read_text()
     assert not (run / "summary.json").exists()
+    log = [line.split() for line in (run / "network00/log.txt").read_text().splitlines()]
+    places = log.index(["network", "rank", "host", "device"])
+    assert log[places + 1 : places + 3] == [
+        ["0", "0", "alpha", "cpu"],
+        ["1", "1", "beta", "cpu"],
+    ]
 
 
 @pytest.mark.slow
@@ -93,3 +99,12 @@ def test_an_address_that_no_host_has(pair: hosts.TwoHosts, tmp_path: Path) -> No
         assert done.status == 1
         line = told(done, f"{name} did not meet the other machines at 10.77.0.9:29500 within 5 s")
         assert "HEAD must be the name of one of them" in line
+
+
+@pytest.mark.slow
+def test_a_disk_of_its_own_on_each_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
+    with started(pair, (tmp_path / "one", tmp_path / "other")) as launchers:
+        ends = [end_of(launcher, 90) for launcher in launchers]
+    for done in ends:
+        assert done.status == 1
+        assert "is not one folder for all: network 1 on beta cannot see" in error_of(done)

@@ -17,7 +17,7 @@ from dist_graft import cli
 from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.options import option_names
-from dist_graft.training.run_directory import RunDirectory, network_folder
+from dist_graft.training.run_directory import RunDirectory, git_commit, network_folder
 from dist_graft.validation import from_nested
 
 FREE = {
@@ -281,3 +281,10 @@ class TestStartingAgain:
     def test_a_name_that_no_disk_takes(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match="another run_dir"):
             RunDirectory(str(tmp_path / ("n" * 300))).check(TrainConfig(), 2)
+
+
+def test_no_commit_is_known_where_there_is_no_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None

@@ -1,0 +1,60 @@
+"""The commands of launch/Containerfile, as they stand, in a folder instead of an image."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from dist_graft.version import VERSION
+
+ROOT = Path(__file__).parents[2]
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = (ROOT / "launch/Containerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+@pytest.mark.slow
+def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
+    """What is installed here counts as installed there, so that nothing is downloaded."""
+    installed = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
+    variables = os.environ | installed | {"PIP_NO_BUILD_ISOLATION": "0"}  # for pip that is "on"
+    output = ""
+    for name, rest in instructions():
+        if name == "ARG":
+            variables.setdefault(*rest.split("=", 1))
+        elif name == "COPY":
+            *sources, target = shlex.split(rest)
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, tmp_path / target)
+                else:
+                    shutil.copy(ROOT / source, tmp_path / target)
+        elif name == "RUN":
+            done = subprocess.run(
+                ["/bin/sh", "-c", rest],
+                cwd=tmp_path,
+                env=variables,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=200,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            output += done.stdout
+        elif name == "ENTRYPOINT":
+            (program,) = json.loads(rest)
+            assert os.access(tmp_path / program, os.X_OK)
+        else:
+            assert name in ("FROM", "WORKDIR", "ENV")
+    assert output.splitlines()[-1].endswith(VERSION)
+    assert (tmp_path / ".venv/bin/dist-graft").is_file()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 import traceback
 from argparse import SUPPRESS, Action, ArgumentError
@@ -54,7 +53,9 @@ def run(argv: Sequence[str]) -> int:
             for text in [told] if isinstance(told, str) else told:
                 _show(text)
             return 0
-        return _train(from_nested(TrainConfig, options), place)
+        config = from_nested(TrainConfig, options)
+        place = place.shared(config.runtime.replicas)
+        return _train(config, place)
     except StoppedEarlyError as error:
         if place.launched and place.local_rank == 0:
             from dist_graft.population.process import end_launcher
@@ -129,8 +130,8 @@ def _fail(
     message: str, status: int, place: Place, argv: Sequence[str], *, root_cause: bool = True
 ) -> int:
     line = " ".join(message.split())
-    if place.networks > 1:
-        line = f"network {place.network} (rank {place.rank} on {socket.gethostname()}): {line}"
+    if place.world_size > 1:
+        line = f"{place}: {line}"
     print(f"dist-graft: error: {line}", file=sys.stderr, flush=True)
     run_dir = _mentioned(argv, "--run_dir") or _run_dir_in_file(_mentioned(argv, "--config"))
     if run_dir and "train" in argv:

@@ -204,6 +204,12 @@ class RuntimeConfig:
     """auto: NCCL when every process of the machine has a GPU of its own, gloo otherwise."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; the weights stay fp32. fp16 scales the loss (GPU)."""
+    replicas: int = 1
+    """Processes that train each network together, each on its part of every batch: start networks x
+    replicas of them."""
+    sync_bn: bool = False
+    """Batch statistics over all replicas of a network (SyncBatchNorm; GPUs only) instead of in
+    each; the running statistics are averaged before a round in any case."""
     threads: int = 0
     """CPU threads a process computes with; 0: its share of the cores it may use."""
     timeout_seconds: float = 600.0
@@ -219,6 +225,9 @@ class RuntimeConfig:
     """Deterministic kernels on a GPU, so that equal commands give equal weights."""
 
     def __post_init__(self) -> None:
+        at_least("runtime.replicas", self.replicas, 1)
+        if self.sync_bn and self.replicas == 1:
+            raise ConfigError("runtime.sync_bn needs runtime.replicas above 1")
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout_seconds", self.timeout_seconds)
         at_least("runtime.timeout_epochs", self.timeout_epochs, 1)
@@ -302,3 +311,7 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
             raise ConfigError("graft.rule needs method graft and graft.source external")
+        if self.data.skip_broken and self.runtime.replicas > 1:
+            raise ConfigError(
+                "data.skip_broken needs runtime.replicas 1: no part of a batch may shrink"
+            )

@@ -96,12 +96,12 @@ class Live:
     from one that takes long steps; a disk that refuses is no matter of the training.
 
     Args:
-        path: of the file; its folder exists.
+        path: of the file, whose folder exists; None: there is no file.
         network: of this process.
         bar: shows the steps.
     """
 
-    def __init__(self, path: Path, network: int, bar: ProgressBar) -> None:
+    def __init__(self, path: Path | None, network: int, bar: ProgressBar) -> None:
         self._path = path
         self._bar = bar
         self._standing = Standing(network=network)
@@ -192,6 +192,8 @@ class Live:
             self._write()
 
     def _write(self) -> None:
+        if self._path is None:
+            return
         ended = self._standing.phase in ENDED
         moment = {"seconds_left": None if ended else self.seconds_left(), "time": time.time()}
         content = asdict(self._standing) | moment

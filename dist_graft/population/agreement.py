@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,28 @@ class Header:
     """1 when this network wants to stop before the round."""
     saves: int
     """Checkpoint sets at which the network took part on request."""
+
+
+def of_one_network(headers: Sequence[Header]) -> Header:
+    """What a network says whose processes said this: one that stops or diverged, so do all.
+
+    Raises: DisagreementError when they do not hold the same network.
+    """
+    first = headers[0]
+    for name in ("protocol", "network", "round", "digest", "units", "rate", "saves"):
+        values = [getattr(header, name) for header in headers]
+        if len(set(values)) > 1:
+            raise DisagreementError(
+                f"the processes of network {first.network} differ in {name} ({values}): each must "
+                "hold the same network and call graft() as often"
+            )
+    lost = [header.diverged for header in headers if header.diverged != SOUND]
+    return replace(
+        first,
+        diverged=lost[0] if lost else SOUND,
+        measured=max(header.measured for header in headers),
+        stop=max(header.stop for header in headers),
+    )
 
 
 class Schema:

@@ -15,8 +15,15 @@ from dist_graft.grafting.mixing import Mixing, blend_, blend_finely_
 from dist_graft.grafting.neighbours import Shuffle
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.agreement import gather_vectors
-from dist_graft.population.buckets import Piece, cut_buckets, pack_
-from dist_graft.population.exchange import EXCHANGES, IN_FLIGHT, BufferPool, Exchange, Phase
+from dist_graft.population.buckets import Bucket, Piece, cut_buckets, pack_, unpack_
+from dist_graft.population.exchange import (
+    EXCHANGES,
+    IN_FLIGHT,
+    BufferPool,
+    Exchange,
+    Phase,
+    put_together,
+)
 
 _HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
 
@@ -43,8 +50,12 @@ def apply_mixing(
     pool: BufferPool,
     phase: Phase,
     seconds: float | None = None,
+    replicas: dist.ProcessGroup | None = None,
 ) -> Applied:
     """Change this rank's tensors as the mixing says; every rank of the group must call this.
+
+    Where several processes hold this network, each blends an equal share of its elements, and then
+    they give each other theirs: every element of a donor comes to the network once.
 
     Args:
         tensors: of this network, by key; changed in place.
@@ -57,10 +68,16 @@ def apply_mixing(
         pool: of the buffers.
         phase: adds the time of a block to a named phase.
         seconds: after which a transfer over gloo is given up; None: the group's own time-out.
+        replicas: the processes that hold this network, in order; None: this one alone.
     """
     if isinstance(mixing, Shuffle):
         return _swap_scalars(
-            tensors, units, mixing, group=group, device=device, phase=phase, seconds=seconds
+            *(tensors, units, mixing),
+            group=group,
+            device=device,
+            phase=phase,
+            seconds=seconds,
+            replicas=replicas,
         )
     if exchange == "p2p":
         bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
@@ -74,16 +91,27 @@ def apply_mixing(
     donors = mixing.donors[rank]
     fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
     fine = _FineFractions(mixing, rank, keys, list(tensors.values()), unit_of)
-    buckets = cut_buckets(
-        [view.numel() for view in views],
-        [view.dtype for view in views],
-        bucket_bytes=bucket_bytes,
-    )
+    shares = dist.get_world_size(replicas) if replicas else 1
+    cuts = [
+        cut_buckets(
+            [view.numel() for view in views],
+            [view.dtype for view in views],
+            bucket_bytes=bucket_bytes,
+            share=share,
+            shares=shares,
+        )
+        for share in range(shares)
+    ]
+    buckets = cuts[dist.get_rank(replicas) if replicas else 0]
+
+    def pack(buffer: Tensor, bucket: Bucket) -> None:
+        pack_(buffer, bucket, views)
+
     squares: list[list[Tensor]] = [[] for _ in units]
     received = 0
     for bucket, parts in EXCHANGES[exchange](
         buckets if mixing.networks > 1 else [],
-        lambda buffer, bucket: pack_(buffer, bucket, views),
+        pack,
         mixing.donors,
         group=group,
         device=device,
@@ -109,11 +137,31 @@ def apply_mixing(
                     else:
                         blend_finely_(own, part, fraction)
     with phase("distance"):
-        distance = [
-            math.sqrt(sum(torch.stack(parts).tolist()) / len(donors)) if parts else 0.0
-            for parts in squares
-        ]
-    return Applied(distance, received)
+        sums = [sum(torch.stack(parts).tolist()) if parts else 0.0 for parts in squares]
+    if replicas:
+        with phase("exchange"):
+            *sums, total = _sum_over(replicas, [*sums, float(received)], device, seconds)
+            received = round(total)
+        put_together(
+            cuts,
+            pack,
+            lambda buffer, bucket: unpack_(views, bucket, buffer),
+            group=replicas,
+            device=device,
+            pool=pool,
+            phase=phase,
+            seconds=seconds,
+        )
+    return Applied([math.sqrt(total / max(1, len(donors))) for total in sums], received)
+
+
+def _sum_over(
+    group: dist.ProcessGroup, values: list[float], device: torch.device, seconds: float | None
+) -> list[float]:
+    rows = gather_vectors(
+        torch.tensor(values, dtype=torch.float64), group=group, device=device, seconds=seconds
+    )
+    return [float(value) for value in rows.sum(dim=0)]
 
 
 class _FineFractions:
@@ -160,9 +208,12 @@ def _swap_scalars(
     device: torch.device,
     phase: Phase,
     seconds: float | None,
+    replicas: dist.ProcessGroup | None,
 ) -> Applied:
     """Only the chosen scalars travel, type by type: every rank chooses the same ones."""
     rank = dist.get_rank(group)
+    shares = dist.get_world_size(replicas) if replicas else 1
+    share = dist.get_rank(replicas) if replicas else 0
     received = 0
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         with phase("pack"):
@@ -175,14 +226,21 @@ def _swap_scalars(
             mine = torch.cat([tensor.take(where.to(tensor.device)) for tensor, where, _ in moving])
         if mixing.networks == 1 or mine.numel() == 0:
             continue
+        length = -(-len(mine) // shares)  # the last share is filled up
+        padded = torch.nn.functional.pad(mine, (0, shares * length - len(mine)))
+        source = torch.cat([sources[:, rank] for _, _, sources in moving])
+        source = torch.nn.functional.pad(source, (0, len(padded) - len(mine)))
+        part = slice(share * length, (share + 1) * length)
         with phase("exchange"):
-            everyone = gather_vectors(mine, group=group, device=device, seconds=seconds)
+            everyone = gather_vectors(padded[part], group=group, device=device, seconds=seconds)
+            taken = everyone[source[part], torch.arange(length)]
+            if replicas:
+                taken = gather_vectors(taken, group=replicas, device=device, seconds=seconds)
         received += (mixing.networks - 1) * mine.numel() * mine.element_size()
         with phase("blend"):
-            columns = everyone.split([len(where) for _, where, _ in moving], dim=1)
-            for (tensor, where, sources), values in zip(moving, columns, strict=True):
-                taken = values[sources[:, rank], torch.arange(len(where))]
-                tensor.put_(where.to(tensor.device), taken.to(tensor.device))
+            values = taken.flatten()[: len(mine)].split([len(where) for _, where, _ in moving])
+            for (tensor, where, _), new in zip(moving, values, strict=True):
+                tensor.put_(where.to(tensor.device), new.to(tensor.device))
     return Applied([], received)
 
 

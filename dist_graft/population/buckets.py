@@ -41,7 +41,12 @@ class Bucket:
 
 
 def cut_buckets(
-    sizes: Sequence[int], dtypes: Sequence[torch.dtype], *, bucket_bytes: int
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    *,
+    bucket_bytes: int,
+    share: int = 0,
+    shares: int = 1,
 ) -> list[Bucket]:
     """Cut tensors into buckets: type by type, in order, every element in exactly one piece.
 
@@ -49,16 +54,21 @@ def cut_buckets(
         sizes: elements of each tensor; empty ones get no piece.
         dtypes: of each tensor.
         bucket_bytes: largest size of a bucket; a bucket holds at least one element.
+        share: which of the equal stretches, of the elements of each type, is cut.
+        shares: how many of them there are; the buckets of all together hold every element once.
     """
     buckets = []
     for dtype in dict.fromkeys(dtypes):
         room = max(1, bucket_bytes // dtype.itemsize)
+        mine = [size if kind == dtype else 0 for size, kind in zip(sizes, dtypes, strict=True)]
+        begin, end = (sum(mine) * edge // shares for edge in (share, share + 1))
         pieces: list[Piece] = []
-        filled = 0
-        for index, (size, kind) in enumerate(zip(sizes, dtypes, strict=True)):
-            start = 0
-            while kind == dtype and start < size:
-                length = min(size - start, room - filled, _PIECE)
+        filled = before = 0
+        for index, size in enumerate(mine):
+            start, stop = max(0, begin - before), min(size, end - before)
+            before += size
+            while start < stop:
+                length = min(stop - start, room - filled, _PIECE)
                 pieces.append(Piece(index, start, filled, length))
                 start += length
                 filled += length
@@ -81,6 +91,19 @@ def pack_(buffer: Tensor, bucket: Bucket, views: Sequence[Tensor]) -> None:
     for piece in _runs(bucket):
         source = views[piece.tensor][piece.start : piece.start + piece.length]
         buffer[piece.offset : piece.offset + piece.length].copy_(source)
+
+
+def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
+    """Copy a bucket's pieces into the tensors: what `pack_` does, backwards.
+
+    Args:
+        views: all tensors, each as one dimension; written to.
+        bucket: what to copy.
+        buffer: [bucket.length], of the bucket's type, on any device.
+    """
+    for piece in _runs(bucket):
+        target = views[piece.tensor][piece.start : piece.start + piece.length]
+        target.copy_(buffer[piece.offset : piece.offset + piece.length])
 
 
 def _runs(bucket: Bucket) -> Iterator[Piece]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -98,11 +99,65 @@ def all_gather(
         with phase("pack"):
             pack(parts[rank], bucket)
         with phase("exchange"), on_the_wire():
-            if device.type == "cpu":  # gloo's own all-gather holds everything twice
-                _to_everyone(parts, rank, group, seconds)
-            else:
-                dist.all_gather_single(space, parts[rank], group=group)
+            _gather_in_place(space, parts, rank, group, device, seconds)
         yield bucket, {donor: parts[donor] for donor in donors[rank]}
+
+
+def put_together(
+    cuts: Sequence[Sequence[Bucket]],
+    pack: Pack,
+    unpack: Pack,
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    pool: BufferPool,
+    phase: Phase,
+    seconds: float | None = None,
+) -> None:
+    """Give every rank of the group the shares of all others, bucket by bucket.
+
+    Holds ranks x bucket on `device`. Every rank of the group must call this.
+
+    Args:
+        cuts: the buckets of each rank's share, in the order of the ranks.
+        pack: copies a bucket of this rank's share into memory.
+        unpack: copies a bucket of another rank's out of memory.
+        group: whose ranks hold the shares.
+        device: where buffers must lie to travel.
+        pool: of the buffers.
+        phase: adds the time of a block to a named phase.
+        seconds: after which a transfer over gloo is given up; None: the group's own time-out.
+    """
+    rank = dist.get_rank(group)
+    for dtype in dict.fromkeys(bucket.dtype for cut in cuts for bucket in cut):
+        of_type = [[bucket for bucket in cut if bucket.dtype == dtype] for cut in cuts]
+        for buckets in zip_longest(*of_type):  # their lengths differ by an element at most
+            longest = max(bucket.length for bucket in buckets if bucket)
+            space = pool.take(0, len(cuts) * longest, dtype, device)
+            parts = space.split(longest)
+            with phase("pack"):
+                if own := buckets[rank]:
+                    pack(parts[rank][: own.length], own)
+            with phase("exchange"), on_the_wire():
+                _gather_in_place(space, parts, rank, group, device, seconds)
+            with phase("blend"):
+                for other, bucket in enumerate(buckets):
+                    if bucket and other != rank:
+                        unpack(parts[other][: bucket.length], bucket)
+
+
+def _gather_in_place(
+    space: Tensor,
+    parts: Sequence[Tensor],
+    rank: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    seconds: float | None,
+) -> None:
+    if device.type == "cpu":  # gloo's own all-gather holds everything twice
+        _to_everyone(parts, rank, group, seconds)
+    else:
+        dist.all_gather_single(space, parts[rank], group=group)
 
 
 def _to_everyone(

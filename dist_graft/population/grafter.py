@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ from dist_graft.population.agreement import (
     Header,
     Schema,
     agree,
-    gather_vectors,
+    of_one_network,
 )
 from dist_graft.population.application import apply_mixing
 from dist_graft.population.exchange import (
@@ -33,13 +34,13 @@ from dist_graft.population.exchange import (
     BufferPool,
     Exchange,
     communication_device,
-    header_device,
-    world,
 )
+from dist_graft.population.meeting import Meeting
 from dist_graft.population.patience import Patience
 from dist_graft.population.phases import PhaseClock
-from dist_graft.population.presence import RollCall, naming_missing
+from dist_graft.population.presence import RollCall
 from dist_graft.population.record import GraftRecord
+from dist_graft.population.replicas import average_buffers
 from dist_graft.population.wrappers import unwrapped
 
 OnDivergence = Literal["raise", "heal", "exclude"]
@@ -65,6 +66,10 @@ class Grafter:
             bucket, p2p two buckets (on the ring).
         rule: what flows where, instead of the ring.
         group: whose ranks are the networks; None: the default group.
+        replica_group: the processes that hold this network too, in the same order for every
+            network (with a `group` for each place in that order, as in a device mesh); None: this
+            process alone. Each moves and blends an equal share of the weights; floating buffers,
+            which data-parallel training leaves different, are averaged first.
         on_divergence: what becomes of a network whose weights are no longer finite: "raise" a
             NonFiniteError on every rank; "heal" it with the weights of its donor, or the nearest
             sound network upstream (its optimizer's state is the caller's to reset); "exclude" it,
@@ -90,6 +95,7 @@ class Grafter:
         bucket_mb: float = 32,
         rule: Rule | None = None,
         group: dist.ProcessGroup | None = None,
+        replica_group: dist.ProcessGroup | None = None,
         on_divergence: OnDivergence = "raise",
         roll_call: RollCall | None = None,
         patience: Patience | None = None,
@@ -120,11 +126,9 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        self._given_group = group
+        self._meeting = Meeting(group, replica_group, roll_call, patience)
         self._pool = BufferPool()
         self._on_divergence: OnDivergence = on_divergence
-        self._roll_call = roll_call
-        self._patience = patience
         self._round = 0
 
     @property
@@ -141,17 +145,10 @@ class Grafter:
     def round(self, value: int) -> None:
         self._round = value
 
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        """Looked up each time: a default group that is held cannot be destroyed, and its threads
-        abort an interpreter that finalizes under them.
-        """
-        return self._given_group or world()
-
     def graft(
         self, *, rate: float = 1.0, stop: bool = False, saves: int = 0, diverged: bool = False
     ) -> GraftRecord:
-        """One round: every rank of the group must call this, equally often.
+        """One round: every rank of the groups must call this, equally often.
 
         Changes the model's floating parameters and buffers in place; integer buffers stay.
 
@@ -168,20 +165,24 @@ class Grafter:
             PeerError when another process died or did not answer. But for the last case no weight
             was changed.
         """
-        rank = dist.get_rank(self._group)
+        meeting = self._meeting
+        rank, group = meeting.network, meeting.group
         tensors = graft_tensors(self._module)
         home = _home(tensors)
         clock = PhaseClock(home)
 
+        if meeting.replicas and not stop:
+            with clock.phase("agree"), self._peers(self._round):
+                average_buffers(self._module, partial(meeting.of_replicas, home=home))
         with clock.phase("measure"):
             state = SOUND if stop else self._state_of(tensors, diverged)
             silent = stop or state != SOUND
             mine = None if silent else self._rule.measure(self._units, tensors).double()
         with clock.phase("agree"), self._peers(self._round):
             agreement = self._agree(tensors, self._round, state, mine, rate, stop=stop, saves=saves)
-            if mine is None:  # a network that diverged has nothing to tell
+            if mine is None or rank in agreement.diverged:  # it has nothing to tell
                 mine = torch.zeros(agreement.measured, dtype=torch.float64)
-            matrix = self._gather(mine, home=home)
+            matrix = meeting.of_networks(mine, home)
         mixing = self._rule.decide(matrix, self._round)
         if rate != 1.0:
             mixing = mixing.scaled(rate)
@@ -196,11 +197,12 @@ class Grafter:
                 mixing,
                 exchange=self._exchange,
                 bucket_bytes=self._bucket_bytes,
-                group=self._group,
-                device=communication_device(self._group, home),
+                group=group,
+                device=communication_device(group, home),
                 pool=self._pool,
                 phase=clock.phase,
-                seconds=self._seconds,
+                seconds=meeting.seconds,
+                replicas=meeting.replicas,
             )
         informed = state == SOUND and hasattr(self._rule, "criterion")
         names = [unit.name for unit in self._units]
@@ -246,12 +248,12 @@ class Grafter:
         stop: bool = False,
         saves: int = 0,
     ) -> Agreement:
-        if self._roll_call:
-            self._roll_call.arrive(arriving_at)
+        self._meeting.arrive(arriving_at)
+        home = _home(tensors)
         schema = Schema(tensors, [unit.name for unit in self._units], self._options())
         header = Header(
             protocol=PROTOCOL,
-            network=dist.get_rank(self._group),
+            network=self._meeting.network,
             round=self._round,
             digest=schema.digest,
             schema_bytes=len(schema.json),
@@ -262,36 +264,24 @@ class Grafter:
             stop=int(stop),
             saves=saves,
         )
+        said = torch.tensor(astuple(header), dtype=torch.int64)
+        rows = self._meeting.of_replicas(said, home).tolist()
+        header = of_one_network([Header(*row) for row in rows])
         return agree(
             header,
             schema,
             list(tensors),
-            gather=partial(self._gather, home=_home(tensors), arriving_at=arriving_at),
+            gather=partial(
+                self._meeting.of_networks,
+                home=home,
+                what=f"round {self._round}",
+                arriving_at=arriving_at,
+            ),
             tolerant=self._on_divergence != "raise",
         )
 
-    def _gather(
-        self, vector: Tensor, *, home: torch.device, arriving_at: int | None = None
-    ) -> Tensor:
-        """Everyone's short vectors; says who is waited for where the waiting happens."""
-        waiting = {}
-        if self._patience and self._roll_call and arriving_at is not None:
-            absent = partial(self._roll_call.absent, arriving_at)
-            waiting["on_wait"] = self._patience.remark(f"round {self._round}", absent)
-        return gather_vectors(
-            vector,
-            group=self._group,
-            device=header_device(self._group, home),
-            seconds=self._seconds,
-            **waiting,
-        )
-
     def _peers(self, round_: int) -> AbstractContextManager[None]:
-        return naming_missing(self._roll_call, round_, f"round {self._round}")
-
-    @property
-    def _seconds(self) -> float | None:
-        return self._patience.seconds if self._patience else None
+        return self._meeting.naming_missing(round_, f"round {self._round}")
 
     def _state_of(self, tensors: dict[str, Tensor], diverged: bool) -> int:
         found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))

@@ -19,42 +19,55 @@ _LOOK_AGAIN = timedelta(seconds=1)
 
 
 class RollCall:
-    """Each network's host and the last round it reached.
+    """Each process's host and the last round it reached.
 
     Args:
         store: of the run; every process has one.
-        network: of this process.
-        networks: size of the population.
+        rank: of this process.
+        processes: of the run.
+        replicas: processes of each network.
     """
 
-    def __init__(self, store: dist.Store | AnsweringStore, network: int, networks: int) -> None:
+    def __init__(
+        self, store: dist.Store | AnsweringStore, rank: int, processes: int, replicas: int = 1
+    ) -> None:
         self._store = store
-        self._network = network
-        self._networks = networks
+        self.rank = rank
+        self._processes = range(processes)
+        self._replicas = replicas
+
+    @property
+    def leaders(self) -> range:
+        """The process of each network that writes its files."""
+        return self._processes[:: self._replicas]
 
     def apart(self) -> RollCall:
         """The same over a connection of its own, for another thread, as a wait blocks one."""
-        return RollCall(self._store.clone(), self._network, self._networks)
+        return RollCall(self._store.clone(), self.rank, len(self._processes), self._replicas)
 
     def check_in(self, timeout_seconds: float) -> None:
-        """Say where this network runs and wait until all others have said so.
+        """Say where this process runs and wait until all others have said so.
 
         Raises: StartError naming the networks that did not, after the time-out.
         """
-        self._store.set(f"process/{self._network}", str(os.getpid()))
-        self._store.set(f"host/{self._network}", socket.gethostname())
-        missing = self._wait([f"host/{k}" for k in range(self._networks)], timeout_seconds)
+        self._store.set(f"process/{self.rank}", str(os.getpid()))
+        self._store.set(f"host/{self.rank}", socket.gethostname())
+        missing = self._wait([f"host/{rank}" for rank in self._processes], timeout_seconds)
         if missing:
-            names = ", ".join(key.removeprefix("host/") for key in missing)
+            ranks = [int(key.removeprefix("host/")) for key in missing]
+            names = ", ".join(
+                f"{rank // self._replicas} (rank {rank})" if self._replicas > 1 else str(rank)
+                for rank in ranks
+            )
             raise StartError(
                 f"network {names} did not start within {timeout_seconds:g} s: see its output, and "
-                f"check that {self._networks} processes were started with the same "
+                f"check that {len(self._processes)} processes were started with the same "
                 "MASTER_ADDR and MASTER_PORT"
             )
 
     def arrive(self, round_: int) -> None:
-        """Say that this network has reached a round."""
-        self._store.set(f"round/{self._network}", str(round_))
+        """Say that this process has reached a round."""
+        self._store.set(f"round/{self.rank}", str(round_))
 
     def absent(self, round_: int) -> list[str]:
         """The networks that have not reached a round, each with rank and host.
@@ -62,14 +75,14 @@ class RollCall:
         Empty when the store does not answer either: its host is then gone.
         """
         try:
-            return [self.describe(k) for k in range(self._networks) if not self._reached(k, round_)]
+            return [self.describe(k) for k in self._processes if not self._reached(k, round_)]
         except RuntimeError:
             return []
 
     def silent(self, what: str) -> list[str]:
         """The networks that have not left a text, each with rank and host."""
         try:
-            missing = [k for k in range(self._networks) if not self._store.check([f"{what}/{k}"])]
+            missing = [k for k in self._processes if not self._store.check([f"{what}/{k}"])]
             return [self.describe(k) for k in missing]
         except RuntimeError:
             return []
@@ -77,17 +90,19 @@ class RollCall:
     def gone(self) -> list[str]:
         """The networks of this machine whose process is no more, each with rank and host."""
         try:
-            return [self.describe(k) for k in range(self._networks) if self._is_gone(k)]
+            return [self.describe(k) for k in self._processes if self._is_gone(k)]
         except RuntimeError:
             return []
 
-    def describe(self, network: int) -> str:
-        """A network with its rank and host."""
-        return f"network {network} (rank {network} on {self._host(network)})"
+    def describe(self, rank: int) -> str:
+        """A process: its network, replica where there are several, rank and host."""
+        network, replica = divmod(rank, self._replicas)
+        which = f"replica {replica}, " if self._replicas > 1 else ""
+        return f"network {network} ({which}rank {rank} on {self._host(rank)})"
 
     def hosts(self) -> list[str]:
-        """Of all networks, in their order; waits for those that did not check in."""
-        return [self._host(network) for network in range(self._networks)]
+        """Of all processes, in their order; waits for those that did not check in."""
+        return [self._host(rank) for rank in self._processes]
 
     def ask_to_stop(self, why: str) -> None:
         """Leave word for all networks that the run is to stop."""
@@ -113,32 +128,44 @@ class RollCall:
         Raises: PeerError when the store is gone.
         """
         with self._reachable(what):
-            self._store.set(f"{what}/{self._network}", value)
+            self._store.set(f"{what}/{self.rank}", value)
 
-    def hear(self, what: str, network: int, timeout_seconds: float) -> str:
-        """What one network has left, once it has.
+    def hear(self, what: str, rank: int, timeout_seconds: float) -> str:
+        """What one process has left, once it has.
 
-        Raises: PeerError naming the network, when it died or after the time-out.
+        Raises: PeerError naming it, when it died or after the time-out.
         """
-        return self._answers(what, [network], timeout_seconds)[0]
+        return self._answers(what, [rank], timeout_seconds)[0]
 
     def collect(
-        self, what: str, timeout_seconds: float, *, given_up: Callable[[], bool] = lambda: False
+        self,
+        what: str,
+        timeout_seconds: float,
+        *,
+        of: Sequence[int] | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        """Everyone's text, in the order of the networks, once all have left theirs.
+        """Everyone's text, in the order of their ranks, once all have left theirs.
 
-        Raises: PeerError naming the networks that did not, when one died, after the time-out, or
+        Args:
+            what: they were to leave.
+            timeout_seconds: to wait for it.
+            of: ranks; None: of all processes.
+            given_up: whether to wait no more.
+
+        Raises: PeerError naming those that did not, when one died, after the time-out, or
             about a second after `given_up`.
         """
-        return self._answers(what, range(self._networks), timeout_seconds, given_up)
+        ranks = self._processes if of is None else of
+        return self._answers(what, ranks, timeout_seconds, given_up)
 
-    def heard(self, what: str, network: int) -> bool:
-        """Whether a network has left a text; no, when the store is gone.
+    def heard(self, what: str, rank: int) -> bool:
+        """Whether a process has left a text; no, when the store is gone.
 
         Raises: PeerError when the store does not answer in time.
         """
         try:
-            return self._store.check([f"{what}/{network}"])
+            return self._store.check([f"{what}/{rank}"])
         except StoreSilentError as error:
             raise self._cut_off(error) from error
         except dist.DistNetworkError:
@@ -147,11 +174,11 @@ class RollCall:
     def _answers(
         self,
         what: str,
-        networks: Sequence[int],
+        ranks: Sequence[int],
         timeout_seconds: float,
         given_up: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        keys = {network: f"{what}/{network}" for network in networks}
+        keys = {rank: f"{what}/{rank}" for rank in ranks}
         deadline = time.monotonic() + timeout_seconds
         with self._reachable(what):
             while True:
@@ -159,11 +186,11 @@ class RollCall:
                 missing = self._wait(list(keys.values()), left)
                 if not missing:
                     return [self._store.get(key).decode() for key in keys.values()]
-                silent = [network for network, key in keys.items() if key in missing]
-                dead = [network for network in silent if self._is_gone(network)]
+                silent = [rank for rank, key in keys.items() if key in missing]
+                dead = [rank for rank in silent if self._is_gone(rank)]
                 late = time.monotonic() >= deadline
                 if dead or late or given_up():
-                    who = "; ".join(self.describe(network) for network in dead or silent)
+                    who = "; ".join(self.describe(rank) for rank in dead or silent)
                     within = f" within {timeout_seconds:g} s" if late else ""
                     why = "died" if dead else f"did not answer{within}"
                     raise PeerError(f"{who} {why} ({what}); its own output says why")
@@ -199,22 +226,22 @@ class RollCall:
                 continue
         return []
 
-    def _host(self, network: int) -> str:
-        return self._store.get(f"host/{network}").decode()
+    def _host(self, rank: int) -> str:
+        return self._store.get(f"host/{rank}").decode()
 
-    def _is_gone(self, network: int) -> bool:
-        if self._host(network) != socket.gethostname():
+    def _is_gone(self, rank: int) -> bool:
+        if self._host(rank) != socket.gethostname():
             return False
         try:
-            os.kill(int(self._store.get(f"process/{network}")), 0)
+            os.kill(int(self._store.get(f"process/{rank}")), 0)
         except ProcessLookupError:
             return True
         except PermissionError:  # alive, and somebody else's by now
             return True
         return False
 
-    def _reached(self, network: int, round_: int) -> bool:
-        key = f"round/{network}"
+    def _reached(self, rank: int, round_: int) -> bool:
+        key = f"round/{rank}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
 
 

@@ -31,7 +31,7 @@ class GraftRecord:
     """Of measure (finite check, information), agree (with the waiting), pack, exchange, distance
     and blend."""
     bytes_received: int
-    """Weights received from other networks."""
+    """Weights received from other networks, by all processes that hold this one together."""
     diverged: dict[int, str]
     """What was not finite, by network; empty in an ordinary round. The same in every process."""
     mixing: Mixing

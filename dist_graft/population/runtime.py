@@ -7,21 +7,23 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
 from dist_graft.errors import ConfigError, PeerError, StartError
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.exchange import world
 from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
+from dist_graft.population.place import Place, uneven
 from dist_graft.population.presence import RollCall
+from dist_graft.population.replicas import Replicas
 from dist_graft.population.store import AnsweringStore
 from dist_graft.population.wire import WireError, on_the_wire, wait_for
 
@@ -38,14 +40,29 @@ class Runtime:
     """As torch.distributed was given it; "none" for a network alone."""
     patience: Patience
     roll_call: RollCall | None
-    """None for a network alone, or where nobody is to be named."""
+    """None for a process alone, or where nobody is to be named."""
+    mesh: DeviceMesh | None = None
+    """Dimensions network and replica, where several processes train each network."""
+    replicas: Replicas = field(default_factory=Replicas)
+    """The processes of this network."""
+
+    @property
+    def across(self) -> dist.ProcessGroup | None:
+        """The process of each network that has this one's place in it; None: all processes."""
+        return self.mesh.get_group("network") if self.mesh else None
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
-        """Everyone's numbers, as many from each, in the order of the networks: a collective.
+        """The networks' numbers, as many from each, in their order: a collective.
+
+        What the first process of each network says counts; all call this.
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
         """
-        if self.place.networks == 1:
+        return self.gather_all(values, what)[:: self.place.replicas]
+
+    def gather_all(self, values: list[float], what: str) -> list[list[float]]:
+        """As `gather`, a row for each process."""
+        if self.place.world_size == 1:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64)
         try:
@@ -72,11 +89,11 @@ class Runtime:
         return self.roll_call.hear(what, 0, self.patience.seconds)
 
     def hosts(self) -> list[str]:
-        """Where the networks run, in their order."""
+        """Where the processes run, in their order."""
         return self.roll_call.hosts() if self.roll_call else [socket.gethostname()]
 
     def everyone(self, what: str, text: str) -> list[str]:
-        """Everyone's text, in the order of the networks; every network must call this.
+        """Everyone's text, in the order of their ranks; every process must call this.
 
         Raises: PeerError when one leaves none in time.
         """
@@ -86,7 +103,7 @@ class Runtime:
         return self.roll_call.collect(what, self.patience.seconds)
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
-        """Sum of everyone's tensors of one shape, on the CPU: a collective.
+        """Sum of the networks' tensors of one shape, on the CPU: a collective.
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
         """
@@ -96,7 +113,7 @@ class Runtime:
         on_wait = self._arrive(what)
         try:
             with on_the_wire():
-                work = dist.all_reduce(total, async_op=True)
+                work = dist.all_reduce(total, group=self.across, async_op=True)
                 assert work is not None
                 wait_for(work, self.patience.seconds, on_wait)
         except WireError as error:
@@ -105,7 +122,7 @@ class Runtime:
 
     def finish(self) -> None:
         """Part from the peers after a run that went well: a collective."""
-        if self.place.networks > 1:
+        if self.place.world_size > 1:
             self.gather([0.0], "the end of the run")
             dist.destroy_process_group()
 
@@ -150,7 +167,7 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
             f"{torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
         )
     patience = Patience(config.timeout_seconds, epochs=config.timeout_epochs)
-    if place.networks == 1:
+    if place.world_size == 1:
         return Runtime(place, device, "none", patience, None)
 
     nccl = own_gpu and config.backend != "gloo" and dist.is_nccl_available()
@@ -159,23 +176,52 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
         torch.cuda.set_device(device)
     store = _meet(place, config.timeout_seconds)
     answering = AnsweringStore(dist.PrefixStore("dist_graft", store), lambda: patience.seconds)
-    roll_call = RollCall(answering, place.network, place.networks)
+    roll_call = RollCall(answering, place.rank, place.world_size, place.replicas)
     roll_call.check_in(config.timeout_seconds)
+    if place.replicas > 1:
+        _refuse_uneven_machines(place, roll_call, config.timeout_seconds)
+    timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo have their own
     try:
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("process_group", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=config.timeout_seconds),  # waits over gloo have their own
+            timeout=timeout,
             device_id=device if nccl else None,
         )
+        mesh = _mesh(place, "cuda" if nccl else "cpu", timeout) if place.replicas > 1 else None
     except RuntimeError as error:
         raise StartError(
             f"backend {backend} could not connect the processes: {_first_line(error)}; check that "
             "the hosts reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
-    return Runtime(place, device, backend, patience, roll_call)
+    group = mesh.get_group("replica") if mesh else None
+    replicas = Replicas(group, patience, roll_call)
+    return Runtime(place, device, backend, patience, roll_call, mesh, replicas)
+
+
+def _refuse_uneven_machines(place: Place, roll_call: RollCall, seconds: float) -> None:
+    """Raise ConfigError in every process where the machines have different numbers of them."""
+    roll_call.post("processes here", str(place.local_world_size))
+    sizes = sorted({int(size) for size in roll_call.collect("processes here", seconds)})
+    if len(sizes) > 1:
+        raise uneven(place.replicas, f"machines of {' and '.join(map(str, sizes))} processes")
+
+
+def _mesh(place: Place, device_type: str, timeout: timedelta) -> DeviceMesh:
+    """The processes as [network, replica]; every process must call this.
+
+    The groups are made here, and not by the mesh, so that each has all backends and this time-out.
+    """
+    ranks = torch.arange(place.world_size).view(place.networks, place.replicas)
+    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    assert isinstance(across, dist.ProcessGroup)
+    assert isinstance(within, dist.ProcessGroup)
+    return DeviceMesh.from_group(
+        [across, within], device_type, ranks, mesh_dim_names=("network", "replica")
+    )
 
 
 def choose_device(name: str, place: Place) -> torch.device:

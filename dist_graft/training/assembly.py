@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
+from torch import nn
 
 from dist_graft.config import TrainConfig
 from dist_graft.draws import stream_seed
@@ -27,17 +29,25 @@ from dist_graft.validation import own
 
 
 def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
-    """This process's network with its optimizer, as it is before the first step."""
+    """This process's network with its optimizer, as it is before the first step.
+
+    A collective of the processes that train one network.
+    """
     network = runtime.place.network
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
     model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     model.to(runtime.device)
+    if config.runtime.sync_bn:
+        model = runtime.replicas.with_common_statistics(model, runtime.device)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optim, model, lr=lr_of(config, runtime))
+    forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
     return Trainee(
         model=model,
-        forward=torch.compile(model) if config.runtime.compile else model,
+        forward=forward,
+        replicas=runtime.replicas,
+        learn=runtime.replicas.wrap(forward),
         optimizer=optimizer,
         scheduler=build_scheduler(
             config.optim,
@@ -118,6 +128,8 @@ def build_grafter(config: TrainConfig, trainee: Trainee, rule: Rule, runtime: Ru
         exchange=config.graft.exchange,
         bucket_mb=config.graft.bucket_mb,
         rule=rule,
+        group=runtime.across,
+        replica_group=runtime.replicas.group,
         on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
         roll_call=runtime.roll_call,
         patience=runtime.patience,

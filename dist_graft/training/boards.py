@@ -143,7 +143,7 @@ class Boards:
             self._population.round(self._record.round, names, self._record.mixing, epoch)
 
     def _open(self, epoch: int) -> None:
-        if not self._config.monitor.tensorboard:
+        if not (self._config.monitor.tensorboard and self._place.leads):
             return
         config, place = self._config, self._place
         self._network = NetworkBoard(

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, RunDirectoryError, StoppedEarlyError
 from dist_graft.population.runtime import Runtime
@@ -39,6 +41,8 @@ class Progress:
     """Those inside the epoch that is under way, as metrics.jsonl tells of them."""
     diverged: bool = False
     """Whether the training loss was not finite since the last round."""
+    buffers: Tensor | None = None
+    """What each of several processes of the network has in its floating buffers."""
 
 
 class Checkpoints:
@@ -72,6 +76,7 @@ class Checkpoints:
         self._writer = SetWriter(
             runtime.place.network,
             runtime.roll_call,
+            leads=runtime.place.leads,
             seconds=lambda: runtime.patience.seconds,
             keep=config.checkpoint.keep,
         )
@@ -110,6 +115,7 @@ class Checkpoints:
             )
         trainee = self._trainee
         trainee.model.load_state_dict(state["model"])
+        trainee.replicas.take_buffers(trainee.model, state.get("buffers"))
         trainee.optimizer.load_state_dict(state["optimizer"])
         trainee.scheduler.load_state_dict(state["scheduler"])
         trainee.scaler.load_state_dict(state["scaler"])
@@ -223,4 +229,5 @@ class Checkpoints:
             "trained": asdict(progress.trained) if progress.trained else None,
             "rounds": progress.rounds,
             "diverged": progress.diverged,
+            "buffers": progress.buffers,
         }

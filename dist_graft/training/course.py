@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from dist_graft.config import TrainConfig
@@ -64,6 +64,7 @@ class Course:
     """Seconds of training and evaluating in this epoch, in this process's life."""
     _epoch_began: float | None = field(default=None, init=False)
     _due: bool = field(default=False, init=False)
+    _stop: bool = field(default=False, init=False)
 
     @property
     def seconds(self) -> float:
@@ -113,6 +114,7 @@ class Course:
                 on_step=self._after_step,
                 stop=self._interrupted,
             )
+            stretch = self._of_all_replicas(stretch)
             first += stretch.steps
             self.busy += stretch.seconds
             self.times.add("data", stretch.data_seconds)
@@ -123,14 +125,24 @@ class Course:
             progress.diverged |= self._lost(stretch.loss)
             if self._due:
                 self._save()
-            if first == segment.last or self.stops.asked():
+            if first == segment.last or self.stopping():
                 return
 
+    def stopping(self) -> bool:
+        """Whether the network stops here: a collective of its processes."""
+        if not self._stop:
+            (self._stop,) = self.trainee.replicas.agree([self.stops.asked()])
+        return self._stop
+
     def evaluate(self) -> tuple[EvalResult, EvalResult | None]:
-        """The network as it is on the test images, and on the validation images where there are."""
+        """The network as it is on the test images, and on the validation images where there are.
+
+        A collective of the network's processes, whose batch-norm statistics become their mean.
+        """
         began = time.monotonic()
         self.live.evaluating()
         with self.times.spend("evaluation"):
+            self.trainee.replicas.average_buffers(self.trainee.model)
             tested = evaluate(self.trainee, self.data, "test")
             validated = (
                 evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
@@ -147,7 +159,7 @@ class Course:
         """
         self.live.meeting()
         while True:
-            stop = self.stops.asked()
+            stop = self.stopping()
             try:
                 if segment.round and self.grafter:
                     return self._graft(segment, stop)
@@ -161,6 +173,7 @@ class Course:
     def leave(self) -> NoReturn:
         """Save where the run stands and end it early, together with all others."""
         self.progress.seconds = self.seconds
+        self.progress.buffers = self.trainee.replicas.all_buffers(self.trainee.model)
         self.checkpoints.leave(self.progress, self.stops.reason or self.stops.heard())
 
     def finish_epoch(self, epoch: int) -> None:
@@ -202,6 +215,7 @@ class Course:
     def _save(self) -> None:
         self._due = False
         self.progress.seconds = self.seconds
+        self.progress.buffers = self.trainee.replicas.all_buffers(self.trainee.model)
         own = self.checkpoints.path(self.progress).name
         name = self.saves.agreed(own, self.runtime.patience.seconds)
         with self.times.spend("checkpoint"):
@@ -214,10 +228,25 @@ class Course:
             self.profile.step()
 
     def _interrupted(self) -> bool:
-        if self.stops.asked():
-            return True
-        self._due = self.saves.due(busy=self.checkpoints.busy)
-        return self._due
+        asked = self.stops.asked()
+        due = not asked and self.saves.due(busy=self.checkpoints.busy)
+        self._stop, due = self.trainee.replicas.agree([asked, due])
+        self._due = due and not self._stop
+        return self._stop or self._due
+
+    def _of_all_replicas(self, stretch: TrainResult) -> TrainResult:
+        """The results of the network's processes together: a collective of these."""
+        parts = self.trainee.replicas.gather(
+            [stretch.loss, stretch.accuracy, float(stretch.images)], "the results of some steps"
+        )
+        if len(parts) == 1:
+            return stretch
+        images = sum(count for _, _, count in parts)
+        loss, accuracy = (
+            sum(part[column] * part[2] for part in parts if part[2]) / max(images, 1)
+            for column in (0, 1)
+        )
+        return replace(stretch, loss=loss, accuracy=accuracy, images=int(images))
 
     def _lost(self, loss: float) -> bool:
         """Whether a loss tells of a network that is lost; loss scaling skips such steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from dist_graft.config import OptimConfig
 from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
+from dist_graft.population.replicas import Replicas
 from dist_graft.training.data import Data
+from dist_graft.training.data.order import Part
 from dist_graft.training.teachers import Teachers
 from dist_graft.training.timesheet import named
 
@@ -54,6 +56,10 @@ class Trainee(Predictor):
     network: int
     teachers: Teachers | None = None
     """Frozen networks to learn from, beside the labels."""
+    replicas: Replicas = field(default_factory=Replicas)
+    """The processes that train the network together."""
+    learn: Callable[[Tensor], Tensor] | None = None
+    """Runs the module in training, where gradients are averaged over processes; None: forward."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,10 @@ def train_steps(
 ) -> TrainResult:
     """Train the network on the batches first ... last - 1 of an epoch, or until `stop`.
 
-    Every step's draws (dropout) follow from (seed, network, epoch, step). A batch is cut into
-    config.accumulation parts whose gradients add up to the gradient of its mean loss. A step whose
-    batch is empty counts and changes no weight.
+    Every step's draws (dropout) follow from (seed, network, epoch, step), and the process where
+    several train the network. A batch is cut into config.accumulation parts whose gradients add up
+    to the gradient of its mean loss. A step whose batch is empty counts and changes no weight. The
+    results are those of this process's part of the batches.
     """
     start = time.perf_counter()
     trainee.model.train()
@@ -120,12 +127,15 @@ def train_steps(
     images = steps = 0
     batches = _Batches(data.train_batches(epoch, first, last))
     for step, (inputs, labels) in enumerate(batches, start=first):
-        torch.manual_seed(stream_seed("step", trainee.seed, trainee.network, epoch, step))
+        replica = (trainee.replicas.number,) if trainee.replicas.number else ()
+        seed = stream_seed("step", trainee.seed, trainee.network, epoch, step, *replica)
+        torch.manual_seed(seed)
+        part = data.part(step)
         with named("step"):
             if len(labels):
-                _learn(trainee, inputs, labels, config, totals)
+                _learn(trainee, inputs, labels, config, part, totals)
             trainee.scheduler.step()
-        images += len(labels)
+        images += len(labels) if part.counts else 0
         steps += 1
         if on_step:
             on_step()
@@ -162,28 +172,45 @@ class _Batches:
 
 
 def _learn(
-    trainee: Trainee, inputs: Tensor, labels: Tensor, config: OptimConfig, totals: Tensor
+    trainee: Trainee,
+    inputs: Tensor,
+    labels: Tensor,
+    config: OptimConfig,
+    part: Part,
+    totals: Tensor,
 ) -> None:
     """One optimizer step; adds the sum of the losses and the number of hits to totals [2]."""
-    parts = min(config.accumulation, len(labels))
-    for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-        with trainee.autocast():
-            logits = trainee.forward(part)
-            _check_logits(logits, target)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
-        if trainee.teachers is not None:
-            loss = loss + trainee.teachers.loss(part, logits, trainee.autocast())
-        share = len(target) / len(labels)
-        trainee.scaler.scale(loss * share if parts > 1 else loss).backward()
-        with torch.no_grad():
-            totals[0] += loss.detach() * len(target)
-            totals[1] += (logits.detach().argmax(1) == target).sum()
+    chunks = list(
+        zip(*(whole.chunk(config.accumulation) for whole in (inputs, labels)), strict=True)
+    )
+    for number, (some, target) in enumerate(chunks, start=1):
+        with trainee.replicas.backward(last=number == len(chunks)):
+            loss, logits = _loss(trainee, some, target, config)
+            share = part.weight * len(target) / len(labels)
+            trainee.scaler.scale(loss * share if share != 1 else loss).backward()
+        if part.counts:
+            with torch.no_grad():
+                totals[0] += loss.detach() * len(target)
+                totals[1] += (logits.detach().argmax(1) == target).sum()
     if config.clip_norm is not None:
         trainee.scaler.unscale_(trainee.optimizer)
         torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), config.clip_norm)
     trainee.scaler.step(trainee.optimizer)
     trainee.scaler.update()
     trainee.optimizer.zero_grad(set_to_none=True)
+
+
+def _loss(
+    trainee: Trainee, inputs: Tensor, labels: Tensor, config: OptimConfig
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over the images, with the teachers', and the logits [images, classes]."""
+    with trainee.autocast():
+        logits = (trainee.learn or trainee.forward)(inputs)
+        _check_logits(logits, labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    if trainee.teachers is not None:
+        loss = loss + trainee.teachers.loss(inputs, logits, trainee.autocast())
+    return loss, logits
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ _SHORT_SECONDS = 1.0  # epochs in which a hiccup makes the difference
 class Reporter:
     """Writes what one network and, in the first process, the population did.
 
+    Of several processes that train a network only the first writes.
+
     A disk that refuses in the middle of a run is a warning, and the numbers are written later.
 
     Args:
@@ -63,7 +65,9 @@ class Reporter:
         self._slow: set[int] = set()
         self._diverged: set[int] = set()
         folder = directory.network(place.network)
-        self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
+        self._metrics: MetricsFile | None = None
+        if place.leads:
+            self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
         self._story: StoryFile | None = None
         if place.rank == 0:
             self._story = StoryFile(
@@ -74,7 +78,7 @@ class Reporter:
             directory,
             place,
             start_epoch=start.epoch,
-            lines=self._metrics.kept,
+            lines=self._metrics.kept if self._metrics else [],
             hosts=hosts,
             log=log,
         )
@@ -123,6 +127,8 @@ class Reporter:
 
     def network(self, metrics: EpochMetrics, layers: LayerView) -> None:
         """Report one epoch of this process's network."""
+        if self._metrics is None:
+            return
         with self._enduring():
             self._metrics.write(metrics)
         self._boards.network(metrics, layers)

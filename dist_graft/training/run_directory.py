@@ -28,6 +28,7 @@ _FREE = (
     *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
     "data.skip_broken",  # a run without it ends at the first broken image, before it matters
 )
+REPLICAS = "runtime.replicas"
 _SCHEDULES_WITHOUT_END = ("constant", "step")
 
 
@@ -110,9 +111,11 @@ class RunDirectory:
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
         if before_networks != networks:
+            processes = _processes(networks, config.runtime.replicas)
             raise RunDirectoryError(
-                f"{self.path} holds a run of {before_networks} networks, and {networks} processes "
-                f"were started: start {before_networks}, or choose another run_dir"
+                f"{self.path} holds a run of {before_networks} networks, and {processes} were "
+                f"started: start {_processes(before_networks, before.get(REPLICAS, 1))}, or choose "
+                "another run_dir"
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
@@ -181,6 +184,12 @@ class RunDirectory:
                 "restore it, or choose another run_dir"
             )
         return None, []
+
+
+def _processes(networks: int, replicas: int) -> str:
+    if replicas == 1:
+        return f"{networks} processes"
+    return f"{networks * replicas} processes with --{REPLICAS} {replicas}"
 
 
 def network_folder(path: Path, network: int) -> Path:

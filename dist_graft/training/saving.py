@@ -32,21 +32,29 @@ class Outcome:
 
 
 class SetWriter:
-    """Writes one network's file of each set; the first network completes a set.
+    """Writes one network's file of each set; the first process completes a set.
 
     The sums travel through the run's key-value store, over a connection of the thread's own.
 
     Args:
         network: of this process.
-        roll_call: of the run; None for a network alone.
+        roll_call: of the run; None for a process alone.
+        leads: whether this process writes the file, among those that train the network.
         seconds: how long to wait for the other networks' files, asked when it matters.
         keep: newest sets that stay.
     """
 
     def __init__(
-        self, network: int, roll_call: RollCall | None, *, seconds: Callable[[], float], keep: int
+        self,
+        network: int,
+        roll_call: RollCall | None,
+        *,
+        leads: bool = True,
+        seconds: Callable[[], float],
+        keep: int,
     ) -> None:
         self._network = network
+        self._leads = leads
         self._roll_call = roll_call.apart() if roll_call else None
         self._seconds = seconds
         self._keep = keep
@@ -63,7 +71,7 @@ class SetWriter:
             state: what torch.save can write; it may change as soon as this returns.
         """
         assert self._under_way is None
-        copied = in_host_memory(state)
+        copied = in_host_memory(state) if self._leads else {}
         under_way: Future[Outcome] = Future()
         self._under_way = under_way
         self._given_up.clear()
@@ -96,16 +104,12 @@ class SetWriter:
     def _write(
         self, label: str, path: Path, position: Position, state: Mapping[str, Any]
     ) -> Outcome:
-        try:
-            digest = save_network(path / f"network{self._network:02d}.pt", state)
-            told = f"{digest} {position.epoch} {position.step}"
-        except RunDirectoryError as error:
-            told = f"failed {error}"
+        told = self._save(path, position, state) if self._leads else ""
         roll_call = self._roll_call
         if roll_call:
             roll_call.post(f"{label} written", told)
-        if roll_call and self._network != 0:
-            # Longer than the first network waits for everyone's files, for it to say who is late.
+        if roll_call and roll_call.rank != 0:
+            # Longer than the first process waits for everyone's files, for it to say who is late.
             verdict = roll_call.hear(f"{label} complete", 0, 2 * self._seconds())
         else:
             verdict = self._complete(label, path, position, told)
@@ -113,12 +117,22 @@ class SetWriter:
                 roll_call.post(f"{label} complete", verdict)
         return Outcome(path=path, failure="" if verdict == _WRITTEN else verdict)
 
+    def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
+        try:
+            digest = save_network(path / f"network{self._network:02d}.pt", state)
+        except RunDirectoryError as error:
+            return f"failed {error}"
+        return f"{digest} {position.epoch} {position.step}"
+
     def _complete(self, label: str, path: Path, position: Position, told: str) -> str:
         try:
             texts = [told]
             if self._roll_call:
                 texts = self._roll_call.collect(
-                    f"{label} written", self._seconds(), given_up=self._given_up.is_set
+                    f"{label} written",
+                    self._seconds(),
+                    of=self._roll_call.leaders,
+                    given_up=self._given_up.is_set,
                 )
             failed = [text.removeprefix("failed ") for text in texts if text.startswith("failed ")]
             if failed:

@@ -59,10 +59,14 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
         if not runtime.place.restarts:
             directory.forget_stop()
     check_shared(directory.path, runtime)
-    folders = [directory.network(network), *([directory.population] if speaks else [])]
+    folders = [
+        *([directory.network(network)] if runtime.place.leads else []),
+        *([directory.population] if speaks else []),
+    ]
     log = open_log(*folders, console=speaks)
     bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
-    with Live(directory.status(network), network, bar) as live:
+    status = directory.status(network) if runtime.place.leads else None
+    with Live(status, network, bar) as live:
         _live_through(config, runtime, directory, log, live, began)
 
 
@@ -85,6 +89,8 @@ def _live_through(
         network=network,
         device=runtime.device,
         channels_last=config.runtime.channels_last,
+        replica=runtime.place.replica,
+        replicas=runtime.place.replicas,
     )
     trainee = build_trainee(config, data, runtime)
     units = build_units(config, trainee)
@@ -108,9 +114,9 @@ def _live_through(
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
-    if networks > 1:
+    if runtime.place.world_size > 1:
         log.info("%s", who_runs_where(runtime))
-    hosts = runtime.hosts()
+    hosts = runtime.hosts()[:: runtime.place.replicas]
     reporter = Reporter(config, directory, runtime.place, start=start, hosts=hosts, log=log)
     course = Course(
         config=config,
@@ -151,7 +157,7 @@ def _live_through(
         if segment.first == 0 or (epoch, segment.first) == (start.epoch, start.step):
             live.begin(epoch, segment.first)
         course.train(segment)
-        if segment.evaluate and not course.stops.asked():
+        if segment.evaluate and not course.stopping():
             tested, validated = course.evaluate()
             layers = look_at_layers(config, trainee, units)
         try:
@@ -214,7 +220,7 @@ def build_profile(
 ) -> StepProfile | None:
     """What profiles the steps that the configuration asks for, if any."""
     steps = config.monitor.profile_steps
-    if steps is None:
+    if steps is None or not runtime.place.leads:
         return None
     path = directory.network(runtime.place.network) / "trace.json.gz"
     first, last = step_range("monitor.profile_steps", steps)
@@ -239,9 +245,8 @@ def build_stop_requests(
 def _leave_without_peers(place: Place, seconds: float) -> None:
     """End a process that was asked to stop, and whose peers do not agree to."""
     print(
-        f"dist-graft: error: network {place.network} (rank {place.rank} on {socket.gethostname()})"
-        f": could not stop in good order within {seconds:g} s (--checkpoint.grace_seconds); the "
-        "same command goes on from the newest checkpoint",
+        f"dist-graft: error: {place}: could not stop in good order within {seconds:g} s "
+        "(--checkpoint.grace_seconds); the same command goes on from the newest checkpoint",
         file=sys.stderr,
         flush=True,
     )
@@ -254,16 +259,18 @@ def _opening(
     """The first lines: what, where, how many, how to stop, where to look."""
     place, run_dir = runtime.place, config.run_dir
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
-    where = f"{runtime.device.type} over {runtime.backend}"
+    device = runtime.device.type
+    where = f"{device} over {runtime.backend}" if place.world_size > 1 else device
+    counted = f"processes, {place.replicas} a network," if place.replicas > 1 else "networks"
     return "\n".join(
         [
             f"{place.networks} x {config.model.name} ({weights:,} parameters), method "
             f"{config.method}, epochs {start_epoch + 1} to {config.epochs}, in {run_dir}",
             f"data     {config.data.name}: {data.train_size:,} images of {data.channels} x "
             f"{data.image_size} x {data.image_size}, {data.num_classes} classes",
-            f"where    {place.local_world_size} of {place.networks} networks on "
-            f"{socket.gethostname()}; {where if place.networks > 1 else runtime.device.type}, "
-            f"{config.runtime.precision}, {torch.get_num_threads()} threads each",
+            f"where    {place.local_world_size} of {place.world_size} {counted} on "
+            f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
+            f"{torch.get_num_threads()} threads each",
             f"to stop  Ctrl-C, or touch {RunDirectory(run_dir).stop}; the same command goes on",
             f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
         ]

@@ -24,7 +24,7 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     Raises: RunDirectoryError, in all networks alike, naming those that do not see it; PeerError
         when rank 0 refused the folder, or a network did not answer.
     """
-    if runtime.place.networks == 1:
+    if runtime.place.world_size == 1:
         return
     token = secrets.token_hex(8)
     if runtime.place.rank == 0:
@@ -33,14 +33,16 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     lag = min(_LAG_SECONDS, runtime.patience.seconds / 3)
     hosts = runtime.hosts()
     # Not through the store: who keeps it may leave as soon as it knows.
-    seen = runtime.gather([float(_is_seen(folder, token, lag))], "the sight of the run directory")
+    seen = runtime.gather_all(
+        [float(_is_seen(folder, token, lag))], "the sight of the run directory"
+    )
     if runtime.place.rank == 0:
         _token_file(folder, token).unlink(missing_ok=True)
-    blind = [
-        f"network {network} on {host}"
-        for network, (host, (there,)) in enumerate(zip(hosts, seen, strict=True))
+    blind = dict.fromkeys(
+        f"network {rank // runtime.place.replicas} on {host}"
+        for rank, (host, (there,)) in enumerate(zip(hosts, seen, strict=True))
         if not there
-    ]
+    )
     if blind:
         raise RunDirectoryError(
             f"{folder} is not one folder for all: {'; '.join(blind)} cannot see within "
@@ -50,17 +52,19 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
 
 
 def who_runs_where(runtime: Runtime) -> str:
-    """A table of the networks with rank, host and device; every network must call this.
+    """A table of the processes: network, rank, host, device; every process must call this.
 
-    Raises: PeerError when a network did not answer.
+    Raises: PeerError when one did not answer.
     """
     device = str(runtime.device)
     if runtime.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(runtime.device)})"
-    mine = f"{runtime.place.rank}\t{socket.gethostname()}\t{device}"
-    rows = enumerate(runtime.everyone("who runs where", mine))
-    header = ("network", "rank", "host", "device")
-    return table(header, [(str(network), *row.split("\t")) for network, row in rows])
+    place = runtime.place
+    which = (str(place.network), str(place.replica))[: 2 if place.replicas > 1 else 1]
+    mine = "\t".join([*which, str(place.rank), socket.gethostname(), device])
+    rows = [row.split("\t") for row in runtime.everyone("who runs where", mine)]
+    columns = ("network", "replica")[: len(which)]
+    return table((*columns, "rank", "host", "device"), rows)
 
 
 def _leave(folder: Path, token: str) -> None:

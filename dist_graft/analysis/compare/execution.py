@@ -130,7 +130,7 @@ def train_command(run: Run, folder: Path) -> list[str]:
     """The command that trains the run, as a list of words."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={run.arm.networks}",
+        f"--nproc-per-node={run.arm.networks * run.arm.config(run.seed).runtime.replicas}",
         *("-m", "dist_graft", "train", "--config", str(folder / "options.yaml")),
         *("--run_dir", str(folder), "--resume", "auto", "--monitor.progress", "lines"),
     ]

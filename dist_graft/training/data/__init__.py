@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dist_graft.config import DataConfig
+    from dist_graft.training.data.order import Part
 
 __all__ = ["Data", "check_dataset_name", "dataset_names", "ensure_available", "load_data"]
 
 
 class Data(Protocol):
-    """One network's view of a data set."""
+    """One network's view of a data set, or that of one of the processes that train it."""
 
     num_classes: int
     channels: int
@@ -36,8 +37,15 @@ class Data(Protocol):
     """Paths of the broken images that were left out so far, each with the reason, in the order in
     which they were met; empty unless data.skip_broken."""
 
+    def part(self, step: int) -> Part:
+        """What this process trains on of a step's batch."""
+        ...
+
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the steps first … last − 1 of an epoch, shuffled and augmented.
+
+        Where several processes train the network, this one's part of each. Order, crops and flips
+        belong to a position in the network's epoch: the number of processes does not change them.
 
         They are the same whether the epoch is walked through at once or in parts. A broken image
         that is left out (data.skip_broken) is missing from its batch, which may become empty, and
@@ -77,21 +85,37 @@ def ensure_available(config: DataConfig) -> None:
 
 
 def load_data(
-    config: DataConfig, *, seed: int, network: int, device: torch.device, channels_last: bool
+    config: DataConfig,
+    *,
+    seed: int,
+    network: int,
+    device: torch.device,
+    channels_last: bool,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> Data:
     """Open the data set for one network.
 
     Args: seed: of the whole run; network: index of the network, which has an order and
-    augmentation of its own. channels_last: memory format of the batches' images.
+    augmentation of its own. channels_last: memory format of the batches' images. replica: of the
+    `replicas` processes that train the network, each on its part of every batch.
     Raises: ConfigError for an unknown name, an image size below the data set's or a validation
     split that leaves nothing; DataError when the data is missing or damaged.
     """
     check_dataset_name(config.name)
+    from dist_graft.training.data.order import Share
+
+    share = Share(replica, replicas)
     if config.name == "imagefolder":
         from dist_graft.training.data.folder import FolderImages
 
         return FolderImages(
-            config, seed=seed, network=network, device=device, channels_last=channels_last
+            config,
+            seed=seed,
+            network=network,
+            device=device,
+            channels_last=channels_last,
+            share=share,
         )
     from dist_graft.training.data.images import ResidentImages
     from dist_graft.training.data.sources import read_small
@@ -106,4 +130,5 @@ def load_data(
         network=network,
         device=device,
         channels_last=channels_last,
+        share=share,
     )

@@ -21,7 +21,15 @@ from dist_graft.errors import DataError
 from dist_graft.training.data.augment import Normalise
 from dist_graft.training.data.decoding import Unreadable, read_image
 from dist_graft.training.data.loader import shield_worker, start_loading
-from dist_graft.training.data.order import check_steps, choose_subsets, epoch_order
+from dist_graft.training.data.order import (
+    ALONE,
+    Part,
+    Share,
+    batch_size_at,
+    check_steps,
+    choose_subsets,
+    epoch_order,
+)
 from dist_graft.training.data.sources import Facts
 
 IMAGENET_SIZE = 224
@@ -47,6 +55,7 @@ class FolderImages:
         network: int,
         device: torch.device,
         channels_last: bool,
+        share: Share = ALONE,
     ) -> None:
         classes, self._train = _read_folder(Path(config.root) / "train")
         test_classes, self._test = _read_folder(Path(config.root) / "val")
@@ -69,6 +78,7 @@ class FolderImages:
         self.skipped: dict[str, str] = {}
         self._config, self._seed, self._network = config, seed, network
         self._device = device
+        self._share = share
         facts = Facts(
             num_classes=self.num_classes,
             mean=(0.485, 0.456, 0.406),
@@ -76,6 +86,10 @@ class FolderImages:
         )
         mean, deviation = facts.statistics(self.channels)
         self._normalise = Normalise(mean, deviation, device=device, channels_last=channels_last)
+
+    def part(self, step: int) -> Part:
+        """As Data.part."""
+        return self._share.of_batch(batch_size_at(step, self.train_size, self._config.batch_size))
 
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.train_batches."""
@@ -88,7 +102,9 @@ class FolderImages:
         places = list(enumerate(self._subsets.train[order].tolist()))[first * size : last * size]
         transform = self._training() if self._config.augment else self._evaluation()
         images = _Images(self._train, transform, (self._seed, self._network, epoch))
-        for pixels, labels in self._batches(images, self._cut(places)):
+        batches = self._cut(places)
+        mine = [batch[self.part(step).positions] for step, batch in enumerate(batches, start=first)]
+        for pixels, labels in self._batches(images, mine):
             if not len(labels):
                 self._refuse_nothing(self._train, self._subsets.train)
             yield pixels, labels

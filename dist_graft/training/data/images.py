@@ -11,7 +11,15 @@ from torch import Tensor
 from dist_graft.config import DataConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data.augment import Normalise, crop_and_flip, epoch_draws, pad_to
-from dist_graft.training.data.order import check_steps, choose_subsets, epoch_order
+from dist_graft.training.data.order import (
+    ALONE,
+    Part,
+    Share,
+    batch_size_at,
+    check_steps,
+    choose_subsets,
+    epoch_order,
+)
 from dist_graft.training.data.sources import Facts, ImageSet
 
 
@@ -45,6 +53,7 @@ class ResidentImages:
         network: int,
         device: torch.device,
         channels_last: bool,
+        share: Share = ALONE,
     ) -> None:
         """train, test: all images of the data set; facts: what is known of it."""
         native_channels, side = train.images.shape[1:3]
@@ -66,11 +75,16 @@ class ResidentImages:
         self._batch_size = config.batch_size
         self._augment = config.augment
         self._seed, self._network, self._device = seed, network, device
+        self._share = share
         used = self.train_size + len(self._subsets.val)
         self._train = self._resident(train, used)
         self._test = self._resident(test, len(self._subsets.test))
         mean, deviation = facts.statistics(self.channels)
         self._normalise = Normalise(mean, deviation, device=device, channels_last=channels_last)
+
+    def part(self, step: int) -> Part:
+        """As Data.part."""
+        return self._share.of_batch(batch_size_at(step, self.train_size, self._batch_size))
 
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.train_batches."""
@@ -88,10 +102,11 @@ class ResidentImages:
         draws = epoch_draws(self.train_size, **stream).to(self._device)
         images, labels = self._train
         for step in range(first, last):
-            window = slice(step * self._batch_size, (step + 1) * self._batch_size)
-            chosen = order[window]
+            whole = slice(step * self._batch_size, (step + 1) * self._batch_size)
+            mine = self.part(step).positions
+            chosen = order[whole][mine]
             if self._augment:
-                batch = crop_and_flip(images[chosen], draws[window], self.image_size)
+                batch = crop_and_flip(images[chosen], draws[whole][mine], self.image_size)
             else:
                 batch = pad_to(images[chosen], self.image_size)
             yield self._normalise(batch), labels[chosen]

@@ -31,6 +31,46 @@ class Subsets:
         return indices
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process trains on of a batch that its network sees."""
+
+    positions: slice
+    """Of the batch."""
+    weight: float
+    """What the mean loss over these is multiplied with, so that the mean over the processes is the
+    mean over the batch."""
+    counts: bool
+    """Whether these images are this process's to count."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process among those that train one network together."""
+
+    replica: int = 0
+    replicas: int = 1
+
+    def of_batch(self, size: int) -> Part:
+        """Neighbouring positions, as many for each process; all of a batch that is too small.
+
+        Args: size: images of the batch.
+        """
+        if size < self.replicas:
+            return Part(slice(0, size), 1.0, counts=self.replica == 0)
+        first, last = (size * edge // self.replicas for edge in (self.replica, self.replica + 1))
+        return Part(slice(first, last), self.replicas * (last - first) / size, counts=True)
+
+
+ALONE = Share()
+"""A process that trains its network by itself."""
+
+
+def batch_size_at(step: int, train_size: int, batch_size: int) -> int:
+    """Images of the batch of a step; the last one of an epoch may be smaller."""
+    return min(batch_size, train_size - step * batch_size)
+
+
 def generator(purpose: str, *coordinates: int) -> torch.Generator:
     """CPU generator of one stream of draws (see stream_seed)."""
     return torch.Generator().manual_seed(stream_seed(purpose, *coordinates))

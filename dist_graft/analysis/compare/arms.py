@@ -262,11 +262,10 @@ def _longer(options: Options, times: int) -> Options:
 
 def _members_rates(plan: Plan) -> Iterator[float]:
     """Learning rates of all networks of all methods, in every regime."""
-    regimes = [plan.regime(name) for name in plan.search.recipes] or [plan.recipe]
-    for recipe in regimes:
+    for regime in plan.in_regimes():
         for name in plan.methods:
-            for networks in plan.networks:
-                options = merge(recipe, plan.method_options(name))
+            for networks in regime.networks:
+                options = merge(regime.recipe, plan.method_options(name))
                 try:
                     config = resolve(options, networks)
                 except ConfigError as error:

@@ -69,7 +69,8 @@ class Search:
     """Regimes that are tried on a validation split; one is confirmed on the test set."""
 
     recipes: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """Options of each regime, on top of the plan's recipe; empty: no search."""
+    """Options of each regime, on top of the plan's recipe; empty: no search. `networks` among them,
+    a number or a list, is the regime's size of population, instead of the plan's."""
     seeds: list[int] = field(default_factory=list)
     """Of the search."""
     confirm_seeds: list[int] = field(default_factory=list)
@@ -83,6 +84,9 @@ class Search:
             if self.seeds or self.confirm_seeds:
                 raise ConfigError("search.recipes must name at least one regime")
             return
+        for name, options in self.recipes.items():
+            if options and "networks" in options:
+                _check_networks(f"search.recipes.{name}.networks", options["networks"])
         if not self.seeds:
             raise ConfigError("search.seeds must name at least one seed")
         _check_seeds("search.seeds", self.seeds)
@@ -133,13 +137,9 @@ class Plan:
             raise ConfigError(f"name must be letters, digits, '.', '_' and '-', got {self.name!r}")
         if not self.methods:
             raise ConfigError("methods must name at least one method")
-        if not self.networks or min(self.networks) < 1:
-            raise ConfigError(
-                f"networks must name sizes of populations, each at least 1, got {self.networks!r}"
-            )
+        _check_networks("networks", self.networks)
         if self.keep_checkpoints < 0:
             raise ConfigError(f"keep_checkpoints must be at least 0, got {self.keep_checkpoints!r}")
-        _check_distinct("networks", self.networks)
         _check_seeds("seeds", self.seeds)
         if self.search.recipes:
             if self.seeds:
@@ -177,9 +177,19 @@ class Plan:
         """What a method sets, on top of the recipe."""
         return merge(BUILT_IN.get(name, {}), self.methods[name] or {})
 
-    def regime(self, name: str) -> Options:
-        """The recipe of a regime of the search."""
-        return merge(self.recipe, self.search.recipes[name] or {})
+    def in_regime(self, name: str) -> Plan:
+        """The plan with the recipe and the sizes of population of a regime of its search."""
+        options = dict(self.search.recipes[name] or {})
+        networks = options.pop("networks", self.networks)
+        return replace(
+            self,
+            recipe=merge(self.recipe, options),
+            networks=[networks] if isinstance(networks, int) else networks,
+        )
+
+    def in_regimes(self) -> list[Plan]:
+        """The plan in each of its regimes; itself alone without a search."""
+        return [self.in_regime(name) for name in self.search.recipes] or [self]
 
 
 def read_plan(path: Path) -> Plan:
@@ -257,6 +267,13 @@ def _files(names: str | Sequence[str], folder: Path) -> Options:
     for name in NOT_THE_PLANS:
         options.pop(name, None)
     return options
+
+
+def _check_networks(name: str, value: Any) -> None:
+    sizes = value if isinstance(value, list) else [value]
+    if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+        raise ConfigError(f"{name} must name sizes of populations, each at least 1, got {value!r}")
+    _check_distinct(name, sizes)
 
 
 def _check_seeds(name: str, seeds: Sequence[int] | None) -> None:

@@ -86,8 +86,8 @@ def regimes(plan: Plan) -> list[Regime]:
     """All regimes of the search: each recipe, size of population and method."""
     found = []
     for name in plan.search.recipes:
-        recipe = plan.regime(name)
-        for networks in plan.networks:
+        here = plan.in_regime(name)
+        for networks in here.networks:
             for method in plan.methods:
                 overrides = plan.method_options(method)
                 arms = (
@@ -96,7 +96,7 @@ def regimes(plan: Plan) -> list[Regime]:
                         role="method",
                         networks=networks,
                         group=networks,
-                        options=_validated(merge(recipe, overrides), plan.search.val_fraction),
+                        options=_validated(merge(here.recipe, overrides), plan.search.val_fraction),
                     ),
                     Arm(
                         name=f"no exchange, {name}",
@@ -104,7 +104,7 @@ def regimes(plan: Plan) -> list[Regime]:
                         networks=networks,
                         group=networks,
                         options=_validated(
-                            merge(recipe, population_part(overrides), NO_EXCHANGE),
+                            merge(here.recipe, population_part(overrides), NO_EXCHANGE),
                             plan.search.val_fraction,
                         ),
                     ),

@@ -81,8 +81,7 @@ def state_of(plan: Plan, rows: Mapping[str, Row]) -> State:
         chosen = chosen_regime(plan, tried, rows)
     if chosen:
         confirmed = replace(
-            plan,
-            recipe=plan.regime(chosen.recipe),
+            plan.in_regime(chosen.recipe),
             networks=[chosen.networks],
             methods={chosen.method: plan.methods[chosen.method]},
         )
@@ -120,9 +119,7 @@ def check(plan: Plan) -> None:
 
     Raises: ConfigError naming the method and the option.
     """
-    recipes = [plan.regime(name) for name in plan.search.recipes] or [plan.recipe]
-    for recipe in recipes:
-        regime = replace(plan, recipe=recipe)
+    for regime in plan.in_regimes():
         trials = lr_trials(plan, regime)
         found = design(regime, {trial.key: trial.candidates[0] for trial in trials})
         if not found.main:

@@ -89,7 +89,18 @@ class TestWhatIsUnderstood:
     def test_a_search_is_tested_on_the_seeds_of_its_confirmation(self) -> None:
         plan = plan_of(SEARCHING | {"search": SEARCH})
         assert plan.test_seeds == [10, 11, 12, 13, 14]
-        assert plan.regime("fast") == {"optim": {"lr": 0.4}}
+        assert plan.in_regime("fast").recipe == {"optim": {"lr": 0.4}}
+        assert [regime.networks for regime in plan.in_regimes()] == [[2], [2]]
+
+    @pytest.mark.parametrize(("given", "sizes"), [(8, [8]), ([4, 8], [4, 8])])
+    def test_a_regime_may_have_its_own_sizes_of_population(
+        self, given: int | list[int], sizes: list[int], tmp_path: Path
+    ) -> None:
+        search = SEARCH | {"recipes": {"plain": None, "many": {"epochs": 9, "networks": given}}}
+        plan = load_plan(written(tmp_path, SEARCHING | {"search": search}))
+        assert plan.in_regime("plain").networks == [2]
+        assert plan.in_regime("many").networks == sizes
+        assert plan.in_regime("many").recipe == {"epochs": 9}
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -125,6 +136,16 @@ WRONG_SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"confirm_seeds": [1, 11, 12, 13, 14]}, "search.confirm_seeds and search.seeds share the s"),
     ({"val_fraction": 0.0}, "search.val_fraction must be above 0 and below 1, got 0.0"),
     ({"recipes": {"fast": {"resume": "never"}}}, "search.recipes.fast must not set resume"),
+    *(
+        (
+            {"recipes": {"many": {"networks": sizes}}},
+            f"search.recipes.many.networks must name sizes of populations, each at least 1, "
+            f"got {sizes!r}",
+        )
+        for sizes in ("eight", 0, 2.5, True, [], [4, 0], None)
+    ),
+    ({"recipes": {"many": {"networks": [4, 4]}}}, "search.recipes.many.networks names 4 twice"),
+    ({"recipes": {"many": {"networks.of": 4}}}, "search.recipes.many.networks must name sizes"),
 ]
 
 
@@ -218,4 +239,4 @@ def test_the_plan_of_the_guide_can_be_carried_out(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     assert load_plan(written(tmp_path / "plans", first)).recipe == {"epochs": 40}
     searching = first.replace("seeds: [1, 2, 3, 4, 5]\n", "") + second
-    assert len(load_plan(written(tmp_path / "plans", searching)).search.recipes) == 3
+    assert len(load_plan(written(tmp_path / "plans", searching)).search.recipes) == 4

@@ -214,7 +214,7 @@ class TestAReportOnWhatThereIs:
 
     def test_while_a_search_goes_on_and_after_it(self, tmp_path: Path) -> None:
         search = {
-            "recipes": {"plain": None, "fast": {"optim.lr": 0.4}},
+            "recipes": {"plain": None, "fast": {"optim.lr": 0.4}, "many": {"networks": 3}},
             "seeds": [0],
             "confirm_seeds": [10, 11, 12, 13, 14],
         }
@@ -223,8 +223,12 @@ class TestAReportOnWhatThereIs:
         assert "Regimes that were tried" in headings(state, results)
         text = as_markdown(build(state, results, [])[0], "pictures")
         assert len(re.findall(r"\| chosen \|", text)) == 2  # a regime and a learning rate
-        for name in ("plain", "fast"):
-            assert f"| {name} |" in text
+        for line in (
+            "plain | as the recipe | 2",
+            "fast | optim.lr=0.4 | 2",
+            "many | networks=3 | 3",
+        ):
+            assert f"| {line} |" in text
         assert "test accuracies of these runs were not read" in text
 
         results.rows = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from made_up import carried_out
 
+from dist_graft.analysis.compare.arms import lr_trials
 from dist_graft.analysis.compare.execution import Run
 from dist_graft.analysis.compare.plan import Plan, plan_of
 from dist_graft.analysis.compare.results import Results
@@ -77,6 +78,29 @@ class TestRegimes:
         state, _ = carried_out(searching(), tmp_path, value)
         assert state.chosen is not None
         assert str(state.chosen) != "graft, 4 networks, fast"
+
+    def test_a_regimes_own_size_of_population_is_tried_and_confirmed(self, tmp_path: Path) -> None:
+        recipes = {"plain": None, "many": {"networks": 3, "optim.lr": 0.4}}
+        plan = searching(methods=["graft"], search=SEARCH | {"recipes": recipes})
+
+        def value(run: Run) -> float:
+            gains = run.arm.networks == 3 and run.config.method == "graft"
+            return 80.0 + run.seed / 10 + gains
+
+        state, _ = carried_out(plan, tmp_path, value)
+        tried = {(regime.recipe, regime.networks) for regime in state.regimes}
+        assert tried == {("plain", 2), ("plain", 4), ("many", 3)}
+        assert {run.arm.networks for run in state.search_runs} == {2, 3, 4}
+        assert str(state.chosen) == "graft, 3 networks, many"
+        assert state.confirmed.networks == [3]
+        assert state.confirmed.recipe == {"optim": {"lr": 0.4}}
+        assert {run.arm.networks for run in state.comparison_runs} == {3, 1}
+
+    def test_learning_rates_of_a_regimes_own_population_are_candidates(self) -> None:
+        recipes = {"many": {"networks": 3, "optim.lr_diversity": "cosine"}}
+        plan = searching(search=SEARCH | {"recipes": recipes})
+        (trial,) = lr_trials(plan, plan.in_regime("many"))
+        assert trial.candidates == (0.025, 0.075, 0.1)
 
     def test_gains_are_paired_by_seed(self, tmp_path: Path) -> None:
         state, results = carried_out(searching(), tmp_path, best_when_fast_and_four)

@@ -17,6 +17,8 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/**/*.md", "launch/**/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
+TRAINING_SCRIPTS = ("launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch")
+"""What follows them on a command line is for `dist-graft train`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def commands(document: Path) -> Iterator[str]:
 def arguments(command: str) -> list[str] | None:
     """What reaches our command line; None for a command that is not ours."""
     words = shlex.split(command)
+    for script in TRAINING_SCRIPTS:
+        if script in words:
+            return ["train", *words[words.index(script) + 1 :]]
     for ours in ("dist_graft", "dist-graft"):
         if ours in words:
             return words[words.index(ours) + 1 :]

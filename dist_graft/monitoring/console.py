@@ -86,9 +86,11 @@ class ProgressBar:
             self._bar.update()
 
     def stop(self) -> None:
-        """The epoch's training is over."""
+        """The epoch's training is over, or is left; the last step shows, however quick it was."""
         if self._bar is not None:
+            self._bar.refresh()
             self._bar.close()
+            self._bar = None
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,15 @@ from dist_graft.cli import _parse, command_parsers
 SOMEWHERE = {
     "dist-graft COMMAND --help": "stands for all commands",
     "dist-graft --version": "run by tests/unit/analysis/test_doctor.py",
+    ".venv/bin/python -m pytest tests/unit -k entropy": "of pytest, on a folder of this one",
     "python3 -m venv .venv": "of Python",
     ".venv/bin/pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu": (
         "of pip; needs a network"
     ),
     "pip install -e .": "of pip; launch/test.sh does it",
     "tensorboard --logdir runs/first": "of TensorBoard",
+    "cp launch/slurm.sbatch my_job.sbatch": "of the shell; tests/launch/test_slurm.py submits it",
+    "sbatch my_job.sbatch": "the copy",
     "touch runs/first/STOP": "tests/integration/test_status_of_a_run.py does it",
 }
 """Commands that no test here parses or finds a file for, and why."""
@@ -75,6 +78,13 @@ def test_every_command_is_known(found: tuple[Path, str]) -> None:
     assert files[0].is_file(), f"{command!r}: there is no {files[0]}"
     if files[0] == ROOT / program:
         assert os.access(files[0], os.X_OK), f"{files[0]} is not executable"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_code_is_in_fenced_blocks(document: Path) -> None:
+    """Indented code would escape the tests here."""
+    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"\n\n {4}\S.*", prose)
 
 
 def test_no_exception_is_left_over() -> None:

@@ -171,9 +171,11 @@ class Grafter:
         home = _home(tensors)
         clock = PhaseClock(home)
 
-        if meeting.replicas and not stop:
+        if meeting.replicas:
             with clock.phase("agree"), self._peers(self._round):
-                average_buffers(self._module, partial(meeting.of_replicas, home=home))
+                stop = bool(meeting.of_replicas(torch.tensor([int(stop)]), home).any())
+                if not stop:
+                    average_buffers(self._module, partial(meeting.of_replicas, home=home))
         with clock.phase("measure"):
             state = SOUND if stop else self._state_of(tensors, diverged)
             silent = stop or state != SOUND

@@ -1,0 +1,197 @@
+"""Several processes hold each network: a round of theirs against `mix`, the same in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from architectures import State, build, lead_of, same_bits, snapshot
+from harness import Place, attempt, run
+from rounds import Mean
+
+from dist_graft import Graft, Grafter, GraftRecord, Wash, graft_units, mix
+from dist_graft.grafting.filter_level import FilterGraft, filter_links
+from dist_graft.grafting.rules import Rule
+from dist_graft.grafting.units import graft_tensors
+
+ROUNDS = 2
+LAYOUTS = ((2, 2), (1, 3), (3, 1), (2, 3), (3, 2))
+"""Networks and processes of each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: str
+    exchange: str
+    bucket_bytes: int
+    rule: str = "graft"
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}-{self.rule}"
+
+    def build_rule(self) -> Rule:
+        if self.rule == "filter":
+            model = build(self.architecture, 0)
+            return FilterGraft(links=filter_links(graft_units(model), graft_tensors(model)))
+        return {"graft": Graft(), "mean": Mean(), "wash": Wash(probability=0.3, seed=4)}[self.rule]
+
+
+RAGGED = 252  # bytes: cuts every tensor, and every share of one, at an odd place
+CASES = (
+    *(
+        Case(name, exchange, RAGGED)
+        for name in ("plain", "channels_last", "mixed_types", "tied", "grouped")
+        for exchange in ("all_gather", "p2p")
+    ),
+    Case("mixed_types", "all_gather", 1 << 25),
+    Case("mixed_types", "p2p", 1 << 25),
+    Case("tied", "p2p", 1),
+    Case("mixed_types", "all_gather", RAGGED, "mean"),
+    Case("mixed_types", "p2p", RAGGED, "mean"),
+    Case("mixed_types", "all_gather", RAGGED, "wash"),
+    Case("plain", "p2p", RAGGED, "filter"),
+)
+
+
+@dataclass(frozen=True)
+class Round:
+    before: State
+    """With this process's own floating buffers."""
+    after: State
+    record: GraftRecord
+
+
+def groups(networks: int, replicas: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This process's place in every network, and its network's processes."""
+    ranks = torch.arange(networks * replicas).view(networks, replicas)
+    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    return across, within
+
+
+def play(place: Place, networks: int, replicas: int) -> dict[str, list[Round]]:
+    across, within = groups(networks, replicas)
+    return {str(case): rounds(place, case, replicas, across, within) for case in CASES}
+
+
+def rounds(
+    place: Place,
+    case: Case,
+    replicas: int,
+    across: dist.ProcessGroup,
+    within: dist.ProcessGroup,
+) -> list[Round]:
+    model = build(case.architecture, place.rank // replicas)
+    grafter = Grafter(
+        model,
+        lead=lead_of(case.architecture),
+        exchange=case.exchange,
+        bucket_mb=case.bucket_bytes / 2**20,
+        rule=case.build_rule(),
+        group=across,
+        replica_group=within,
+    )
+    played = []
+    for number in range(ROUNDS):
+        disturb_buffers(model, 100 * number + place.rank)
+        before = snapshot(model)
+        record = grafter.graft()
+        played.append(Round(before, snapshot(model), record))
+    return played
+
+
+def disturb_buffers(model: torch.nn.Module, seed: int) -> None:
+    """As data-parallel training does: each process counts what it has seen."""
+    draw = torch.Generator().manual_seed(seed)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            noise = torch.rand(buffer.shape, generator=draw, dtype=torch.float64)
+            buffer.add_(noise.to(buffer.dtype))
+
+
+@cache
+def everyone(networks: int, replicas: int) -> list[dict[str, list[Round]]]:
+    return run(play, networks * replicas, networks, replicas)
+
+
+def averaged(processes: list[State], buffers: list[str]) -> State:
+    """One network of several processes' states."""
+    whole = dict(processes[0])
+    for key in buffers:
+        doubles = torch.stack([state[key].double() for state in processes])
+        mean = doubles[0] + (doubles - doubles[0]).mean(dim=0)
+        whole[key] = mean.to(whole[key].dtype)
+    return whole
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("networks", "replicas"), LAYOUTS)
+def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case) -> None:
+    model = build(case.architecture, 0)
+    units = graft_units(model, lead=lead_of(case.architecture))
+    buffers = [key for key, value in model.named_buffers() if value.is_floating_point()]
+    tied_again = {"2.weight"} if case.architecture == "tied" else set()
+    rule = case.build_rule()
+    by_rank = [process[str(case)] for process in everyone(networks, replicas)]
+    for number in range(ROUNDS):
+        parts = [
+            [by_rank[network * replicas + replica][number] for replica in range(replicas)]
+            for network in range(networks)
+        ]
+        befores = [averaged([one.before for one in part], buffers) for part in parts]
+        information = torch.stack([rule.measure(units, state).double() for state in befores])
+        expected = mix(befores, units, rule.decide(information, number))
+        size = sum(value.numel() * value.element_size() for value in graft_tensors(model).values())
+        for network, part in enumerate(parts):
+            for one in part:
+                for key in set(one.after) - tied_again:
+                    assert same_bits(one.after[key], expected[network][key]), (number, key)
+                assert one.record.network == network
+                assert one.record.coefficient == part[0].record.coefficient
+                assert one.record.distance == part[0].record.distance
+            if case.rule in ("graft", "filter"):
+                senders = min(1, networks - 1) if case.exchange == "p2p" else networks - 1
+                assert part[0].record.bytes_received == senders * size
+                donor = befores[(network - 1) % networks]
+                apart = [
+                    sum((donor[k].double() - befores[network][k].double()).square().sum() for k in u)
+                    for u in (unit.tensors for unit in units)
+                ]
+                measured = list(part[0].record.distance.values())
+                expect = [float(square) ** 0.5 if networks > 1 else 0.0 for square in apart]
+                assert measured == pytest.approx(expect, rel=1e-5)
+
+
+def differ(place: Place, what: str) -> object:
+    across, within = groups(2, 2)
+    model = build("plain", place.rank // 2)
+    if what == "model" and place.rank == 3:
+        model = build("channels_last", place.rank // 2)
+    if what == "finite" and place.rank == 3:
+        model[0].weight.data[0] = torch.nan
+    grafter = Grafter(model, group=across, replica_group=within)
+
+    def graft() -> object:
+        return grafter.graft(stop=what == "stop" and place.rank == 1).round
+
+    return attempt(graft)
+
+
+def test_what_one_process_says_its_network_says() -> None:
+    """All processes of all networks take the same branch."""
+    stopped = run(differ, 4, "stop")
+    assert {kind for kind, _ in stopped} == {"RoundStoppedError"}
+    assert {text for _, text in stopped} == {"network 0 stops before round 0"}
+    lost = run(differ, 4, "finite")
+    assert {kind for kind, _ in lost} == {"NonFiniteError"}
+    assert all(text.startswith("network 1 has a weight that is not finite") for _, text in lost)
+
+
+def test_processes_of_one_network_that_differ_are_refused() -> None:
+    *_, third, fourth = run(differ, 4, "model", group_timeout=5)
+    for kind, text in (third, fourth):
+        assert kind == "DisagreementError"
+        assert "the processes of network 1 differ in digest" in text

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -91,6 +92,15 @@ class RollCall:
         """The networks of this machine whose process is no more, each with rank and host."""
         try:
             return [self.describe(k) for k in self._processes if self._is_gone(k)]
+        except RuntimeError:
+            return []
+
+    def not_answering(self, what: str, ranks: Sequence[int], seconds: float) -> list[str]:
+        """Those of the processes that do not say this within so many seconds; says it, too."""
+        try:
+            self._store.set(f"{what}/{self.rank}", "")
+            missing = self._wait([f"{what}/{rank}" for rank in ranks], seconds)
+            return [self.describe(int(key.rpartition("/")[2])) for key in missing]
         except RuntimeError:
             return []
 
@@ -232,17 +242,26 @@ class RollCall:
     def _is_gone(self, rank: int) -> bool:
         if self._host(rank) != socket.gethostname():
             return False
+        pid = int(self._store.get(f"process/{rank}"))
         try:
-            os.kill(int(self._store.get(f"process/{rank}")), 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             return True
         except PermissionError:  # alive, and somebody else's by now
             return True
-        return False
+        return _has_ended(pid)
 
     def _reached(self, rank: int, round_: int) -> bool:
         key = f"round/{rank}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process is but waiting for its launcher to notice its end (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from dist_graft.population.patience import Patience
 from dist_graft.population.presence import RollCall
 from dist_graft.population.wire import WireError, on_the_wire
 
+_ANSWER_SECONDS = 2.0  # for those of the network who are there to say so
+
 
 class Replicas:
     """One network's processes. Where there is but one, nothing here communicates.
@@ -135,11 +137,20 @@ class Replicas:
         try:
             yield
         except WireError as error:
-            gone = self._roll_call.gone() if self._roll_call else []
+            gone = self._gone(what)
             raise PeerError(
                 f"lost {'; '.join(gone) or 'another process of this network'} during {what}: it "
                 f"died or did not answer, and its own output says why ({error})"
             ) from error
+
+    def _gone(self, what: str) -> list[str]:
+        """Who of the network's processes is not there any more."""
+        if self._roll_call is None or self.group is None:
+            return []
+        ranks = dist.get_process_group_ranks(self.group)
+        return self._roll_call.gone() or self._roll_call.not_answering(
+            f"lost during {what}", ranks, _ANSWER_SECONDS
+        )
 
 
 def average_buffers(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:

@@ -155,11 +155,9 @@ def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case
             if case.rule in ("graft", "filter"):
                 senders = min(1, networks - 1) if case.exchange == "p2p" else networks - 1
                 assert part[0].record.bytes_received == senders * size
-                donor = befores[(network - 1) % networks]
-                apart = [
-                    sum((donor[k].double() - befores[network][k].double()).square().sum() for k in u)
-                    for u in (unit.tensors for unit in units)
-                ]
+                donor, own = befores[(network - 1) % networks], befores[network]
+                gaps = {key: donor[key].double() - own[key].double() for key in own}
+                apart = [sum(gaps[k].square().sum() for k in unit.tensors) for unit in units]
                 measured = list(part[0].record.distance.values())
                 expect = [float(square) ** 0.5 if networks > 1 else 0.0 for square in apart]
                 assert measured == pytest.approx(expect, rel=1e-5)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import ConfigError, PeerError
+from dist_graft.errors import PeerError
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.patience import Patience
 from dist_graft.population.presence import RollCall
@@ -48,13 +48,8 @@ class Replicas:
         """Which of the processes this is."""
         return dist.get_rank(self.group) if self.group else 0
 
-    def with_common_statistics(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with batch statistics over all processes (SyncBatchNorm), its tensors the same.
-
-        Raises: ConfigError off the GPU, where torch has no such layer.
-        """
-        if device.type == "cpu":
-            raise ConfigError("runtime.sync_bn needs GPUs: torch has no SyncBatchNorm for the CPU")
+    def with_common_statistics(self, model: nn.Module) -> nn.Module:
+        """The model with batch statistics over all processes, its tensors the same (GPUs only)."""
         synced = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
         return cast(nn.Module, synced)
 
@@ -105,6 +100,20 @@ class Replicas:
             return [values]
         rows = self._gather(torch.tensor(values, dtype=torch.float64), what)
         return [list(map(float, row)) for row in rows.tolist()]
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The processes' matrices below each other: a collective.
+
+        Args:
+            rows: of this process, [counts[number], columns].
+            counts: rows of each process.
+        """
+        if self.group is None:
+            return rows
+        missing = max(counts) - len(rows)
+        vector = nn.functional.pad(rows, (0, 0, 0, missing)).flatten()
+        everyone = self._gather(vector, "an evaluation").view(len(counts), max(counts), -1)
+        return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make the floating buffers the mean of the processes' own: a collective."""

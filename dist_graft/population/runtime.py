@@ -152,6 +152,8 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
     torch.set_num_threads(config.threads or place.cpu_share())
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("runtime.precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if config.sync_bn and place.replicas > 1 and device.type == "cpu":
+        raise ConfigError("runtime.sync_bn needs GPUs: torch has no SyncBatchNorm for the CPU")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

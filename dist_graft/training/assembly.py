@@ -38,7 +38,7 @@ def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
     model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     model.to(runtime.device)
     if config.runtime.sync_bn:
-        model = runtime.replicas.with_common_statistics(model, runtime.device)
+        model = runtime.replicas.with_common_statistics(model)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optim, model, lr=lr_of(config, runtime))

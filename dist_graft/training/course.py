@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
+import torch
+
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundPostponedError, RoundStoppedError
 from dist_graft.monitoring.live import Live
@@ -24,6 +26,7 @@ from dist_graft.training.loop import (
     EvalResult,
     Trainee,
     TrainResult,
+    accuracy,
     current_lr,
     evaluate,
     train_steps,
@@ -143,12 +146,16 @@ class Course:
         self.live.evaluating()
         with self.times.spend("evaluation"):
             self.trainee.replicas.average_buffers(self.trainee.model)
-            tested = evaluate(self.trainee, self.data, "test")
-            validated = (
-                evaluate(self.trainee, self.data, "val") if self.data.has_validation else None
-            )
+            tested = self.test()
+            validated = None
+            if self.data.has_validation:
+                validated = self._whole(evaluate(self.trainee, self.data, "val"))
         self.busy += time.monotonic() - began
         return tested, validated
+
+    def test(self) -> EvalResult:
+        """The network on the test images: a collective of its processes."""
+        return self._whole(evaluate(self.trainee, self.data, "test"))
 
     def meet(self, segment: Segment) -> GraftRecord | None:
         """Meet the other networks at the end of a segment: all go on or all stop, a collective.
@@ -233,6 +240,21 @@ class Course:
         self._stop, due = self.trainee.replicas.agree([asked, due])
         self._due = due and not self._stop
         return self._stop or self._due
+
+    def _whole(self, part: EvalResult) -> EvalResult:
+        """The results of the network's processes, each on a stretch of a split, together."""
+        losses = self.trainee.replicas.gather([part.loss, float(len(part.labels))], "an evaluation")
+        if len(losses) == 1:
+            return part
+        answers = torch.cat([part.probabilities, part.labels[:, None]], dim=1)
+        rows = self.trainee.replicas.gather_rows(answers, [int(count) for _, count in losses])
+        probabilities, labels = rows[:, :-1], rows[:, -1].long()
+        return EvalResult(
+            loss=sum(loss * count for loss, count in losses) / len(labels),
+            accuracy=accuracy(probabilities, labels),
+            probabilities=probabilities,
+            labels=labels,
+        )
 
     def _of_all_replicas(self, stretch: TrainResult) -> TrainResult:
         """The results of the network's processes together: a collective of these."""

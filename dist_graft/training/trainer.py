@@ -35,7 +35,7 @@ from dist_graft.training.clock import segments
 from dist_graft.training.course import Course
 from dist_graft.training.data import Data, ensure_available, load_data
 from dist_graft.training.layers import check_sound, look_at_layers, what_is_lost
-from dist_graft.training.loop import Trainee, evaluate
+from dist_graft.training.loop import Trainee
 from dist_graft.training.profile import StepProfile
 from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
@@ -193,7 +193,7 @@ def _live_through(
         check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
 
         if segment.ends_run:
-            after = evaluate(trainee, data, "test") if segment.round else tested
+            after = course.test() if segment.round else tested
             summary = summarise(
                 runtime, lr_of(config, runtime), tested, after, course.seconds, sound=not lost
             )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_graft.grafting.layout import flat, memory_order
-from dist_graft.population.buckets import cut_buckets, pack_
+from dist_graft.population.buckets import cut_buckets, pack_, unpack_
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 shapes = st.lists(st.integers(0, 5), max_size=4)
@@ -49,6 +49,25 @@ def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
 def test_packing_and_unpacking_large_tensors_is_the_identity(counts, bucket_bytes):
     """Larger than what is blended at a time."""
     check_round_trip([torch.arange(float(count)) for count in counts], bucket_bytes)
+
+
+@given(st.lists(dense(), max_size=8), bucket_sizes, st.integers(1, 5))
+def test_the_shares_together_hold_every_element_once(tensors, bucket_bytes, shares):
+    views = [flat(tensor) for tensor in tensors]
+    counts, dtypes = [view.numel() for view in views], [view.dtype for view in views]
+    copies, seen = [torch.full_like(view, -1) for view in views], [0] * shares
+    for share in range(shares):
+        for bucket in cut_buckets(
+            counts, dtypes, bucket_bytes=bucket_bytes, share=share, shares=shares
+        ):
+            assert bucket.bytes <= max(bucket_bytes, bucket.dtype.itemsize)
+            buffer = torch.empty(bucket.length, dtype=bucket.dtype)
+            pack_(buffer, bucket, views)
+            unpack_(copies, bucket, buffer)
+            seen[share] += bucket.length
+    assert all(torch.equal(copy, view) for copy, view in zip(copies, views, strict=True))
+    assert sum(seen) == sum(counts)
+    assert max(seen) - min(seen) <= len(set(dtypes))
 
 
 sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 19))

@@ -61,9 +61,11 @@ class Data(Protocol):
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a split once, in a fixed order, not augmented; pairs as in training.
 
-        Images that are left out are missing, and no batch is empty.
+        Images that are left out are missing, and no batch is empty. Where several processes train
+        the network, this one's stretch of the split.
 
-        Raises: ConfigError when "val" is asked for and no images are kept for validation;
+        Raises: ConfigError when "val" is asked for and no images are kept for validation, or a
+        split has fewer images than the network has processes;
         DataError as in training.
         """
         ...

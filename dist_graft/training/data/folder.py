@@ -111,7 +111,7 @@ class FolderImages:
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.eval_batches."""
-        indices = self._subsets.evaluated(split)
+        indices = self._subsets.evaluated(split, self._share)
         samples = self._test if split == "test" else self._train
         return self._eval_batches(samples, indices)
 

@@ -93,7 +93,7 @@ class ResidentImages:
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """As Data.eval_batches."""
-        indices = self._subsets.evaluated(split).to(self._device)
+        indices = self._subsets.evaluated(split, self._share).to(self._device)
         return self._eval_batches(self._test if split == "test" else self._train, indices)
 
     def _train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:

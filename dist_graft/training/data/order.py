@@ -12,25 +12,6 @@ from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subsets:
-    """Indices of the images of each split, int64 vectors in rising order.
-
-    train and val index the training set, test the test set.
-    """
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
-
-    def evaluated(self, split: str) -> Tensor:
-        """Indices of the split "test" or "val"; ConfigError when no images are kept for it."""
-        indices = self.test if split == "test" else self.val
-        if not len(indices):
-            raise ConfigError("there is no validation split: data.val_fraction is 0")
-        return indices
-
-
 @dataclass(frozen=True)
 class Part:
     """What one process trains on of a batch that its network sees."""
@@ -64,6 +45,33 @@ class Share:
 
 ALONE = Share()
 """A process that trains its network by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subsets:
+    """Indices of the images of each split, int64 vectors in rising order.
+
+    train and val index the training set, test the test set.
+    """
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+
+    def evaluated(self, split: str, share: Share) -> Tensor:
+        """Indices of the split "test" or "val" that a process evaluates, neighbours.
+
+        Raises: ConfigError when no images are kept for it, or fewer than there are processes.
+        """
+        indices = self.test if split == "test" else self.val
+        if not len(indices):
+            raise ConfigError("there is no validation split: data.val_fraction is 0")
+        if len(indices) < share.replicas:
+            raise ConfigError(
+                f"the {split} split has {len(indices)} images for {share.replicas} processes of a "
+                "network: lower runtime.replicas"
+            )
+        return indices[share.of_batch(len(indices)).positions]
 
 
 def batch_size_at(step: int, train_size: int, batch_size: int) -> int:

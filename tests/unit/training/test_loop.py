@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
+from dist_graft.training.data.order import Part
 from dist_graft.training.loop import Trainee, accuracy, current_lr, evaluate, train_steps
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
@@ -322,6 +323,9 @@ class WithEmptyBatch:
 
     def __init__(self, data: Data) -> None:
         self.data = data
+
+    def part(self, step: int) -> Part:
+        return self.data.part(step)
 
     def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, (images, labels) in enumerate(self.data.train_batches(epoch, first, last), first):

@@ -9,5 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 read -ra python <<<"${PYTHON:-${VENV:-.venv}/bin/python}"
+if ! type "${python[0]}" &>/dev/null; then
+    echo "dist-graft: error: there is no ${python[0]} on $(hostname): launch/quickstart.sh makes .venv;" \
+        "or set VENV or PYTHON" >&2
+    exit 1
+fi
 exec "${python[@]}" -m dist_graft.population.launch --standalone \
     --nproc-per-node="${NETWORKS:-auto}" -m dist_graft train "$@"

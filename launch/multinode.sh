@@ -23,6 +23,11 @@ RUN_DIR=${RUN_DIR:-runs/multinode}
 JOB=${JOB:-dist_graft}
 PATIENCE=${PATIENCE:-600}
 read -ra python <<<"${PYTHON:-${VENV:-.venv}/bin/python}"
+if ! type "${python[0]}" &>/dev/null; then
+    echo "dist-graft: error: there is no ${python[0]} on $(hostname): launch/quickstart.sh makes .venv;" \
+        "or set VENV or PYTHON" >&2
+    exit 1
+fi
 exec "${python[@]}" -m dist_graft.population.launch \
     --nnodes="${NODES:?how many machines}" --nproc-per-node="${NETWORKS:-auto}" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of the first machine}:${PORT:-29500}" \

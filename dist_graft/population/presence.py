@@ -115,8 +115,18 @@ class RollCall:
         return [self._host(rank) for rank in self._processes]
 
     def ask_to_stop(self, why: str) -> None:
-        """Leave word for all networks that the run is to stop."""
-        self._store.set("stop", why)
+        """Leave word for all networks that the run is to stop.
+
+        Nobody hears it when the store is gone: so is who kept it, and the next meeting says so.
+
+        Raises: PeerError when the store does not answer in time.
+        """
+        try:
+            self._store.set("stop", why)
+        except StoreSilentError as error:
+            raise self._cut_off(error) from error
+        except dist.DistNetworkError:
+            return
 
     def asked_to_stop(self) -> str | None:
         """Why the run is to stop, if any network was asked to.

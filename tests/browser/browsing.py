@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -13,15 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from debian import need
 from launching import background, free_port, wait_until
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
-PACKAGES = ("chromium", "chromium-driver")
-"""Of Debian; they bring the programs chromium and chromedriver."""
 SECONDS = 90
 _WIDTH = 1540  # room for three cards side by side
 _EVERYWHERE = """
@@ -43,25 +39,7 @@ const found = inside(document, arguments[0]);
 
 def need_a_browser() -> None:
     """Install what is missing where that is possible; else fail in CI, and skip elsewhere."""
-    if all(map(shutil.which, ("chromium", "chromedriver"))):
-        return
-    why = "chromium and chromedriver are missing, and only root can install them"
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        for words in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            done = subprocess.run(
-                ["apt-get", "-q", *words],
-                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-        if done.returncode == 0:
-            return
-        why = f"apt-get could not install {' '.join(PACKAGES)}: {done.stderr.strip()[-300:]}"
-    if os.environ.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
+    need(("chromium", "chromedriver"), ("chromium", "chromium-driver"))
 
 
 class Page:

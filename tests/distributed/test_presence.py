@@ -151,6 +151,7 @@ def test_a_store_that_is_gone_is_an_error_and_asks_nobody_to_stop():
     other = dist.TCPStore("127.0.0.1", kept.port, is_master=False)
     roll_call = RollCall(other, 1, 2)
     del kept
+    roll_call.ask_to_stop("SIGTERM")  # which nobody can hear
     assert roll_call.asked_to_stop() is None
     with pytest.raises(PeerError, match=r"key-value store is gone \(digest\)"):
         roll_call.hear("digest", 0, 100)

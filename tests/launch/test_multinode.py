@@ -55,6 +55,14 @@ def test_a_setting_that_is_missing(setting: str, tmp_path: Path) -> None:
     assert setting in line
 
 
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
+def test_an_environment_that_is_missing(script: str, tmp_path: Path) -> None:
+    settings = {"HEAD": "localhost", "NODES": "1", "VENV": str(tmp_path)}
+    done = finish([str(ROOT / "launch" / script)], timeout=60, **settings)
+    assert done.status == 1
+    told(done, f"there is no {tmp_path}/bin/python on ", "launch/quickstart.sh makes .venv")
+
+
 def test_this_machine(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"NETWORKS": "2", "PYTHON": sys.executable}

@@ -1,0 +1,38 @@
+"""Programs of Debian that a test needs, and what cannot be had on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import NoReturn
+
+import pytest
+
+
+def need(programs: Sequence[str], packages: Sequence[str]) -> None:
+    """Install the packages that bring the programs, where that is possible and one is missing."""
+    if all(map(shutil.which, programs)):
+        return
+    if os.geteuid() or not shutil.which("apt-get"):
+        cannot(f"{' '.join(packages)} must be installed, which only root can, with apt-get")
+    for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        done = subprocess.run(
+            ["apt-get", "--quiet", *words],
+            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    if done.returncode:
+        cannot(f"apt-get could not install {' '.join(packages)}: {done.stderr.strip()[-300:]}")
+
+
+def cannot(why: str) -> NoReturn:
+    """Fail in CI, whose machine must have it all; skip elsewhere."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)

@@ -256,6 +256,7 @@ def held_bytes(
         donors: of this network.
         on_host: buffers in host memory are kept from one type of elements to the next; on a GPU
             they are given back.
+        replicas: processes that put the network together afterwards.
     """
     parts, slots = (networks, 1) if exchange == "all_gather" else (1 + donors, IN_FLIGHT)
     each = []

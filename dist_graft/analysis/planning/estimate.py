@@ -160,7 +160,7 @@ def estimate(
 def travelling(
     layout: Layout, sizes: Sizes, exchange: Exchange, *, bucket_bytes: int, on_host: bool
 ) -> list[Bucket]:
-    """The buckets that one process moves: the network's own cut, or as much of it as is its share."""
+    """The buckets that one process moves: of the whole network, or of its share."""
     return cut_buckets(
         sizes.elements,
         sizes.dtypes,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from dist_graft.analysis.planning.options import PlanOptions, plan_parser
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, StartError
 from dist_graft.population.place import Place
@@ -30,6 +31,7 @@ def add_parsers(commands: Any, settings: Mapping[str, Any]) -> None:
         ("compare", _compare),
         ("status", _status),
         ("doctor", _doctor),
+        ("plan", _plan),
     ):
         parser, text = build(settings)
         commands.add_subcommand(name, parser, help=text)
@@ -158,6 +160,10 @@ def _doctor(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
     return parser, "see whether this machine can train"
 
 
+def _plan(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
+    return plan_parser(settings), "what rounds will cost on a cluster"
+
+
 def _add_run(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="run directory")
     parser.add_argument(
@@ -245,6 +251,14 @@ def _run_doctor(options: Options, place: Place) -> Iterator[str]:
     yield from examine(options["run_dir"], seconds=options["timeout_seconds"])
 
 
+def _run_plan(options: Options, place: Place) -> Iterator[str]:
+    _alone(place, "plan")
+    asked = PlanOptions(**options)
+    from dist_graft.analysis.planning.page import plan
+
+    yield from plan(asked)
+
+
 def _alone(place: Place, command: str) -> None:
     if place.networks > 1:
         raise StartError(f"{command} runs in one process: start it without torchrun")
@@ -262,5 +276,6 @@ COMMANDS: dict[str, Callable[[Options, Place], str | Iterator[str]]] = {
     "compare": _run_compare,
     "status": _run_status,
     "doctor": _run_doctor,
+    "plan": _run_plan,
 }
 """By name: runs a command and returns what is to be printed, at once or bit by bit."""

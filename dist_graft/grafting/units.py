@@ -53,8 +53,11 @@ Place = tuple[Hashable, ...]
 
 
 def place_of(tensor: Tensor) -> Place:
-    """Where a tensor's elements are: equal for tensors that are tied, be it through a view."""
-    if tensor.numel() == 0:
+    """Where a tensor's elements are: equal for tensors that are tied, be it through a view.
+
+    Tensors without elements or memory (the meta device) are equal to themselves alone.
+    """
+    if tensor.numel() == 0 or tensor.is_meta:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype)
 

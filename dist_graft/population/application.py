@@ -18,14 +18,12 @@ from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.buckets import Bucket, Piece, cut_buckets, pack_, unpack_
 from dist_graft.population.exchange import (
     EXCHANGES,
-    IN_FLIGHT,
     BufferPool,
     Exchange,
     Phase,
+    bucket_limit,
     put_together,
 )
-
-_HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,6 @@ def apply_mixing(
             seconds=seconds,
             replicas=replicas,
         )
-    if exchange == "p2p":
-        bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
-    if device.type == "cpu":
-        bucket_bytes = min(bucket_bytes, _HOST_BUCKET_BYTES)
     rank = dist.get_rank(group)
     keys = list(tensors)
     index = {key: number for number, key in enumerate(keys)}
@@ -96,7 +90,7 @@ def apply_mixing(
         cut_buckets(
             [view.numel() for view in views],
             [view.dtype for view in views],
-            bucket_bytes=bucket_bytes,
+            bucket_bytes=bucket_limit(exchange, bucket_bytes, on_host=device.type == "cpu"),
             share=share,
             shares=shares,
         )

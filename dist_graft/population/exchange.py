@@ -21,6 +21,7 @@ Phase = Callable[[str], AbstractContextManager[None]]
 Pack = Callable[[Tensor, Bucket], None]
 IN_FLIGHT = 2
 """Buckets of `p2p` that travel at once: one is packed and blended while another is under way."""
+_HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
 
 
@@ -225,6 +226,48 @@ def p2p(
 
 
 EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
+
+
+def bucket_limit(exchange: Exchange, bucket_bytes: int, *, on_host: bool) -> int:
+    """Largest size of a bucket, in bytes, of an exchange that may take `bucket_bytes` for one.
+
+    The buckets of `p2p` that are under way at once share the allowance.
+    """
+    if exchange == "p2p":
+        bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
+    return min(bucket_bytes, _HOST_BUCKET_BYTES) if on_host else bucket_bytes
+
+
+def held_bytes(
+    buckets: Sequence[Bucket],
+    exchange: Exchange,
+    *,
+    networks: int,
+    donors: int,
+    on_host: bool,
+    replicas: int = 1,
+) -> int:
+    """Most memory that an exchange holds for its buffers in one process, in bytes.
+
+    Args:
+        buckets: that travel.
+        exchange: how.
+        networks: of the group.
+        donors: of this network.
+        on_host: buffers in host memory are kept from one type of elements to the next; on a GPU
+            they are given back.
+        replicas: processes that put the network together afterwards.
+    """
+    parts, slots = (networks, 1) if exchange == "all_gather" else (1 + donors, IN_FLIGHT)
+    each = []
+    for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
+        mine = [bucket.bytes for bucket in buckets if bucket.dtype == dtype]
+        taken = [parts * max(mine)] * min(slots, len(mine))
+        joining = replicas * max(mine) if replicas > 1 else 0
+        if on_host:  # in the memory of the first slot
+            taken[0] = max(taken[0], joining)
+        each.append(max(sum(taken), joining))
+    return sum(each) if on_host else max(each, default=0)
 
 
 def _spaces(

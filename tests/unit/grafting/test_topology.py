@@ -48,6 +48,34 @@ def test_how_many_rounds_reach_everybody(networks):
     assert rounds_to_reach_all(ring, networks) == networks - 1
 
 
+def held(topology: str, networks: int, rounds: int) -> torch.Tensor:
+    """[networks, networks]: how much of network j is in network i after rounds with alpha = 1/2."""
+    rule = Graft(topology=topology, criterion="constant")
+    shares = torch.eye(networks, dtype=torch.float64)
+    for round_ in range(rounds):
+        mixing = rule.decide(torch.zeros(networks, 1, dtype=torch.float64), round_)
+        shares = mixing.shares[0] @ shares
+    return shares
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4, 5, 7, 8, 9, 16, 17])
+def test_products_of_the_mixings_say_who_holds_what(networks):
+    """All shares are above 0 after K - 1 rounds of the ring, ceil(log2 K) of the exponential."""
+    fastest = math.ceil(math.log2(networks))
+    for name, rounds in (("ring", networks - 1), ("exponential", fastest)):
+        assert (held(name, networks, rounds) > 0).all()
+        assert not (held(name, networks, rounds - 1) > 0).all()
+    assert not (held("random", networks, fastest - 1) > 0).all()
+
+
+@pytest.mark.parametrize("networks", [2, 4, 8, 16])
+def test_how_even_the_shares_are_when_all_have_met(networks):
+    """The exponential topology gives equal parts; the ring leaves 1 / 2^(K - 1) of the farthest."""
+    even = held("exponential", networks, networks.bit_length() - 1)
+    assert torch.equal(even, torch.full_like(even, 1 / networks))
+    assert held("ring", networks, networks - 1).min() == 2.0 ** (1 - networks)
+
+
 def test_exponential_distances_take_turns():
     assert [exponential(8, round_)[0] for round_ in range(4)] == [7, 6, 4, 7]
     assert [exponential(5, round_)[0] for round_ in range(4)] == [4, 3, 1, 4]

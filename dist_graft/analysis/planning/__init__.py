@@ -1,0 +1,1 @@
+"""What rounds of many networks will cost, before the machines are asked for."""

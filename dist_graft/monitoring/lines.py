@@ -14,6 +14,8 @@ from dist_graft.errors import RunDirectoryError
 class LinesFile:
     """Appends objects, one a line; what is no longer wanted of an earlier start is dropped first.
 
+    A file that vanishes begins again, in a folder that is made anew where it has to be.
+
     Args:
         path: of the file; its folder exists.
         keep: whether an object that is there already stays; those that cannot be read do not.
@@ -35,6 +37,11 @@ class LinesFile:
         except OSError as error:
             raise _refused(path, error) from error
 
+    @property
+    def vanished(self) -> bool:
+        """Whether the file is no longer there."""
+        return not self._path.exists()
+
     def write(self, content: Mapping[str, Any]) -> None:
         """Append one object; numbers that JSON does not know (NaN, infinity) become null.
 
@@ -42,6 +49,7 @@ class LinesFile:
         """
         self._pending.append(_line(content))
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
                 size = file.tell()
                 text = "".join(self._pending).encode()

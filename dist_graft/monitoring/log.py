@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,20 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
-class _File(logging.FileHandler):
-    """A log file whose disk may be full: said once on standard error, and the run goes on."""
+class _File(WatchedFileHandler):
+    """A log file whose disk may be full: said once on standard error, and the run goes on.
+
+    A file that vanishes begins again, with its folder.
+    """
 
     _told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
         error = sys.exception()

@@ -52,6 +52,11 @@ class MetricsFile:
         self.kept = self._lines.kept
         """Of an earlier start of the run, in order."""
 
+    @property
+    def vanished(self) -> bool:
+        """Whether the file is no longer there."""
+        return self._lines.vanished
+
     def write(self, metrics: EpochMetrics) -> None:
         """Append one line; numbers that JSON does not know (NaN, infinity) become null.
 

@@ -13,6 +13,8 @@ from types import FrameType
 
 from dist_graft.errors import StoppedError
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each asks a run to stop."""
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
@@ -29,17 +31,17 @@ def die_with_launcher() -> None:
 
 
 def stop_on_signals() -> None:
-    """Make SIGTERM and SIGINT raise StoppedError in the main thread, the first time only."""
+    """Make the signals that ask to stop raise StoppedError in the main thread, once."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        for later in (signal.SIGTERM, signal.SIGINT):
+        for later in SIGNALS:
             signal.signal(later, signal.SIG_IGN)
         raise StoppedError(
             f"stopped by {signal.Signals(number).name}; if a peer failed, its own line says why; "
             "the same command goes on from the newest checkpoint"
         )
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, stop)
 
 

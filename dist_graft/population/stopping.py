@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from dist_graft.population.presence import RollCall
+from dist_graft.population.process import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_EVERY = 1.0
 
 

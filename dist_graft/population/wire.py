@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _LOOK_AGAIN = 1.0
+_PLACE = re.compile(r"^\[[^]]*\] *")
 
 
 class WireError(Exception):
@@ -23,6 +25,8 @@ def on_the_wire() -> Iterator[None]:
         yield
     except RuntimeError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Gloo begins with a place in its source and ends with general advice.
+        first = _PLACE.sub("", first).partition(". This is typically")[0]
         raise WireError(first) from error
 
 

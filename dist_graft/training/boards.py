@@ -21,6 +21,9 @@ from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.version import versions
 
+_NEVER = -1
+"""An epoch that no events are of."""
+
 
 class Boards:
     """The board of one network and, in the first process, the population's.
@@ -55,6 +58,7 @@ class Boards:
         self._directory = directory
         self._place = place
         self._hosts = hosts
+        self._configuration = directory.config.read_text() if place.rank == 0 else ""
         self._log = log
         self._network: NetworkBoard | None = None
         self._population: PopulationBoard | None = None
@@ -163,11 +167,15 @@ class Boards:
                     ),
                 ),
                 texts={
-                    "run/configuration": f"```\n{self._directory.config.read_text()}```",
+                    "run/configuration": f"```\n{self._configuration}```",
                     "run/versions": _table("what", "version", versions()),
                     "run/hosts": _table("network", "host", dict(enumerate(self._hosts))),
                 },
             )
+
+    def open_anew(self) -> None:
+        """The files are gone: what comes next goes into others."""
+        self._lost = _NEVER
 
     def _show(self, epoch: int, write: Callable[[], object]) -> None:
         """Write events, on boards that are opened anew where an earlier epoch's were lost."""

@@ -129,6 +129,8 @@ class Reporter:
         """Report one epoch of this process's network."""
         if self._metrics is None:
             return
+        if self._metrics.vanished:
+            self._make_anew()
         with self._enduring():
             self._metrics.write(metrics)
         self._boards.network(metrics, layers)
@@ -191,6 +193,17 @@ class Reporter:
         """Raise RunDirectoryError when summary.json could not be written."""
         if self._unwritten:
             raise self._unwritten
+
+    def _make_anew(self) -> None:
+        """The run directory is gone, in the middle of the run."""
+        self._log.warning(
+            "%s has vanished: it is made anew without what it held, and training goes on",
+            self._directory.path,
+        )
+        with self._enduring():
+            if self._place.rank == 0:
+                self._directory.describe(self._config, self._place.networks)
+        self._boards.open_anew()
 
     def _tell(self, event: Event, level: int = logging.WARNING) -> None:
         self._log.log(level, "epoch %d: %s", event.epoch + 1, event.text)
@@ -283,5 +296,5 @@ def with_round(earlier: dict[str, Any] | None, record: GraftRecord) -> dict[str,
         "coefficient": record.coefficient,
         "information": record.information,
         "distance": record.distance,
-        **({} if healed_from is None else {"healed_from": healed_from}),
+        "healed_from": healed_from,
     }

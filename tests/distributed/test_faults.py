@@ -21,8 +21,7 @@ from launching import (
     torchrun,
     wait_until,
 )
-from reading import assert_same_bits, checkpoint, metrics
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from reading import assert_same_bits, checkpoint, metrics, scalars, texts
 
 EPOCHS = 4
 STEPS = 8
@@ -89,16 +88,14 @@ class TestADivergedNetwork:
         assert summary(run)["diverged"] == []
         for network in range(3):
             assert event["text"] in (run / f"network{network:02d}/log.txt").read_text()
-        healed = [[line["graft"].get("healed_from") for line in metrics(run, k)] for k in (1, 2)]
+        healed = [[line["graft"]["healed_from"] for line in metrics(run, k)] for k in (1, 2)]
         assert healed == [[None, 0, None, None], [None] * EPOCHS]
         assert metrics(run, 1)[1]["train_loss"] is None
         assert set(metrics(run, 1)[1]["graft"]["coefficient"].values()) == {0.0}
         assert set(metrics(run, 2)[1]["graft"]["coefficient"].values()) == {1.0}
-        board = EventAccumulator(str(run / "population"))
-        board.Reload()
-        (text,) = board.Tensors("events/text_summary")
-        assert text.step == 1
-        assert event["text"] in text.tensor_proto.string_val[0].decode()
+        (story,) = texts(run / "population")["run/story"].items()
+        assert story[0] == 1
+        assert f"| 1 | healed | {event['text']} |" in story[1]
 
     def test_is_left_out_when_it_is_to_be_excluded(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
@@ -198,7 +195,13 @@ class TestADiskThatRefuses:
         for network in range(3):
             states = [checkpoint(path, EPOCHS, network)["model"] for path in (straight, run)]
             assert_same_bits(*states)
-        assert "metrics.jsonl cannot be written: No such file or directory" in done.output
+            assert [line["epoch"] for line in metrics(run, network)] == [1, 2, 3]
+            assert list(scalars(run / f"network{network:02d}")["loss/test"]) == [1, 2, 3]
+            assert "is made anew" in (run / f"network{network:02d}/log.txt").read_text()
+        assert f"{run} has vanished: it is made anew without what it held" in done.output
+        assert (run / "config.yaml").read_text() == (
+            (tmp_path / "vanished/config.yaml").read_text()
+        )
         assert len(metrics(tmp_path / "vanished", 2)) == 1
 
     def test_too_many_failures_in_a_row_end_the_run(self, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,6 +24,7 @@ from dist_graft import (
     graft_units,
     mix,
 )
+from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.filter_level import FilterGraft, FilterLink, filter_links
 from dist_graft.grafting.neighbours import Shuffle
 from dist_graft.grafting.units import graft_tensors
@@ -109,10 +111,12 @@ class Case:
     model: str = "ragged"
     bucket_bytes: int = RAGGED
     rate: float = 1.0
+    lost: str = ""
+    """What becomes of network 1, which diverges before every round; empty: it is well."""
 
     def __str__(self) -> str:
-        parts = (self.rule, self.exchange, self.model, self.bucket_bytes, self.rate)
-        return "-".join(map(str, parts))
+        parts = (self.rule, self.exchange, self.model, self.bucket_bytes, self.rate, self.lost)
+        return "-".join(map(str, parts)).rstrip("-")
 
 
 CASES = (
@@ -120,6 +124,12 @@ CASES = (
     *(Case(rule, exchange, rate=0.3) for rule in DENSE for exchange in EXCHANGES),
     *(Case(rule, exchange, "of_types") for rule in TYPED for exchange in EXCHANGES),
     *(Case(rule, "p2p", bucket_bytes=WHOLE) for rule in ("papa-pairs", "wash", "filter-random")),
+)
+LOST = (
+    *(Case(rule, "p2p", lost="heal") for rule in RULES),
+    *(Case(rule, "all_gather", lost="exclude") for rule in RULES),
+    *(Case(rule, "all_gather", lost="heal") for rule in ("ring", "papa", "wash", "filter")),
+    *(Case(rule, "p2p", lost="exclude") for rule in ("ring", "papa", "wash", "filter")),
 )
 
 
@@ -142,6 +152,9 @@ def play(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
         grafter = grafter_of(model, case)
         rounds = []
         for number in range(ROUNDS):
+            if case.lost and place.rank == 1:
+                with torch.no_grad():
+                    model[2].weight[0] = math.nan
             before, there = snapshot(model), places(model)
             record = grafter.graft(rate=case.rate)
             rounds.append(Round(before, snapshot(model), record, places(model) != there))
@@ -156,13 +169,14 @@ def grafter_of(model: nn.Module, case: Case) -> Grafter:
         rule=RULES[case.rule],
         exchange=case.exchange,
         bucket_mb=case.bucket_bytes / 2**20,
+        on_divergence=case.lost or "raise",
     )
 
 
 @cache
 def population(networks: int) -> list[dict[str, list[Round]]]:
     """All cases, in one launch of the processes."""
-    return run(play, networks, CASES)
+    return run(play, networks, CASES + LOST)
 
 
 def rounds_of(networks: int, case: Case) -> list[tuple[Round, ...]]:
@@ -190,6 +204,26 @@ def test_a_round_equals_mix_bit_for_bit(networks, case):
             assert one.record.round == number
             assert list(one.record.coefficient.values()) == mixing.own_share(network)
         assert changed > 0 or case.rule == "wash-rarely"
+
+
+@pytest.mark.parametrize("case", LOST, ids=str)
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_a_network_that_diverged_is_healed_or_left_out_as_mix_does_it(networks, case):
+    """Whatever the rule: nobody takes from it, and each round of it is in everyone's record."""
+    rule, heal = RULES[case.rule], case.lost == "heal"
+    for number, round_ in enumerate(rounds_of(networks, case)):
+        befores = [one.before for one in round_]
+        told = [rule.measure(units(), before) for k, before in enumerate(befores) if k != 1]
+        told.insert(1, torch.zeros_like(told[0]))  # it has nothing to tell
+        mixing = without_diverged(rule.decide(torch.stack(told), number), {1}, heal=heal)
+        expected = mix(befores, units(), mixing)
+        for network, one in enumerate(round_):
+            for key, value in one.after.items():
+                assert same_bits(value, expected[network][key]), (number, network, key)
+                assert value.isfinite().all() or (network == 1 and not heal)
+            assert one.record.diverged == {1: "a weight that is not finite in 2.weight"}
+            assert one.record.healed == ({1: mixing.donors[1][0]} if heal else {})
+            assert list(one.record.coefficient.values()) == mixing.own_share(network)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dist_graft.config import DataConfig
-from dist_graft.population.stopping import SIGNALS
+from dist_graft.population.process import SIGNALS
 from dist_graft.training.data import load_data
 
 OPENING = """

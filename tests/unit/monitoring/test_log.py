@@ -59,6 +59,30 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         open_log(tmp_path / "file" / "network00", console=False)
 
 
+def test_a_log_that_vanishes_begins_again(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "run/network00", console=False)
+    log.info("first")
+    (tmp_path / "run").rename(tmp_path / "vanished")
+    log.info("second")
+    log.info("third")
+    words = [
+        [line.rpartition(" ")[2] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("vanished/network00/log.txt", "run/network00/log.txt")
+    ]
+    assert words == [["first"], ["second", "third"]]
+
+
+def test_a_log_whose_folder_cannot_be_made_anew_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path / "run/network00", console=False)
+    (tmp_path / "run").rename(tmp_path / "vanished")
+    (tmp_path / "run").write_text("in the way")
+    for word in ("first", "second"):
+        log.info(word)
+    assert capsys.readouterr().err.count("log.txt cannot be written: ") == 1
+
+
 def test_an_error_line_is_added(tmp_path: Path) -> None:
     append_line(tmp_path / "new", "ERROR first")
     append_line(tmp_path / "new", "ERROR second")

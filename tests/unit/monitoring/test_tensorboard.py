@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reading import layout, pictures, scalars, session, texts
+from tensorboard.summary.writer import event_file_writer
 
 from dist_graft.grafting.rules import take_from
 from dist_graft.monitoring.history import LayerHistory, informations
@@ -62,6 +63,12 @@ WITH_A_ROUND = {
 }
 OPTIONS: dict[str, float | str] = {"network": 1, "lr": 0.25, "method": "graft", "every": 1}
 WITH_VALIDATION = {"loss/val": 2.0, "accuracy/val": 50.0}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_order_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers sort files by name, which ends in a count: within one second, 10 is before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 def of_epoch(epoch: int, **values: Any) -> EpochMetrics:

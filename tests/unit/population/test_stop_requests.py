@@ -11,7 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from dist_graft.population.presence import RollCall
-from dist_graft.population.stopping import SIGNALS, StopRequests
+from dist_graft.population.process import SIGNALS
+from dist_graft.population.stopping import StopRequests
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Literal
 
 PHASES = ("data", "step", "round", "evaluation", "checkpoint", "other")
 """What an epoch's time goes to."""
+_IN_NATS = ("entropy", "filter_entropy")
 
 Layout = dict[str, dict[str, tuple[Literal["Multiline", "Margin"], list[str]]]]
 """Category and title to a chart; its tags are patterns, matched from their beginning."""
@@ -21,13 +22,12 @@ def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
         rounds: whether the networks take part in rounds.
     """
     accuracy = {
-        "test, every network": _lines("accuracy/test"),
+        "test, every network; population: their ensemble": _lines(
+            "accuracy/test", "population/ensemble_test_accuracy"
+        ),
         "test, mean of the networks, smallest to largest": (
             "Margin",
             [f"population/test_accuracy_{name}" for name in ("mean", "min", "max")],
-        ),
-        "test, ensemble and mean of the networks": _lines(
-            "population/ensemble_test_accuracy", "population/test_accuracy_mean"
         ),
         "test, spread of the networks": _lines("population/test_accuracy_standard_deviation"),
         "training, every network": _lines("accuracy/train"),
@@ -48,7 +48,7 @@ def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
         layout["distance between neighbours, before the round"] = {
             "all layers together": _lines("layers/distance_to_donor")
         }
-    layout[f"information of the layers ({criterion})"] = _over_layers(criterion)
+    layout[f"information of the layers ({with_unit(criterion)})"] = _over_layers(criterion)
     layout["invalid filters"] = {
         "L1 norm below 0.1": _lines("invalid_filters_0.1"),
         "L1 norm below 0.01": _lines("invalid_filters_0.01"),
@@ -56,6 +56,11 @@ def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
     layout["speed"] = {"images/s of training": _lines("images_per_second")}
     layout["share of the time, %"] = {phase: _lines(f"time_share/{phase}") for phase in PHASES}
     return layout
+
+
+def with_unit(criterion: str) -> str:
+    """A criterion's name, with the unit of its numbers where they have one."""
+    return f"{criterion}, nats" if criterion in _IN_NATS else criterion
 
 
 def _over_layers(name: str) -> dict[str, tuple[Literal["Multiline", "Margin"], list[str]]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 Pixels = npt.NDArray[np.uint8]
 """[height, width, 3]"""
@@ -24,14 +24,16 @@ Numbers = npt.NDArray[np.float64]
 MOST_COLUMNS = 240
 MOST_NAMES = 24
 MOST_ARROWS = 24
+MOST_NUMBERS = 10
 _DPI = 100
 _MISSING = "#bbbbbb"
 _BEND = 0.22
+_BESIDE: dict[int, Literal["left", "center", "right"]] = {-1: "right", 0: "center", 1: "left"}
+_ABOVE: dict[int, Literal["top", "center", "bottom"]] = {-1: "top", 0: "center", 1: "bottom"}
 _WIDTH = 4.6  # inches; a card is about 350 pixels wide
 _SETTINGS: dict[Any, Any] = {
     "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
+    "figure.titlesize": 11,
     "xtick.labelsize": 11,
     "ytick.labelsize": 10,
     "axes.spines.top": False,
@@ -67,7 +69,7 @@ def layers_over_epochs(
             cmap=_colours("viridis" if middle is None else "PuOr"),
             norm=_range(shown, middle),
         )
-        axes.set_title(title)
+        _title(figure, title)
         axes.set_xlabel("epoch, from 0")
         axes.invert_yaxis()
         _name_rows(axes, names)
@@ -92,14 +94,15 @@ def who_gave_to_whom(
     heights = (3.4, _rows_inches(names))
     with _style():
         figure = _figure(sum(heights))
-        above, below = figure.subplots(2, 1, height_ratios=heights)
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+        above, below = upper.add_subplot(), lower.add_subplot()
         flow = shares.mean(axis=0)
         simple = networks <= 3 or (networks <= MOST_ARROWS and max(map(len, donors)) <= 1)
         if simple:
             _draw_arrows(above, flow, donors)
         else:
             _draw_matrix(above, flow)
-        above.set_title(f"{title}: % taken, mean of the layers")
+        _title(upper, f"{title}: % taken, mean of the layers")
         mesh = below.pcolormesh(
             np.arange(networks + 1) - 0.5,
             np.arange(len(names) + 1) - 0.5,
@@ -107,12 +110,12 @@ def who_gave_to_whom(
             cmap=_colours("viridis"),
             norm=_range(100 * taken, None, least=2.0),
         )
-        below.set_title(f"{title}: % taken, layer by layer")
-        below.set_xlabel("network")
+        _title(lower, f"{title}: % taken, layer by layer")
+        below.set_xlabel("recipient")
         below.invert_yaxis()
         _name_rows(below, names)
         _whole_ticks(below)
-        figure.colorbar(mesh, ax=below, pad=0.03)
+        lower.colorbar(mesh, ax=below, pad=0.03)
         return _pixels(figure)
 
 
@@ -131,6 +134,7 @@ def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> 
             xytext=tuple(places[donor]),
             arrowprops={
                 "arrowstyle": "-|>,head_length=0.6,head_width=0.3",
+                "mutation_scale": max(8, 22 - networks),
                 "linewidth": 0.8 + 3.2 * share / largest,
                 "color": "#0072B2",
                 "shrinkA": radius,
@@ -139,21 +143,20 @@ def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> 
             },
         )
         along = places[recipient] - places[donor]
-        aside = np.array([-along[1], along[0]])
-        beside = aside * (_BEND / 2 + 0.16 / np.hypot(*along)) * (1.3, 1.0)
-        spot = places[donor] + 0.5 * along + beside
+        aside = np.array([-along[1], along[0]]) / np.hypot(*along)
+        spot = places[donor] + 0.5 * along + aside * (_BEND / 2 * np.hypot(*along) + 0.07)
         axes.text(
             float(spot[0]),
             float(spot[1]),
             f"{100 * share:.2g}%",
-            ha="center",
-            va="center",
+            ha=_BESIDE[round(aside[0])],
+            va=_ABOVE[round(aside[1])],
             fontsize=11,
         )
     for one, (x, y) in enumerate(places):
         axes.scatter([x], [y], s=(2 * radius) ** 2, color="#E69F00", edgecolors="black", zorder=3)
         axes.text(x, y, str(one), ha="center", va="center", fontsize=radius, zorder=4)
-    axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
+    axes.set(xlim=(-1.4, 1.4), ylim=(-1.25, 1.25), aspect="equal")
     axes.axis("off")
 
 
@@ -168,10 +171,16 @@ def _draw_matrix(axes: Axes, flow: Numbers) -> None:
         cmap=_colours("cividis"),
         norm=_range(given, None, least=2.0),
     )
-    axes.set_xlabel("from network")
-    axes.set_ylabel("by network")
+    if len(given) <= MOST_NUMBERS:
+        middle = float(np.mean(mesh.get_clim()))
+        for (recipient, donor), share in np.ndenumerate(given):
+            if recipient != donor:
+                ink = "white" if share < middle else "black"
+                axes.text(donor, recipient, f"{share:.2g}", ha="center", va="center", color=ink)
+    axes.set_xlabel("donor")
+    axes.set_ylabel("recipient")
     axes.invert_yaxis()
-    _whole_ticks(axes)
+    _whole_ticks(axes, "both")
     axes.figure.colorbar(mesh, ax=axes, pad=0.03)
 
 
@@ -209,10 +218,16 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(0, len(names), every), names[::every])
 
 
-def _whole_ticks(axes: Axes) -> None:
+def _whole_ticks(axes: Axes, which: Literal["x", "both"] = "x") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    for axis in (axes.xaxis, axes.yaxis)[: 1 if which == "x" else 2]:
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _title(figure: FigureBase, title: str) -> None:
+    """From the left edge, so that the names of the rows leave it its room."""
+    figure.suptitle(title, x=0.02, ha="left")
 
 
 def _colours(name: str) -> Any:

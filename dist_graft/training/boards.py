@@ -11,7 +11,7 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.grafting.rules import Graft
 from dist_graft.monitoring.history import LayerHistory, Pacing, coefficients, informations
-from dist_graft.monitoring.layout import custom_scalars
+from dist_graft.monitoring.layout import custom_scalars, with_unit
 from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
 from dist_graft.population.place import Place
@@ -140,7 +140,9 @@ class Boards:
             middle=0.5,
         )
         board.heat_map(
-            self._criterion, f"{self._criterion} of the layers' weights", self._informations
+            self._criterion,
+            f"information of the layers ({with_unit(self._criterion)})",
+            self._informations,
         )
         if self._population and self._record:
             names = list(self._record.coefficient)

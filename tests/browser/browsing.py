@@ -51,8 +51,10 @@ class Page:
 
     def open(self, tab: str) -> None:
         """Show a tab, with lines as they are: not smoothed, and none cut off."""
+        self._driver.get(self._url)
+        self._driver.execute_script("localStorage.setItem('_ignoreYOutliers', 'false')")
         self._driver.get("about:blank")
-        self._driver.get(f"{self._url}/#{tab}&_smoothingWeight=0&_ignoreYOutliers=false")
+        self._driver.get(f"{self._url}/#{tab}&_smoothingWeight=0")
 
     def ask(self, selector: str, expression: str) -> list[Any]:
         """A JavaScript expression of `element`, for all that fit a selector, shadows included."""

@@ -65,7 +65,7 @@ def test_a_run_that_goes_on_is_stopped_goes_on_again_and_is_killed(tmp_path: Pat
         pids = children(launcher)
         launcher.kill()
         wait_until(lambda: told(path)["state"] == "died", "the news of their death")
-    assert told(path)["words"].startswith("died: network 0, 1 gave the last sign of life")
+    assert told(path)["words"].startswith("died: networks 0, 1 gave the last sign of life")
     assert before["newest_set"]
     assert len(pids) == 2
 

@@ -76,7 +76,7 @@ def _state(run: RunFiles, alive: Collection[int], now: float) -> tuple[State, st
     errors = {files.network: error for files in run.networks if (error := _error(files))}
     if alive:
         lost = [*(f.network for f in dead), *(k for k in errors if k not in alive)]
-        without = f", but without network {_names(lost)}" if lost else ""
+        without = f", but without {_names(lost)}" if lost else ""
         phases = {phase_of(files) for files in run.networks if files.network in alive}
         if phases == {"starting"}:
             return "starting", f"starting: loading data and meeting the other networks{without}"
@@ -91,7 +91,7 @@ def _state(run: RunFiles, alive: Collection[int], now: float) -> tuple[State, st
     if dead:
         last = [seconds for f in dead if (seconds := silent_seconds(f, now)) is not None]
         return "died", (
-            f"died: network {_names([f.network for f in dead])} gave the last sign of life "
+            f"died: {_names([f.network for f in dead])} gave the last sign of life "
             f"{duration(min(last, default=0))} ago and no reason (killed, out of memory, or the "
             f"machine is gone); {goes_on}"
         )
@@ -129,4 +129,5 @@ def _goes_on(run: RunFiles) -> str:
 
 
 def _names(networks: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(networks)))
+    plural = "s" if len(networks) > 1 else ""
+    return f"network{plural} {', '.join(map(str, sorted(networks)))}"

@@ -162,7 +162,7 @@ class TestWhatBecameOfARun:
         found, text = look(run)
         assert found == state
         if state == "died":
-            assert "network 0, 1 gave the last sign of life" in text
+            assert "networks 0, 1 gave the last sign of life" in text
             assert "killed, out of memory" in text
 
     def test_one_that_died_beside_one_that_lives(self, run: Path) -> None:

@@ -55,7 +55,7 @@ def _evaluate(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
         "--batch_norm_batches",
         type=int | None,
         default=None,
-        help="training batches that a soup's batch norm is re-estimated on; unset: an epoch's",
+        help="training batches that batch norm is re-estimated on; unset: an epoch's",
     )
     return parser, "test a run's networks, ensemble and soups"
 

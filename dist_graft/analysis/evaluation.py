@@ -54,8 +54,8 @@ def evaluate_run(
         device: auto, cpu, cuda or cuda:N, instead of the run's.
         precision: of the forward passes, instead of the run's.
         batch_size: images at once (and in a batch of re-estimation), instead of the run's.
-        batch_norm_batches: training batches that a soup's batch norm is re-estimated on; None: all
-            of an epoch.
+        batch_norm_batches: training batches that batch norm is re-estimated on; None: all of an
+            epoch.
 
     Returns: the results as a table.
 
@@ -125,27 +125,29 @@ class _Tester:
         self._bar = bar
         self._batches = min(batch_norm_batches or data.steps_per_epoch, data.steps_per_epoch)
 
-    def member(self, state: State, split: Literal["test", "val"]) -> EvalResult:
-        """How good the weights are on a split."""
+    def member(
+        self, state: State, split: Literal["test", "val"], *, anew: bool = False
+    ) -> EvalResult:
+        """How good the weights are on a split, with batch norm as it is or estimated anew."""
         fill(self._predictor.model, state, self._source)
-        return self._pass(split)
-
-    def soup(self, state: State) -> dict[str, float]:
-        """Test accuracy of a soup, with batch norm as it is and estimated anew."""
-        as_is = self.member(state, "test").accuracy
-        reestimate(self._predictor, self.data.train_batches(0, 0, self._batches))
-        anew = self._pass("test").accuracy
-        return {"batch_norm_as_is": as_is, "batch_norm_reestimated": anew}
-
-    def _pass(self, split: Literal["test", "val"]) -> EvalResult:
+        if anew:
+            reestimate(self._predictor, self.data.train_batches(0, 0, self._batches))
         result = evaluate(self._predictor, self.data, split)
         self._bar.update()
         return result
+
+    def soup(self, state: State) -> dict[str, float]:
+        """Test accuracy of a soup, with batch norm as it is and estimated anew."""
+        return {
+            "batch_norm_as_is": self.member(state, "test").accuracy,
+            "batch_norm_reestimated": self.member(state, "test", anew=True).accuracy,
+        }
 
 
 def _evaluate(stored: StoredRun, states: Sequence[State], tester: _Tester) -> dict[str, Any]:
     rates = learning_rates(stored.config.optim, len(states))
     tested = [tester.member(state, "test") for state in states]
+    anew = [tester.member(state, "test", anew=True) for state in states]
     validated: list[float] = []
     if tester.data.has_validation:
         validated = [tester.member(state, "val").accuracy for state in states]
@@ -169,13 +171,16 @@ def _evaluate(stored: StoredRun, states: Sequence[State], tester: _Tester) -> di
                 "network": network,
                 "lr": rates[network],
                 "test_accuracy": result.accuracy,
+                "test_accuracy_reestimated": anew[network].accuracy,
                 "test_loss": result.loss if math.isfinite(result.loss) else None,
                 "val_accuracy": validated[network] if validated else None,
             }
             for network, result in enumerate(tested)
         ],
         "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
+        "mean_test_accuracy_reestimated": statistics.fmean(result.accuracy for result in anew),
         "ensemble_test_accuracy": ensemble_accuracy(tested),
+        "ensemble_test_accuracy_reestimated": ensemble_accuracy(anew),
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
@@ -194,6 +199,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
     header = (
         f"{result['run_dir']}, epoch {result['epoch']}",
         "test %",
+        "batch norm re-estimated %",
         "test loss",
         "validation %",
     )
@@ -201,23 +207,24 @@ def evaluation_text(result: dict[str, Any]) -> str:
         (
             f"network {member['network']} (lr {member['lr']:.4g})",
             f"{member['test_accuracy']:.2f}",
+            f"{member['test_accuracy_reestimated']:.2f}",
             "-" if member["test_loss"] is None else f"{member['test_loss']:.4f}",
             "-" if member["val_accuracy"] is None else f"{member['val_accuracy']:.2f}",
         )
         for member in result["members"]
     ]
     greedy = result["greedy_soup"]
-    names = {"batch_norm_as_is": "averaged", "batch_norm_reestimated": "re-estimated"}
     others = [
-        ("mean", result["mean_test_accuracy"]),
-        ("ensemble", result["ensemble_test_accuracy"]),
-        *((f"uniform soup, {names[key]} batch norm", result["uniform_soup"][key]) for key in names),
+        (name, result[f"{name}_test_accuracy"], result[f"{name}_test_accuracy_reestimated"])
+        for name in ("mean", "ensemble")
     ]
+    soups = {"uniform soup": result["uniform_soup"]}
     if greedy:
-        members = "+".join(map(str, greedy["members"]))
-        others += [
-            (f"greedy soup of {members}, {names[key]} batch norm", greedy[key]) for key in names
-        ]
-    rows += [(name, f"{value:.2f}", "", "") for name, value in others]
+        soups[f"greedy soup of {'+'.join(map(str, greedy['members']))}"] = greedy
+    others += [
+        (name, soup["batch_norm_as_is"], soup["batch_norm_reestimated"])
+        for name, soup in soups.items()
+    ]
+    rows += [(name, f"{as_is:.2f}", f"{anew:.2f}", "", "") for name, as_is, anew in others]
     text = table(header, rows)
     return text if greedy else f"{text}\n{NO_GREEDY_SOUP}"

@@ -21,12 +21,12 @@ class Overridden(Mixing):
     """Networks whose whole row was replaced."""
 
     def tensor_fraction(
-        self, network: int, donor: int, unit: int, key: str, shape: torch.Size
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
         """As planned where the row is the rule's; else the unit's fraction holds."""
         if network in self.replaced:
             return None
-        return self.planned.tensor_fraction(network, donor, unit, key, shape)
+        return self.planned.tensor_fraction(network, donor, unit, key, shape, buffer=buffer)
 
 
 def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -> Mixing:

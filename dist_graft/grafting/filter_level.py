@@ -43,10 +43,10 @@ class FilterMixing(Mixing):
         return replace(self, shares=super().scaled(rate).shares, own=own)
 
     def tensor_fraction(
-        self, network: int, donor: int, unit: int, key: str, shape: torch.Size
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
         """1 - share, channel by channel; a lead's weight takes the mean of its two channels'."""
-        del donor
+        del donor, buffer
         link, out = self.links[unit], self.own[network][unit]
         if key == link.lead:
             into = self.own[network][unit - 1] if unit else None

@@ -82,15 +82,17 @@ class Mixing:
         return torch.where(left > 0, row / left, own)
 
     def tensor_fraction(
-        self, network: int, donor: int, unit: int, key: str, shape: torch.Size
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
         """Element by element, where a method mixes finer than by graft unit.
+
+        Args: buffer: whether the tensor is no parameter.
 
         Returns: the weight of the interpolation that blends the donor into the tensor `key` of
         this shape in this unit, broadcastable to the shape, float32 on the CPU; None where the
         unit's fraction holds for the whole tensor.
         """
-        del network, donor, unit, key, shape
+        del network, donor, unit, key, shape, buffer
         return None
 
     def fractions(self, network: int) -> list[list[float]]:
@@ -154,7 +156,9 @@ def mix(
             for index, (unit, fraction) in enumerate(zip(units, fractions, strict=True)):
                 for key in unit.tensors:
                     other = states[donor][key].detach()
-                    fine = mixing.tensor_fraction(network, donor, index, key, other.shape)
+                    fine = mixing.tensor_fraction(
+                        network, donor, index, key, other.shape, buffer=key in unit.buffers
+                    )
                     if fine is None:
                         blend_(after[key], other, fraction)
                     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -35,7 +36,7 @@ class Papa(Average):
     """PAPA (arXiv 2304.03094): theta_k <- beta theta_k + (1 - beta) mean(theta).
 
     The rare variants go without the pull: "all", every network becomes the mean; "pairs", each
-    becomes the mean of two random ones.
+    becomes the mean of two random ones, no two networks of the same two where there are enough.
     """
 
     beta: float = 0.99
@@ -59,9 +60,10 @@ class Papa(Average):
         draw = random.Random(f"{self.seed}:{round_}")
         shares = torch.zeros(units, networks, networks, dtype=torch.float64)
         donors = []
-        for network in range(networks):
-            pair = draw.sample(range(networks), 2)
-            shares[:, network, pair] = 0.5
+        pairs = list(itertools.combinations(range(networks), 2))
+        drawn = draw.sample(pairs, networks) if networks > 2 else pairs * networks
+        for network, pair in enumerate(drawn):
+            shares[:, network, list(pair)] = 0.5
             donors.append(tuple(sorted(set(pair) - {network})))
         return Mixing(shares=shares, donors=tuple(donors))
 
@@ -81,7 +83,7 @@ def pull_to_mean(networks: int, units: int, *, keep: float) -> Mixing:
 
 @dataclass(frozen=True, eq=False)
 class Shuffle(Mixing):
-    """Chosen scalars are permuted among the networks; all others stay.
+    """Chosen scalars of parameters are permuted among the networks; all others stay.
 
     The shares are expectations; which scalar goes where follows from seed, round and key.
     """
@@ -115,11 +117,13 @@ class Shuffle(Mixing):
         return positions, order
 
     def tensor_fraction(
-        self, network: int, donor: int, unit: int, key: str, shape: torch.Size
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor:
-        """1 where the network's new scalar is the donor's, else 0."""
-        positions, sources = self.chosen(unit, key, math.prod(shape))
+        """1 where the network's new scalar is the donor's, else 0; buffers stay."""
         fraction = torch.zeros(math.prod(shape))
+        if buffer:
+            return fraction.view(shape)
+        positions, sources = self.chosen(unit, key, math.prod(shape))
         fraction[positions[sources[:, network] == donor]] = 1.0
         return fraction.view(shape)
 
@@ -129,7 +133,8 @@ class Wash(Average):
     """WASH (arXiv 2405.17517): a few scalars change places among the networks.
 
     A scalar of unit l of L is chosen with probability p (1 - l / (L - 1)), and permuted at random;
-    a shared seed makes all processes choose alike, so that only the chosen ones travel.
+    a shared seed makes all processes choose alike, so that only the chosen ones travel. Running
+    statistics stay with their network, whose own activations they are of (ADR 24).
     """
 
     probability: float = 0.001

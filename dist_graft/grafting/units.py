@@ -39,6 +39,8 @@ class GraftUnit:
     """Whether the lead is a transposed convolution."""
     groups: int = 1
     """Groups of the lead."""
+    buffers: frozenset[str] = frozenset()
+    """Those of its tensors that are no parameters: running statistics."""
 
     def filters(self, weight: Tensor) -> Tensor:
         """The lead's weight as [filters, weights per filter]."""
@@ -126,6 +128,9 @@ def graft_units(model: nn.Module, *, lead: Lead = "conv") -> list[GraftUnit]:
             lead=key,
             transposed=isinstance(module, _TRANSPOSED),
             groups=getattr(module, "groups", 1),
+            buffers=frozenset(
+                member for member in members[key] if not isinstance(tensors[member], nn.Parameter)
+            ),
         )
         for key, module in sorted(leads.items(), key=lambda item: list(tensors).index(item[0]))
     ]

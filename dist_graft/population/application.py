@@ -78,13 +78,12 @@ def apply_mixing(
             replicas=replicas,
         )
     rank = dist.get_rank(group)
-    keys = list(tensors)
-    index = {key: number for number, key in enumerate(keys)}
+    index = {key: number for number, key in enumerate(tensors)}
     unit_of = {index[key]: number for number, unit in enumerate(units) for key in unit.tensors}
     views = [flat(tensor.detach()) for tensor in tensors.values()]
     donors = mixing.donors[rank]
     fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
-    fine = _FineFractions(mixing, rank, keys, list(tensors.values()), unit_of)
+    fine = _FineFractions(mixing, rank, tensors, units)
     shares = dist.get_world_size(replicas) if replicas else 1
     cuts = [
         cut_buckets(
@@ -165,15 +164,14 @@ class _FineFractions:
         self,
         mixing: Mixing,
         network: int,
-        keys: Sequence[str],
-        tensors: Sequence[Tensor],
-        unit_of: Mapping[int, int],
+        tensors: Mapping[str, Tensor],
+        units: Sequence[GraftUnit],
     ) -> None:
         self._mixing = mixing
         self._network = network
-        self._keys = keys
-        self._tensors = tensors
-        self._unit_of = unit_of
+        self._tensors = list(tensors.items())
+        self._unit_of = {key: number for number, unit in enumerate(units) for key in unit.tensors}
+        self._buffers = frozenset[str]().union(*(unit.buffers for unit in units))
         self._tensor = -1
         self._fractions: dict[int, Tensor | None] = {}
 
@@ -182,9 +180,15 @@ class _FineFractions:
         if piece.tensor != self._tensor:
             self._tensor, self._fractions = piece.tensor, {}
         if donor not in self._fractions:
-            tensor = self._tensors[piece.tensor]
-            unit, key = self._unit_of[piece.tensor], self._keys[piece.tensor]
-            fraction = self._mixing.tensor_fraction(self._network, donor, unit, key, tensor.shape)
+            key, tensor = self._tensors[piece.tensor]
+            fraction = self._mixing.tensor_fraction(
+                self._network,
+                donor,
+                self._unit_of[key],
+                key,
+                tensor.shape,
+                buffer=key in self._buffers,
+            )
             if fraction is not None:
                 order = memory_order(tensor)
                 fraction = fraction.expand(tensor.shape).permute(order).reshape(-1)
@@ -215,9 +219,10 @@ def _swap_scalars(
                 (tensors[key].detach(), *mixing.chosen(number, key, tensors[key].numel()))
                 for number, unit in enumerate(units)
                 for key in unit.tensors
-                if tensors[key].dtype == dtype
+                if tensors[key].dtype == dtype and key not in unit.buffers
             ]
-            mine = torch.cat([tensor.take(where.to(tensor.device)) for tensor, where, _ in moving])
+            taken_from = [tensor.take(where.to(tensor.device)) for tensor, where, _ in moving]
+            mine = torch.cat(taken_from) if taken_from else torch.empty(0, dtype=dtype)
         if mixing.networks == 1 or mine.numel() == 0:
             continue
         length = -(-len(mine) // shares)  # the last share is filled up

@@ -244,6 +244,7 @@ def test_the_bytes_are_of_what_travelled(networks, case):
                     * tensors[key].element_size()
                     for index, unit in enumerate(units())
                     for key in unit.tensors
+                    if key not in unit.buffers
                 )
                 assert one.record.bytes_received == (networks - 1) * chosen
                 assert chosen < (0.3 if case.rule == "wash" else 0.05) * sum(size.values())
@@ -267,6 +268,17 @@ def test_wash_loses_no_scalar(networks):
                         for states in ([o.before for o in round_], [o.after for o in round_])
                     )
                     assert torch.equal(before, after), key
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4])
+def test_wash_leaves_running_statistics_with_their_network(networks):
+    """Healing aside: they are of a network's own activations."""
+    statistics = [key for unit in units() for key in unit.buffers]
+    assert len(statistics) == 10
+    for model in MODELS:
+        for round_ in rounds_of(networks, Case("wash", "p2p", model)):
+            for one in round_:
+                assert all(same_bits(one.after[key], one.before[key]) for key in statistics)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

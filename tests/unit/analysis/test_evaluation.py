@@ -76,25 +76,29 @@ class TestNumbers:
     def test_members(self, evaluated: tuple[dict[str, Any], str], reference: Reference) -> None:
         for member, state in zip(evaluated[0]["members"], related_states(3), strict=True):
             assert member["test_accuracy"] == reference.accuracy(state, "test")
+            anew = reference.accuracy(state, "test", anew=True)
+            assert member["test_accuracy_reestimated"] == anew
             assert member["val_accuracy"] == reference.accuracy(state, "val")
             assert member["test_loss"] == pytest.approx(reference.loss(state, "test"), rel=1e-5)
         assert [member["network"] for member in evaluated[0]["members"]] == [0, 1, 2]
         assert [member["lr"] for member in evaluated[0]["members"]] == [0.1, 0.2, 0.3]
 
     def test_mean(self, evaluated: tuple[dict[str, Any], str]) -> None:
-        accuracies = [member["test_accuracy"] for member in evaluated[0]["members"]]
-        assert evaluated[0]["mean_test_accuracy"] == pytest.approx(np.mean(accuracies), rel=1e-12)
+        for how in ("", "_reestimated"):
+            mean = np.mean([member[f"test_accuracy{how}"] for member in evaluated[0]["members"]])
+            assert evaluated[0][f"mean_test_accuracy{how}"] == pytest.approx(mean, rel=1e-12)
 
     def test_ensemble_answers_with_the_mean_probability(
         self, evaluated: tuple[dict[str, Any], str], reference: Reference
     ) -> None:
-        total = np.zeros(())
-        for state in related_states(3):
-            logits, labels = reference.logits(state, "test")
-            raised = np.exp(logits - logits.max(1, keepdims=True))
-            total = total + raised / raised.sum(1, keepdims=True) / 3
-        expected = 100 * float((total.argmax(1) == labels).mean())
-        assert evaluated[0]["ensemble_test_accuracy"] == expected
+        for how in ("", "_reestimated"):
+            total = np.zeros(())
+            for state in related_states(3):
+                logits, labels = reference.logits(state, "test", anew=bool(how))
+                raised = np.exp(logits - logits.max(1, keepdims=True))
+                total = total + raised / raised.sum(1, keepdims=True) / 3
+            expected = 100 * float((total.argmax(1) == labels).mean())
+            assert evaluated[0][f"ensemble_test_accuracy{how}"] == expected
 
     def test_uniform_soup(
         self, evaluated: tuple[dict[str, Any], str], reference: Reference
@@ -137,8 +141,10 @@ class TestNumbers:
     ) -> None:
         result = evaluated[0]
         assert list(result) == [
-            *("protocol", "run_dir", "epoch", "round", "members", "mean_test_accuracy"),
-            *("ensemble_test_accuracy", "uniform_soup", "greedy_soup"),
+            *("protocol", "run_dir", "epoch", "round", "members"),
+            *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
+            *("ensemble_test_accuracy", "ensemble_test_accuracy_reestimated"),
+            *("uniform_soup", "greedy_soup"),
         ]
         assert (result["protocol"], result["epoch"], result["round"]) == (1, 2, 2)
         assert result["run_dir"] == str(trio)
@@ -148,12 +154,13 @@ class TestNumbers:
         lines = text.splitlines()
         for member in result["members"]:
             line = next(line for line in lines if f"network {member['network']} (lr" in line)
-            for value in (member["test_accuracy"], member["val_accuracy"]):
-                assert f" {value:.2f}" in line
+            for name in ("test_accuracy", "test_accuracy_reestimated", "val_accuracy"):
+                assert f" {member[name]:.2f}" in line
         ensemble = next(line for line in lines if "ensemble" in line)
         assert f"{result['ensemble_test_accuracy']:.2f}" in ensemble
         chosen = "+".join(map(str, result["greedy_soup"]["members"]))
-        assert f"greedy soup of {chosen}, re-estimated batch norm" in text
+        soup = next(line for line in lines if f"greedy soup of {chosen}" in line)
+        assert f" {result['greedy_soup']['batch_norm_reestimated']:.2f}" in soup
         assert "evaluation.json" in lines[-1]
 
 

@@ -14,13 +14,19 @@ from dist_graft.grafting.neighbours import Shuffle, bernoulli_positions
 
 UNITS = [
     GraftUnit(name="a", tensors=("a.weight", "a.bias"), lead="a.weight"),
-    GraftUnit(name="b", tensors=("b.weight",), lead="b.weight"),
+    GraftUnit(
+        name="b",
+        tensors=("b.weight", "b.running_mean"),
+        lead="b.weight",
+        buffers=frozenset({"b.running_mean"}),
+    ),
     GraftUnit(name="c", tensors=("c.weight", "c.scale"), lead="c.weight"),
 ]
 SHAPES = {
     "a.weight": (3, 2, 3, 3),
     "a.bias": (3,),
     "b.weight": (5, 3, 2, 2),
+    "b.running_mean": (40,),
     "c.weight": (4, 5, 1, 1),
     "c.scale": (),
 }
@@ -149,6 +155,7 @@ def test_papa_pairs_are_means_of_two(networks, rate):
             pairs.append([k for k, share in enumerate(row) if share])
             assert [row[k] for k in pairs[-1]] == [0.5, 0.5]
             assert (mixing.shares[:, network] == mixing.shares[0, network]).all()
+        assert networks == 2 or len({tuple(pair) for pair in pairs}) == networks
         expected = [
             {key: (1 - rate) * old[key] + rate * new[key] for key in SHAPES}
             for old, new in zip(arrays, means(arrays, pairs), strict=True)
@@ -213,7 +220,7 @@ def test_the_probability_falls_linearly_to_the_last_layer(units):
 
 
 @pytest.mark.parametrize("networks", [1, 2, 3, 5])
-def test_the_chosen_scalars_are_permuted_and_all_others_stay(networks):
+def test_the_chosen_scalars_are_permuted_and_all_others_and_running_statistics_stay(networks):
     arrays = population(networks)
     mixing = shuffle(networks, p=0.6)
     after = mixed(arrays, mixing)
@@ -223,6 +230,8 @@ def test_the_chosen_scalars_are_permuted_and_all_others_stay(networks):
             before = np.stack([one[key].reshape(-1) for one in arrays])
             expected = before.copy()
             positions, sources = mixing.chosen(index, key, before.shape[1])
+            if key in unit.buffers:
+                positions, sources = positions[:0], sources[:0]
             for position, row in zip(positions.tolist(), sources.tolist(), strict=True):
                 assert sorted(row) == list(range(networks))
                 for network, source in enumerate(row):

@@ -51,6 +51,14 @@ def test_a_tensor_belongs_to_the_last_lead_before_it():
     }
 
 
+def test_running_statistics_are_the_units_buffers():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))
+    model[0].weight.requires_grad_(False)
+    first, second = graft_units(model)
+    assert first.buffers == {"1.running_mean", "1.running_var"}
+    assert second.buffers == frozenset()
+
+
 def test_what_comes_before_the_first_lead_belongs_to_the_first_unit():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False))
     assert as_lists(graft_units(model)) == {

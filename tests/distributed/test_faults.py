@@ -27,7 +27,7 @@ EPOCHS = 4
 STEPS = 8
 OPTIONS = (
     *("--epochs", str(EPOCHS), "--data.train_samples", str(16 * STEPS)),
-    *("--data.batch_size", "16"),
+    *("--data.batch_size", "16", "--model.name", "resnet8"),
 )
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 RESTARTS = "--max-restarts=3"
@@ -128,10 +128,10 @@ class TestADivergedNetwork:
         done = finish(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
         told(done, "epoch 0: network 1 has a weight")
 
-    @pytest.mark.parametrize("method", ["papa", "wash"])
-    def test_is_healed_by_other_methods(self, method: str, tmp_path: Path) -> None:
+    def test_is_healed_where_single_scalars_travel(self, tmp_path: Path) -> None:
+        """All rules are in test_rules_between_processes.py; this one has a round a step."""
         run = tmp_path / "run"
-        done = finish(faulty(3, run, "nan 2 3", "--method", method), timeout=200)
+        done = finish(faulty(3, run, "nan 2 3", "--method", "wash"), timeout=200)
         assert done.status == 0, done
         assert all(finite(run, network) for network in range(3))
         assert [event["network"] for event in summary(run)["events"]] == [2]
@@ -223,11 +223,12 @@ class TestADiskThatRefuses:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["graft", "papa", "none"])
+@pytest.mark.parametrize("method", ["graft", "average", "papa", "wash", "none"])
 def test_sets_between_epochs_go_on_exactly(method: str, tmp_path: Path) -> None:
     """A set every 0.6 seconds, at whatever step the networks are; then one network is killed."""
     run, straight = tmp_path / "run", tmp_path / "straight"
     options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
+    options += ("--model.name", "resnet20")  # whose epochs are long enough for a set inside
     done = finish(torchrun(3, straight, *OPTIONS, *options), timeout=150)
     assert done.status == 0, done
     timed = (*options, "--checkpoint.every_minutes", "0.01", "--checkpoint.keep", "99")

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
+import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import background, children, end_of, finish, saved, together, torchrun, wait_until
+import torch
+from launching import (
+    background,
+    children,
+    end_of,
+    finish,
+    is_alive,
+    saved,
+    together,
+    torchrun,
+    wait_until,
+)
 from reading import assert_same_bits, checkpoint, metrics, scalars
+
+from dist_graft.population.process import SIGNALS
 
 OPTIONS = (
     *("--epochs", "3", "--data.train_samples", "512", "--data.batch_size", "16"),
@@ -19,13 +37,20 @@ OPTIONS = (
 Launcher = subprocess.Popen[str]
 
 
-def to_one(number: signal.Signals) -> Callable[[Launcher, Path], None]:
-    return lambda launcher, _: os.kill(children(launcher)[1], number)
+def again_and_again(launcher: Launcher, _: Path) -> None:
+    """First one that is named in the end; then all kinds, for as long as the process is there."""
+    victim = children(launcher)[1]
+    os.kill(victim, signal.SIGUSR1)
+    for number in itertools.cycle(SIGNALS):
+        if not is_alive(victim):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, number)
+        time.sleep(0.05)
 
 
 ASKS: dict[str, Callable[[Launcher, Path], None]] = {
-    "SIGTERM": to_one(signal.SIGTERM),
-    "SIGUSR1": to_one(signal.SIGUSR1),
+    "SIGUSR1, and more while it saves": again_and_again,
     "SIGTERM of the launcher": lambda launcher, _: launcher.terminate(),
     "STOP": lambda _, run: (run / "STOP").touch(),
 }
@@ -52,7 +77,7 @@ def test_it_stops_inside_an_epoch_and_goes_on(
         ASKS[asked_by](launcher, run)
         done = end_of(launcher, 25)
     assert done.status == 1  # torchrun's; a process's own is 75
-    name = asked_by.partition(" ")[0]
+    name = re.split("[ ,]", asked_by)[0]
     assert "stopped early by " in done.errors
     for network in (0, 1):
         (line,) = (run / f"network{network:02d}/log.txt").read_text().splitlines()[-1:]
@@ -61,6 +86,12 @@ def test_it_stops_inside_an_epoch_and_goes_on(
         assert "the same command goes on" in line
     assert name in (run / "STOPPED_EARLY").read_text()
     (newest,) = run.glob("checkpoints/epoch_0001_round_*/COMPLETE.json")
+    content = json.loads(newest.read_text())
+    states = [torch.load(newest.with_name(f"network0{k}.pt"), weights_only=True) for k in (0, 1)]
+    assert [{what: state[what] for what in ("epoch", "step")} for state in states] == (
+        content["positions"]
+    )
+    assert {state["round"] for state in states} == {content["round"]}
     assert not (run / "summary.json").exists()
 
     done = finish(torchrun(2, run, *OPTIONS), timeout=150)
@@ -98,3 +129,5 @@ def test_a_signal_after_a_peer_died_is_no_reason_to_save(tmp_path: Path) -> None
     assert "stopped early" not in done.errors
     assert not (run / "STOPPED_EARLY").exists()
     assert "network 1 (rank 1 on " in done.errors
+    files = [sorted(path.name for path in folder.iterdir()) for folder in run.glob("checkpoints/*")]
+    assert all("COMPLETE.json" in names for names in files), "half a set was left"

@@ -113,7 +113,8 @@ def _train(config: TrainConfig, place: Place) -> int:
         gone = runtime.roll_call.gone() if runtime.roll_call else []
         if gone:
             raise PeerError(
-                f"{'; '.join(gone)} died; the same command goes on from the newest checkpoint"
+                f"{'; '.join(gone)} ended; its own line, if it left one, says why, and the "
+                "same command goes on from the newest checkpoint"
             ) from error
         raise
     except torch.OutOfMemoryError as error:

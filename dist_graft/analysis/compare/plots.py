@@ -220,9 +220,11 @@ def _from_zero(
         xs = [x for of_arm in by_arm for x in of_arm]
         ys = [y for place, of_arm in enumerate(by_arm) for y in around(place, len(of_arm))]
         style: dict[str, Any] = {"color": CYCLE[number], "ms": 4.5, "alpha": 0.75, "label": text}
+        style["clip_on"] = False  # dots at zero are whole
         axes.plot(xs, ys, "os^"[number % 3], **style)
     axes.set_xlabel(axis)
-    axes.set_xlim(left=0.0 if any(map(any, (o for v in values.values() for o in v))) else None)
+    something = any(any(of_arm) for by_arm in values.values() for of_arm in by_arm)
+    axes.set_xlim(0.0, None if something else 1.0)
     legend_below(figure, axes)
     return png(figure)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Place, run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -87,37 +90,20 @@ def links(document: Path) -> list[str]:
 
 
 def in_two_processes(
-    folder: Path, before: list[str], lines: list[str], after: list[str], *, prints: dict[str, int]
-) -> None:
-    """Run documentation's lines between ours; expects so many prints of each text."""
-    program = folder / "example.py"
-    program.write_text(
-        "\n".join(
-            [
-                "import os, torch, torch.distributed as dist",
-                "dist.init_process_group('gloo')",
-                "torch.manual_seed(dist.get_rank())",
-                *before,
-                *lines,
-                *after,
-                "dist.destroy_process_group()",
-            ]
-        )
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *(f"--master-port={port}", "--master-addr=127.0.0.1", str(program)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    for text, times in prints.items():
-        assert done.stdout.count(text) == times
+    folder: Path, before: Sequence[str], lines: Sequence[str], after: Sequence[str]
+) -> list[Any]:
+    """Run documentation's lines between ours, in the folder, in two processes of one group.
+
+    Returns: what `told` is at the end, by rank.
+    """
+    whole = "\n".join(["import os, torch, torch.distributed as dist", *before, *lines, *after])
+    return run(_told_by, 2, str(folder), whole)
+
+
+def _told_by(place: Place, folder: str, program: str) -> Any:
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    torch.manual_seed(place.rank)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    return names["told"]

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import harness
 import pytest
 import torch
-from harness import run
 
 from dist_graft.errors import DataError
 from dist_graft.population.patience import Patience
@@ -12,12 +12,13 @@ from dist_graft.training.loop import EvalResult
 from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
 
 
-def summary_of(place: Place, tested: list[int]) -> str:
+def summary_of(here: harness.Place, tested: list[int]) -> str:
     """What a network says that was tested on tested[rank] images."""
-    labels = torch.zeros(tested[place.rank], dtype=torch.int64)
+    labels = torch.zeros(tested[here.rank], dtype=torch.int64)
     result = EvalResult(
         loss=0.0, accuracy=0.0, probabilities=torch.zeros(len(labels), 2), labels=labels
     )
+    place = Place(here.rank, here.networks, here.rank, here.networks)
     runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(60.0, epochs=5.0), None)
     try:
         summarise(runtime, 0.1, result, result, 1.0, sound=True)
@@ -30,18 +31,19 @@ def summary_of(place: Place, tested: list[int]) -> str:
     ("tested", "says"), [([5, 5], "summarised"), ([5, 4], "numbers of images ([5, 4])")]
 )
 def test_other_numbers_of_test_images_are_an_error_of_all(tested: list[int], says: str) -> None:
-    told = run(summary_of, 2, tested)
+    told = harness.run(summary_of, 2, tested)
     assert told[0] == told[1]
     assert says in told[0]
 
 
-def ensemble_of(place: Place, certain: list[float], images: list[int]) -> float | None:
+def ensemble_of(here: harness.Place, certain: list[float], images: list[int]) -> float | None:
     """What a network hears whose probability of the right answer is certain[rank]."""
-    labels = torch.zeros(images[place.rank], dtype=torch.int64)
-    own = torch.tensor([certain[place.rank], 1 - certain[place.rank]])
+    labels = torch.zeros(images[here.rank], dtype=torch.int64)
+    own = torch.tensor([certain[here.rank], 1 - certain[here.rank]])
     result = EvalResult(
         loss=0.0, accuracy=0.0, probabilities=own.expand(len(labels), 2), labels=labels
     )
+    place = Place(here.rank, here.networks, here.rank, here.networks)
     runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(60.0, epochs=5.0), None)
     return ensemble_accuracy(runtime, result, 0)
 
@@ -59,4 +61,4 @@ def ensemble_of(place: Place, certain: list[float], images: list[int]) -> float 
 def test_the_ensemble_of_an_epoch_is_known_to_all_where_it_is_cheap(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
-    assert run(ensemble_of, 2, certain, images) == [expected, expected]
+    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]

@@ -1,4 +1,4 @@
-"""Runs a function in K real processes that form one gloo process group.
+"""Runs a function in K real processes that form one gloo process group, or the program in some.
 
 The processes are forked from a server that has imported torch once (multiprocessing's forkserver),
 so that one more costs milliseconds instead of the seconds of an import; each is as fresh as one
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -24,7 +25,19 @@ import torch
 import torch.distributed as dist
 
 _HOST = "127.0.0.1"
-_PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "dist_graft.population.grafter"]
+_PRELOAD = [
+    *("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard"),
+    *("dist_graft.population.grafter", "dist_graft.training.trainer", "dist_graft.cli"),
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a program ended."""
+
+    status: int
+    output: str
+    errors: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,7 @@ def run(
 
     Raises: AssertionError with the text of every rank that failed or did not end.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = _context()
     store = dist.TCPStore(
         _HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=limit)
     )
@@ -82,6 +94,60 @@ def run(
                     process.kill()
                 process.join()
         return _results(ranks, Path(folder), ending, late, limit)
+
+
+def programs(
+    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, limit: float
+) -> list[Done]:
+    """Run `dist-graft` with the same arguments in several processes at once, to their ends.
+
+    Args:
+        arguments: of the command line.
+        environments: of each process.
+        limit: of all together, in seconds; processes that still run then are killed.
+    """
+    context = _context()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(f"{folder}/{k}.out", f"{folder}/{k}.err") for k in range(len(environments))]
+        processes = [
+            context.Process(target=_program, args=(list(arguments), dict(environment), *said))
+            for environment, said in zip(environments, files, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _join(processes, limit)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [
+            Done(process.exitcode or 0, *(Path(file).read_text() for file in said))
+            for process, said in zip(processes, files, strict=True)
+        ]
+
+
+def _program(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+    """What one process of `programs` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    for number, file in ((1, output), (2, errors)):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+    from dist_graft.cli import run
+
+    status = run(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def attempt(function: Callable[[], Any]) -> Any:

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+from harness import Done, programs
 
 SMALL = (
     *("--data.train_samples", "64", "--data.test_samples", "40", "--data.batch_size", "32"),
@@ -23,15 +24,6 @@ PROMPTLY = 20
 """Seconds within which an error must have ended a process."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ERROR = "dist-graft: error: "
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a program ended."""
-
-    status: int
-    output: str
-    errors: str
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -58,9 +50,11 @@ def finish(command: Sequence[str], *, timeout: float, cwd: Path | None = None, *
 
 
 def together(networks: int, run: Path, *options: str) -> list[Done]:
-    """A whole run without a launcher; each process is told its place by hand."""
-    with background([program(run, *options)] * networks) as processes:
-        ends = [end_of(process, 150) for process in processes]
+    """A whole run without a launcher; each process is told its place by hand.
+
+    The processes are forked, and so cost no import of torch.
+    """
+    ends = programs(program(run, *options)[3:], _by_hand(networks), limit=150)
     assert not any(end.status for end in ends), ends
     return ends
 
@@ -76,16 +70,13 @@ def background(
     commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Programs that run meanwhile, with RANK, … when there are several; none outlives the block."""
-    place = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1"}
-    place |= {"MASTER_PORT": str(free_port())}
     processes: list[subprocess.Popen[str]] = []
     try:
-        for rank, command in enumerate(commands):
-            by_hand = place | {"RANK": str(rank)} if len(commands) > 1 else {}
+        for command, place in zip(commands, _by_hand(len(commands)), strict=True):
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=environment(**by_hand, **more),
+                    env=place | more,
                     cwd=cwd,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -98,6 +89,15 @@ def background(
             process.kill()
         for process in processes:
             process.communicate()
+
+
+def _by_hand(processes: int) -> list[dict[str, str]]:
+    """The environment of each process; one alone is told nothing."""
+    if processes == 1:
+        return [environment()]
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(free_port())}
+    return [environment(**place, RANK=str(rank)) for rank in range(processes)]
 
 
 def free_port() -> int:

@@ -152,10 +152,15 @@ def independent(
     return request.param, run
 
 
-def trained(networks: int, run: Path, *options: str) -> list[dict[str, Any]]:
-    """The networks at the end of two epochs under torchrun."""
-    done = finish(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
-    assert done.status == 0, done
+def trained(
+    networks: int, run: Path, *options: str, launcher: bool = False
+) -> list[dict[str, Any]]:
+    """The networks at the end of two epochs."""
+    if launcher:
+        done = finish(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
+        assert done.status == 0, done
+    else:
+        together(networks, run, *TINY, *options, "--epochs", "2")
     return [checkpoint(run, 2, network) for network in range(networks)]
 
 
@@ -169,7 +174,7 @@ def test_a_run_is_its_specification_and_resumes(
     name: str, independent: tuple[int, Path], tmp_path: Path
 ) -> None:
     method, (networks, alone), run = METHODS[name], independent, tmp_path / "run"
-    straight = trained(networks, run, *method.options)
+    straight = trained(networks, run, *method.options, launcher=name == "graft")
 
     before = models(alone, method.first_epoch, networks)
     specified = method.specified([{k: v.clone() for k, v in state.items()} for state in before])

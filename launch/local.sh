@@ -3,7 +3,7 @@
 # dist_graft train, e.g. launch/local.sh --config launch/configs/quickstart.yaml --run_dir runs/one
 #
 # What to change, or to set as an environment variable:
-#   NETWORKS   how many networks (all GPUs or cores)
+#   PROCESSES  how many processes (all GPUs or cores): a network each, or one of --runtime.replicas
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,4 @@ if ! type "${python[0]}" &>/dev/null; then
     exit 1
 fi
 exec "${python[@]}" -m dist_graft.population.launch --standalone \
-    --nproc-per-node="${NETWORKS:-auto}" -m dist_graft train "$@"
+    --nproc-per-node="${PROCESSES:-auto}" -m dist_graft train "$@"

@@ -7,7 +7,8 @@
 #   HEAD       name or address of one of the machines, which all can reach
 #   PORT       a port of HEAD that is free and open between the machines (29500)
 #   NODES      how many machines
-#   NETWORKS   how many networks on each machine (all GPUs or cores)
+#   PROCESSES  how many processes on each machine (all GPUs or cores): a network each, or one of
+#              --runtime.replicas
 #   RUN_DIR    folder of the run, on a disk that all machines share (runs/multinode)
 #   JOB        tells this start from other jobs at the same HEAD and PORT (dist_graft)
 #   PATIENCE   seconds to wait for the other machines (600)
@@ -29,7 +30,7 @@ if ! type "${python[0]}" &>/dev/null; then
     exit 1
 fi
 exec "${python[@]}" -m dist_graft.population.launch \
-    --nnodes="${NODES:?how many machines}" --nproc-per-node="${NETWORKS:-auto}" \
+    --nnodes="${NODES:?how many machines}" --nproc-per-node="${PROCESSES:-auto}" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of the first machine}:${PORT:-29500}" \
     --rdzv-id="$JOB" --rdzv-conf="join_timeout=$PATIENCE,read_timeout=$PATIENCE" \
     ${ADDRESS:+--local-addr="$ADDRESS"} \

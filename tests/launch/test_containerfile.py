@@ -61,6 +61,6 @@ def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
         else:
             assert name in ("FROM", "WORKDIR", "ENV")
     assert f"dist_graft {VERSION}" in output.splitlines()
-    done = finish([*program, *SMALL], timeout=150, cwd=tmp_path, **installed, NETWORKS="1")
+    done = finish([*program, *SMALL], timeout=150, cwd=tmp_path, **installed, PROCESSES="1")
     assert done.status == 0, done
     assert (tmp_path / "runs/one/summary.json").is_file()

@@ -20,7 +20,7 @@ SMALL = (
 
 def multinode(run: Path, **settings: str) -> Done:
     """One machine's part, which finds no other."""
-    place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "NETWORKS": "1"}
+    place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "PROCESSES": "1"}
     place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
     return finish([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
 
@@ -65,7 +65,7 @@ def test_an_environment_that_is_missing(script: str, tmp_path: Path) -> None:
 
 def test_this_machine(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = {"NETWORKS": "2", "PYTHON": sys.executable}
+    settings = {"PROCESSES": "2", "PYTHON": sys.executable}
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(run)]
     done = finish(script, timeout=150, **settings)
     assert done.status == 0, done
@@ -77,7 +77,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 def test_what_went_wrong_in_a_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(tmp_path / "run")]
-    settings = {"NETWORKS": "2", "PYTHON": sys.executable}
+    settings = {"PROCESSES": "2", "PYTHON": sys.executable}
     done = finish([*script, "--optim.lr", "1e30"], timeout=150, **settings)
     assert done.status == 1
     told(done, "has a weight", "not finite")

@@ -62,7 +62,7 @@ def test_a_job_outlives_preemption_a_lost_node_and_its_time_limit(
     run, straight, urgent = (tmp_path / name for name in ("run", "straight", "urgent"))
     job = submit(cluster, run, ENDLESS, "--nodes=2")
     undisturbed = submit(
-        cluster, straight, ENDLESS, "--partition=high", "--nodelist=n1", NETWORKS="2"
+        cluster, straight, ENDLESS, "--partition=high", "--nodelist=n1", PROCESSES="2"
     )
 
     def trains_again(restarts: int) -> None:

@@ -37,7 +37,7 @@ def started(
         subprocess.Popen(
             pair.on(host, [str(ROOT / "launch/multinode.sh"), *SMALL, *options]),
             env=environment(
-                **{"HEAD": hosts.NAMES[0], "NODES": "2", "NETWORKS": "1", "PATIENCE": "60"},
+                **{"HEAD": hosts.NAMES[0], "NODES": "2", "PROCESSES": "1", "PATIENCE": "60"},
                 **{"RUN_DIR": str(run), "PYTHON": sys.executable},
             )
             | settings,

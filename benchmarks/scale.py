@@ -257,10 +257,10 @@ def draw(rows: list[Row], path: Path, model: str, repetitions: int) -> None:
         _with_range(cpu, ks, [row.cpu for row in mine], look_)
         megabytes = [row.received / 1e6 for row in several]
         _with_range(against, megabytes, [row.moving for row in several], look_)
-        for row, place in zip(several, megabytes, strict=True):
-            at = (place, statistics.median(row.moving))
-            shift = (4, -12) if name == "p2p" else (4, 5)
-            against.annotate(f"K={row.networks}", at, shift, textcoords="offset points", fontsize=8)
+        if name == "all_gather":  # with p2p each receives as much whatever K is
+            for row, place in zip(several, megabytes, strict=True):
+                at, label = (place, statistics.median(row.moving)), f"K = {row.networks}"
+                against.annotate(label, at, (6, -10), textcoords="offset points", fontsize=8)
         _with_range(memory, ks, [row.memory for row in mine], look_)
         memory.plot(ks, [row.buckets for row in mine], **(plan_ | {"label": f"{name}, buckets"}))
     firsts = [row for row in rows if row.exchange == "p2p"]
@@ -291,8 +291,8 @@ def draw(rows: list[Row], path: Path, model: str, repetitions: int) -> None:
         f"{model}, gloo, one thread a process, {cores} cores;\n"
         f"medians of {repetitions} rounds, bars from least to most.\n"
         "In the chart of memory, dashed: the buckets.\n"
-        f"Beyond K = {cores} the networks share the cores:\n"
-        "wall time grows with K for that alone.",
+        f"Beyond K = {cores} the networks share the cores, so\n"
+        "wall time may grow with K for that alone.",
         fontsize=9,
         va="top",
         transform=notes.transAxes,

@@ -28,7 +28,6 @@ _FREE = (
     *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
     "data.skip_broken",  # a run without it ends at the first broken image, before it matters
 )
-REPLICAS = "runtime.replicas"
 _SCHEDULES_WITHOUT_END = ("constant", "step")
 
 
@@ -111,11 +110,12 @@ class RunDirectory:
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
         if before_networks != networks:
-            processes = _processes(networks, config.runtime.replicas)
+            replicas = int(before.get("runtime.replicas", 1))
+            together = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
-                f"{self.path} holds a run of {before_networks} networks, and {processes} were "
-                f"started: start {_processes(before_networks, before.get(REPLICAS, 1))}, or choose "
-                "another run_dir"
+                f"{self.path} holds a run of {before_networks} networks, and "
+                f"{networks * config.runtime.replicas} processes were started: start "
+                f"{before_networks * replicas}{together}, or choose another run_dir"
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
@@ -184,12 +184,6 @@ class RunDirectory:
                 "restore it, or choose another run_dir"
             )
         return None, []
-
-
-def _processes(networks: int, replicas: int) -> str:
-    if replicas == 1:
-        return f"{networks} processes"
-    return f"{networks * replicas} processes with --{REPLICAS} {replicas}"
 
 
 def network_folder(path: Path, network: int) -> Path:

@@ -262,13 +262,14 @@ def test_the_other_blocks_of_the_library_page(tmp_path: Path) -> None:
             "def build():",
             "    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))",
             "model, models = build(), [build(), build()]",
+            "device, networks, replicas = 'cpu', 2, 1",
         ],
         others,
         [
             "record = grafter.graft()",
             "assert len(after) == 2 and set(after[0]) == set(states[0])",
             "told = record.round",
-            "del grafter",
+            "del grafter, mesh",
         ],
     )
     assert rounds == [0, 0]

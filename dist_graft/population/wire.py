@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 _LOOK_AGAIN = 1.0
@@ -20,9 +21,11 @@ class WireError(Exception):
 
 @contextmanager
 def on_the_wire() -> Iterator[None]:
-    """Around collectives and nothing else: their RuntimeError becomes a WireError."""
+    """Around collectives and data-parallel steps: their RuntimeError becomes a WireError."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of a backward pass; no peer's doing
+        raise
     except RuntimeError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         # Gloo begins with a place in its source and ends with general advice.

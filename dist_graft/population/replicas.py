@@ -15,7 +15,7 @@ from dist_graft.errors import PeerError
 from dist_graft.population.agreement import gather_vectors
 from dist_graft.population.patience import Patience
 from dist_graft.population.presence import RollCall
-from dist_graft.population.wire import WireError, on_the_wire
+from dist_graft.population.wire import WireError, in_a_step, on_the_wire
 
 _ANSWER_SECONDS = 2.0  # for those of the network who are there to say so
 
@@ -82,7 +82,7 @@ class Replicas:
             return
         with (
             self._lost("a step"),
-            on_the_wire() if last else nullcontext(),
+            in_a_step() if last else nullcontext(),
             nullcontext() if last else self._wrapped.no_sync(),
         ):
             yield

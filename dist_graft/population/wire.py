@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 _LOOK_AGAIN = 1.0
 _PLACE = re.compile(r"^\[[^]]*\] *")
+_GLOO = re.compile(r"^\[[^]]*\bgloo\b")
 
 
 class WireError(Exception):
@@ -21,16 +21,31 @@ class WireError(Exception):
 
 @contextmanager
 def on_the_wire() -> Iterator[None]:
-    """Around collectives and data-parallel steps: their RuntimeError becomes a WireError."""
+    """Around collectives: their RuntimeError becomes a WireError."""
     try:
         yield
-    except torch.OutOfMemoryError:  # of a backward pass; no peer's doing
-        raise
     except RuntimeError as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Gloo begins with a place in its source and ends with general advice.
-        first = _PLACE.sub("", first).partition(". This is typically")[0]
-        raise WireError(first) from error
+        raise _wire_error(error) from error
+
+
+@contextmanager
+def in_a_step() -> Iterator[None]:
+    """Around data-parallel steps: only what the backend raises becomes a WireError.
+
+    A model may fail by itself there, with a RuntimeError as well.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _GLOO.match(str(error)):
+            raise _wire_error(error) from error
+        raise
+
+
+def _wire_error(error: RuntimeError) -> WireError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # Gloo begins with a place in its source and ends with general advice.
+    return WireError(_PLACE.sub("", first).partition(". This is typically")[0])
 
 
 def wait_for(

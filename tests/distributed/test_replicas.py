@@ -11,11 +11,13 @@ import torch.distributed as dist
 from architectures import State, build, lead_of, same_bits, snapshot
 from harness import Place, attempt, run
 from rounds import Mean
+from torch import nn
 
 from dist_graft import Graft, Grafter, GraftRecord, Wash, graft_units, mix
 from dist_graft.grafting.filter_level import FilterGraft, filter_links
 from dist_graft.grafting.rules import Rule
 from dist_graft.grafting.units import graft_tensors
+from dist_graft.population.replicas import Replicas
 
 ROUNDS = 2
 LAYOUTS = ((2, 2), (1, 3), (3, 1), (2, 3), (3, 2))
@@ -193,3 +195,41 @@ def test_processes_of_one_network_that_differ_are_refused() -> None:
     for kind, text in (third, fourth):
         assert kind == "DisagreementError"
         assert "the processes of network 1 differ in digest" in text
+
+
+class Failing(nn.Linear):
+    """Fails as a model does by itself, or as a device does."""
+
+    def __init__(self, error: RuntimeError | None) -> None:
+        super().__init__(2, 1)
+        self.error = error
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        return super().forward(inputs)
+
+
+def fail_in_a_step(place: Place, error: RuntimeError) -> object:
+    replicas = Replicas(dist.group.WORLD)
+    model = replicas.wrap(Failing(error if place.rank == 1 else None))
+
+    def step() -> None:
+        with replicas.backward(last=True):
+            model(torch.ones(1, 2)).sum().backward()
+
+    return attempt(step)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("2 GiB")],
+    ids=["of the model", "of memory"],
+)
+def test_an_error_of_the_model_in_a_step_is_its_own_and_a_lost_peer_to_the_others(
+    error: RuntimeError,
+) -> None:
+    (other, told), (kind, text) = run(fail_in_a_step, 2, error)
+    assert (kind, text) == (type(error).__name__, str(error))
+    assert other == "PeerError"
+    assert "lost another process of this network during a step" in told

@@ -12,7 +12,7 @@ from dist_graft.errors import ConfigError
 from dist_graft.validation import above_zero, at_least, require
 
 MOST_NETWORKS = 4096
-LOCAL = {"nccl": 4.0, "gloo": 0.5}
+LOCAL = {"nccl": 4.0, "gloo": 0.8}
 """GB/s of weights that a process measures, packs, compares and blends: of a GPU an assumption (some
 50 microseconds for each piece of a tensor, the kernels' starts), of one core
 from the CPU time of rounds in benchmarks/scale.py (docs/scale.md)."""

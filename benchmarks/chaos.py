@@ -162,8 +162,9 @@ class Run:
 def command(path: Path, options: argparse.Namespace) -> list[str]:
     """Of one run: small, with rounds and checkpoint sets inside its epochs."""
     argv = torchrun(
-        options.networks,
+        options.networks * options.replicas,
         path,
+        *("--runtime.replicas", str(options.replicas)),
         *("--epochs", str(options.epochs), "--seed", "7", "--method", options.method),
         *("--data.train_samples", "512", "--data.batch_size", "16", "--model.name", "resnet8"),
         *("--graft.every_steps", "10", "--checkpoint.every_minutes", "0.02"),
@@ -211,7 +212,8 @@ class Chaos:
     def _fault(self, run: Run) -> None:
         kind = self.to_come.pop()
         workers, sets, starts = run.workers(), run.sets(), run.starts
-        if len(workers) < self._options.networks or (kind == "corrupt" and len(sets) < SETS_KEPT):
+        processes = self._options.networks * self._options.replicas
+        if len(workers) < processes or (kind == "corrupt" and len(sets) < SETS_KEPT):
             self.to_come.insert(0, kind)  # between two lives, or nothing to go on from
             return
         went_on = len(run.gone_on_from())
@@ -256,7 +258,7 @@ class Chaos:
             run.launcher.send_signal(signal.Signals[way])
             return f"{way} to torchrun"
         number = signal.SIGSTOP if kind == "stop" else signal.SIGKILL
-        way = f"{number.name} to a network"
+        way = f"{number.name} to a process"
         if kind == "corrupt":
             way = self._draw.choice(WAYS_TO_CORRUPT)
             newest = sets.pop(max(sets))[1]
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims")
     parser.add_argument("--networks", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=1, help="processes of each network")
     parser.add_argument("--epochs", type=int, default=12, help="of a run")
     parser.add_argument("--method", default="graft")
     parser.add_argument("--pause", type=float, default=5.0, help="longest seconds between faults")
@@ -305,7 +308,8 @@ def main() -> None:
 
     print(machine())
     print(
-        f"{options.networks} x resnet8 on 512 images of fashion-mini, method {options.method}, "
+        f"{options.networks} x resnet8 on 512 images of fashion-mini, processes of a network: "
+        f"{options.replicas}, method {options.method}, "
         f"{options.epochs} epochs of 32 steps, rounds every 10 steps, checkpoint sets every 1.2 s "
         f"and every epoch; a fault 0 to {options.pause:g} s after training is under way; "
         f"seed {options.seed}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import sys
@@ -30,6 +31,7 @@ def launch(argv: list[str]) -> int:
     What became of the processes is shown in torchrun's table, without its traceback.
     """
     options = parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which tells of it at length
     head = options.rdzv_endpoint
     conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
     if head:

@@ -70,8 +70,16 @@ class Place:
         return replace(self, replicas=replicas)
 
     def cpu_share(self) -> int:
-        """Cores that the process may count as its own, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        """Cores that the process may count as its own, at least 1.
+
+        Under Slurm at most those of the job's step: where nothing binds a task to its cores
+        (TaskPlugin=task/none), it may run on all of the machine's.
+        """
+        cores = len(os.sched_getaffinity(0))
+        allotted = os.environ.get("SLURM_CPUS_ON_NODE", "")
+        if allotted.isdecimal():
+            cores = min(cores, int(allotted))
+        return max(1, cores // self.local_world_size)
 
 
 def uneven(replicas: int, found: str) -> ConfigError:

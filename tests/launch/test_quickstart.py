@@ -26,3 +26,4 @@ def test_quickstart(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert len(summary["networks"]) == 2
     assert f"tensorboard --logdir {tmp_path}/run" in done.stdout
+    assert "OMP_NUM_THREADS" not in done.stderr, "torchrun's notice comes before all else"

@@ -24,6 +24,18 @@ def test_the_processes_of_a_network_are_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
+    ("allotted", "here", "share"),
+    [("", 1, 8), ("", 3, 2), ("4", 1, 4), ("4", 3, 1), ("64", 2, 4), ("1", 2, 1), ("x", 1, 8)],
+)
+def test_cores_are_those_of_the_job(
+    allotted: str, here: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", allotted)
+    assert Place(0, here, 0, here).cpu_share() == share
+
+
+@pytest.mark.parametrize(
     ("processes", "here", "replicas"),
     [(1, 1, 1), (3, 2, 1), (3, 1, 1), (4, 4, 2), (8, 4, 2), (8, 4, 8), (8, 2, 4), (3, 3, 3)],
 )

@@ -116,7 +116,7 @@ def test_the_table_says_where_the_time_went(
     shown = {row.split()[0]: row.split()[1:] for row in rows}
     assert shown["step"][0] == "3"
     assert shown["evaluation"][0] == "1"
-    assert float(shown["step"][1]) > 0
+    assert float(shown["step"][2]) > 0  # its milliseconds may be too few to be seen
     assert shown["aten::exp"][0] == "3"
 
 

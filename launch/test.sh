@@ -11,4 +11,11 @@ echo "mypy" && mypy
 echo "import-linter" && lint-imports
 echo "shellcheck" && shellcheck launch/*.sh launch/*.sbatch .ci/run
 echo "hadolint" && hadolint launch/Containerfile
-echo "pytest" && python -m pytest "$@"
+tests=(python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile)
+tests+=(--no-loadscope-reorder --durations=10)
+if [ $# -gt 0 ]; then
+    echo "pytest $*" && "${tests[@]}" "$@"
+else
+    echo "pytest, fast ones" && "${tests[@]}" -m "not slow"
+    echo "pytest, slow ones" && "${tests[@]}" -m slow
+fi

@@ -19,7 +19,7 @@ def need(programs: Sequence[str], packages: Sequence[str]) -> None:
         cannot(f"{' '.join(packages)} must be installed, which only root can, with apt-get")
     for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         done = subprocess.run(
-            ["apt-get", "--quiet", *words],
+            ["apt-get", "--quiet", "-o", "DPkg::Lock::Timeout=200", *words],
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
             stdin=subprocess.DEVNULL,
             capture_output=True,

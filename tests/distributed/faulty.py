@@ -2,8 +2,10 @@
 
     python faulty.py WAY NETWORK STEP ... -- train --run_dir RUN ...
 
-The steps are counted over the process's whole life. A file beside the run directory remembers that
-a fault happened, so that processes that are started again live on.
+The steps are counted over the process's whole life. STEP@EPOCH waits at that step until the
+checkpoint set of so many epochs, which is written beside the training, is complete or has failed. A
+file beside the run directory remembers that a fault happened, so that processes that are started
+again live on.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dist_graft.__main__ import main
 
 SLOW_SECONDS = 0.3
+SET_SECONDS = 60.0
 
 
 def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
@@ -45,8 +48,20 @@ def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
-def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
+def wait_for_set(run: Path, epochs: int) -> None:
+    """Until the set of so many epochs is complete or has failed."""
+    name = f"epoch_{epochs:04d}"
+    deadline = time.monotonic() + SET_SECONDS
+    while not (run / "checkpoints" / name / "COMPLETE.json").exists() and not any(
+        f"{name} is not complete" in log.read_text() for log in run.glob("network*/log.txt")
+    ):
+        assert time.monotonic() < deadline, f"nothing became of the set {name}"
+        time.sleep(0.01)
+
+
+def inject(way: str, network: int, when: str, run: Path, once: Path) -> None:
     """Have the fault happen after a step of this process, if it trains that network."""
+    step, _, epochs = when.partition("@")
     if int(os.environ.get("RANK", "0")) != network:
         return
     steps = 0
@@ -56,7 +71,9 @@ def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
         steps += 1
         if way == "slow":
             time.sleep(SLOW_SECONDS)
-        elif steps == step and not once.exists():
+        elif steps == int(step) and not once.exists():
+            if epochs:
+                wait_for_set(run, int(epochs))
             once.touch()
             fail(way, optimizer, run)
 
@@ -68,8 +85,8 @@ if __name__ == "__main__":
     faults, arguments = sys.argv[1:split], sys.argv[split + 1 :]
     run = Path(arguments[arguments.index("--run_dir") + 1])
     for number in range(0, len(faults), 3):
-        way, network, step = faults[number : number + 3]
+        way, network, when = faults[number : number + 3]
         once = run.with_name(f"{run.name}.{way}{number}")
-        inject(way, int(network), int(step), run, once)
+        inject(way, int(network), when, run, once)
     sys.argv[1:] = arguments
     sys.exit(main())

@@ -16,7 +16,7 @@ FAULTS = 5
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_and_the_weights_are_the_same() -> None:
-    options = ("--faults", str(FAULTS), "--seed", "2", "--pause", "4", "--epochs", "8")
+    options = ("--faults", str(FAULTS), "--seed", "2", "--pause", "2", "--epochs", "6")
     done = finish([sys.executable, str(CHAOS), *options], timeout=590)
     assert done.status == 0, done
     assert f"faults: {FAULTS}, recoveries: {FAULTS}" in done.output, done

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,16 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def independent(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Path]:
-    """Two epochs of the same networks without a round."""
-    run = tmp_path_factory.mktemp("independent") / "run"
-    together(request.param, run, *TINY, "--method", "none", "--epochs", "2")
-    return request.param, run
+def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Two epochs of so many of the same networks without a round; trained once."""
+
+    @cache
+    def runs(networks: int) -> Path:
+        run = tmp_path_factory.mktemp("independent") / "run"
+        together(networks, run, *TINY, "--method", "none", "--epochs", "2")
+        return run
+
+    return runs
 
 
 def trained(
@@ -169,11 +173,11 @@ def models(run: Path, epoch: int, networks: int) -> list[State]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("independent", "name"), CASES, indirect=["independent"])
+@pytest.mark.parametrize(("networks", "name"), CASES)
 def test_a_run_is_its_specification_and_resumes(
-    name: str, independent: tuple[int, Path], tmp_path: Path
+    networks: int, name: str, independent: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    method, (networks, alone), run = METHODS[name], independent, tmp_path / "run"
+    method, alone, run = METHODS[name], independent(networks), tmp_path / "run"
     straight = trained(networks, run, *method.options, launcher=name == "graft")
 
     before = models(alone, method.first_epoch, networks)
@@ -194,9 +198,11 @@ def test_a_run_is_its_specification_and_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("independent", [2, 4], indirect=True)
-def test_grafted_students_of_a_teacher(independent: tuple[int, Path], tmp_path: Path) -> None:
-    networks, alone = independent
+@pytest.mark.parametrize("networks", [2, 4])
+def test_grafted_students_of_a_teacher(
+    networks: int, independent: Callable[[int], Path], tmp_path: Path
+) -> None:
+    alone = independent(networks)
     teacher = alone / "checkpoints/epoch_0002/network00.pt"
     taught = ("--distill.teachers", f"[{teacher}]")
     together(networks, tmp_path / "apart", *TINY, *taught, "--method", "none", "--epochs", "1")

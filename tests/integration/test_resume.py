@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import background, children, end_of, finish, is_alive, saved, torchrun, wait_until
+from launching import background, children, is_alive, saved, together, torchrun, wait_until
 from reading import assert_same_bits, checkpoint, metrics, pictures, scalars, texts
 
 NETWORKS = (0, 1, 2)
@@ -34,9 +34,7 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
     straight, interrupted = folder / "straight", folder / "interrupted"
-    done = finish(torchrun(3, straight, *OPTIONS), timeout=150)
-    assert done.status == 0, done
-
+    together(3, straight, *OPTIONS)
     with background([torchrun(3, interrupted, *OPTIONS)]) as (launcher,):
         wait_until(saved(interrupted, 1), "the first complete set", meanwhile=[launcher])
         workers = children(launcher)
@@ -53,9 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     sets = [int(path.parent.name[-4:]) for path in interrupted.glob("checkpoints/*/COMPLETE.json")]
     before = (interrupted / "network00/log.txt").read_text()
 
-    with background([torchrun(3, interrupted, *OPTIONS)]) as (launcher,):
-        done = end_of(launcher, 150)
-    assert done.status == 0, done
+    together(3, interrupted, *OPTIONS)
     log = (interrupted / "network00/log.txt").read_text().removeprefix(before)
     return Runs(straight, interrupted, orphans, max(sets), log)
 

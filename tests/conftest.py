@@ -39,6 +39,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(config.stash[_status])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that may take longest first: else they come last, and the other cores wait for them."""
+    items.sort(key=_longest, reverse=True)  # keeps the order of equals
+
+
+def _longest(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else 0.0
+
+
 @pytest.fixture(autouse=True)
 def _nothing_leaks():
     """A test that leaves a process group or a child process behind fails."""

@@ -22,6 +22,7 @@ from reporting import machine, ratios, spread, table, verdict
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import build_trainee
 from dist_graft.training.data import Data, load_data
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    keep_freed_memory()  # as a run on the CPU does, for both loops
     torch.set_num_threads(options.threads)
 
     print(machine())

@@ -23,6 +23,7 @@ from dist_graft.population.exchange import world
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place, uneven
 from dist_graft.population.presence import RollCall
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.population.replicas import Replicas
 from dist_graft.population.store import AnsweringStore
 from dist_graft.population.wire import WireError, on_the_wire, wait_for
@@ -150,6 +151,8 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
     """
     device = choose_device(config.device, place)
     torch.set_num_threads(config.threads or place.cpu_share())
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("runtime.precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
     if config.sync_bn and place.replicas > 1 and device.type == "cpu":

@@ -1,0 +1,50 @@
+"""What a process asks of the system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+from dist_graft.population.process import keep_freed_memory
+import torch
+
+def step():
+    parts = [torch.ones(1 << 20) for _ in range(8)]
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+keep_freed_memory()
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+print(faults() - before)
+"""
+PAGES = 10 * 8 * (4 << 20) // os.sysconf("SC_PAGE_SIZE")
+"""Of ten steps."""
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "come_anew"), [({}, False), ({"TRIM": "131072", "MMAP": "65536"}, True)]
+)
+def test_memory_that_was_freed_is_kept_unless_the_environment_has_its_own_thresholds(
+    thresholds: dict[str, str], come_anew: bool
+) -> None:
+    given = {f"MALLOC_{name}_THRESHOLD_": value for name, value in thresholds.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=os.environ | given,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    pages = int(done.stdout)
+    assert pages > PAGES / 2 if come_anew else pages < PAGES / 20

@@ -1,4 +1,4 @@
-"""One process of a run: it dies with its launcher, stops on a signal, and says why it failed."""
+"""One process of a run: dies with its launcher, keeps its memory, stops on a signal, says why."""
 
 from __future__ import annotations
 

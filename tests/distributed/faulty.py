@@ -2,10 +2,9 @@
 
     python faulty.py WAY NETWORK STEP ... -- train --run_dir RUN ...
 
-The steps are counted over the process's whole life. STEP@EPOCH waits at that step until the
-checkpoint set of so many epochs, which is written beside the training, is complete or has failed. A
-file beside the run directory remembers that a fault happened, so that processes that are started
-again live on.
+The steps are counted over the process's whole life. A checkpoint set that is being written beside
+them is waited for first. A file beside the run directory remembers that a fault happened, so that
+processes that are started again live on.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,20 +48,16 @@ def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
-def wait_for_set(run: Path, epochs: int) -> None:
-    """Until the set of so many epochs is complete or has failed."""
-    name = f"epoch_{epochs:04d}"
-    deadline = time.monotonic() + SET_SECONDS
-    while not (run / "checkpoints" / name / "COMPLETE.json").exists() and not any(
-        f"{name} is not complete" in log.read_text() for log in run.glob("network*/log.txt")
-    ):
-        assert time.monotonic() < deadline, f"nothing became of the set {name}"
-        time.sleep(0.01)
+def wait_for_set() -> None:
+    """Until the set under way is complete or has failed, for all that this process knows."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint "):
+            thread.join(SET_SECONDS)
+            assert not thread.is_alive(), f"nothing became of {thread.name}"
 
 
-def inject(way: str, network: int, when: str, run: Path, once: Path) -> None:
+def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
     """Have the fault happen after a step of this process, if it trains that network."""
-    step, _, epochs = when.partition("@")
     if int(os.environ.get("RANK", "0")) != network:
         return
     steps = 0
@@ -71,9 +67,8 @@ def inject(way: str, network: int, when: str, run: Path, once: Path) -> None:
         steps += 1
         if way == "slow":
             time.sleep(SLOW_SECONDS)
-        elif steps == int(step) and not once.exists():
-            if epochs:
-                wait_for_set(run, int(epochs))
+        elif steps == step and not once.exists():
+            wait_for_set()
             once.touch()
             fail(way, optimizer, run)
 
@@ -85,8 +80,8 @@ if __name__ == "__main__":
     faults, arguments = sys.argv[1:split], sys.argv[split + 1 :]
     run = Path(arguments[arguments.index("--run_dir") + 1])
     for number in range(0, len(faults), 3):
-        way, network, when = faults[number : number + 3]
+        way, network, step = faults[number : number + 3]
         once = run.with_name(f"{run.name}.{way}{number}")
-        inject(way, int(network), when, run, once)
+        inject(way, int(network), int(step), run, once)
     sys.argv[1:] = arguments
     sys.exit(main())

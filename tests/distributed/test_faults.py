@@ -111,14 +111,14 @@ class TestADivergedNetwork:
 
     def test_ends_the_run_when_it_is_asked_to(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        command = faulty(3, run, f"nan 1 {STEPS + 2}@1", "--on_divergence", "abort")
+        command = faulty(3, run, f"nan 1 {STEPS + 2}", "--on_divergence", "abort")
         done = finish(command, timeout=150)
         told(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
         assert sets(run) == ["epoch_0001"]
 
     def test_all_of_them_end_the_run_and_the_last_good_set_stays(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        faults = f"nan 0 {STEPS + 2}@1 nan 1 {STEPS + 2}@1"
+        faults = f"nan 0 {STEPS + 2} nan 1 {STEPS + 2}"
         done = finish(faulty(2, run, faults), timeout=150)
         told(done, "network 0 has a weight", "network 1 has a weight")
         assert sets(run) == ["epoch_0001"]
@@ -141,7 +141,7 @@ class TestADivergedNetwork:
 class TestADeadNetwork:
     def test_the_launcher_goes_on_by_itself(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        faults = f"kill 0 {STEPS + 3}@1 raise 1 {STEPS + 1}@1 exit 2 {STEPS + 2}@1"
+        faults = f"kill 0 {STEPS + 3} raise 1 {STEPS + 1} exit 2 {STEPS + 2}"
         done = finish(faulty(3, run, faults, restarts=True), timeout=250)
         assert done.status == 0, done
         assert_ends_as(straight, run)
@@ -178,11 +178,10 @@ class TestADiskThatRefuses:
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
-        faults = f"full 1 {STEPS + 2}@1 space 1 {3 * STEPS + 2}@2"
+        faults = f"full 1 {STEPS + 2} space 1 {3 * STEPS + 2}"
         done = finish(faulty(3, run, faults, "--checkpoint.keep", "9"), timeout=150)
         assert done.status == 0, done
-        # That of epoch 3 may be under way when the disk has space again.
-        assert sorted({*sets(run)} - {"epoch_0003"}) == ["epoch_0001", "epoch_0004"]
+        assert sets(run) == ["epoch_0001", "epoch_0004"]
         assert_ends_as(straight, run)
         assert "epoch_0002 is not complete" in done.output
         assert "File too large" in done.output
@@ -191,7 +190,7 @@ class TestADiskThatRefuses:
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(3, run, f"vanish 1 {STEPS + 2}@1"), timeout=150)
+        done = finish(faulty(3, run, f"vanish 1 {STEPS + 2}"), timeout=150)
         assert done.status == 0, done
         for network in range(3):
             states = [checkpoint(path, EPOCHS, network)["model"] for path in (straight, run)]
@@ -208,7 +207,7 @@ class TestADiskThatRefuses:
     def test_too_many_failures_in_a_row_end_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
-        done = finish(faulty(2, run, f"full 1 {STEPS + 2}@1", *options), timeout=150)
+        done = finish(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
         told(done, "2 checkpoint sets in a row", "File too large", "network01.pt")
         assert sets(run) == ["epoch_0001"]
 
@@ -216,14 +215,14 @@ class TestADiskThatRefuses:
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(3, run, f"full 2 {3 * STEPS + 2}@3"), timeout=150)
+        done = finish(faulty(3, run, f"full 2 {3 * STEPS + 2}"), timeout=150)
         told(done, "the last checkpoint set is not complete", "network02.pt")
         together(3, run, *OPTIONS)
         assert_ends_as(straight, run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["graft", "papa", "wash", "none"])
+@pytest.mark.parametrize("method", ["graft", "average", "papa", "wash", "none"])
 def test_sets_between_epochs_go_on_exactly(method: str, tmp_path: Path) -> None:
     """A set every 0.6 seconds, at whatever step the networks are; then one network is killed."""
     run, straight = tmp_path / "run", tmp_path / "straight"

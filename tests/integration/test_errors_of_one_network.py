@@ -129,7 +129,6 @@ class TestRunDirectory:
         told(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
         assert (tmp_path / "file").read_text() == "here"
 
-    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
     def test_a_folder_that_takes_no_files(self, alone: Alone) -> None:
         told(alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir")
 

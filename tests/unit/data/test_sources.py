@@ -68,7 +68,9 @@ def test_damaged_idx_is_named(tmp_path, content, reason):
         read_idx(path)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(idx(np.zeros(9)))[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(idx(np.zeros(9)))[:-9]], ids=["not gzip", "cut short"]
+)
 def test_damaged_gzip_is_named(tmp_path, content):
     path = tmp_path / "labels.gz"
     path.write_bytes(content)

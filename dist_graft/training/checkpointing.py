@@ -200,9 +200,8 @@ class Checkpoints:
                 f"(--checkpoint.max_failures {self._max_failures}): {outcome.failure}"
             )
         self._log.warning(
-            "checkpoint set %s is not complete: %s; training goes on, and what was saved before "
-            "stays",
-            *(outcome.path, outcome.failure),
+            "checkpoint set %s is not complete: %s; %swhat was saved before stays",
+            *(outcome.path, outcome.failure, "" if last else "training goes on, and "),
         )
         return outcome.failure
 

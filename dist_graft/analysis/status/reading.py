@@ -139,9 +139,9 @@ def _read_object(path: Path, problems: list[str]) -> Fields | None:
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Fields]:
-    """The objects at a file's end."""
-    text = _read_text(path, problems, tail=True)
-    lines = [_parsed(line) for line in (text or "").splitlines()]
+    """The objects at a file's end; a line without an end is being written, or was cut off."""
+    text = _read_text(path, problems, tail=True) or ""
+    lines = [_parsed(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     torn = lines.count(None)
     if torn:
         problems.append(f"{path}: {torn} of the last {len(lines)} lines cannot be read")

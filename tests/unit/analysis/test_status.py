@@ -188,9 +188,17 @@ class TestBrokenFiles:
             with pytest.raises(RunDirectoryError, match="is no run directory"):
                 read_run(path)
 
+    @pytest.mark.parametrize("short", [1, 30])
+    def test_a_line_that_is_being_written_is_not_there_yet(self, run: Path, short: int) -> None:
+        path = run / "network01/metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-short])
+        found = read_run(run)
+        assert not found.problems
+        assert [network.last["epoch"] for network in found.networks if network.last] == [2, 1]
+
     def test_a_torn_line_is_named_and_the_one_before_it_counts(self, run: Path) -> None:
         path = run / "network01/metrics.jsonl"
-        path.write_bytes(path.read_bytes()[:-30])
+        path.write_bytes(path.read_bytes()[:-30] + b"\n")
         say(run, 0)
         say(run, 1)
         text = look(run)[1]

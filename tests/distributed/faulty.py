@@ -3,8 +3,9 @@
     python faulty.py WAY NETWORK STEP ... -- train --run_dir RUN ...
 
 The steps are counted over the process's whole life. A checkpoint set that is being written beside
-them is waited for first. A file beside the run directory remembers that a fault happened, so that
-processes that are started again live on.
+them is waited for first; `lose` is a `kill` at the first step from that one on at which there is a
+complete set, and holds up nobody. A file beside the run directory remembers that a fault happened,
+so that processes that are started again live on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
     """Do to this process what the way says."""
     if way == "raise":
         raise RuntimeError("injected")
-    if way == "kill":
+    if way in ("kill", "lose"):
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -56,6 +57,15 @@ def wait_for_set() -> None:
             assert not thread.is_alive(), f"nothing became of {thread.name}"
 
 
+def comes(way: str, steps: int, step: int, run: Path) -> bool:
+    """Whether the fault is to happen after so many steps."""
+    if way == "lose":
+        return steps >= step and any(run.glob("checkpoints/*/COMPLETE.json"))
+    if steps == step:
+        wait_for_set()
+    return steps == step
+
+
 def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
     """Have the fault happen after a step of this process, if it trains that network."""
     if int(os.environ.get("RANK", "0")) != network:
@@ -67,8 +77,7 @@ def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
         steps += 1
         if way == "slow":
             time.sleep(SLOW_SECONDS)
-        elif steps == step and not once.exists():
-            wait_for_set()
+        elif comes(way, steps, step, run) and not once.exists():
             once.touch()
             fail(way, optimizer, run)
 

@@ -20,6 +20,7 @@ from reporting import machine, ratios, spread, table, verdict
 from torch import nn
 
 from dist_graft.config import ModelConfig
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.training.clock import Position
 from dist_graft.training.models import build_model
 from dist_graft.training.saving import SetWriter
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", help="whose state is saved")
     parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(1)
 
     model, optimizer = trained(options.model, torch.randn(2, 3, 64, 64))

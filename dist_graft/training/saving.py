@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_graft.errors import DistGraftError, RunDirectoryError
@@ -75,14 +76,17 @@ class SetWriter:
         under_way: Future[Outcome] = Future()
         self._under_way = under_way
         self._given_up.clear()
+        returning = threading.Event()
 
         def write() -> None:
+            returning.wait()  # else the interpreter may serve this thread first for a while
             try:
                 under_way.set_result(self._write(label, path, position, copied))
             except BaseException as error:  # noqa: BLE001  told to who waits for it
                 under_way.set_exception(error)
 
         threading.Thread(target=write, name=f"checkpoint {label}", daemon=True).start()
+        returning.set()
 
     @property
     def busy(self) -> bool:
@@ -153,22 +157,22 @@ class SetWriter:
         return _WRITTEN
 
 
+@torch.no_grad()
 def in_host_memory(value: Any) -> Any:
     """A copy whose tensors are on the CPU; those that are the same stay the same one."""
-    copies: dict[Hashable, Tensor] = {}
+    return _copied(value, {})
 
-    def copied(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            place = (place_of(part), part.shape, part.stride())
-            if place not in copies:
-                copies[place] = part.detach().to("cpu", copy=True)
-            return copies[place]
-        if isinstance(part, dict):
-            whole = copy(part)  # with what a state dict holds beside its keys
-            whole.update((key, copied(inner)) for key, inner in part.items())
-            return whole
-        if isinstance(part, list | tuple):
-            return type(part)(copied(inner) for inner in part)
-        return part
 
-    return copied(value)
+def _copied(part: Any, copies: dict[Hashable, Tensor]) -> Any:
+    if isinstance(part, Tensor):
+        place = (place_of(part), part.shape, part.stride())
+        if place not in copies:
+            copies[place] = part.to("cpu", copy=True)
+        return copies[place]
+    if isinstance(part, dict):
+        whole = copy(part)  # with what a state dict holds beside its keys
+        whole.update((key, _copied(inner, copies)) for key, inner in part.items())
+        return whole
+    if isinstance(part, list | tuple):
+        return type(part)(_copied(inner, copies) for inner in part)
+    return part

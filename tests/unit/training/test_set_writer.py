@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
@@ -244,6 +246,17 @@ class TestInHostMemory:
         assert torch.equal(copied[1].view(torch.int32), odd.view(torch.int32))
         assert copied[2].item() == 2**60
         assert copied[3].item() is True
+
+    def test_the_copies_go_with_the_last_that_needs_them(self) -> None:
+        """At once, so that the next set finds their memory free; not when garbage is collected."""
+        copied = in_host_memory({"model": [torch.rand(3, 4)]})
+        copy = weakref.ref(copied["model"][0])
+        gc.disable()
+        try:
+            del copied
+            assert copy() is None
+        finally:
+            gc.enable()
 
     def test_a_state_dict_stays_one(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))

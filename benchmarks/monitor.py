@@ -26,6 +26,7 @@ from dist_graft.monitoring.history import Pacing
 from dist_graft.monitoring.log import close_log, open_log
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.population.record import GraftRecord
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import build_trainee
@@ -148,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 1 <= options.epochs <= 5:
         parser.error("--epochs must be from 1 to 5")
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(1)
     print(machine())
     print(

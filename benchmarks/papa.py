@@ -25,6 +25,7 @@ from dist_graft import Grafter, Papa
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.population.runtime import Runtime
 from dist_graft.training.assembly import build_trainee
 from dist_graft.training.data import load_data
@@ -46,6 +47,7 @@ class Seen:
 
 def watch(rank: int, options: argparse.Namespace, folder: str) -> Seen:
     """Train both ways in one of the processes; all of them must run this."""
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

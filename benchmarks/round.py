@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from dist_graft import Grafter
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
+from dist_graft.population.process import keep_freed_memory
 from dist_graft.training.models import build_model
 
 EXCHANGE_TARGETS = {"all_gather": 1.3, "p2p": 1.9}
@@ -99,6 +100,7 @@ def meet(rank: int, plan: Plan) -> nn.Module:
 
 def watch_time(rank: int, plan: Plan) -> Seen:
     """Time rounds and references in one of the processes; all of them must run this."""
+    keep_freed_memory()  # as a run does
     model = meet(rank, plan)
     start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     leads = [model.state_dict()[unit.lead] for unit in graft_units(model)]

@@ -85,8 +85,10 @@ class SetWriter:
             except BaseException as error:  # noqa: BLE001  told to who waits for it
                 under_way.set_exception(error)
 
-        threading.Thread(target=write, name=f"checkpoint {label}", daemon=True).start()
-        returning.set()
+        try:
+            threading.Thread(target=write, name=f"checkpoint {label}", daemon=True).start()
+        finally:
+            returning.set()
 
     @property
     def busy(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from launching import is_alive, told_by_kernel
 
 # A shared machine is slow at times: no example has a deadline, and no speed is a failure.
 settings.register_profile(
@@ -66,7 +67,7 @@ def _children() -> set[str]:
     """Running child processes, without multiprocessing's own servers, which live on."""
     children = {f"{child.pid} {child.name}" for child in multiprocessing.active_children()}
     for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in _text(listing).split():
+        for pid in told_by_kernel(listing).split():
             command = _command(Path("/proc") / pid)
             if command and "from multiprocessing." not in command:
                 children.add(f"{pid} {command}")
@@ -75,16 +76,7 @@ def _children() -> set[str]:
 
 def _command(process: Path) -> str:
     """Command line of a process; nothing when it has ended, waited for or not."""
-    while not (command := _text(process / "cmdline")):  # empty also while it is being started
-        state = _text(process / "stat").rpartition(")")[2].split()
-        if not state or state[0] in "ZX":
+    while not (command := told_by_kernel(process / "cmdline")):  # empty also while it starts
+        if not is_alive(int(process.name)):
             break
     return command.replace("\0", " ").strip()
-
-
-def _text(path: Path) -> str:
-    """What the file says; nothing when its process or thread has ended since."""
-    try:
-        return path.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

@@ -132,21 +132,27 @@ def saved(run: Path, epochs: int) -> Callable[[], bool]:
 
 def children(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of a launcher's workers, in the order of their ranks."""
-    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    lists = map(told_by_kernel, Path(f"/proc/{process.pid}/task").glob("*/children"))
     workers = {}
-    for pid in (int(child) for children in lists for child in children.read_text().split()):
-        told_rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
-        if told_rank:
-            workers[int(told_rank.group(1))] = pid
+    for pid in (int(child) for pids in lists for child in pids.split()):
+        rank = re.search(r"\0RANK=(\d+)", told_by_kernel(Path(f"/proc/{pid}/environ")))
+        if rank:
+            workers[int(rank.group(1))] = pid
     return [workers[rank] for rank in sorted(workers)]
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
+    state = told_by_kernel(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return bool(state) and state[0] not in "ZX"
+
+
+def told_by_kernel(path: Path) -> str:
+    """A file below /proc; nothing when its process or thread has ended since."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return path.read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
 
 
 def told(done: Done, *parts: str, log: Path | None = None) -> str:

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from launching import is_alive, wait_until
 
 from dist_graft.config import DataConfig
 from dist_graft.population.process import SIGNALS
@@ -66,21 +67,6 @@ def first_line(process: Trainer) -> str:
     return process.stdout.readline().strip()
 
 
-def runs(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def send_all(pids: list[int]) -> None:
     for pid in pids:
         for number in SIGNALS:
@@ -96,7 +82,7 @@ def test_only_the_trainer_ends_its_loader_workers(image_root):
         assert out == "10\n", errors
         assert errors.strip().endswith("RuntimeError: the traceback keeps the loader alive")
         assert len(pids) == 2
-        assert not any(map(runs, pids))
+        assert not any(map(is_alive, pids))
 
 
 def test_a_worker_is_shielded_from_its_first_moment(image_root):
@@ -119,9 +105,9 @@ def test_workers_end_when_their_trainer_is_killed(image_root):
     with trainer(TAKES_TURNS, image_root) as process:
         pids = [int(pid) for pid in first_line(process).split()]
         send_all(pids)
-        assert all(map(runs, pids))
+        assert all(map(is_alive, pids))
         process.kill()
-        wait_until(lambda: not any(map(runs, pids)), seconds=30)
+        wait_until(lambda: not any(map(is_alive, pids)), "the end of the workers", seconds=30)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -135,7 +121,7 @@ def test_workers_end_when_their_batches_are_not_wanted_any_more(image_root, work
     pids = [process.pid for process in multiprocessing.active_children()]
     assert len(pids) == workers
     del batches
-    assert not any(map(runs, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_the_trainer_takes_its_signals_while_workers_are_alive(image_root):

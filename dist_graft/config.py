@@ -201,7 +201,7 @@ class RuntimeConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """auto: NCCL when every process of the machine has a GPU of its own, gloo otherwise."""
+    """auto: NCCL when every process has a GPU of its own, gloo otherwise."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; the weights stay fp32. fp16 scales the loss (GPU)."""
     replicas: int = 1

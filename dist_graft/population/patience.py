@@ -15,6 +15,7 @@ class Patience:
 
     Args:
         seconds: until the first epoch is over: starting, compiling and a cold disk take long.
+            Longer for a process whose own epoch is over, if that was long.
         epochs: afterwards, so many times the longest epoch that any network has taken; at least
             a minute, or `seconds` where that is less.
     """
@@ -22,18 +23,27 @@ class Patience:
     def __init__(self, seconds: float, *, epochs: float) -> None:
         self._at_first = seconds
         self._epochs = epochs
-        self._longest = 0.0
+        self._longest = self._own = 0.0
 
     @property
     def seconds(self) -> float:
         """How long to wait now."""
         if not self._longest:
-            return self._at_first
+            return max(self._at_first, self._epochs * self._own)
         return max(min(_LEAST_SECONDS, self._at_first), self._epochs * self._longest)
+
+    @property
+    def longest_wait(self) -> float:
+        """No wait so far, and none that may begin now, is longer."""
+        return max(self._at_first, self.seconds)
 
     def learn(self, epoch_seconds: float) -> None:
         """An epoch of some network took so long, from its first step to the next one's."""
         self._longest = max(self._longest, epoch_seconds)
+
+    def learn_own(self, epoch_seconds: float) -> None:
+        """This process's epoch took so long; nothing is known of the others' yet."""
+        self._own = max(self._own, epoch_seconds)
 
     def remark(self, what: str, absent: Callable[[], list[str]]) -> Callable[[float], None]:
         """What to call while waiting, with the seconds waited: says once who is waited for."""

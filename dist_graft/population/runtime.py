@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_graft.config import RuntimeConfig
 from dist_graft.errors import ConfigError, PeerError, StartError
 from dist_graft.population.agreement import gather_vectors
+from dist_graft.population.devices import choose_device, nccl_serves, no_nccl
 from dist_graft.population.exchange import world
 from dist_graft.population.patience import Patience
 from dist_graft.population.place import Place, uneven
@@ -51,6 +52,23 @@ class Runtime:
     def across(self) -> dist.ProcessGroup | None:
         """The process of each network that has this one's place in it; None: all processes."""
         return self.mesh.get_group("network") if self.mesh else None
+
+    def learn(self, epoch_seconds: float) -> None:
+        """An epoch of some network took so long: peers are waited for accordingly from now on."""
+        self.patience.learn(epoch_seconds)
+        self._allow_for_waiting()
+
+    def learn_own(self, epoch_seconds: float) -> None:
+        """As `learn`, of this process's epoch, before it meets the others."""
+        self.patience.learn_own(epoch_seconds)
+        self._allow_for_waiting()
+
+    def _allow_for_waiting(self) -> None:
+        """A backend ends a collective by the time-out of its group, whoever would wait longer."""
+        if self.place.world_size > 1:
+            limit = timedelta(seconds=self.patience.longest_wait)
+            for group in {world(), self.across or world()}:
+                dist.set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
         """The networks' numbers, as many from each, in their order: a collective.
@@ -163,28 +181,25 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    own_gpu = device.type == "cuda" and (
-        config.device != "auto" or torch.cuda.device_count() >= place.local_world_size
-    )
-    if config.backend == "nccl" and not own_gpu:
-        raise ConfigError(
-            "runtime.backend nccl needs a GPU for every process, and this machine has "
-            f"{torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
-        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif config.backend == "nccl":
+        raise no_nccl(place)
     patience = Patience(config.timeout_seconds, epochs=config.timeout_epochs)
     if place.world_size == 1:
         return Runtime(place, device, "none", patience, None)
 
-    nccl = own_gpu and config.backend != "gloo" and dist.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    if nccl:
-        torch.cuda.set_device(device)
     store = _meet(place, config.timeout_seconds)
     answering = AnsweringStore(dist.PrefixStore("dist_graft", store), lambda: patience.seconds)
     roll_call = RollCall(answering, place.rank, place.world_size, place.replicas)
     roll_call.check_in(config.timeout_seconds)
     if place.replicas > 1:
         _refuse_uneven_machines(place, roll_call, config.timeout_seconds)
+    nccl = nccl_serves(device, roll_call, config.timeout_seconds)
+    if config.backend == "nccl" and not nccl:
+        raise no_nccl(place)
+    nccl = nccl and config.backend != "gloo"
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo have their own
     try:
         dist.init_process_group(
@@ -227,28 +242,6 @@ def _mesh(place: Place, device_type: str, timeout: timedelta) -> DeviceMesh:
     return DeviceMesh.from_group(
         [across, within], device_type, ranks, mesh_dim_names=("network", "replica")
     )
-
-
-def choose_device(name: str, place: Place) -> torch.device:
-    """The device of this process: auto and cuda give each process of a machine the next GPU.
-
-    Raises: ConfigError for a name that is none, or a GPU that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    index = int(number) if number else place.local_rank % max(1, count)
-    if index >= count:
-        raise ConfigError(
-            f"runtime.device {name}: torch {torch.__version__} sees {count} GPUs here; use cpu or "
-            "auto, or check the driver and CUDA_VISIBLE_DEVICES"
-        )
-    return torch.device("cuda", index)
 
 
 def _meet(place: Place, timeout_seconds: float) -> dist.PrefixStore:

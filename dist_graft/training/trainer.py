@@ -160,6 +160,7 @@ def _live_through(
         if segment.evaluate and not course.stopping():
             tested, validated = course.evaluate()
             layers = look_at_layers(config, trainee, units)
+            runtime.learn_own(course.whole)
         try:
             record = course.meet(segment)
         except RoundStoppedError:
@@ -188,7 +189,7 @@ def _live_through(
         numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
         everyone = [NetworkRow(*other) for other in numbers]
         ensemble = ensemble_accuracy(runtime, tested, epoch)
-        runtime.patience.learn(max(other.epoch_seconds for other in everyone))
+        runtime.learn(max(other.epoch_seconds for other in everyone))
         reporter.population(epoch, course.round, course.trained.seconds, everyone, ensemble)
         check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
 

@@ -53,6 +53,20 @@ def test_it_follows_the_longest_epoch(
     assert patience.seconds == expected
 
 
+def test_until_all_told_of_an_epoch_ones_own_only_lengthens_it() -> None:
+    patience = Patience(600, epochs=5)
+    patience.learn_own(2.0)
+    assert patience.seconds == 600
+    patience.learn_own(1000.0)
+    assert patience.seconds == 5000
+    patience.learn(1200.0)
+    assert patience.seconds == 6000
+    patience = Patience(600, epochs=5)
+    patience.learn_own(2.0)
+    patience.learn(3.0)
+    assert patience.seconds == 60
+
+
 @pytest.mark.parametrize(("longest", "from_then"), [(0.0, 30.0), (7.0, 30.0), (100.0, 100.0)])
 def test_a_remark_is_made_once_and_not_before_its_time(
     said: list[str], longest: float, from_then: float

@@ -1,0 +1,54 @@
+"""A peer that comes later than the group's time-out, and earlier than patience ends."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from harness import Place, attempt, run
+
+from dist_graft.population import place as places
+from dist_graft.population.patience import Patience
+from dist_graft.population.runtime import Runtime
+
+AT_FIRST = 1.5
+LATE = 3.0
+
+
+def meet_late(here: Place, learn: str) -> list[object]:
+    """The second process comes late to each meeting; what each of them hears."""
+    place = places.Place(here.rank, here.networks, here.rank, here.networks)
+    runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(AT_FIRST, epochs=30), None)
+    if learn == "an epoch":
+        runtime.learn(1.0)
+    if learn == "its own":
+        runtime.learn_own(1.0)
+    heard = []
+    for meeting in (
+        lambda: runtime.gather([float(here.rank)], "the report"),
+        lambda: runtime.sum(torch.tensor([1.0 + here.rank]), "the ensemble").tolist(),
+    ):
+        if here.rank == 1:
+            time.sleep(LATE)
+        heard.append(attempt(meeting))
+    return heard
+
+
+@pytest.mark.parametrize("learn", ["an epoch", "its own"])
+def test_a_slow_network_is_waited_for_as_long_as_epochs_allow(learn: str) -> None:
+    for heard in run(meet_late, 2, learn, group_timeout=AT_FIRST):
+        assert heard == [[[0.0], [1.0]], [3.0]]
+
+
+def test_before_an_epoch_is_over_the_first_time_out_holds() -> None:
+    for kind, text in (heard[0] for heard in run(meet_late, 2, "nothing", group_timeout=AT_FIRST)):
+        assert kind == "PeerError"
+        assert "during the report" in text
+
+
+@pytest.mark.parametrize(("epoch_seconds", "longest"), [(0.0, 20.0), (0.1, 20.0), (9.0, 45.0)])
+def test_the_longest_wait_is_never_less_than_at_first(epoch_seconds: float, longest: float) -> None:
+    patience = Patience(20.0, epochs=5)
+    patience.learn(epoch_seconds)
+    assert patience.longest_wait == longest

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+
+from dist_graft.population.devices import all_different
+
+
+@pytest.mark.parametrize(
+    ("gpus", "different"),
+    [
+        (["a", "b"], True),
+        (["a", "b", "c", "a"], False),
+        (["a", "a"], False),
+        (["a", ""], False),
+        (["", ""], False),
+    ],
+)
+def test_nccl_serves_where_no_gpu_is_missing_or_shared(gpus: list[str], different: bool) -> None:
+    assert all_different(gpus) is different

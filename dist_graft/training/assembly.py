@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -42,6 +43,8 @@ def build_trainee(config: TrainConfig, data: Data, runtime: Runtime) -> Trainee:
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optim, model, lr=lr_of(config, runtime))
+    if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
     return Trainee(
         model=model,

@@ -203,7 +203,7 @@ class Course:
                 diverged=self.progress.diverged,
             )
         if self.runtime.place.network in record.healed:
-            self.trainee.optimizer.state.clear()
+            self.trainee.begin_anew()
         self.progress.diverged = False
         self.progress.rounds = with_round(self.progress.rounds, record)
         self.round = self.grafter.round
@@ -271,5 +271,7 @@ class Course:
         return replace(stretch, loss=loss, accuracy=accuracy, images=int(images))
 
     def _lost(self, loss: float) -> bool:
-        """Whether a loss tells of a network that is lost; loss scaling skips such steps."""
-        return not math.isfinite(loss) and not self.trainee.scaler.is_enabled()
+        """Whether a network is lost; loss scaling skips single steps that are not finite."""
+        if self.trainee.scaler.is_enabled():
+            return self.trainee.scale_collapsed
+        return not math.isfinite(loss)

@@ -23,6 +23,8 @@ from dist_graft.training.teachers import Teachers
 from dist_graft.training.timesheet import named
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LEAST_LOSS_SCALE = 1e-4
+"""Below which most gradients are zero in fp16, whatever they are; it begins at 65,536."""
 
 
 @dataclass
@@ -60,6 +62,17 @@ class Trainee(Predictor):
     """The processes that train the network together."""
     learn: Callable[[Tensor], Tensor] | None = None
     """Runs the module in training, where gradients are averaged over processes; None: forward."""
+
+    @property
+    def scale_collapsed(self) -> bool:
+        """Whether so many steps in a row were skipped that fp16 gradients come to nothing."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_LOSS_SCALE
+
+    def begin_anew(self) -> None:
+        """Forget what the optimizer and the loss scale know of weights that were replaced."""
+        self.optimizer.state.clear()
+        fresh = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(fresh.state_dict())
 
 
 @dataclass(frozen=True)
@@ -180,11 +193,11 @@ def _learn(
     totals: Tensor,
 ) -> None:
     """One optimizer step; adds the sum of the losses and the number of hits to totals [2]."""
-    chunks = list(
-        zip(*(whole.chunk(config.accumulation) for whole in (inputs, labels)), strict=True)
-    )
+    # As many in each process, since synchronised batch norm is a collective of each forward pass.
+    count = min(config.accumulation, part.smallest, len(labels))
+    chunks = zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True)
     for number, (some, target) in enumerate(chunks, start=1):
-        with trainee.replicas.backward(last=number == len(chunks)):
+        with trainee.replicas.backward(last=number == count):
             loss, logits = _loss(trainee, some, target, config)
             share = part.weight * len(target) / len(labels)
             trainee.scaler.scale(loss * share if share != 1 else loss).backward()

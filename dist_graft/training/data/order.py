@@ -23,6 +23,8 @@ class Part:
     mean over the batch."""
     counts: bool
     """Whether these images are this process's to count."""
+    smallest: int
+    """Images of the smallest part of this batch."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,14 @@ class Share:
         Args: size: images of the batch.
         """
         if size < self.replicas:
-            return Part(slice(0, size), 1.0, counts=self.replica == 0)
+            return Part(slice(0, size), 1.0, counts=self.replica == 0, smallest=size)
         first, last = (size * edge // self.replicas for edge in (self.replica, self.replica + 1))
-        return Part(slice(first, last), self.replicas * (last - first) / size, counts=True)
+        return Part(
+            slice(first, last),
+            self.replicas * (last - first) / size,
+            counts=True,
+            smallest=size // self.replicas,
+        )
 
 
 ALONE = Share()

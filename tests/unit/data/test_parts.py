@@ -18,6 +18,8 @@ def test_every_position_once_and_the_mean_of_the_batch(size: int, replicas: int)
     parts = [Share(replica, replicas).of_batch(size) for replica in range(replicas)]
     seen = [p for part in parts if part.counts for p in range(size)[part.positions]]
     assert seen == list(range(size))
+    smallest = min(len(range(size)[part.positions]) for part in parts)
+    assert all(part.smallest == smallest for part in parts)
     # a process's gradient is a mean over its part; the processes' mean is that of the batch
     weights = [Fraction(0)] * size
     for part in parts:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
-from dist_graft.training.data.order import Part
+from dist_graft.training.data.order import Part, Share
 from dist_graft.training.loop import Trainee, accuracy, current_lr, evaluate, train_steps
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
@@ -191,6 +192,90 @@ def test_accumulation_runs_the_parts_one_by_one(
     trainee.forward = forward
     train_steps(trainee, make_data(), config, epoch=0, first=0, last=1)
     assert sizes == [3, 3, 2]
+
+
+class OneBatch:
+    """A data set of which a process sees its part of one batch."""
+
+    def __init__(self, size: int, share: Share) -> None:
+        self._part = share.of_batch(size)
+        self._size = size
+
+    def part(self, _: int) -> Part:
+        return self._part
+
+    def train_batches(self, *_: int) -> Iterator[tuple[Tensor, Tensor]]:
+        images = torch.ones(self._size, 1, 8, 8)[self._part.positions]
+        yield images, torch.zeros(len(images), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("replicas", "accumulation"), [(4, 8), (3, 2), (2, 7)])
+@pytest.mark.parametrize("size", [1, 2, 5, 11, 130, 143])
+def test_the_processes_of_a_network_run_equally_many_parts(
+    make_trainee: MakeTrainee, size: int, replicas: int, accumulation: int
+) -> None:
+    """Else a collective of a forward pass (synchronised batch norm) has no counterpart."""
+    config = OptimConfig(accumulation=accumulation)
+    counts = []
+    for replica in range(replicas):
+        trainee = make_trainee(config)
+        sizes: list[int] = []
+        trainee.model.register_forward_hook(lambda _, x, __, sizes=sizes: sizes.append(len(x[0])))
+        data = OneBatch(size, Share(replica, replicas))
+        train_steps(trainee, data, config, epoch=0, first=0, last=1)  # type: ignore[arg-type]
+        counts.append(len(sizes))
+        assert max(sizes) - min(sizes) <= 1
+    smallest = size if size < replicas else size // replicas
+    assert counts == [min(accumulation, smallest)] * replicas
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+class TestLossScaling:
+    """What fp16 does on a GPU, with a scaler of the CPU."""
+
+    @pytest.fixture
+    def trainee(self, make_trainee: MakeTrainee) -> Trainee:
+        trainee = make_trainee(plain(lr=0.1, momentum=0.9))
+        trainee.scaler = torch.amp.GradScaler("cpu")
+        return trainee
+
+    def lose(self, trainee: Trainee, data: Data) -> None:
+        """Steps whose gradients are not finite, until none ever would be again."""
+        with torch.no_grad():
+            trainee.model[0].weight[0] = math.nan
+        for epoch in range(10):
+            train_steps(trainee, data, plain(), epoch=epoch, first=0, last=4)
+
+    def test_steps_that_are_not_finite_are_skipped_until_the_scale_is_gone(
+        self, make_data: MakeData, trainee: Trainee
+    ) -> None:
+        train_steps(trainee, make_data(), plain(), epoch=0, first=0, last=4)
+        assert not trainee.scale_collapsed
+        before = weights(trainee)[-5:]
+        self.lose(trainee, make_data())
+        assert torch.equal(weights(trainee)[-5:], before)
+        assert trainee.scale_collapsed
+
+    def test_a_network_that_begins_anew_learns_again(
+        self, make_data: MakeData, make_trainee: MakeTrainee, trainee: Trainee
+    ) -> None:
+        """As one whose weights were never lost."""
+        self.lose(trainee, make_data())
+        sound = make_trainee(plain(lr=0.1, momentum=0.9))
+        trainee.model.load_state_dict(sound.model.state_dict())
+        trainee.begin_anew()
+        for one in (trainee, sound):
+            train_steps(one, make_data(), plain(), epoch=0, first=0, last=4)
+        assert not trainee.scale_collapsed
+        torch.testing.assert_close(weights(trainee), weights(sound))
+
+    def test_without_scaling_there_is_no_scale_to_lose(
+        self, make_data: MakeData, make_trainee: MakeTrainee
+    ) -> None:
+        trainee = make_trainee(plain())
+        train_steps(trainee, make_data(), plain(), epoch=0, first=0, last=4)
+        trainee.begin_anew()
+        assert not trainee.scale_collapsed
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 4])

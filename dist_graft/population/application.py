@@ -239,7 +239,9 @@ def _swap_scalars(
         with phase("blend"):
             values = taken.flatten()[: len(mine)].split([len(where) for _, where, _ in moving])
             for (tensor, where, _), new in zip(moving, values, strict=True):
-                tensor.put_(where.to(tensor.device), new.to(tensor.device))
+                whole = tensor if tensor.dim() else tensor.view(1)
+                places = torch.unravel_index(where.to(tensor.device), whole.shape)
+                whole[places] = new.to(tensor.device)  # put_ has no deterministic form
     return Applied([], received)
 
 

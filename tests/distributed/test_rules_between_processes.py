@@ -256,6 +256,21 @@ def test_the_bytes_are_of_what_travelled(networks, case):
                 assert len(one.record.distance) == len(units())
 
 
+def play_deterministically(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
+    torch.use_deterministic_algorithms(True)
+    return play(place, cases)
+
+
+def test_rounds_are_the_same_where_torch_allows_what_is_deterministic_only():
+    """As --runtime.deterministic asks for: torch refuses everything else."""
+    cases = tuple(Case(rule, "p2p") for rule in RULES)
+    usual = population(2)
+    for network, played in enumerate(run(play_deterministically, 2, cases)):
+        for case in cases:
+            for one, other in zip(played[str(case)], usual[network][str(case)], strict=True):
+                assert all(same_bits(one.after[key], other.after[key]) for key in one.after)
+
+
 @pytest.mark.parametrize("networks", [2, 3, 4])
 def test_wash_loses_no_scalar(networks):
     """At every position the networks hold the same values before and after, in some order."""

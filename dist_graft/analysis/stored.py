@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, TrainConfig
@@ -34,7 +33,7 @@ class StoredRun:
         name = f"network{network:02d}.pt"
         path = self.checkpoint.path / name
         try:
-            saved = load_network(path, self.checkpoint.sha256[name], torch.device("cpu"))
+            saved = load_network(path, self.checkpoint.sha256[name])
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{path} is missing or damaged: restore it, or name another set with --checkpoint"

@@ -10,7 +10,10 @@ import torch
 
 
 class PhaseClock:
-    """Adds up where a round's time goes; on a GPU a phase ends when its kernels have."""
+    """Adds up where a round's time goes; on a GPU a phase ends when its kernels have.
+
+    A transfer that nobody waits for yet has a stream of its own, and goes on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +27,7 @@ class PhaseClock:
         start = time.perf_counter()
         yield
         if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+            torch.accelerator.current_stream(self._device).synchronize()
         self.seconds[name] += time.perf_counter() - start
 
     def total(self) -> float:

@@ -12,12 +12,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_graft.errors import RunDirectoryError
-
-if TYPE_CHECKING:
-    import torch
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 COMPLETE = "COMPLETE.json"
@@ -101,8 +98,8 @@ def save_network(path: Path, state: Mapping[str, Any]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def load_network(path: Path, sha256: str, device: torch.device) -> dict[str, Any]:
-    """Load one network's state; nothing but tensors and plain values is unpickled.
+def load_network(path: Path, sha256: str) -> dict[str, Any]:
+    """Load one network's state to the CPU; nothing but tensors and plain values is unpickled.
 
     Raises: RunDirectoryError when the file is not the one that was saved.
     """
@@ -111,7 +108,7 @@ def load_network(path: Path, sha256: str, device: torch.device) -> dict[str, Any
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise RunDirectoryError(f"{path} is missing or damaged: delete its folder and start again")
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return state
 
 

@@ -105,9 +105,7 @@ class Checkpoints:
                 f"this process does not see the checkpoint set {name} in {folder}: all processes "
                 "need the same run_dir on a shared disk"
             )
-        state = load_network(
-            chosen.path / self._file, chosen.sha256[self._file], self._runtime.device
-        )
+        state = load_network(chosen.path / self._file, chosen.sha256[self._file])
         if state["network"] != self._runtime.place.network:
             raise RunDirectoryError(
                 f"{chosen.path / self._file} holds network {state['network']}, not network "

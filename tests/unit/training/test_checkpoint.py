@@ -68,7 +68,7 @@ class TestOneNetwork:
         }
         digest = save_network(tmp_path / "a.pt", state)
         assert digest == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
-        loaded = load_network(tmp_path / "a.pt", digest, CPU)
+        loaded = load_network(tmp_path / "a.pt", digest)
         for key, value in state["model"].items():
             assert torch.equal(loaded["model"][key], value)
             assert loaded["model"][key].stride() == value.stride()
@@ -84,7 +84,7 @@ class TestOneNetwork:
         digest = save_network(path, {"w": torch.ones(5)})
         hurt_file(path, hurt, place=0.5)
         with pytest.raises(RunDirectoryError, match=r"a\.pt is missing or damaged"):
-            load_network(path, digest, CPU)
+            load_network(path, digest)
 
 
 def hurt_file(path: Path, how: str, *, place: float) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reading import contents
-from small import CPU, write_set
+from small import write_set
 from torch import nn
 
 from dist_graft.errors import PeerError
@@ -78,7 +78,7 @@ def test_a_set_of_all_networks(tmp_path: Path, make_writers: MakeWriters) -> Non
     assert all(f'"step": {10 + network}' in text for network in range(3))
     for network in range(3):
         name = f"network{network:02d}.pt"
-        loaded = load_network(path / name, found.sha256[name], CPU)
+        loaded = load_network(path / name, found.sha256[name])
         assert loaded["network"] == network
         assert torch.equal(loaded["w"], state_of(network)["w"])
     assert len(list(path.iterdir())) == 4

@@ -54,6 +54,6 @@ def all_different(gpus: Sequence[str]) -> bool:
 def no_nccl(place: Place) -> ConfigError:
     """What is wrong when NCCL is asked for and cannot be had."""
     return ConfigError(
-        "runtime.backend nccl needs a GPU for every process, and this machine has "
-        f"{torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
+        "runtime.backend nccl needs a GPU of its own for every process of the run; this machine "
+        f"has {torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
     )

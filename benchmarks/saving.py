@@ -61,7 +61,7 @@ def main() -> None:
         *(entry["momentum_buffer"] for entry in optimizer.state.values()),
     ]
     size = sum(tensor.nbytes for tensor in tensors) / 2**20
-    copying, holding, writing, meanwhile, alone = [], [], [], [], []
+    copying, holding, writing, meanwhile, longest, alone = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         writer = SetWriter(0, None, seconds=lambda: 600.0, keep=2)
         for number in range(options.repetitions + 1):
@@ -84,14 +84,15 @@ def main() -> None:
             if not outcome or outcome.failure:
                 raise SystemExit(f"the set was not written: {outcome}")
             meanwhile.append(statistics.median(steps))
+            longest.append(max(steps))
             steps = []
             for _ in range(10):
                 clock = time.perf_counter()
                 step(beside, small, batch)
                 steps.append(time.perf_counter() - clock)
             alone.append(statistics.median(steps))
-    seen = (copying, holding, writing, meanwhile, alone)
-    copying, holding, writing, meanwhile, alone = (values[1:] for values in seen)
+    seen = (copying, holding, writing, meanwhile, longest, alone)
+    copying, holding, writing, meanwhile, longest, alone = (values[1:] for values in seen)
 
     print(machine())
     print(
@@ -103,6 +104,7 @@ def main() -> None:
         ("hold-up by a set", holding),
         ("until the set is complete", writing),
         ("a step beside the writing", meanwhile),
+        ("the longest step beside it", longest),
         ("a step alone", alone),
     )
     print(table(("", "median (range)"), [(name, spread(values, 3)) for name, values in rows]))

@@ -213,7 +213,8 @@ class RuntimeConfig:
     threads: int = 0
     """CPU threads a process computes with; 0: its share of the cores it may use."""
     timeout_seconds: float = 600.0
-    """How long a process waits for another at the start and in the first epoch."""
+    """How long a process waits for another at the start and in the first epoch; once its own first
+    epoch is over, timeout_epochs times that one if that is longer."""
     timeout_epochs: float = 5.0
     """Afterwards: in units of the longest epoch that a network has taken, but at least a minute
     (or timeout_seconds where that is less)."""

@@ -161,7 +161,7 @@ def agree(
     diverged = {
         other.network: f"a weight that is not finite in {keys[other.diverged]}"
         if other.diverged >= 0
-        else "a training loss that is not finite"
+        else "a training loss or gradient that is not finite"
         for other in headers
         if other.diverged != SOUND
     }

@@ -51,9 +51,9 @@ def all_different(gpus: Sequence[str]) -> bool:
     return "" not in gpus and len(set(gpus)) == len(gpus)
 
 
-def no_nccl(place: Place) -> ConfigError:
+def no_nccl(device: torch.device) -> ConfigError:
     """What is wrong when NCCL is asked for and cannot be had."""
     return ConfigError(
-        "runtime.backend nccl needs a GPU of its own for every process of the run; this machine "
-        f"has {torch.cuda.device_count()} for {place.local_world_size}: use auto or gloo"
+        "runtime.backend nccl needs a GPU of its own for every process of the run, and a torch "
+        f"with NCCL; this process computes on {device}: use auto or gloo"
     )

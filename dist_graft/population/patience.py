@@ -34,7 +34,7 @@ class Patience:
 
     @property
     def longest_wait(self) -> float:
-        """No wait so far, and none that may begin now, is longer."""
+        """No collective between networks so far, or from now on, is waited for longer."""
         return max(self._at_first, self.seconds)
 
     def learn(self, epoch_seconds: float) -> None:

@@ -184,7 +184,7 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.backend == "nccl":
-        raise no_nccl(place)
+        raise no_nccl(device)
     patience = Patience(config.timeout_seconds, epochs=config.timeout_epochs)
     if place.world_size == 1:
         return Runtime(place, device, "none", patience, None)
@@ -197,7 +197,7 @@ def start(config: RuntimeConfig, place: Place) -> Runtime:
         _refuse_uneven_machines(place, roll_call, config.timeout_seconds)
     nccl = nccl_serves(device, roll_call, config.timeout_seconds)
     if config.backend == "nccl" and not nccl:
-        raise no_nccl(place)
+        raise no_nccl(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo have their own

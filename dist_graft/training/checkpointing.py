@@ -40,7 +40,7 @@ class Progress:
     rounds: dict[str, Any] | None = None
     """Those inside the epoch that is under way, as metrics.jsonl tells of them."""
     diverged: bool = False
-    """Whether the training loss was not finite since the last round."""
+    """Whether training has failed since the last round: a loss, or fp16 gradients, not finite."""
     buffers: Tensor | None = None
     """What each of several processes of the network has in its floating buffers."""
 

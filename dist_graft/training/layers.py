@@ -23,12 +23,12 @@ def what_is_lost(trainee: Trainee, *, loss: bool) -> str:
 
     Args:
         trainee: the network.
-        loss: whether it is known that the training loss is not.
+        loss: whether it is known that the training loss is not, or fp16 gradients again and again.
     """
     for key, tensor in graft_tensors(trainee.model).items():
         if not is_finite(tensor):
             return f"a weight that is not finite in {key}"
-    return "a training loss that is not finite" if loss else ""
+    return "a training loss or gradient that is not finite" if loss else ""
 
 
 def check_sound(
@@ -46,7 +46,7 @@ def check_sound(
     diverged = [other for other, row in enumerate(everyone) if not row.sound]
     if not diverged or (may_go_on and len(diverged) < len(everyone)):
         return
-    elsewhere = "a weight or a training loss that is not finite"
+    elsewhere = "a weight, training loss or gradient that is not finite"
     who = "; ".join(
         f"network {other} has {lost if other == network else elsewhere}" for other in diverged
     )

@@ -24,7 +24,7 @@ from dist_graft.training.timesheet import named
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LEAST_LOSS_SCALE = 1e-4
-"""Below which most gradients are zero in fp16, whatever they are; it begins at 65,536."""
+"""Below it scaled gradients underflow in fp16; it begins at 65,536."""
 
 
 @dataclass
@@ -194,7 +194,8 @@ def _learn(
 ) -> None:
     """One optimizer step; adds the sum of the losses and the number of hits to totals [2]."""
     # As many in each process, since synchronised batch norm is a collective of each forward pass.
-    count = min(config.accumulation, part.smallest, len(labels))
+    size = -(-part.smallest // config.accumulation)
+    count = min(-(-part.smallest // size), len(labels))
     chunks = zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True)
     for number, (some, target) in enumerate(chunks, start=1):
         with trainee.replicas.backward(last=number == count):

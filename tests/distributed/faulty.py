@@ -77,7 +77,7 @@ def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
         steps += 1
         if way == "slow":
             time.sleep(SLOW_SECONDS)
-        elif comes(way, steps, step, run) and not once.exists():
+        elif not once.exists() and comes(way, steps, step, run):
             once.touch()
             fail(way, optimizer, run)
 

@@ -164,8 +164,11 @@ class TestADeadNetwork:
 
 @pytest.mark.slow
 def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
+    """It is behind by more than the first time-out in the first epoch, too: 40 steps of 0.3 s."""
     run = tmp_path / "run"
-    done = finish(faulty(2, run, "slow 1 0", "--data.train_samples", "192"), timeout=150)
+    options = ("--epochs", "2", "--data.train_samples", "640")
+    options += ("--runtime.timeout_seconds", "10", "--runtime.timeout_epochs", "50")
+    done = finish(faulty(2, run, "slow 1 0", *options), timeout=150)
     assert done.status == 0, done
     events = summary(run)["events"]
     assert {(event["kind"], event["network"]) for event in events} == {("slow", 1)}
@@ -232,6 +235,7 @@ def test_sets_between_epochs_go_on_exactly(method: str, tmp_path: Path) -> None:
     timed = (*options, "--checkpoint.every_minutes", "0.003", "--checkpoint.keep", "99")
     done = finish(faulty(3, run, f"lose 1 {STEPS + 3}", *timed, restarts=True), timeout=200)
     assert done.status == 0, done
+    assert (tmp_path / "run.lose0").exists(), "no set was complete before the last step"
     inside = [name for name in sets(run) if "round" in name]
     assert inside
     told_of = json.loads((run / "checkpoints" / inside[0] / "COMPLETE.json").read_text())

@@ -9,12 +9,14 @@ import sys
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from architectures import build
 from harness import Place, attempt, run
 
 from dist_graft import Grafter, PeerError
 from dist_graft.errors import StartError
+from dist_graft.population.devices import nccl_serves
 from dist_graft.population.presence import RollCall
 
 
@@ -72,6 +74,15 @@ def test_without_a_roll_call_the_error_says_that_a_peer_is_gone():
     kind, text = results[0]
     assert kind == "PeerError"
     assert "round 2 failed, a peer died or did not answer" in text
+
+
+def ask_for_nccl(place: Place):
+    roll_call = RollCall(place.store, place.rank, place.networks)
+    return nccl_serves(torch.device("cpu"), roll_call, 60)
+
+
+def test_processes_without_gpus_are_not_served_by_nccl():
+    assert run(ask_for_nccl, 2) == [False, False]
 
 
 def graft_with_a_silent_peer(place: Place):

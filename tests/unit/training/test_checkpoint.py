@@ -27,8 +27,6 @@ from dist_graft.training.checkpoint import (
 )
 from dist_graft.training.run_directory import RunDirectory
 
-CPU = torch.device("cpu")
-
 
 class TestWritingOneFile:
     def test_it_is_there_whole_and_alone(self, tmp_path: Path) -> None:

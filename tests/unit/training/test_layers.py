@@ -27,7 +27,7 @@ def test_a_weight_that_is_not_finite_is_named(
 
 def test_a_loss_is_named_where_all_weights_are_well(make_trainee: MakeTrainee) -> None:
     found = what_is_lost(make_trainee(OptimConfig()), loss=True)
-    assert found == "a training loss that is not finite"
+    assert found == "a training loss or gradient that is not finite"
 
 
 def test_integers_are_not_looked_at(make_trainee: MakeTrainee) -> None:
@@ -63,11 +63,11 @@ class TestCheckSound:
         with pytest.raises(NonFiniteError) as caught:
             check_sound(everyone, 7, 2, "a weight that is not finite in a.b", may_go_on=False)
         assert str(caught.value) == (
-            "epoch 7: network 0 has a weight or a training loss that is not finite; network 2 has "
-            "a weight that is not finite in a.b: a lower learning rate, warm-up or clipping may "
-            "help"
+            "epoch 7: network 0 has a weight, training loss or gradient that is not finite; "
+            "network 2 has a weight that is not finite in a.b: a lower learning rate, warm-up or "
+            "clipping may help"
         )
-        with pytest.raises(NonFiniteError, match=r"network 0 has a weight or .*; network 2 has a"):
+        with pytest.raises(NonFiniteError, match=r"network 0 has a weight, .*; network 2 has a"):
             check_sound(everyone, 7, 1, "", may_go_on=False)
 
 

@@ -9,7 +9,12 @@ def main() -> None:
     """Run the command line and end the process with its status."""
     from dist_graft.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if sys.argv[1:2] == ["train"]:
+        from dist_graft.population.process import leave
+
+        leave(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def report_failure(line: str) -> None:
 def leave(status: int) -> None:
     """End the process now, without tearing anything down.
 
-    A process group whose peers are gone can hang, and a thread of gloo that still drops a tensor
-    aborts an interpreter that is finalizing.
+    A process group whose peers are gone can hang, and a thread that still drops a tensor (of gloo,
+    or the writer of checkpoint sets) aborts an interpreter that is finalizing.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -61,6 +61,7 @@ class SetWriter:
         self._keep = keep
         self._given_up = threading.Event()
         self._under_way: Future[Outcome] | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self, label: str, path: Path, position: Position, state: Mapping[str, Any]) -> None:
         """Copy the state to host memory, and write it in the background.
@@ -74,7 +75,6 @@ class SetWriter:
         assert self._under_way is None
         copied = in_host_memory(state) if self._leads else {}
         under_way: Future[Outcome] = Future()
-        self._under_way = under_way
         self._given_up.clear()
         returning = threading.Event()
 
@@ -85,8 +85,10 @@ class SetWriter:
             except BaseException as error:  # noqa: BLE001  told to who waits for it
                 under_way.set_exception(error)
 
+        self._thread = threading.Thread(target=write, name=f"checkpoint {label}", daemon=True)
+        self._under_way = under_way
         try:
-            threading.Thread(target=write, name=f"checkpoint {label}", daemon=True).start()
+            self._thread.start()
         finally:
             returning.set()
 
@@ -105,7 +107,10 @@ class SetWriter:
         Raises: PeerError when another network died or did not answer.
         """
         under_way, self._under_way = self._under_way, None
-        return under_way.result() if under_way else None
+        if under_way is None or self._thread is None:
+            return None
+        self._thread.join()  # whose last act is to free the copies
+        return under_way.result()
 
     def _write(
         self, label: str, path: Path, position: Position, state: Mapping[str, Any]

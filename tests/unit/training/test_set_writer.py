@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import socket
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -208,6 +209,14 @@ def test_what_is_no_matter_of_the_disk_is_raised(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         writer.result()
     assert complete_sets(tmp_path) == []
+
+
+def test_with_the_result_the_thread_is_over(make_writers: MakeWriters, tmp_path: Path) -> None:
+    """A thread that still frees its copies aborts an interpreter that ends."""
+    (writer,) = make_writers(1)
+    writer.start("a", set_path(tmp_path, 1), Position(1), {"weight": torch.rand(1000, 1000)})
+    writer.result()
+    assert not [one for one in threading.enumerate() if one.name.startswith("checkpoint ")]
 
 
 class TestInHostMemory:

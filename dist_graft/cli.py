@@ -28,6 +28,7 @@ from dist_graft.errors import (
     StoppedError,
 )
 from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
+from dist_graft.output import tell
 from dist_graft.population.place import Place, read_place
 from dist_graft.validation import from_nested
 from dist_graft.version import versions
@@ -133,7 +134,7 @@ def _fail(
     line = " ".join(message.split())
     if place.world_size > 1:
         line = f"{place}: {line}"
-    print(f"dist-graft: error: {line}", file=sys.stderr, flush=True)
+    tell(f"dist-graft: error: {line}")
     run_dir = _mentioned(argv, "--run_dir") or _run_dir_in_file(_mentioned(argv, "--config"))
     if run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -65,8 +66,10 @@ class ProgressBar:
             left: seconds until the run ends, if that can be told.
         """
         self.stop()
-        if self._shown:
-            self._left = left
+        if not self._shown:
+            return
+        self._left = left
+        with contextlib.suppress(OSError):  # a terminal that has hung up
             self._bar = tqdm(
                 total=steps,
                 initial=done,
@@ -83,13 +86,15 @@ class ProgressBar:
         if self._bar is not None:
             if (seconds := self._left()) is not None:
                 self._bar.set_postfix_str(f"{duration(seconds)} left", refresh=False)
-            self._bar.update()
+            with contextlib.suppress(OSError):
+                self._bar.update()
 
     def stop(self) -> None:
         """The epoch's training is over, or is left; the last step shows, however quick it was."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.refresh()
+                self._bar.close()
             self._bar = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.output import tell
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")
@@ -20,11 +22,12 @@ _held: list[str] = []
 
 
 class _Console(logging.Handler):
-    """Writes around a progress bar."""
+    """Writes around a progress bar; where nobody reads any more, the run goes on."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 class _File(WatchedFileHandler):
@@ -48,11 +51,7 @@ class _File(WatchedFileHandler):
             super().handleError(record)
         elif not self._told:
             self._told = True
-            print(
-                f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}")
 
 
 def hold_warnings() -> None:

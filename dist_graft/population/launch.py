@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
+from dist_graft.output import tell
 from dist_graft.population.process import leave
 
 _ANSWER_SECONDS = 5.0  # for a store that is there
@@ -40,10 +41,10 @@ def launch(argv: list[str]) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
+        tell(error)
         return 1
     except SignalException as error:
-        print(f"the launcher got {error.sigval.name} and ended its processes", flush=True)
+        tell(f"the launcher got {error.sigval.name} and ended its processes", sys.stdout)
         return 128 + error.sigval
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
         give_up(_lonely(head, conf), error.__cause__ or error)
@@ -98,7 +99,7 @@ def watch(head: str, conf: Mapping[str, str]) -> None:
 def give_up(line: str, error: BaseException | None = None) -> None:
     """End the process with one line."""
     reason = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
-    print(f"dist-graft: error: {line}{reason}", file=sys.stderr, flush=True)
+    tell(f"dist-graft: error: {line}{reason}")
     leave(1)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_graft.errors import StoppedError
+from dist_graft.output import flush_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Each asks a run to stop."""
@@ -87,6 +88,5 @@ def leave(status: int) -> None:
     A process group whose peers are gone can hang, and a thread that still drops a tensor (of gloo,
     or the writer of checkpoint sets) aborts an interpreter that is finalizing.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_all()
     os._exit(status)

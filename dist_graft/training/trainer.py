@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import sys
 import time
 from functools import partial
 
@@ -15,6 +14,7 @@ from dist_graft.errors import RoundStoppedError
 from dist_graft.monitoring.console import NetworkRow, ProgressBar
 from dist_graft.monitoring.live import Live
 from dist_graft.monitoring.log import open_log
+from dist_graft.output import tell
 from dist_graft.population.place import Place
 from dist_graft.population.process import leave
 from dist_graft.population.runtime import Runtime
@@ -245,11 +245,9 @@ def build_stop_requests(
 
 def _leave_without_peers(place: Place, seconds: float) -> None:
     """End a process that was asked to stop, and whose peers do not agree to."""
-    print(
+    tell(
         f"dist-graft: error: {place}: could not stop in good order within {seconds:g} s "
-        "(--checkpoint.grace_seconds); the same command goes on from the newest checkpoint",
-        file=sys.stderr,
-        flush=True,
+        "(--checkpoint.grace_seconds); the same command goes on from the newest checkpoint"
     )
     leave(1)
 

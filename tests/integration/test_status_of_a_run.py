@@ -63,6 +63,8 @@ def test_a_run_that_goes_on_is_stopped_goes_on_again_and_is_killed(tmp_path: Pat
         wait_until(goes_on, "the same two", meanwhile=[launcher])
         before = told(path)
         pids = children(launcher)
+        for pid in pids:  # else one may see the launcher's store go, and still say so
+            os.kill(pid, signal.SIGSTOP)
         launcher.kill()
         wait_until(lambda: told(path)["state"] == "died", "the news of their death")
     assert told(path)["words"].startswith("died: networks 0, 1 gave the last sign of life")

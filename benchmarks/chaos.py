@@ -43,7 +43,7 @@ HANGS_AFTER = 300
 TRAINING = re.compile(r"epochs \d+ to \d+,")
 GOING_ON = re.compile(r"going on from (\S+): epoch (\d+), step (\d+), round (\d+)")
 
-Standing = tuple[int, int, int]
+Status = tuple[int, int, int]
 """Epoch, rounds and steps: how far a set has come."""
 
 
@@ -114,12 +114,12 @@ class Run:
         except (FileNotFoundError, ProcessLookupError):  # one ended meanwhile
             return []
 
-    def gone_on_from(self) -> list[Standing]:
+    def gone_on_from(self) -> list[Status]:
         """Where each start went on, if not at the beginning."""
         found = GOING_ON.findall(self.said())
         return [(int(epoch), int(round_), int(step)) for _, epoch, step, round_ in found]
 
-    def sets(self) -> dict[Standing, tuple[float, Path]]:
+    def sets(self) -> dict[Status, tuple[float, Path]]:
         """Complete sets that were not damaged, oldest first: the time of their birth, the folder.
 
         A set between epochs stands where its first network stands.
@@ -244,7 +244,7 @@ class Chaos:
             tally.lost.append(max(0.0, at - since))
         tally.recovered += 1
 
-    def _act(self, run: Run, kind: str, sets: dict[Standing, tuple[float, Path]]) -> str:
+    def _act(self, run: Run, kind: str, sets: dict[Status, tuple[float, Path]]) -> str:
         """Do it; returns in which way."""
         worker = self._draw.choice(run.workers())
         if kind == "launcher":

@@ -22,23 +22,23 @@ from reporting import machine, ratios, spread, table, verdict
 from dist_graft import Graft, graft_units
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
 from dist_graft.grafting.units import graft_tensors
-from dist_graft.monitoring.history import Pacing
+from dist_graft.monitoring.layer_history import Pacing
 from dist_graft.monitoring.log import close_log, open_log
-from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
-from dist_graft.population.process import keep_freed_memory
-from dist_graft.population.record import GraftRecord
-from dist_graft.population.runtime import Runtime
-from dist_graft.training.assembly import build_trainee
-from dist_graft.training.clock import Position
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import load_data
-from dist_graft.training.layers import look_at_layers
+from dist_graft.training.layer_stats import layer_stats
 from dist_graft.training.loop import evaluate, train_steps
 from dist_graft.training.reporting import Reporter, epoch_metrics, row_of, with_round
 from dist_graft.training.run_directory import RunDirectory
+from dist_graft.training.schedule import Position
 
 DEVICE = torch.device("cpu")
-PLACE = Place(0, 2, 0, 2)
+PLACE = ProcessInfo(0, 2, 0, 2)
 MOST_OF_THE_EPOCH = 0.01
 LONG_RUN = 200
 
@@ -69,9 +69,9 @@ def watch(options: argparse.Namespace, folder: Path) -> Seen:
         model=ModelConfig(name="resnet20"),
         runtime=RuntimeConfig(threads=1),
     )
-    runtime = Runtime(PLACE, DEVICE, "gloo", Patience(300, epochs=5), None)
+    runtime = Runtime(PLACE, DEVICE, "gloo", Timeouts(300, epochs=5), None)
     data = load_data(config.data, seed=0, network=0, device=DEVICE, channels_last=True)
-    trainee = build_trainee(config, data, runtime)
+    trainee = build_train_state(config, data, runtime)
     units = graft_units(trainee.model)
     names = [unit.name for unit in units]
 
@@ -97,7 +97,7 @@ def watch(options: argparse.Namespace, folder: Path) -> Seen:
         tested = evaluate(trainee, data, "test")
         seen.epoch.append(time.perf_counter() - clock)
         clock = time.perf_counter()
-        layers = look_at_layers(config, trainee, units)
+        layers = layer_stats(config, trainee, units)
         seen.layers.append(time.perf_counter() - clock)
         own = Graft().measure(units, graft_tensors(trainee.model))
         mixing = Graft().decide(torch.stack([own, own + 0.1]), epoch)

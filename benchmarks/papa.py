@@ -23,11 +23,11 @@ from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft import Grafter, Papa
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
-from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
-from dist_graft.population.process import keep_freed_memory
-from dist_graft.population.runtime import Runtime
-from dist_graft.training.assembly import build_trainee
+from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import load_data
 from dist_graft.training.loop import train_steps
 
@@ -64,8 +64,10 @@ def watch(rank: int, options: argparse.Namespace, folder: str) -> Seen:
         runtime=RuntimeConfig(precision=options.precision, threads=1),
     )
     data = load_data(config.data, seed=0, network=rank, device=DEVICE, channels_last=True)
-    runtime = Runtime(Place(rank, options.networks), DEVICE, "gloo", Patience(300, epochs=5), None)
-    independent, pulled = (build_trainee(config, data, runtime) for _ in range(2))
+    runtime = Runtime(
+        ProcessInfo(rank, options.networks), DEVICE, "gloo", Timeouts(300, epochs=5), None
+    )
+    independent, pulled = (build_train_state(config, data, runtime) for _ in range(2))
     grafter = Grafter(pulled.model, rule=Papa(), exchange=options.exchange)
     seen = Seen()
     for epoch in range(options.repetitions + 1):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from dist_graft import Grafter
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
-from dist_graft.population.process import keep_freed_memory
+from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.training.models import build_model
 
 EXCHANGE_TARGETS = {"all_gather": 1.3, "p2p": 1.9}

@@ -20,10 +20,10 @@ from reporting import machine, ratios, spread, table, verdict
 from torch import nn
 
 from dist_graft.config import ModelConfig
-from dist_graft.population.process import keep_freed_memory
-from dist_graft.training.clock import Position
+from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.training.checkpoint.writer import CheckpointWriter
 from dist_graft.training.models import build_model
-from dist_graft.training.saving import SetWriter
+from dist_graft.training.schedule import Position
 
 HOLD_UP = 1.2
 
@@ -63,7 +63,7 @@ def main() -> None:
     size = sum(tensor.nbytes for tensor in tensors) / 2**20
     copying, holding, writing, meanwhile, longest, alone = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        writer = SetWriter(0, None, seconds=lambda: 600.0, keep=2)
+        writer = CheckpointWriter(0, None, seconds=lambda: 600.0, keep=2)
         for number in range(options.repetitions + 1):
             start = time.perf_counter()
             copied = [tensor.to("cpu", copy=True) for tensor in tensors]

@@ -35,7 +35,7 @@ from dist_graft import Graft, Grafter
 from dist_graft.analysis.planning.estimate import Estimate, Rates, estimate
 from dist_graft.analysis.planning.layout import Layout
 from dist_graft.analysis.planning.sizes import build, sizes_of
-from dist_graft.grafting.criteria import is_finite
+from dist_graft.grafting.information import is_finite
 from dist_graft.grafting.units import graft_tensors, graft_units
 
 BUCKET_MB = 32.0  # the default; in host memory a bucket takes 16 at most

@@ -20,15 +20,15 @@ import torch.nn.functional as F  # noqa: N812
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
-from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
-from dist_graft.population.process import keep_freed_memory
-from dist_graft.population.runtime import Runtime
-from dist_graft.training.assembly import build_trainee
+from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import Data, load_data
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import Facts, ImageSet
-from dist_graft.training.loop import Trainee, train_steps
+from dist_graft.training.loop import TrainState, train_steps
 
 TARGET = 0.95
 DEVICE = torch.device("cpu")
@@ -66,7 +66,7 @@ def open_data(name: str, config: TrainConfig) -> Data:
     )
 
 
-def bare_loop(trainee: Trainee, data: Data, steps: int) -> float:
+def bare_loop(trainee: TrainState, data: Data, steps: int) -> float:
     """Seconds of `steps` steps on the first batch of an epoch."""
     model, optimizer = trainee.model, trainee.optimizer
     inputs, labels = next(data.train_batches(0, 0, 1))
@@ -96,8 +96,8 @@ def compare(precision: str, options: argparse.Namespace) -> Sides:
         runtime=RuntimeConfig(precision=precision, threads=options.threads),
     )
     data = open_data(options.data, config)
-    alone = Runtime(Place(), DEVICE, "none", Patience(60, epochs=5), None)
-    ours, bare = build_trainee(config, data, alone), build_trainee(config, data, alone)
+    alone = Runtime(ProcessInfo(), DEVICE, "none", Timeouts(60, epochs=5), None)
+    ours, bare = build_train_state(config, data, alone), build_train_state(config, data, alone)
     images = data.steps_per_epoch * options.batch_size
     sides = Sides([], [])
     for epoch in range(options.repetitions + 1):

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
         PeerError,
     )
     from dist_graft.grafting.coefficient import graft_coefficient
-    from dist_graft.grafting.criteria import entropy, filter_entropy, l1
+    from dist_graft.grafting.information import entropy, filter_entropy, l1
     from dist_graft.grafting.mixing import Mixing, mix
-    from dist_graft.grafting.neighbours import Average, Papa, Wash
-    from dist_graft.grafting.rules import Graft, Rule
+    from dist_graft.grafting.rules.average import Average
+    from dist_graft.grafting.rules.base import Rule
+    from dist_graft.grafting.rules.graft import Graft
+    from dist_graft.grafting.rules.papa import Papa
+    from dist_graft.grafting.rules.wash import Wash
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.population.grafter import Grafter
-    from dist_graft.population.record import GraftRecord
+    from dist_graft.population.round.record import GraftRecord
 
 _HOME = {
     "ConfigError": "errors",
@@ -30,21 +33,21 @@ _HOME = {
     "DistGraftError": "errors",
     "NonFiniteError": "errors",
     "PeerError": "errors",
-    "entropy": "grafting.criteria",
-    "filter_entropy": "grafting.criteria",
-    "l1": "grafting.criteria",
+    "entropy": "grafting.information",
+    "filter_entropy": "grafting.information",
+    "l1": "grafting.information",
     "graft_coefficient": "grafting.coefficient",
     "GraftUnit": "grafting.units",
     "graft_units": "grafting.units",
     "Mixing": "grafting.mixing",
     "mix": "grafting.mixing",
-    "Average": "grafting.neighbours",
-    "Papa": "grafting.neighbours",
-    "Wash": "grafting.neighbours",
-    "Graft": "grafting.rules",
-    "Rule": "grafting.rules",
+    "Average": "grafting.rules.average",
+    "Papa": "grafting.rules.papa",
+    "Wash": "grafting.rules.wash",
+    "Graft": "grafting.rules.graft",
+    "Rule": "grafting.rules.base",
     "Grafter": "population.grafter",
-    "GraftRecord": "population.record",
+    "GraftRecord": "population.round.record",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ def main() -> None:
 
     status = run(sys.argv[1:])
     if sys.argv[1:2] == ["train"]:
-        from dist_graft.population.process import leave
+        from dist_graft.population.runtime.process import leave
 
         leave(status)
     sys.exit(status)

@@ -20,6 +20,8 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.analysis import commands as analysis
 from dist_graft.config import TrainConfig
+from dist_graft.config.parsing import PARSER_SETTINGS, did_you_mean, prepare_parsing
+from dist_graft.config.validation import from_nested
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
@@ -27,10 +29,8 @@ from dist_graft.errors import (
     StoppedEarlyError,
     StoppedError,
 )
-from dist_graft.options import PARSER_SETTINGS, did_you_mean, prepare_parsing
-from dist_graft.output import tell
-from dist_graft.population.place import Place, read_place
-from dist_graft.validation import from_nested
+from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
+from dist_graft.printing import tell
 from dist_graft.version import versions
 
 
@@ -40,9 +40,9 @@ def run(argv: Sequence[str]) -> int:
     An error of the user's making ends with one line that says what to do: on standard error, in
     the network's log.txt when a run directory is known, and in torchrun's table of failures.
     """
-    place = Place()
+    place = ProcessInfo()
     try:
-        place = read_place()
+        place = read_process_info()
         command, options = _parse(argv)
         if command == "prepare":
             from dist_graft.training.data.prepare import prepare
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         return _train(config, place)
     except StoppedEarlyError as error:
         if place.launched and place.local_rank == 0:
-            from dist_graft.population.process import end_launcher
+            from dist_graft.population.runtime.process import end_launcher
 
             end_launcher()
         return _fail(str(error), error.exit_status, place, argv, root_cause=False)
@@ -81,9 +81,9 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _train(config: TrainConfig, place: Place) -> int:
+def _train(config: TrainConfig, place: ProcessInfo) -> int:
     from dist_graft.monitoring.log import hold_warnings
-    from dist_graft.population.process import die_with_launcher, leave, stop_on_signals
+    from dist_graft.population.runtime.process import die_with_launcher, leave, stop_on_signals
     from dist_graft.training.data import check_dataset_name
     from dist_graft.training.learning_rates import learning_rates
 
@@ -102,7 +102,7 @@ def _train(config: TrainConfig, place: Place) -> int:
 
     import torch
 
-    from dist_graft.population.runtime import start
+    from dist_graft.population.runtime.process_group import start
     from dist_graft.training.trainer import fit
 
     runtime = start(config.runtime, place)
@@ -111,7 +111,7 @@ def _train(config: TrainConfig, place: Place) -> int:
     except StoppedEarlyError:
         raise
     except StoppedError as error:
-        gone = runtime.roll_call.gone() if runtime.roll_call else []
+        gone = runtime.peers.gone() if runtime.peers else []
         if gone:
             raise PeerError(
                 f"{'; '.join(gone)} ended; its own line, if it left one, says why, and the "
@@ -129,7 +129,7 @@ def _train(config: TrainConfig, place: Place) -> int:
 
 
 def _fail(
-    message: str, status: int, place: Place, argv: Sequence[str], *, root_cause: bool = True
+    message: str, status: int, place: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
 ) -> int:
     line = " ".join(message.split())
     if place.world_size > 1:
@@ -141,7 +141,7 @@ def _fail(
 
         append_line(Path(run_dir) / f"network{place.network:02d}", f"ERROR {line}")
     if place.launched:
-        from dist_graft.population.process import leave, report_failure
+        from dist_graft.population.runtime.process import leave, report_failure
 
         if root_cause:  # else the line of whoever failed first is the one to show
             report_failure(line)

@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.analysis.planning.options import PlanOptions, plan_parser
 from dist_graft.config import TrainConfig
+from dist_graft.config.validation import above_zero
 from dist_graft.errors import ConfigError, StartError
-from dist_graft.population.place import Place
-from dist_graft.validation import above_zero
+from dist_graft.population.runtime.process_info import ProcessInfo
 
 Options = Mapping[str, Any]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -174,11 +174,11 @@ def _add_run(parser: ArgumentParser) -> None:
     )
 
 
-def _run_evaluate(options: Options, place: Place) -> str:
+def _run_evaluate(options: Options, place: ProcessInfo) -> str:
     _alone(place, "evaluate")
     for name in ("batch_size", "batch_norm_batches"):
         _at_least_one(name, options[name])
-    from dist_graft.analysis.evaluation import evaluate_run
+    from dist_graft.analysis.evaluate import evaluate_run
 
     return evaluate_run(
         options["run"],
@@ -191,13 +191,13 @@ def _run_evaluate(options: Options, place: Place) -> str:
     )
 
 
-def _run_inspect(options: Options, place: Place) -> str:
+def _run_inspect(options: Options, place: ProcessInfo) -> str:
     _alone(place, "inspect")
     _at_least_one("num_bins", options["num_bins"])
     for threshold in options["thresholds"]:
         if not (threshold > 0 and math.isfinite(threshold)):
             raise ConfigError(f"thresholds must be above 0, got {threshold!r}")
-    from dist_graft.analysis.inspection import inspect_sources
+    from dist_graft.analysis.inspect_filters import inspect_sources
 
     return inspect_sources(
         [Path(source) for source in options["sources"]],
@@ -209,7 +209,7 @@ def _run_inspect(options: Options, place: Place) -> str:
     )
 
 
-def _run_export(options: Options, place: Place) -> str:
+def _run_export(options: Options, place: ProcessInfo) -> str:
     _alone(place, "export")
     from dist_graft.analysis.export import export_run
 
@@ -219,18 +219,18 @@ def _run_export(options: Options, place: Place) -> str:
     )
 
 
-def _run_compare(options: Options, place: Place) -> str:
+def _run_compare(options: Options, place: ProcessInfo) -> str:
     _alone(place, "compare")
-    from dist_graft.analysis.compare.state import load_plan
+    from dist_graft.studies.state import load_plan
 
     plan = load_plan(Path(options["plan"]))
-    from dist_graft.analysis.compare.comparison import compare
+    from dist_graft.studies.comparison import compare
 
     out = options["out"] or plan.out or f"comparisons/{plan.name}"
     return compare(plan, Path(out), report_only=options["report_only"])
 
 
-def _run_status(options: Options, place: Place) -> Iterator[str]:
+def _run_status(options: Options, place: ProcessInfo) -> Iterator[str]:
     _alone(place, "status")
     above_zero("every", options["every"])
     from dist_graft.analysis.status.watching import look
@@ -243,7 +243,7 @@ def _run_status(options: Options, place: Place) -> Iterator[str]:
     )
 
 
-def _run_doctor(options: Options, place: Place) -> Iterator[str]:
+def _run_doctor(options: Options, place: ProcessInfo) -> Iterator[str]:
     _alone(place, "doctor")
     above_zero("timeout_seconds", options["timeout_seconds"])
     from dist_graft.analysis.doctor import examine
@@ -251,7 +251,7 @@ def _run_doctor(options: Options, place: Place) -> Iterator[str]:
     yield from examine(options["run_dir"], seconds=options["timeout_seconds"])
 
 
-def _run_plan(options: Options, place: Place) -> Iterator[str]:
+def _run_plan(options: Options, place: ProcessInfo) -> Iterator[str]:
     _alone(place, "plan")
     asked = PlanOptions(**options)
     from dist_graft.analysis.planning.page import plan
@@ -259,7 +259,7 @@ def _run_plan(options: Options, place: Place) -> Iterator[str]:
     yield from plan(asked)
 
 
-def _alone(place: Place, command: str) -> None:
+def _alone(place: ProcessInfo, command: str) -> None:
     if place.networks > 1:
         raise StartError(f"{command} runs in one process: start it without torchrun")
 
@@ -269,7 +269,7 @@ def _at_least_one(name: str, value: int | None) -> None:
         raise ConfigError(f"{name} must be at least 1, got {value!r}")
 
 
-COMMANDS: dict[str, Callable[[Options, Place], str | Iterator[str]]] = {
+COMMANDS: dict[str, Callable[[Options, ProcessInfo], str | Iterator[str]]] = {
     "evaluate": _run_evaluate,
     "inspect": _run_inspect,
     "export": _run_export,

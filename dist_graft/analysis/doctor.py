@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from dist_graft.errors import StartError
-from dist_graft.population.place import Place
-from dist_graft.population.trial import try_round
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.selftest import try_round
 from dist_graft.version import versions
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -89,7 +89,7 @@ def check_versions() -> Finding:
 
 def check_processors() -> Finding:
     """Cores that this process may use."""
-    cores = Place().cpu_share()
+    cores = ProcessInfo().cpu_share()
     if cores == 1:
         return Finding(
             "processors",

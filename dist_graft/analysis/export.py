@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from dist_graft.analysis.soups import uniform_soup
-from dist_graft.analysis.stored import State, architecture, open_run
-from dist_graft.training.checkpoint import save_network, write_atomically
+from dist_graft.analysis.stored_run import State, architecture, open_run
+from dist_graft.training.checkpoint.files import save_network, write_atomically
 from dist_graft.version import VERSION
 
 DESCRIPTION = "export.json"

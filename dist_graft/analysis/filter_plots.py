@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from dist_graft.analysis.filters import Inspected, Numbers
-from dist_graft.analysis.print_style import Picture, Style, line_styles, print_style
+from dist_graft.analysis.plot_style import Picture, Style, line_styles, print_style
 
 _RANGE = "range over the networks of a source"
 _LEAST_PERCENT = 5.0  # upper end of the axis where hardly any filter is invalid

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_graft.analysis.sources import Source
-from dist_graft.analysis.stored import architecture, fill
+from dist_graft.analysis.stored_run import architecture, fill
 from dist_graft.errors import ConfigError, NonFiniteError
-from dist_graft.grafting.criteria import entropies, entropy, filter_norms, l1
+from dist_graft.grafting.information import entropies, entropy, filter_norms, l1
 from dist_graft.grafting.units import Lead, graft_tensors, graft_units
 
 Numbers = NDArray[np.float64]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dist_graft.analysis.stored import State
+from dist_graft.analysis.stored_run import State
 
 
 def uniform_soup(states: Sequence[State]) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dist_graft.analysis.export import DESCRIPTION
-from dist_graft.analysis.stored import State, StoredRun, open_run
+from dist_graft.analysis.stored_run import State, StoredRun, open_run
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.grafting.units import Lead
-from dist_graft.training.checkpoint import COMPLETE
+from dist_graft.training.checkpoint.files import COMPLETE
 
 _NETWORK = re.compile(r"network(\d+)")
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dist_graft.grafting.layout import filter_matrix, write_filters
+from dist_graft.grafting.memory_layout import filter_matrix, write_filters
 
 Lead = Literal["conv", "conv+linear"]
 

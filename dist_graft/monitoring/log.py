@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.output import tell
+from dist_graft.printing import tell
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")

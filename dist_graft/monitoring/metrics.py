@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_graft.monitoring.lines import LinesFile
+from dist_graft.monitoring.jsonl import JsonLinesFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, start_epoch: int) -> None:
-        self._lines = LinesFile(path, keep=lambda line: line["epoch"] < start_epoch)
+        self._lines = JsonLinesFile(path, keep=lambda line: line["epoch"] < start_epoch)
         self.kept = self._lines.kept
         """Of an earlier start of the run, in order."""
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dist_graft.grafting.mixing import Mixing
-from dist_graft.monitoring.events import EventFile
-from dist_graft.monitoring.history import LayerHistory
-from dist_graft.monitoring.layout import Layout
+from dist_graft.monitoring.chart_layout import Layout
+from dist_graft.monitoring.event_file import EventFile
+from dist_graft.monitoring.figures import layers_over_epochs, who_gave_to_whom
+from dist_graft.monitoring.layer_history import LayerHistory
 from dist_graft.monitoring.metrics import EpochMetrics
-from dist_graft.monitoring.pictures import layers_over_epochs, who_gave_to_whom
 
 AFTER = "final/test_accuracy_after_last_round"
 BEFORE = "final/test_accuracy_before_last_round"

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_graft.grafting.criteria import is_finite
 from dist_graft.grafting.divergence import without_diverged
-from dist_graft.grafting.rules import Graft, Rule
+from dist_graft.grafting.information import is_finite
+from dist_graft.grafting.rules.base import Rule
+from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import ring
 from dist_graft.grafting.units import GraftUnit, Lead, graft_tensors, graft_units
-from dist_graft.population.agreement import (
+from dist_graft.phase_timer import PhaseTimer
+from dist_graft.population.round.agreement import (
     LOSS,
     PROTOCOL,
     RATE_UNIT,
@@ -28,21 +30,22 @@ from dist_graft.population.agreement import (
     agree,
     of_one_network,
 )
-from dist_graft.population.application import apply_mixing
-from dist_graft.population.exchange import (
+from dist_graft.population.round.apply_mixing import apply_mixing
+from dist_graft.population.round.exchange import (
     EXCHANGES,
     BufferPool,
     Exchange,
     communication_device,
 )
-from dist_graft.population.meeting import Meeting
-from dist_graft.population.patience import Patience
-from dist_graft.population.phases import PhaseClock
-from dist_graft.population.presence import RollCall
-from dist_graft.population.record import GraftRecord
-from dist_graft.population.replicas import average_buffers
-from dist_graft.population.wrappers import unwrapped
+from dist_graft.population.round.groups import RoundGroups
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.runtime.replicas import average_buffers
+from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.population.unwrap import unwrapped
 
+PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
+"""Of a round."""
 OnDivergence = Literal["raise", "heal", "exclude"]
 
 
@@ -74,8 +77,8 @@ class Grafter:
             NonFiniteError on every rank; "heal" it with the weights of its donor, or the nearest
             sound network upstream (its optimizer's state is the caller's to reset); "exclude" it,
             so that nobody takes from it and it stays as it is. When all diverged, it is an error.
-        roll_call: lets errors name the network that is missing.
-        patience: how long to wait for the others; None: the group's own time-out.
+        peers: lets errors name the network that is missing.
+        timeouts: how long to wait for the others; None: the group's own time-out.
 
     Raises: ValueError for an option out of range or a model that cannot be grafted (see
         `graft_units`; sharded parameters are refused by name); RuntimeError before
@@ -97,8 +100,8 @@ class Grafter:
         group: dist.ProcessGroup | None = None,
         replica_group: dist.ProcessGroup | None = None,
         on_divergence: OnDivergence = "raise",
-        roll_call: RollCall | None = None,
-        patience: Patience | None = None,
+        peers: PeerRegistry | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
@@ -126,7 +129,7 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        self._meeting = Meeting(group, replica_group, roll_call, patience)
+        self._meeting = RoundGroups(group, replica_group, peers, timeouts)
         self._pool = BufferPool()
         self._on_divergence: OnDivergence = on_divergence
         self._round = 0
@@ -169,18 +172,18 @@ class Grafter:
         rank, group = meeting.network, meeting.group
         tensors = graft_tensors(self._module)
         home = _home(tensors)
-        clock = PhaseClock(home)
+        timer = PhaseTimer(PHASES, home)
 
         if meeting.replicas:
-            with clock.phase("agree"), self._peers(self._round):
+            with timer.phase("agree"), self._peers(self._round):
                 stop = bool(meeting.of_replicas(torch.tensor([int(stop)]), home).any())
                 if not stop:
                     average_buffers(self._module, partial(meeting.of_replicas, home=home))
-        with clock.phase("measure"):
+        with timer.phase("measure"):
             state = SOUND if stop else self._state_of(tensors, diverged)
             silent = stop or state != SOUND
             mine = None if silent else self._rule.measure(self._units, tensors).double()
-        with clock.phase("agree"), self._peers(self._round):
+        with timer.phase("agree"), self._peers(self._round):
             agreement = self._agree(tensors, self._round, state, mine, rate, stop=stop, saves=saves)
             if mine is None or rank in agreement.diverged:  # it has nothing to tell
                 mine = torch.zeros(agreement.measured, dtype=torch.float64)
@@ -202,7 +205,7 @@ class Grafter:
                 group=group,
                 device=communication_device(group, home),
                 pool=self._pool,
-                phase=clock.phase,
+                phase=timer.phase,
                 seconds=meeting.seconds,
                 replicas=meeting.replicas,
             )
@@ -216,8 +219,8 @@ class Grafter:
             coefficient=dict(zip(names, mixing.own_share(rank), strict=True)),
             information=dict(zip(names, matrix[rank].tolist() if informed else [], strict=False)),
             distance=dict(zip(names, applied.distance, strict=False)),
-            seconds=clock.total(),
-            phase_seconds=clock.seconds,
+            seconds=timer.total(),
+            phase_seconds=timer.seconds,
             bytes_received=applied.bytes_received,
             diverged=agreement.diverged,
             mixing=mixing,
@@ -283,7 +286,7 @@ class Grafter:
         )
 
     def _peers(self, round_: int) -> AbstractContextManager[None]:
-        return self._meeting.naming_missing(round_, f"round {self._round}")
+        return self._meeting.naming_missing_peers(round_, f"round {self._round}")
 
     def _state_of(self, tensors: dict[str, Tensor], diverged: bool) -> int:
         found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))

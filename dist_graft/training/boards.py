@@ -9,14 +9,14 @@ from typing import Any
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
-from dist_graft.grafting.rules import Graft
-from dist_graft.monitoring.history import LayerHistory, Pacing, coefficients, informations
-from dist_graft.monitoring.layout import custom_scalars, with_unit
+from dist_graft.grafting.rules.graft import Graft
+from dist_graft.monitoring.chart_layout import custom_scalars, with_unit
+from dist_graft.monitoring.layer_history import LayerHistory, Pacing, coefficients, informations
 from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.monitoring.tensorboard import LayerView, NetworkBoard, PopulationBoard
-from dist_graft.population.place import Place
-from dist_graft.population.record import GraftRecord
-from dist_graft.training.assembly import build_cadence, grafts_itself
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.builders import build_cadence, grafts_itself
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.run_directory import RunDirectory
 from dist_graft.version import versions
@@ -47,7 +47,7 @@ class Boards:
         self,
         config: TrainConfig,
         directory: RunDirectory,
-        place: Place,
+        place: ProcessInfo,
         *,
         start_epoch: int,
         lines: Sequence[Mapping[str, Any]],
@@ -193,7 +193,7 @@ class Boards:
             self._log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
 
 
-def session_options(config: TrainConfig, place: Place) -> dict[str, float | str]:
+def session_options(config: TrainConfig, place: ProcessInfo) -> dict[str, float | str]:
     """The columns by which the hyperparameters' tab tells networks and runs apart."""
     options: dict[str, float | str] = {
         "networks": place.networks,

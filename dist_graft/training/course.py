@@ -12,28 +12,29 @@ import torch
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import RoundPostponedError, RoundStoppedError
-from dist_graft.monitoring.live import Live
+from dist_graft.monitoring.chart_layout import PHASES
+from dist_graft.monitoring.profiler import StepProfile
+from dist_graft.monitoring.status_file import StatusFile
+from dist_graft.phase_timer import PhaseTimer
 from dist_graft.population.grafter import Grafter
-from dist_graft.population.record import GraftRecord
-from dist_graft.population.runtime import Runtime
-from dist_graft.population.saving import SaveRequests
-from dist_graft.population.stopping import StopRequests
-from dist_graft.training.checkpointing import Checkpoints, Progress
-from dist_graft.training.clock import Position, Segment
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.checkpoint_requests import SaveRequests
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.stop_requests import StopRequests
+from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.data import Data
-from dist_graft.training.layers import naming_epoch
+from dist_graft.training.layer_stats import naming_epoch
 from dist_graft.training.loop import (
     EvalResult,
-    Trainee,
     TrainResult,
+    TrainState,
     accuracy,
     current_lr,
     evaluate,
     train_steps,
 )
-from dist_graft.training.profile import StepProfile
 from dist_graft.training.reporting import with_round
-from dist_graft.training.timesheet import TimeSheet
+from dist_graft.training.schedule import Position, Segment
 
 
 @dataclass
@@ -46,22 +47,22 @@ class Course:
 
     config: TrainConfig
     runtime: Runtime
-    trainee: Trainee
+    trainee: TrainState
     data: Data
     grafter: Grafter | None
     rate: Callable[[int], float]
     """What donors' shares are multiplied with after a number of steps of the run."""
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     stops: StopRequests
     saves: SaveRequests
-    live: Live
+    live: StatusFile
     progress: Progress
     profile: StepProfile | None
     began: float
     """When the run would have begun without interruption, on the monotonic clock."""
     round: int = 0
     """Rounds finished."""
-    times: TimeSheet = field(default_factory=TimeSheet, init=False)
+    times: PhaseTimer = field(default_factory=lambda: PhaseTimer(PHASES), init=False)
     """Of this process, since the last report."""
     busy: float = field(default=0.0, init=False)
     """Seconds of training and evaluating in this epoch, in this process's life."""
@@ -144,7 +145,7 @@ class Course:
         """
         began = time.monotonic()
         self.live.evaluating()
-        with self.times.spend("evaluation"):
+        with self.times.phase("evaluation"):
             self.trainee.replicas.average_buffers(self.trainee.model)
             tested = self.test()
             validated = None
@@ -188,14 +189,14 @@ class Course:
         progress = Progress(
             Position(epoch + 1, 0, self.round), self.seconds, diverged=self.progress.diverged
         )
-        with self.times.spend("checkpoint"):
+        with self.times.phase("checkpoint"):
             self.checkpoints.save(progress)
         self.saves.saved()
 
     def _graft(self, segment: Segment, stop: bool) -> GraftRecord:
         assert self.grafter is not None
         steps = segment.epoch * self.data.steps_per_epoch + segment.last
-        with naming_epoch(segment.epoch), self.times.spend("round"):
+        with naming_epoch(segment.epoch), self.times.phase("round"):
             record = self.grafter.graft(
                 rate=self.rate(steps),
                 stop=stop,
@@ -224,8 +225,8 @@ class Course:
         self.progress.seconds = self.seconds
         self.progress.buffers = self.trainee.replicas.all_buffers(self.trainee.model)
         own = self.checkpoints.path(self.progress).name
-        name = self.saves.agreed(own, self.runtime.patience.seconds)
-        with self.times.spend("checkpoint"):
+        name = self.saves.agreed(own, self.runtime.timeouts.seconds)
+        with self.times.phase("checkpoint"):
             self.checkpoints.save(self.progress, name)
         self.saves.done()
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import OptimConfig
-from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
-from dist_graft.population.replicas import Replicas
+from dist_graft.phase_timer import profiler_label
+from dist_graft.population.runtime.replicas import Replicas
+from dist_graft.seeding import stream_seed
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part
 from dist_graft.training.teachers import Teachers
-from dist_graft.training.timesheet import named
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LEAST_LOSS_SCALE = 1e-4
@@ -47,7 +47,7 @@ class Predictor:
 
 
 @dataclass
-class Trainee(Predictor):
+class TrainState(Predictor):
     """A network in training: with the rest of what a checkpoint holds."""
 
     optimizer: torch.optim.Optimizer
@@ -117,7 +117,7 @@ class EvalResult:
 
 
 def train_steps(
-    trainee: Trainee,
+    trainee: TrainState,
     data: Data,
     config: OptimConfig,
     *,
@@ -144,7 +144,7 @@ def train_steps(
         seed = stream_seed("step", trainee.seed, trainee.network, epoch, step, *replica)
         torch.manual_seed(seed)
         part = data.part(step)
-        with named("step"):
+        with profiler_label("step"):
             if len(labels):
                 _learn(trainee, inputs, labels, config, part, totals)
             trainee.scheduler.step()
@@ -178,14 +178,14 @@ class _Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
         try:
-            with named("data"):
+            with profiler_label("data"):
                 return next(self._batches)
         finally:
             self.seconds += time.perf_counter() - began
 
 
 def _learn(
-    trainee: Trainee,
+    trainee: TrainState,
     inputs: Tensor,
     labels: Tensor,
     config: OptimConfig,
@@ -215,7 +215,7 @@ def _learn(
 
 
 def _loss(
-    trainee: Trainee, inputs: Tensor, labels: Tensor, config: OptimConfig
+    trainee: TrainState, inputs: Tensor, labels: Tensor, config: OptimConfig
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the images, with the teachers', and the logits [images, classes]."""
     with trainee.autocast():
@@ -249,7 +249,7 @@ def evaluate(predictor: Predictor, data: Data, split: Literal["test", "val"]) ->
     )
 
 
-def current_lr(trainee: Trainee) -> float:
+def current_lr(trainee: TrainState) -> float:
     """Learning rate of the next step."""
     return float(trainee.optimizer.param_groups[0]["lr"])
 

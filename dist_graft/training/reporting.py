@@ -14,15 +14,15 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.console import NetworkRow, epoch_text, summary_text
 from dist_graft.monitoring.metrics import EpochMetrics, MetricsFile
-from dist_graft.monitoring.story import Event, StoryFile
+from dist_graft.monitoring.run_events import Event, RunEventsFile
 from dist_graft.monitoring.tensorboard import LayerView
-from dist_graft.population.place import Place
-from dist_graft.population.record import GraftRecord
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.boards import Boards
-from dist_graft.training.checkpoint import write_atomically
-from dist_graft.training.clock import Position
+from dist_graft.training.checkpoint.files import write_atomically
 from dist_graft.training.loop import EvalResult, TrainResult
 from dist_graft.training.run_directory import RunDirectory
+from dist_graft.training.schedule import Position
 
 SLOW = 2.0
 """A network is slow that is busy so many times longer than its peers' median."""
@@ -51,7 +51,7 @@ class Reporter:
         self,
         config: TrainConfig,
         directory: RunDirectory,
-        place: Place,
+        place: ProcessInfo,
         *,
         start: Position,
         hosts: Sequence[str],
@@ -68,9 +68,9 @@ class Reporter:
         self._metrics: MetricsFile | None = None
         if place.leads:
             self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
-        self._story: StoryFile | None = None
+        self._story: RunEventsFile | None = None
         if place.rank == 0:
-            self._story = StoryFile(
+            self._story = RunEventsFile(
                 directory.events, start_epoch=start.epoch, start_round=start.round
             )
         self._boards = Boards(

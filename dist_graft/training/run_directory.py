@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.validation import from_nested
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint import (
-    CheckpointSet,
+from dist_graft.training.checkpoint.files import (
+    Checkpoint,
     complete_sets,
     damage,
     declared_sets,
     write_atomically,
 )
-from dist_graft.validation import from_nested
 from dist_graft.version import versions
 
 _FREE = (
@@ -167,7 +167,7 @@ class RunDirectory:
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
 
-    def newest_usable(self) -> tuple[CheckpointSet | None, list[Path]]:
+    def newest_usable(self) -> tuple[Checkpoint | None, list[Path]]:
         """The newest complete set whose files are whole, and the damaged files of newer ones.
 
         Raises: RunDirectoryError when there are complete sets and none is usable.

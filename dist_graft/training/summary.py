@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dist_graft.errors import DataError
-from dist_graft.population.runtime import Runtime
+from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.training.loop import EvalResult, accuracy
 
 LARGEST_ENSEMBLE = 2**22

@@ -10,39 +10,39 @@ from functools import partial
 import torch
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.validation import step_range
 from dist_graft.errors import RoundStoppedError
 from dist_graft.monitoring.console import NetworkRow, ProgressBar
-from dist_graft.monitoring.live import Live
 from dist_graft.monitoring.log import open_log
-from dist_graft.output import tell
-from dist_graft.population.place import Place
-from dist_graft.population.process import leave
-from dist_graft.population.runtime import Runtime
-from dist_graft.population.saving import SaveRequests
-from dist_graft.population.stopping import StopRequests
-from dist_graft.training.assembly import (
+from dist_graft.monitoring.profiler import StepProfile
+from dist_graft.monitoring.status_file import StatusFile
+from dist_graft.population.runtime.checkpoint_requests import SaveRequests
+from dist_graft.population.runtime.process import leave
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.stop_requests import StopRequests
+from dist_graft.printing import tell
+from dist_graft.training.builders import (
     build_cadence,
     build_grafter,
     build_rate,
     build_rule,
-    build_trainee,
+    build_train_state,
     build_units,
     grafts_itself,
     lr_of,
 )
-from dist_graft.training.checkpointing import Checkpoints
-from dist_graft.training.clock import segments
+from dist_graft.training.checkpoint.manager import CheckpointManager
 from dist_graft.training.course import Course
 from dist_graft.training.data import Data, ensure_available, load_data
-from dist_graft.training.layers import check_sound, look_at_layers, what_is_lost
-from dist_graft.training.loop import Trainee
-from dist_graft.training.profile import StepProfile
+from dist_graft.training.layer_stats import check_sound, layer_stats, what_is_lost
+from dist_graft.training.loop import TrainState
 from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
 from dist_graft.training.run_directory import RunDirectory
-from dist_graft.training.scions import graft_itself
+from dist_graft.training.schedule import segments
+from dist_graft.training.self_grafting import self_graft
+from dist_graft.training.shared_directory import check_shared, process_table
 from dist_graft.training.summary import ensemble_accuracy, summarise
-from dist_graft.training.whereabouts import check_shared, who_runs_where
-from dist_graft.validation import step_range
 
 
 def fit(config: TrainConfig, runtime: Runtime) -> None:
@@ -66,7 +66,7 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     log = open_log(*folders, console=speaks)
     bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
     status = directory.status(network) if runtime.place.leads else None
-    with Live(status, network, bar) as live:
+    with StatusFile(status, network, bar) as live:
         _live_through(config, runtime, directory, log, live, began)
 
 
@@ -75,7 +75,7 @@ def _live_through(
     runtime: Runtime,
     directory: RunDirectory,
     log: logging.Logger,
-    live: Live,
+    live: StatusFile,
     began: float,
 ) -> None:
     network, networks = runtime.place.network, runtime.place.networks
@@ -92,7 +92,7 @@ def _live_through(
         replica=runtime.place.replica,
         replicas=runtime.place.replicas,
     )
-    trainee = build_trainee(config, data, runtime)
+    trainee = build_train_state(config, data, runtime)
     units = build_units(config, trainee)
     cadence = build_cadence(config, networks)
     grafter = None
@@ -101,7 +101,7 @@ def _live_through(
 
     endures = config.on_divergence == "exclude" or (config.on_divergence == "heal" and grafter)
 
-    checkpoints = Checkpoints(config, runtime, directory, trainee, log)
+    checkpoints = CheckpointManager(config, runtime, directory, trainee, log)
     progress = checkpoints.resume()
     start = progress.position
     if grafter:
@@ -115,7 +115,7 @@ def _live_through(
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
     if runtime.place.world_size > 1:
-        log.info("%s", who_runs_where(runtime))
+        log.info("%s", process_table(runtime))
     hosts = runtime.hosts()[:: runtime.place.replicas]
     reporter = Reporter(config, directory, runtime.place, start=start, hosts=hosts, log=log)
     course = Course(
@@ -127,7 +127,7 @@ def _live_through(
         rate=build_rate(config, data.steps_per_epoch),
         checkpoints=checkpoints,
         stops=build_stop_requests(config, runtime, directory),
-        saves=SaveRequests(config.checkpoint.every_minutes, runtime.roll_call, asks=speaks),
+        saves=SaveRequests(config.checkpoint.every_minutes, runtime.peers, asks=speaks),
         live=live,
         progress=progress,
         profile=build_profile(config, data, runtime, directory, log),
@@ -159,7 +159,7 @@ def _live_through(
         course.train(segment)
         if segment.evaluate and not course.stopping():
             tested, validated = course.evaluate()
-            layers = look_at_layers(config, trainee, units)
+            layers = layer_stats(config, trainee, units)
             runtime.learn_own(course.whole)
         try:
             record = course.meet(segment)
@@ -169,8 +169,8 @@ def _live_through(
         if record:
             reporter.round(epoch, record)
         if segment.round and not grafter:
-            with course.times.spend("round"):
-                graft_itself(trainee, units, config.graft, course.round)
+            with course.times.phase("round"):
+                self_graft(trainee, units, config.graft, course.round)
             course.round += 1
         live.met(course.round)
         if segment.round and config.graft.reset_momentum:
@@ -180,7 +180,7 @@ def _live_through(
 
         metrics = epoch_metrics(
             *(epoch, course.lr, course.trained, tested, validated, course.progress.rounds),
-            *(layers, course.times.hand_in()),
+            *(layers, course.times.reset()),
         )
         reporter.network(metrics, layers)
         reporter.skipped(epoch, data.skipped)
@@ -237,13 +237,13 @@ def build_stop_requests(
     grace = config.checkpoint.grace_seconds
     return StopRequests(
         directory.stop,
-        runtime.roll_call,
+        runtime.peers,
         grace_seconds=grace,
         late=partial(_leave_without_peers, runtime.place, grace),
     )
 
 
-def _leave_without_peers(place: Place, seconds: float) -> None:
+def _leave_without_peers(place: ProcessInfo, seconds: float) -> None:
     """End a process that was asked to stop, and whose peers do not agree to."""
     tell(
         f"dist-graft: error: {place}: could not stop in good order within {seconds:g} s "
@@ -253,7 +253,7 @@ def _leave_without_peers(place: Place, seconds: float) -> None:
 
 
 def _opening(
-    config: TrainConfig, runtime: Runtime, data: Data, trainee: Trainee, start_epoch: int
+    config: TrainConfig, runtime: Runtime, data: Data, trainee: TrainState, start_epoch: int
 ) -> str:
     """The first lines: what, where, how many, how to stop, where to look."""
     place, run_dir = runtime.place, config.run_dir

@@ -13,7 +13,7 @@ import pytest
 from browsing import Page, need_a_browser, tensorboard
 from launching import finish, torchrun
 
-from dist_graft.monitoring.layout import custom_scalars
+from dist_graft.monitoring.chart_layout import custom_scalars
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,7 +11,7 @@ from harness import Place
 from torch import Tensor
 
 from dist_graft import Grafter, GraftRecord, Mixing
-from dist_graft.grafting.criteria import entropy
+from dist_graft.grafting.information import entropy
 from dist_graft.grafting.units import GraftUnit
 
 

@@ -9,7 +9,7 @@ from harness import Place, attempt, run
 from torch import nn
 
 from dist_graft import Graft, Grafter
-from dist_graft.grafting.rules import Rule
+from dist_graft.grafting.rules.base import Rule
 
 
 class Keen(Graft):

@@ -14,10 +14,10 @@ from rounds import Mean
 from torch import nn
 
 from dist_graft import Graft, Grafter, GraftRecord, Wash, graft_units, mix
-from dist_graft.grafting.filter_level import FilterGraft, filter_links
-from dist_graft.grafting.rules import Rule
+from dist_graft.grafting.rules.base import Rule
+from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
-from dist_graft.population.replicas import Replicas
+from dist_graft.population.runtime.replicas import Replicas
 
 ROUNDS = 2
 LAYOUTS = ((2, 2), (1, 3), (3, 1), (2, 3), (3, 2))

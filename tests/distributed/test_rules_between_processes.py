@@ -25,8 +25,8 @@ from dist_graft import (
     mix,
 )
 from dist_graft.grafting.divergence import without_diverged
-from dist_graft.grafting.filter_level import FilterGraft, FilterLink, filter_links
-from dist_graft.grafting.neighbours import Shuffle
+from dist_graft.grafting.rules.filter_graft import FilterGraft, FilterLink, filter_links
+from dist_graft.grafting.rules.wash import Shuffle
 from dist_graft.grafting.units import graft_tensors
 
 ROUNDS = 3

@@ -1,4 +1,4 @@
-"""A peer that comes later than the group's time-out, and earlier than patience ends."""
+"""A peer that comes later than the group's time-out, and earlier than timeouts ends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from harness import Place, attempt, run
 
-from dist_graft.population import place as places
-from dist_graft.population.patience import Patience
-from dist_graft.population.runtime import Runtime, _mesh
+from dist_graft.population.runtime import process_info as places
+from dist_graft.population.runtime.process_group import Runtime, _mesh
+from dist_graft.population.runtime.timeouts import Timeouts
 
 AT_FIRST = 1.5
 LATE = 3.0
@@ -23,7 +23,7 @@ def meet_late(here: Place, learn: str) -> list[object]:
     dist.barrier()  # only then is a time-out short
     dist.set_timeout(timedelta(seconds=AT_FIRST))
     place = places.Place(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(AT_FIRST, epochs=30), None)
+    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(AT_FIRST, epochs=30), None)
     if learn == "an epoch":
         runtime.learn(1.0)
     if learn == "its own":
@@ -58,8 +58,8 @@ def sum_late(here: Place) -> object:
     dist.barrier()
     for group in mesh.get_all_groups():
         dist.set_timeout(timedelta(seconds=AT_FIRST), group)
-    patience = Patience(AT_FIRST, epochs=30)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", patience, None, mesh)
+    timeouts = Timeouts(AT_FIRST, epochs=30)
+    runtime = Runtime(place, torch.device("cpu"), "gloo", timeouts, None, mesh)
     runtime.learn(1.0)
     if place.network == 1:
         time.sleep(LATE)
@@ -72,6 +72,6 @@ def test_so_it_is_where_several_processes_train_each_network() -> None:
 
 @pytest.mark.parametrize(("epoch_seconds", "longest"), [(0.0, 20.0), (0.1, 20.0), (9.0, 45.0)])
 def test_the_longest_wait_is_never_less_than_at_first(epoch_seconds: float, longest: float) -> None:
-    patience = Patience(20.0, epochs=5)
-    patience.learn(epoch_seconds)
-    assert patience.longest_wait == longest
+    timeouts = Timeouts(20.0, epochs=5)
+    timeouts.learn(epoch_seconds)
+    assert timeouts.longest_wait == longest

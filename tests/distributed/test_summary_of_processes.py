@@ -5,21 +5,21 @@ import pytest
 import torch
 
 from dist_graft.errors import DataError
-from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
-from dist_graft.population.runtime import Runtime
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.loop import EvalResult
 from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
 
 
-def summary_of(here: harness.Place, tested: list[int]) -> str:
+def summary_of(here: harness.ProcessInfo, tested: list[int]) -> str:
     """What a network says that was tested on tested[rank] images."""
     labels = torch.zeros(tested[here.rank], dtype=torch.int64)
     result = EvalResult(
         loss=0.0, accuracy=0.0, probabilities=torch.zeros(len(labels), 2), labels=labels
     )
-    place = Place(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(60.0, epochs=5.0), None)
+    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
+    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
     try:
         summarise(runtime, 0.1, result, result, 1.0, sound=True)
     except DataError as error:
@@ -36,15 +36,15 @@ def test_other_numbers_of_test_images_are_an_error_of_all(tested: list[int], say
     assert says in told[0]
 
 
-def ensemble_of(here: harness.Place, certain: list[float], images: list[int]) -> float | None:
+def ensemble_of(here: harness.ProcessInfo, certain: list[float], images: list[int]) -> float | None:
     """What a network hears whose probability of the right answer is certain[rank]."""
     labels = torch.zeros(images[here.rank], dtype=torch.int64)
     own = torch.tensor([certain[here.rank], 1 - certain[here.rank]])
     result = EvalResult(
         loss=0.0, accuracy=0.0, probabilities=own.expand(len(labels), 2), labels=labels
     )
-    place = Place(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Patience(60.0, epochs=5.0), None)
+    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
+    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
     return ensemble_accuracy(runtime, result, 0)
 
 

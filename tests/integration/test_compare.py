@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_graft.analysis.compare.plan import read_plan
-from dist_graft.analysis.compare.results import Results
-from dist_graft.analysis.compare.state import state_of
+from dist_graft.studies.plan import read_plan
+from dist_graft.studies.results import Results
+from dist_graft.studies.state import state_of
 
 PLAN = """
 name: tiny

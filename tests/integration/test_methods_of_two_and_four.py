@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dist_graft import Average, Graft, Papa, Wash, graft_units, mix
 from dist_graft.config import ModelConfig
-from dist_graft.draws import stream_seed
-from dist_graft.grafting.filter_level import FilterGraft, filter_links
-from dist_graft.grafting.local import graft_internal, graft_noise, noise_deviation
-from dist_graft.grafting.rules import Rule
+from dist_graft.grafting.reactivation import graft_internal, graft_noise, noise_deviation
+from dist_graft.grafting.rules.base import Rule
+from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
+from dist_graft.seeding import stream_seed
 from dist_graft.training.models import build_model
 
 State = dict[str, Tensor]

@@ -27,7 +27,7 @@ from launching import (
 )
 from reading import assert_same_bits, checkpoint, metrics, scalars
 
-from dist_graft.population.process import SIGNALS
+from dist_graft.population.runtime.process import SIGNALS
 
 OPTIONS = (
     *("--epochs", "3", "--data.train_samples", "512", "--data.batch_size", "16"),

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from dist_graft import Graft, cli, graft_units, mix
 from dist_graft.config import DataConfig, ModelConfig, TrainConfig
-from dist_graft.monitoring.layout import PHASES, custom_scalars
+from dist_graft.config.validation import from_nested
+from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
 from dist_graft.training.data import load_data
 from dist_graft.training.models import build_model
-from dist_graft.validation import from_nested
 
 NETWORKS = (0, 1)
 CONTRACT = {

@@ -277,10 +277,10 @@ def test_the_other_blocks_of_the_library_page(tmp_path: Path) -> None:
 
 def test_the_keys_that_the_run_directory_page_names() -> None:
     """Of status.json, as the code writes them."""
-    from dist_graft.monitoring.live import Standing
+    from dist_graft.monitoring.status_file import Status
 
     page = text_of(Path("docs/run_directory.md"))
     section = page.partition("## status.json")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(json.loads(json.dumps(vars(Standing(network=0)))))
+    assert named == set(json.loads(json.dumps(vars(Status(network=0)))))

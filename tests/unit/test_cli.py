@@ -10,8 +10,8 @@ import yaml
 
 from dist_graft import cli
 from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
-from dist_graft.options import option_names
-from dist_graft.validation import from_nested
+from dist_graft.config.parsing import option_names
+from dist_graft.config.validation import from_nested
 
 PREFIX = "dist-graft: error: "
 BRIEFLY = ("--data.train_samples=8", "--data.test_samples=8", "--model.name=none")

@@ -16,8 +16,8 @@ from dist_graft.config import (
     TrainConfig,
     WashConfig,
 )
+from dist_graft.config.parsing import option_names
 from dist_graft.errors import ConfigError
-from dist_graft.options import option_names
 
 NAN, INF = float("nan"), float("inf")
 

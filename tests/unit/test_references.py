@@ -11,10 +11,10 @@ from torch import nn
 
 from dist_graft.config import GraftConfig, ModelConfig, TrainConfig
 from dist_graft.errors import ConfigError, DataError
-from dist_graft.grafting.rules import Graft
+from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import donors_of
 from dist_graft.references import resolve
-from dist_graft.training.assembly import build_rule
+from dist_graft.training.builders import build_rule
 from dist_graft.training.data.own import read_own
 from dist_graft.training.models import build_model
 

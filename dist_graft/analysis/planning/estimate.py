@@ -19,8 +19,8 @@ from dist_graft.analysis.planning.layout import (
 from dist_graft.analysis.planning.options import LATENCY, PlanOptions
 from dist_graft.analysis.planning.sizes import Sizes
 from dist_graft.grafting.topology import TOPOLOGIES
-from dist_graft.population.buckets import Bucket, cut_buckets
-from dist_graft.population.exchange import Exchange, bucket_limit, held_bytes
+from dist_graft.population.round.buckets import Bucket, cut_buckets
+from dist_graft.population.round.exchange import Exchange, bucket_limit, held_bytes
 
 RANDOM_ROUNDS = 20
 """Of the random topology that are looked at."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from dist_graft.config.validation import above_zero, at_least, require
 from dist_graft.errors import ConfigError
-from dist_graft.validation import above_zero, at_least, require
 
 MOST_NETWORKS = 4096
 LOCAL = {"nccl": 4.0, "gloo": 0.8}

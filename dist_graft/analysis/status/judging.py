@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dist_graft.analysis.status.reading import NetworkFiles, RunFiles
 from dist_graft.monitoring.console import duration
-from dist_graft.monitoring.live import BEAT_SECONDS, ENDED
+from dist_graft.monitoring.status_file import BEAT_SECONDS, ENDED
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "died"]
 UNDER_WAY: tuple[State, ...] = ("starting", "running")

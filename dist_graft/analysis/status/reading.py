@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint import complete_sets
+from dist_graft.training.checkpoint.files import complete_sets
 from dist_graft.training.run_directory import RunDirectory
 
 _TAIL_BYTES = 1 << 18  # of a file that grows; hundreds of epochs, or a few of a huge network

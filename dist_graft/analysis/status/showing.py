@@ -15,7 +15,7 @@ from dist_graft.analysis.status.judging import (
 )
 from dist_graft.analysis.status.reading import Fields, NetworkFiles, RunFiles
 from dist_graft.monitoring.console import duration, table
-from dist_graft.monitoring.live import ENDED
+from dist_graft.monitoring.status_file import ENDED
 
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN = 30.0

@@ -16,8 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from dist_graft.config import DataConfig
-from dist_graft.draws import stream_seed
 from dist_graft.errors import DataError
+from dist_graft.seeding import stream_seed
 from dist_graft.training.data.augment import Normalise
 from dist_graft.training.data.decoding import Unreadable, read_image
 from dist_graft.training.data.loader import shield_worker, start_loading

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from dist_graft.population.process import SIGNALS
+from dist_graft.population.runtime.process import SIGNALS
 
 
 def start_loading(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dist_graft.config import DataConfig
-from dist_graft.draws import stream_seed
 from dist_graft.errors import ConfigError
+from dist_graft.seeding import stream_seed
 
 
 @dataclass(frozen=True)

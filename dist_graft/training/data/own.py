@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_graft.config.validation import own
 from dist_graft.errors import DataError
 from dist_graft.training.data.sources import Facts, ImageSet
-from dist_graft.validation import own
 
 
 def read_own(reference: str, root: str) -> tuple[ImageSet, ImageSet, Facts]:

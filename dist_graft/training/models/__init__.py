@@ -8,13 +8,13 @@ from functools import partial
 from torch import nn
 
 from dist_graft.config import ModelConfig
+from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError
 from dist_graft.references import is_reference
 from dist_graft.training.models.mobilenetv2 import MobileNetV2
 from dist_graft.training.models.resnet import ResNet
 from dist_graft.training.models.vgg import VGG16
 from dist_graft.training.models.wide_resnet import WideResNet
-from dist_graft.validation import own
 
 __all__ = ["build_model", "model_names"]
 

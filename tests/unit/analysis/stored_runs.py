@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
-from dist_graft.training.checkpoint import complete_set, save_network, set_path
+from dist_graft.training.checkpoint.files import complete_set, save_network, set_path
 from dist_graft.training.models import build_model
 from dist_graft.training.run_directory import RunDirectory
 

@@ -10,7 +10,7 @@ import pytest
 from launching import ERROR, Done, finish
 
 from dist_graft.analysis import doctor
-from dist_graft.population.trial import try_round
+from dist_graft.population.runtime.selftest import try_round
 
 
 def examined(run: Path, *options: str, **environment: str) -> Done:

@@ -12,7 +12,7 @@ from stored_runs import damage_file, network, related_states, write_run
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from dist_graft.analysis.evaluation import evaluate_run
+from dist_graft.analysis.evaluate import evaluate_run
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.training.data import load_data
 from dist_graft.training.run_directory import RunDirectory

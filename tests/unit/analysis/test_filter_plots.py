@@ -13,7 +13,7 @@ from PIL import Image
 
 from dist_graft.analysis.filter_plots import draw
 from dist_graft.analysis.filters import Inspected, Layer
-from dist_graft.analysis.print_style import COLOURS, Picture, line_styles
+from dist_graft.analysis.plot_style import COLOURS, Picture, line_styles
 
 NAMES = {"invalid_filters.png", "entropy.png", "norms.png"}
 

@@ -11,7 +11,7 @@ import torch
 from stored_runs import network, related_states, write_run
 
 from dist_graft.analysis.export import export_run
-from dist_graft.analysis.inspection import inspect_sources
+from dist_graft.analysis.inspect_filters import inspect_sources
 from dist_graft.analysis.sources import labels, read_source
 from dist_graft.errors import ConfigError, NonFiniteError, RunDirectoryError
 

@@ -18,7 +18,7 @@ from dist_graft.analysis.status.judging import State, judge
 from dist_graft.analysis.status.reading import read_run
 from dist_graft.analysis.status.showing import as_json, as_text
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint import complete_set
+from dist_graft.training.checkpoint.files import complete_set
 
 NOW = 1_800_000_000.0
 GRAFT = {"round": 2, "donor": 1, "coefficient": {"conv1": 0.41, "conv2": 0.6}}

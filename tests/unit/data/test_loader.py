@@ -17,7 +17,7 @@ import torch
 from launching import is_alive, wait_until
 
 from dist_graft.config import DataConfig
-from dist_graft.population.process import SIGNALS
+from dist_graft.population.runtime.process import SIGNALS
 from dist_graft.training.data import load_data
 
 OPENING = """

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_graft import Average, Graft, GraftUnit, Papa, Wash, mix
-from dist_graft.grafting.neighbours import Shuffle, bernoulli_positions
+from dist_graft.grafting.rules.wash import Shuffle, bernoulli_positions
 
 UNITS = [
     GraftUnit(name="a", tensors=("a.weight", "a.bias"), lead="a.weight"),

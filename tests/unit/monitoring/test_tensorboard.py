@@ -9,9 +9,9 @@ import torch
 from reading import layout, pictures, scalars, session, texts
 from tensorboard.summary.writer import event_file_writer
 
-from dist_graft.grafting.rules import take_from
-from dist_graft.monitoring.history import LayerHistory, informations
-from dist_graft.monitoring.layout import PHASES, custom_scalars
+from dist_graft.grafting.rules.base import take_from
+from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
+from dist_graft.monitoring.layer_history import LayerHistory, informations
 from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.monitoring.tensorboard import RESULTS, LayerView, NetworkBoard, PopulationBoard
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_graft.population.devices import all_different
+from dist_graft.population.runtime.devices import all_different
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource
-from dist_graft.population.process import keep_freed_memory
+from dist_graft.population.runtime.process import keep_freed_memory
 import torch
 
 def step():

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from dist_graft.population import saving
-from dist_graft.population.presence import RollCall
-from dist_graft.population.saving import SaveRequests
+from dist_graft.population.runtime import checkpoint_requests as saving
+from dist_graft.population.runtime.checkpoint_requests import SaveRequests
+from dist_graft.population.runtime.peers import PeerRegistry
 
 AT_ONCE = 1e-300
 """Minutes that are over at the next look."""
@@ -30,7 +30,8 @@ def store(request: pytest.FixtureRequest) -> Iterator[dist.Store]:
 def pair(store: dist.Store, minutes: float | None = AT_ONCE) -> tuple[SaveRequests, SaveRequests]:
     """Of the network that asks, and of another."""
     asking, other = (
-        SaveRequests(minutes, RollCall(store, network, 2), asks=network == 0) for network in (0, 1)
+        SaveRequests(minutes, PeerRegistry(store, network, 2), asks=network == 0)
+        for network in (0, 1)
     )
     return asking, other
 
@@ -73,7 +74,7 @@ def test_not_while_the_set_before_is_being_written(store: dist.Store) -> None:
 
 def test_never_without_minutes(store: dist.Store) -> None:
     asking, other = pair(store, None)
-    RollCall(store, 0, 2).post("save 1", "name")
+    PeerRegistry(store, 0, 2).post("save 1", "name")
     assert not looks(asking)
     assert not looks(other)
 

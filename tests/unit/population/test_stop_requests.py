@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dist_graft.population.presence import RollCall
-from dist_graft.population.process import SIGNALS
-from dist_graft.population.stopping import StopRequests
+from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.runtime.process import SIGNALS
+from dist_graft.population.runtime.stop_requests import StopRequests
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def store() -> dist.HashStore:
 
 
 def requests(
-    folder: Path, late: threading.Event, roll_call: RollCall | None = None, grace: float = 60
+    folder: Path, late: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
 ) -> StopRequests:
-    return StopRequests(folder / "STOP", roll_call, grace_seconds=grace, late=late.set)
+    return StopRequests(folder / "STOP", peers, grace_seconds=grace, late=late.set)
 
 
 def test_nobody_asks(tmp_path: Path, late: threading.Event) -> None:
@@ -72,7 +72,7 @@ def test_a_file_asks(tmp_path: Path, late: threading.Event) -> None:
 def test_a_signal_to_one_is_known_to_all(
     tmp_path: Path, late: threading.Event, store: dist.HashStore
 ) -> None:
-    here, there = (requests(tmp_path, late, RollCall(store, k, 2)) for k in (0, 1))
+    here, there = (requests(tmp_path, late, PeerRegistry(store, k, 2)) for k in (0, 1))
     here.listen()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert here.asked()
@@ -84,10 +84,10 @@ def test_a_signal_to_one_is_known_to_all(
 def test_the_store_is_asked_once_a_second_at_most(
     tmp_path: Path, late: threading.Event, store: dist.HashStore
 ) -> None:
-    roll_call = RollCall(store, 0, 1)
-    here = requests(tmp_path, late, roll_call)
+    peers = PeerRegistry(store, 0, 1)
+    here = requests(tmp_path, late, peers)
     assert not here.asked()
-    roll_call.ask_to_stop("somebody")
+    peers.ask_to_stop("somebody")
     assert not here.asked()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError
-from dist_graft.population.presence import RollCall
-from dist_graft.population.store import AnsweringStore, StoreSilentError
+from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def store() -> dist.Store:
 
 
 def test_it_answers_as_the_store_does(store: dist.Store) -> None:
-    answering = AnsweringStore(store, lambda: 30)
+    answering = StoreClient(store, lambda: 30)
     answering.set("key", "text")
     assert answering.get("key") == b"text"
     assert answering.check(["key"])
@@ -30,26 +30,26 @@ def test_it_answers_as_the_store_does(store: dist.Store) -> None:
 
 
 def test_silence_is_an_error_and_the_store_is_not_asked_again(store: dist.Store) -> None:
-    answering = AnsweringStore(store, lambda: 0.1)
+    answering = StoreClient(store, lambda: 0.1)
     answering.set("key", "text")
     for question in ("nobody sets this", "key"):
-        with pytest.raises(StoreSilentError, match=r"did not answer within 0\.1 s"):
+        with pytest.raises(StoreTimeoutError, match=r"did not answer within 0\.1 s"):
             answering.get(question)
 
 
 def test_a_network_that_the_store_does_not_answer_is_told_what_may_be_wrong(
     store: dist.Store,
 ) -> None:
-    answering = AnsweringStore(store, lambda: 0.1)
-    roll_call = RollCall(answering, 1, 2)
-    with pytest.raises(StoreSilentError):
+    answering = StoreClient(store, lambda: 0.1)
+    peers = PeerRegistry(answering, 1, 2)
+    with pytest.raises(StoreTimeoutError):
         answering.get("nobody sets this")
     for ask in (
-        roll_call.asked_to_stop,
-        lambda: roll_call.heard("save 1", 0),
-        lambda: roll_call.post("the report", ""),
-        lambda: roll_call.hear("the report", 0, 5),
+        peers.asked_to_stop,
+        lambda: peers.heard("save 1", 0),
+        lambda: peers.post("the report", ""),
+        lambda: peers.hear("the report", 0, 5),
     ):
         with pytest.raises(PeerError, match="hangs, or the link to it is cut"):
             ask()
-    assert roll_call.silent("the report") == []
+    assert peers.silent("the report") == []

@@ -8,12 +8,12 @@ from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
 from torch import nn
 
 from dist_graft.config import DataConfig, OptimConfig
-from dist_graft.population.patience import Patience
-from dist_graft.population.place import Place
-from dist_graft.population.runtime import Runtime
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import Facts
-from dist_graft.training.loop import Trainee
+from dist_graft.training.loop import TrainState
 from dist_graft.training.optim import build_optimizer, build_scheduler
 
 
@@ -57,13 +57,13 @@ def make_trainee() -> MakeTrainee:
         precision: str = "fp32",
         epochs: int = 10,
         steps_per_epoch: int = 4,
-    ) -> Trainee:
+    ) -> TrainState:
         model = model or small_model()
         optimizer = build_optimizer(config, model, lr=config.lr)
         scheduler = build_scheduler(
             config, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch
         )
-        return Trainee(
+        return TrainState(
             model=model,
             forward=model,
             optimizer=optimizer,
@@ -83,7 +83,7 @@ def make_runtime() -> MakeRuntime:
     """The runtime of one of several networks, as far as nothing is sent."""
 
     def make(network: int = 0, networks: int = 1) -> Runtime:
-        place = Place(network, networks, network, networks)
-        return Runtime(place, CPU, "none", Patience(60.0, epochs=5.0), None)
+        place = ProcessInfo(network, networks, network, networks)
+        return Runtime(place, CPU, "none", Timeouts(60.0, epochs=5.0), None)
 
     return make

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_graft.population.runtime import Runtime
-from dist_graft.training.checkpoint import complete_set, save_network, set_path
+from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.training.checkpoint.files import complete_set, save_network, set_path
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import ImageSet
-from dist_graft.training.loop import Trainee
+from dist_graft.training.loop import TrainState
 
 CPU = torch.device("cpu")
 
 MakeData = Callable[..., ResidentImages]
-MakeTrainee = Callable[..., Trainee]
+MakeTrainee = Callable[..., TrainState]
 MakeRuntime = Callable[..., Runtime]
 
 

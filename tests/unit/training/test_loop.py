@@ -13,7 +13,7 @@ from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
-from dist_graft.training.loop import Trainee, accuracy, current_lr, evaluate, train_steps
+from dist_graft.training.loop import TrainState, accuracy, current_lr, evaluate, train_steps
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 
@@ -23,7 +23,7 @@ def plain(**options: object) -> OptimConfig:
     return OptimConfig(**{**PLAIN, **options})  # type: ignore[arg-type]
 
 
-def weights(trainee: Trainee) -> Tensor:
+def weights(trainee: TrainState) -> Tensor:
     """All parameters as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in trainee.model.parameters()])
 
@@ -234,12 +234,12 @@ class TestLossScaling:
     """What fp16 does on a GPU, with a scaler of the CPU."""
 
     @pytest.fixture
-    def trainee(self, make_trainee: MakeTrainee) -> Trainee:
+    def trainee(self, make_trainee: MakeTrainee) -> TrainState:
         trainee = make_trainee(plain(lr=0.1, momentum=0.9))
         trainee.scaler = torch.amp.GradScaler("cpu")
         return trainee
 
-    def lose(self, trainee: Trainee, data: Data) -> None:
+    def lose(self, trainee: TrainState, data: Data) -> None:
         """Steps whose gradients are not finite, until none ever would be again."""
         with torch.no_grad():
             trainee.model[0].weight[0] = math.nan
@@ -247,7 +247,7 @@ class TestLossScaling:
             train_steps(trainee, data, plain(), epoch=epoch, first=0, last=4)
 
     def test_steps_that_are_not_finite_are_skipped_until_the_scale_is_gone(
-        self, make_data: MakeData, trainee: Trainee
+        self, make_data: MakeData, trainee: TrainState
     ) -> None:
         train_steps(trainee, make_data(), plain(), epoch=0, first=0, last=4)
         assert not trainee.scale_collapsed
@@ -257,7 +257,7 @@ class TestLossScaling:
         assert trainee.scale_collapsed
 
     def test_a_network_that_begins_anew_learns_again(
-        self, make_data: MakeData, make_trainee: MakeTrainee, trainee: Trainee
+        self, make_data: MakeData, make_trainee: MakeTrainee, trainee: TrainState
     ) -> None:
         """As one whose weights were never lost."""
         self.lose(trainee, make_data())

@@ -55,9 +55,9 @@ from dist_graft.config import TrainConfig
 from dist_graft.monitoring.console import NetworkRow
 from dist_graft.monitoring.metrics import EpochMetrics
 from dist_graft.monitoring.tensorboard import LayerView
-from dist_graft.population.place import Place
-from dist_graft.population.record import GraftRecord
-from dist_graft.training.clock import Position
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.training.schedule import Position
 from dist_graft.training.reporting import Reporter
 from dist_graft.training.run_directory import RunDirectory
 
@@ -67,7 +67,7 @@ for folder in (directory.network(0), directory.population):
     folder.mkdir(parents=True)
 directory.describe(TrainConfig(epochs=4), 2)
 reporter = Reporter(
-    TrainConfig(epochs=4), directory, Place(0, 2, 0, 2), start=Position(), hosts=["a", "b"],
+    TrainConfig(epochs=4), directory, ProcessInfo(0, 2, 0, 2), start=Position(), hosts=["a", "b"],
     log=logging.getLogger("test"),
 )
 mixing = Graft().decide(torch.zeros(2, 1, dtype=torch.float64), 0)

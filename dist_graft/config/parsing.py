@@ -1,0 +1,108 @@
+"""Options from YAML into the configuration dataclasses, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+
+from dist_graft.config import TrainConfig
+from dist_graft.config.validation import from_nested
+from dist_graft.errors import ConfigError
+
+PARSER_SETTINGS: Mapping[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+
+SECTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(TrainConfig)
+    if dataclasses.is_dataclass(field.default_factory)
+)
+"""Of TrainConfig; in a YAML file each may be the name of another file, beside it."""
+
+_yaml_load = get_loader("yaml")
+
+
+def prepare_parsing() -> None:
+    """Have jsonargparse read field texts as help, and YAML strictly."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", load_strictly, (yaml.YAMLError,))
+
+
+def load_strictly(text: str) -> Any:
+    """YAML as jsonargparse reads it, but a key given twice is an error (yaml.YAMLError).
+
+    The section `run` that a run directory's config.yaml adds is left out, so that the file can be
+    used as a configuration.
+    """
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None:
+        _refuse_duplicates(node)
+    value = _yaml_load(text)
+    if isinstance(value, dict) and "run_dir" in value:
+        value.pop("run", None)
+    return value
+
+
+def _refuse_duplicates(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+            _refuse_duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value)
+
+
+def from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A configuration dataclass from what a YAML file holds, names and types checked.
+
+    Raises: ConfigError for a name that is unknown, or a value of another type or out of range.
+    """
+    try:
+        parsed = _parser(typing.cast("Callable[..., Any]", kind)).parse_object(dict(values))
+    except ArgumentError as error:
+        message = " ".join(str(error).replace("typing.", "").split())
+        raise ConfigError(message + did_you_mean(message, kind).replace("--", "")) from error
+    return from_nested(kind, parsed.as_dict())
+
+
+@functools.cache
+def _parser(kind: Callable[..., Any]) -> ArgumentParser:
+    prepare_parsing()
+    parser = ArgumentParser(**PARSER_SETTINGS)
+    parser.add_class_arguments(kind, nested_key=None)
+    return parser
+
+
+def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """All options of a configuration, as they are written after the two dashes."""
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[field.name]):
+            section = typing.cast("type[Any]", types[field.name])
+            yield from option_names(section, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def did_you_mean(message: str, kind: type[Any] = TrainConfig) -> str:
+    """What to add to the parser's message: the option that was probably meant, or nothing."""
+    unknown = re.search(r"(?:arguments?: --|[Oo]ption ')([\w.]+)", message)
+    if unknown:
+        near = difflib.get_close_matches(unknown.group(1), list(option_names(kind)), n=1)
+        if near and near[0] != unknown.group(1):
+            return f"; did you mean --{near[0]}?"
+    return ""

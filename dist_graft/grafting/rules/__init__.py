@@ -1,0 +1,1 @@
+"""Population methods: one module per rule."""

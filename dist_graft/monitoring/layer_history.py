@@ -1,0 +1,97 @@
+"""What pictures over all epochs are drawn from, and how often they may be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dist_graft.monitoring.figures import Numbers
+
+SHARE = 0.003
+"""Of a run's time that pictures may take, those of its last epoch not counted."""
+MOST_TIMES = 30
+"""That the pictures of a run are drawn."""
+_FIRST_SECONDS = 1.0
+
+
+class LayerHistory:
+    """A number for each layer in each epoch that had one.
+
+    Args:
+        lines: of metrics.jsonl, of an earlier start of the run.
+        read: the layers' numbers of a line; empty when it has none.
+    """
+
+    def __init__(
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        read: Callable[[Mapping[str, Any]], Mapping[str, float | None]],
+    ) -> None:
+        self._read = read
+        self.epochs: list[int] = []
+        self.names: list[str] = []
+        self._columns: list[Mapping[str, float | None]] = []
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add the numbers of one more epoch, if it has any."""
+        numbers = self._read(line)
+        if numbers:
+            self.epochs.append(line["epoch"])
+            self._columns.append(numbers)
+            self.names = list(numbers) if len(numbers) > len(self.names) else self.names
+
+    def numbers(self) -> Numbers:
+        """[layers, epochs]; NaN where a layer had none."""
+        rows = [[column.get(name) for column in self._columns] for name in self.names]
+        return np.array(rows, dtype=np.float64)
+
+
+def coefficients(line: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """Of the last round of an epoch, from its line in metrics.jsonl."""
+    rounds: Mapping[str, Mapping[str, float | None]] = line.get("graft") or {}
+    return rounds.get("coefficient", {})
+
+
+def informations(line: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """At the end of an epoch, from its line in metrics.jsonl."""
+    return line.get("information") or {}
+
+
+class Pacing:
+    """Keeps pictures to a small share of the time.
+
+    Args:
+        epochs: of the whole run; its last one is always drawn.
+        clock: seconds.
+    """
+
+    def __init__(self, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._epochs = epochs
+        self._clock = clock
+        self._began = clock()
+        self._spent = 0.0
+        self._last = _FIRST_SECONDS
+
+    def due(self, epoch: int) -> bool:
+        """Whether to draw after this epoch (0-based)."""
+        if epoch == self._epochs - 1:
+            return True
+        apart = -(-self._epochs // MOST_TIMES)
+        room = SHARE * (self._clock() - self._began)
+        return (epoch + 1) % apart == 0 and self._spent + self._last <= room
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count the time of the block, in which all pictures of an epoch are drawn."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._last = self._clock() - began
+            self._spent += self._last

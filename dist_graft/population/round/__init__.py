@@ -1,0 +1,1 @@
+"""One round: agreement, exchange, blending, record."""

@@ -1,0 +1,1 @@
+"""Process group, peers, timeouts, devices and launching."""

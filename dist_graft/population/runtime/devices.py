@@ -1,0 +1,59 @@
+"""Which device a process computes on, and whether NCCL can serve them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from dist_graft.errors import ConfigError
+from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.runtime.process_info import ProcessInfo
+
+
+def choose_device(name: str, place: ProcessInfo) -> torch.device:
+    """The device of this process: auto and cuda give each process of a machine the next GPU.
+
+    Raises: ConfigError for a name that is none, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = int(number) if number else place.local_rank % max(1, count)
+    if index >= count:
+        raise ConfigError(
+            f"runtime.device {name}: torch {torch.__version__} sees {count} GPUs here; use cpu or "
+            "auto, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", index)
+
+
+def nccl_serves(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
+    """Whether every process has NCCL, and a GPU that is no other's; all hear the same.
+
+    Every process of the run must call this.
+    """
+    mine = ""
+    if device.type == "cuda" and dist.is_nccl_available():
+        mine = str(torch.cuda.get_device_properties(device).uuid)
+    peers.post("the GPU", mine)
+    return all_different(peers.collect("the GPU", seconds))
+
+
+def all_different(gpus: Sequence[str]) -> bool:
+    """Whether no two are the same, and none is missing (empty)."""
+    return "" not in gpus and len(set(gpus)) == len(gpus)
+
+
+def no_nccl(device: torch.device) -> ConfigError:
+    """What is wrong when NCCL is asked for and cannot be had."""
+    return ConfigError(
+        "runtime.backend nccl needs a GPU of its own for every process of the run, and a torch "
+        f"with NCCL; this process computes on {device}: use auto or gloo"
+    )

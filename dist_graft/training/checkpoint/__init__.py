@@ -1,0 +1,1 @@
+"""Checkpoints: files, background writer, save and resume."""

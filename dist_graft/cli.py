@@ -40,9 +40,9 @@ def run(argv: Sequence[str]) -> int:
     An error of the user's making ends with one line that says what to do: on standard error, in
     the network's log.txt when a run directory is known, and in torchrun's table of failures.
     """
-    place = ProcessInfo()
+    process = ProcessInfo()
     try:
-        place = read_process_info()
+        process = read_process_info()
         command, options = _parse(argv)
         if command == "prepare":
             from dist_graft.training.data.prepare import prepare
@@ -50,28 +50,28 @@ def run(argv: Sequence[str]) -> int:
             print(prepare(options["name"], root=options["root"], source=options["source"]))
             return 0
         if command in analysis.COMMANDS:
-            told = analysis.COMMANDS[command](options, place)
+            told = analysis.COMMANDS[command](options, process)
             for text in [told] if isinstance(told, str) else told:
                 _show(text)
             return 0
         config = from_nested(TrainConfig, options)
-        place = place.shared(config.runtime.replicas)
-        return _train(config, place)
+        process = process.shared(config.runtime.replicas)
+        return _train(config, process)
     except StoppedEarlyError as error:
-        if place.launched and place.local_rank == 0:
+        if process.launched and process.local_rank == 0:
             from dist_graft.population.runtime.process import end_launcher
 
             end_launcher()
-        return _fail(str(error), error.exit_status, place, argv, root_cause=False)
+        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except StoppedError as error:
-        return _fail(str(error), error.exit_status, place, argv, root_cause=False)
+        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
-        return _fail(str(error), error.exit_status, place, argv)
+        return _fail(str(error), error.exit_status, process, argv)
     except KeyboardInterrupt:  # of a command that needs no farewell
         return 130
     except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
         traceback.print_exc()
-        return _fail(f"unexpected {type(error).__name__}: {error}", 1, place, argv)
+        return _fail(f"unexpected {type(error).__name__}: {error}", 1, process, argv)
 
 
 def _show(text: str) -> None:
@@ -81,21 +81,21 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _train(config: TrainConfig, place: ProcessInfo) -> int:
+def _train(config: TrainConfig, process: ProcessInfo) -> int:
     from dist_graft.monitoring.log import hold_warnings
     from dist_graft.population.runtime.process import die_with_launcher, leave, stop_on_signals
     from dist_graft.training.data import check_dataset_name
     from dist_graft.training.learning_rates import learning_rates
 
     check_dataset_name(config.data.name)
-    learning_rates(config.optim, place.networks)
+    learning_rates(config.optim, process.networks)
     stopped = Path(config.run_dir) / "STOPPED_EARLY"
-    if place.restarts and stopped.exists():
+    if process.restarts and stopped.exists():
         raise StoppedEarlyError(
             f"{config.run_dir} was asked to stop, and the launcher started it again: left as it is"
         )
     stop_on_signals()
-    if place.launched:
+    if process.launched:
         die_with_launcher()
     hold_warnings()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what went wrong
@@ -105,7 +105,7 @@ def _train(config: TrainConfig, place: ProcessInfo) -> int:
     from dist_graft.population.runtime.process_group import start
     from dist_graft.training.trainer import fit
 
-    runtime = start(config.runtime, place)
+    runtime = start(config.runtime, process)
     try:
         fit(config, runtime)
     except StoppedEarlyError:
@@ -123,24 +123,24 @@ def _train(config: TrainConfig, place: ProcessInfo) -> int:
             f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
             "batch with optim.accumulation"
         ) from error
-    if place.launched:
+    if process.launched:
         leave(0)
     return 0
 
 
 def _fail(
-    message: str, status: int, place: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
+    message: str, status: int, process: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
 ) -> int:
     line = " ".join(message.split())
-    if place.world_size > 1:
-        line = f"{place}: {line}"
+    if process.world_size > 1:
+        line = f"{process}: {line}"
     tell(f"dist-graft: error: {line}")
     run_dir = _mentioned(argv, "--run_dir") or _run_dir_in_file(_mentioned(argv, "--config"))
     if run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line
 
-        append_line(Path(run_dir) / f"network{place.network:02d}", f"ERROR {line}")
-    if place.launched:
+        append_line(Path(run_dir) / f"network{process.network:02d}", f"ERROR {line}")
+    if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure
 
         if root_cause:  # else the line of whoever failed first is the one to show

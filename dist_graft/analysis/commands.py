@@ -174,8 +174,8 @@ def _add_run(parser: ArgumentParser) -> None:
     )
 
 
-def _run_evaluate(options: Options, place: ProcessInfo) -> str:
-    _alone(place, "evaluate")
+def _run_evaluate(options: Options, process: ProcessInfo) -> str:
+    _alone(process, "evaluate")
     for name in ("batch_size", "batch_norm_batches"):
         _at_least_one(name, options[name])
     from dist_graft.analysis.evaluate import evaluate_run
@@ -191,8 +191,8 @@ def _run_evaluate(options: Options, place: ProcessInfo) -> str:
     )
 
 
-def _run_inspect(options: Options, place: ProcessInfo) -> str:
-    _alone(place, "inspect")
+def _run_inspect(options: Options, process: ProcessInfo) -> str:
+    _alone(process, "inspect")
     _at_least_one("num_bins", options["num_bins"])
     for threshold in options["thresholds"]:
         if not (threshold > 0 and math.isfinite(threshold)):
@@ -209,8 +209,8 @@ def _run_inspect(options: Options, place: ProcessInfo) -> str:
     )
 
 
-def _run_export(options: Options, place: ProcessInfo) -> str:
-    _alone(place, "export")
+def _run_export(options: Options, process: ProcessInfo) -> str:
+    _alone(process, "export")
     from dist_graft.analysis.export import export_run
 
     out = options["out"]
@@ -219,8 +219,8 @@ def _run_export(options: Options, place: ProcessInfo) -> str:
     )
 
 
-def _run_compare(options: Options, place: ProcessInfo) -> str:
-    _alone(place, "compare")
+def _run_compare(options: Options, process: ProcessInfo) -> str:
+    _alone(process, "compare")
     from dist_graft.studies.state import load_plan
 
     plan = load_plan(Path(options["plan"]))
@@ -230,8 +230,8 @@ def _run_compare(options: Options, place: ProcessInfo) -> str:
     return compare(plan, Path(out), report_only=options["report_only"])
 
 
-def _run_status(options: Options, place: ProcessInfo) -> Iterator[str]:
-    _alone(place, "status")
+def _run_status(options: Options, process: ProcessInfo) -> Iterator[str]:
+    _alone(process, "status")
     above_zero("every", options["every"])
     from dist_graft.analysis.status.watching import look
 
@@ -243,24 +243,24 @@ def _run_status(options: Options, place: ProcessInfo) -> Iterator[str]:
     )
 
 
-def _run_doctor(options: Options, place: ProcessInfo) -> Iterator[str]:
-    _alone(place, "doctor")
+def _run_doctor(options: Options, process: ProcessInfo) -> Iterator[str]:
+    _alone(process, "doctor")
     above_zero("timeout_seconds", options["timeout_seconds"])
     from dist_graft.analysis.doctor import examine
 
     yield from examine(options["run_dir"], seconds=options["timeout_seconds"])
 
 
-def _run_plan(options: Options, place: ProcessInfo) -> Iterator[str]:
-    _alone(place, "plan")
+def _run_plan(options: Options, process: ProcessInfo) -> Iterator[str]:
+    _alone(process, "plan")
     asked = PlanOptions(**options)
     from dist_graft.analysis.planning.page import plan
 
     yield from plan(asked)
 
 
-def _alone(place: ProcessInfo, command: str) -> None:
-    if place.networks > 1:
+def _alone(process: ProcessInfo, command: str) -> None:
+    if process.networks > 1:
         raise StartError(f"{command} runs in one process: start it without torchrun")
 
 

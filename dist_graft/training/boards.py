@@ -34,7 +34,7 @@ class Boards:
     Args:
         config: of the run; without monitor.tensorboard nothing is written.
         directory: of the run, with its config.yaml.
-        place: of this process.
+        process: this process.
         start_epoch: first epoch of this start of the run; events from it on are dropped.
         lines: of the network's metrics.jsonl, of the epochs before.
         hosts: of each network.
@@ -47,7 +47,7 @@ class Boards:
         self,
         config: TrainConfig,
         directory: RunDirectory,
-        place: ProcessInfo,
+        process: ProcessInfo,
         *,
         start_epoch: int,
         lines: Sequence[Mapping[str, Any]],
@@ -56,9 +56,9 @@ class Boards:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._place = place
+        self._process = process
         self._hosts = hosts
-        self._configuration = directory.config.read_text() if place.rank == 0 else ""
+        self._configuration = directory.config.read_text() if process.rank == 0 else ""
         self._log = log
         self._network: NetworkBoard | None = None
         self._population: PopulationBoard | None = None
@@ -123,7 +123,7 @@ class Boards:
 
     def _show_summary(self, summary: Mapping[str, Any]) -> None:
         epoch = self._config.epochs - 1
-        own = summary["networks"][self._place.network]
+        own = summary["networks"][self._process.network]
         whens = ("before_last_round", "after_last_round")
         if self._network:
             before, after = (own[f"accuracy_{when}"] for when in whens)
@@ -149,15 +149,15 @@ class Boards:
             self._population.round(self._record.round, names, self._record.mixing, epoch)
 
     def _open(self, epoch: int) -> None:
-        if not (self._config.monitor.tensorboard and self._place.leads):
+        if not (self._config.monitor.tensorboard and self._process.is_leader):
             return
-        config, place = self._config, self._place
+        config, process = self._config, self._process
         self._network = NetworkBoard(
-            self._directory.network(place.network),
+            self._directory.network(process.network),
             start_epoch=epoch,
-            options=session_options(config, place),
+            options=session_options(config, process),
         )
-        if place.rank == 0:
+        if process.rank == 0:
             self._population = PopulationBoard(
                 self._directory.population,
                 start_epoch=epoch,
@@ -165,7 +165,7 @@ class Boards:
                     self._criterion,
                     validation=config.data.val_fraction > 0,
                     rounds=not (
-                        build_cadence(config, place.networks).never or grafts_itself(config)
+                        build_cadence(config, process.networks).never or grafts_itself(config)
                     ),
                 ),
                 texts={
@@ -193,11 +193,11 @@ class Boards:
             self._log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
 
 
-def session_options(config: TrainConfig, place: ProcessInfo) -> dict[str, float | str]:
+def session_options(config: TrainConfig, process: ProcessInfo) -> dict[str, float | str]:
     """The columns by which the hyperparameters' tab tells networks and runs apart."""
     options: dict[str, float | str] = {
-        "networks": place.networks,
-        "lr": learning_rates(config.optim, place.networks)[place.network],
+        "networks": process.networks,
+        "lr": learning_rates(config.optim, process.networks)[process.network],
         "seed": config.seed,
         "epochs": config.epochs,
         "method": config.method,

@@ -37,7 +37,7 @@ def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> Trai
 
     A collective of the processes that train one network.
     """
-    network = runtime.place.network
+    network = runtime.process.network
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
     model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     model.to(runtime.device)
@@ -74,7 +74,7 @@ def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> Trai
 
 def lr_of(config: TrainConfig, runtime: Runtime) -> float:
     """Largest learning rate of this process's network."""
-    return learning_rates(config.optim, runtime.place.networks)[runtime.place.network]
+    return learning_rates(config.optim, runtime.process.networks)[runtime.process.network]
 
 
 def build_units(config: TrainConfig, trainee: TrainState) -> list[GraftUnit]:

@@ -203,7 +203,7 @@ class Course:
                 saves=self.saves.count,
                 diverged=self.progress.diverged,
             )
-        if self.runtime.place.network in record.healed:
+        if self.runtime.process.network in record.healed:
             self.trainee.begin_anew()
         self.progress.diverged = False
         self.progress.rounds = with_round(self.progress.rounds, record)

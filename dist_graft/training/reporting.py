@@ -39,7 +39,7 @@ class Reporter:
     Args:
         config: of the run.
         directory: of the run.
-        place: of this process.
+        process: this process.
         start: where this start of the run begins; what is there from it on is dropped.
         hosts: of each network.
         log: of this process.
@@ -51,7 +51,7 @@ class Reporter:
         self,
         config: TrainConfig,
         directory: RunDirectory,
-        place: ProcessInfo,
+        process: ProcessInfo,
         *,
         start: Position,
         hosts: Sequence[str],
@@ -59,24 +59,24 @@ class Reporter:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._place = place
+        self._process = process
         self._log = log
         self._unwritten: RunDirectoryError | None = None
         self._slow: set[int] = set()
         self._diverged: set[int] = set()
-        folder = directory.network(place.network)
+        folder = directory.network(process.network)
         self._metrics: MetricsFile | None = None
-        if place.leads:
+        if process.is_leader:
             self._metrics = MetricsFile(folder / "metrics.jsonl", start_epoch=start.epoch)
         self._story: RunEventsFile | None = None
-        if place.rank == 0:
+        if process.rank == 0:
             self._story = RunEventsFile(
                 directory.events, start_epoch=start.epoch, start_round=start.round
             )
         self._boards = Boards(
             config,
             directory,
-            place,
+            process,
             start_epoch=start.epoch,
             lines=self._metrics.kept if self._metrics else [],
             hosts=hosts,
@@ -201,8 +201,8 @@ class Reporter:
             self._directory.path,
         )
         with self._enduring():
-            if self._place.rank == 0:
-                self._directory.describe(self._config, self._place.networks)
+            if self._process.rank == 0:
+                self._directory.describe(self._config, self._process.networks)
         self._boards.open_anew()
 
     def _tell(self, event: Event, level: int = logging.WARNING) -> None:

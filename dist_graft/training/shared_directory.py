@@ -24,10 +24,10 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     Raises: RunDirectoryError, in all networks alike, naming those that do not see it; PeerError
         when rank 0 refused the folder, or a network did not answer.
     """
-    if runtime.place.world_size == 1:
+    if runtime.process.world_size == 1:
         return
     token = secrets.token_hex(8)
-    if runtime.place.rank == 0:
+    if runtime.process.rank == 0:
         _leave(folder, token)
     token = runtime.from_first("the check of the run directory", token)
     lag = min(_LAG_SECONDS, runtime.timeouts.seconds / 3)
@@ -36,10 +36,10 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     seen = runtime.gather_all(
         [float(_is_seen(folder, token, lag))], "the sight of the run directory"
     )
-    if runtime.place.rank == 0:
+    if runtime.process.rank == 0:
         _token_file(folder, token).unlink(missing_ok=True)
     blind = dict.fromkeys(
-        f"network {rank // runtime.place.replicas} on {host}"
+        f"network {rank // runtime.process.replicas} on {host}"
         for rank, (host, (there,)) in enumerate(zip(hosts, seen, strict=True))
         if not there
     )
@@ -59,7 +59,7 @@ def process_table(runtime: Runtime) -> str:
     device = str(runtime.device)
     if runtime.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(runtime.device)})"
-    place = runtime.place
+    place = runtime.process
     which = (str(place.network), str(place.replica))[: 2 if place.replicas > 1 else 1]
     mine = "\t".join([*which, str(place.rank), socket.gethostname(), device])
     rows = [row.split("\t") for row in runtime.everyone("who runs where", mine)]

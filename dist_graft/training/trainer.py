@@ -51,21 +51,21 @@ def fit(config: TrainConfig, runtime: Runtime) -> None:
     Raises: a DistGraftError whose text says what to do; nothing finished is overwritten.
     """
     began = time.monotonic()
-    network, networks = runtime.place.network, runtime.place.networks
-    speaks = runtime.place.rank == 0
+    network, networks = runtime.process.network, runtime.process.networks
+    speaks = runtime.process.rank == 0
     directory = RunDirectory(config.run_dir)
     if speaks:
         directory.check(config, networks)
-        if not runtime.place.restarts:
+        if not runtime.process.restarts:
             directory.forget_stop()
     check_shared(directory.path, runtime)
     folders = [
-        *([directory.network(network)] if runtime.place.leads else []),
+        *([directory.network(network)] if runtime.process.is_leader else []),
         *([directory.population] if speaks else []),
     ]
     log = open_log(*folders, console=speaks)
-    bar = ProgressBar(config.monitor.progress, show=runtime.place.local_rank == 0)
-    status = directory.status(network) if runtime.place.leads else None
+    bar = ProgressBar(config.monitor.progress, show=runtime.process.local_rank == 0)
+    status = directory.status(network) if runtime.process.is_leader else None
     with StatusFile(status, network, bar) as live:
         _live_through(config, runtime, directory, log, live, began)
 
@@ -78,9 +78,9 @@ def _live_through(
     live: StatusFile,
     began: float,
 ) -> None:
-    network, networks = runtime.place.network, runtime.place.networks
-    speaks = runtime.place.rank == 0
-    if runtime.place.local_rank == 0:
+    network, networks = runtime.process.network, runtime.process.networks
+    speaks = runtime.process.rank == 0
+    if runtime.process.local_rank == 0:
         ensure_available(config.data)
     runtime.gather([0.0], "the preparation of the data")
     data = load_data(
@@ -89,8 +89,8 @@ def _live_through(
         network=network,
         device=runtime.device,
         channels_last=config.runtime.channels_last,
-        replica=runtime.place.replica,
-        replicas=runtime.place.replicas,
+        replica=runtime.process.replica,
+        replicas=runtime.process.replicas,
     )
     trainee = build_train_state(config, data, runtime)
     units = build_units(config, trainee)
@@ -114,10 +114,10 @@ def _live_through(
     if speaks:
         directory.describe(config, networks)
     log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
-    if runtime.place.world_size > 1:
+    if runtime.process.world_size > 1:
         log.info("%s", process_table(runtime))
-    hosts = runtime.hosts()[:: runtime.place.replicas]
-    reporter = Reporter(config, directory, runtime.place, start=start, hosts=hosts, log=log)
+    hosts = runtime.hosts()[:: runtime.process.replicas]
+    reporter = Reporter(config, directory, runtime.process, start=start, hosts=hosts, log=log)
     course = Course(
         config=config,
         runtime=runtime,
@@ -221,9 +221,9 @@ def build_profile(
 ) -> StepProfile | None:
     """What profiles the steps that the configuration asks for, if any."""
     steps = config.monitor.profile_steps
-    if steps is None or not runtime.place.leads:
+    if steps is None or not runtime.process.is_leader:
         return None
-    path = directory.network(runtime.place.network) / "trace.json.gz"
+    path = directory.network(runtime.process.network) / "trace.json.gz"
     first, last = step_range("monitor.profile_steps", steps)
     profile = StepProfile(first, last, path, runtime.device, log)
     profile.check(config.epochs * data.steps_per_epoch)
@@ -239,14 +239,14 @@ def build_stop_requests(
         directory.stop,
         runtime.peers,
         grace_seconds=grace,
-        late=partial(_leave_without_peers, runtime.place, grace),
+        late=partial(_leave_without_peers, runtime.process, grace),
     )
 
 
-def _leave_without_peers(place: ProcessInfo, seconds: float) -> None:
+def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
     """End a process that was asked to stop, and whose peers do not agree to."""
     tell(
-        f"dist-graft: error: {place}: could not stop in good order within {seconds:g} s "
+        f"dist-graft: error: {process}: could not stop in good order within {seconds:g} s "
         "(--checkpoint.grace_seconds); the same command goes on from the newest checkpoint"
     )
     leave(1)
@@ -256,18 +256,18 @@ def _opening(
     config: TrainConfig, runtime: Runtime, data: Data, trainee: TrainState, start_epoch: int
 ) -> str:
     """The first lines: what, where, how many, how to stop, where to look."""
-    place, run_dir = runtime.place, config.run_dir
+    process, run_dir = runtime.process, config.run_dir
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
     device = runtime.device.type
-    where = f"{device} over {runtime.backend}" if place.world_size > 1 else device
-    counted = f"processes, {place.replicas} a network," if place.replicas > 1 else "networks"
+    where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
+    counted = f"processes, {process.replicas} a network," if process.replicas > 1 else "networks"
     return "\n".join(
         [
-            f"{place.networks} x {config.model.name} ({weights:,} parameters), method "
+            f"{process.networks} x {config.model.name} ({weights:,} parameters), method "
             f"{config.method}, epochs {start_epoch + 1} to {config.epochs}, in {run_dir}",
             f"data     {config.data.name}: {data.train_size:,} images of {data.channels} x "
             f"{data.image_size} x {data.image_size}, {data.num_classes} classes",
-            f"where    {place.local_world_size} of {place.world_size} {counted} on "
+            f"where    {process.local_world_size} of {process.world_size} {counted} on "
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
             f"{torch.get_num_threads()} threads each",
             f"to stop  Ctrl-C, or touch {RunDirectory(run_dir).stop}; the same command goes on",

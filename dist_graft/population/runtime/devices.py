@@ -12,7 +12,7 @@ from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process_info import ProcessInfo
 
 
-def choose_device(name: str, place: ProcessInfo) -> torch.device:
+def choose_device(name: str, process: ProcessInfo) -> torch.device:
     """The device of this process: auto and cuda give each process of a machine the next GPU.
 
     Raises: ConfigError for a name that is none, or a GPU that is not there.
@@ -25,7 +25,7 @@ def choose_device(name: str, place: ProcessInfo) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    index = int(number) if number else place.local_rank % max(1, count)
+    index = int(number) if number else process.local_rank % max(1, count)
     if index >= count:
         raise ConfigError(
             f"runtime.device {name}: torch {torch.__version__} sees {count} GPUs here; use cpu or "

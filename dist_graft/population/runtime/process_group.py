@@ -40,7 +40,7 @@ _ANSWER_SECONDS = 2.0  # for the store's own time-out to be reported first
 class Runtime:
     """A process that has met its peers."""
 
-    place: ProcessInfo
+    process: ProcessInfo
     device: torch.device
     backend: str
     """As torch.distributed was given it; "none" for a network alone."""
@@ -69,7 +69,7 @@ class Runtime:
 
     def _allow_for_waiting(self) -> None:
         """A backend ends a collective by the time-out of its group, whoever would wait longer."""
-        if self.place.world_size > 1:
+        if self.process.world_size > 1:
             limit = timedelta(seconds=self.timeouts.longest_wait)
             for group in {world(), self.across or world()}:
                 dist.set_timeout(limit, group)
@@ -81,11 +81,11 @@ class Runtime:
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
         """
-        return self.gather_all(values, what)[:: self.place.replicas]
+        return self.gather_all(values, what)[:: self.process.replicas]
 
     def gather_all(self, values: list[float], what: str) -> list[list[float]]:
         """As `gather`, a row for each process."""
-        if self.place.world_size == 1:
+        if self.process.world_size == 1:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64)
         try:
@@ -107,7 +107,7 @@ class Runtime:
         """
         if self.peers is None:
             return text
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             self.peers.post(what, text)
         return self.peers.hear(what, 0, self.timeouts.seconds)
 
@@ -130,7 +130,7 @@ class Runtime:
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
         """
-        if self.place.networks == 1:
+        if self.process.networks == 1:
             return tensor.cpu()
         total = tensor.cpu().clone()
         on_wait = self._arrive(what)
@@ -145,7 +145,7 @@ class Runtime:
 
     def finish(self) -> None:
         """Part from the peers after a run that went well: a collective."""
-        if self.place.world_size > 1:
+        if self.process.world_size > 1:
             self.gather([0.0], "the end of the run")
             dist.destroy_process_group()
 
@@ -165,19 +165,19 @@ class Runtime:
         )
 
 
-def start(config: RuntimeConfig, place: ProcessInfo) -> Runtime:
+def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     """Choose the device and meet the peers; every process of the run must call this.
 
     Raises: ConfigError for a device or backend that is not there; StartError when the processes do
         not find each other in time, naming those that are missing.
     """
-    device = choose_device(config.device, place)
-    torch.set_num_threads(config.threads or place.cpu_share())
+    device = choose_device(config.device, process)
+    torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":
         keep_freed_memory()
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("runtime.precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
-    if config.sync_bn and place.replicas > 1 and device.type == "cpu":
+    if config.sync_bn and process.replicas > 1 and device.type == "cpu":
         raise ConfigError("runtime.sync_bn needs GPUs: torch has no SyncBatchNorm for the CPU")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -190,15 +190,15 @@ def start(config: RuntimeConfig, place: ProcessInfo) -> Runtime:
     elif config.backend == "nccl":
         raise no_nccl(device)
     timeouts = Timeouts(config.timeout_seconds, epochs=config.timeout_epochs)
-    if place.world_size == 1:
-        return Runtime(place, device, "none", timeouts, None)
+    if process.world_size == 1:
+        return Runtime(process, device, "none", timeouts, None)
 
-    store = _meet(place, config.timeout_seconds)
+    store = _meet(process, config.timeout_seconds)
     answering = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
-    peers = PeerRegistry(answering, place.rank, place.world_size, place.replicas)
+    peers = PeerRegistry(answering, process.rank, process.world_size, process.replicas)
     peers.check_in(config.timeout_seconds)
-    if place.replicas > 1:
-        _refuse_uneven_machines(place, peers, config.timeout_seconds)
+    if process.replicas > 1:
+        _refuse_uneven_machines(process, peers, config.timeout_seconds)
     nccl = nccl_serves(device, peers, config.timeout_seconds)
     if config.backend == "nccl" and not nccl:
         raise no_nccl(device)
@@ -209,12 +209,12 @@ def start(config: RuntimeConfig, place: ProcessInfo) -> Runtime:
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("process_group", store),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=process.rank,
+            world_size=process.world_size,
             timeout=timeout,
             device_id=device if nccl else None,
         )
-        mesh = _mesh(place, "cuda" if nccl else "cpu", timeout) if place.replicas > 1 else None
+        mesh = _mesh(process, "cuda" if nccl else "cpu", timeout) if process.replicas > 1 else None
     except RuntimeError as error:
         raise StartError(
             f"backend {backend} could not connect the processes: {_first_line(error)}; check that "
@@ -222,23 +222,23 @@ def start(config: RuntimeConfig, place: ProcessInfo) -> Runtime:
         ) from error
     group = mesh.get_group("replica") if mesh else None
     replicas = Replicas(group, timeouts, peers)
-    return Runtime(place, device, backend, timeouts, peers, mesh, replicas)
+    return Runtime(process, device, backend, timeouts, peers, mesh, replicas)
 
 
-def _refuse_uneven_machines(place: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
+def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
     """Raise ConfigError in every process where the machines have different numbers of them."""
-    peers.post("processes here", str(place.local_world_size))
+    peers.post("processes here", str(process.local_world_size))
     sizes = sorted({int(size) for size in peers.collect("processes here", seconds)})
     if len(sizes) > 1:
-        raise uneven(place.replicas, f"machines of {' and '.join(map(str, sizes))} processes")
+        raise uneven(process.replicas, f"machines of {' and '.join(map(str, sizes))} processes")
 
 
-def _mesh(place: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:
+def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:
     """The processes as [network, replica]; every process must call this.
 
     The groups are made here, and not by the mesh, so that each has all backends and this time-out.
     """
-    ranks = torch.arange(place.world_size).view(place.networks, place.replicas)
+    ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
     assert isinstance(across, dist.ProcessGroup)
@@ -248,14 +248,14 @@ def _mesh(place: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMes
     )
 
 
-def _meet(place: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
+def _meet(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
     """The run's key-value store: torchrun's own when there is one, else opened by rank 0."""
     host = os.environ.get("MASTER_ADDR")
     port = os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit():
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = place.rank == 0 and not by_launcher
+    serves = process.rank == 0 and not by_launcher
     opened: queue.SimpleQueue[dist.TCPStore | RuntimeError] = queue.SimpleQueue()
 
     def connect() -> None:
@@ -263,7 +263,7 @@ def _meet(place: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
             store = dist.TCPStore(
                 host,
                 int(port),
-                world_size=place.world_size,
+                world_size=process.world_size,
                 is_master=serves,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=timeout_seconds),

@@ -42,7 +42,7 @@ class ProcessInfo:
         return self.rank % self.replicas
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether the process writes the files of its network."""
         return self.replica == 0
 

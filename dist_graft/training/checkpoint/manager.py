@@ -74,13 +74,13 @@ class CheckpointManager:
         self._max_failures = config.checkpoint.max_failures
         self._failures = 0
         self._writer = CheckpointWriter(
-            runtime.place.network,
+            runtime.process.network,
             runtime.peers,
-            leads=runtime.place.leads,
+            leads=runtime.process.is_leader,
             seconds=lambda: runtime.timeouts.seconds,
             keep=config.checkpoint.keep,
         )
-        self._file = f"network{runtime.place.network:02d}.pt"
+        self._file = f"network{runtime.process.network:02d}.pt"
 
     def resume(self) -> Progress:
         """Load the newest usable set, if there is one: a collective.
@@ -89,7 +89,7 @@ class CheckpointManager:
         """
         folder = self._directory.checkpoints
         chosen: Checkpoint | None = None
-        if self._runtime.place.rank == 0:
+        if self._runtime.process.rank == 0:
             chosen, damaged = self._directory.newest_usable()
             for path in damaged:
                 self._log.warning("%s is missing or damaged: going on from an older set", path)
@@ -106,10 +106,10 @@ class CheckpointManager:
                 "need the same run_dir on a shared disk"
             )
         state = load_network(chosen.path / self._file, chosen.sha256[self._file])
-        if state["network"] != self._runtime.place.network:
+        if state["network"] != self._runtime.process.network:
             raise RunDirectoryError(
                 f"{chosen.path / self._file} holds network {state['network']}, not network "
-                f"{self._runtime.place.network}: give the files of {chosen.path} their names back"
+                f"{self._runtime.process.network}: give the files of {chosen.path} their names back"
             )
         trainee = self._trainee
         trainee.model.load_state_dict(state["model"])
@@ -174,7 +174,7 @@ class CheckpointManager:
         failure = self._settle(last=True)
         if failure:
             raise RunDirectoryError(f"stopped by {reason}, but the state was not saved: {failure}")
-        if self._runtime.place.rank == 0:
+        if self._runtime.process.rank == 0:
             text = f"stopped early by {reason}: the same command goes on from {path}\n"
             write_atomically(self._directory.stopped, text.encode())
         # Together, since a launcher ends those that stay behind the first that leaves.
@@ -213,7 +213,7 @@ class CheckpointManager:
     def _state(self, progress: Progress) -> dict[str, Any]:
         position, trainee = progress.position, self._trainee
         return {
-            "network": self._runtime.place.network,
+            "network": self._runtime.process.network,
             "epoch": position.epoch,
             "step": position.step,
             "round": position.round,

@@ -17,7 +17,7 @@ def test_the_processes_of_a_network_are_neighbours() -> None:
     places = [ProcessInfo(rank, 6, rank % 3, 3).shared(3) for rank in range(6)]
     assert [place.network for place in places] == [0, 0, 0, 1, 1, 1]
     assert [place.replica for place in places] == [0, 1, 2, 0, 1, 2]
-    assert [place.leads for place in places] == [True, False, False] * 2
+    assert [place.is_leader for place in places] == [True, False, False] * 2
     assert {place.networks for place in places} == {2}
     assert str(places[4]).startswith("network 1 (replica 1, rank 4 on ")
     assert str(ProcessInfo(1, 2, 1, 2)).startswith("network 1 (rank 1 on ")

@@ -94,7 +94,7 @@ class CheckpointManager:
             for path in damaged:
                 self._log.warning("%s is missing or damaged: going on from an older set", path)
             clear_after(folder, chosen)
-        name = self._runtime.from_first(
+        name = self._runtime.broadcast_text(
             "the choice of a checkpoint set", chosen.path.name if chosen else ""
         )
         if not name:
@@ -113,7 +113,7 @@ class CheckpointManager:
             )
         trainee = self._trainee
         trainee.model.load_state_dict(state["model"])
-        trainee.replicas.take_buffers(trainee.model, state.get("buffers"))
+        trainee.replicas.restore_buffers(trainee.model, state.get("buffers"))
         trainee.optimizer.load_state_dict(state["optimizer"])
         trainee.scheduler.load_state_dict(state["scheduler"])
         trainee.scaler.load_state_dict(state["scaler"])
@@ -168,7 +168,7 @@ class CheckpointManager:
         """
         self._writer.give_up()
         self._settle(last=True)
-        name = self._runtime.from_first("the name of the last set", self.path(progress).name)
+        name = self._runtime.broadcast_text("the name of the last set", self.path(progress).name)
         path = self._directory.checkpoints / name
         self._writer.start(f"{name} at the stop", path, progress.position, self._state(progress))
         failure = self._settle(last=True)
@@ -178,7 +178,7 @@ class CheckpointManager:
             text = f"stopped early by {reason}: the same command goes on from {path}\n"
             write_atomically(self._directory.stopped, text.encode())
         # Together, since a launcher ends those that stay behind the first that leaves.
-        self._runtime.from_first("the end of the stop", reason)
+        self._runtime.broadcast_text("the end of the stop", reason)
         raise StoppedEarlyError(
             f"stopped early by {reason}; everything is in {path}, and the same command goes on "
             "from there"

@@ -56,7 +56,7 @@ class CheckpointWriter:
     ) -> None:
         self._network = network
         self._leads = leads
-        self._roll_call = peers.apart() if peers else None
+        self._roll_call = peers.clone() if peers else None
         self._seconds = seconds
         self._keep = keep
         self._given_up = threading.Event()
@@ -118,14 +118,14 @@ class CheckpointWriter:
         told = self._save(path, position, state) if self._leads else ""
         peers = self._roll_call
         if peers:
-            peers.post(f"{label} written", told)
+            peers.publish(f"{label} written", told)
         if peers and peers.rank != 0:
             # Longer than the first process waits for everyone's files, for it to say who is late.
-            verdict = peers.hear(f"{label} complete", 0, 2 * self._seconds())
+            verdict = peers.read(f"{label} complete", 0, 2 * self._seconds())
         else:
             verdict = self._complete(label, path, position, told)
             if peers:
-                peers.post(f"{label} complete", verdict)
+                peers.publish(f"{label} complete", verdict)
         return Outcome(path=path, failure="" if verdict == _WRITTEN else verdict)
 
     def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
@@ -142,8 +142,8 @@ class CheckpointWriter:
                 texts = self._roll_call.collect(
                     f"{label} written",
                     self._seconds(),
-                    of=self._roll_call.leaders,
-                    given_up=self._given_up.is_set,
+                    ranks=self._roll_call.leaders,
+                    cancelled=self._given_up.is_set,
                 )
             failed = [text.removeprefix("failed ") for text in texts if text.startswith("failed ")]
             if failed:

@@ -55,13 +55,13 @@ def run(argv: Sequence[str]) -> int:
                 _show(text)
             return 0
         config = from_nested(TrainConfig, options)
-        process = process.shared(config.runtime.replicas)
+        process = process.with_replicas(config.runtime.replicas)
         return _train(config, process)
     except StoppedEarlyError as error:
         if process.launched and process.local_rank == 0:
-            from dist_graft.population.runtime.process import end_launcher
+            from dist_graft.population.runtime.process import terminate_launcher
 
-            end_launcher()
+            terminate_launcher()
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except StoppedError as error:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
@@ -111,7 +111,7 @@ def _train(config: TrainConfig, process: ProcessInfo) -> int:
     except StoppedEarlyError:
         raise
     except StoppedError as error:
-        gone = runtime.peers.gone() if runtime.peers else []
+        gone = runtime.peers.dead_peers() if runtime.peers else []
         if gone:
             raise PeerError(
                 f"{'; '.join(gone)} ended; its own line, if it left one, says why, and the "

@@ -16,7 +16,7 @@ import torch
 
 from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.population.runtime.selftest import try_round
+from dist_graft.population.runtime.selftest import run_selftest
 from dist_graft.version import versions
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -240,7 +240,7 @@ def _write_speed(folder: Path) -> float:
 
 def check_round(backend: str, seconds: float) -> Finding:
     """A real round between two processes."""
-    well, text = try_round(backend, seconds=seconds)
+    well, text = run_selftest(backend, seconds=seconds)
     name = f"round over {backend}"
     if well:
         return Finding(name, "ok", text)

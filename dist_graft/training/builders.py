@@ -42,7 +42,7 @@ def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> Trai
     model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     model.to(runtime.device)
     if config.runtime.sync_bn:
-        model = runtime.replicas.with_common_statistics(model)
+        model = runtime.replicas.convert_sync_batchnorm(model)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optim, model, lr=lr_of(config, runtime))
@@ -136,7 +136,7 @@ def build_grafter(
         exchange=config.graft.exchange,
         bucket_mb=config.graft.bucket_mb,
         rule=rule,
-        group=runtime.across,
+        group=runtime.group_across_networks,
         replica_group=runtime.replicas.group,
         on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
         peers=runtime.peers,

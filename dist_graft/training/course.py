@@ -135,7 +135,7 @@ class Course:
     def stopping(self) -> bool:
         """Whether the network stops here: a collective of its processes."""
         if not self._stop:
-            (self._stop,) = self.trainee.replicas.agree([self.stops.asked()])
+            (self._stop,) = self.trainee.replicas.agree([self.stops.requested()])
         return self._stop
 
     def evaluate(self) -> tuple[EvalResult, EvalResult | None]:
@@ -181,8 +181,8 @@ class Course:
     def leave(self) -> NoReturn:
         """Save where the run stands and end it early, together with all others."""
         self.progress.seconds = self.seconds
-        self.progress.buffers = self.trainee.replicas.all_buffers(self.trainee.model)
-        self.checkpoints.leave(self.progress, self.stops.reason or self.stops.heard())
+        self.progress.buffers = self.trainee.replicas.gather_buffers(self.trainee.model)
+        self.checkpoints.leave(self.progress, self.stops.reason or self.stops.peer_reason())
 
     def finish_epoch(self, epoch: int) -> None:
         """Save a set after an epoch and its round."""
@@ -223,7 +223,7 @@ class Course:
     def _save(self) -> None:
         self._due = False
         self.progress.seconds = self.seconds
-        self.progress.buffers = self.trainee.replicas.all_buffers(self.trainee.model)
+        self.progress.buffers = self.trainee.replicas.gather_buffers(self.trainee.model)
         own = self.checkpoints.path(self.progress).name
         name = self.saves.agreed(own, self.runtime.timeouts.seconds)
         with self.times.phase("checkpoint"):
@@ -236,7 +236,7 @@ class Course:
             self.profile.step()
 
     def _interrupted(self) -> bool:
-        asked = self.stops.asked()
+        asked = self.stops.requested()
         due = not asked and self.saves.due(busy=self.checkpoints.busy)
         self._stop, due = self.trainee.replicas.agree([asked, due])
         self._due = due and not self._stop

@@ -140,7 +140,7 @@ def train_steps(
     images = steps = 0
     batches = _Batches(data.train_batches(epoch, first, last))
     for step, (inputs, labels) in enumerate(batches, start=first):
-        replica = (trainee.replicas.number,) if trainee.replicas.number else ()
+        replica = (trainee.replicas.index,) if trainee.replicas.index else ()
         seed = stream_seed("step", trainee.seed, trainee.network, epoch, step, *replica)
         torch.manual_seed(seed)
         part = data.part(step)

@@ -29,11 +29,11 @@ def check_shared(folder: Path, runtime: Runtime) -> None:
     token = secrets.token_hex(8)
     if runtime.process.rank == 0:
         _leave(folder, token)
-    token = runtime.from_first("the check of the run directory", token)
+    token = runtime.broadcast_text("the check of the run directory", token)
     lag = min(_LAG_SECONDS, runtime.timeouts.seconds / 3)
     hosts = runtime.hosts()
     # Not through the store: who keeps it may leave as soon as it knows.
-    seen = runtime.gather_all(
+    seen = runtime.gather_all_ranks(
         [float(_is_seen(folder, token, lag))], "the sight of the run directory"
     )
     if runtime.process.rank == 0:
@@ -62,7 +62,7 @@ def process_table(runtime: Runtime) -> str:
     place = runtime.process
     which = (str(place.network), str(place.replica))[: 2 if place.replicas > 1 else 1]
     mine = "\t".join([*which, str(place.rank), socket.gethostname(), device])
-    rows = [row.split("\t") for row in runtime.everyone("who runs where", mine)]
+    rows = [row.split("\t") for row in runtime.gather_texts("who runs where", mine)]
     columns = ("network", "replica")[: len(which)]
     return table((*columns, "rank", "host", "device"), rows)
 

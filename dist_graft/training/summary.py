@@ -76,4 +76,4 @@ def _together(runtime: Runtime, result: EvalResult, what: str) -> float:
     answers = result.probabilities
     if not answers.isfinite().all():
         answers = torch.zeros_like(answers)
-    return accuracy(runtime.sum(answers, what), result.labels)
+    return accuracy(runtime.sum_over_networks(answers, what), result.labels)

@@ -109,7 +109,7 @@ def _live_through(
         grafter.check()
     if start.epoch >= config.epochs:
         log.info("%s is complete: all of its %d epochs are done", directory.path, config.epochs)
-        runtime.finish()
+        runtime.shutdown()
         return
     if speaks:
         directory.describe(config, networks)
@@ -140,7 +140,7 @@ def _live_through(
         batch_size=config.data.batch_size,
         rounds=start.round,
     )
-    course.stops.listen()
+    course.stops.install_handlers()
     if checkpoints.loaded:
         reporter.resumed(checkpoints.loaded, start)
 
@@ -160,7 +160,7 @@ def _live_through(
         if segment.evaluate and not course.stopping():
             tested, validated = course.evaluate()
             layers = layer_stats(config, trainee, units)
-            runtime.learn_own(course.whole)
+            runtime.observe_local_epoch(course.whole)
         try:
             record = course.meet(segment)
         except RoundStoppedError:
@@ -189,7 +189,7 @@ def _live_through(
         numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
         everyone = [NetworkRow(*other) for other in numbers]
         ensemble = ensemble_accuracy(runtime, tested, epoch)
-        runtime.learn(max(other.epoch_seconds for other in everyone))
+        runtime.observe_epoch(max(other.epoch_seconds for other in everyone))
         reporter.population(epoch, course.round, course.trained.seconds, everyone, ensemble)
         check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
 
@@ -209,7 +209,7 @@ def _live_through(
     reporter.finish()
     if speaks:
         log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
-    runtime.finish()
+    runtime.shutdown()
 
 
 def build_profile(
@@ -239,7 +239,7 @@ def build_stop_requests(
         directory.stop,
         runtime.peers,
         grace_seconds=grace,
-        late=partial(_leave_without_peers, runtime.process, grace),
+        on_grace_expired=partial(_leave_without_peers, runtime.process, grace),
     )
 
 

@@ -57,7 +57,7 @@ class RoundGroups:
     def arrive(self, round_: int) -> None:
         """Say that this process has reached a round."""
         if self._roll_call:
-            self._roll_call.arrive(round_)
+            self._roll_call.enter_round(round_)
 
     def of_networks(
         self, vector: Tensor, home: torch.device, *, what: str = "", arriving_at: int | None = None
@@ -72,8 +72,8 @@ class RoundGroups:
         """
         waiting = {}
         if self._patience and self._roll_call and arriving_at is not None:
-            absent = partial(self._roll_call.absent, arriving_at)
-            waiting["on_wait"] = self._patience.remark(what, absent)
+            absent = partial(self._roll_call.missing_from_round, arriving_at)
+            waiting["on_wait"] = self._patience.warn_when_slow(what, absent)
         return gather_vectors(
             vector,
             group=self.group,

@@ -41,16 +41,16 @@ class SaveRequests:
         self._looked = now
         if self._asks:
             return now - self._last >= self._every
-        return bool(self._roll_call and self._roll_call.heard(self._next, 0))
+        return bool(self._roll_call and self._roll_call.is_published(self._next, 0))
 
     def agreed(self, name: str, timeout_seconds: float) -> str:
         """The name of the set that is due: what the asking process calls it."""
         if self._roll_call is None:
             return name
         if self._asks:
-            self._roll_call.post(self._next, name)
+            self._roll_call.publish(self._next, name)
             return name
-        return self._roll_call.hear(self._next, 0, timeout_seconds)
+        return self._roll_call.read(self._next, 0, timeout_seconds)
 
     def done(self) -> None:
         """The network took part in a requested set."""

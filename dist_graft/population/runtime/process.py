@@ -64,7 +64,7 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def end_launcher() -> None:
+def terminate_launcher() -> None:
     """Ask a torchrun that would start the processes again to end: the run was asked to stop."""
     allowed, used = (
         int(os.environ.get(f"TORCHELASTIC_{name}", "0"))

@@ -64,7 +64,7 @@ class CheckpointWriter:
     ) -> None:
         self._network = network
         self._is_leader = is_leader
-        self._peers = peers.apart() if peers else None
+        self._peers = peers.clone() if peers else None
         self._seconds = seconds
         self._keep = keep
         self._abandoned = threading.Event()
@@ -126,14 +126,14 @@ class CheckpointWriter:
         written = self._save(path, position, state) if self._is_leader else ""
         peers = self._peers
         if peers:
-            peers.post(f"{label} written", written)
+            peers.publish(f"{label} written", written)
         if peers and peers.rank != 0:
             # Longer than rank 0 waits for the files, so that rank 0 can name who is late.
-            verdict = peers.hear(f"{label} complete", 0, 2 * self._seconds())
+            verdict = peers.read(f"{label} complete", 0, 2 * self._seconds())
         else:
             verdict = self._complete(label, path, position, written)
             if peers:
-                peers.post(f"{label} complete", verdict)
+                peers.publish(f"{label} complete", verdict)
         return Outcome(path=path, failure="" if verdict == _COMPLETE else verdict)
 
     def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
@@ -150,8 +150,8 @@ class CheckpointWriter:
                 texts = self._peers.collect(
                     f"{label} written",
                     self._seconds(),
-                    of=self._peers.leaders,
-                    given_up=self._abandoned.is_set,
+                    ranks=self._peers.leaders,
+                    cancelled=self._abandoned.is_set,
                 )
             for text in texts:
                 if text.startswith(_FAILED):

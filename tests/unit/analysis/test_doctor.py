@@ -10,7 +10,7 @@ import pytest
 from launching import ERROR, Done, finish
 
 from dist_graft.analysis import doctor
-from dist_graft.population.runtime.selftest import try_round
+from dist_graft.population.runtime.selftest import run_selftest
 
 
 def examined(run: Path, *options: str, **environment: str) -> Done:
@@ -47,7 +47,7 @@ def test_what_is_broken_ends_in_advice_and_an_error(tmp_path: Path) -> None:
 
 
 def test_a_round_that_takes_too_long_is_ended() -> None:
-    well, text = try_round("gloo", seconds=0.01)
+    well, text = run_selftest("gloo", seconds=0.01)
     assert not well
     assert text == "process 0 did not end within 0.01 s"
 

@@ -74,7 +74,7 @@ def test_not_while_the_set_before_is_being_written(store: dist.Store) -> None:
 
 def test_never_without_minutes(store: dist.Store) -> None:
     asking, other = pair(store, None)
-    PeerRegistry(store, 0, 2).post("save 1", "name")
+    PeerRegistry(store, 0, 2).publish("save 1", "name")
     assert not looks(asking)
     assert not looks(other)
 

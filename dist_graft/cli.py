@@ -25,7 +25,6 @@ from dist_graft.config.validation import from_nested
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
-    PeerError,
     StoppedEarlyError,
     StoppedError,
 )
@@ -82,47 +81,10 @@ def _show(text: str) -> None:
 
 
 def _train(config: TrainConfig, process: ProcessInfo) -> int:
-    from dist_graft.monitoring.log import hold_warnings
-    from dist_graft.population.runtime.process import die_with_launcher, leave, stop_on_signals
-    from dist_graft.training.data import check_dataset_name
-    from dist_graft.training.learning_rates import learning_rates
+    from dist_graft.population.runtime.process import leave
+    from dist_graft.training.trainer import Trainer
 
-    check_dataset_name(config.data.name)
-    learning_rates(config.optim, process.networks)
-    stopped = Path(config.run_dir) / "STOPPED_EARLY"
-    if process.restarts and stopped.exists():
-        raise StoppedEarlyError(
-            f"{config.run_dir} was asked to stop, and the launcher started it again: left as it is"
-        )
-    stop_on_signals()
-    if process.launched:
-        die_with_launcher()
-    hold_warnings()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what went wrong
-
-    import torch
-
-    from dist_graft.population.runtime.process_group import start
-    from dist_graft.training.trainer import fit
-
-    runtime = start(config.runtime, process)
-    try:
-        fit(config, runtime)
-    except StoppedEarlyError:
-        raise
-    except StoppedError as error:
-        gone = runtime.peers.dead_peers() if runtime.peers else []
-        if gone:
-            raise PeerError(
-                f"{'; '.join(gone)} ended; its own line, if it left one, says why, and the "
-                "same command goes on from the newest checkpoint"
-            ) from error
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
-            "batch with optim.accumulation"
-        ) from error
+    Trainer(config).fit()
     if process.launched:
         leave(0)
     return 0

@@ -65,3 +65,7 @@ class RoundPostponedError(DistGraftError):
 
 class StartError(DistGraftError):
     """The processes cannot find each other, or a device or backend is not there."""
+
+
+class CallbackError(DistGraftError):
+    """A user's callback raised an exception."""

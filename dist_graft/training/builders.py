@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -19,41 +19,111 @@ from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa
 from dist_graft.grafting.rules.wash import Wash
 from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
+from dist_graft.monitoring.callback import Callback
+from dist_graft.monitoring.console import EpochLog, ProgressBar
+from dist_graft.monitoring.jsonl import MetricsJsonl
+from dist_graft.monitoring.profiler import Profiler
+from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.monitoring.status_file import StatusFile
+from dist_graft.monitoring.tensorboard import TensorBoard
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.references import is_reference
 from dist_graft.seeding import stream_seed
-from dist_graft.training.data import Data
-from dist_graft.training.learning_rates import learning_rates, schedule
-from dist_graft.training.loop import TrainState
+from dist_graft.training.data import Data, ImageData, load_data
+from dist_graft.training.data.datasets import DatasetData, Datasets
+from dist_graft.training.data.order import Share
+from dist_graft.training.learning_rates import schedule
 from dist_graft.training.models import build_model
 from dist_graft.training.optim import build_optimizer, build_scheduler
 from dist_graft.training.schedule import Cadence
+from dist_graft.training.state import TrainState, moving_average
+from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
 from dist_graft.training.teachers import load_teachers
 
 
-def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> TrainState:
-    """This process's network with its optimizer, as it is before the first step.
+def build_task(
+    config: TrainConfig,
+    loss: LossFunction | None,
+    metrics: Mapping[str, MetricFunction] | None,
+) -> Task:
+    """The task of a trainer's arguments: image classification when none is given."""
+    default = classification(config.optim.label_smoothing)
+    if loss is None and metrics is None:
+        return default
+    if config.distill.teachers:
+        raise ConfigError("distill.teachers needs image classification: leave out loss and metrics")
+    return Task(loss or default.loss, metrics or {})
 
-    A collective of the processes that train one network.
+
+def build_data(config: TrainConfig, datasets: Datasets | None, runtime: Runtime) -> Data:
+    """This process's view of the data."""
+    process = runtime.process
+    if datasets is not None:
+        return DatasetData(
+            datasets,
+            config.data,
+            seed=config.seed,
+            network=process.network,
+            device=runtime.device,
+            share=Share(process.replica, process.replicas),
+        )
+    return load_data(
+        config.data,
+        seed=config.seed,
+        network=process.network,
+        device=runtime.device,
+        channels_last=config.runtime.channels_last,
+        replica=process.replica,
+        replicas=process.replicas,
+    )
+
+
+def build_state(
+    config: TrainConfig,
+    data: Data,
+    runtime: Runtime,
+    make_model: Callable[[], nn.Module] | None = None,
+    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+    *,
+    lr: float,
+) -> TrainState:
+    """This process's network with its optimizer, before the first step.
+
+    Args:
+        config: of the run.
+        data: of this process.
+        runtime: of this process.
+        make_model: () -> module; None: `config.model`.
+        make_optimizer: (module, lr) -> optimizer; None: `config.optim`.
+        lr: the network's largest learning rate.
     """
     network = runtime.process.network
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
-    model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
+    if make_model is not None:
+        model = make_model()
+    elif isinstance(data, ImageData):
+        model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
+    else:
+        raise ConfigError("Trainer(data=...) needs model=, a function that returns the module")
     model.to(runtime.device)
     if config.runtime.sync_bn:
         model = runtime.replicas.convert_sync_batchnorm(model)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(config.optim, model, lr=lr_of(config, runtime))
+    if make_optimizer is None:
+        optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr)
+    else:
+        optimizer = make_optimizer(model, lr)
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
+    decay = config.optim.ema_decay
     return TrainState(
         model=model,
         forward=forward,
-        replicas=runtime.replicas,
-        learn=runtime.replicas.wrap(forward),
+        train_forward=forward,
         optimizer=optimizer,
         scheduler=build_scheduler(
             config.optim,
@@ -68,24 +138,52 @@ def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> Trai
         device=runtime.device,
         seed=config.seed,
         network=network,
-        teachers=load_teachers(config, data, runtime.device),
+        teachers=(
+            load_teachers(config, data, runtime.device) if isinstance(data, ImageData) else None
+        ),
+        ema=None if decay is None else moving_average(model, decay),
     )
 
 
-def lr_of(config: TrainConfig, runtime: Runtime) -> float:
-    """Largest learning rate of this process's network."""
-    return learning_rates(config.optim, runtime.process.networks)[runtime.process.network]
+def built_in_callbacks(
+    config: TrainConfig, process: ProcessInfo
+) -> tuple[RunEvents, list[Callback]]:
+    """The callbacks of every run in the order of their calls, and the one with the events."""
+    events = RunEvents()
+    callbacks: list[Callback] = [StatusFile(), ProgressBar(config.monitor.progress), events]
+    if config.monitor.profile_steps is not None:
+        callbacks.append(Profiler(config.monitor.profile_steps))
+    if process.is_leader:
+        callbacks.append(MetricsJsonl())
+        if config.monitor.tensorboard:
+            callbacks.append(TensorBoard(events))
+    return events, [*callbacks, EpochLog()]
 
 
-def build_units(config: TrainConfig, trainee: TrainState) -> list[GraftUnit]:
+def criterion_name(config: TrainConfig) -> str:
+    """Name of the information that layers are compared by."""
+    return Graft(criterion=config.graft.criterion).measured
+
+
+def describe_data(config: TrainConfig, data: Data) -> str:
+    """The data in a few words, for the log."""
+    if not isinstance(data, ImageData):
+        return f"{data.train_size:,} training samples"
+    return (
+        f"{config.data.name}: {data.train_size:,} images of {data.channels} x "
+        f"{data.image_size} x {data.image_size}, {data.num_classes} classes"
+    )
+
+
+def build_units(config: TrainConfig, state: TrainState) -> list[GraftUnit]:
     """The graft units of the network; ConfigError when it has none that can be grafted."""
     try:
-        return graft_units(trainee.model, lead=config.graft.lead)
+        return graft_units(state.model, lead=config.graft.lead)
     except ValueError as error:
         raise ConfigError(f"model {config.model.name} cannot be grafted: {error}") from error
 
 
-def build_rule(config: TrainConfig, trainee: TrainState, units: list[GraftUnit]) -> Rule:
+def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -> Rule:
     """What flows where in a round, as the configuration asks for it."""
     graft = config.graft
     for option, name in (("graft.criterion", graft.criterion), ("graft.topology", graft.topology)):
@@ -101,7 +199,7 @@ def build_rule(config: TrainConfig, trainee: TrainState, units: list[GraftUnit])
         return Wash(probability=config.wash.probability, seed=config.seed)
     if graft.level == "filter":
         try:
-            links = filter_links(units, graft_tensors(trainee.model))
+            links = filter_links(units, graft_tensors(state.model))
         except ValueError as error:
             raise ConfigError(
                 f"model {config.model.name} cannot be grafted filter by filter: {error}"
@@ -126,12 +224,10 @@ def _build_own_rule(reference: str) -> Rule:
     return rule
 
 
-def build_grafter(
-    config: TrainConfig, trainee: TrainState, rule: Rule, runtime: Runtime
-) -> Grafter:
+def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: Runtime) -> Grafter:
     """What runs the rounds of this network."""
     return Grafter(
-        trainee.model,
+        state.model,
         lead=config.graft.lead,
         exchange=config.graft.exchange,
         bucket_mb=config.graft.bucket_mb,

@@ -8,7 +8,7 @@ from dist_graft.config import GraftConfig
 from dist_graft.grafting.reactivation import graft_internal, graft_noise, noise_deviation
 from dist_graft.grafting.units import GraftUnit, graft_tensors
 from dist_graft.seeding import stream_seed
-from dist_graft.training.loop import TrainState
+from dist_graft.training.state import TrainState
 
 
 @torch.no_grad()

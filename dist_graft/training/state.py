@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ class Predictor:
 
     model: nn.Module
     """The plain module, whose weights are grafted and saved."""
-    forward: Callable[[Any], Any]
+    forward: nn.Module
     """The module itself, or its compiled form."""
     precision: Precision
     device: torch.device
@@ -48,7 +47,7 @@ class TrainState(Predictor):
     """Scales the loss in fp16; disabled otherwise."""
     seed: int
     network: int
-    train_forward: Callable[[Any], Any]
+    train_forward: nn.Module
     """Forward pass in training: `forward`, or its data-parallel wrapper."""
     teachers: Teachers | None = None
     """Frozen networks to distill from."""

@@ -24,8 +24,8 @@ from dist_graft.training.task import (
     split_batch,
 )
 
-Backward = Callable[[bool], AbstractContextManager[object]]
-"""Context of one forward and backward pass, given whether it is the last of the step."""
+Backward = Callable[..., AbstractContextManager[object]]
+"""(last=) -> context of a forward and backward pass; last: whether it is the step's last one."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def train_step(
     config: OptimConfig,
     part: Part,
     sums: RunningSums,
-    backward: Backward = lambda last: nullcontext(),
+    backward: Backward | None = None,
 ) -> None:
     """Take one optimizer step on a batch, and add its loss and metrics to `sums`.
 
@@ -139,7 +139,7 @@ def train_step(
         config: accumulation and clipping.
         part: of the batch that this process trains on.
         sums: of the segment; changed.
-        backward: context of each forward and backward pass.
+        backward: context of each forward and backward pass; None: a process alone.
     """
     length = batch_length(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
@@ -147,7 +147,7 @@ def train_step(
     chunks = min(-(-part.smallest // size), length)
     pairs = zip(split_batch(inputs, chunks), split_batch(targets, chunks), strict=True)
     for number, (chunk, target) in enumerate(pairs, start=1):
-        with backward(number == chunks):
+        with backward(last=number == chunks) if backward else nullcontext():
             with state.autocast():
                 output = state.train_forward(chunk)
                 task.check(output, target)
@@ -185,7 +185,8 @@ def evaluate(
     if task.classification:
         return _evaluate_classifier(predictor, data, split, task)
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
-    sums = {name: torch.zeros(2, dtype=torch.float64, device=predictor.device) for name in task.metrics}
+    zeros = torch.zeros(2, dtype=torch.float64, device=predictor.device)
+    sums = {name: zeros.clone() for name in task.metrics}
     samples = 0
     for inputs, targets in data.eval_batches(split):
         with predictor.autocast():
@@ -236,8 +237,14 @@ def merge_train_results(local: TrainResult, rows: Sequence[Sequence[float]]) -> 
     if len(rows) == 1:
         return local
     parts = [
-        replace(local, loss=loss, images=int(images), **_metrics_of(row, local.metrics))
-        for loss, images, *row in rows
+        replace(
+            local,
+            loss=loss,
+            images=int(images),
+            metrics=dict(zip(local.metrics, pairs[::2], strict=True)),
+            counts=dict(zip(local.metrics, pairs[1::2], strict=True)),
+        )
+        for loss, images, *pairs in rows
     ]
     images = sum(part.images for part in parts)
     metrics, counts = _merge_metrics(parts)
@@ -264,8 +271,13 @@ def merge_eval_results(
     if len(rows) == 1:
         return local
     parts = [
-        replace(local, loss=loss, samples=int(samples), **_metrics_of(row, local.metrics))
-        for loss, samples, *row in rows
+        EvalResult(
+            loss=loss,
+            samples=int(samples),
+            metrics=dict(zip(local.metrics, pairs[::2], strict=True)),
+            counts=dict(zip(local.metrics, pairs[1::2], strict=True)),
+        )
+        for loss, samples, *pairs in rows
     ]
     samples = sum(part.samples for part in parts)
     loss = sum(part.loss * part.samples for part in parts) / samples
@@ -282,13 +294,6 @@ def result_row(result: TrainResult | EvalResult) -> list[float]:
     samples = result.images if isinstance(result, TrainResult) else result.samples
     pairs = [(value, result.counts[name]) for name, value in result.metrics.items()]
     return [result.loss, float(samples), *(number for pair in pairs for number in pair)]
-
-
-def _metrics_of(row: Sequence[float], names: dict[str, float]) -> dict[str, dict[str, float]]:
-    return {
-        "metrics": dict(zip(names, row[::2], strict=True)),
-        "counts": dict(zip(names, row[1::2], strict=True)),
-    }
 
 
 def _merge_metrics(

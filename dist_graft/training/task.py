@@ -15,7 +15,7 @@ from dist_graft.errors import ConfigError
 LossFunction = Callable[[Any, Any], Tensor]
 """(output, target) -> scalar: mean loss over the samples of a batch."""
 MetricFunction = Callable[[Any, Any], tuple[Tensor | float, Tensor | float]]
-"""(output, target) -> (sum, count). The value of a metric is the sum of sums over that of counts."""
+"""(output, target) -> (sum, count). A metric's value is the total sum over the total count."""
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,7 @@ def network_file(network: int) -> str:
     return f"network{network:02d}.pt"
 
 
-def checkpoint_path(
-    folder: Path, epoch: int, round_: int | None = None, *, again: int = 0
-) -> Path:
+def checkpoint_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
     """Folder of a checkpoint.
 
     Args:
@@ -216,7 +214,7 @@ def _read(path: Path) -> Checkpoint:
         checkpoint_path(path.parent, epoch).name,
         checkpoint_path(path.parent, epoch, round_).name,
     )
-    valid = set(sha256) == {network_file(k) for k in range(networks)} and path.name.startswith(names)
-    return Checkpoint(
-        path=path, epoch=epoch, round=round_, networks=networks if valid else 0, sha256=sha256
-    )
+    files = {network_file(k) for k in range(networks)}
+    if set(sha256) != files or not path.name.startswith(names):
+        networks = 0
+    return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)

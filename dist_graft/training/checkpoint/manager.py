@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
@@ -49,6 +50,33 @@ class Progress:
     """Whether a loss or an fp16 gradient has been NaN or Inf since the last round."""
     buffers: Tensor | None = None
     """Floating-point buffers of each replica, [replicas, elements]."""
+
+    def count_round(self) -> None:
+        """Count one more round."""
+        self.position = replace(self.position, round=self.position.round + 1)
+
+    def add_round(self, record: GraftRecord) -> None:
+        """Count a round, and add it to the rounds of the epoch.
+
+        metrics.jsonl shows the last round of an epoch, with time and bytes of all its rounds.
+        """
+        self.count_round()
+        before = self.rounds or {"rounds": 0, "seconds": 0.0, "phase_seconds": {}, "bytes": 0}
+        self.rounds = {
+            "round": record.round,
+            "rounds": before["rounds"] + 1,
+            "donor": record.donor,
+            "seconds": before["seconds"] + record.seconds,
+            "phase_seconds": {
+                phase: before["phase_seconds"].get(phase, 0.0) + seconds
+                for phase, seconds in record.phase_seconds.items()
+            },
+            "bytes": before["bytes"] + record.bytes_received,
+            "coefficient": record.coefficient,
+            "information": record.information,
+            "distance": record.distance,
+            "healed_from": record.healed.get(record.network, before.get("healed_from")),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for `torch.save`."""
@@ -103,6 +131,7 @@ class CheckpointManager:
         self._newest: str | None = None
         self._max_failures = config.checkpoint.max_failures
         self._failures = 0
+        self._reported: Path | None = None
         self._writer = CheckpointWriter(
             runtime.process.network,
             runtime.peers,
@@ -121,8 +150,7 @@ class CheckpointManager:
         """Raise RunDirectoryError when `--resume must` finds no complete checkpoint."""
         if self._must_resume and not complete_checkpoints(self._folder):
             raise RunDirectoryError(
-                f"{self._folder.parent} holds no complete checkpoint to resume from "
-                "(--resume must)"
+                f"{self._folder.parent} holds no complete checkpoint to resume from (--resume must)"
             )
 
     def choose(self) -> str:
@@ -190,6 +218,14 @@ class CheckpointManager:
         if failure := self.settle(last=True):
             raise RunDirectoryError(f"the last checkpoint is not complete: {failure}")
 
+    def newly_completed(self) -> Path | None:
+        """A checkpoint that is complete since the last call; None if there is none."""
+        path = self._writer.completed
+        if path == self._reported:
+            return None
+        self._reported = path
+        return path
+
     def abandon(self) -> None:
         """Stop waiting for the files of networks that may never write theirs."""
         self._writer.abandon()
@@ -224,8 +260,6 @@ class CheckpointManager:
         text = f"stopped early by {reason}: rerun the command to resume from {path}\n"
         write_atomically(self._directory.stopped, text.encode())
 
-    def _start(
-        self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]
-    ) -> None:
+    def _start(self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]) -> None:
         content = {"network": self._process.network, **progress.state_dict(), **state}
         self._writer.start(label, path, progress.position, content)

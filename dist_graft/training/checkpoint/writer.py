@@ -68,6 +68,8 @@ class CheckpointWriter:
         self._seconds = seconds
         self._keep = keep
         self._abandoned = threading.Event()
+        self.completed: Path | None = None
+        """Newest checkpoint that is complete."""
         self._pending: Future[Outcome] | None = None
         self._thread: threading.Thread | None = None
 
@@ -134,7 +136,10 @@ class CheckpointWriter:
             verdict = self._complete(label, path, position, written)
             if peers:
                 peers.publish(f"{label} complete", verdict)
-        return Outcome(path=path, failure="" if verdict == _COMPLETE else verdict)
+        if verdict == _COMPLETE:
+            self.completed = path
+            return Outcome(path=path)
+        return Outcome(path=path, failure=verdict)
 
     def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
         try:

@@ -23,7 +23,7 @@ from dist_graft.population.grafter import Grafter
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.references import is_reference
 from dist_graft.seeding import stream_seed
-from dist_graft.training.data import Data
+from dist_graft.training.data import ImageData
 from dist_graft.training.learning_rates import learning_rates, schedule
 from dist_graft.training.loop import TrainState
 from dist_graft.training.models import build_model
@@ -32,7 +32,7 @@ from dist_graft.training.schedule import Cadence
 from dist_graft.training.teachers import load_teachers
 
 
-def build_train_state(config: TrainConfig, data: Data, runtime: Runtime) -> TrainState:
+def build_train_state(config: TrainConfig, data: ImageData, runtime: Runtime) -> TrainState:
     """This process's network with its optimizer, as it is before the first step.
 
     A collective of the processes that train one network.

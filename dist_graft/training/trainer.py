@@ -34,7 +34,7 @@ from dist_graft.training.builders import (
 )
 from dist_graft.training.checkpoint.manager import CheckpointManager
 from dist_graft.training.course import Course
-from dist_graft.training.data import Data, ensure_available, load_data
+from dist_graft.training.data import Data, ImageData, ensure_available, load_data
 from dist_graft.training.layer_stats import check_sound, layer_stats, what_is_lost
 from dist_graft.training.loop import TrainState
 from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
@@ -253,7 +253,7 @@ def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
 
 
 def _opening(
-    config: TrainConfig, runtime: Runtime, data: Data, trainee: TrainState, start_epoch: int
+    config: TrainConfig, runtime: Runtime, data: ImageData, trainee: TrainState, start_epoch: int
 ) -> str:
     """The first lines: what, where, how many, how to stop, where to look."""
     process, run_dir = runtime.process, config.run_dir

@@ -27,7 +27,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import Data, load_data
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import Facts, ImageSet
+from dist_graft.training.data.sources import DatasetInfo, ImageSet
 from dist_graft.training.loop import TrainState, train_steps
 
 TARGET = 0.95
@@ -52,7 +52,7 @@ def random_images(count: int) -> ImageSet:
 def open_data(name: str, config: TrainConfig) -> Data:
     if name == "fashion-mini":
         return load_data(config.data, seed=0, network=0, device=DEVICE, channels_last=True)
-    facts = Facts(num_classes=10, mean=(0.5,) * 3, deviation=(0.29,) * 3)
+    facts = DatasetInfo(num_classes=10, mean=(0.5,) * 3, std=(0.29,) * 3)
     assert config.data.train_samples
     return ResidentImages(
         random_images(config.data.train_samples),

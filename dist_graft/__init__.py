@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.population.grafter import Grafter
     from dist_graft.population.round.record import GraftRecord
+    from dist_graft.training.data.datasets import Datasets
 
 _HOME = {
     "ConfigError": "errors",
@@ -48,11 +49,13 @@ _HOME = {
     "Rule": "grafting.rules.base",
     "Grafter": "population.grafter",
     "GraftRecord": "population.round.record",
+    "Datasets": "training.data.datasets",
 }
 
 __all__ = [
     "Average",
     "ConfigError",
+    "Datasets",
     "DisagreementError",
     "DistGraftError",
     "Graft",

@@ -20,7 +20,12 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.analysis import commands as analysis
 from dist_graft.config import TrainConfig
-from dist_graft.config.parsing import PARSER_SETTINGS, did_you_mean, prepare_parsing
+from dist_graft.config.parsing import (
+    PARSER_SETTINGS,
+    append_repeated,
+    did_you_mean,
+    prepare_parsing,
+)
 from dist_graft.config.validation import from_nested
 from dist_graft.errors import (
     ConfigError,
@@ -114,7 +119,7 @@ def _fail(
 def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     parser = _parser()
     try:
-        parsed = parser.parse_args(list(argv))
+        parsed = parser.parse_args(append_repeated(argv))
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), argv)) from error
     command = parsed.command

@@ -23,7 +23,7 @@ from dist_graft.monitoring.console import table
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.checkpoint.files import write_atomically
-from dist_graft.training.data import Data, ensure_available, load_data
+from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.loop import EvalResult, Precision, Predictor, accuracy, evaluate
 from dist_graft.training.models import build_model
@@ -104,7 +104,7 @@ class _Tester:
     def __init__(
         self,
         config: TrainConfig,
-        data: Data,
+        data: ImageData,
         device: torch.device,
         stored: StoredRun,
         batch_norm_batches: int | None,

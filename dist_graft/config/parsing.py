@@ -1,4 +1,4 @@
-"""Options from YAML into the configuration dataclasses, strictly."""
+"""Strict parsing of command line and YAML into the configuration dataclasses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import re
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -25,22 +25,22 @@ SECTIONS = tuple(
     for field in dataclasses.fields(TrainConfig)
     if dataclasses.is_dataclass(field.default_factory)
 )
-"""Of TrainConfig; in a YAML file each may be the name of another file, beside it."""
+"""Sections of TrainConfig; in a YAML file, each may be the path of another file, relative to it."""
 
 _yaml_load = get_loader("yaml")
 
 
 def prepare_parsing() -> None:
-    """Have jsonargparse read field texts as help, and YAML strictly."""
+    """Configure jsonargparse: help from attribute docstrings, strict YAML."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_strictly, (yaml.YAMLError,))
 
 
 def load_strictly(text: str) -> Any:
-    """YAML as jsonargparse reads it, but a key given twice is an error (yaml.YAMLError).
+    """Load YAML like jsonargparse, but raise yaml.YAMLError for a duplicate key.
 
-    The section `run` that a run directory's config.yaml adds is left out, so that the file can be
-    used as a configuration.
+    The section `run` of a run directory's config.yaml is dropped, so that the file can be used as a
+    configuration.
     """
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None:
@@ -67,9 +67,9 @@ def _refuse_duplicates(node: yaml.Node) -> None:
 
 
 def from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from what a YAML file holds, names and types checked.
+    """Build a configuration dataclass from the content of a YAML file.
 
-    Raises: ConfigError for a name that is unknown, or a value of another type or out of range.
+    Raises: ConfigError for an unknown name, or a value of the wrong type or out of range.
     """
     try:
         parsed = _parser(typing.cast("Callable[..., Any]", kind)).parse_object(dict(values))
@@ -87,19 +87,45 @@ def _parser(kind: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """All options of a configuration, as they are written after the two dashes."""
+def option_names(kind: type[Any] = TrainConfig) -> Iterator[str]:
+    """Names of all options of a configuration, without the leading dashes."""
+    return (name for name, _ in _options(kind))
+
+
+def _options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of every option."""
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(types[field.name]):
             section = typing.cast("type[Any]", types[field.name])
-            yield from option_names(section, f"{prefix}{field.name}.")
+            yield from _options(section, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}"
+            yield f"{prefix}{field.name}", types[field.name]
+
+
+def append_repeated(argv: Sequence[str]) -> list[str]:
+    """Make the options of type list[str] repeatable: `--name VALUE` becomes `--name+=VALUE`.
+
+    The values are appended to those of a configuration file. A YAML list (`--name "[a, b]"`)
+    replaces them.
+    """
+    repeatable = {f"--{name}" for name, kind in _options(TrainConfig) if kind == list[str]}
+    rewritten: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in repeatable:
+            rewritten.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        appends = "+" if value and not value.startswith("[") else ""
+        rewritten.append(f"{option}{appends}={value}")
+    return rewritten
 
 
 def did_you_mean(message: str, kind: type[Any] = TrainConfig) -> str:
-    """What to add to the parser's message: the option that was probably meant, or nothing."""
+    """Suggestion to append to the parser's message about an unknown option; may be empty."""
     unknown = re.search(r"(?:arguments?: --|[Oo]ption ')([\w.]+)", message)
     if unknown:
         near = difflib.get_close_matches(unknown.group(1), list(option_names(kind)), n=1)

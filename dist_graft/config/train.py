@@ -13,30 +13,31 @@ from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
 from dist_graft.config.runtime import RuntimeConfig
-from dist_graft.config.validation import at_least, require
+from dist_graft.config.validation import at_least, known_or_own, require
 from dist_graft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a population of networks that graft each other."""
+    """Configuration of a training run."""
 
     run_dir: str = "runs/run"
-    """Folder of the run: configuration, metrics, events, checkpoints."""
+    """Output folder: configuration, metrics, logs and checkpoints."""
     epochs: int = 20
-    """Passes over the training images, in all."""
+    """Total number of epochs."""
     seed: int = 0
-    """All draws follow from it: the same seed and command give the same networks."""
+    """Random seed; the same command with the same seed gives the same weights."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest complete checkpoint set, or start; must: refuse to start anew;
-    never: refuse to go on."""
+    """auto: resume from the latest complete checkpoint in run_dir if there is one; must: fail if
+    there is none; never: fail if run_dir already contains a run."""
     method: Literal["graft", "average", "papa", "wash", "none"] = "graft"
-    """How the networks influence each other; average: all become the mean, as often as
-    graft.every says; none: not at all."""
+    """How the networks exchange weights. average: all networks become their mean, every graft.every
+    epochs; none: no exchange."""
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
-    """What becomes of a network whose weights or loss are no longer finite. heal: it takes the
-    weights of the network before it, and goes on; abort: the run ends; exclude: nobody takes from
-    it."""
+    """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
+    previous network; abort: stop the run; exclude: no network grafts from it."""
+    callbacks: list[str] = field(default_factory=list)
+    """package.module:Name of callbacks to add; repeat the option to add several."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -50,11 +51,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        for reference in self.callbacks:
+            known_or_own("callbacks", reference, ())
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
-            raise ConfigError("graft.rule needs method graft and graft.source external")
+            raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
-                "data.skip_broken needs runtime.replicas 1: no part of a batch may shrink"
+                "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
             )

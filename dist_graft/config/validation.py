@@ -1,4 +1,4 @@
-"""How options become configurations, and how one that is out of range is refused."""
+"""Validation of options: one-line errors that name option, value and legal range."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dist_graft.references import check_name, resolve
 
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
-    """Raise ConfigError naming option, value and legal range, unless ok."""
+    """Raise ConfigError naming option, value and legal range unless ok."""
     if not ok:
         raise ConfigError(f"{name} must be {legal}, got {value!r}")
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Require a finite number not below the least; None stands for unset."""
+    """Require a finite number of at least `least`; None (unset) passes."""
     if value is not None:
         require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
 
@@ -30,7 +30,7 @@ def above_zero(name: str, value: float) -> None:
 
 
 def step_range(name: str, value: str) -> tuple[int, int]:
-    """The two numbers of A:B, 0 <= A < B; a ConfigError that names the option otherwise."""
+    """Parse "A:B" with 0 <= A < B; ConfigError naming the option otherwise."""
     first, colon, last = value.partition(":")
     legal = bool(colon) and all(
         number.isascii() and number.isdigit() and len(number) < 16 for number in (first, last)
@@ -39,13 +39,13 @@ def step_range(name: str, value: str) -> tuple[int, int]:
         legal and int(first) < int(last),
         name,
         value,
-        "A:B with whole numbers 0 <= A < B (the steps A to B - 1 of the run, from 0)",
+        "A:B with integers 0 <= A < B (steps A to B - 1 of the run, counted from 0)",
     )
     return int(first), int(last)
 
 
 def known_or_own(option: str, name: str, known: Collection[str]) -> None:
-    """Require one of our names, or package.module:name."""
+    """Require a built-in name or "package.module:name"."""
     try:
         check_name(name, known)
     except ValueError as error:
@@ -53,7 +53,7 @@ def known_or_own(option: str, name: str, known: Collection[str]) -> None:
 
 
 def own(option: str, reference: str) -> Callable[..., Any]:
-    """What an option's package.module:name names; ConfigError when it is not there."""
+    """Import what an option names as "package.module:name"; ConfigError if it does not exist."""
     try:
         return resolve(reference)
     except ValueError as error:
@@ -61,9 +61,9 @@ def own(option: str, reference: str) -> Callable[..., Any]:
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from nested dictionaries, as YAML holds them.
+    """Build a configuration dataclass from nested dictionaries.
 
-    Raises: ConfigError for a value out of range; TypeError for a name that is no field.
+    Raises: ConfigError for a value out of range; TypeError for an unknown field.
     """
     types = typing.get_type_hints(kind)
     return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})

@@ -58,19 +58,21 @@ class TestWhatIsUnderstood:
         config = parsed(
             *("--epochs", "3", "--graft.amplitude", "0.25", "--optim.lrs", "[0.1, 1e-3]"),
             *("--optim.nesterov", "true", "--data.channels", "3", "--graft.exchange=p2p"),
-            *("--optim.betas", "[0.8, 0.9]"),
+            *("--optim.betas", "[0.8, 0.9]", "--callbacks", "a:B", "--callbacks=c.d:E"),
         )
         assert config == TrainConfig(
             epochs=3,
+            callbacks=["a:B", "c.d:E"],
             graft=GraftConfig(amplitude=0.25, exchange="p2p"),
             optim=OptimConfig(lrs=[0.1, 1e-3], nesterov=True, betas=(0.8, 0.9)),
             data=type(config.data)(channels=3),
         )
 
     def test_a_file_and_options_that_overrule_it(self) -> None:
-        path = in_file("epochs: 7\ngraft:\n  amplitude: 0.1\n  sensitivity: 2\n")
-        config = parsed("--config", path, "--graft.amplitude", "0.2")
-        assert config.epochs == 7
+        path = in_file("epochs: 7\ncallbacks: [a:B]\ngraft: {amplitude: 0.1, sensitivity: 2}\n")
+        config = parsed("--config", path, "--graft.amplitude", "0.2", "--callbacks", "c:D")
+        assert (config.epochs, config.callbacks) == (7, ["a:B", "c:D"])
+        assert parsed("--config", path, "--callbacks", "[]").callbacks == []
         assert config.graft == GraftConfig(amplitude=0.2, sensitivity=2.0)
 
     def test_what_print_config_prints_can_be_read_again(
@@ -122,7 +124,7 @@ class TestWhatIsRefused:
             (["--graft.amplitude", "1.5"], "graft.amplitude must be in [0, 1], got 1.5"),
             (["--graft.amplitude", "-0.5"], "graft.amplitude must be in [0, 1], got -0.5"),
             (["--graft.sensitivity", "-1"], "graft.sensitivity must be at least 0, got -1.0"),
-            (["--optim.lrs", "[0.1, 0.2]"], "optim.lrs names 2 learning rates for 1 networks"),
+            (["--optim.lrs", "[0.1, 0.2]"], "optim.lrs has 2 learning rates for 1 networks"),
             (["--data.name", "cifar-10"], "(did you mean cifar10 or cifar100?)"),
             (["--data.name", "mnist"], "fashion-mini, fashion-mnist, cifar10"),
             (["--epochs", "two"], "epochs"),

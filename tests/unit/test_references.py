@@ -15,7 +15,7 @@ from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import donors_of
 from dist_graft.references import resolve
 from dist_graft.training.builders import build_rule
-from dist_graft.training.data.own import read_own
+from dist_graft.training.data.custom import read_custom
 from dist_graft.training.models import build_model
 
 MODULE = """
@@ -75,37 +75,37 @@ def test_a_module_that_misses_another_is_shown_as_it_fails() -> None:
 
 
 def test_images_of_one_s_own() -> None:
-    train, test, facts = read_own("given:rgb", "anywhere")
+    train, test, info = read_custom("given:rgb", "anywhere")
     assert train.images.shape == (6, 3, 5, 5)
     assert train.labels.dtype == np.int64
     assert len(test.labels) == 2
-    assert facts.num_classes == 4
-    assert facts.mean == pytest.approx((0.2, 0.2, 0.2))
-    assert facts.deviation == pytest.approx((1e-6, 1e-6, 1e-6))
+    assert info.num_classes == 4
+    assert info.mean == pytest.approx((0.2, 0.2, 0.2))
+    assert info.std == pytest.approx((1e-6, 1e-6, 1e-6))
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("flat", r"uint8 \[n, 1 or 3, side, side\], not uint8 \[6, 25\]"),
-        ("oblong", r"not uint8 \[6, 1, 5, 4\]"),
-        ("empty", r"not uint8 \[0, 1, 5, 5\]"),
-        ("floats", "not float64"),
-        ("negative", "a class, from 0, for each of 6 images"),
-        ("fewer", r"each of 6 images, not int64 \[2\]"),
+        ("flat", r"uint8 \[n, 1 or 3, side, side\], got uint8 \[6, 25\]"),
+        ("oblong", r"got uint8 \[6, 1, 5, 4\]"),
+        ("empty", r"got uint8 \[0, 1, 5, 5\]"),
+        ("floats", "got float64"),
+        ("negative", "a non-negative class for each of 6 images"),
+        ("fewer", r"each of 6 images, got int64 \[2\]"),
         ("grey", "differ in shape"),
         ("nothing", r"must return \(\(images, labels\), \(images, labels\)\)"),
     ],
 )
 def test_images_that_are_none(name: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        read_own(f"given:{name}", "anywhere")
+        read_custom(f"given:{name}", "anywhere")
 
 
 def test_a_model_of_one_s_own() -> None:
     model = build_model(ModelConfig(name="given:linear"), num_classes=4, channels=3)
     assert isinstance(model, nn.Linear)
-    for name, says in (("text", "must return a torch module"), ("nope", "no function or class")):
+    for name, says in (("text", "must return an nn.Module"), ("nope", "no function or class")):
         with pytest.raises(ConfigError, match=rf"model.name 'given:{name}'.* {says}"):
             build_model(ModelConfig(name=f"given:{name}"), num_classes=4, channels=3)
 
@@ -138,7 +138,7 @@ def test_a_rule_that_is_none(graft: GraftConfig, says: str) -> None:
 
 
 def test_a_rule_that_would_not_be_used_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"graft\.rule needs method graft"):
+    with pytest.raises(ConfigError, match=r"graft\.rule requires method graft"):
         TrainConfig(method="papa", graft=GraftConfig(rule="given:no_rule"))
     with pytest.raises(ConfigError, match=r"graft\.rule must be package\.module:name of your own"):
         GraftConfig(rule="best")

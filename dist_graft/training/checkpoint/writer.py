@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_graft.errors import DistGraftError, RunDirectoryError
-from dist_graft.grafting.units import place_of
+from dist_graft.grafting.units import storage_key
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.training.checkpoint.files import complete_set, discard, prune, save_network
 from dist_graft.training.schedule import Position
@@ -172,7 +172,7 @@ def in_host_memory(value: Any) -> Any:
 
 def _copied(part: Any, copies: dict[Hashable, Tensor]) -> Any:
     if isinstance(part, Tensor):
-        place = (place_of(part), part.shape, part.stride())
+        place = (storage_key(part), part.shape, part.stride())
         if place not in copies:
             copies[place] = part.to("cpu", copy=True)
         return copies[place]

@@ -66,13 +66,17 @@ def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
     Raises: ConfigError for a value out of range; TypeError for an unknown field.
     """
     types = typing.get_type_hints(kind)
-    return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})
+    return kind(**{name: _as_field(name, types.get(name), value) for name, value in values.items()})
 
 
-def _as_field(kind: Any, value: Any) -> Any:
+def _as_field(name: str, kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            section = getattr(kind, "__name__", "").removesuffix("Config").lower()
-            raise ConfigError(f"{section} must be a section with options, got {value!r}")
-        return from_nested(typing.cast("type[Any]", kind), value)
+            raise ConfigError(f"{name} must be a section with options, got {value!r}")
+        try:
+            return from_nested(typing.cast("type[Any]", kind), value)
+        except ConfigError:
+            raise
+        except ValueError as error:  # the options of a rule do not know their section
+            raise ConfigError(f"{name}.{error}") from error
     return tuple(value) if typing.get_origin(kind) is tuple else value

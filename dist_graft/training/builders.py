@@ -12,12 +12,8 @@ from torch import nn
 from dist_graft.config import TrainConfig
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError
-from dist_graft.grafting.rules.average import Average
-from dist_graft.grafting.rules.base import Rule
-from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
-from dist_graft.grafting.rules.graft import Graft
-from dist_graft.grafting.rules.papa import Papa
-from dist_graft.grafting.rules.wash import Wash
+from dist_graft.grafting.rules import RULES, Graft
+from dist_graft.grafting.rules.base import Rule, Schedule
 from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.console import EpochLog, ProgressBar
@@ -176,7 +172,7 @@ def describe_data(config: TrainConfig, data: Data) -> str:
 
 
 def build_units(config: TrainConfig, state: TrainState) -> list[GraftUnit]:
-    """The graft units of the network; ConfigError when it has none that can be grafted."""
+    """Return the network's graft units; raises ConfigError if the model cannot be grafted."""
     try:
         return graft_units(state.model, lead=config.graft.lead)
     except ValueError as error:
@@ -184,48 +180,46 @@ def build_units(config: TrainConfig, state: TrainState) -> list[GraftUnit]:
 
 
 def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -> Rule:
-    """What flows where in a round, as the configuration asks for it."""
-    graft = config.graft
-    for option, name in (("graft.criterion", graft.criterion), ("graft.topology", graft.topology)):
-        if is_reference(name):
-            own(option, name)
-    if graft.rule:
-        return _build_own_rule(graft.rule)
-    if config.method == "average":
-        return Average()
-    if config.method == "papa":
-        return Papa(beta=config.papa.beta, variant=config.papa.variant, seed=config.seed)
-    if config.method == "wash":
-        return Wash(probability=config.wash.probability, seed=config.seed)
-    if graft.level == "filter":
-        try:
-            links = filter_links(units, graft_tensors(state.model))
-        except ValueError as error:
-            raise ConfigError(
-                f"model {config.model.name} cannot be grafted filter by filter: {error}"
-            ) from error
-        return FilterGraft(links=links, topology=graft.topology, seed=config.seed)
-    return Graft(
-        amplitude=graft.amplitude,
-        sensitivity=graft.sensitivity,
-        num_bins=graft.num_bins,
-        criterion=graft.criterion,
-        topology=graft.topology,
-        seed=config.seed,
-    )
+    """Create the rule of the configured method, built-in or the user's own.
+
+    Raises: ConfigError if the rule does not exist or does not support the model or its options.
+    """
+    if rule := _build_own_rule(config):
+        return rule
+    kind = RULES[config.method]
+    options = getattr(config, config.method) if kind.options else config.graft
+    tensors = graft_tensors(state.model)
+    try:
+        return kind.build(options, seed=config.seed, units=units, tensors=tensors)
+    except ValueError as error:
+        raise ConfigError(
+            f"method {config.method} with model {config.model.name}: {error}"
+        ) from error
 
 
-def _build_own_rule(reference: str) -> Rule:
-    rule: Rule = own("graft.rule", reference)()
+def _build_own_rule(config: TrainConfig) -> Rule | None:
+    """Create the rule that the configuration names as package.module:name, if any."""
+    option, reference = "graft.rule", config.graft.rule
+    if is_reference(config.method):
+        option, reference = "method", config.method
+    if reference is None:
+        return None
+    rule: Rule = own(option, reference)()
     if not all(callable(getattr(rule, name, None)) for name in ("measure", "decide")):
         raise ConfigError(
-            f"graft.rule {reference!r} gives {rule!r}, which has no measure or decide"
+            f"{option} {reference!r} returned {rule!r}, which has no measure or decide method"
         )
     return rule
 
 
+def _method_schedule(config: TrainConfig) -> Schedule:
+    """Return the object that knows when the method's rounds take place: its options or own rule."""
+    method = _build_own_rule(config) or getattr(config, config.method, None)
+    return method if isinstance(method, Schedule) else Schedule()
+
+
 def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: Runtime) -> Grafter:
-    """What runs the rounds of this network."""
+    """Create the Grafter that runs this network's rounds."""
     return Grafter(
         state.model,
         lead=config.graft.lead,
@@ -241,16 +235,15 @@ def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: R
 
 
 def build_cadence(config: TrainConfig, networks: int) -> Cadence:
-    """When rounds happen; never for independent networks, or a network alone (but with itself)."""
-    alone = networks == 1 and not grafts_itself(config)
-    if config.method == "none" or alone:
+    """Return when rounds take place.
+
+    A single network has rounds only if it grafts itself. Methods without an interval of their own
+    follow graft.every, graft.every_steps and graft.start.
+    """
+    if config.method == "none" or (networks == 1 and not grafts_itself(config)):
         return Cadence()
-    if config.method == "papa" and config.papa.variant == "pull":
-        return Cadence(every_steps=config.papa.every_steps)
-    if config.method == "papa":
-        return Cadence(every_epochs=config.papa.every)
-    if config.method == "wash":
-        return Cadence(every_steps=config.wash.every_steps)
+    if interval := _method_schedule(config).interval:
+        return Cadence(every_epochs=interval.epochs, every_steps=interval.steps)
     return Cadence(
         every_epochs=0 if config.graft.every_steps else config.graft.every,
         every_steps=config.graft.every_steps,
@@ -259,16 +252,12 @@ def build_cadence(config: TrainConfig, networks: int) -> Cadence:
 
 
 def grafts_itself(config: TrainConfig) -> bool:
-    """Whether a round happens inside each network, without an exchange."""
+    """Whether rounds take place inside each network, without an exchange."""
     return config.method == "graft" and config.graft.source != "external"
 
 
 def build_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """What donors' shares are multiplied with after a number of steps of the run.
-
-    The pull of PAPA falls with the learning rate; all else is constant.
-    """
-    if config.method == "papa" and config.papa.variant == "pull":
-        factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
-        return lambda steps: factor(steps - 1)
-    return lambda steps: 1.0
+    """Return the factor for all donors' shares as a function of the run's finished steps."""
+    method = _method_schedule(config)
+    lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    return lambda steps: method.rate(lr_factor(steps - 1))

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, TrainConfig
-from dist_graft.config.methods import DistillConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import ImageData
 from dist_graft.training.losses import distillation_loss

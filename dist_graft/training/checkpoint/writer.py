@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_graft.errors import DistGraftError, RunDirectoryError
-from dist_graft.grafting.units import place_of
+from dist_graft.grafting.units import storage_key
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.training.checkpoint.files import (
     discard_incomplete,
@@ -185,7 +185,7 @@ def to_host_memory(value: Any) -> Any:
 
 def _copy(part: Any, copies: dict[Hashable, Tensor]) -> Any:
     if isinstance(part, Tensor):
-        key = (place_of(part), part.shape, part.stride())
+        key = (storage_key(part), part.shape, part.stride())
         if key not in copies:
             copies[key] = part.to("cpu", copy=True)
         return copies[key]

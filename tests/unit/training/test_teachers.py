@@ -14,7 +14,7 @@ from small import CPU, MakeData, small_model
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, RuntimeConfig, TrainConfig
-from dist_graft.config.methods import DistillConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model
 from dist_graft.training.teachers import Teachers, load_teachers

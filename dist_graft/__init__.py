@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ConfigError,
         DisagreementError,
         DistGraftError,
+        NetworkFailedError,
         NonFiniteError,
         PeerError,
     )
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.population.grafter import Grafter
     from dist_graft.population.round.record import GraftRecord
+    from dist_graft.population.runtime.launch import launch
 
 _HOME = {
     "ConfigError": "errors",
     "DisagreementError": "errors",
     "DistGraftError": "errors",
+    "NetworkFailedError": "errors",
     "NonFiniteError": "errors",
     "PeerError": "errors",
     "entropy": "grafting.information",
@@ -48,6 +51,7 @@ _HOME = {
     "Rule": "grafting.rules.base",
     "Grafter": "population.grafter",
     "GraftRecord": "population.round.record",
+    "launch": "population.runtime.launch",
 }
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "GraftUnit",
     "Grafter",
     "Mixing",
+    "NetworkFailedError",
     "NonFiniteError",
     "Papa",
     "PeerError",
@@ -71,6 +76,7 @@ __all__ = [
     "graft_coefficient",
     "graft_units",
     "l1",
+    "launch",
     "mix",
 ]
 

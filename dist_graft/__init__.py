@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ConfigError,
         DisagreementError,
         DistGraftError,
+        NetworkFailedError,
         NonFiniteError,
         PeerError,
     )
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.population.grafter import Grafter
     from dist_graft.population.round.record import GraftRecord
+    from dist_graft.population.runtime.launch import launch
     from dist_graft.training.data.datasets import Datasets
 
 _HOME = {
     "ConfigError": "errors",
     "DisagreementError": "errors",
     "DistGraftError": "errors",
+    "NetworkFailedError": "errors",
     "NonFiniteError": "errors",
     "PeerError": "errors",
     "entropy": "grafting.information",
@@ -50,6 +53,7 @@ _HOME = {
     "Grafter": "population.grafter",
     "GraftRecord": "population.round.record",
     "Datasets": "training.data.datasets",
+    "launch": "population.runtime.launch",
 }
 
 __all__ = [
@@ -63,6 +67,7 @@ __all__ = [
     "GraftUnit",
     "Grafter",
     "Mixing",
+    "NetworkFailedError",
     "NonFiniteError",
     "Papa",
     "PeerError",
@@ -74,6 +79,7 @@ __all__ = [
     "graft_coefficient",
     "graft_units",
     "l1",
+    "launch",
     "mix",
 ]
 

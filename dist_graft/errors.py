@@ -35,6 +35,33 @@ class PeerError(DistGraftError):
     """Another process of the population died, or did not answer in time."""
 
 
+class NetworkFailedError(DistGraftError):
+    """A process that `dist_graft.launch` started has failed.
+
+    The message is one line that names the network and the rank that failed first. Where that was
+    not a DistGraftError, the traceback of that process is attached as a note, so that Python prints
+    it with this exception.
+
+    Args:
+        message: shown to the user.
+        network: that the process trained.
+        rank: of the process.
+        exit_status: of the process.
+        traceback: in the process, formatted; empty for one-line errors and killed processes.
+    """
+
+    def __init__(
+        self, message: str, *, network: int, rank: int, exit_status: int = 1, traceback: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.network = network
+        self.rank = rank
+        self.exit_status = exit_status
+        self.traceback = traceback
+        if traceback:
+            self.add_note(f"Traceback of network {network} (rank {rank}):\n{traceback.rstrip()}")
+
+
 class StoppedError(DistGraftError):
     """A signal told the process to stop."""
 

@@ -42,9 +42,14 @@ def in_a_step() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or _GLOO.match(str(error)):
+        if raised_by_backend(error):
             raise _communication_error(error) from error
         raise
+
+
+def raised_by_backend(error: BaseException) -> bool:
+    """Whether torch.distributed or gloo raised the error, usually because a peer is gone."""
+    return isinstance(error, dist.DistError) or bool(_GLOO.match(str(error)))
 
 
 def _communication_error(error: RuntimeError) -> CommunicationError:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
 from dist_graft.population.collectives import CommunicationError
+from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 
 _LOOK_AGAIN = timedelta(seconds=1)
@@ -252,26 +252,11 @@ class PeerRegistry:
     def _is_gone(self, rank: int) -> bool:
         if self._host(rank) != socket.gethostname():
             return False
-        pid = int(self._store.get(f"process/{rank}"))
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # alive, and somebody else's by now
-            return True
-        return _has_ended(pid)
+        return has_ended(int(self._store.get(f"process/{rank}")))
 
     def _reached(self, rank: int, round_: int) -> bool:
         key = f"round/{rank}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a process is but waiting for its launcher to notice its end (Linux)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -44,14 +44,19 @@ _SETTINGS: dict[Any, Any] = {
 
 
 @contextmanager
-def plot_style(font_size: float = 8) -> Iterator[None]:
+def plot_style(font_size: float = 8, *, grid: Literal["none", "x", "y"] = "none") -> Iterator[None]:
     """Apply the style within the context. The user's own settings of matplotlib are restored.
 
-    Args: font_size: of titles and labels, in points; ticks and legends are one point smaller.
+    Args:
+        font_size: of titles and labels, in points; ticks and legends are one point smaller.
+        grid: axis whose ticks have grid lines.
     """
     import matplotlib as mpl
 
-    sizes: dict[Any, Any] = {
+    settings: dict[Any, Any] = {
+        **_SETTINGS,
+        "axes.grid": grid != "none",
+        "axes.grid.axis": "y" if grid == "none" else grid,
         "font.size": font_size,
         "axes.labelsize": font_size,
         "axes.titlesize": font_size,
@@ -63,7 +68,7 @@ def plot_style(font_size: float = 8) -> Iterator[None]:
     }
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS | sizes)
+        mpl.rcParams.update(settings)
         yield
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -45,7 +45,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         at_least(name, options[name], 1)
     from dist_graft.analysis.evaluation import evaluate_run
 
-    path = evaluate_run(
+    result = evaluate_run(
         options["run"],
         checkpoint=options["checkpoint"],
         data_root=options["data"]["root"],
@@ -54,8 +54,8 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         batch_size=options["batch_size"],
         batch_norm_batches=options["batch_norm_batches"],
     )
-    yield evaluation_text(json.loads(path.read_text()))
-    yield f"written: {path}"
+    yield evaluation_text(result)
+    yield f"written: {Path(options['run']) / 'evaluation.json'}"
 
 
 COMMAND = Command(

@@ -39,7 +39,7 @@ def evaluate_run(
     precision: Precision | None = None,
     batch_size: int | None = None,
     batch_norm_batches: int | None = None,
-) -> Path:
+) -> dict[str, Any]:
     """Test the networks of a run one at a time and write RUN/evaluation.json.
 
     Args:
@@ -51,7 +51,7 @@ def evaluate_run(
         batch_size: images per batch, also for re-estimating batch norm; None: the run's.
         batch_norm_batches: training batches for re-estimating batch norm; None: one epoch.
 
-    Returns: path of evaluation.json.
+    Returns: content of evaluation.json.
 
     Raises: DistGraftError.
     """
@@ -87,9 +87,9 @@ def evaluate_run(
         raise ConfigError(
             f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch_size"
         ) from error
-    path = stored.path / "evaluation.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    return path
+    content = (json.dumps(result, indent=1) + "\n").encode()
+    write_atomically(stored.path / "evaluation.json", content)
+    return result
 
 
 class _Evaluator:

@@ -31,7 +31,7 @@ def draw(
     each network has a line.
     """
     styles = line_styles(len(inspected))
-    with plot_style():
+    with plot_style(grid="y"):
         return {
             "invalid_filters.png": _invalid_filters(inspected, styles, thresholds),
             "entropy.png": _entropy(inspected, styles, num_bins),

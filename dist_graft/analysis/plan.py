@@ -98,6 +98,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         if options[name] is not None:
             above_zero(name.replace("_", "-"), options[name])
     layout = Layout(networks, options["replicas"], options["gpus_per_node"])
+    layout.check()
     size = size_of(build(options["model"], options["classes"]))
     choices: list[tuple[Exchange, str]] = [("all_gather", "ring")]
     choices += [("p2p", topology) for topology in TOPOLOGIES]
@@ -155,42 +156,32 @@ COMMAND = Command(
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes on nodes in rank order; the replicas of a network have consecutive ranks.
-
-    Raises: ConfigError if networks would be divided unevenly between nodes.
-    """
+    """Processes on nodes in rank order; the replicas of a network have consecutive ranks."""
 
     networks: int
     replicas: int
     per_node: int
     """Processes on a full node."""
 
-    def __post_init__(self) -> None:
-        larger, smaller = sorted((self.per_node, self.replicas), reverse=True)
-        if larger % smaller:
-            fitting = [n for n in range(1, self.per_node + 1) if self.per_node % n == 0]
-            raise ConfigError(
-                f"replicas must divide the {self.per_node} GPUs of a node or be a multiple of "
-                f"them: {', '.join(map(str, fitting))} or {2 * self.per_node}, got {self.replicas}"
-            )
-        if self.free and self.nodes > 1 and self.replicas > 1:
-            step = max(1, self.per_node // self.replicas)
-            lower = self.networks // step * step
-            raise ConfigError(
-                f"{self.networks} networks of {self.replicas} processes leave {self.free} GPUs of "
-                f"the last node free, and all nodes must be alike: take {lower} or {lower + step} "
-                "networks"
-            )
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return self.networks * self.replicas
 
     @property
     def nodes(self) -> int:
         """Number of nodes."""
-        return -(-self.networks * self.replicas // self.per_node)
+        return -(-self.processes // self.per_node)
 
     @property
     def free(self) -> int:
         """Unused GPUs of the last node."""
-        return self.nodes * self.per_node - self.networks * self.replicas
+        return self.nodes * self.per_node - self.processes
+
+    def check(self) -> None:
+        """Raise ConfigError unless training accepts these replicas on these nodes."""
+        on_node = min(self.per_node, self.processes)
+        ProcessInfo(world_size=self.processes, local_world_size=on_node).shared(self.replicas)
 
 
 @dataclass(frozen=True)
@@ -429,14 +420,13 @@ def warnings(layout: Layout, size: NetworkSize, rounds: Sequence[Round]) -> Iter
 
 def _nodes(layout: Layout) -> Iterator[tuple[str, str, str]]:
     """Rows of the layout. Many nodes are abridged."""
-    processes = layout.networks * layout.replicas
     for node in range(layout.nodes):
         if layout.nodes > _NODES_SHOWN and _NODES_SHOWN - 2 <= node < layout.nodes - 1:
             if node == layout.nodes - 2:
                 yield "...", "...", "..."
             continue
         first = node * layout.per_node
-        end = min(first + layout.per_node, processes)
+        end = min(first + layout.per_node, layout.processes)
         networks = sorted({first // layout.replicas, (end - 1) // layout.replicas})
         yield str(node), f"{end - first} of {layout.per_node}", "-".join(map(str, networks))
 

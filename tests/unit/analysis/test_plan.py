@@ -58,15 +58,18 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("numbers", "says"),
         [
-            ((6, 3, 8), "1, 2, 4, 8 or 16, got 3"),
-            ((2, 12, 8), "1, 2, 4, 8 or 16, got 12"),
-            ((3, 2, 4), "leave 2 GPUs of the last node free"),
-            ((3, 2, 4), "take 2 or 4 networks"),
+            ((6, 3, 8), "runtime.replicas 3 does not fit 8 of 18 processes"),
+            ((2, 12, 8), "runtime.replicas 12 does not fit 8 of 24 processes"),
+            ((3, 2, 4), "runtime.replicas 2 does not fit 4 of 6 processes"),
         ],
     )
     def test_invalid_layout(self, numbers: tuple[int, int, int], says: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(says)):
-            Layout(*numbers)
+            Layout(*numbers).check()
+
+    @pytest.mark.parametrize("numbers", [(2, 2, 8), (10, 1, 8), (3, 8, 4), (4, 2, 4)])
+    def test_valid_layout(self, numbers: tuple[int, int, int]) -> None:
+        Layout(*numbers).check()
 
 
 class TestTraffic:
@@ -253,7 +256,7 @@ class TestCommand:
             (("--networks", "4", "--gpus-per-node", "0"), "gpus-per-node must be at least 1"),
             (("--networks", "4", "--bandwidth-inter", "0"), "bandwidth-inter must be above 0"),
             (("--networks", "4", "--bandwidth-intra", ".inf"), "bandwidth-intra must be above 0"),
-            (("--networks", "4", "--replicas", "3"), "replicas must divide the 8 GPUs"),
+            (("--networks", "4", "--replicas", "3"), "runtime.replicas 3 does not fit 8 of 12"),
             (("--networks", "4", "--model", "resnet19"), "model.name 'resnet19' is unknown"),
             (("--networks", "4", "--backend", "mpi"), "'nccl', 'gloo'"),
             (("--networks", "4", "--epoch-seconds", "1"), "--epoch-seconds was removed: "),

@@ -27,7 +27,7 @@ UNUSED_PID = 2**22 + 1
 
 def make_run(path: Path, *, epochs: int = 4, finished: int = 3, networks: int = 2) -> Path:
     """Write the files of a run after some epochs."""
-    config = {"run_dir": str(path), "epochs": epochs, "method": "graft"}
+    config = {"run_dir": "run", "epochs": epochs, "method": "graft"}
     config |= {"model": {"name": "resnet20"}, "data": {"name": "fashion-mini"}}
     (path / "population").mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"run": {"networks": networks}}))

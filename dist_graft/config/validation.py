@@ -1,4 +1,4 @@
-"""Validation of options: one-line errors that name option, value and legal range."""
+"""Validation of option values, and configurations from nested dictionaries."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from dist_graft.references import check_name, resolve
 
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
-    """Raise ConfigError naming option, value and legal range unless ok."""
+    """Raise ConfigError with the option's name, value and legal range, unless ok."""
     if not ok:
         raise ConfigError(f"{name} must be {legal}, got {value!r}")
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Require a finite number of at least `least`; None (unset) passes."""
+    """Require a finite number of at least `least`. None, for unset, is accepted."""
     if value is not None:
         require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
 
 
 def above_zero(name: str, value: float) -> None:
-    """Require a finite number above 0."""
+    """Require a finite number greater than 0."""
     require(math.isfinite(value) and value > 0, name, value, "above 0")
 
 
 def step_range(name: str, value: str) -> tuple[int, int]:
-    """Parse "A:B" with 0 <= A < B; ConfigError naming the option otherwise."""
+    """Parse a range of steps A:B with 0 <= A < B.
+
+    Raises: ConfigError naming the option.
+    """
     first, colon, last = value.partition(":")
     legal = bool(colon) and all(
         number.isascii() and number.isdigit() and len(number) < 16 for number in (first, last)
@@ -45,7 +48,7 @@ def step_range(name: str, value: str) -> tuple[int, int]:
 
 
 def known_or_own(option: str, name: str, known: Collection[str]) -> None:
-    """Require a built-in name or "package.module:name"."""
+    """Require a known name or a reference package.module:name."""
     try:
         check_name(name, known)
     except ValueError as error:
@@ -53,7 +56,10 @@ def known_or_own(option: str, name: str, known: Collection[str]) -> None:
 
 
 def own(option: str, reference: str) -> Callable[..., Any]:
-    """Import what an option names as "package.module:name"; ConfigError if it does not exist."""
+    """Import the object of an option's reference package.module:name.
+
+    Raises: ConfigError if it does not exist.
+    """
     try:
         return resolve(reference)
     except ValueError as error:
@@ -61,9 +67,9 @@ def own(option: str, reference: str) -> Callable[..., Any]:
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build a configuration dataclass from nested dictionaries.
+    """Create a configuration dataclass from nested dictionaries.
 
-    Raises: ConfigError for a value out of range; TypeError for an unknown field.
+    Raises: ConfigError for a value out of range; TypeError for an unknown name.
     """
     types = typing.get_type_hints(kind)
     return kind(**{name: _as_field(name, types.get(name), value) for name, value in values.items()})

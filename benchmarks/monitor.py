@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from dist_graft.training.loop import evaluate, train_steps
+from dist_graft.training.reporting import Reporter, epoch_metrics, row_of, with_round
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft import Graft, graft_units
@@ -29,12 +31,10 @@ from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.run_directory import RunDirectory
 from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import load_data
 from dist_graft.training.layer_stats import layer_stats
-from dist_graft.training.loop import evaluate, train_steps
-from dist_graft.training.reporting import Reporter, epoch_metrics, row_of, with_round
-from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.schedule import Position
 
 DEVICE = torch.device("cpu")

@@ -19,6 +19,7 @@ from multiprocessing import get_context
 
 import torch
 import torch.distributed as dist
+from dist_graft.training.loop import train_steps
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft import Grafter, Papa
@@ -29,7 +30,6 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import load_data
-from dist_graft.training.loop import train_steps
 
 DEVICE = torch.device("cpu")
 MOST_OF_THE_TIME, LEAST_IMAGES = 0.01, 0.95

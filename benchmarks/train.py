@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from dist_graft.training.loop import TrainState, train_steps
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
@@ -28,7 +29,6 @@ from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import Data, load_data
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo, ImageSet
-from dist_graft.training.loop import TrainState, train_steps
 
 TARGET = 0.95
 DEVICE = torch.device("cpu")

@@ -78,18 +78,6 @@ class RoundStoppedError(DistGraftError):
     """A network requested a stop instead of joining a round. No weight was changed."""
 
 
-class RoundPostponedError(DistGraftError):
-    """A checkpoint set comes before the round, at which some networks have yet to take part.
-
-    Args:
-        saves: requested sets at which each network must have taken part.
-    """
-
-    def __init__(self, saves: int) -> None:
-        super().__init__(f"checkpoint set {saves} comes first")
-        self.saves = saves
-
-
 class StartError(DistGraftError):
     """The processes cannot connect, or a device or backend is unavailable."""
 

@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
@@ -20,11 +20,13 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.training.checkpoint.files import write_atomically
-from dist_graft.training.data import Data, ensure_available, load_data
+from dist_graft.run_directory import write_atomically
+from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import learning_rates
-from dist_graft.training.loop import EvalResult, Precision, Predictor, accuracy, evaluate
 from dist_graft.training.models import build_model
+from dist_graft.training.state import Precision, Predictor
+from dist_graft.training.step import EvalResult, evaluate
+from dist_graft.training.task import accuracy
 
 PROTOCOL = 1
 """Version of evaluation.json."""
@@ -98,7 +100,7 @@ class _Evaluator:
     def __init__(
         self,
         config: TrainConfig,
-        data: Data,
+        data: ImageData,
         device: torch.device,
         stored: StoredRun,
         batch_norm_batches: int | None,
@@ -110,7 +112,7 @@ class _Evaluator:
             model.to(memory_format=torch.channels_last)
         self._predictor = Predictor(
             model=model,
-            forward=torch.compile(model) if config.runtime.compile else model,
+            forward=cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
             precision=config.runtime.precision,
             device=device,
         )
@@ -183,7 +185,9 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
 
 def ensemble_accuracy(members: Sequence[EvalResult]) -> float:
     """Accuracy of the networks' mean probability, in percent."""
-    total = members[0].probabilities.clone()
-    for member in members[1:]:
-        total += member.probabilities
-    return accuracy(total, members[0].labels)
+    answers = [member.probabilities for member in members if member.probabilities is not None]
+    total, labels = answers[0].clone(), members[0].labels
+    assert labels is not None
+    for probabilities in answers[1:]:
+        total += probabilities
+    return accuracy(total, labels)

@@ -61,7 +61,8 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
     """
     from dist_graft.analysis.soups import uniform_soup
     from dist_graft.analysis.stored_weights import EXPORT_DESCRIPTION, architecture, open_run
-    from dist_graft.training.checkpoint.files import save_network, write_atomically
+    from dist_graft.run_directory import write_atomically
+    from dist_graft.training.checkpoint.files import save_network
 
     stored = open_run(Path(run), checkpoint)
     folder, model = out or stored.path / "export", stored.config.model

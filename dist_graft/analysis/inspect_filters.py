@@ -124,7 +124,7 @@ def inspect_sources(
     from dist_graft.analysis.filter_plots import draw
     from dist_graft.analysis.filters import check_same_layers, inspect_source
     from dist_graft.analysis.stored_weights import labels, read_source
-    from dist_graft.training.checkpoint.files import write_atomically
+    from dist_graft.run_directory import write_atomically
 
     inspected = [
         inspect_source(read_source(path, model_name), label, num_bins=num_bins, lead=lead)

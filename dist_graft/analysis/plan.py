@@ -181,7 +181,9 @@ class Layout:
     def check(self) -> None:
         """Raise ConfigError unless training accepts these replicas on these nodes."""
         on_node = min(self.per_node, self.processes)
-        ProcessInfo(world_size=self.processes, local_world_size=on_node).shared(self.replicas)
+        ProcessInfo(world_size=self.processes, local_world_size=on_node).with_replicas(
+            self.replicas
+        )
 
 
 @dataclass(frozen=True)

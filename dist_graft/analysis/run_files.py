@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint.files import complete_sets
-from dist_graft.training.run_directory import RunDirectory
+from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import complete_checkpoints
 
 _TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
 
@@ -85,7 +85,7 @@ def read_run(path: Path) -> RunFiles:
     config = _read_config(directory.config, problems)
     count = config.get("run", {}).get("networks")
     networks = sorted(found | set(range(count if isinstance(count, int) else 0)))
-    checkpoints = complete_sets(directory.checkpoints)
+    checkpoints = complete_checkpoints(directory.checkpoints)
     return RunFiles(
         path=path,
         config=config,

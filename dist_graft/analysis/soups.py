@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.analysis.stored_weights import State
-from dist_graft.training.loop import Predictor
+from dist_graft.training.state import Predictor
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

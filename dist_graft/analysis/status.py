@@ -20,7 +20,7 @@ from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run
 from dist_graft.command import Command, Options
 from dist_graft.config.validation import above_zero
 from dist_graft.monitoring.console import duration
-from dist_graft.monitoring.status_file import BEAT_SECONDS, ENDED
+from dist_graft.monitoring.status_file import ENDED, HEARTBEAT_SECONDS
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import format_table
 
@@ -28,7 +28,7 @@ State = Literal["starting", "running", "finished", "stopped", "failed", "died"]
 ACTIVE: tuple[State, ...] = ("starting", "running")
 
 _DEAD_AFTER_SECONDS = 90.0  # shared filesystems may show an old version of a file for a minute
-_ALIVE_WITHIN_SECONDS = 2 * BEAT_SECONDS + 1
+_ALIVE_WITHIN_SECONDS = 2 * HEARTBEAT_SECONDS + 1
 _STOPPED_BY_LAUNCHER = "stopped by "  # message of processes ended after another one failed
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN_SECONDS = 30.0

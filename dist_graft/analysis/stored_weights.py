@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from dist_graft.config import ModelConfig, TrainConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.grafting.units import Lead
-from dist_graft.training.checkpoint.files import COMPLETE, Checkpoint, complete_sets, load_network
+from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import (
+    COMPLETE,
+    Checkpoint,
+    complete_checkpoints,
+    load_network,
+)
 from dist_graft.training.models import build_model
-from dist_graft.training.run_directory import RunDirectory
 
 State = Mapping[str, Tensor]
 """A model's state dict."""
@@ -66,8 +71,8 @@ def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
     Raises: RunDirectoryError if there is no run or no such checkpoint.
     """
     directory = RunDirectory(str(path))
-    config, _ = directory.read()
-    complete = {stored.path.name: stored for stored in complete_sets(directory.checkpoints)}
+    config, _ = directory.read_config()
+    complete = {stored.path.name: stored for stored in complete_checkpoints(directory.checkpoints)}
     if not complete:
         raise RunDirectoryError(f"{path} holds no complete checkpoint")
     name = checkpoint or list(complete)[-1]

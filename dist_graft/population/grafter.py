@@ -152,7 +152,7 @@ class Grafter:
         self._round = value
 
     def graft(
-        self, *, rate: float = 1.0, stop: bool = False, saves: int = 0, diverged: bool = False
+        self, *, rate: float = 1.0, stop: bool = False, diverged: bool = False
     ) -> GraftRecord:
         """Run one round; every rank of the groups must call this equally often.
 
@@ -162,17 +162,14 @@ class Grafter:
         Args:
             rate: factor for every donor's share, in [0, 1]; identical on every rank.
             stop: whether this rank wants to stop before the round.
-            saves: checkpoint sets at which this rank took part on request.
             diverged: whether the training loss is not finite, even if the weights are.
 
         Returns: the record of the round for this network.
 
         Raises (on every rank alike): RoundStoppedError when a rank wants to stop;
-            RoundPostponedError when some ranks took part in fewer requested checkpoint sets: these
-            save, and all call again; DisagreementError when the models or options differ;
-            NonFiniteError when a network diverged and is not to be healed or excluded; PeerError
-            when another process died or did not respond. Except for the last case, no weight was
-            changed.
+            DisagreementError when the models or options differ; NonFiniteError when a network
+            diverged and is not to be healed or excluded; PeerError when another process died or
+            did not respond. Except for the last case, no weight was changed.
         """
         groups = self._groups
         network = groups.network
@@ -196,9 +193,7 @@ class Grafter:
 
         # Agree.
         with timer.phase("agree"), self._naming_missing_peers(self._round):
-            agreement = self._agree(
-                tensors, self._round, state, information, rate, stop=stop, saves=saves
-            )
+            agreement = self._agree(tensors, self._round, state, information, rate, stop=stop)
             if information is None or network in agreement.diverged:
                 information = torch.zeros(agreement.measured, dtype=torch.float64)
             matrix = groups.gather_networks(information, device)
@@ -254,7 +249,6 @@ class Grafter:
         rate: float = 1.0,
         *,
         stop: bool = False,
-        saves: int = 0,
     ) -> Agreement:
         """Exchange headers; every rank of the groups must call this."""
         groups, device = self._groups, _device(tensors)
@@ -271,7 +265,6 @@ class Grafter:
             measured=-1 if information is None else information.numel(),
             rate=round(rate * RATE_SCALE),
             stop=int(stop),
-            saves=saves,
         )
         header = merge_replica_headers(groups.gather_replicas(header.to_tensor(), device))
         what = f"round {self._round}"

@@ -34,7 +34,7 @@ from dist_graft.config import (
 from dist_graft.errors import StoppedEarlyError
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.training.checkpoint.files import COMPLETE, complete_sets
+from dist_graft.training.checkpoint.files import COMPLETE, complete_checkpoints
 from dist_graft.training.trainer import fit
 
 EPOCHS, STEPS = 3, 4
@@ -92,7 +92,7 @@ def die() -> None:
 
 def harm(folder: Path, way: Way) -> None:
     """Make the newest set unusable, or one that is not complete yet."""
-    sets = complete_sets(folder / "checkpoints")
+    sets = complete_checkpoints(folder / "checkpoints")
     if not sets:
         return
     if way == "die and cut off":

@@ -14,12 +14,11 @@ from torch import Tensor
 from dist_graft.errors import (
     DisagreementError,
     NonFiniteError,
-    RoundPostponedError,
     RoundStoppedError,
 )
 from dist_graft.grafting.memory_layout import memory_order
 
-PROTOCOL = 3
+PROTOCOL = 4
 FINITE = -1
 """Header.diverged of a network whose weights and loss are finite."""
 LOSS_NOT_FINITE = -2
@@ -51,8 +50,6 @@ class Header:
     """Factor for the donors' shares, in units of 1 / RATE_SCALE."""
     stop: int
     """1 if the network wants to stop before the round."""
-    saves: int
-    """Checkpoint sets at which the network took part on request."""
 
     def to_tensor(self) -> Tensor:
         """Return the fields as int64 [fields]."""
@@ -69,7 +66,7 @@ def merge_replica_headers(rows: Tensor) -> Header:
     """
     headers = [Header(*row) for row in rows.tolist()]
     first = headers[0]
-    for name in ("protocol", "network", "round", "digest", "units", "rate", "saves"):
+    for name in ("protocol", "network", "round", "digest", "units", "rate"):
         values = [getattr(header, name) for header in headers]
         if len(set(values)) > 1:
             raise DisagreementError(
@@ -138,22 +135,19 @@ def agree(
         gather: collective over the networks.
         tolerant: whether to proceed without diverged networks as long as one is finite.
 
-    Raises: RoundStoppedError naming the networks that want to stop; RoundPostponedError when some
-        took part in fewer requested checkpoint sets; DisagreementError naming the ranks and their
-        first difference; NonFiniteError naming the diverged networks and their first tensor that is
-        not finite.
+    Raises: RoundStoppedError naming the networks that want to stop; DisagreementError naming the
+        ranks and their first difference; NonFiniteError naming the diverged networks and their
+        first tensor that is not finite.
     """
     headers = [Header(*row) for row in gather(header.to_tensor()).tolist()]
 
-    for name in ("protocol", "stop", "saves", "round", "digest", "units", "rate"):
+    for name in ("protocol", "stop", "round", "digest", "units", "rate"):
         if name == "stop" and (stopping := [other.network for other in headers if other.stop]):
             names = ", ".join(map(str, stopping))
             raise RoundStoppedError(f"network {names} stops before round {header.round}")
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue
-        if name == "saves":
-            raise RoundPostponedError(max(values))
         if name in ("digest", "units"):
             schemas = _gather_bytes(schema.json, [other.schema_bytes for other in headers], gather)
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))

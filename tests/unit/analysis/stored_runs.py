@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
-from dist_graft.training.checkpoint.files import complete_set, save_network, set_path
+from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.models import build_model
-from dist_graft.training.run_directory import RunDirectory
 
 SMALL = {"train_samples": 60, "test_samples": 48, "batch_size": 20}
 
@@ -66,14 +66,14 @@ def write_run(
         runtime=RuntimeConfig(device="cpu", threads=1, precision=precision),  # type: ignore[arg-type]
     )
     directory = RunDirectory(str(folder))
-    directory.describe(config, len(states))
+    directory.write_config(config, len(states))
     for epoch in epochs:
-        path = set_path(directory.checkpoints, epoch)
+        path = checkpoint_path(directory.checkpoints, epoch)
         sums = [
             save_network(path / f"network{number:02d}.pt", {"network": number, "model": state})
             for number, state in enumerate(states)
         ]
-        complete_set(path, epoch=epoch, round_=epoch, sha256=sums)
+        mark_complete(path, epoch=epoch, round_=epoch, sha256=sums)
     return folder
 
 

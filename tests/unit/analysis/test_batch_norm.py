@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.analysis.soups import reestimate_batch_norm
-from dist_graft.training.loop import Predictor
+from dist_graft.training.state import Predictor
 
 Batch = tuple[Tensor, Tensor]
 

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import update_bn
 from dist_graft.analysis.evaluate import evaluation_text
 from dist_graft.analysis.evaluation import evaluate_run
 from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.run_directory import RunDirectory
 from dist_graft.training.data import load_data
-from dist_graft.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 Scores = tuple[NDArray[np.float64], NDArray[np.int64]]

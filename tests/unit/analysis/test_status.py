@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import State, json_text, judge, status_text
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.checkpoint.files import complete_set
+from dist_graft.training.checkpoint.files import mark_complete
 
 NOW = 1_800_000_000.0
 GRAFT = {"round": 2, "donor": 1, "coefficient": {"conv1": 0.41, "conv2": 0.6}}
@@ -45,7 +45,7 @@ def make_run(path: Path, *, epochs: int = 4, finished: int = 3, networks: int = 
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         folder = path / "checkpoints" / f"epoch_{finished:04d}"
-        complete_set(folder, epoch=finished, round_=finished, sha256=["0"] * networks)
+        mark_complete(folder, epoch=finished, round_=finished, sha256=["0"] * networks)
     return path
 
 

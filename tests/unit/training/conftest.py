@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from dist_graft.training.loop import TrainState
 from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
 from torch import nn
 
@@ -13,7 +14,6 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo
-from dist_graft.training.loop import TrainState
 from dist_graft.training.optim import build_optimizer, build_scheduler
 
 

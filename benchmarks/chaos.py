@@ -1,8 +1,8 @@
 """Injects faults at random times and compares the final weights with an undisturbed run.
 
 Trains under torchrun with restarts. At random times, a process is killed or stopped, the run is
-preempted, a file of the newest checkpoint is corrupted (and a process killed, so that the checkpoint
-is needed), or the launcher is killed. A run that has exited is restarted with the same command, and
+preempted, a file of the newest checkpoint is corrupted (and a process killed, so that the run has
+to resume), or the launcher is killed. A run that has exited is restarted with the same command, and
 a finished run is followed by another, until all faults have been injected.
 
     python benchmarks/chaos.py --faults 100 --seed 0
@@ -313,8 +313,8 @@ def main() -> None:
         f"{options.networks} x resnet8 on 512 images of fashion-mini, processes per network: "
         f"{options.replicas}, method {options.method}, "
         f"{options.epochs} epochs of 32 steps, rounds every 10 steps, checkpoints at the first "
-        f"round after 1.2 s and every epoch; a fault 0 to {options.pause:g} s after training starts; "
-        f"seed {options.seed}",
+        f"round after 1.2 s and every epoch; a fault 0 to {options.pause:g} s after training "
+        f"starts; seed {options.seed}",
         flush=True,
     )
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Remakes the README's pictures of TensorBoard from the browser's test.
+"""Recreates the documentation's screenshots of TensorBoard from the browser test.
 
 python docs/pictures/remake.py
 """

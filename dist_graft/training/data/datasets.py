@@ -137,7 +137,7 @@ class DatasetData(BaseData):
 
     def _batches(
         self, samples: _Samples, batches: Iterable[list[Place]]
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Generator[tuple[Any, Any]]:
         for batch in start_loading(
             samples,
             batches,

@@ -1,5 +1,4 @@
-"""Every method with two and four real processes: a run is its one-process specification, and
-resumes."""
+"""Each method with two and four real processes equals `mix` in one process, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -31,14 +30,14 @@ TINY = (
     *("--data.batch_size", "16", "--data.test_samples", "20", "--monitor.tensorboard", "false"),
     *("--optim.schedule", "constant", "--runtime.threads", "1", "--seed", str(SEED)),
 )
-AT_THE_END_OF_AN_EPOCH = "4"  # 64 images in batches of 16
-AT_THE_END_OF_THE_SECOND = "8"
+STEPS_PER_EPOCH = "4"  # 64 images in batches of 16
+STEPS_OF_TWO_EPOCHS = "8"
 MODEL = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
 UNITS = graft_units(MODEL)
 
 
-def between(rule: Rule) -> Callable[[list[State]], list[State]]:
-    """What the first round of a rule makes of the networks."""
+def specify_rule(rule: Rule) -> Callable[[list[State]], list[State]]:
+    """Return a function that applies the first round of a rule to the networks."""
 
     def round_(states: list[State]) -> list[State]:
         information = torch.stack([rule.measure(UNITS, state) for state in states])
@@ -47,12 +46,12 @@ def between(rule: Rule) -> Callable[[list[State]], list[State]]:
     return round_
 
 
-def within(source: str) -> Callable[[list[State]], list[State]]:
-    """What the first round of noise or internal scions makes of each network."""
+def specify_self_grafting(source: str) -> Callable[[list[State]], list[State]]:
+    """Return a function that applies the first round of noise or internal scions."""
 
     def round_(states: list[State]) -> list[State]:
         for network, state in enumerate(states):
-            draw = torch.Generator().manual_seed(stream_seed("noise", SEED, network, 0))
+            generator = torch.Generator().manual_seed(stream_seed("noise", SEED, network, 0))
             for unit in UNITS:
                 filters = unit.filters(state[unit.lead])
                 if source == "internal":
@@ -60,7 +59,7 @@ def within(source: str) -> Callable[[list[State]], list[State]]:
                 else:
                     deviation = noise_deviation(0, annealing=0.9)
                     grafted = graft_noise(
-                        filters, deviation=deviation, threshold=THRESHOLD, generator=draw
+                        filters, deviation=deviation, threshold=THRESHOLD, generator=generator
                     )
                 unit.store_filters(state[unit.lead], grafted)
         return states
@@ -70,82 +69,84 @@ def within(source: str) -> Callable[[list[State]], list[State]]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is asked for, and what it should make of networks that had no round before."""
+    """Options of a method, and its first round as a function of the state dicts before it."""
 
-    specified: Callable[[list[State]], list[State]]
+    first_round: Callable[[list[State]], list[State]]
     options: tuple[str, ...]
-    first_epoch: int = 1
+    epochs_before: int = 1
     """Epochs before the first round."""
 
 
-def inside(source: str) -> Method:
-    noisy = ("--graft.threshold", str(THRESHOLD), "--graft.noise_annealing", "0.9")
-    return Method(within(source), ("--graft.source", source, *noisy))
+def self_grafting(source: str) -> Method:
+    options = ("--graft.threshold", str(THRESHOLD), "--graft.noise_annealing", "0.9")
+    return Method(specify_self_grafting(source), ("--graft.source", source, *options))
 
 
 METHODS: dict[str, Method] = {
-    "graft": Method(between(Graft()), ("--method", "graft")),
+    "graft": Method(specify_rule(Graft()), ("--method", "graft")),
     "exponential": Method(
-        between(Graft(topology="exponential", criterion="filter_entropy")),
+        specify_rule(Graft(topology="exponential", criterion="filter_entropy")),
         (
             *("--graft.topology", "exponential", "--graft.criterion", "filter_entropy"),
             *("--graft.exchange", "p2p"),
         ),
     ),
     "random": Method(
-        between(Graft(topology="random", criterion="l1", sensitivity=50.0, seed=SEED)),
+        specify_rule(Graft(topology="random", criterion="l1", sensitivity=50.0, seed=SEED)),
         (
             *("--graft.topology", "random", "--graft.criterion", "l1"),
             *("--graft.sensitivity", "50", "--graft.start", "1"),
         ),
-        first_epoch=2,
+        epochs_before=2,
     ),
-    "constant": Method(between(Graft(criterion="constant")), ("--graft.criterion", "constant")),
+    "constant": Method(
+        specify_rule(Graft(criterion="constant")), ("--graft.criterion", "constant")
+    ),
     "shuffled": Method(
-        between(Graft(criterion="shuffled", seed=SEED)),
+        specify_rule(Graft(criterion="shuffled", seed=SEED)),
         (
             *("--graft.criterion", "shuffled"),
-            *("--graft.every_steps", AT_THE_END_OF_THE_SECOND),
+            *("--graft.every_steps", STEPS_OF_TWO_EPOCHS),
         ),
-        first_epoch=2,
+        epochs_before=2,
     ),
     "filter": Method(
-        between(FilterGraft(links=filter_links(UNITS, graft_tensors(MODEL)))),
+        specify_rule(FilterGraft(links=filter_links(UNITS, graft_tensors(MODEL)))),
         ("--graft.level", "filter"),
     ),
-    "noise": inside("noise"),
-    "internal": inside("internal"),
-    "average": Method(between(Average()), ("--method", "average")),
+    "noise": self_grafting("noise"),
+    "internal": self_grafting("internal"),
+    "average": Method(specify_rule(Average()), ("--method", "average")),
     "papa": Method(
-        between(Papa(beta=0.9, seed=SEED)),
-        ("--method", "papa", "--papa.beta", "0.9", "--papa.every_steps", AT_THE_END_OF_AN_EPOCH),
+        specify_rule(Papa(beta=0.9, seed=SEED)),
+        ("--method", "papa", "--papa.beta", "0.9", "--papa.every_steps", STEPS_PER_EPOCH),
     ),
     "papa-pairs": Method(
-        between(Papa(variant="pairs", seed=SEED)),
+        specify_rule(Papa(variant="pairs", seed=SEED)),
         ("--method", "papa", "--papa.variant", "pairs", "--papa.every", "1"),
     ),
     "wash": Method(
-        between(Wash(probability=0.3, seed=SEED)),
+        specify_rule(Wash(probability=0.3, seed=SEED)),
         (
             *("--method", "wash", "--wash.probability", "0.3"),
-            *("--wash.every_steps", AT_THE_END_OF_AN_EPOCH),
+            *("--wash.every_steps", STEPS_PER_EPOCH),
         ),
     ),
 }
 
 
-ELSEWHERE = ("graft", "exponential", "average", "papa", "papa-pairs", "wash")
-"""Two networks of these are trained and restarted in test_methods.py and test_resume.py, and
-compared with their specification in tests/distributed."""
+TESTED_ELSEWHERE = ("graft", "exponential", "average", "papa", "papa-pairs", "wash")
+"""With two networks, test_methods.py and test_resume.py train and resume these methods, and
+tests/distributed compares them with `mix`."""
 CASES = [
-    *((2, name) for name in METHODS if name not in ELSEWHERE),
+    *((2, name) for name in METHODS if name not in TESTED_ELSEWHERE),
     *((4, name) for name in METHODS),
 ]
 
 
 @pytest.fixture(scope="module")
 def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Two epochs of so many of the same networks without a round; trained once."""
+    """Return a function that trains K networks for two epochs without rounds, once per K."""
 
     @cache
     def runs(networks: int) -> Path:
@@ -159,7 +160,7 @@ def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
 def trained(
     networks: int, run: Path, *options: str, launcher: bool = False
 ) -> list[dict[str, Any]]:
-    """The networks at the end of two epochs."""
+    """Train for two epochs; returns the final checkpoint of each network."""
     if launcher:
         done = finish(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
         assert done.status == 0, done
@@ -174,46 +175,56 @@ def models(run: Path, epoch: int, networks: int) -> list[State]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("networks", "name"), CASES)
-def test_a_run_is_its_specification_and_resumes(
+def test_run_equals_mix_and_resumes(
     networks: int, name: str, independent: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    method, alone, run = METHODS[name], independent(networks), tmp_path / "run"
-    straight = trained(networks, run, *method.options, launcher=name == "graft")
+    method, without_rounds, run = METHODS[name], independent(networks), tmp_path / "run"
+    uninterrupted = trained(networks, run, *method.options, launcher=name == "graft")
 
-    before = models(alone, method.first_epoch, networks)
-    specified = method.specified([{k: v.clone() for k, v in state.items()} for state in before])
-    for network, state in enumerate(models(run, method.first_epoch, networks)):
-        assert_same_bits(state, specified[network])
+    before = models(without_rounds, method.epochs_before, networks)
+    expected_states = method.first_round(
+        [{k: v.clone() for k, v in state.items()} for state in before]
+    )
+    for network, state in enumerate(models(run, method.epochs_before, networks)):
+        assert_same_bits(state, expected_states[network])
         assert any(not torch.equal(state[key], before[network][key]) for key in state)
-    if method.first_epoch == 2:
-        for one, other in zip(models(run, 1, networks), models(alone, 1, networks), strict=True):
+    if method.epochs_before == 2:
+        for one, other in zip(
+            models(run, 1, networks), models(without_rounds, 1, networks), strict=True
+        ):
             assert_same_bits(one, other)
 
     shutil.rmtree(run / "checkpoints/epoch_0002")
     together(networks, run, *TINY, *method.options, "--epochs", "2")
-    for network, expected in enumerate(straight):
+    for network, expected in enumerate(uninterrupted):
         resumed = checkpoint(run, 2, network)
         assert_same_bits(resumed["model"], expected["model"])
-        assert resumed["round"] == expected["round"] == 3 - method.first_epoch
+        assert resumed["round"] == expected["round"] == 3 - method.epochs_before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", [2, 4])
-def test_grafted_students_of_a_teacher(
+def test_distillation_with_grafting(
     networks: int, independent: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    alone = independent(networks)
-    teacher = alone / "checkpoints/epoch_0002/network00.pt"
-    taught = ("--distill.teachers", f"[{teacher}]")
-    together(networks, tmp_path / "apart", *TINY, *taught, "--method", "none", "--epochs", "1")
-    straight = trained(networks, tmp_path / "run", *taught)
-    apart = models(tmp_path / "apart", 1, networks)
-    assert not torch.equal(apart[0]["conv1.weight"], models(alone, 1, 1)[0]["conv1.weight"])
+    without_rounds = independent(networks)
+    teacher = without_rounds / "checkpoints/epoch_0002/network00.pt"
+    distill = ("--distill.teachers", f"[{teacher}]")
+    together(
+        networks, tmp_path / "independent", *TINY, *distill, "--method", "none", "--epochs", "1"
+    )
+    uninterrupted = trained(networks, tmp_path / "run", *distill)
+    independent_students = models(tmp_path / "independent", 1, networks)
+    assert not torch.equal(
+        independent_students[0]["conv1.weight"], models(without_rounds, 1, 1)[0]["conv1.weight"]
+    )
     for state, specified in zip(
-        models(tmp_path / "run", 1, networks), between(Graft())(apart), strict=True
+        models(tmp_path / "run", 1, networks),
+        specify_rule(Graft())(independent_students),
+        strict=True,
     ):
         assert_same_bits(state, specified)
     shutil.rmtree(tmp_path / "run/checkpoints/epoch_0002")
-    together(networks, tmp_path / "run", *TINY, *taught, "--epochs", "2")
-    for network, expected in enumerate(straight):
+    together(networks, tmp_path / "run", *TINY, *distill, "--epochs", "2")
+    for network, expected in enumerate(uninterrupted):
         assert_same_bits(checkpoint(tmp_path / "run", 2, network)["model"], expected["model"])

@@ -1,4 +1,4 @@
-"""Starting again in a folder, and what a network alone does; one network, in this process."""
+"""Training and resuming a single network, in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_same_end(first: Path, second: Path, epochs: int) -> None:
     assert_same_bits(*moments)
 
 
-def test_the_program_without_torchrun_trains_one_network(tmp_path: Path) -> None:
+def test_without_torchrun_one_network_is_trained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_graft", "train", "--epochs", "1", *SMALL]
     done = finish(command, timeout=60, cwd=tmp_path)
     assert done.status == 0, done
@@ -51,7 +51,7 @@ def test_the_program_without_torchrun_trains_one_network(tmp_path: Path) -> None
     assert accuracies == {line["test_accuracy"]}
 
 
-def test_the_same_command_gives_the_same_weights(alone: Alone, tmp_path: Path) -> None:
+def test_same_command_gives_same_weights(alone: Alone, tmp_path: Path) -> None:
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert alone(tmp_path / name, "--epochs", "1", "--seed", seed).status == 0
     assert_same_end(tmp_path / "a", tmp_path / "b", 1)
@@ -60,22 +60,22 @@ def test_the_same_command_gives_the_same_weights(alone: Alone, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("optimizer", [["--optim.nesterov", "true"], ["--optim.name", "adamw"]])
-def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
+def test_additional_epochs_equal_one_run(
     alone: Alone, tmp_path: Path, optimizer: list[str]
 ) -> None:
-    """With every option that keeps a state or draws."""
+    """With every option that keeps state or draws random numbers."""
     options = (*EVERY_OPTION, *optimizer, "--optim.lr", "0.01")
-    assert alone(tmp_path / "once", "--epochs", "2", *options).status == 0
+    assert alone(tmp_path / "single", "--epochs", "2", *options).status == 0
     for epochs in ("1", "2"):
-        done = alone(tmp_path / "more", "--epochs", epochs, *options)
+        done = alone(tmp_path / "extended", "--epochs", epochs, *options)
         assert done.status == 0, done
-    assert_same_end(tmp_path / "once", tmp_path / "more", 2)
-    assert [line["epoch"] for line in metrics(tmp_path / "more", 0)] == [0, 1]
-    assert list(scalars(tmp_path / "more/network00")["accuracy/val"]) == [0, 1]
-    assert "epochs: 2" in (tmp_path / "more/config.yaml").read_text()
+    assert_same_end(tmp_path / "single", tmp_path / "extended", 2)
+    assert [line["epoch"] for line in metrics(tmp_path / "extended", 0)] == [0, 1]
+    assert list(scalars(tmp_path / "extended/network00")["accuracy/val"]) == [0, 1]
+    assert "epochs: 2" in (tmp_path / "extended/config.yaml").read_text()
 
 
-def test_a_finished_run_started_again_changes_nothing(alone: Alone, tmp_path: Path) -> None:
+def test_rerunning_a_finished_run_changes_nothing(alone: Alone, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert alone(run, "--epochs", "1").status == 0
     before = contents(run, without=("log.txt", "status.json"))
@@ -86,46 +86,44 @@ def test_a_finished_run_started_again_changes_nothing(alone: Alone, tmp_path: Pa
     assert contents(run, without=("log.txt", "status.json")) == before
 
 
-def test_the_configuration_of_a_run_directory_starts_the_same_run(
-    alone: Alone, tmp_path: Path
-) -> None:
+def test_saved_configuration_starts_the_same_run(alone: Alone, tmp_path: Path) -> None:
     assert alone(tmp_path / "a", "--epochs", "1", "--optim.lr", "0.07").status == 0
     config, other = str(tmp_path / "a/config.yaml"), str(tmp_path / "b")
     assert alone(tmp_path / "b", "--config", config, "--run_dir", other).status == 0
     assert_same_end(tmp_path / "a", tmp_path / "b", 1)
 
 
-@pytest.mark.parametrize("hurt", ["truncated", "missing", "incomplete"])
-def test_a_damaged_set_is_passed_over_for_the_one_before(
-    alone: Alone, tmp_path: Path, hurt: str
+@pytest.mark.parametrize("damage", ["truncated", "missing", "incomplete"])
+def test_damaged_checkpoint_falls_back_to_previous(
+    alone: Alone, tmp_path: Path, damage: str
 ) -> None:
     run = tmp_path / "run"
     assert alone(run, "--epochs", "2").status == 0
     expected = checkpoint(run, 2, 0)["model"]
     newest = run / "checkpoints/epoch_0002"
-    file = newest / ("COMPLETE.json" if hurt == "incomplete" else "network00.pt")
-    if hurt == "truncated":
+    file = newest / ("COMPLETE.json" if damage == "incomplete" else "network00.pt")
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.unlink()
     done = alone(run, "--epochs", "2")
     assert done.status == 0, done
     assert f"going on from {run}/checkpoints/epoch_0001" in done.output
-    if hurt != "incomplete":
+    if damage != "incomplete":
         assert f"{file} is missing or damaged" in done.output
     assert_same_bits(checkpoint(run, 2, 0)["model"], expected)
     assert [line["epoch"] for line in metrics(run, 0)] == [0, 1]
     assert list(scalars(run / "network00")["accuracy/test"]) == [0, 1]
 
 
-def test_without_tensorboard_there_are_no_events(alone: Alone, tmp_path: Path) -> None:
+def test_tensorboard_can_be_disabled(alone: Alone, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert alone(run, "--epochs", "1", "--monitor.tensorboard", "false").status == 0
     assert not list(run.rglob("events.out*"))
 
 
-def test_a_profile_changes_no_weight(alone: Alone, tmp_path: Path) -> None:
-    """Taken over the end of an epoch, and asked for or not when a run goes on."""
+def test_profiling_changes_no_weights(alone: Alone, tmp_path: Path) -> None:
+    """Across the end of an epoch, and with or without profiling after a resume."""
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     steady = ("--optim.schedule", "constant")
     assert alone(plain, "--epochs", "2", *steady).status == 0
@@ -138,16 +136,16 @@ def test_a_profile_changes_no_weight(alone: Alone, tmp_path: Path) -> None:
     assert_same_bits(checkpoint(profiled, 2, 0)["model"], checkpoint(plain, 2, 0)["model"])
 
 
-def test_a_profile_past_the_run_is_refused(alone: Alone, tmp_path: Path) -> None:
+def test_profile_steps_past_the_run_are_refused(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", "--epochs", "1", "--monitor.profile_steps", "2:4")
     told(done, "monitor.profile_steps begins at step 2", "steps 0 to 1")
 
 
-@pytest.mark.parametrize(("every", "keep", "sets"), [(0, 2, [3]), (2, 5, [2, 3]), (1, 1, [3])])
-def test_which_sets_there_are(
-    alone: Alone, tmp_path: Path, every: int, keep: int, sets: list[int]
+@pytest.mark.parametrize(("every", "keep", "epochs"), [(0, 2, [3]), (2, 5, [2, 3]), (1, 1, [3])])
+def test_kept_checkpoints(
+    alone: Alone, tmp_path: Path, every: int, keep: int, epochs: list[int]
 ) -> None:
     options = ("--checkpoint.every", str(every), "--checkpoint.keep", str(keep))
     assert alone(tmp_path / "run", "--epochs", "3", *options).status == 0
     found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert found == [f"epoch_{epoch:04d}" for epoch in sets]
+    assert found == [f"epoch_{epoch:04d}" for epoch in epochs]

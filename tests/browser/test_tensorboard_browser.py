@@ -1,6 +1,6 @@
-"""What a person sees of a run of three networks: TensorBoard in Chromium.
+"""TensorBoard of a run of three networks, as a browser shows it.
 
-The screenshots stay in $DIST_GRAFT_ARTEFACTS, or in pytest's own temporary folder.
+The screenshots are saved in $DIST_GRAFT_ARTEFACTS, or in pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import Page, need_a_browser, tensorboard
+from browsing import Page, require_browser, tensorboard
 from launching import finish, torchrun
 
 from dist_graft.monitoring.chart_layout import custom_scalars
@@ -30,7 +30,7 @@ HEAT_MAPS = ("heat_map/coefficient", "heat_map/entropy")
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    need_a_browser()
+    require_browser()
     run = tmp_path_factory.mktemp("browser") / "run"
     done = finish(torchrun(NETWORKS, run, *OPTIONS), timeout=400)
     assert done.status == 0, done
@@ -39,24 +39,22 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("DIST_GRAFT_ARTEFACTS")
     return Path(given) if given else tmp_path_factory.mktemp("screenshots")
 
 
-def lines_of(title: str, charts: dict[str, tuple[str, list[str]]]) -> int:
-    """Lines that a chart must show: one a network and tag, or one for the population."""
+def count_lines(title: str, charts: dict[str, tuple[str, list[str]]]) -> int:
+    """Number of lines in a chart: one per network and tag, or one for the population."""
     kind, tags = charts[title]
     if kind == "Margin":
-        return 2  # the mean, and the edge of the band
+        return 2  # the mean and the edge of the band
     return sum(1 if tag.startswith("population") else NETWORKS for tag in tags)
 
 
-def test_the_charts_of_the_layout_are_there_and_all_networks_are_drawn(
-    page: Page, artefacts: Path
-) -> None:
+def test_all_charts_of_the_layout_show_all_networks(page: Page, screenshots: Path) -> None:
     expected = {
-        f"{category}: {title}": lines_of(title, charts)
+        f"{category}: {title}": count_lines(title, charts)
         for category, charts in CHARTS.items()
         for title in charts
     }
@@ -64,20 +62,20 @@ def test_the_charts_of_the_layout_are_there_and_all_networks_are_drawn(
     charts_inside = f"inside(element, '{CHART}').map((chart) => chart.title)"
 
     def titles() -> list[str]:
-        found = page.ask(by_category, f"[element.category.name, {charts_inside}]")
+        found = page.evaluate(by_category, f"[element.category.name, {charts_inside}]")
         return [f"{category}: {title}" for category, inner in found for title in inner]
 
     page.open("custom_scalars")
     page.wait(lambda: len(titles()) >= len(expected), "the charts of the layout")
     assert sorted(titles()) == sorted(expected)
     page.wait(
-        lambda: page.ask(CHART, LINES) == [expected[title] for title in titles()],
+        lambda: page.evaluate(CHART, LINES) == [expected[title] for title in titles()],
         "a line for each network in every chart",
     )
-    page.keep(artefacts / "custom_scalars.png", height=1130)
+    page.save_screenshot(screenshots / "custom_scalars.png", height=1130)
 
 
-def test_the_pictures_of_all_networks_load(page: Page, artefacts: Path) -> None:
+def test_images_of_all_networks_load(page: Page, screenshots: Path) -> None:
     expected = [
         *(f"{heat_map} network{network:02d}" for heat_map in HEAT_MAPS for network in range(3)),
         "round/who_gave_what_to_whom population",
@@ -87,39 +85,39 @@ def test_the_pictures_of_all_networks_load(page: Page, artefacts: Path) -> None:
 
     def loaded() -> list[str]:
         width = "inside(element, 'img').some((image) => image.complete && image.naturalWidth > 400)"
-        found = page.ask(cards, f"[element.tag, element.run, {width}]")
+        found = page.evaluate(cards, f"[element.tag, element.run, {width}]")
         return sorted(f"{tag} {run}" for tag, run, wide in found if wide)
 
-    page.wait(lambda: len(loaded()) >= len(expected), "the pictures")
+    page.wait(lambda: len(loaded()) >= len(expected), "the images")
     assert loaded() == sorted(expected)
-    page.keep(artefacts / "images.png", height=1560)
+    page.save_screenshot(screenshots / "images.png", height=1560)
 
 
-def test_the_texts(page: Page, artefacts: Path) -> None:
+def test_texts(page: Page, screenshots: Path) -> None:
     page.open("text")
     texts = "tf-text-loader"
 
     def shown() -> dict[str, str]:
         body = "inside(element, 'tf-markdown-view').map((text) => text.shadowRoot.textContent)"
-        return {tag: " ".join(text) for tag, text in page.ask(texts, f"[element.tag, {body}]")}
+        return {tag: " ".join(text) for tag, text in page.evaluate(texts, f"[element.tag, {body}]")}
 
     page.wait(lambda: len(shown()) == 3 and all(shown().values()), "the texts")
     found = shown()
     assert "name: resnet8" in found["run/configuration/text_summary"]
     assert "torch" in found["run/versions/text_summary"]
     assert os.uname().nodename in found["run/hosts/text_summary"]
-    page.keep(artefacts / "text.png")
+    page.save_screenshot(screenshots / "text.png")
 
 
-def test_the_hyperparameters(page: Page, artefacts: Path) -> None:
+def test_hyperparameters(page: Page, screenshots: Path) -> None:
     page.open("hparams")
     rows = "vaadin-grid-cell-content"
 
     def shown() -> set[str]:
-        return {text.strip() for text in page.ask(rows, "element.textContent")}
+        return {text.strip() for text in page.evaluate(rows, "element.textContent")}
 
     networks = {f"network{network:02d}" for network in range(NETWORKS)}
     page.wait(lambda: networks <= shown(), "a row for each network")
     assert {"lr", "method", "model", "seed", "graft", "resnet8", "0.10000"} <= shown()
     assert not any("population" in text for text in shown())
-    page.keep(artefacts / "hparams.png")
+    page.save_screenshot(screenshots / "hparams.png")

@@ -1,4 +1,4 @@
-"""Options that only a population of real processes can show to matter, in one run."""
+"""Options whose effect shows only in a population of real processes, tested in one run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_rounds_follow_every_other_epoch(run: Path) -> None:
+def test_round_after_every_second_epoch(run: Path) -> None:
     for network in NETWORKS:
         rounds = [line["graft"] and line["graft"]["round"] for line in metrics(run, network)]
         assert rounds == [None, 0, None]
 
 
-def test_without_sensitivity_every_coefficient_is_one_half(run: Path) -> None:
+def test_zero_sensitivity_gives_coefficients_of_one_half(run: Path) -> None:
     for network in NETWORKS:
         assert set(metrics(run, network)[1]["graft"]["coefficient"].values()) == {0.5}
 
 
-def test_the_linear_layer_leads_a_unit_and_information_is_l1(run: Path) -> None:
+def test_linear_lead_and_l1_information(run: Path) -> None:
     graft = metrics(run, 0)[1]["graft"]
     assert list(graft["information"])[-1] == "linear"
     assert all(0 < value < 1 for value in graft["information"].values())
@@ -48,19 +48,19 @@ def test_the_linear_layer_leads_a_unit_and_information_is_l1(run: Path) -> None:
     assert not [tag for tag in tags if tag.startswith("entropy/")]
 
 
-def test_checkpoints_follow_their_own_number_and_the_last_epoch(run: Path) -> None:
+def test_checkpoints_every_second_epoch_and_after_the_last(run: Path) -> None:
     folders = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert folders == ["epoch_0002", "epoch_0003"]
     assert [checkpoint(run, epoch, 0)["round"] for epoch in (2, 3)] == [1, 1]
 
 
-def test_a_round_forgets_the_momentum(run: Path) -> None:
+def test_reset_momentum(run: Path) -> None:
     for network in NETWORKS:
         assert checkpoint(run, 2, network)["optimizer"]["state"] == {}
         assert checkpoint(run, 3, network)["optimizer"]["state"]
 
 
-def test_the_validation_split_is_measured(run: Path) -> None:
+def test_validation_split_is_evaluated(run: Path) -> None:
     for network in NETWORKS:
         for line in metrics(run, network):
             assert line["val_loss"] > 0
@@ -70,10 +70,10 @@ def test_the_validation_split_is_measured(run: Path) -> None:
         assert list(board["accuracy/val"]) == list(board["loss/val"]) == [0, 1, 2]
 
 
-def test_the_learning_rates_are_those_given(run: Path) -> None:
-    for network, largest in enumerate((0.02, 0.3)):
+def test_given_learning_rates(run: Path) -> None:
+    for network, initial in enumerate((0.02, 0.3)):
         rates = [line["lr"] for line in metrics(run, network)]
-        assert rates == pytest.approx([largest, largest / 10, largest / 100])
+        assert rates == pytest.approx([initial, initial / 10, initial / 100])
     summary = json.loads((run / "summary.json").read_text())
     assert [row["lr"] for row in summary["networks"]] == [0.02, 0.3]
 
@@ -82,6 +82,6 @@ def test_images_have_three_channels(run: Path) -> None:
     assert checkpoint(run, 3, 0)["model"]["conv1.weight"].shape == (16, 3, 3, 3)
 
 
-def test_a_last_epoch_without_a_round_has_nothing_after_it(run: Path) -> None:
+def test_accuracies_are_equal_if_the_last_epoch_has_no_round(run: Path) -> None:
     for row in json.loads((run / "summary.json").read_text())["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]

@@ -11,6 +11,7 @@ echo "mypy" && mypy
 echo "import-linter" && lint-imports
 echo "shellcheck" && shellcheck launch/*.sh launch/*.sbatch .ci/run
 echo "hadolint" && hadolint launch/Containerfile
+echo "sphinx" && sphinx-build -W --keep-going -q -b html docs docs/_build/html
 tests=(python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile)
 tests+=(--no-loadscope-reorder --durations=10)
 if [ $# -gt 0 ]; then

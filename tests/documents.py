@@ -1,4 +1,4 @@
-"""The texts of the repository: their commands, code blocks, headings and links."""
+"""Commands, code blocks and links of the documentation, and running its Python code."""
 
 from __future__ import annotations
 
@@ -19,91 +19,88 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT)
     for pattern in ("*.md", "docs/**/*.md", "launch/**/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
+    if "_build" not in path.parts
 )
 TRAINING_SCRIPTS = ("launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch")
-"""What follows them on a command line is for `dist-graft train`."""
+"""Scripts that pass their arguments to `dist-graft train`."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a document."""
+    """A fenced code block of a document."""
 
     document: Path
     language: str
     text: str
 
+    @property
+    def first_line(self) -> str:
+        """First line; a block that shows a whole file begins with its name in a comment."""
+        return self.text.partition("\n")[0]
+
 
 def text_of(document: Path) -> str:
-    """What a document says."""
+    """Text of a document."""
     return (ROOT / document).read_text()
 
 
+def prose_of(document: Path) -> str:
+    """Text of a document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+
+
 def blocks(document: Path, *languages: str) -> list[Block]:
-    """The fenced blocks in some languages, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text_of(document), re.DOTALL | re.MULTILINE)
+    """Fenced blocks in the given languages, in order."""
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", text_of(document), re.DOTALL | re.MULTILINE)
     return [Block(document, *block) for block in found if block[0] in languages]
 
 
 def commands(document: Path) -> Iterator[str]:
-    """Every line of the bash blocks, and inline code that begins as a command of ours does."""
+    """Every line of the bash blocks, and inline code that starts like a command of dist_graft."""
     for block in blocks(document, "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             if command := line.partition("#")[0].strip():
                 yield " ".join(command.split())
-    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    for code in re.findall(r"`([^`]+)`", prose):
+    for code in re.findall(r"`([^`]+)`", prose_of(document)):
         words = code.split()
-        ours = words[:1] == ["dist-graft"] or {"torchrun", "dist_graft"} <= set(words)
-        if len(words) > 1 and ours:
+        is_command = words[:1] == ["dist-graft"] or {"torchrun", "dist_graft"} <= set(words)
+        if len(words) > 1 and is_command:
             yield " ".join(words)
 
 
 def arguments(command: str) -> list[str] | None:
-    """What reaches our command line; None for a command that is not ours."""
+    """Arguments of a command that reach dist_graft's parser; None for other programs."""
     words = shlex.split(command)
     for script in TRAINING_SCRIPTS:
         if script in words:
             return ["train", *words[words.index(script) + 1 :]]
-    for ours in ("dist_graft", "dist-graft"):
-        if ours in words:
-            return words[words.index(ours) + 1 :]
+    for program in ("dist_graft", "dist-graft"):
+        if program in words:
+            return words[words.index(program) + 1 :]
     return None
 
 
-def headings(document: Path) -> set[str]:
-    """Anchors of a document, as GitHub and most viewers make them."""
-    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    anchors: set[str] = set()
-    for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE):
-        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
-        anchor = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
-        count = sum(1 for known in anchors if re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", known))
-        anchors.add(f"{anchor}-{count}" if count else anchor)
-    return anchors
-
-
 def links(document: Path) -> list[str]:
-    """Targets inside the repository, as they are written."""
-    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose)
-    return [t for t in targets if "://" not in t and not t.startswith("mailto:")]
+    """Targets of the links and pictures in the repository, without anchors."""
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", prose_of(document))
+    return [target for target in targets if "://" not in target]
 
 
 def in_two_processes(
     folder: Path, before: Sequence[str], lines: Sequence[str], after: Sequence[str]
 ) -> list[Any]:
-    """Run documentation's lines between ours, in the folder, in two processes of one group.
+    """Run lines of the documentation in the folder, in two processes of one group.
 
-    Returns: what `told` is at the end, by rank.
+    Returns: value of `result` at the end, by rank.
     """
-    whole = "\n".join(["import os, torch, torch.distributed as dist", *before, *lines, *after])
-    return run(_told_by, 2, str(folder), whole)
+    program = "\n".join(["import os, torch, torch.distributed as dist", *before, *lines, *after])
+    return run(_result_of, 2, str(folder), program)
 
 
-def _told_by(place: Place, folder: str, program: str) -> Any:
+def _result_of(place: Place, folder: str, program: str) -> Any:
     os.chdir(folder)
     sys.path.insert(0, folder)
     torch.manual_seed(place.rank)
     names: dict[str, Any] = {}
     exec(program, names)
-    return names["told"]
+    return names["result"]

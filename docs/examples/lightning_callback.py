@@ -1,7 +1,7 @@
-"""Grafting as a callback of Lightning; each process trains a network of its own.
+"""Grafting as a callback of Lightning.
 
-Lightning's own strategies keep replicas of one network, so every process here is a Trainer with one
-device, and the group is made before: see `main`. To run it:
+Lightning's strategies train replicas of one network. Here every process runs a Trainer with one
+device, and `main` creates the process group first.
 
 torchrun --standalone --nproc-per-node=2 docs/examples/lightning_callback.py
 """
@@ -23,7 +23,7 @@ from dist_graft import Grafter
 
 
 class GraftEveryEpoch(lightning.Callback):
-    """Grafts the networks of all processes after each epoch."""
+    """Run a round of grafting after each epoch."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -36,13 +36,13 @@ class GraftEveryEpoch(lightning.Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
-        record = self.grafter.graft()  # every process comes here, equally often
+        record = self.grafter.graft()  # a collective: every rank must call it
         kept = sum(record.coefficient.values()) / len(record.coefficient)
         module.log("graft/mean_coefficient", kept)
         self.round = self.grafter.round
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        del self.grafter  # before the process group goes
+        del self.grafter  # before the process group is destroyed
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self.round}
@@ -71,7 +71,7 @@ class Classifier(lightning.LightningModule):
 
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(  # with the launcher's address, before Lightning may see it
+    store = dist.TCPStore(  # the launcher's store, before its variables are removed
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         size,
@@ -80,7 +80,7 @@ def main() -> None:
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        os.environ.pop(name, None)  # Lightning shall see one process: its own
+        os.environ.pop(name, None)  # Lightning must see a single process
 
     torch.manual_seed(rank)
     images, classes = torch.rand(64, 1, 8, 8), torch.randint(4, (64,))
@@ -96,7 +96,7 @@ def main() -> None:
     )
     trainer.fit(Classifier(), DataLoader(TensorDataset(images, classes), 16, shuffle=True))
     mean = float(trainer.callback_metrics["graft/mean_coefficient"])
-    print(f"network {rank} kept {mean:.2f} of itself in the last round", flush=True)
+    print(f"network {rank} kept {mean:.2f} of its weights in the last round", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,6 +1,5 @@
-"""A plain training loop whose networks graft each other.
+"""Grafting in a plain training loop.
 
-To run it:
 torchrun --standalone --nproc-per-node=2 docs/examples/own_loop.py
 """
 
@@ -30,10 +29,10 @@ def make_model() -> nn.Module:
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images whose class is the quarter that is bright."""
+    """Random images [32, 1, 8, 8] with one bright quadrant, which is the class."""
     images, classes = torch.rand(BATCH, 1, 8, 8), torch.randint(4, (BATCH,))
-    for image, quarter in zip(images, classes.tolist(), strict=True):
-        row, column = 4 * (quarter // 2), 4 * (quarter % 2)
+    for image, quadrant in zip(images, classes.tolist(), strict=True):
+        row, column = 4 * (quadrant // 2), 4 * (quadrant % 2)
         image[:, row : row + 4, column : column + 4] += 0.5
     return images, classes
 
@@ -41,7 +40,7 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     dist.init_process_group("gloo")  # on GPUs: "cpu:gloo,cuda:nccl"
     network = dist.get_rank()
-    torch.manual_seed(network)  # each network has its own weights and sees its own batches
+    torch.manual_seed(network)  # different weights and batches for each network
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
@@ -53,7 +52,7 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        record = grafter.graft()  # every process calls it, equally often
+        record = grafter.graft()  # a collective: every rank must call it
         kept = record.coefficient["0"]
         print(f"epoch {epoch}: network {network} kept {kept:.2f} of its first layer", flush=True)
 

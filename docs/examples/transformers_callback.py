@@ -1,7 +1,7 @@
-"""Grafting as a callback of Hugging Face's Trainer; each process trains a network of its own.
+"""Grafting as a callback of the Hugging Face Trainer.
 
-The Trainer would keep replicas of one network in a launched process, so the group is made first and
-the launcher's variables are taken away: see `main`. To run it:
+Under a launcher, the Trainer trains replicas of one network. Here `main` creates the process group
+itself and removes the launcher's variables.
 
 torchrun --standalone --nproc-per-node=2 docs/examples/transformers_callback.py
 """
@@ -29,7 +29,7 @@ from dist_graft import Grafter
 
 
 class GraftEveryEpoch(TrainerCallback):
-    """Grafts the networks of all processes after each epoch."""
+    """Run a round of grafting after each epoch."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -43,14 +43,14 @@ class GraftEveryEpoch(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        record = self.grafter.graft()  # every process comes here, equally often
+        record = self.grafter.graft()  # a collective: every rank must call it
         kept = sum(record.coefficient.values()) / len(record.coefficient)
         state.log_history.append({"epoch": state.epoch, "graft/mean_coefficient": kept})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        del self.grafter  # before the process group goes
+        del self.grafter  # before the process group is destroyed
 
 
 def make_model() -> BertForSequenceClassification:
@@ -71,7 +71,7 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        os.environ.pop(name, None)  # the Trainer shall see one process: its own
+        os.environ.pop(name, None)  # the Trainer must see a single process
 
     torch.manual_seed(rank)
     texts = [{"input_ids": torch.randint(50, (8,)), "labels": n % 2} for n in range(32)]
@@ -95,7 +95,7 @@ def main() -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         trainer.train()
     means = [row["graft/mean_coefficient"] for row in trainer.state.log_history if len(row) == 2]
-    print(f"network {rank} kept {means[-1]:.2f} of itself in the last round", flush=True)
+    print(f"network {rank} kept {means[-1]:.2f} of its weights in the last round", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,81 @@
+"""Configuration of the documentation site.
+
+sphinx-build -W --keep-going -b html docs docs/_build/html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dist_graft.version import VERSION
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "dist_graft"
+version = release = VERSION
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"dist_graft {VERSION}"
+html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+suppress_warnings = ["myst.header"]  # generated reports start some tables below a smaller heading
+
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+_ENTRY = re.compile(r"    (\*{0,2}\w+(?:, \w+)*): (.*)")
+_SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):(?: +(.*))?$")
+
+
+def _to_rst(lines: list[str]) -> Iterator[str]:
+    """Translate a docstring: plain text, code in single backticks, Args/Returns/Raises sections."""
+    section = ""
+    for line in lines:
+        if match := _SECTION.match(line):
+            section, text = match[1], _escape(match[2] or "")
+            yield ""
+            if section in ("Returns", "Yields"):
+                yield f":{section.lower()}: {text}"
+            elif section == "Raises":
+                error, _, when = text.partition(" ")
+                yield f":raises {error}: {when}"
+        elif section in ("Args", "Attributes") and (match := _ENTRY.match(line)):
+            names, text = match.groups()
+            yield f":param {_escape(names)}: {_escape(text)}"
+        elif line and not line.startswith(" "):
+            if section:
+                yield ""
+            section = ""
+            yield _escape(line)
+        else:  # indented text continues a section, or is a code block
+            yield _escape(line) if section else line
+
+
+def _escape(text: str) -> str:
+    """Escape reStructuredText's markup outside of backticks."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*|]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def _translate_docstring(
+    app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
+) -> None:
+    lines[:] = [*_to_rst(lines), ""]
+
+
+def setup(app: Sphinx) -> None:
+    """Register the translation of docstrings."""
+    app.connect("autodoc-process-docstring", _translate_docstring)

@@ -19,7 +19,9 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
 _CHANGEABLE = (
-    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor.", "runtime.timeout_"),
+    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor."),
+    *("data.root", "data.workers", "graft.exchange", "graft.bucket_mb"),
+    *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image
 )
 """Options that may differ when a run is resumed: names and prefixes of names."""

@@ -31,9 +31,9 @@ class DataConfig:
     """Convert images to 1 (grayscale) or 3 channels; unset: as in the dataset."""
     augment: bool = True
     """Random crops and horizontal flips during training."""
-    workers: int = 4
-    """DataLoader workers per process (imagefolder, and datasets passed in Python); 0: load in the
-    training process."""
+    workers: int | None = None
+    """DataLoader workers per process; 0: load in the training process. Unset: 4 for imagefolder, 0
+    for datasets passed in Python."""
     skip_broken: bool = False
     """Skip images that cannot be decoded and report their number (imagefolder only)."""
     download: bool = True

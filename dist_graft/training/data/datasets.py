@@ -141,7 +141,7 @@ class DatasetData(BaseData):
         for batch in start_loading(
             samples,
             batches,
-            workers=self._config.workers,
+            workers=self._config.workers or 0,
             device=self._device,
             collate=_identity,
         ):

@@ -29,6 +29,8 @@ IMAGENET_SIZE = 224
 
 Sample = tuple[str, int]
 """Path of an image and its class."""
+_WORKERS = 4
+"""Default of data.workers."""
 
 
 class FolderImages(BaseData):
@@ -123,7 +125,7 @@ class FolderImages(BaseData):
         for pixels, labels, unreadable in start_loading(
             images,
             batches,
-            workers=self._config.workers,
+            workers=_WORKERS if self._config.workers is None else self._config.workers,
             device=self._device,
             collate=partial(_collate, shape=shape),
         ):

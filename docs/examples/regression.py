@@ -40,7 +40,7 @@ class PrintCoefficients(dist_graft.Callback):
 def main() -> None:
     config = dist_graft.TrainConfig(
         run_dir="runs/regression",
-        epochs=40,
+        epochs=10,
         optim=OptimConfig(lr=0.01),
         graft=GraftConfig(lead="conv+linear"),
     )

@@ -1,0 +1,94 @@
+"""An epoch whose callbacks run while every collective and every use of the store raises."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import dist_graft
+from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig
+from dist_graft.population.runtime.store import StoreClient
+from dist_graft.training.callbacks import CallbackList
+
+COLLECTIVES = [
+    name
+    for name in dist.distributed_c10d.__all__
+    if inspect.isfunction(getattr(dist, name, None))
+    and name.startswith(("all_", "barrier", "batch_", "broadcast", "gather", "i", "monitored"))
+    and not name.startswith(("is_", "init_", "in_"))
+] + ["send", "recv", "reduce", "reduce_scatter", "scatter", "new_group"]
+
+
+class ReadsProperties(dist_graft.Callback):
+    """Reads every property of the trainer and of its parts in every hook."""
+
+    def on_step_end(self, trainer: dist_graft.Trainer) -> None:
+        parts = (trainer, trainer.state, trainer.data, trainer.checkpoints, trainer.grafter)
+        parts += (trainer.runtime, trainer.replicas, trainer.runtime.timeouts, trainer.process)
+        for part in parts:
+            for name, member in inspect.getmembers(type(part)):
+                if isinstance(member, property):
+                    getattr(part, name)
+
+    def on_epoch_end(self, trainer: dist_graft.Trainer, report: dist_graft.EpochReport) -> None:
+        self.on_step_end(trainer)
+
+
+class Communicates(dist_graft.Callback):
+    """Does what a callback must not do."""
+
+    def on_step_end(self, trainer: dist_graft.Trainer) -> None:
+        dist.barrier()
+
+
+def train(run_dir: str, kind: type[dist_graft.Callback]) -> int:
+    """Train with all built-in callbacks, which may not communicate; returns the steps taken."""
+    in_callback = False
+
+    def refuse(name, function):
+        def guarded(*args, **kwargs):
+            if in_callback:
+                raise RuntimeError(f"a callback called {name}")
+            return function(*args, **kwargs)
+
+        return guarded
+
+    for name in COLLECTIVES:
+        setattr(dist, name, refuse(name, getattr(dist, name)))
+    StoreClient._answer = refuse("the store", StoreClient._answer)
+    call = CallbackList._call
+
+    def flagged(self, *args):
+        nonlocal in_callback
+        in_callback = True
+        try:
+            call(self, *args)
+        finally:
+            in_callback = False
+
+    CallbackList._call = flagged
+    config = dist_graft.TrainConfig(
+        run_dir=run_dir,
+        epochs=1,
+        data=DataConfig(train_samples=48, test_samples=16, batch_size=16),
+        model=ModelConfig(name="resnet8"),
+        runtime=RuntimeConfig(device="cpu", threads=1),
+    )
+    trainer = dist_graft.Trainer(config, callbacks=[kind()])
+    trainer.fit()
+    assert (
+        "failed" not in (trainer.directory.network(trainer.process.network) / "log.txt").read_text()
+    )
+    return trainer.global_step
+
+
+def test_no_callback_and_no_property_communicates(tmp_path: Path) -> None:
+    assert dist_graft.launch(train, str(tmp_path / "run"), ReadsProperties, networks=2) == [3, 3]
+
+
+def test_a_callback_that_communicates_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(dist_graft.NetworkFailedError, match="a callback called barrier"):
+        dist_graft.launch(train, str(tmp_path / "run"), Communicates, networks=2)

@@ -1,4 +1,4 @@
-"""Recreates the documentation's screenshots of TensorBoard from the browser test.
+"""Update the pictures of TensorBoard from the screenshots of the browser tests.
 
 python docs/pictures/remake.py
 """
@@ -13,22 +13,24 @@ from pathlib import Path
 
 from PIL import Image
 
-HERE = Path(__file__).parent
-NAMES = ("custom_scalars", "images")
+FOLDER = Path(__file__).parent
+HEIGHTS = {"custom_scalars": 750, "images": 1417}
+"""Visible part of each screenshot, in pixels from the top."""
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as screenshots:
         subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "tests/browser"],
-            cwd=HERE.parents[1],
-            env=os.environ | {"DIST_GRAFT_ARTEFACTS": folder, "CI": "1"},
+            cwd=FOLDER.parents[1],
+            env=os.environ | {"DIST_GRAFT_ARTEFACTS": screenshots, "CI": "1"},
             check=True,
         )
-        for name in NAMES:
-            with Image.open(Path(folder) / f"{name}.png") as screenshot:
-                path = HERE / f"tensorboard_{name}.png"
-                screenshot.convert("RGB").save(path, optimize=True)
+        for name, height in HEIGHTS.items():
+            with Image.open(Path(screenshots) / f"{name}.png") as screenshot:
+                path = FOLDER / f"tensorboard_{name}.png"
+                visible = screenshot.crop((0, 0, screenshot.width, height))
+                visible.convert("RGB").save(path, optimize=True)
                 print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 

@@ -209,8 +209,8 @@ def _as_pair(sample: Any) -> Any:
 
 
 def _described(sample: Any) -> str:
-    name = type(sample).__name__
-    return f"a {name} of length {len(sample)}" if isinstance(sample, (tuple, list)) else f"{name}"
+    length = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
+    return f"a {type(sample).__name__}{length}"
 
 
 def _identity(batch: Any) -> Any:

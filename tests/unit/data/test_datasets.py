@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparing import same
+from sample_data import Noisy, same, targets
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import dist_graft
@@ -17,23 +17,8 @@ from dist_graft.config import DataConfig
 from dist_graft.errors import ConfigError, DataError, StoppedError
 from dist_graft.training.data import Data
 from dist_graft.training.data.datasets import DatasetData, Datasets
-from dist_graft.training.data.order import Share
 
 CPU = torch.device("cpu")
-
-
-class Noisy(Dataset[Any]):
-    """A sample is its index plus noise from the three global generators, and its index."""
-
-    def __init__(self, size: int, first: int = 0) -> None:
-        self.size, self.first = size, first
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Any:
-        noise = torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
-        return self.first + index + noise, self.first + index
 
 
 class Failing(Noisy):
@@ -54,24 +39,15 @@ def make(
     *,
     seed: int = 0,
     network: int = 0,
-    share: Share = Share(),  # noqa: B008  immutable
     **options: Any,
 ) -> DatasetData:
     datasets = Datasets(train=train or Noisy(11), test=test or Noisy(6, first=100), val=val)
     config = DataConfig(**{"batch_size": 4, "workers": 0, **options})
-    return DatasetData(datasets, config, seed=seed, network=network, device=CPU, share=share)
+    return DatasetData(datasets, config, seed=seed, network=network, device=CPU)
 
 
 def epoch(data: Data, number: int = 0) -> list[Any]:
     return list(data.train_batches(number, 0, data.steps_per_epoch))
-
-
-def targets(batches: list[Any]) -> list[int]:
-    return [target for _, batch in batches for target in batch.tolist()]
-
-
-def global_states() -> list[Any]:
-    return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
 
 
 def test_is_public() -> None:
@@ -80,30 +56,20 @@ def test_is_public() -> None:
         Datasets(Noisy(1), Noisy(1))  # type: ignore[misc]
 
 
-def test_an_epoch_has_every_sample_once() -> None:
-    data = make()
-    assert (data.train_size, data.steps_per_epoch, data.has_validation) == (11, 3, False)
-    batches = epoch(data)
-    assert [len(target) for _, target in batches] == [4, 4, 3]
-    assert sorted(targets(batches)) == list(range(11))
-    assert targets(list(data.eval_batches("test"))) == list(range(100, 106))
+def test_samples_do_not_depend_on_workers() -> None:
+    random.seed(1)  # has no effect
+    none, two = make(), make(workers=2)
+    assert same(epoch(two), epoch(none))
+    assert same(list(two.eval_batches("test")), list(none.eval_batches("test")))
 
 
-def test_first_n_samples() -> None:
-    data = make(train_samples=5, test_samples=3)
-    assert sorted(targets(epoch(data))) == list(range(5))
-    assert targets(list(data.eval_batches("test"))) == [100, 101, 102]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_samples_are_reproducible(workers: int) -> None:
-    random.seed(1)  # of the training process, and without an effect
-    data = make(workers=workers)
-    expected, evaluated = epoch(make()), list(make().eval_batches("test"))
-    assert same(epoch(data), expected)
-    assert same(list(data.train_batches(0, 1, 3)), expected[1:]), "resumed within an epoch"
-    assert same(list(data.eval_batches("test")), evaluated)
-    assert same(list(data.eval_batches("test")), evaluated)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_leaves_the_global_generators_unchanged(workers: int) -> None:
+    before = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+    with pytest.raises(DataError):
+        epoch(make(train=Failing(11, lambda: 1 / 0), workers=workers))
+    after = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+    assert after == before
 
 
 def test_samples_depend_on_seed_network_epoch_and_position() -> None:
@@ -121,46 +87,10 @@ def test_samples_depend_on_seed_network_epoch_and_position() -> None:
         assert not any(np.isclose(noise(other)[target], base[target]).any() for target in base)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_global_generators_are_left_unchanged(workers: int) -> None:
-    torch.manual_seed(0)
-    before = global_states()
-    data = make(workers=workers)
-    for _ in data.train_batches(0, 0, 3):
-        assert global_states() == before
-    list(data.eval_batches("test"))
-    failing = make(train=Failing(11, lambda: 1 / 0), workers=workers)
-    with pytest.raises(DataError):
-        epoch(failing)
-    assert global_states() == before
-
-
-@pytest.mark.parametrize("replicas", [2, 3])
-def test_replicas_load_their_parts_of_the_same_batches(replicas: int) -> None:
-    whole = make()
-    parts = [make(share=Share(replica, replicas)) for replica in range(replicas)]
-    for step, (inputs, target) in enumerate(epoch(whole)):
-        pieces = [next(part.train_batches(0, step, step + 1)) for part in parts]
-        assert [len(piece[1]) for piece in pieces] == [
-            len(range(len(target))[part.part(step).positions]) for part in parts
-        ]
-        assert torch.equal(torch.cat([piece[0] for piece in pieces]), inputs)
-        assert torch.equal(torch.cat([piece[1] for piece in pieces]), target)
-    evaluated = [batch for part in parts for batch in part.eval_batches("test")]
-    expected = list(whole.eval_batches("test"))
-    assert torch.equal(torch.cat([x for x, _ in evaluated]), torch.cat([x for x, _ in expected]))
-
-
-def test_validation_is_held_out_or_given() -> None:
-    data = make(val_fraction=0.3)
-    assert data.has_validation
-    held_out = targets(list(data.eval_batches("val")))
-    assert sorted(held_out + targets(epoch(data))) == list(range(11))
+def test_validation_dataset() -> None:
     data = make(val=Noisy(3, first=50))
     assert (data.train_size, data.has_validation) == (11, True)
-    assert targets(list(data.eval_batches("val"))) == [50, 51, 52]
-    with pytest.raises(ConfigError, match="no validation split"):
-        make().eval_batches("val")
+    assert targets(data.eval_batches("val")) == [50, 51, 52]
 
 
 def test_nested_samples_are_collated_and_moved() -> None:

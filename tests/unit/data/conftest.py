@@ -19,7 +19,7 @@ MakeResident = Callable[..., ResidentImages]
 
 @pytest.fixture
 def make_resident() -> MakeResident:
-    """30 training images labelled 0 … 29 and 11 test images labelled 100 … 110, of 12 pixels."""
+    """30 training images labeled 0 … 29 and 11 test images labeled 100 … 110, of 12 pixels."""
 
     def make(
         *,

@@ -43,14 +43,14 @@ def test_batches_do_not_depend_on_workers(make):
     assert same(list(none.eval_batches("test")), list(two.eval_batches("test")))
 
 
-def test_evaluation_resizes_and_crops_the_centre(make, image_root):
+def test_evaluation_resizes_and_crops_the_center(make, image_root):
     images, _ = next(make().eval_batches("test"))
     original = Image.open(image_root / "val" / "cat" / "0.png")
     pixels = v2.CenterCrop(16)(v2.Resize(18)(v2.PILToTensor()(original))) / 255
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     # PIL and tensors round their interpolation differently
-    torch.testing.assert_close(images[0], (pixels - mean) / deviation, atol=0.05, rtol=0)
+    torch.testing.assert_close(images[0], (pixels - mean) / std, atol=0.05, rtol=0)
 
 
 def test_without_augmentation_training_images_are_transformed_like_test_images(make):

@@ -66,7 +66,7 @@ def test_every_test_image_once_in_fixed_order(make_resident):
     assert same(first, second)
 
 
-def test_image_size_pads_with_normalised_black(make_resident):
+def test_image_size_pads_with_normalized_black(make_resident):
     data = make_resident(image_size=17, mean=0.5, std=0.25)
     assert data.image_size == 17
     images = next(data.eval_batches("test"))[0]

@@ -22,7 +22,7 @@ class GraftConfig:
     start: int = 0
     """Epochs to train before the first round."""
     source: Literal["external", "internal", "noise"] = "external"
-    """What is grafted: another network's filters (external), this network's strongest filters
+    """What is grafted: another network's weights (external), this network's strongest filters
     (internal), or noise. internal and noise need no exchange and work with a single network."""
     rule: str | None = None
     """package.module:name of a user-defined rule that replaces grafting."""

@@ -1,4 +1,4 @@
-"""Every recipe of launch/configs, as a user starts it, at reduced size: one real step each."""
+"""Every recipe in launch/configs trains one step at reduced size."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ONE_STEP = (
 )
 
 
-def name(path: Path) -> str:
+def recipe_id(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def on_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options: str) -> dict:
-    """Train one step of a recipe; returns the options that the run had."""
+def train_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options: str) -> dict:
+    """Train one step of a recipe; returns the resolved configuration."""
     done = alone(run, "--config", str(recipe), *ONE_STEP, *options)
     assert done.status == 0, done.errors
     metrics = json.loads((run / "network00/metrics.jsonl").read_text())
@@ -36,28 +36,30 @@ def on_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options: s
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
 def test_one_step(recipe: Path, alone: Callable[..., Done], tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
-    taught = content.get("distill", {}).get("teachers", [])
+    teachers = content.get("distill", {}).get("teachers", [])
     options = []
-    if taught:
+    if teachers:
         teacher = tmp_path / "teacher"
-        architecture = taught[0].split("/")[1].removeprefix("teacher_")
-        on_one_step(alone, teacher, CONFIGS / "cifar/baseline.yaml", "--model.name", architecture)
+        architecture = teachers[0].split("/")[1].removeprefix("teacher_")
+        train_one_step(
+            alone, teacher, CONFIGS / "cifar/baseline.yaml", "--model.name", architecture
+        )
         options = ["--distill.teachers", f"[{teacher}/checkpoints/epoch_0001/network00.pt]"]
-    ran = on_one_step(alone, tmp_path / "run", recipe, *options)
-    assert ran["model"] == ran["model"] | content["model"]
+    resolved = train_one_step(alone, tmp_path / "run", recipe, *options)
+    assert resolved["model"] == resolved["model"] | content["model"]
     section = content.get("graft", {})
     if isinstance(section, str):
         section = yaml.safe_load((recipe.parent / section).read_text())
-    assert ran["graft"] == ran["graft"] | section
+    assert resolved["graft"] == resolved["graft"] | section
     rates = yaml.safe_load((recipe.parent / content["optim"]).read_text())
-    assert ran["optim"] == ran["optim"] | rates
+    assert resolved["optim"] == resolved["optim"] | rates
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_says_where_its_figure_is_from(recipe: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
+def test_a_recipe_cites_its_source(recipe: Path) -> None:
     comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("arXiv 2001.05868" in line or "arXiv 2004.12311" in line for line in comment)
     assert len(recipe.read_text().splitlines()) < 20

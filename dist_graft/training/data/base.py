@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_graft.config import DataConfig
 from dist_graft.training.data.order import Part, Share, Subsets, epoch_order
 
-Place = tuple[int, int]
+SampleKey = tuple[int, int]
 """Position in the epoch, and index of the sample in the dataset."""
 
 
@@ -59,7 +59,7 @@ class BaseData(ABC):
     @abstractmethod
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]: ...
 
-    def _local_places(self, epoch: int, first: int, last: int) -> Iterator[list[Place]]:
+    def _local_keys(self, epoch: int, first: int, last: int) -> Iterator[list[SampleKey]]:
         """This process's part of each training batch of an epoch."""
         order = epoch_order(self.train_size, seed=self._seed, network=self._network, epoch=epoch)
         indices = self._subsets.train[order]
@@ -69,7 +69,7 @@ class BaseData(ABC):
             local = range(start + part.start, start + part.stop)
             yield list(zip(local, indices[local.start : local.stop].tolist(), strict=True))
 
-    def _eval_places(self, indices: Tensor) -> Iterator[list[Place]]:
+    def _eval_keys(self, indices: Tensor) -> Iterator[list[SampleKey]]:
         """Evaluation batches; the position of a sample is its index."""
         for part in indices.split(self._config.batch_size):
             yield [(index, index) for index in part.tolist()]

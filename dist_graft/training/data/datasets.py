@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from dist_graft.config import DataConfig
 from dist_graft.errors import ConfigError, DataError, StoppedError
 from dist_graft.seeding import stream_seed
-from dist_graft.training.data.base import BaseData, Place
+from dist_graft.training.data.base import BaseData, SampleKey
 from dist_graft.training.data.batches import map_tensors
 from dist_graft.training.data.loader import start_loading
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
@@ -123,7 +123,7 @@ class DatasetData(BaseData):
         samples = _Samples(
             self._datasets.train, "train", ("augment", self._seed, self._network, epoch)
         )
-        return self._batches(samples, self._local_places(epoch, first, last))
+        return self._batches(samples, self._local_keys(epoch, first, last))
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Any, Any]]:
         """See `Data.eval_batches`."""
@@ -133,10 +133,10 @@ class DatasetData(BaseData):
         # Seeded by index, so that random samples are the same in every evaluation.
         stream = (f"evaluate {split}", self._seed)
         samples = _Samples(getattr(self._datasets, name), name, stream)
-        return self._batches(samples, self._eval_places(indices))
+        return self._batches(samples, self._eval_keys(indices))
 
     def _batches(
-        self, samples: _Samples, batches: Iterable[list[Place]]
+        self, samples: _Samples, batches: Iterable[list[SampleKey]]
     ) -> Generator[tuple[Any, Any]]:
         for batch in start_loading(
             samples,
@@ -177,7 +177,7 @@ class _Samples(Dataset[Any]):
         self._name = name
         self._stream = stream
 
-    def __getitems__(self, places: list[Place]) -> tuple[Any, Any] | _Failure:
+    def __getitems__(self, keys: list[SampleKey]) -> tuple[Any, Any] | _Failure:
         """The collated (inputs, targets) of a batch; called by the DataLoader instead of [].
 
         Raises: DataError if a sample cannot be loaded (in a worker it is returned as _Failure).
@@ -186,7 +186,7 @@ class _Samples(Dataset[Any]):
         try:
             with _preserved_rng():
                 samples = []
-                for position, index in places:
+                for position, index in keys:
                     context = f"{self._name} dataset, index {index}"
                     _seed_rng(stream_seed(*self._stream, position))
                     samples.append(_as_pair(self._dataset[index]))
@@ -209,8 +209,8 @@ def _as_pair(sample: Any) -> Any:
 
 
 def _described(sample: Any) -> str:
-    name = type(sample).__name__
-    return f"a {name} of length {len(sample)}" if isinstance(sample, (tuple, list)) else f"{name}"
+    length = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
+    return f"a {type(sample).__name__}{length}"
 
 
 def _identity(batch: Any) -> Any:

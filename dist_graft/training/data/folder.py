@@ -19,7 +19,7 @@ from dist_graft.config import DataConfig
 from dist_graft.errors import DataError
 from dist_graft.seeding import stream_seed
 from dist_graft.training.data.augment import Normalize
-from dist_graft.training.data.base import BaseData, Place
+from dist_graft.training.data.base import BaseData, SampleKey
 from dist_graft.training.data.decoding import Unreadable, read_image
 from dist_graft.training.data.loader import start_loading
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
@@ -76,7 +76,7 @@ class FolderImages(BaseData):
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Tensor, Tensor]]:
         transform = self._train_transform() if self._config.augment else self._eval_transform()
         images = _Images(self._train, transform, (self._seed, self._network, epoch))
-        for pixels, labels in self._batches(images, self._local_places(epoch, first, last)):
+        for pixels, labels in self._batches(images, self._local_keys(epoch, first, last)):
             if not len(labels):
                 self._raise_if_all_skipped(self._train, self._subsets.train)
             yield pixels, labels
@@ -90,7 +90,7 @@ class FolderImages(BaseData):
         self, samples: Sequence[Sample], indices: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         images = _Images(samples, self._eval_transform(), None)
-        for pixels, labels in self._batches(images, self._eval_places(indices)):
+        for pixels, labels in self._batches(images, self._eval_keys(indices)):
             if len(labels):
                 yield pixels, labels
         self._raise_if_all_skipped(samples, indices)
@@ -119,7 +119,7 @@ class FolderImages(BaseData):
         return [v2.Grayscale()] if self.channels == 1 else []
 
     def _batches(
-        self, images: _Images, batches: Iterable[list[Place]]
+        self, images: _Images, batches: Iterable[list[SampleKey]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         shape = (self.channels, self.image_size, self.image_size)
         for pixels, labels, unreadable in start_loading(
@@ -172,8 +172,8 @@ class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
         self._transform = transform
         self._stream = stream
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, int] | Unreadable:
-        position, index = place
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int] | Unreadable:
+        position, index = key
         path, label = self._samples[index]
         image = read_image(path)
         if isinstance(image, Unreadable):

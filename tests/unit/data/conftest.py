@@ -8,24 +8,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sample_data import numbered
 
 from dist_graft.config import DataConfig
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import DatasetInfo, ImageSet
+from dist_graft.training.data.sources import DatasetInfo
 
 MakeResident = Callable[..., ResidentImages]
 
 
-def numbered(count: int, channels: int, side: int, first: int = 0) -> ImageSet:
-    """Random images, each with its own number as the label."""
-    random = np.random.default_rng(first)
-    images = random.integers(0, 256, (count, channels, side, side), dtype=np.uint8)
-    return ImageSet(images, np.arange(first, first + count))
-
-
 @pytest.fixture
 def make_resident() -> MakeResident:
-    """30 training images labelled 0 … 29 and 11 test images labelled 100 … 110, of 12 pixels."""
+    """30 training images labeled 0 … 29 and 11 test images labeled 100 … 110, of 12 pixels."""
 
     def make(
         *,

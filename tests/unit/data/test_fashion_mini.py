@@ -42,7 +42,7 @@ def test_the_first_images_are_about_balanced(mini):
         assert np.bincount(part.labels[:1000], minlength=10).min() > 70
 
 
-def test_licence_is_shipped():
+def test_the_license_is_shipped():
     assert "Zalando SE" in (FASHION_MINI.parent / "LICENSE").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Signals to real loader workers, sent by a process that is not their trainer."""
+"""Lifetime of real loader workers, and signals from processes other than their trainer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from launching import is_alive, wait_until
+from torch.utils.data import Dataset
 
 from dist_graft.config import DataConfig
 from dist_graft.population.runtime.process import SIGNALS
-from dist_graft.training.data import load_data
+from dist_graft.training.data import Data, load_data
+from dist_graft.training.data.datasets import DatasetData, Datasets
 
-OPENING = """
+PREAMBLE = """
 import multiprocessing, signal, sys
 import torch
 from dist_graft.config import DataConfig
@@ -30,7 +32,7 @@ torch.set_num_threads(1)
 config = DataConfig(name="imagefolder", root=sys.argv[1], workers=2, image_size=16, batch_size=1)
 data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
 """
-TAKES_TURNS = """
+WAITS_BETWEEN_BATCHES = """
 batches = data.train_batches(0, 0, 12)
 next(batches)
 print(*[process.pid for process in multiprocessing.active_children()], flush=True)
@@ -38,7 +40,7 @@ sys.stdin.readline()
 print(sum(1 for _ in zip(batches, range(10))), flush=True)
 raise RuntimeError("the traceback keeps the loader alive")
 """
-MANY_LOADERS = """
+FIVE_EPOCHS = """
 print("ready", flush=True)
 for epoch in range(5):
     assert len(list(data.train_batches(epoch, 0, 12))) == 12
@@ -50,7 +52,7 @@ Trainer = subprocess.Popen[str]
 @contextlib.contextmanager
 def trainer(program: str, root: Path) -> Iterator[Trainer]:
     with subprocess.Popen(
-        [sys.executable, "-c", OPENING + program, str(root)],
+        [sys.executable, "-c", PREAMBLE + program, str(root)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,7 +77,7 @@ def send_all(pids: list[int]) -> None:
 
 
 def test_only_the_trainer_ends_its_loader_workers(image_root):
-    with trainer(TAKES_TURNS, image_root) as process:
+    with trainer(WAITS_BETWEEN_BATCHES, image_root) as process:
         pids = [int(pid) for pid in first_line(process).split()]
         send_all(pids)
         out, errors = process.communicate("\n", timeout=60)
@@ -85,8 +87,8 @@ def test_only_the_trainer_ends_its_loader_workers(image_root):
         assert not any(map(is_alive, pids))
 
 
-def test_a_worker_is_shielded_from_its_first_moment(image_root):
-    with trainer(MANY_LOADERS, image_root) as process:
+def test_a_worker_is_shielded_from_its_start(image_root):
+    with trainer(FIVE_EPOCHS, image_root) as process:
         assert first_line(process) == "ready"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         signalled = set()
@@ -102,7 +104,7 @@ def test_a_worker_is_shielded_from_its_first_moment(image_root):
 
 
 def test_workers_end_when_their_trainer_is_killed(image_root):
-    with trainer(TAKES_TURNS, image_root) as process:
+    with trainer(WAITS_BETWEEN_BATCHES, image_root) as process:
         pids = [int(pid) for pid in first_line(process).split()]
         send_all(pids)
         assert all(map(is_alive, pids))
@@ -110,30 +112,82 @@ def test_workers_end_when_their_trainer_is_killed(image_root):
         wait_until(lambda: not any(map(is_alive, pids)), "the end of the workers", seconds=30)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_end_when_their_batches_are_not_wanted_any_more(image_root, workers):
+def folder_images(root: Path, workers: int) -> Data:
     config = DataConfig(
-        name="imagefolder", root=str(image_root), workers=workers, image_size=16, batch_size=1
+        name="imagefolder", root=str(root), workers=workers, image_size=16, batch_size=1
     )
-    data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
-    batches = data.train_batches(0, 0, 12)
+    return load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
+
+
+class Slow(Dataset[tuple[int, int]]):
+    """Far more samples than a test can wait for."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        time.sleep(0.1)
+        return index, index
+
+
+def slow_samples(_: Path, workers: int) -> Data:
+    return DatasetData(
+        Datasets(train=Slow(), test=Slow()),
+        DataConfig(workers=workers, batch_size=1),
+        seed=0,
+        network=0,
+        device=torch.device("cpu"),
+    )
+
+
+def worker_pids() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children() if process.pid]
+
+
+@pytest.mark.parametrize("make", [folder_images, slow_samples])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_closing_the_batches_ends_the_workers(image_root, make, workers, split):
+    data = make(image_root, workers)
+    every = (0, 0, data.steps_per_epoch)
+    batches = data.train_batches(*every) if split == "train" else data.eval_batches("test")
     next(batches)
-    pids = [process.pid for process in multiprocessing.active_children()]
+    pids = worker_pids()
     assert len(pids) == workers
-    del batches
+    began = time.monotonic()
+    batches.close()
     assert not any(map(is_alive, pids))
+    assert time.monotonic() - began < 30, "the workers loaded the whole epoch"
+    assert list(batches) == []
 
 
-def test_the_trainer_takes_its_signals_while_workers_are_alive(image_root):
-    taken = []
-    before = signal.signal(signal.SIGUSR1, lambda number, _: taken.append(number))
+@pytest.mark.parametrize("make", [folder_images, slow_samples])
+def test_one_iterator_serves_a_whole_epoch(image_root, make):
+    data = make(image_root, 1)
+    batches = data.train_batches(0, 0, data.steps_per_epoch)
+    assert worker_pids() == [], "nothing starts before the first batch"
+    pids = set()
+    for _ in range(8):
+        next(batches)
+        pids.update(worker_pids())
+    assert len(pids) == 1
+    batches.close()
+
+
+def test_workers_end_after_the_last_batch(image_root):
+    data = folder_images(image_root, 2)
+    assert len(list(data.train_batches(0, 0, 12))) == 12
+    assert worker_pids() == []
+
+
+def test_the_trainer_receives_signals_while_workers_are_alive(image_root):
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
     try:
-        config = DataConfig(name="imagefolder", root=str(image_root), workers=1, image_size=16)
-        data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
-        batches = data.train_batches(0, 0, 1)
+        batches = folder_images(image_root, 1).train_batches(0, 0, 1)
         next(batches)
         signal.raise_signal(signal.SIGUSR1)
-        assert taken == [signal.SIGUSR1]
-        del batches
+        assert received == [signal.SIGUSR1]
+        batches.close()
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from comparing import same, targets
 from PIL import Image
+from sample_data import same, targets
 
 from dist_graft.errors import ConfigError
 from dist_graft.training.data.images import grayscale
@@ -25,34 +25,6 @@ def test_shapes_types_and_sizes(make_resident):
 
 def test_an_epoch_has_every_training_image_once(make_resident):
     assert sorted(targets(make_resident().train_batches(0, 0, 4))) == list(range(30))
-
-
-def test_starting_within_an_epoch_gives_the_same_batches(make_resident):
-    whole = list(make_resident().train_batches(2, 0, 4))
-    data = make_resident()
-    parts = [
-        b
-        for first, last in ((0, 1), (1, 1), (1, 3), (3, 4))
-        for b in data.train_batches(2, first, last)
-    ]
-    assert same(whole, parts)
-    assert same(whole[3:], list(make_resident().train_batches(2, 3, 4)))
-
-
-def test_order_depends_on_network_epoch_and_seed(make_resident):
-    base = targets(make_resident().train_batches(0, 0, 4))
-    assert targets(make_resident(network=1).train_batches(0, 0, 4)) != base
-    assert targets(make_resident(seed=1).train_batches(0, 0, 4)) != base
-    assert targets(make_resident().train_batches(1, 0, 4)) != base
-
-
-def test_the_global_generator_is_left_unchanged(make_resident):
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    data = make_resident(val_fraction=0.2)
-    list(data.train_batches(0, 0, data.steps_per_epoch))
-    list(data.eval_batches("val"))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unaugmented_images_are_the_originals(make_resident):
@@ -94,30 +66,7 @@ def test_every_test_image_once_in_fixed_order(make_resident):
     assert same(first, second)
 
 
-def test_validation_is_disjoint_and_the_same_for_every_network(make_resident):
-    options = {"val_fraction": 0.2, "train_samples": 20}
-    one, other = make_resident(**options), make_resident(network=1, **options)
-    assert one.has_validation
-    assert one.train_size == 16
-    kept = targets(one.eval_batches("val"))
-    assert len(kept) == 4
-    assert sorted(kept + targets(one.train_batches(0, 0, 2))) == list(range(20))
-    assert targets(other.eval_batches("val")) == kept
-    assert targets(one.eval_batches("test")) == list(range(100, 111))
-
-
-def test_no_validation_split(make_resident):
-    with pytest.raises(ConfigError, match=r"data\.val_fraction is 0"):
-        make_resident().eval_batches("val")
-
-
-@pytest.mark.parametrize(("first", "last"), [(-1, 2), (2, 1), (0, 5)])
-def test_steps_are_checked_at_the_call(make_resident, first, last):
-    with pytest.raises(ValueError, match=r"within \[0, 4\]"):
-        make_resident().train_batches(0, first, last)
-
-
-def test_image_size_pads_with_normalised_black(make_resident):
+def test_image_size_pads_with_normalized_black(make_resident):
     data = make_resident(image_size=17, mean=0.5, std=0.25)
     assert data.image_size == 17
     images = next(data.eval_batches("test"))[0]

@@ -34,7 +34,10 @@ _MANY_NETWORKS = 16
 _MANY_TIMES = 4  # bytes of all_gather over those of p2p
 _OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}  # numbers per weight
 _MIB, _GIB = 2**20, 2**30
-_BYTES_ONLY = "plan no longer estimates epochs or computation, only bytes and their time"
+_REMOVED = (
+    *("--bandwidth-local", "--tflops", "--images", "--image-size", "--images-per-second"),
+    "--epoch-seconds",
+)
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -121,8 +124,11 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     )
     yield format_table(("node", "GPUs", "networks"), list(_nodes(layout)))
     where = "host" if options["backend"] == "gloo" else "GPU"
-    held = {name: f"{size / _MIB:,.1f}" for name, size in memory(options, size, rounds).items()}
-    yield "\n" + format_table((f"{where} memory per process", "MiB"), list(held.items()))
+    held = memory(options, size, rounds)
+    yield "\n" + format_table(
+        (f"{where} memory per process", "MiB"),
+        [(name, f"{count / _MIB:,.1f}") for name, count in held.items()],
+    )
     if not rounds:
         yield "\nA single network has no rounds."
         return
@@ -144,13 +150,7 @@ COMMAND = Command(
     help="show layout, traffic and memory of a population",
     build_parser=build_parser,
     run=run,
-    removed=dict.fromkeys(
-        (
-            *("--bandwidth-local", "--tflops", "--images", "--image-size", "--images-per-second"),
-            "--epoch-seconds",
-        ),
-        _BYTES_ONLY,
-    ),
+    removed=dict.fromkeys(_REMOVED, "plan reports bytes and their time, not computation or epochs"),
 )
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,23 +60,22 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
 
     gpus = torch.cuda.device_count()
     backends = ["gloo", "nccl"] if gpus > 1 else ["gloo"]
-    checks: tuple[Callable[[], Finding], ...] = (
-        check_versions,
-        check_processors,
-        check_gpus,
-        check_ports,
-        check_shared_memory,
-        lambda: check_disk(Path(run_dir)),
-        *(lambda backend=backend: check_round(backend, seconds) for backend in backends),
-    )
-    findings = []
-    for check in checks:
-        finding = check()
-        findings.append(finding)
-        yield f"{finding.state:<6}  {finding.name:<16}  {finding.text}"
+    checks: dict[str, Callable[[], Finding]] = {
+        "versions": check_versions,
+        "processors": check_processors,
+        "GPUs": check_gpus,
+        "ports": check_ports,
+        "shared memory": check_shared_memory,
+        "run directory": partial(check_disk, Path(run_dir)),
+        **{f"round over {name}": partial(check_round, name, seconds) for name in backends},
+    }
+    findings = {}
+    for name, check in checks.items():
+        findings[name] = finding = check()
+        yield f"{finding.state:<6}  {name:<16}  {finding.text}"
     yield ""
-    yield from (f"{finding.name}: {finding.advice}" for finding in findings if finding.advice)
-    broken = [finding.name for finding in findings if finding.state == "broken"]
+    yield from (f"{name}: {finding.advice}" for name, finding in findings.items() if finding.advice)
+    broken = [name for name, finding in findings.items() if finding.state == "broken"]
     if broken:
         raise StartError(f"broken: {', '.join(broken)}; see the advice above")
     yield (
@@ -96,7 +96,6 @@ COMMAND = Command(
 class Finding:
     """Result of one check."""
 
-    name: str
     state: Literal["ok", "note", "broken"]
     """note: works, with a limitation."""
     text: str
@@ -105,7 +104,7 @@ class Finding:
 
 def check_versions() -> Finding:
     """Report the installed versions."""
-    return Finding("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    return Finding("ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
 
 
 def check_processors() -> Finding:
@@ -113,12 +112,11 @@ def check_processors() -> Finding:
     cores = ProcessInfo().cpu_share()
     if cores == 1:
         return Finding(
-            "processors",
             "note",
             "1 core",
             "all networks share one core, so several train no faster than one after the other",
         )
-    return Finding("processors", "ok", f"{cores} cores for this process")
+    return Finding("ok", f"{cores} cores for this process")
 
 
 def check_gpus() -> Finding:
@@ -129,13 +127,12 @@ def check_gpus() -> Finding:
     if not count:
         if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
             return Finding(
-                "GPUs",
                 "broken",
                 f"a driver is installed, but torch {torch.__version__} sees no GPU",
                 "check CUDA_VISIBLE_DEVICES and nvidia-smi; the driver may be too old for this "
                 "build of torch; to train without a GPU, use --runtime.device cpu",
             )
-        return Finding("GPUs", "note", "none", "training runs on the CPU with gloo")
+        return Finding("note", "none", "training runs on the CPU with gloo")
     names = []
     for index in range(count):
         try:
@@ -143,13 +140,12 @@ def check_gpus() -> Finding:
             free, _ = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
             return Finding(
-                "GPUs",
                 "broken",
                 f"cuda:{index} fails: {str(error).splitlines()[0]}",
                 "check the GPU with nvidia-smi, or exclude it with CUDA_VISIBLE_DEVICES",
             )
         names.append(f"{torch.cuda.get_device_name(index)} ({free / 2**30:.0f} GiB free)")
-    return Finding("GPUs", "ok", ", ".join(names))
+    return Finding("ok", ", ".join(names))
 
 
 def check_ports() -> Finding:
@@ -162,7 +158,6 @@ def check_ports() -> Finding:
             caller.connect(listener.getsockname())
         except OSError as error:
             return Finding(
-                "ports",
                 "broken",
                 f"cannot connect to an open port of 127.0.0.1: {error}",
                 "allow local connections in the firewall or container",
@@ -172,7 +167,6 @@ def check_ports() -> Finding:
         socket.getaddrinfo(host, None)
     except OSError as error:
         return Finding(
-            "ports",
             "note",
             f"open; the host name {host} cannot be resolved ({error})",
             f"to train on several machines, add {host} to /etc/hosts, or set GLOO_SOCKET_IFNAME "
@@ -182,12 +176,11 @@ def check_ports() -> Finding:
         taken = probe.connect_ex(("127.0.0.1", _PORT)) == 0
     if taken:
         return Finding(
-            "ports",
             "note",
             f"open; {_PORT} is in use",
             "start torchrun with --standalone, or with another --master-port",
         )
-    return Finding("ports", "ok", f"open; {host} can be resolved")
+    return Finding("ok", f"open; {host} can be resolved")
 
 
 def check_shared_memory() -> Finding:
@@ -198,7 +191,6 @@ def check_shared_memory() -> Finding:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError as error:
         return Finding(
-            "shared memory",
             "broken",
             f"{_SHARED_MEMORY} cannot be written: {error.strerror}",
             "mount a tmpfs there; start containers with --ipc=host or --shm-size=8g",
@@ -206,13 +198,12 @@ def check_shared_memory() -> Finding:
     text = f"{_SHARED_MEMORY} has {_bytes(free)} free"
     if free < _SMALL_SHARED_MEMORY:
         return Finding(
-            "shared memory",
             "note",
             text,
             "little for data loader workers and NCCL: start containers with --shm-size=8g, or use "
             "--data.workers 0, which needs none",
         )
-    return Finding("shared memory", "ok", text)
+    return Finding("ok", text)
 
 
 def check_disk(run_dir: Path) -> Finding:
@@ -226,25 +217,21 @@ def check_disk(run_dir: Path) -> Finding:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return Finding(
-            "run directory",
             "broken",
             f"{folder} cannot be written: {error.strerror}",
             "choose another --run_dir, or free space there",
         )
     text = f"{folder.resolve()}: {_bytes(speed)}/s, {_bytes(free)} free"
     if free < _SMALL_DISK:
-        return Finding(
-            "run directory", "note", text, "little space: free some, or lower --checkpoint.keep"
-        )
+        return Finding("note", text, "little space: free some, or lower --checkpoint.keep")
     if speed < _SLOW_DISK:
         return Finding(
-            "run directory",
             "note",
             text,
             "a slow disk: checkpoints are written in the background, but a larger "
             "--checkpoint.every helps",
         )
-    return Finding("run directory", "ok", text)
+    return Finding("ok", text)
 
 
 def _write_speed(folder: Path) -> float:
@@ -265,12 +252,10 @@ def check_round(backend: str, seconds: float) -> Finding:
     from dist_graft.population.runtime.selftest import run_selftest
 
     works, text = run_selftest(backend, seconds=seconds)
-    name = f"round over {backend}"
     if works:
-        return Finding(name, "ok", text)
+        return Finding("ok", text)
     interface = f"{backend.upper()}_SOCKET_IFNAME"
     return Finding(
-        name,
         "broken",
         text,
         f"two processes of this machine cannot graft: if they do not connect, set {interface} to a "

@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 MAX_NETWORKS = 1024
 _RANDOM_ROUNDS = 20  # of the random topology, of which the busiest is shown
 _NODES_SHOWN = 8
-_MANY_NETWORKS = 16
-_MANY_TIMES = 4  # bytes of all_gather over those of p2p
+_MANY_FOR_RING = 16
+_MANY_FOR_ALL_GATHER = 4
 _OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}  # numbers per weight
 _MIB, _GIB = 2**20, 2**30
-_BYTES_ONLY = "plan no longer estimates epochs or computation, only bytes and their time"
+_REMOVED = (
+    *("--bandwidth-local", "--tflops", "--images", "--image-size", "--images-per-second"),
+    "--epoch-seconds",
+)
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -115,14 +118,18 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         if networks > 1
     ]
 
+    replicas = f", {layout.replicas} replicas each" if layout.replicas > 1 else ""
     yield (
-        f"{networks} x {options['model']}: {size.parameters:,} parameters, "
+        f"{networks} x {options['model']}{replicas}: {size.parameters:,} parameters, "
         f"{_bytes(size.round_bytes)} per network and round\n"
     )
     yield format_table(("node", "GPUs", "networks"), list(_nodes(layout)))
     where = "host" if options["backend"] == "gloo" else "GPU"
-    held = {name: f"{size / _MIB:,.1f}" for name, size in memory(options, size, rounds).items()}
-    yield "\n" + format_table((f"{where} memory per process", "MiB"), list(held.items()))
+    held = memory(options, size, rounds)
+    yield "\n" + format_table(
+        (f"{where} memory per process", "MiB"),
+        [(name, f"{count / _MIB:,.1f}") for name, count in held.items()],
+    )
     if not rounds:
         yield "\nA single network has no rounds."
         return
@@ -135,6 +142,8 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         "link;\nreceived: by each process from other networks. 1 GB = 10^9 bytes. Not included: "
         "activations,\nlatency, computation, waiting for slower networks."
     )
+    if "-" in (_row(each, options)[-1] for each in rounds):
+        yield "For all times, give --bandwidth-intra and --bandwidth-inter."
     for text in warnings(layout, size, rounds):
         yield f"warning: {text}"
 
@@ -144,13 +153,7 @@ COMMAND = Command(
     help="show layout, traffic and memory of a population",
     build_parser=build_parser,
     run=run,
-    removed=dict.fromkeys(
-        (
-            *("--bandwidth-local", "--tflops", "--images", "--image-size", "--images-per-second"),
-            "--epoch-seconds",
-        ),
-        _BYTES_ONLY,
-    ),
+    removed=dict.fromkeys(_REMOVED, "plan reports bytes and their time, not computation or epochs"),
 )
 
 
@@ -408,12 +411,12 @@ def warnings(layout: Layout, size: NetworkSize, rounds: Sequence[Round]) -> Iter
             f"all_gather holds {gathered.buffers / _GIB:.1f} GiB of buckets in each process, p2p "
             f"{on_ring.buffers / _GIB:.2f}: use p2p, or a smaller --graft.bucket_mb"
         )
-    if gathered.received >= _MANY_TIMES * on_ring.received:
+    if layout.networks > _MANY_FOR_ALL_GATHER:
         yield (
             f"with all_gather each process receives {layout.networks - 1} networks and needs one: "
             "use --graft.exchange p2p"
         )
-    if layout.networks > _MANY_NETWORKS:
+    if layout.networks > _MANY_FOR_RING:
         yield (
             f"on the ring, weights reach all networks after {layout.networks - 1} rounds; with "
             f"--graft.topology exponential, after {(layout.networks - 1).bit_length()}"

@@ -3,12 +3,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from dist_graft import cli
+from dist_graft.command import Command, Options
 from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.config.validation import from_nested
@@ -230,12 +234,32 @@ def test_commands_in_one_process_are_refused_under_torchrun(
     assert f"{command} runs in one process: start it without torchrun" in capsys.readouterr().err
 
 
+def test_command_is_added_by_listing_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+        parser = ArgumentParser(description="Say hello.", **settings)
+        parser.add_argument("--times", type=int, default=1)
+        return parser
+
+    def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+        yield from [f"hello {process.rank}"] * options["times"]
+
+    command = Command(name="hello", help="say hello", build_parser=build_parser, run=run)
+    monkeypatch.setitem(cli.COMMANDS, "hello", command)
+    assert cli.run(["hello", "--times", "2"]) == 0
+    assert capsys.readouterr().out == "hello 0\nhello 0\n"
+    with pytest.raises(SystemExit):
+        cli.run(["--help"])
+    assert "say hello" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", [("--tflops", "5"), ("--tflops=5",)])
 def test_removed_option_says_what_to_use(
     capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
 ) -> None:
     line = refused(capsys, "plan", "--networks", "2", "--model", "resnet8", *argv)
-    assert line.startswith("--tflops was removed: plan no longer estimates epochs")
+    assert line.startswith("--tflops was removed: plan reports bytes and their time")
 
 
 def test_help_and_errors_of_all_commands_load_no_torch() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -13,13 +12,6 @@ from stored_runs import network
 from dist_graft import cli
 
 PREFIX = "dist-graft: error: "
-DOCUMENT = (Path(__file__).parents[3] / "docs/after_training.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("dist-graft")
-]
 
 
 @pytest.fixture(autouse=True)
@@ -88,13 +80,3 @@ def test_closed_pipe_is_ignored(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert done.returncode == 0
     assert (tmp_path / "inspect/inspect.csv").exists()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_commands_are_valid(command: str) -> None:
-    words = shlex.split(command.partition("#")[0])[1:]
-    assert cli._parse(words)[0] == words[0]
-
-
-def test_all_commands_are_documented() -> None:
-    assert {command.split()[1] for command in COMMANDS} == {"evaluate", "inspect", "export"}

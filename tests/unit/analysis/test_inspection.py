@@ -111,15 +111,11 @@ class TestOutput:
 
 
 class TestSources:
-    def test_run(self, trio: Path) -> None:
-        assert list(read_source(trio).states) == ["0", "1", "2"]
+    @pytest.mark.parametrize("path", [".", "checkpoints/epoch_0001"])
+    def test_run_and_checkpoint(self, trio: Path, path: str) -> None:
+        assert list(read_source(trio / path).states) == ["0", "1", "2"]
 
-    def test_checkpoint(self, trio: Path) -> None:
-        assert list(read_source(trio / "checkpoints/epoch_0001").states) == ["0", "1", "2"]
-
-    def test_checkpoint_from_inside_its_run(
-        self, trio: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_relative_path(self, trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(trio / "checkpoints")
         assert list(read_source(Path("epoch_0001")).states) == ["0", "1", "2"]
 

@@ -226,14 +226,17 @@ class TestCommand:
             *("6.45 GB", "6.45 GB", "6.45 GB", "258 ms")
         ]
         assert "warning: all_gather holds 2.0 GiB" in out
+        assert "give --bandwidth" not in out
 
     @pytest.mark.parametrize(
         ("options", "says"),
         [
             (("--networks", "12"), "4 GPUs of the last node have no network: 8 or 16"),
             (("--networks", "2", "--replicas", "16"), "each network spans several nodes"),
+            (("--networks", "2", "--replicas", "4"), "2 x resnet18, 4 replicas each: 11,689,512"),
             (("--networks", "5"), "each process receives 4 networks and needs one"),
             (("--networks", "20"), "after 19 rounds; with --graft.topology exponential, after 5"),
+            (("--networks", "2"), "give --bandwidth-intra and --bandwidth-inter"),
             (("--networks", "1"), "A single network has no rounds."),
             (("--networks", "4", "--backend", "gloo"), "host memory per process"),
             (("--networks", "80"), "...     ...       ...\n   9  8 of 8     72-79"),

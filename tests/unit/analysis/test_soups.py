@@ -72,14 +72,21 @@ def plain_greedy(
     return ingredients
 
 
+def linear_classifiers(
+    seed: int,
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64], NDArray[np.int64]]:
+    """Weights of five classifiers, and inputs with the labels of a sixth."""
+    random = np.random.default_rng(seed)
+    truth = random.normal(size=(4, 6))
+    inputs = random.normal(size=(60, 6))
+    weights = [truth + random.normal(size=truth.shape) * spread for spread in (0.5, 1, 2, 3, 1)]
+    return weights, inputs, (inputs @ truth.T).argmax(1)
+
+
 class TestGreedySoup:
     @pytest.mark.parametrize("seed", range(12))
     def test_equals_recipe_1_on_linear_classifiers(self, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        truth = random.normal(size=(4, 6))
-        inputs = random.normal(size=(60, 6))
-        labels = (inputs @ truth.T).argmax(1)
-        weights = [truth + random.normal(size=truth.shape) * spread for spread in (0.5, 1, 2, 3, 1)]
+        weights, inputs, labels = linear_classifiers(seed)
         states = [{"weight": torch.from_numpy(weight)} for weight in weights]
 
         def accuracy_of(state: dict[str, Tensor]) -> float:
@@ -89,15 +96,7 @@ class TestGreedySoup:
         assert members == plain_greedy(weights, inputs, labels)
 
     def test_seeds_above_give_soups_of_several_sizes(self) -> None:
-        sizes = set()
-        for seed in range(12):
-            random = np.random.default_rng(seed)
-            truth = random.normal(size=(4, 6))
-            inputs = random.normal(size=(60, 6))
-            labels = (inputs @ truth.T).argmax(1)
-            weights = [truth + random.normal(size=truth.shape) * s for s in (0.5, 1, 2, 3, 1)]
-            sizes.add(len(plain_greedy(weights, inputs, labels)))
-        assert len(sizes) >= 3
+        assert len({len(plain_greedy(*linear_classifiers(seed))) for seed in range(12)}) >= 3
 
     def test_worse_network_is_skipped_and_later_ones_are_tried(self) -> None:
         states = [{"w": torch.tensor([float(value)])} for value in (1, 2, 4)]

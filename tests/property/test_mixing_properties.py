@@ -111,9 +111,9 @@ def test_a_mixture_is_the_sum_of_its_shares(case):
     for network, after in enumerate(mix(before, UNITS, mixing)):
         for unit, shares in zip(UNITS, mixing.shares[:, network], strict=True):
             for key in unit.tensors:
-                everyone = torch.stack([state[key].double() for state in before])
-                expected = torch.tensordot(shares, everyone, dims=1)
-                tolerance = 1e-6 * everyone.abs().amax(dim=0) * len(before) + 1e-40  # denormal
+                stacked = torch.stack([state[key].double() for state in before])
+                expected = torch.tensordot(shares, stacked, dims=1)
+                tolerance = 1e-6 * stacked.abs().amax(dim=0) * len(before) + 1e-40  # denormal
                 assert ((after[key] - expected).abs() <= tolerance).all()
 
 

@@ -1,4 +1,4 @@
-"""Small networks with everything that a round must handle, and how to look at their state."""
+"""Small networks with every kind of tensor that a round must handle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bfloat16() -> nn.Module:
 
 
 def mixed_types() -> nn.Module:
-    """Four types whose tensors take turns in the state dict."""
+    """Four dtypes, interleaved in the state dict."""
     model = plain()
     model[1].to(torch.float64)
     model[3].to(torch.bfloat16)
@@ -60,7 +60,7 @@ def tied() -> nn.Module:
 
 
 class NormFirst(nn.Module):
-    """Norm before the first convolution, frozen and odd tensors, buffers of all kinds."""
+    """Norm before the first convolution, frozen and empty tensors, all kinds of buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
 
 def large() -> nn.Module:
-    """One tensor of more elements than are blended at a time."""
+    """One tensor that is larger than a piece."""
     return nn.Sequential(nn.Conv2d(128, 129, 3, bias=False), nn.BatchNorm2d(129))
 
 
@@ -104,7 +104,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str, network: int) -> nn.Module:
-    """The architecture with values that only this network has, in buffers too."""
+    """Build an architecture with random values that differ between networks, also in buffers."""
     torch.manual_seed(network)
     model = ARCHITECTURES[name]()
     disturb_(model, network)
@@ -116,7 +116,7 @@ def lead_of(name: str) -> str:
 
 
 def disturb_(model: nn.Module, seed: int) -> None:
-    """Change every tensor of the module, as training between two rounds would."""
+    """Perturb every tensor of the module, like training between two rounds."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in {id(value): value for value in _tensors(model)}.values():
@@ -130,12 +130,12 @@ def disturb_(model: nn.Module, seed: int) -> None:
 
 
 def snapshot(model: nn.Module) -> State:
-    """A copy of the state dict, in the same memory format."""
+    """Copy the state dict, preserving the memory format."""
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
 def places(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Where each tensor lies in memory, and how."""
+    """Address and strides of each tensor."""
     return {
         key: (value.data_ptr(), value.stride())
         for key, value in model.state_dict(keep_vars=True).items()
@@ -143,7 +143,7 @@ def places(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal in type, shape, memory order and every bit, the sign of zero included."""
+    """Whether dtype, shape, memory order and all bits are equal, including the sign of zero."""
     return (
         one.dtype == other.dtype
         and one.shape == other.shape

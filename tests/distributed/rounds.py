@@ -1,4 +1,4 @@
-"""What the ranks of a test do in their own processes."""
+"""Functions that run on the ranks of the tests of rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_graft.grafting.units import GraftUnit
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture and one way to graft it."""
+    """One architecture and how its rounds are run."""
 
     architecture: str
     exchange: str
@@ -38,12 +38,12 @@ class Round:
     after: State
     record: GraftRecord
     moved: bool
-    """Whether a tensor lies elsewhere in memory after the round."""
+    """Whether a tensor was reallocated by the round."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Every network becomes a mean of all, some weighing more with every round."""
+    """Every network becomes a weighted mean of all, with weights that change every round."""
 
     criterion = "entropy"
 
@@ -64,7 +64,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class OneGives:
-    """Network 0 gives a third of itself to all others and takes nothing."""
+    """All networks take a third of network 0, which takes nothing."""
 
     criterion = "entropy"
 
@@ -83,7 +83,7 @@ Rule = Mean | OneGives
 
 
 def play(place: Place, cases: list[Case]) -> dict[str, list[Round]]:
-    """A few rounds of every case, with a disturbance after each round."""
+    """Run a few rounds of every case, with a perturbation after each round."""
     return {str(case): _rounds(place, case) for case in cases}
 
 

@@ -1,4 +1,4 @@
-"""What differs between the networks is an error with the same words on every rank."""
+"""Differences between the networks are the same error on every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_graft import Graft, Grafter
 from dist_graft.grafting.rules.base import Rule
 
 
-class Keen(Graft):
+class OtherRule(Graft):
     """Another class with the same fields."""
 
 
@@ -50,16 +50,17 @@ ARCHITECTURES = {
 }
 
 
-def meet(place: Place, odd: int, name: str, other: str, options: dict, others: dict):
-    """The rank `odd` has another architecture or other options than the rest."""
-    mine = other if place.rank == odd else name
-    model = ARCHITECTURES[mine]()
+def graft_with_difference(
+    place: Place, odd: int, name: str, other: str, options: dict, others: dict
+):
+    """Run a round in which the rank `odd` has another architecture or other options."""
+    model = ARCHITECTURES[other if place.rank == odd else name]()
     grafter = Grafter(model, **(others if place.rank == odd else options))
     return fail(grafter, model)
 
 
 def fail(grafter: Grafter, model: nn.Module) -> tuple[tuple[str, str], bool]:
-    """The error of a round, and whether it left the weights and the round's number alone."""
+    """The error of a round, and whether weights and round number are unchanged."""
     before, number = _visible(model), grafter.round
     outcome = attempt(grafter.graft)
     after = _visible(model)
@@ -68,11 +69,11 @@ def fail(grafter: Grafter, model: nn.Module) -> tuple[tuple[str, str], bool]:
 
 
 def _visible(model: nn.Module) -> State:
-    """A snapshot in which NaN equals itself."""
+    """Snapshot with NaN replaced, so that it compares equal."""
     return {key: value.nan_to_num(7.0) for key, value in snapshot(model).items()}
 
 
-def check_all_say(results, kind: str, *words: str) -> None:
+def assert_same_error(results, kind: str, *words: str) -> None:
     texts = {outcome for outcome, _ in results}
     assert len(texts) == 1, texts
     ((found, text),) = texts
@@ -93,14 +94,14 @@ def check_all_say(results, kind: str, *words: str) -> None:
     ],
 )
 @pytest.mark.parametrize("odd", [1, 2])
-def test_another_architecture(other, difference, odd):
-    results = run(meet, 3, odd, "narrow", other, {}, {})
-    check_all_say(results, "DisagreementError", f"ranks 0 and {odd}", difference, "same model")
+def test_different_architecture(other, difference, odd):
+    results = run(graft_with_difference, 3, odd, "narrow", other, {}, {})
+    assert_same_error(results, "DisagreementError", f"ranks 0 and {odd}", difference, "same model")
 
 
-def test_another_architecture_on_the_first_rank():
-    results = run(meet, 3, 0, "narrow", "wide", {}, {})
-    check_all_say(results, "DisagreementError", "ranks 0 and 1", "[5, 3, 3, 3]", "[4, 3, 3, 3]")
+def test_different_architecture_on_rank_0():
+    results = run(graft_with_difference, 3, 0, "narrow", "wide", {}, {})
+    assert_same_error(results, "DisagreementError", "ranks 0 and 1", "[5, 3, 3, 3]", "[4, 3, 3, 3]")
 
 
 @pytest.mark.parametrize(
@@ -113,53 +114,59 @@ def test_another_architecture_on_the_first_rank():
         ({"exchange": "p2p"}, "exchange is all_gather in network 0 and p2p in network 1"),
         ({"bucket_mb": 1}, "bucket_bytes is 33554432 in network 0 and 1048576 in network 1"),
         ({"lead": "conv+linear"}, "lead is conv in network 0 and conv+linear in network 1"),
-        ({"rule": Keen()}, "rule is Graft in network 0 and Keen in network 1"),
+        ({"rule": OtherRule()}, "rule is Graft in network 0 and OtherRule in network 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_options(others: dict[str, Rule], difference):
-    results = run(meet, 2, 1, "led_by_linear_too", "led_by_linear_too", {}, others)
-    check_all_say(results, "DisagreementError", "ranks 0 and 1", difference, "same options")
+def test_different_options(others: dict[str, Rule], difference):
+    results = run(graft_with_difference, 2, 1, "led_by_linear_too", "led_by_linear_too", {}, others)
+    assert_same_error(results, "DisagreementError", "ranks 0 and 1", difference, "same options")
 
 
-def meet_in_another_round(place: Place):
+def graft_in_different_rounds(place: Place):
     model = narrow()
     grafter = Grafter(model)
     grafter.round = 5 if place.rank == 2 else 4
     return fail(grafter, model)
 
 
-def test_another_number_of_rounds():
-    results = run(meet_in_another_round, 3)
-    check_all_say(results, "DisagreementError", "rank 0 is in round 4 and rank 2 in round 5")
+def test_different_round():
+    results = run(graft_in_different_rounds, 3)
+    assert_same_error(results, "DisagreementError", "rank 0 is in round 4 and rank 2 in round 5")
 
 
-def meet_unwell(place: Place, unwell: dict[int, tuple[str, float]]):
-    """Some networks hold a value that is no number; then they recover and meet again."""
+def graft_with_nonfinite_weights(place: Place, nonfinite: dict[int, tuple[str, float]]):
+    """Run a round with NaN or Inf in some networks, then repair them and run it again."""
     model = build("plain", place.rank)
     grafter = Grafter(model)
-    if place.rank in unwell:
-        key, value = unwell[place.rank]
+    if place.rank in nonfinite:
+        key, value = nonfinite[place.rank]
         tensor = dict(model.state_dict(keep_vars=True))[key].data
-        there = tensor.view(-1)[-1].clone()
+        original = tensor.view(-1)[-1].clone()
         tensor.view(-1)[-1] = value
     outcome, untouched = fail(grafter, model)
-    if place.rank in unwell:
-        tensor.view(-1)[-1] = there
+    if place.rank in nonfinite:
+        tensor.view(-1)[-1] = original
     assert grafter.graft().round == 0
     return outcome, untouched
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["3.weight", "4.running_var", "7.bias"])
-def test_a_weight_that_is_not_finite(key, value):
-    results = run(meet_unwell, 3, {1: (key, value)})
-    check_all_say(results, "NonFiniteError", f"network 1 has a weight that is not finite in {key}")
+def test_nonfinite_weight(key, value):
+    results = run(graft_with_nonfinite_weights, 3, {1: (key, value)})
+    assert_same_error(
+        results, "NonFiniteError", f"network 1 has a weight that is not finite in {key}"
+    )
 
 
-def test_every_network_that_is_not_finite_is_named():
-    results = run(meet_unwell, 4, {0: ("0.weight", float("nan")), 3: ("1.bias", float("inf"))})
-    check_all_say(
+def test_every_nonfinite_network_is_named():
+    results = run(
+        graft_with_nonfinite_weights,
+        4,
+        {0: ("0.weight", float("nan")), 3: ("1.bias", float("inf"))},
+    )
+    assert_same_error(
         results,
         "NonFiniteError",
         "network 0 has a weight that is not finite in 0.weight",
@@ -169,10 +176,10 @@ def test_every_network_that_is_not_finite_is_named():
 
 
 def check(place: Place, other: str):
-    """`check` first, and the round that it promises to go well or not."""
+    """Run `check` with another architecture on rank 2."""
     model = ARCHITECTURES[other if place.rank == 2 else "narrow"]()
     with torch.no_grad():
-        model[0].weight[0] = float("nan")  # no weight is read
+        model[0].weight[0] = float("nan")  # check does not read weights
     grafter = Grafter(model)
     before = _visible(model)
     outcome = attempt(grafter.check)
@@ -181,21 +188,21 @@ def check(place: Place, other: str):
     return outcome, untouched and grafter.round == 0
 
 
-def test_check_finds_a_difference_before_the_first_round():
+def test_check_reports_a_difference_before_the_first_round():
     results = run(check, 3, "wide")
-    check_all_say(results, "DisagreementError", "ranks 0 and 2", "[5, 3, 3, 3]", "same model")
+    assert_same_error(results, "DisagreementError", "ranks 0 and 2", "[5, 3, 3, 3]", "same model")
 
 
-def test_check_of_networks_that_agree_says_nothing():
+def test_check_passes_if_the_networks_agree():
     assert run(check, 3, "narrow") == [(None, True)] * 3
 
 
-def check_in_another_round(place: Place):
+def check_in_different_rounds(place: Place):
     grafter = Grafter(narrow())
     grafter.round = place.rank
     return attempt(grafter.check), True
 
 
-def test_check_finds_a_network_that_resumed_elsewhere():
-    results = run(check_in_another_round, 2)
-    check_all_say(results, "DisagreementError", "rank 0 is in round 0 and rank 1 in round 1")
+def test_check_reports_a_network_that_resumed_in_another_round():
+    results = run(check_in_different_rounds, 2)
+    assert_same_error(results, "DisagreementError", "rank 0 is in round 0 and rank 1 in round 1")

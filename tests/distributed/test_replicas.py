@@ -194,7 +194,7 @@ def test_processes_of_one_network_that_differ_are_refused() -> None:
     *_, third, fourth = run(differ, 4, "model", group_timeout=5)
     for kind, text in (third, fourth):
         assert kind == "DisagreementError"
-        assert "the processes of network 1 differ in digest" in text
+        assert "the replicas of network 1 differ in digest" in text
 
 
 class Failing(nn.Linear):

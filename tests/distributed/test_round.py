@@ -1,4 +1,4 @@
-"""A round between processes against `mix`, the same round in one process."""
+"""Distributed rounds of every architecture against `mix`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_graft import Graft, GraftUnit, graft_units, mix
 from dist_graft.grafting.units import graft_tensors
 
 SMALL = [name for name in ARCHITECTURES if name != "large"]
-RAGGED = 252  # bytes: cuts every tensor at an odd place
+RAGGED = 252  # bytes; not aligned with any tensor
 EXCHANGES = ("all_gather", "p2p")
 CASES = (
     *(Case(name, exchange, RAGGED) for name in SMALL for exchange in EXCHANGES),
@@ -27,14 +27,14 @@ CASES = (
 
 @cache
 def population(networks: int, cases: tuple[Case, ...] = CASES) -> list[dict[str, list[Round]]]:
-    """All cases of a population, in one launch of its processes."""
+    """Run all cases in one launch of the processes."""
     return run(play, networks, list(cases))
 
 
 def rounds_of(networks: int, case: Case) -> list[list[Round]]:
     """[round][network] of a case."""
-    everyone = population(networks) if case in CASES else population(networks, (case,))
-    return [list(round_) for round_ in zip(*(one[str(case)] for one in everyone), strict=True)]
+    played = population(networks) if case in CASES else population(networks, (case,))
+    return [list(round_) for round_ in zip(*(one[str(case)] for one in played), strict=True)]
 
 
 @cache
@@ -44,7 +44,7 @@ def units_of(architecture: str) -> list[GraftUnit]:
 
 @cache
 def size_of(architecture: str) -> int:
-    """Bytes of what a round blends."""
+    """Bytes of all tensors that a round blends."""
     tensors = graft_tensors(build(architecture, 0)).values()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -56,7 +56,7 @@ def information_of(states: list[State], case: Case) -> torch.Tensor:
 
 
 def check_case(networks: int, case: Case) -> None:
-    """Weights, records and memory of every round of a case."""
+    """Check the weights, records and storage of every round of a case."""
     tied_again = {"2.weight"} if case.architecture == "tied" else set()
     for number, round_ in enumerate(rounds_of(networks, case)):
         befores = [one.before for one in round_]
@@ -112,7 +112,7 @@ def check_record(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("networks", [1, 2, 3, 4, 5])
-def test_a_round_equals_mix_bit_for_bit(networks, case):
+def test_round_equals_mix_bit_for_bit(networks, case):
     check_case(networks, case)
 
 
@@ -128,19 +128,19 @@ def test_buckets_of_one_element(exchange):
 
 @pytest.mark.parametrize("bucket_bytes", [300_004, 1 << 25], ids=["cut", "whole"])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_tensor_larger_than_what_is_blended_at_a_time(exchange, bucket_bytes):
-    """148,608 elements, in buckets that cut it at an odd place and in one that holds it."""
+def test_tensor_larger_than_a_piece(exchange, bucket_bytes):
+    """148,608 elements, in several buckets and in one."""
     check_case(2, Case("large", exchange, bucket_bytes, rounds=1))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rule is None], ids=str)
 def test_two_networks_are_equal_after_a_round(case):
-    """With K = 2 the two coefficients of a unit add up to 1: equal but for rounding."""
+    """With K = 2 the coefficients of a unit add up to 1, so weights are equal up to rounding."""
     blended = {key for unit in units_of(case.architecture) for key in unit.tensors}
     for first, second in rounds_of(2, case):
         for key in blended:
             one, other = first.after[key], second.after[key]
-            # An ulp of the larger input: where the two nearly cancel, the blend keeps its error.
+            # An ulp of the larger input, because cancellation keeps the absolute error.
             size = torch.maximum(first.before[key].abs(), second.before[key].abs())
             ulp = torch.finfo(one.dtype).eps * size.double()
             assert ((one.double() - other.double()).abs() <= 2 * ulp).all(), key
@@ -152,7 +152,7 @@ def test_three_networks_stay_different():
             assert not torch.equal(one.after["0.weight"], other.after["0.weight"])
 
 
-def test_a_network_alone_keeps_every_bit():
+def test_single_network_is_unchanged():
     for case in CASES:
         for (one,) in rounds_of(1, case):
             assert all(same_bits(one.after[key], one.before[key]) for key in one.before)
@@ -168,13 +168,13 @@ def test_tied_weights_are_blended_once():
             assert list(one.record.coefficient) == ["0", "3"]
 
 
-def test_integers_stay_and_frozen_tensors_are_blended():
-    whole = {"norm.num_batches_tracked", "steps", "mask"}
+def test_frozen_tensors_are_blended_and_integers_are_not():
+    integers = {"norm.num_batches_tracked", "steps", "mask"}
     for networks in (2, 3):
         for one in rounds_of(networks, Case("norm_first", "all_gather", RAGGED))[0]:
             changed = {
                 key for key in one.before if not torch.equal(one.before[key], one.after[key])
             }
-            assert changed == set(one.before) - whole - {"nothing"}
+            assert changed == set(one.before) - integers - {"nothing"}
             assert "stem.weight" in changed
             assert "norm.running_var" in changed

@@ -1,4 +1,4 @@
-"""Every rule between processes against `mix`, the same round in one process."""
+"""Distributed rounds of every rule against `mix`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from dist_graft import (
 )
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.rules.filter_graft import FilterGraft, FilterLink, filter_links
-from dist_graft.grafting.rules.wash import Shuffle
 from dist_graft.grafting.units import graft_tensors
 
 ROUNDS = 3
@@ -54,15 +53,15 @@ def ragged() -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def of_types() -> nn.Module:
-    """The same with types that take turns."""
+def mixed_dtypes() -> nn.Module:
+    """The same with layers of different dtypes."""
     model = ragged()
     for index, kind in ((1, torch.float64), (2, torch.bfloat16), (12, torch.float16)):
         model[index].to(kind)
     return model
 
 
-MODELS = {"ragged": ragged, "of_types": of_types}
+MODELS = {"ragged": ragged, "mixed_dtypes": mixed_dtypes}
 
 
 def build(name: str, network: int) -> nn.Module:
@@ -104,7 +103,7 @@ TYPED = ("random", "average", "papa-pairs", "wash", "filter", "filter-exponentia
 
 @dataclass(frozen=True)
 class Case:
-    """One rule, and how it is carried out."""
+    """One rule and how its rounds are run."""
 
     rule: str
     exchange: str
@@ -112,7 +111,7 @@ class Case:
     bucket_bytes: int = RAGGED
     rate: float = 1.0
     lost: str = ""
-    """What becomes of network 1, which diverges before every round; empty: it is well."""
+    """on_divergence for network 1, which diverges before every round; empty: it does not."""
 
     def __str__(self) -> str:
         parts = (self.rule, self.exchange, self.model, self.bucket_bytes, self.rate, self.lost)
@@ -122,7 +121,7 @@ class Case:
 CASES = (
     *(Case(rule, exchange) for rule in RULES for exchange in EXCHANGES),
     *(Case(rule, exchange, rate=0.3) for rule in DENSE for exchange in EXCHANGES),
-    *(Case(rule, exchange, "of_types") for rule in TYPED for exchange in EXCHANGES),
+    *(Case(rule, exchange, "mixed_dtypes") for rule in TYPED for exchange in EXCHANGES),
     *(Case(rule, "p2p", bucket_bytes=WHOLE) for rule in ("papa-pairs", "wash", "filter-random")),
 )
 LOST = (
@@ -141,11 +140,11 @@ class Round:
     after: State
     record: GraftRecord
     moved: bool
-    """Whether a tensor lies elsewhere in memory after the round."""
+    """Whether a tensor was reallocated by the round."""
 
 
 def play(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
-    """A few rounds of every case, with a disturbance after each."""
+    """Run a few rounds of every case, with a perturbation after each round."""
     played = {}
     for case in cases:
         model = build(case.model, place.rank)
@@ -175,7 +174,7 @@ def grafter_of(model: nn.Module, case: Case) -> Grafter:
 
 @cache
 def population(networks: int) -> list[dict[str, list[Round]]]:
-    """All cases, in one launch of the processes."""
+    """Run all cases in one launch of the processes."""
     return run(play, networks, CASES + LOST)
 
 
@@ -186,12 +185,12 @@ def rounds_of(networks: int, case: Case) -> list[tuple[Round, ...]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_a_round_equals_mix_bit_for_bit(networks, case):
+def test_round_equals_mix_bit_for_bit(networks, case):
     rule = RULES[case.rule]
     for number, round_ in enumerate(rounds_of(networks, case)):
         befores = [one.before for one in round_]
-        told = torch.stack([rule.measure(units(), before) for before in befores])
-        mixing = rule.decide(told, number)
+        information = torch.stack([rule.measure(units(), before) for before in befores])
+        mixing = rule.decide(information, number)
         if case.rate != 1.0:
             mixing = mixing.scaled(case.rate)
         expected = mix(befores, units(), mixing)
@@ -208,14 +207,13 @@ def test_a_round_equals_mix_bit_for_bit(networks, case):
 
 @pytest.mark.parametrize("case", LOST, ids=str)
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_a_network_that_diverged_is_healed_or_left_out_as_mix_does_it(networks, case):
-    """Whatever the rule: nobody takes from it, and each round of it is in everyone's record."""
+def test_diverged_network_is_healed_or_excluded_as_in_mix(networks, case):
     rule, heal = RULES[case.rule], case.lost == "heal"
     for number, round_ in enumerate(rounds_of(networks, case)):
         befores = [one.before for one in round_]
-        told = [rule.measure(units(), before) for k, before in enumerate(befores) if k != 1]
-        told.insert(1, torch.zeros_like(told[0]))  # it has nothing to tell
-        mixing = without_diverged(rule.decide(torch.stack(told), number), {1}, heal=heal)
+        information = [rule.measure(units(), before) for k, before in enumerate(befores) if k != 1]
+        information.insert(1, torch.zeros_like(information[0]))  # a diverged network sends zeros
+        mixing = without_diverged(rule.decide(torch.stack(information), number), {1}, heal=heal)
         expected = mix(befores, units(), mixing)
         for network, one in enumerate(round_):
             for key, value in one.after.items():
@@ -228,7 +226,7 @@ def test_a_network_that_diverged_is_healed_or_left_out_as_mix_does_it(networks, 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_the_bytes_are_of_what_travelled(networks, case):
+def test_bytes_received(networks, case):
     rule = RULES[case.rule]
     tensors = graft_tensors(build(case.model, 0))
     size = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
@@ -238,9 +236,9 @@ def test_the_bytes_are_of_what_travelled(networks, case):
             torch.stack([rule.measure(units(), before) for before in befores]), number
         )
         for network, one in enumerate(round_):
-            if isinstance(mixing, Shuffle):
+            if mixing.swaps_scalars:
                 chosen = sum(
-                    len(mixing.chosen(index, key, tensors[key].numel())[0])
+                    len(mixing.chosen_scalars(index, key, tensors[key].numel())[0])
                     * tensors[key].element_size()
                     for index, unit in enumerate(units())
                     for key in unit.tensors
@@ -261,8 +259,8 @@ def play_deterministically(place: Place, cases: tuple[Case, ...]) -> dict[str, l
     return play(place, cases)
 
 
-def test_rounds_are_the_same_where_torch_allows_what_is_deterministic_only():
-    """As --runtime.deterministic asks for: torch refuses everything else."""
+def test_rounds_with_deterministic_algorithms():
+    """--runtime.deterministic: operations without a deterministic implementation raise."""
     cases = tuple(Case(rule, "p2p") for rule in RULES)
     usual = population(2)
     for network, played in enumerate(run(play_deterministically, 2, cases)):
@@ -272,8 +270,7 @@ def test_rounds_are_the_same_where_torch_allows_what_is_deterministic_only():
 
 
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_wash_loses_no_scalar(networks):
-    """At every position the networks hold the same values before and after, in some order."""
+def test_wash_preserves_the_values_at_every_position(networks):
     for model in MODELS:
         for round_ in rounds_of(networks, Case("wash", "p2p", model)):
             for key, value in round_[0].before.items():
@@ -286,8 +283,7 @@ def test_wash_loses_no_scalar(networks):
 
 
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_wash_leaves_running_statistics_with_their_network(networks):
-    """Healing aside: they are of a network's own activations."""
+def test_wash_does_not_change_running_statistics(networks):
     statistics = [key for unit in units() for key in unit.buffers]
     assert len(statistics) == 10
     for model in MODELS:
@@ -309,18 +305,18 @@ def test_all_networks_become_the_mean(networks, rule, exchange):
 
 
 def rates(place: Place) -> tuple[object, bool]:
-    """A round in which the last rank has another rate, and whether it left the weights alone."""
+    """Run a round with another rate on the last rank; returns whether weights are unchanged."""
     model = build("ragged", place.rank)
     before = snapshot(model)
     grafter = grafter_of(model, Case("papa", "all_gather"))
     rate = 0.25 if place.rank == place.networks - 1 else 0.5
-    told = attempt(lambda: grafter.graft(rate=rate))
+    outcome = attempt(lambda: grafter.graft(rate=rate))
     after = snapshot(model)
-    return told, all(same_bits(before[key], after[key]) for key in before)
+    return outcome, all(same_bits(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("networks", [2, 3])
-def test_another_rate_is_a_disagreement_on_every_rank(networks):
+def test_different_rates_are_an_error_on_every_rank(networks):
     for (kind, text), unchanged in run(rates, networks):
         assert kind == "DisagreementError"
         assert "rank 0 " in text
@@ -330,12 +326,12 @@ def test_another_rate_is_a_disagreement_on_every_rank(networks):
 
 
 def seeds(place: Place) -> object:
-    """A round in which each rank would shuffle with a seed of its own."""
+    """Run a round with a different seed on every rank."""
     grafter = Grafter(build("ragged", place.rank), rule=Wash(seed=place.rank))
     return attempt(grafter.graft)
 
 
-def test_another_seed_is_a_disagreement_that_names_it():
+def test_different_seeds_are_an_error():
     for kind, text in run(seeds, 2):
         assert kind == "DisagreementError"
         assert "seed is 0 in network 0 and 1 in network 1" in text

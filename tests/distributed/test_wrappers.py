@@ -1,4 +1,4 @@
-"""Modules inside compile and data-parallel wrappers, and groups that are not the whole world."""
+"""Modules inside compile and data-parallel wrappers, and groups other than the default one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def graft_compiled(place: Place):
         return before, snapshot(model), record, stale, fresh, model(batch)
 
 
-def test_a_compiled_module_has_plain_keys_and_runs_with_the_new_weights():
+def test_compiled_module_has_plain_keys_and_uses_the_new_weights():
     results = run(graft_compiled, 2)
     after = expected([before for before, *_ in results])
     for network, (_, state, record, stale, fresh, eager) in enumerate(results):
@@ -49,7 +49,7 @@ def test_a_compiled_module_has_plain_keys_and_runs_with_the_new_weights():
 
 
 def graft_data_parallel(place: Place):
-    """Ranks 0 and 1 train one network, ranks 2 and 3 another."""
+    """Ranks 0 and 1 hold one network, ranks 2 and 3 the other."""
     replicas = [dist.new_group([0, 1]), dist.new_group([2, 3])][place.rank // 2]
     networks = [dist.new_group([0, 2]), dist.new_group([1, 3])][place.rank % 2]
     model = build("plain", place.rank // 2)
@@ -64,12 +64,12 @@ def graft_data_parallel(place: Place):
 
 
 def _same_everywhere(tensor, group):
-    everyone = torch.stack([torch.zeros_like(tensor)] * dist.get_world_size(group))
-    dist.all_gather_single(everyone.view(-1), tensor.contiguous().view(-1), group=group)
-    return bool((everyone == everyone[0]).all())
+    gathered = torch.stack([torch.zeros_like(tensor)] * dist.get_world_size(group))
+    dist.all_gather_single(gathered.view(-1), tensor.contiguous().view(-1), group=group)
+    return bool((gathered == gathered[0]).all())
 
 
-def test_two_networks_of_two_data_parallel_replicas():
+def test_two_networks_with_two_replicas():
     results = run(graft_data_parallel, 4)
     after = expected([results[0][0], results[2][0]])
     for rank, (_, state, record, same_gradient) in enumerate(results):
@@ -80,7 +80,7 @@ def test_two_networks_of_two_data_parallel_replicas():
 
 
 def graft_in_every_wrapper(place: Place):
-    """One process a network, in a data-parallel group of its own."""
+    """One process for each network, each in its own data-parallel group."""
     own = [dist.new_group([rank]) for rank in range(place.networks)][place.rank]
     wrappers = (
         lambda model: DistributedDataParallel(model, process_group=own),
@@ -144,7 +144,7 @@ def build_with_bad_options(place: Place):
     return [(option, attempt(lambda option=option: Grafter(model, **option))) for option in options]
 
 
-def test_an_option_out_of_range_is_named_with_its_value():
+def test_option_out_of_range_is_an_error():
     (results,) = run(build_with_bad_options, 1)
     for option, error in results:
         ((name, value),) = option.items()
@@ -159,7 +159,7 @@ def test_a_grafter_needs_a_process_group():
         Grafter(build("plain", 0))
 
 
-def part_while_the_grafter_lives(_: Place):
+def destroy_group_while_the_grafter_lives(_: Place):
     grafter = Grafter(build("plain", 0))
     grafter.graft()
     with_group = sum(1 for _ in Path("/proc/self/task").iterdir())
@@ -170,5 +170,5 @@ def part_while_the_grafter_lives(_: Place):
     return with_group - without
 
 
-def test_the_default_group_ends_its_threads_while_the_grafter_lives():
-    assert all(ended >= 2 for ended in run(part_while_the_grafter_lives, 2))
+def test_grafter_does_not_keep_the_default_groups_threads_alive():
+    assert all(ended >= 2 for ended in run(destroy_group_while_the_grafter_lives, 2))

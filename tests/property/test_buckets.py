@@ -1,4 +1,4 @@
-"""Cutting tensors into buckets and putting them together again loses nothing."""
+"""Properties of buckets: packing and unpacking is lossless."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ bucket_sizes = st.one_of(st.integers(1, 64), st.integers(64, 1 << 16))
 
 @st.composite
 def dense(draw: st.DrawFn, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor of any shape, type and order of its dimensions in memory."""
+    """Dense tensors of any shape, dtype and memory order."""
     shape = draw(shapes)
     order = draw(st.permutations(range(len(shape))))
     kind = dtype or draw(st.sampled_from(TYPES))
@@ -26,7 +26,7 @@ def dense(draw: st.DrawFn, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def check_round_trip(views: list[torch.Tensor], bucket_bytes: int) -> None:
-    """Pack every bucket, and put its pieces where the receiving side finds them."""
+    """Pack every bucket and copy its pieces back by their positions."""
     copies = [torch.full_like(view, -1) for view in views]
     for bucket in cut_buckets(
         [view.numel() for view in views], [view.dtype for view in views], bucket_bytes=bucket_bytes
@@ -47,12 +47,12 @@ def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
 
 @given(st.lists(st.integers(1, 1 << 19), min_size=1, max_size=3), st.integers(1 << 16, 1 << 22))
 def test_packing_and_unpacking_large_tensors_is_the_identity(counts, bucket_bytes):
-    """Larger than what is blended at a time."""
+    """Tensors larger than a piece."""
     check_round_trip([torch.arange(float(count)) for count in counts], bucket_bytes)
 
 
 @given(st.lists(dense(), max_size=8), bucket_sizes, st.integers(1, 5))
-def test_the_shares_together_hold_every_element_once(tensors, bucket_bytes, shares):
+def test_shares_together_hold_every_element_once(tensors, bucket_bytes, shares):
     views = [flat(tensor) for tensor in tensors]
     counts, dtypes = [view.numel() for view in views], [view.dtype for view in views]
     copies, seen = [torch.full_like(view, -1) for view in views], [0] * shares
@@ -75,7 +75,7 @@ sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 19))
 
 @given(st.lists(st.tuples(sizes, st.sampled_from(TYPES)), max_size=8), st.integers(400, 1 << 21))
 def test_every_element_is_in_exactly_one_piece(tensors, bucket_bytes):
-    """Sizes past what is blended at a time too."""
+    """Including tensors larger than a piece."""
     counts, dtypes = [size for size, _ in tensors], [dtype for _, dtype in tensors]
     buckets = cut_buckets(counts, dtypes, bucket_bytes=bucket_bytes)
     reached = [0] * len(tensors)
@@ -94,26 +94,26 @@ def test_every_element_is_in_exactly_one_piece(tensors, bucket_bytes):
 
 
 @given(st.lists(st.tuples(sizes, st.sampled_from(TYPES)), max_size=8), st.integers(400, 1 << 21))
-def test_only_the_last_bucket_of_a_type_has_room_left(tensors, bucket_bytes):
+def test_only_the_last_bucket_of_a_dtype_is_not_full(tensors, bucket_bytes):
     counts, dtypes = [size for size, _ in tensors], [dtype for _, dtype in tensors]
     buckets = cut_buckets(counts, dtypes, bucket_bytes=bucket_bytes)
     order = [bucket.dtype for bucket in buckets]
     for dtype in set(order):
-        of_type = [bucket for bucket in buckets if bucket.dtype == dtype]
+        same_dtype = [bucket for bucket in buckets if bucket.dtype == dtype]
         full = bucket_bytes // dtype.itemsize
-        assert all(bucket.length == full for bucket in of_type[:-1])
-        assert order[order.index(dtype) :][: len(of_type)] == [dtype] * len(of_type)
+        assert all(bucket.length == full for bucket in same_dtype[:-1])
+        assert order[order.index(dtype) :][: len(same_dtype)] == [dtype] * len(same_dtype)
 
 
 @given(st.lists(st.integers(0, 20), max_size=5), st.sampled_from(TYPES))
-def test_a_bucket_smaller_than_an_element_holds_one(sizes_, dtype):
+def test_buckets_hold_at_least_one_element(sizes_, dtype):
     buckets = cut_buckets(sizes_, [dtype] * len(sizes_), bucket_bytes=1)
     assert [bucket.length for bucket in buckets] == [1] * sum(sizes_)
 
 
 @given(dense(), st.data())
 def test_equal_memory_order_means_that_flat_views_match(one, data):
-    """Then, and only then for different elements, the same place holds the same element."""
+    """Flat views of equal tensors are equal exactly when their memory orders are."""
     order = data.draw(st.permutations(range(one.dim())))
     other = torch.empty_permuted(one.shape, tuple(order), dtype=one.dtype).copy_(one)
     matches = torch.equal(flat(one), flat(other))

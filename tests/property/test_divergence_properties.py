@@ -1,4 +1,4 @@
-"""Whatever networks diverge: nobody takes from them, and all others take as was planned."""
+"""Properties of rounds with diverged networks, for every rule."""
 
 from __future__ import annotations
 
@@ -53,28 +53,28 @@ def filled(seed: int) -> State:
     }
 
 
-def told(rule: Rule, states: list[State], diverged: set[int]) -> Tensor:
-    """What each network measures; one that diverged has nothing to tell."""
+def information_of(rule: Rule, states: list[State], diverged: set[int]) -> Tensor:
+    """Information of each network; zeros for diverged ones."""
     rows = [rule.measure(UNITS, state).double() for state in states]
     return torch.stack([row * (network not in diverged) for network, row in enumerate(rows)])
 
 
-def lose(state: State, keys: list[str], where: slice | int, value: float) -> None:
+def corrupt(state: State, keys: list[str], where: slice | int, value: float) -> None:
     for key in keys:
         state[key].view(-1)[where] = value
 
 
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[list[State], Mixing, set[int]]:
-    """A population with networks that diverged, somewhere or everywhere, and the rule's mixing."""
+    """Populations with diverged networks, and the mixing that a rule decides."""
     networks = draw(st.integers(2, 5))
     states = [filled(draw(st.integers(0, 10_000))) for _ in range(networks)]
     diverged = draw(st.sets(st.sampled_from(range(networks)), max_size=networks - 1))
     rule = RULES[draw(st.sampled_from(sorted(RULES)))]
-    mixing = rule.decide(told(rule, states, diverged), draw(st.integers(0, 4)))
+    mixing = rule.decide(information_of(rule, states, diverged), draw(st.integers(0, 4)))
     mixing = mixing.scaled(draw(st.sampled_from([1.0, 1.0, 0.5, 0.0])))
     for network in diverged:
-        lose(
+        corrupt(
             states[network],
             draw(st.sampled_from([KEYS, KEYS[:1], KEYS[-1:]])),
             draw(st.sampled_from([slice(None), 0, -1])),
@@ -84,18 +84,18 @@ def rounds(draw: st.DrawFn) -> tuple[list[State], Mixing, set[int]]:
 
 
 def weights(planned: Mixing) -> list[list[State]]:
-    """By recipient and giver, how much of each scalar flows: what becomes of ones among zeros."""
+    """Share of each scalar by recipient and donor, found by mixing ones among zeros."""
     networks, zeros = planned.networks, {key: torch.zeros_like(filled(0)[key]) for key in KEYS}
     ones = {key: torch.ones_like(value) for key, value in zeros.items()}
     after = [
-        mix([ones if k == giver else zeros for k in range(networks)], UNITS, planned)
-        for giver in range(networks)
+        mix([ones if k == donor else zeros for k in range(networks)], UNITS, planned)
+        for donor in range(networks)
     ]
-    return [[after[giver][network] for giver in range(networks)] for network in range(networks)]
+    return [[after[donor][network] for donor in range(networks)] for network in range(networks)]
 
 
 def expected(shares: list[State], states: list[State], diverged: set[int], network: int) -> State:
-    """Scalar by scalar: those who are left, in proportion; the network itself where nobody is."""
+    """Reference: the remaining networks in proportion, or the network itself if none remains."""
     result = {}
     for key in KEYS:
         total = np.zeros(shares[0][key].shape)
@@ -103,23 +103,23 @@ def expected(shares: list[State], states: list[State], diverged: set[int], netwo
         for other in set(range(len(states))) - diverged:
             total += shares[other][key].numpy()
             values += shares[other][key].numpy() * states[other][key].numpy()
-        nobody = total < 1e-9
+        none = total < 1e-9
         own = states[network][key].numpy()
-        result[key] = torch.from_numpy(np.where(nobody, own, values / np.where(nobody, 1, total)))
+        result[key] = torch.from_numpy(np.where(none, own, values / np.where(none, 1, total)))
     return result
 
 
 def same_bits(first: State, second: State) -> bool:
-    """NaN included."""
+    """Bitwise comparison, including NaN."""
     return all(
         torch.equal(first[key].view(torch.int64), second[key].view(torch.int64)) for key in KEYS
     )
 
 
 def check_donors(planned: Mixing, mixing: Mixing, diverged: set[int], *, heal: bool) -> None:
-    """Nobody takes from a network that diverged, and all others are as the rule says."""
+    """Check that no network takes from a diverged one and that the others follow the rule."""
     assert mixing.networks == planned.networks
-    np.testing.assert_allclose(mixing.shares.sum(dim=2).numpy(), 1.0, rtol=0, atol=1e-12)
+    np.testing.assert_allccorrupt(mixing.shares.sum(dim=2).numpy(), 1.0, rtol=0, atol=1e-12)
     for network, donors in enumerate(mixing.donors):
         assert not diverged & set(donors)
         lost = [other for other in diverged if other != network]
@@ -135,7 +135,7 @@ def check_donors(planned: Mixing, mixing: Mixing, diverged: set[int], *, heal: b
 def check_states(
     before: list[State], shares: list[list[State]], mixing: Mixing, diverged: set[int]
 ) -> None:
-    """The round against the reference: to the bit where whole networks are kept or copied."""
+    """Check the round against the reference; bitwise where networks are kept or copied."""
     after = mix(before, UNITS, mixing)
     for network in range(mixing.networks):
         if network in diverged:
@@ -146,15 +146,11 @@ def check_states(
         reference = expected(shares[network], before, diverged, network)
         for key in KEYS:
             assert after[network][key].isfinite().all(), key
-            np.testing.assert_allclose(after[network][key], reference[key], rtol=0, atol=2e-6)
+            np.testing.assert_allccorrupt(after[network][key], reference[key], rtol=0, atol=2e-6)
 
 
 @given(rounds(), st.booleans())
-def test_nobody_takes_from_a_network_that_diverged(case, heal):
-    """All others take what was planned from those that are left.
-
-    One that diverged becomes its healer as that was before the round, or stays as it is.
-    """
+def test_diverged_networks_give_nothing(case, heal):
     states, planned, diverged = case
     mixing = without_diverged(planned, diverged, heal=heal)
     check_donors(planned, mixing, diverged, heal=heal)
@@ -163,17 +159,16 @@ def test_nobody_takes_from_a_network_that_diverged(case, heal):
 
 @pytest.mark.parametrize("networks", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", RULES)
-def test_whichever_networks_diverge(name, networks):
-    """All sets of them but the whole population."""
-    rule, sound, shares = RULES[name], [filled(network) for network in range(networks)], None
+def test_every_set_of_diverged_networks(name, networks):
+    rule, finite, shares = RULES[name], [filled(network) for network in range(networks)], None
     for size in range(networks):
         for diverged in map(set, itertools.combinations(range(networks), size)):
-            planned = rule.decide(told(rule, sound, diverged), 0)
-            if shares is None or not isinstance(rule, Average):  # whose plan hears nobody
+            planned = rule.decide(information_of(rule, finite, diverged), 0)
+            if shares is None or isinstance(rule, (Graft, FilterGraft)):  # depend on information
                 shares = weights(planned)
-            states = [{key: value.clone() for key, value in state.items()} for state in sound]
+            states = [{key: value.clone() for key, value in state.items()} for state in finite]
             for network in diverged:
-                lose(states[network], KEYS, slice(None), math.nan)
+                corrupt(states[network], KEYS, slice(None), math.nan)
             for heal in (True, False):
                 mixing = without_diverged(planned, diverged, heal=heal)
                 check_donors(planned, mixing, diverged, heal=heal)
@@ -181,7 +176,7 @@ def test_whichever_networks_diverge(name, networks):
 
 
 @given(rounds(), st.booleans())
-def test_the_plan_and_the_inputs_stay(case, heal):
+def test_planned_mixing_and_inputs_are_unchanged(case, heal):
     states, planned, diverged = case
     shares, donors = planned.shares.clone(), planned.donors
     kept = [{key: value.clone() for key, value in state.items()} for state in states]

@@ -1,4 +1,4 @@
-"""What holds for any population, any shares and any units."""
+"""Properties of `mix` and of graft units."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 
 @given(models())
-def test_the_units_hold_every_floating_tensor_once_and_in_order(model):
+def test_units_hold_every_floating_point_tensor_once_in_order(model):
     units = graft_units(model, lead="conv+linear")
     keys = [key for key, value in model.state_dict().items() if value.is_floating_point()]
     assert [key for unit in units for key in unit.tensors] == keys
@@ -77,7 +77,7 @@ def states(draw: st.DrawFn, networks: int, dtype: torch.dtype = torch.float32) -
 
 @st.composite
 def mixings(draw: st.DrawFn, networks: int) -> Mixing:
-    """Any convex shares of any donors, in any order, zeros and ones included."""
+    """Convex shares of any donors in any order, including 0 and 1."""
     donors = tuple(
         tuple(
             draw(st.lists(st.sampled_from(others), unique=True))
@@ -106,19 +106,19 @@ populations = sizes.flatmap(lambda n: st.tuples(states(n), mixings(n)))
 
 
 @given(populations)
-def test_a_mixture_is_the_sum_of_its_shares(case):
+def test_mix_is_the_weighted_sum(case):
     before, mixing = case
     for network, after in enumerate(mix(before, UNITS, mixing)):
         for unit, shares in zip(UNITS, mixing.shares[:, network], strict=True):
             for key in unit.tensors:
-                everyone = torch.stack([state[key].double() for state in before])
-                expected = torch.tensordot(shares, everyone, dims=1)
-                tolerance = 1e-6 * everyone.abs().amax(dim=0) * len(before) + 1e-40  # denormal
+                stacked = torch.stack([state[key].double() for state in before])
+                expected = torch.tensordot(shares, stacked, dims=1)
+                tolerance = 1e-6 * stacked.abs().amax(dim=0) * len(before) + 1e-40  # denormal
                 assert ((after[key] - expected).abs() <= tolerance).all()
 
 
 @given(populations)
-def test_a_mixture_lies_between_its_inputs(case):
+def test_mix_lies_between_its_inputs(case):
     before, mixing = case
     for network, after in enumerate(mix(before, UNITS, mixing)):
         members = [network, *mixing.donors[network]]
@@ -128,8 +128,8 @@ def test_a_mixture_lies_between_its_inputs(case):
 
 
 @given(sizes.flatmap(lambda n: types.flatmap(lambda kind: states(n, kind))), st.data())
-def test_a_graft_lies_between_recipient_and_donor(before, data):
-    """Exactly, in every type: rounding never leaves the interval."""
+def test_graft_lies_between_recipient_and_donor(before, data):
+    """Exactly, in every dtype: rounding does not leave the interval."""
     networks = len(before)
     information = torch.tensor(
         data.draw(st.lists(st.floats(0, 3), min_size=2 * networks, max_size=2 * networks)),
@@ -145,7 +145,7 @@ def test_a_graft_lies_between_recipient_and_donor(before, data):
 
 
 @given(populations)
-def test_integers_and_the_inputs_stay(case):
+def test_integers_and_inputs_are_unchanged(case):
     before, mixing = case
     kept = [{key: value.clone() for key, value in state.items()} for state in before]
     after = mix(before, UNITS, mixing)
@@ -155,8 +155,8 @@ def test_integers_and_the_inputs_stay(case):
 
 
 @given(populations, st.data())
-def test_networks_that_give_nothing_do_not_matter(case, data):
-    """A network depends on itself and its donors alone."""
+def test_networks_without_a_share_do_not_matter(case, data):
+    """A network depends only on itself and its donors."""
     before, mixing = case
     network = data.draw(st.sampled_from(range(len(before))))
     members = {network, *mixing.donors[network]}
@@ -167,8 +167,8 @@ def test_networks_that_give_nothing_do_not_matter(case, data):
 
 
 @given(st.integers(2, 4).flatmap(states), st.floats(0, 3))
-def test_equal_networks_stay_equal_to_themselves(before, information):
-    """Whatever is known of them: blending a network with itself changes no bit."""
+def test_equal_networks_are_unchanged(before, information):
+    """Blending equal weights changes no bit, whatever their information."""
     same = [before[0]] * len(before)
     mixing = Graft().decide(torch.rand(len(before), 2, dtype=torch.float64) * information, 0)
     for after in mix(same, UNITS, mixing):

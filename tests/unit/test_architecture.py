@@ -111,6 +111,7 @@ def modules_after(statement: str) -> set[str]:
         "import dist_graft",
         "import dist_graft; dir(dist_graft); dist_graft.__version__",
         "import dist_graft.config, dist_graft.errors, dist_graft.seeding, dist_graft.version",
+        "import dist_graft.grafting.rules",
         "from dist_graft import ConfigError, DisagreementError, NonFiniteError, PeerError",
     ],
 )

@@ -11,12 +11,11 @@ from dist_graft.config import (
     DistillConfig,
     GraftConfig,
     OptimConfig,
-    PapaConfig,
     RuntimeConfig,
     TrainConfig,
-    WashConfig,
 )
 from dist_graft.config.parsing import append_repeated, option_names
+from dist_graft.config.validation import from_nested
 from dist_graft.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -61,11 +60,6 @@ OUT_OF_RANGE = [
     (GraftConfig, "graft", "threshold", 0.0, "above 0"),
     (GraftConfig, "graft", "noise_annealing", 0.0, "in (0, 1]"),
     (GraftConfig, "graft", "noise_annealing", 1.1, "in (0, 1]"),
-    (PapaConfig, "papa", "every_steps", 0, "at least 1"),
-    (PapaConfig, "papa", "beta", 1.1, "in [0, 1]"),
-    (PapaConfig, "papa", "every", 0, "at least 1"),
-    (WashConfig, "wash", "probability", -0.1, "in [0, 1]"),
-    (WashConfig, "wash", "every_steps", 0, "at least 1"),
     (DistillConfig, "distill", "temperature", 0.0, "above 0"),
     (DistillConfig, "distill", "weight", -1.0, "at least 0"),
     (RuntimeConfig, "runtime", "threads", -1, "at least 0"),
@@ -141,6 +135,29 @@ def test_an_error_names_field_value_and_legal_range(
     assert text.startswith(f"{section}.{name} must be" if section else f"{name} must be")
     assert legal in text
     assert text.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "legal"),
+    [
+        ("papa", "every_steps", 0, "at least 1"),
+        ("papa", "beta", 1.1, "in [0, 1]"),
+        ("papa", "every", 0, "at least 1"),
+        ("wash", "probability", -0.1, "in [0, 1]"),
+        ("wash", "every_steps", 0, "at least 1"),
+    ],
+)
+def test_an_error_in_the_options_of_a_method_names_its_section(
+    section: str, name: str, value: float, legal: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_nested(TrainConfig, {section: {name: value}})
+    assert str(caught.value) == f"{section}.{name} must be {legal}, got {value!r}"
+
+
+def test_an_unknown_method_is_an_error_that_lists_the_methods() -> None:
+    with pytest.raises(ConfigError, match="method must be one of graft, average, papa, wash, none"):
+        TrainConfig(method="papo")
 
 
 @pytest.mark.parametrize(

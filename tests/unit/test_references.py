@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_model() -> None:
 
 @pytest.mark.parametrize("name", ["few", "far"])
 def test_invalid_donors(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"given:{name} must name a donor in 0 ... 2"):
+    with pytest.raises(ValueError, match=rf"topology given:{name} must return a donor from 0 to 2"):
         donors_of(f"given:{name}", 3, 0, 0)
 
 
@@ -125,16 +126,17 @@ def test_name_of_a_criterion() -> None:
     [
         (
             GraftConfig(rule="given:no_rule"),
-            "graft.rule 'given:no_rule' gives .* measure or decide",
+            "graft.rule 'given:no_rule' returned .* no measure or decide",
         ),
         (GraftConfig(rule="given:nope"), "graft.rule 'given:nope': given has no function"),
-        (GraftConfig(criterion="given:nope"), "graft.criterion 'given:nope': given has no"),
-        (GraftConfig(topology="nope:f"), "graft.topology 'nope:f': there is no module nope"),
+        (GraftConfig(criterion="given:nope"), "resnet20: criterion 'given:nope': given has no"),
+        (GraftConfig(topology="nope:f"), "resnet20: topology 'nope:f': there is no module nope"),
     ],
 )
 def test_invalid_rule(graft: GraftConfig, says: str) -> None:
+    state = SimpleNamespace(model=nn.Conv2d(1, 2, 3))
     with pytest.raises(ConfigError, match=says):
-        build_rule(TrainConfig(graft=graft), None, [])
+        build_rule(TrainConfig(graft=graft), state, [])
 
 
 def test_unused_rule_is_refused() -> None:

@@ -52,7 +52,7 @@ class Rule(Schedule, ABC):
     """
 
     options: ClassVar[type[Any] | None] = None
-    """Dataclass of the method's own options, in a section with the method's name; see papa.py."""
+    """Dataclass of the method's own section of options, named after the method; see papa.py."""
     delivers: ClassVar[Literal["member", "soup"]] = "member"
     """The model that the method delivers and is judged by: one network of the population, or the
     mean of all networks' weights."""

@@ -1,4 +1,4 @@
-"""Filter-level grafting against loops over single weights in plain numpy."""
+"""Filter-level grafting against loops over single weights in numpy."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def rule_of(model: nn.Module, **options: object) -> FilterGraft:
 
 def play(states: list[State], model: nn.Module, rule: FilterGraft, round_: int = 0) -> list[State]:
     units = graft_units(model)
-    told = torch.stack([rule.measure(units, state) for state in states])
-    return mix(states, units, rule.decide(told, round_))
+    information = torch.stack([rule.measure(units, state) for state in states])
+    return mix(states, units, rule.decide(information, round_))
 
 
-def keeps(mine: State, theirs: State) -> dict[int, np.ndarray]:
+def kept_shares(recipient: State, donor: State) -> dict[int, np.ndarray]:
     """w_j = |gamma_j| / (|gamma_j| + |gamma'_j|) of each layer of the chain."""
     shares = {}
     for layer in LEADS:
-        one, other = (np.abs(state[f"{layer + 1}.weight"].numpy()) for state in (mine, theirs))
+        one, other = (np.abs(state[f"{layer + 1}.weight"].numpy()) for state in (recipient, donor))
         shares[layer] = one / (one + other)
     return shares
 
@@ -91,11 +91,11 @@ def weight_share(layer: int, shape: tuple[int, ...], share: dict[int, np.ndarray
     return kept
 
 
-def expected(mine: State, theirs: State) -> dict[str, np.ndarray]:
-    share = keeps(mine, theirs)
+def expected(recipient: State, donor: State) -> dict[str, np.ndarray]:
+    share = kept_shares(recipient, donor)
     after = {}
-    for key, value in mine.items():
-        one, other = value.numpy(), theirs[key].numpy()
+    for key, value in recipient.items():
+        one, other = value.numpy(), donor[key].numpy()
         layer, what = int(key.split(".")[0]), key.split(".")[1]
         if what == "num_batches_tracked":
             kept = np.ones(())
@@ -115,7 +115,7 @@ def expected(mine: State, theirs: State) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("networks", [2, 3, 4])
-def test_each_weight_takes_the_share_of_its_channels(networks, channels_last):
+def test_each_weight_has_the_share_of_its_channels(networks, channels_last):
     states, model = population(networks, channels_last=channels_last)
     after = play(states, model, rule_of(model))
     for network, state in enumerate(after):
@@ -126,12 +126,12 @@ def test_each_weight_takes_the_share_of_its_channels(networks, channels_last):
 
 
 @pytest.mark.parametrize("topology", ["random", "exponential"])
-def test_the_donor_follows_the_topology(topology):
+def test_donor_follows_the_topology(topology):
     states, model = population(4)
     for round_ in range(3):
         rule = rule_of(model, topology=topology, seed=2)
-        told = torch.stack([rule.measure(graft_units(model), state) for state in states])
-        donors = [donor for (donor,) in rule.decide(told, round_).donors]
+        information = torch.stack([rule.measure(graft_units(model), state) for state in states])
+        donors = [donor for (donor,) in rule.decide(information, round_).donors]
         if topology == "exponential":
             assert donors == [(k - (1, 2, 1)[round_]) % 4 for k in range(4)]
         after = play(states, model, rule, round_)
@@ -140,36 +140,36 @@ def test_the_donor_follows_the_topology(topology):
             np.testing.assert_allclose(after[network]["4.weight"].numpy(), wanted, atol=2e-6)
 
 
-def test_a_pair_keeps_what_the_other_gives_away():
-    """w_j and w'_j add up to 1: after a round both networks are the same."""
+def test_two_networks_are_equal_after_a_round():
+    """w_j and w'_j add up to 1."""
     states, model = population(2)
     rule = rule_of(model)
     first, second = play(states, model, rule)
     for key, value in first.items():
         torch.testing.assert_close(value, second[key], rtol=0, atol=1e-6)
-    told = torch.stack([rule.measure(graft_units(model), state) for state in states])
-    mixing = rule.decide(told, 0)
+    information = torch.stack([rule.measure(graft_units(model), state) for state in states])
+    mixing = rule.decide(information, 0)
     assert isinstance(mixing, FilterMixing)
     for one, other in zip(*mixing.own, strict=True):
         np.testing.assert_allclose((one + other).numpy(), 1.0, atol=1e-12)
 
 
-def test_a_network_alone_stays_as_it_is():
+def test_single_network_is_unchanged():
     states, model = population(1)
     (after,) = play(states, model, rule_of(model))
     assert all(torch.equal(after[key], states[0][key]) for key in after)
 
 
-def test_what_a_network_tells_is_its_absolute_scales():
+def test_information_is_the_absolute_scales():
     states, model = population(1)
-    told = rule_of(model).measure(graft_units(model), states[0])
+    information = rule_of(model).measure(graft_units(model), states[0])
     scales = [states[0][f"{layer + 1}.weight"].abs() for layer in LEADS]
-    assert told.dtype == torch.float64
-    assert torch.equal(told, torch.cat(scales))
+    assert information.dtype == torch.float64
+    assert torch.equal(information, torch.cat(scales))
 
 
-def test_two_scales_of_zero_share_evenly_and_one_gives_all():
-    """Channels 0 and 1 of the first layer: dead in both networks, and in the recipient only."""
+def test_zero_scales():
+    """Both zero: equal shares. Zero only in the recipient: the donor replaces the channel."""
     states, model = population(2)
     for state in states:
         state["1.weight"][0] = 0.0
@@ -181,30 +181,29 @@ def test_two_scales_of_zero_share_evenly_and_one_gives_all():
     torch.testing.assert_close(second["0.weight"][1], states[1]["0.weight"][1])
 
 
-def test_the_coefficient_that_is_told_is_the_mean_over_the_channels():
+def test_coefficient_is_the_mean_over_the_channels():
     states, model = population(3)
     rule = rule_of(model)
-    told = torch.stack([rule.measure(graft_units(model), state) for state in states])
-    mixing = rule.decide(told, 0)
+    information = torch.stack([rule.measure(graft_units(model), state) for state in states])
+    mixing = rule.decide(information, 0)
     for network in range(3):
-        share = keeps(states[network], states[network - 1])
+        share = kept_shares(states[network], states[network - 1])
         wanted = [share[layer].mean() for layer in LEADS]
         assert mixing.own_share(network) == pytest.approx(wanted)
 
 
-def test_a_rate_scales_every_channel():
-    """A rate multiplies what comes from the donor, channel by channel as well."""
+def test_rate_scales_every_channel():
     states, model = population(2)
     rule, units = rule_of(model), graft_units(model)
-    told = torch.stack([rule.measure(units, state) for state in states])
-    after = mix(states, units, rule.decide(told, 0).scaled(0.25))
+    information = torch.stack([rule.measure(units, state) for state in states])
+    after = mix(states, units, rule.decide(information, 0).scaled(0.25))
     whole = expected(states[0], states[1])["0.weight"]
     wanted = 0.75 * states[0]["0.weight"].numpy() + 0.25 * whole
     np.testing.assert_allclose(after[0]["0.weight"].numpy(), wanted, atol=2e-6)
 
 
-def test_the_bias_of_as_many_classes_as_channels_is_no_channels():
-    """Ten classes behind ten channels: the classifier's bias belongs to classes."""
+def test_classifier_bias_is_not_mistaken_for_channels():
+    """Ten classes after ten channels: the classifier's bias is indexed by classes."""
     states, units = [], []
     for network in range(2):
         torch.manual_seed(network)
@@ -225,7 +224,7 @@ def test_the_bias_of_as_many_classes_as_channels_is_no_channels():
     torch.testing.assert_close(after[0]["3.bias"], wanted, rtol=0, atol=1e-5)
 
 
-def test_the_links_of_the_chain():
+def test_links_of_a_chain():
     _, model = population(1)
     links = filter_links(graft_units(model), graft_tensors(model))
     counts = (6, 4, 6, 6, 10)
@@ -253,18 +252,18 @@ def test_vgg_can_be_grafted_filter_by_filter():
     assert [link.filters for link in links] == [conv.out_channels for conv in convolutions]
 
 
-def test_a_layer_without_batch_norm_is_named():
+def test_layer_without_batch_norm_is_an_error():
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
     )
-    with pytest.raises(ValueError, match="layer 2 has no batch norm behind it: use the level"):
+    with pytest.raises(ValueError, match="layer 2 has no batch norm after it: set graft"):
         rule_of(model)
 
 
-def test_a_layer_whose_channels_the_next_does_not_read_is_named_with_it():
+def test_layer_whose_channels_the_next_does_not_read_is_an_error():
     model = nn.Sequential()
     model.add_module("stem", nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
     model.add_module("side", nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
-    text = r"layer stem\.0 has 6 channels, and the next one, side\.0, reads 3: use the level"
+    text = r"layer stem\.0 has 6 channels, but the next layer, side\.0, reads 3: set graft"
     with pytest.raises(ValueError, match=text):
         rule_of(model)

@@ -1,4 +1,4 @@
-"""The authors' published rounds, habit by habit (see tests/golden/README.md)."""
+"""Rounds recorded from the authors' script, deviation by deviation (tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Golden:
         }
 
     def mixing(self, coefficients: str) -> Mixing:
-        """From stored coefficients instead of information."""
+        """Mixing with recorded coefficients."""
         shares = torch.zeros(len(self.units), *[len(self.networks)] * 2, dtype=torch.float64)
         for network in self.networks:
             own = torch.tensor(
@@ -75,7 +75,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 def half_open_counts(weight: np.ndarray, num_bins: int) -> np.ndarray:
-    """Weights per bin, edges in float32, each bin without its upper edge."""
+    """Weights per half-open bin, with edges in float32."""
     low, high = weight.min(), weight.max()
     width = (high - low) / np.float32(num_bins)
     edges = low + np.arange(num_bins + 1, dtype=np.float32) * width
@@ -89,7 +89,7 @@ def entropy_of(counts: np.ndarray, total: int) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def test_the_recorded_network_is_the_one_built_here(golden):
+def test_recorded_network_has_the_architecture_of_this_test(golden):
     for network in golden.networks:
         expected = {key: value.shape for key, value in Network().state_dict().items()}
         for when in ("before", "after"):
@@ -99,27 +99,27 @@ def test_the_recorded_network_is_the_one_built_here(golden):
     assert golden.leads == list(golden.facts["coefficient"][0])
 
 
-def test_donors_are_the_ring(golden):
+def test_recorded_donors_are_the_ring(golden):
     information = torch.zeros(len(golden.networks), 1, dtype=torch.float64)
     mixing = Graft().decide(information, 0)
     assert [donor for (donor,) in mixing.donors] == golden.donor_of
 
 
-def test_entropy_differs_only_by_the_closed_last_bin(golden):
-    """Habit 1: their counts leave the largest weights out, ours put them into the last bin.
+def test_entropy_differs_only_by_the_last_bin(golden):
+    """Habit 1: the script omits the largest weights, which `entropy` counts in the last bin.
 
-    Where the upper edge, in float32, lies above the largest weight, both count it.
+    Both count them where rounding puts the upper edge above the largest weight.
     """
     left_out = 0
     for network in golden.networks:
         state = golden.state("before", network)
-        for key, theirs in golden.facts["layer_entropy"][network].items():
+        for key, recorded in golden.facts["layer_entropy"][network].items():
             weight = state[key].numpy().ravel()
             counts = half_open_counts(weight, golden.facts["num_bins"])
             missing = weight.size - counts.sum()
             assert missing in (0, (weight == weight.max()).sum())
             left_out += missing
-            assert entropy_of(counts, weight.size) == pytest.approx(theirs, abs=1e-6)
+            assert entropy_of(counts, weight.size) == pytest.approx(recorded, abs=1e-6)
 
             counts[-1] += missing
             assert entropy(state[key]).item() == pytest.approx(
@@ -128,47 +128,47 @@ def test_entropy_differs_only_by_the_closed_last_bin(golden):
     assert left_out > 0
 
 
-def test_the_closed_last_bin_moves_an_entropy_by_little(golden):
+def test_last_bin_changes_the_entropy_slightly(golden):
     for network in golden.networks:
         state = golden.state("before", network)
-        for key, theirs in golden.facts["layer_entropy"][network].items():
-            assert entropy(state[key]).item() == pytest.approx(theirs, abs=0.032)
+        for key, recorded in golden.facts["layer_entropy"][network].items():
+            assert entropy(state[key]).item() == pytest.approx(recorded, abs=0.032)
 
 
-def test_coefficient_is_the_formula_without_rounding(golden):
-    """Habit 2: from their entropies, our coefficient is theirs before rounding."""
+def test_coefficient_is_the_unrounded_one(golden):
+    """Habit 2: the script rounds its coefficients to two digits."""
     for network, own in enumerate(golden.facts["layer_entropy"]):
         donor = golden.facts["layer_entropy"][golden.donor_of[network]]
         for key in golden.leads:
-            ours = graft_coefficient(
+            computed = graft_coefficient(
                 own[key],
                 donor[key],
                 amplitude=golden.amplitude,
                 sensitivity=golden.sensitivity,
             )
-            theirs = golden.facts["coefficient_unrounded"][network][key]
-            assert ours == pytest.approx(theirs, abs=1e-9)
-            assert round(ours, 2) == golden.facts["coefficient"][network][key]
+            recorded = golden.facts["coefficient_unrounded"][network][key]
+            assert computed == pytest.approx(recorded, abs=1e-9)
+            assert round(computed, 2) == golden.facts["coefficient"][network][key]
 
 
-def test_their_coefficients_blend_to_their_weights(golden):
-    """Habits 2 and 3: the rounded coefficients and our units give their weights.
+def test_recorded_coefficients_give_the_recorded_weights(golden):
+    """Habits 2 and 3: with rounded coefficients, up to two ulps of the larger input.
 
-    Within two steps of float32 at the size of the larger input: theirs is a*x + b*y, ours a lerp.
+    The script computes a*x + b*y, `mix` a lerp.
     """
     befores = [golden.state("before", network) for network in golden.networks]
     afters = mix(befores, golden.units, golden.mixing("coefficient"))
     for network, after in enumerate(afters):
         donor = befores[golden.donor_of[network]]
-        for key, theirs in golden.state("after", network).items():
-            if theirs.is_floating_point():
+        for key, recorded in golden.state("after", network).items():
+            if recorded.is_floating_point():
                 size = torch.maximum(befores[network][key].abs(), donor[key].abs()).numpy()
-                apart = (after[key] - theirs).abs().numpy()
+                apart = (after[key] - recorded).abs().numpy()
                 assert (apart <= 2 * np.spacing(size)).all(), key
 
 
-def test_their_weights_are_exactly_the_weighted_sum_of_their_rounded_coefficients(golden):
-    """Habit 3 alone, with no tolerance: no tensor has another unit's coefficient."""
+def test_recorded_weights_are_the_weighted_sum_by_units(golden):
+    """Habit 3 alone, without tolerance: every tensor has the coefficient of its unit."""
     for network in golden.networks:
         own = golden.state("before", network)
         donor = golden.state("before", golden.donor_of[network])
@@ -181,8 +181,7 @@ def test_their_weights_are_exactly_the_weighted_sum_of_their_rounded_coefficient
                 assert np.array_equal(blend, after[key].numpy()), key
 
 
-def test_rounding_the_coefficient_moves_the_weights(golden):
-    """Habit 2 is visible in their weights: the coefficients as computed give others."""
+def test_rounding_the_coefficients_changes_the_weights(golden):
     befores = [golden.state("before", network) for network in golden.networks]
     afters = mix(befores, golden.units, golden.mixing("coefficient_unrounded"))
     worst = max(
@@ -193,26 +192,26 @@ def test_rounding_the_coefficient_moves_the_weights(golden):
     assert worst > 1e-4
 
 
-def test_integers_stay_ours_and_are_blended_in_theirs(golden):
-    """Habit 4: they cut kept * own + (1 - kept) * donor to an integer; ours keep their own."""
+def test_script_blends_integers_and_mix_does_not(golden):
+    """Habit 4: the script truncates kept * own + (1 - kept) * donor to an integer."""
     befores = [golden.state("before", network) for network in golden.networks]
     afters = mix(befores, golden.units, golden.mixing("coefficient"))
     blended = 0
     for network, after in enumerate(afters):
         kept = None
-        for key, theirs in golden.state("after", network).items():
+        for key, recorded in golden.state("after", network).items():
             kept = golden.facts["coefficient"][network].get(key, kept)
-            if theirs.is_floating_point():
+            if recorded.is_floating_point():
                 continue
             own, donor = befores[network][key], befores[golden.donor_of[network]][key]
-            assert theirs == int(kept * own.item() + (1 - kept) * donor.item())
+            assert recorded == int(kept * own.item() + (1 - kept) * donor.item())
             assert after[key] == own
-            blended += int(theirs != own)
+            blended += int(recorded != own)
     assert blended > 0
 
 
-def test_our_round_on_their_weights_ends_near_theirs():
-    """All habits together, at the sensitivity where they matter little."""
+def test_round_is_close_to_the_recorded_one():
+    """All deviations together, at a low sensitivity."""
     golden = Golden("k3_c5")
     befores = [golden.state("before", network) for network in golden.networks]
     rule = Graft(amplitude=golden.amplitude, sensitivity=golden.sensitivity)
@@ -224,6 +223,6 @@ def test_our_round_on_their_weights_ends_near_theirs():
     )
     mixing = rule.decide(information, 0)
     for network in golden.networks:
-        theirs = golden.facts["coefficient_unrounded"][network]
-        for unit, ours in zip(golden.units, mixing.own_share(network), strict=True):
-            assert ours == pytest.approx(theirs[unit.lead], abs=0.02)
+        recorded = golden.facts["coefficient_unrounded"][network]
+        for unit, computed in zip(golden.units, mixing.own_share(network), strict=True):
+            assert computed == pytest.approx(recorded[unit.lead], abs=0.02)

@@ -1,4 +1,4 @@
-"""Entropy and L1 against plain numpy in float64."""
+"""Entropy and L1 against numpy in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def reference(weight: torch.Tensor, num_bins: int = 10) -> float:
-    """Eq. 6 bin by bin; the upper edge belongs to the last bin alone."""
+    """Eq. 6 bin by bin; only the last bin includes its upper edge."""
     values = weight.double().numpy().ravel()
     low, high = values.min(), values.max()
     if low == high:
@@ -47,26 +47,26 @@ def test_entropy_is_eq_6(shape, num_bins):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_entropy_of_every_floating_type(dtype):
+def test_entropy_of_every_floating_point_dtype(dtype):
     weight = normal(32, 16, 3, 3, dtype=dtype)
     assert entropy(weight).item() == pytest.approx(reference(weight), abs=1e-12)
     assert entropy(weight).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_counted_like_the_same_numbers_in_float32(dtype):
+def test_half_precision_gives_the_entropy_of_float32(dtype):
     weight = normal(3000, dtype=dtype)
     assert entropy(weight) == entropy(weight.float())
 
 
-def test_bins_of_doubles_are_cut_in_float32():
+def test_bin_edges_of_doubles_are_float32():
     weight = normal(3000, dtype=torch.float64)
     assert entropy(weight) == entropy(weight.float())
     assert entropy(1 + weight * 1e-12) == 0  # one number in float32
 
 
-def test_the_last_bin_is_closed():
-    """Half-open bins would lose the four ones, or leave no weight in the last bin."""
+def test_last_bin_includes_its_upper_edge():
+    """Half-open bins would drop the largest weights."""
     assert entropy(torch.tensor([0.0, 0, 1, 1])).item() == pytest.approx(math.log(2))
     assert entropy(torch.arange(11.0)).item() == pytest.approx(
         -(9 * math.log(1 / 11) + 2 * math.log(2 / 11)) / 11
@@ -75,16 +75,16 @@ def test_the_last_bin_is_closed():
 
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e-42, 3e38])
 @pytest.mark.parametrize("size", [1, 2, 1000])
-def test_a_constant_layer_holds_no_information(value, size):
+def test_constant_layer_has_no_information(value, size):
     assert entropy(torch.full((size,), value)).item() == 0
     assert filter_entropy(torch.full((3, size), value)).item() == 0
 
 
-def test_a_scalar_weight_has_entropy_0():
+def test_scalar_weight_has_entropy_0():
     assert entropy(torch.tensor(2.0)).item() == 0
 
 
-def test_a_bin_with_more_than_2_to_the_24_weights():
+def test_bin_with_more_than_2_to_the_24_weights():
     """float32 counts would stop at 16,777,216."""
     weight = torch.zeros(40_000_000)
     weight[:10] = 1
@@ -96,7 +96,7 @@ def test_a_bin_with_more_than_2_to_the_24_weights():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("information", INFORMATION)
-def test_a_weight_that_is_not_finite_is_refused(information, dtype, value):
+def test_nonfinite_weight_is_an_error(information, dtype, value):
     weight = normal(4, 5, dtype=dtype)
     weight[3, 4] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -109,20 +109,20 @@ def test_a_weight_that_is_not_finite_is_refused(information, dtype, value):
     [torch.empty(0, 3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64)],
     ids=["empty", "integer", "complex"],
 )
-def test_a_weight_without_information_is_refused(information, weight):
+def test_empty_or_non_floating_point_weight_is_an_error(information, weight):
     with pytest.raises(ValueError, match=str(weight.dtype)):
         information(weight)
 
 
 @pytest.mark.parametrize("information", [entropy, filter_entropy])
 @pytest.mark.parametrize("num_bins", [0, -1])
-def test_bins_are_needed(information, num_bins):
+def test_num_bins_below_1_is_an_error(information, num_bins):
     with pytest.raises(ValueError, match=f"num_bins must be at least 1, got {num_bins}"):
         information(normal(4, 5), num_bins=num_bins)
 
 
 @pytest.mark.parametrize("information", INFORMATION)
-def test_a_parameter_is_measured_without_a_graph_and_stays(information):
+def test_parameters_are_measured_without_autograd(information):
     weight = nn.Parameter(normal(4, 5))
     before = weight.detach().clone()
     assert not information(weight).requires_grad
@@ -141,12 +141,12 @@ NON_CONTIGUOUS = {
 
 @pytest.mark.parametrize("weight", NON_CONTIGUOUS.values(), ids=NON_CONTIGUOUS.keys())
 @pytest.mark.parametrize("information", INFORMATION)
-def test_the_memory_format_does_not_matter(information, weight):
+def test_memory_format_does_not_matter(information, weight):
     expected = information(weight.clone(memory_format=torch.contiguous_format))
     assert information(weight).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_range_wider_than_float32_holds():
+def test_range_that_overflows_float32():
     weight = torch.linspace(-1, 1, 101, dtype=torch.float64).mul(3.4e38).float()
     assert (weight.max() - weight.min()).isinf()
     assert entropy(weight).item() == pytest.approx(reference(weight), abs=1e-12)
@@ -154,15 +154,15 @@ def test_a_range_wider_than_float32_holds():
     assert filter_entropy(both).item() == pytest.approx(2 * reference(weight), abs=1e-12)
 
 
-def test_a_range_of_denormal_numbers():
+def test_range_of_denormal_numbers():
     weight = torch.arange(0, 1001, dtype=torch.float64).mul(1e-42).float()
     assert 0 < weight[1] < torch.finfo(torch.float32).tiny
     assert entropy(weight).item() == pytest.approx(reference(weight), abs=5e-3)
 
 
 @pytest.mark.parametrize("largest", [1e39, 1e300])
-def test_doubles_that_float32_does_not_hold(largest):
-    """They are finite: an error here would hit one rank alone, and leave its peers waiting."""
+def test_doubles_that_overflow_float32(largest):
+    """They are finite, so they must not raise: an error on one rank would block its peers."""
     weight = normal(500, dtype=torch.float64).clamp(-3, 3) / 3 * largest
     assert entropy(weight).item() == pytest.approx(reference(weight), abs=0.02)
 
@@ -172,7 +172,7 @@ def test_doubles_that_float32_does_not_hold(largest):
     [(1, 20), (16, 3, 3, 3), (700, 1000), (3, 200_000), (2, 1)],
     ids=["one", "convolution", "many", "long", "single_weights"],
 )
-def test_filter_entropy_adds_up_eq_4(shape):
+def test_filter_entropy_is_the_sum_of_eq_4(shape):
     filters = normal(*shape)
     rows = [reference(row, 10) for row in filters]
     # Of 200,000 weights one or two lie so near an edge that float32 puts them into the next bin.
@@ -180,7 +180,7 @@ def test_filter_entropy_adds_up_eq_4(shape):
     assert filter_entropy(filters).item() == pytest.approx(sum(rows), abs=2e-5)
 
 
-def test_every_filter_has_bins_of_its_own():
+def test_every_filter_has_its_own_bins():
     filters = torch.stack([torch.tensor([0.0, 0, 1, 1]), torch.tensor([1000.0, 1000, 5000, 5000])])
     assert filter_entropy(filters).item() == pytest.approx(2 * math.log(2))
     assert filter_entropy(filters, num_bins=1).item() == 0
@@ -202,7 +202,7 @@ def test_every_filter_has_bins_of_its_own():
     ],
     ids=str,
 )
-def test_every_criterion_measures_every_kind_of_lead(criterion, layer):
+def test_every_criterion_measures_every_lead_type(criterion, layer):
     (unit,) = graft_units(layer, lead="conv+linear")
     filters = unit.filters(layer.weight.detach())
     rows = filters.clone(memory_format=torch.contiguous_format)
@@ -223,7 +223,7 @@ def test_l1_is_the_mean_absolute_weight(dtype):
 
 
 def test_l1_of_large_weights_is_finite():
-    """The sum of these weights is more than float32 holds, their mean is not."""
+    """The sum of these weights overflows float32, their mean does not."""
     weight = torch.tensor([3e38, -3e38, 3e38, 3e38])
     assert l1(weight).item() == pytest.approx(3e38, rel=1e-6)
 
@@ -235,7 +235,7 @@ def test_filter_norms_are_sums_of_absolute_weights(dtype):
     assert filter_norms(filters).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
-def test_invalid_filters_are_those_below_the_threshold():
+def test_invalid_filters_are_below_the_threshold():
     filters = torch.tensor([[0.0, 0.0], [0.05, -0.04], [-0.125, 0.125], [3.0, -3.0]])
     counted = [int(invalid_filters(filters, t)) for t in (0.0, 0.01, 0.1, 0.25, 0.26, 100.0)]
     assert counted == [0, 1, 2, 2, 3, 4]
@@ -243,7 +243,7 @@ def test_invalid_filters_are_those_below_the_threshold():
 
 
 def test_invalid_filters_of_a_grouped_transposed_convolution():
-    """One silenced output channel is one invalid filter."""
+    """A zero output channel is one invalid filter."""
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
     (unit,) = graft_units(layer)
     weight = layer.weight.detach().clone()

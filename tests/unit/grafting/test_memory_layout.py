@@ -1,4 +1,4 @@
-"""Filters by what they do, and flat views of any dense memory format."""
+"""Filter matrices and flat views in any dense memory format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYERS = [
 
 
 def by_loop(weight: np.ndarray, transposed: bool, groups: int) -> list[list[float]]:
-    """Weights of each filter, sorted: the order inside a filter is free."""
+    """Weights of each filter, sorted because the order inside a filter is not specified."""
     if not transposed:
         return [sorted(weight[out].ravel()) for out in range(weight.shape[0])]
     into = weight.shape[0] // groups
@@ -45,7 +45,7 @@ def channels_last(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("last", [False, True], ids=["plain", "channels_last"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_filter_matrix_holds_one_filter_a_row(layer, last):
+def test_filter_matrix_has_one_row_for_each_filter(layer, last):
     weight = layer.weight.detach()
     weight = channels_last(weight) if last else weight
     matrix = filter_matrix(weight, transposed=layer.transposed, groups=layer.groups)
@@ -55,8 +55,8 @@ def test_filter_matrix_holds_one_filter_a_row(layer, last):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_a_filter_is_what_makes_one_output_channel(layer):
-    """The gradient of output channel k lies in row k of the filters, and nowhere else."""
+def test_each_filter_computes_one_output_channel(layer):
+    """The gradient of output channel k is nonzero only in row k."""
     (unit,) = graft_units(layer)
     kernel = layer.weight.dim() - 2
     batch = torch.rand(1, layer.in_channels, *[5] * kernel) + 0.1
@@ -91,7 +91,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize("tensor", DENSE.values(), ids=DENSE.keys())
-def test_flat_is_the_storage_in_order(tensor):
+def test_flat_is_a_view_in_memory_order(tensor):
     view = flat(tensor)
     assert view.shape == (tensor.numel(),)
     assert view.data_ptr() == tensor.data_ptr()
@@ -116,8 +116,8 @@ def test_writing_to_the_flat_view_writes_to_the_tensor():
     ],
     ids=["columns", "rows", "regular_gaps", "step", "expanded_matrix", "expanded_vector"],
 )
-def test_flat_refuses_what_does_not_fill_one_stretch_of_memory(tensor):
-    with pytest.raises(ValueError, match="does not fill one stretch of memory"):
+def test_flat_refuses_tensors_that_are_not_dense(tensor):
+    with pytest.raises(ValueError, match="is not dense in memory"):
         flat(tensor)
 
 
@@ -131,11 +131,11 @@ def test_flat_refuses_what_does_not_fill_one_stretch_of_memory(tensor):
         (torch.tensor(1.0), ()),
     ],
 )
-def test_memory_order_goes_from_slow_to_fast(tensor, order):
+def test_memory_order_is_descending_in_stride(tensor, order):
     assert memory_order(tensor) == order
 
 
-def test_memory_order_does_not_see_the_strides_of_single_elements():
+def test_memory_order_ignores_strides_of_dimensions_of_size_1():
     """A depthwise kernel has the same elements in the same order in both formats."""
     plain = torch.rand(6, 1, 3, 3)
     assert memory_order(plain) == memory_order(plain.to(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""A population's round in one process, against numpy."""
+"""`mix`, the round of a population in a single process, against numpy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shares(*rows: list[float], units: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("networks", [1, 2, 3, 6])
-def test_the_ring_is_a_weighted_sum_of_two_networks(networks):
+def test_ring_mixes_two_networks_by_the_coefficient(networks):
     before = states(networks)
     information = torch.rand(networks, 2, dtype=torch.float64) * 3
     mixing = Graft().decide(information, 0)
@@ -54,10 +54,10 @@ def test_the_ring_is_a_weighted_sum_of_two_networks(networks):
 @pytest.mark.parametrize("networks", [2, 3, 4, 7])
 def test_equal_shares_give_the_mean(networks):
     before = states(networks)
-    everyone = range(networks)
+    members = range(networks)
     mixing = Mixing(
         shares=torch.full((2, networks, networks), 1 / networks, dtype=torch.float64),
-        donors=tuple(tuple(j for j in everyone if j != k) for k in everyone),
+        donors=tuple(tuple(j for j in members if j != k) for k in members),
     )
     for k, after in enumerate(mix(before, UNITS, mixing)):
         for key in (key for unit in UNITS for key in unit.tensors):
@@ -66,8 +66,8 @@ def test_equal_shares_give_the_mean(networks):
         assert after["1.num_batches_tracked"] == k
 
 
-def test_donors_give_what_they_were_before_the_round():
-    """Blended one after the other, network 1 would pass on what it just took."""
+def test_donors_are_used_as_they_were_before_the_round():
+    """Sequential blending would let network 1 pass on the weights it has just received."""
     (unit,) = graft_units(nn.Conv2d(1, 3, 1, bias=False))
     before = [{"weight": torch.full((3,), float(k))} for k in range(3)]
     mixing = Mixing(shares=shares([0, 0, 1], [1, 0, 0], [0, 1, 0]), donors=((2,), (0,), (1,)))
@@ -75,7 +75,7 @@ def test_donors_give_what_they_were_before_the_round():
     assert after == [[2.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
-def test_each_unit_has_shares_of_its_own():
+def test_each_unit_has_its_own_shares():
     before = states(2)
     own = torch.eye(2, dtype=torch.float64)
     mixing = Mixing(shares=torch.stack([own, 1 - own]), donors=((1,), (0,)))
@@ -88,7 +88,7 @@ def test_each_unit_has_shares_of_its_own():
         assert torch.equal(second[key], before[0][key])
 
 
-def test_the_arguments_are_not_changed_and_not_shared():
+def test_arguments_are_neither_changed_nor_aliased():
     before = states(2)
     kept = copy.deepcopy(before)
     mixing = Graft().decide(torch.rand(2, 2, dtype=torch.float64), 0)
@@ -99,7 +99,7 @@ def test_the_arguments_are_not_changed_and_not_shared():
             assert after[k][key].data_ptr() != value.data_ptr()
 
 
-def test_memory_format_and_types_stay():
+def test_memory_format_and_dtype_are_preserved():
     before = [
         network(seed).to(memory_format=torch.channels_last, dtype=torch.bfloat16).state_dict()
         for seed in range(2)
@@ -111,7 +111,7 @@ def test_memory_format_and_types_stay():
             assert value.stride() == state[key].stride()
 
 
-def test_parameters_that_need_gradients_are_taken_too():
+def test_parameters_that_require_gradients_are_accepted():
     before = [dict(network(seed).state_dict(keep_vars=True)) for seed in range(2)]
     after = mix(before, UNITS, Graft().decide(torch.rand(2, 2, dtype=torch.float64), 0))
     assert not any(value.requires_grad for state in after for value in state.values())
@@ -124,8 +124,8 @@ def tied_network(seed: int) -> nn.Module:
     return model
 
 
-def test_the_state_dict_of_tied_weights_loads_back_as_mixed():
-    """All keys of one tensor carry its new value: loading the dict leaves the last one."""
+def test_mixed_state_dict_with_tied_weights_can_be_loaded():
+    """Every key of a tied tensor must hold the new value: load_state_dict keeps the last one."""
     models = [tied_network(seed) for seed in range(2)]
     units = graft_units(models[0])
     mixing = Graft().decide(torch.rand(2, len(units), dtype=torch.float64), 0)
@@ -138,9 +138,9 @@ def test_the_state_dict_of_tied_weights_loads_back_as_mixed():
 
 
 @pytest.mark.parametrize(("networks", "units"), [(3, 2), (1, 2), (2, 1), (2, 3)])
-def test_another_number_of_networks_or_units_is_an_error(networks, units):
+def test_wrong_number_of_networks_or_units_is_an_error(networks, units):
     mixing = Graft().decide(torch.rand(networks, units, dtype=torch.float64), 0)
-    text = f"of {networks} networks and {units} units, got 2 states and 2 units"
+    text = f"for {networks} networks and {units} units, got 2 states and 2 units"
     with pytest.raises(ValueError, match=text):
         mix(states(2), UNITS, mixing)
 
@@ -156,7 +156,7 @@ def test_another_number_of_networks_or_units_is_an_error(networks, units):
         (shares([0.5, 0.4], [0, 1]), ((1,), ()), "the shares of each row must add up to 1"),
         (shares([1, 0], [0, 1]), ((0,), ()), "network 0 must have distinct donors"),
         (shares([0.5, 0.5], [0, 1]), ((1, 1), ()), "network 0 must have distinct donors"),
-        (shares([1, 0], [0.5, 0.5]), ((1,), ()), "network 1 has a share of a network it does not"),
+        (shares([1, 0], [0.5, 0.5]), ((1,), ()), "network 1 has a share of a network that"),
         (shares([1, 0], [0, 1]), ((), (2,)), "network 1 "),
         (shares([1, 0], [0, 1]), ((), (-2,)), "network 1 "),
     ],
@@ -174,12 +174,12 @@ def test_another_number_of_networks_or_units_is_an_error(networks, units):
         "donor_below_the_first",
     ],
 )
-def test_a_mixing_that_cannot_be_is_refused(value, donors, text):
+def test_invalid_mixing_is_an_error(value, donors, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         Mixing(shares=value, donors=donors)
 
 
-def test_fractions_blend_to_the_shares():
+def test_sequential_fractions_give_the_shares():
     mixing = Mixing(
         shares=shares([0.1, 0.2, 0.3, 0.4], *torch.eye(4)[1:].tolist()),
         donors=((1, 2, 3), (), (), ()),
@@ -195,13 +195,13 @@ def test_fractions_blend_to_the_shares():
     assert mixing.networks == 4
 
 
-def test_the_last_fraction_is_the_share_itself():
+def test_last_fraction_equals_the_share():
     mixing = Mixing(shares=shares([0.9, 0.1], [0.7, 0.3]), donors=((1,), (0,)))
     assert mixing.fractions(0) == [[0.1]]
     assert mixing.fractions(1) == [[0.7]]
 
 
-def test_a_donor_without_a_share_leaves_no_nan():
+def test_donor_without_a_share_gives_no_nan():
     mixing = Mixing(
         shares=shares([0, 0, 1], [0.5, 0.5, 0], [0, 0, 1]), donors=((1, 2), (0, 2), (0, 1))
     )
@@ -212,7 +212,7 @@ def test_a_donor_without_a_share_leaves_no_nan():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.25, 0.25), (0.75, 0.75), (1.0, 1.0), (0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_blend_writes_into_the_recipient_alone(fraction, expected, dtype):
+def test_blend_changes_only_the_recipient(fraction, expected, dtype):
     recipient = nn.Parameter(torch.zeros(3, dtype=dtype))
     donor, there = torch.ones(3, dtype=dtype), recipient.data_ptr()
     blend_(recipient, donor, fraction)
@@ -221,8 +221,8 @@ def test_blend_writes_into_the_recipient_alone(fraction, expected, dtype):
     assert (donor == 1).all()
 
 
-def test_a_fraction_of_1_copies_whatever_there_was():
-    """In the order in memory that each has, and so that no NaN or infinity is left."""
+def test_fraction_of_1_copies_the_donor():
+    """Across memory formats, and without leaving any NaN or infinity of the recipient."""
     recipient = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1.0, -0.0]).view(2, 3).t()
     donor = torch.tensor([1e-45, -0.0, -3e38, 3.0, 4.0, 5.0]).view(3, 2)
     blend_(recipient, donor, 1.0)

@@ -1,4 +1,4 @@
-"""Noise and internal scions against loops in plain numpy, in every layout of a lead's weight."""
+"""Noise and internal scions against loops in numpy, for every layer type and memory format."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def layer(count: int, weights: int, *, seed: int = 0) -> torch.Tensor:
-    """Filters of which every other one is invalid at 0.1."""
+    """Filters, every other one with an L1 norm below 0.1."""
     values = np.random.default_rng(seed).standard_normal((count, weights)) / weights
     values[::2] *= 1e-3
     return torch.tensor(values, dtype=torch.float32)
 
 
 def internal(filters: np.ndarray, threshold: float) -> np.ndarray:
-    """The i-th largest into the i-th smallest, while that one is below the threshold."""
+    """Reference for `graft_internal`."""
     norms = [float(np.abs(row).sum()) for row in filters]
     smallest = sorted(range(len(norms)), key=lambda index: norms[index])
     after = filters.copy()
@@ -52,23 +52,23 @@ def internal(filters: np.ndarray, threshold: float) -> np.ndarray:
 def filters_of(kind: str, weight: np.ndarray) -> list[list[tuple[int, ...]]]:
     """Positions in the weight of each output channel's weights, by output channel."""
     module = LAYERS[kind]
-    places: list[list[tuple[int, ...]]] = [[] for _ in range(module.out_channels)]
-    for place in np.ndindex(weight.shape):
-        out = place[0]
+    positions: list[list[tuple[int, ...]]] = [[] for _ in range(module.out_channels)]
+    for position in np.ndindex(weight.shape):
+        out = position[0]
         if "transposed" in kind:
-            group = place[0] // (module.in_channels // module.groups)
-            out = group * (module.out_channels // module.groups) + place[1]
-        places[out].append(place)
-    return places
+            group = position[0] // (module.in_channels // module.groups)
+            out = group * (module.out_channels // module.groups) + position[1]
+        positions[out].append(position)
+    return positions
 
 
 def weight_of(kind: str, memory: torch.memory_format) -> torch.Tensor:
-    """With a different norm for each filter, the even ones invalid."""
+    """Weight with a different norm for each filter; even filters are invalid."""
     random = np.random.default_rng(1)
     weight = random.standard_normal(tuple(LAYERS[kind].weight.shape)).astype(np.float32)
-    for number, places in enumerate(filters_of(kind, weight)):
-        for place in places:
-            weight[place] *= (1 + number) * (1e-4 if number % 2 == 0 else 1.0)
+    for number, positions in enumerate(filters_of(kind, weight)):
+        for position in positions:
+            weight[position] *= (1 + number) * (1e-4 if number % 2 == 0 else 1.0)
     tensor = torch.tensor(weight)
     return tensor.contiguous(memory_format=memory) if tensor.dim() == 4 else tensor
 
@@ -77,7 +77,7 @@ MEMORY = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.mark.parametrize(("round_", "annealing"), [(0, 0.975), (1, 0.975), (40, 0.9), (7, 1.0)])
-def test_the_deviation_anneals(round_, annealing):
+def test_noise_deviation_anneals(round_, annealing):
     expected = 1.0
     for _ in range(round_):
         expected *= annealing
@@ -94,7 +94,7 @@ def test_the_deviation_anneals(round_, annealing):
         ((-1, 0.9), "round must be at least 0, got -1"),
     ],
 )
-def test_what_cannot_anneal_is_named_with_its_value(given_, text):
+def test_invalid_annealing_is_an_error(given_, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         noise_deviation(given_[0], annealing=given_[1])
 
@@ -112,7 +112,7 @@ def test_only_invalid_filters_get_noise():
     assert not (after[::2] == before[::2]).any()
 
 
-def test_the_noise_has_its_deviation():
+def test_noise_has_the_given_deviation():
     filters = torch.zeros(100, 200)
     after = graft_noise(filters, deviation=0.3, generator=generator())
     assert float(after.std()) == pytest.approx(0.3, rel=0.02)
@@ -120,14 +120,14 @@ def test_the_noise_has_its_deviation():
 
 
 @pytest.mark.parametrize("threshold", [1e-9, 0.1, 1e9])
-def test_the_generator_advances_equally_whatever_is_invalid(threshold):
+def test_generator_advances_independently_of_the_threshold(threshold):
     draw, reference = generator(), generator()
     graft_noise(layer(6, 7), deviation=1.0, threshold=threshold, generator=draw)
     torch.randn(6, 7, generator=reference)
     assert torch.equal(draw.get_state(), reference.get_state())
 
 
-def test_a_filter_at_the_threshold_is_valid():
+def test_filter_at_the_threshold_is_valid():
     filters = torch.tensor([[0.25, -0.25], [0.25, -0.125]])
     after = graft_noise(filters, deviation=1.0, threshold=0.5, generator=generator())
     assert torch.equal(after[0], filters[0])
@@ -136,7 +136,7 @@ def test_a_filter_at_the_threshold_is_valid():
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_types_are_kept(kind):
+def test_dtype_is_preserved(kind):
     filters = layer(5, 8).to(kind)
     assert graft_noise(filters, deviation=1.0, generator=generator()).dtype == kind
     assert graft_internal(filters).dtype == kind
@@ -148,7 +148,7 @@ def test_types_are_kept(kind):
     threshold=st.sampled_from([1e-3, 0.1, 0.5, 1e9]),
     seed=st.integers(0, 1000),
 )
-def test_strong_filters_replace_invalid_ones(count, weights, threshold, seed):
+def test_strong_filters_reposition_invalid_ones(count, weights, threshold, seed):
     filters = layer(count, weights, seed=seed)
     before = filters.clone()
     after = graft_internal(filters, threshold=threshold)
@@ -156,7 +156,7 @@ def test_strong_filters_replace_invalid_ones(count, weights, threshold, seed):
     np.testing.assert_array_equal(after.numpy(), internal(before.numpy(), threshold))
 
 
-def test_the_middle_one_of_an_odd_count_stays():
+def test_middle_filter_of_an_odd_number_is_unchanged():
     filters = torch.tensor([[0.03], [0.01], [0.05], [0.02], [0.04]])
     after = graft_internal(filters, threshold=1.0)
     assert after.flatten().tolist() == filters[[0, 2, 2, 4, 4]].flatten().tolist()
@@ -164,14 +164,15 @@ def test_the_middle_one_of_an_odd_count_stays():
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_filters_come_back_to_where_they_were(kind, memory):
+def test_store_filters_is_the_inverse_of_filters(kind, memory):
     (unit,) = graft_units(nn.Sequential(LAYERS[kind]))
     weight = weight_of(kind, memory)
     filters = unit.filters(weight).clone()
     rows = [sorted(row) for row in filters.tolist()]
     array = weight.numpy()
     assert rows == [
-        sorted(float(array[place]) for place in places) for places in filters_of(kind, array)
+        sorted(float(array[position]) for position in positions)
+        for positions in filters_of(kind, array)
     ]
     other = torch.zeros_like(weight)
     unit.store_filters(other, filters)
@@ -181,16 +182,16 @@ def test_filters_come_back_to_where_they_were(kind, memory):
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_internal_scions_in_every_layout(kind, memory):
+def test_internal_scions_in_every_memory_format(kind, memory):
     (unit,) = graft_units(nn.Sequential(LAYERS[kind]))
     weight = weight_of(kind, memory)
     array = weight.numpy().copy()
-    places = filters_of(kind, array)
-    rows = np.array([[array[place] for place in few] for few in places])
+    positions = filters_of(kind, array)
+    rows = np.array([[array[position] for position in few] for few in positions])
     expected = array.copy()
-    for few, row in zip(places, internal(rows, 0.1), strict=True):
-        for place, value in zip(few, row, strict=True):
-            expected[place] = value
+    for few, row in zip(positions, internal(rows, 0.1), strict=True):
+        for position, value in zip(few, row, strict=True):
+            expected[position] = value
     unit.store_filters(weight, graft_internal(unit.filters(weight)))
     np.testing.assert_array_equal(weight.numpy(), expected)
     assert not np.array_equal(expected, array)
@@ -198,13 +199,13 @@ def test_internal_scions_in_every_layout(kind, memory):
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_noise_in_every_layout_stays_in_the_invalid_filters(kind, memory):
+def test_noise_in_every_memory_format_changes_only_invalid_filters(kind, memory):
     (unit,) = graft_units(nn.Sequential(LAYERS[kind]))
     weight = weight_of(kind, memory)
     before = weight.numpy().copy()
     noisy = graft_noise(unit.filters(weight), deviation=1.0, generator=generator())
     unit.store_filters(weight, noisy)
     changed = weight.numpy() != before
-    for places in filters_of(kind, before):
-        invalid = sum(abs(float(before[place])) for place in places) < 0.1
-        assert {bool(changed[place]) for place in places} == {invalid}
+    for positions in filters_of(kind, before):
+        invalid = sum(abs(float(before[position])) for position in positions) < 0.1
+        assert {bool(changed[position]) for position in positions} == {invalid}

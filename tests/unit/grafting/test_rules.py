@@ -10,14 +10,14 @@ from dist_graft import Graft, entropy, filter_entropy, l1
 from dist_graft.grafting.topology import ring
 
 
-def test_network_k_takes_from_the_one_before_it():
+def test_ring_donors():
     assert ring(1) == [0]
     assert ring(2) == [1, 0]
     assert ring(5) == [4, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("networks", [2, 3, 5])
-def test_the_ring_is_eq_7_unit_by_unit(networks):
+def test_coefficients_are_eq_7(networks):
     information = torch.rand(networks, 4, dtype=torch.float64)
     rule = Graft(amplitude=0.6, sensitivity=20.0)
     mixing = rule.decide(information, 0)
@@ -34,21 +34,21 @@ def test_the_ring_is_eq_7_unit_by_unit(networks):
         assert mixing.own_share(k) == mixing.shares[:, k, k].tolist()
 
 
-def test_the_ring_is_the_same_in_every_round():
+def test_ring_is_the_same_in_every_round():
     information = torch.rand(3, 2, dtype=torch.float64)
     first, later = Graft().decide(information, 0), Graft().decide(information, 7)
     assert torch.equal(first.shares, later.shares)
     assert first.donors == later.donors
 
 
-def test_a_network_alone_keeps_itself():
+def test_single_network_keeps_itself():
     mixing = Graft().decide(torch.tensor([[1.0, 2.0]], dtype=torch.float64), 0)
     assert mixing.donors == ((),)
     assert mixing.own_share(0) == [1.0, 1.0]
     assert mixing.fractions(0) == []
 
 
-def test_two_coefficients_of_a_pair_add_up_to_1():
+def test_coefficients_of_two_networks_add_up_to_1():
     mixing = Graft(amplitude=1.0, sensitivity=500.0).decide(
         torch.rand(2, 50, dtype=torch.float64), 0
     )
@@ -56,7 +56,7 @@ def test_two_coefficients_of_a_pair_add_up_to_1():
     assert both.tolist() == pytest.approx([1.0] * 50, abs=1e-12)
 
 
-def test_the_criterion_and_its_bins_are_used():
+def test_criterion_and_num_bins_are_used():
     filters = torch.randn(6, 30, generator=torch.Generator().manual_seed(0))
     assert Graft().information(filters) == entropy(filters)
     assert Graft(num_bins=3).information(filters) == entropy(filters, num_bins=3)
@@ -77,12 +77,12 @@ def test_the_criterion_and_its_bins_are_used():
         ({"sensitivity": -1.0}, "sensitivity must be finite and at least 0, got -1.0"),
     ],
 )
-def test_an_option_out_of_range_is_named_with_its_value(option, text):
+def test_option_out_of_range_is_an_error(option, text):
     with pytest.raises(ValueError, match=text):
         Graft(**option)
 
 
-def test_the_defaults_are_the_second_release():
+def test_defaults_are_those_of_the_second_release():
     assert dataclasses.asdict(Graft()) == {
         "amplitude": 0.4,
         "sensitivity": 5.0,

@@ -1,4 +1,4 @@
-"""Who gives to whom, and how soon everybody has reached everybody."""
+"""Donors of each topology, and the number of rounds until all networks have mixed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = st.integers(0, 2**40)
 
 
 def rounds_to_reach_all(topology, networks: int) -> int:
-    """Rounds after which each network holds something of all others."""
+    """Number of rounds until each network holds weights of all others."""
     holds = [{network} for network in range(networks)]
     for round_ in range(4 * networks):
         if all(len(held) == networks for held in holds):
@@ -38,18 +38,18 @@ def test_every_network_gives_once_and_never_to_itself(name, networks, round_, se
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_a_network_alone_has_itself(name):
+def test_single_network_is_its_own_donor(name):
     assert [TOPOLOGIES[name](1, round_, 0) for round_ in range(3)] == [[0]] * 3
 
 
 @pytest.mark.parametrize("networks", [2, 3, 4, 5, 7, 8, 9, 16, 17])
-def test_how_many_rounds_reach_everybody(networks):
+def test_rounds_until_every_network_has_reached_every_other(networks):
     assert rounds_to_reach_all(exponential, networks) == math.ceil(math.log2(networks))
     assert rounds_to_reach_all(ring, networks) == networks - 1
 
 
 def held(topology: str, networks: int, rounds: int) -> torch.Tensor:
-    """[networks, networks]: how much of network j is in network i after rounds with alpha = 1/2."""
+    """[networks, networks]: share of network j in network i after rounds with alpha = 1/2."""
     rule = Graft(topology=topology, criterion="constant")
     shares = torch.eye(networks, dtype=torch.float64)
     for round_ in range(rounds):
@@ -59,8 +59,8 @@ def held(topology: str, networks: int, rounds: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("networks", [2, 3, 4, 5, 7, 8, 9, 16, 17])
-def test_products_of_the_mixings_say_who_holds_what(networks):
-    """All shares are above 0 after K - 1 rounds of the ring, ceil(log2 K) of the exponential."""
+def test_products_of_mixings_are_positive_after_that_many_rounds(networks):
+    """K - 1 rounds on the ring, ceil(log2 K) with the exponential topology."""
     fastest = math.ceil(math.log2(networks))
     for name, rounds in (("ring", networks - 1), ("exponential", fastest)):
         assert (held(name, networks, rounds) > 0).all()
@@ -69,14 +69,14 @@ def test_products_of_the_mixings_say_who_holds_what(networks):
 
 
 @pytest.mark.parametrize("networks", [2, 4, 8, 16])
-def test_how_even_the_shares_are_when_all_have_met(networks):
-    """The exponential topology gives equal parts; the ring leaves 1 / 2^(K - 1) of the farthest."""
+def test_shares_after_that_many_rounds(networks):
+    """Exponential: equal shares. Ring: 1 / 2^(K - 1) of the most distant network."""
     even = held("exponential", networks, networks.bit_length() - 1)
     assert torch.equal(even, torch.full_like(even, 1 / networks))
     assert held("ring", networks, networks - 1).min() == 2.0 ** (1 - networks)
 
 
-def test_exponential_distances_take_turns():
+def test_exponential_distances_rotate():
     assert [exponential(8, round_)[0] for round_ in range(4)] == [7, 6, 4, 7]
     assert [exponential(5, round_)[0] for round_ in range(4)] == [4, 3, 1, 4]
     assert [exponential(2, round_) for round_ in range(2)] == [[1, 0], [1, 0]]

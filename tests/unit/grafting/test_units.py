@@ -1,4 +1,4 @@
-"""Which tensors a module's graft units hold."""
+"""Graft units of a module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def norm(name: str) -> list[str]:
 
 
 class Block(nn.Module):
-    """Registered out of the order of its forward pass, as many are."""
+    """A block whose layers are registered in a different order than they are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_running_statistics_are_the_units_buffers():
     assert second.buffers == frozenset()
 
 
-def test_what_comes_before_the_first_lead_belongs_to_the_first_unit():
+def test_tensors_before_the_first_lead_belong_to_the_first_unit():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False))
     assert as_lists(graft_units(model)) == {
         "1": [*norm("0"), "1.weight", "1.bias"],
@@ -67,7 +67,7 @@ def test_what_comes_before_the_first_lead_belongs_to_the_first_unit():
     }
 
 
-def test_names_do_not_decide_and_module_types_do():
+def test_leads_are_recognized_by_module_type():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,8 +96,8 @@ def test_names_do_not_decide_and_module_types_do():
     ],
     ids=str,
 )
-def test_every_kind_of_convolution_leads_also_alone(layer):
-    """A model that is itself one convolution has the key "weight": the unit is named so."""
+def test_every_convolution_type_leads(layer):
+    """A model that is a single convolution has the key "weight", which names the unit."""
     (unit,) = graft_units(layer)
     assert unit.lead == "weight"
     assert unit.name == "weight"
@@ -105,8 +105,7 @@ def test_every_kind_of_convolution_leads_also_alone(layer):
     assert unit.filters(layer.weight).shape[0] == layer.out_channels
 
 
-def test_a_unit_is_a_frozen_value():
-    """The contract: name is the lead's key without ".weight", tensors are state-dict keys."""
+def test_units_are_immutable_and_hashable():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     (unit,) = graft_units(model)
     assert unit.name == "0"
@@ -119,7 +118,7 @@ def test_a_unit_is_a_frozen_value():
     assert hash(unit) == hash(graft_units(model)[0])
 
 
-def test_tied_weights_are_there_once_under_their_first_key():
+def test_tied_weights_appear_once_under_their_first_key():
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
     model[2].weight = model[0].weight
     assert as_lists(graft_units(model)) == {
@@ -128,7 +127,7 @@ def test_tied_weights_are_there_once_under_their_first_key():
     }
 
 
-def test_a_module_used_twice_is_there_once():
+def test_module_used_twice_appears_once():
     shared = nn.Conv2d(4, 4, 3)
     model = nn.Sequential(shared, nn.Conv2d(4, 4, 1), shared)
     assert as_lists(graft_units(model)) == {
@@ -138,7 +137,7 @@ def test_a_module_used_twice_is_there_once():
 
 
 class Autoencoder(nn.Module):
-    """The decoder is a parameter of its own over the encoder's memory, turned around."""
+    """The decoder's weight is a transposed view of the encoder's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,23 +146,22 @@ class Autoencoder(nn.Module):
         self.decode.weight = nn.Parameter(self.encode.weight.detach().t())
 
 
-def test_weights_tied_through_a_view_are_there_once():
-    """Else a round blends the same memory twice, with two coefficients."""
+def test_weights_tied_through_a_view_appear_once():
+    """Otherwise a round would blend the same memory twice, with two coefficients."""
     tensors = [
         key for unit in graft_units(Autoencoder(), lead="conv+linear") for key in unit.tensors
     ]
     assert tensors == ["encode.weight"]
 
 
-def test_an_output_layer_tied_to_an_embedding_can_lead():
-    """The embedding's key comes first; the linear layer is there all the same."""
+def test_output_layer_tied_to_an_embedding_can_lead():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     model[1].weight = model[0].weight
     (unit,) = graft_units(model, lead="conv+linear")
     assert set(unit.tensors) == {"0.weight", "1.bias"}
 
 
-def test_integers_are_out_and_frozen_and_double_and_scalar_tensors_are_in():
+def test_units_hold_all_floating_point_tensors():
     model = nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.BatchNorm2d(4))
     model.register_buffer("mask", torch.ones(4, dtype=torch.bool))
     model.register_buffer("steps", torch.zeros((), dtype=torch.int32))
@@ -174,7 +172,7 @@ def test_integers_are_out_and_frozen_and_double_and_scalar_tensors_are_in():
     assert set(unit.tensors) == {"0.weight", "0.bias", *norm("1"), "mean", "gain"}
 
 
-def test_extra_state_is_no_tensor():
+def test_extra_state_is_ignored():
     class Stateful(nn.Conv2d):
         def get_extra_state(self) -> dict[str, int]:
             return {"calls": 1}
@@ -185,7 +183,7 @@ def test_extra_state_is_no_tensor():
     assert as_lists(graft_units(Stateful(3, 4, 3))) == {"weight": ["weight", "bias"]}
 
 
-def test_keys_of_a_compiled_model_are_plain():
+def test_compiled_models_have_plain_keys():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3)))
     plain = as_lists(graft_units(model))
     assert as_lists(graft_units(torch.compile(model, backend="eager"))) == plain
@@ -196,7 +194,7 @@ def test_keys_of_a_compiled_model_are_plain():
     assert as_lists(graft_units(alone)) == {"weight": ["weight", "bias"]}
 
 
-def test_graft_tensors_are_the_modules_own():
+def test_graft_tensors_are_not_copied():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     tensors = graft_tensors(model)
     assert list(tensors) == list(graft_units(model)[0].tensors)
@@ -219,40 +217,40 @@ def pruned(layer: nn.Module) -> nn.Module:
 
 
 def hooked_weight_norm(layer: nn.Module) -> nn.Module:
-    """The older form, without torch.nn.utils.parametrize."""
+    """The deprecated function, which does not use torch.nn.utils.parametrize."""
     with pytest.warns(FutureWarning):
         return nn.utils.weight_norm(layer)
 
 
-@pytest.mark.parametrize("parametrise", [weight_norm, spectral_norm, pruned, hooked_weight_norm])
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm, pruned, hooked_weight_norm])
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-def test_a_parametrised_convolution_is_refused_by_name(kind, parametrise):
-    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sequential(parametrise(kind(3, 4, 3))))
-    with pytest.raises(ValueError, match=r"layer 1\.0 \(.*\) has a parametrised weight"):
+def test_parametrized_convolution_is_an_error(kind, parametrize):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sequential(parametrize(kind(3, 4, 3))))
+    with pytest.raises(ValueError, match=r"layer 1\.0 \(.*\) has a parametrized weight"):
         graft_units(model)
 
 
-def test_a_parametrised_linear_layer_is_refused_only_where_it_leads():
+def test_parametrized_linear_layer_is_an_error_only_as_a_lead():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), weight_norm(nn.Linear(4, 4)))
     (unit,) = graft_units(model)
     assert "1.parametrizations.weight.original1" in unit.tensors
-    with pytest.raises(ValueError, match=r"layer 1 \(.*\) has a parametrised weight"):
+    with pytest.raises(ValueError, match=r"layer 1 \(.*\) has a parametrized weight"):
         graft_units(model, lead="conv+linear")
 
 
-def test_an_uninitialised_layer_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: run the model once"):
+def test_uninitialized_layer_is_an_error():
+    with pytest.raises(ValueError, match=r"0\.weight is uninitialized: run the model once"):
         graft_units(nn.Sequential(nn.LazyConv2d(4, 3)))
 
 
-def test_a_complex_tensor_is_refused_by_name():
+def test_complex_tensor_is_an_error():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.register_buffer("wave", torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="wave is complex"):
         graft_units(model)
 
 
-def test_few_convolutions_are_an_error_that_says_what_to_pass():
+def test_too_few_convolutions_are_an_error():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 100, bias=False))
     text = r"convolutions hold 108 of the model's 508 weights.*lead='conv\+linear'"
     with pytest.raises(ValueError, match=text):
@@ -260,30 +258,30 @@ def test_few_convolutions_are_an_error_that_says_what_to_pass():
     assert len(graft_units(model, lead="conv+linear")) == 2
 
 
-def test_half_of_the_weights_are_enough():
+def test_convolutions_with_half_of_the_weights_suffice():
     model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Linear(4, 4, bias=False))
     assert len(graft_units(model)) == 1
-    model.append(nn.BatchNorm1d(40))  # vectors: no weights that a layer multiplies with
+    model.append(nn.BatchNorm1d(40))  # vectors do not count as weights
     assert len(graft_units(model)) == 1
     model.append(nn.Linear(2, 1))
     with pytest.raises(ValueError, match="16 of the model's 34 weights"):
         graft_units(model)
 
 
-def test_nothing_that_leads_is_an_error():
+def test_model_without_leads_is_an_error():
     with pytest.raises(ValueError, match=r"convolutions hold 0 .*lead='conv\+linear'"):
         graft_units(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="neither convolutions nor linear layers"):
+    with pytest.raises(ValueError, match="no convolutions or linear layers"):
         graft_units(nn.BatchNorm1d(3), lead="conv+linear")
 
 
 @pytest.mark.parametrize("lead", ["linear", "", None])
-def test_an_unknown_lead_is_named(lead):
+def test_unknown_lead_is_an_error(lead):
     with pytest.raises(ValueError, match=r"lead must be 'conv' or 'conv\+linear', got"):
         graft_units(nn.Conv2d(3, 3, 3), lead=lead)
 
 
-def test_an_mlp_is_led_by_its_linear_layers():
+def test_linear_layers_lead_in_an_mlp():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2, bias=False))
     assert as_lists(graft_units(model, lead="conv+linear")) == {
         "0": ["0.weight", "0.bias", "1.weight", "1.bias"],
@@ -291,8 +289,8 @@ def test_an_mlp_is_led_by_its_linear_layers():
     }
 
 
-def test_a_transformer_encoder_is_led_by_its_linear_layers():
-    """The packed input projection is no module: it goes with the lead before it."""
+def test_linear_layers_lead_in_a_transformer_encoder():
+    """The packed input projection is not a module, so it belongs to the lead before it."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     units = as_lists(graft_units(model, lead="conv+linear"))
@@ -310,7 +308,7 @@ def test_a_transformer_encoder_is_led_by_its_linear_layers():
     assert sorted(key for keys in units.values() for key in keys) == sorted(model.state_dict())
 
 
-def test_conv_and_linear_leads_take_turns_in_state_dict_order():
+def test_convolutions_and_linear_layers_lead_in_state_dict_order():
     model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 1), nn.Linear(3, 3))
     assert [unit.name for unit in graft_units(model, lead="conv+linear")] == ["0", "1", "2"]
     assert [unit.name for unit in graft_units(nn.Sequential(nn.Conv2d(9, 9, 1), *model))] == [
@@ -319,7 +317,7 @@ def test_conv_and_linear_leads_take_turns_in_state_dict_order():
     ]
 
 
-def test_filters_of_a_unit_are_those_of_its_lead():
+def test_filters_of_a_unit_are_the_filters_of_its_lead():
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 6, 2, groups=2))
     weights: list[Tensor] = [model[0].weight, model[1].weight]
     shapes = [

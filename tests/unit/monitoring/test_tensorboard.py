@@ -9,7 +9,7 @@ import torch
 from reading import layout, pictures, scalars, session, texts
 from tensorboard.summary.writer import event_file_writer
 
-from dist_graft.grafting.rules.base import take_from
+from dist_graft.grafting.mixing import mixing_with_donor
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
 from dist_graft.monitoring.layer_history import LayerHistory, informations
 from dist_graft.monitoring.metrics import EpochMetrics
@@ -224,7 +224,7 @@ def test_the_texts(tmp_path: Path) -> None:
 
 def test_a_round(tmp_path: Path) -> None:
     board = population(tmp_path)
-    mixing = take_from([2, 0, 1], torch.full((3, 2), 0.5, dtype=torch.float64))
+    mixing = mixing_with_donor([2, 0, 1], torch.full((3, 2), 0.5, dtype=torch.float64))
     board.round(4, ["conv1", "conv2"], mixing, 5)
     board.close()
     (drawn,) = pictures(tmp_path)["round/who_gave_what_to_whom"].items()

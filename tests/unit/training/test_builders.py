@@ -9,18 +9,17 @@ from dist_graft.config import (
     GraftConfig,
     ModelConfig,
     OptimConfig,
-    PapaConfig,
     RuntimeConfig,
     TrainConfig,
-    WashConfig,
 )
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.rules.average import Average
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.filter_graft import FilterGraft
 from dist_graft.grafting.rules.graft import Graft
-from dist_graft.grafting.rules.papa import Papa
-from dist_graft.grafting.rules.wash import Wash
+from dist_graft.grafting.rules.papa import Papa, PapaConfig
+from dist_graft.grafting.rules.wash import Wash, WashConfig
 from dist_graft.training.builders import (
     build_cadence,
     build_rate,
@@ -126,14 +125,14 @@ CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3),
     ],
     ids=["graft", "average", "papa", "wash"],
 )
-def test_the_rule_has_all_options(
+def test_rule_has_the_configured_options(
     make_trainee: MakeTrainee, config: TrainConfig, expected: Rule
 ) -> None:
     trainee = make_trainee(OptimConfig(), model=CHAIN)
     assert build_rule(config, trainee, build_units(config, trainee)) == expected
 
 
-def test_the_rule_of_the_filter_level(make_trainee: MakeTrainee) -> None:
+def test_rule_of_the_filter_level(make_trainee: MakeTrainee) -> None:
     config = TrainConfig(graft=GraftConfig(level="filter"))
     trainee = make_trainee(OptimConfig(), model=CHAIN)
     rule = build_rule(config, trainee, build_units(config, trainee))
@@ -141,14 +140,16 @@ def test_the_rule_of_the_filter_level(make_trainee: MakeTrainee) -> None:
     assert [link.filters for link in rule.links] == [8, 4]
 
 
-def test_a_model_without_batch_norm_has_no_filter_level(make_trainee: MakeTrainee) -> None:
+def test_filter_level_without_batch_norm_is_an_error(make_trainee: MakeTrainee) -> None:
     config = TrainConfig(graft=GraftConfig(level="filter"))
     trainee = make_trainee(OptimConfig(), model=nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
-    with pytest.raises(ConfigError, match="layer 0 has no batch norm"):
+    with pytest.raises(
+        ConfigError, match="method graft with model resnet20: layer 0 has no batch norm"
+    ):
         build_rule(config, trainee, build_units(config, trainee))
 
 
-def test_units_of_the_lead_that_was_asked_for(make_trainee: MakeTrainee) -> None:
+def test_units_follow_graft_lead(make_trainee: MakeTrainee) -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.Flatten(), nn.Linear(8, 4))
     trainee = make_trainee(OptimConfig(), model=model)
     names = [unit.name for unit in build_units(TrainConfig(), trainee)]
@@ -157,7 +158,9 @@ def test_units_of_the_lead_that_was_asked_for(make_trainee: MakeTrainee) -> None
     assert [unit.name for unit in build_units(both, trainee)] == ["0", "2"]
 
 
-def test_a_model_that_cannot_be_grafted_is_told_what_to_pass(make_trainee: MakeTrainee) -> None:
+def test_error_for_a_model_that_cannot_be_grafted_says_what_to_pass(
+    make_trainee: MakeTrainee,
+) -> None:
     trainee = make_trainee(OptimConfig(), model=nn.Linear(8, 4))
     with pytest.raises(ConfigError) as caught:
         build_units(TrainConfig(model=ModelConfig(name="some_name")), trainee)
@@ -174,31 +177,44 @@ def test_a_model_that_cannot_be_grafted_is_told_what_to_pass(make_trainee: MakeT
         ("none", 3, 2, Cadence()),
         ("average", 2, 2, Cadence(every_epochs=2)),
         ("papa", 3, 2, Cadence(every_steps=10)),
+        ("average", 0, 2, Cadence()),
         ("wash", 3, 2, Cadence(every_steps=1)),
         ("wash", 3, 1, Cadence()),
     ],
 )
-def test_when_there_are_rounds(method: str, every: int, networks: int, expected: Cadence) -> None:
-    config = TrainConfig(method=method, graft=GraftConfig(every=every))  # type: ignore[arg-type]
+def test_cadence_of_each_method(method: str, every: int, networks: int, expected: Cadence) -> None:
+    config = TrainConfig(method=method, graft=GraftConfig(every=every))
     assert build_cadence(config, networks) == expected
 
 
-def test_rounds_in_steps_replace_rounds_in_epochs() -> None:
+def test_every_steps_replaces_every() -> None:
     config = TrainConfig(graft=GraftConfig(every_steps=7, start=2))
     assert build_cadence(config, 2) == Cadence(every_steps=7, start_epoch=2)
 
 
 @pytest.mark.parametrize("source", ["internal", "noise"])
-def test_a_network_alone_can_graft_itself(source: str) -> None:
-    config = TrainConfig(graft=GraftConfig(source=source))  # type: ignore[arg-type]
+def test_single_network_can_graft_itself(source: str) -> None:
+    config = TrainConfig(graft=GraftConfig(source=source))
     assert build_cadence(config, 1) == Cadence(every_epochs=1)
 
 
-def test_the_pull_falls_with_the_learning_rate() -> None:
+def test_cadence_of_papa_variants_counts_epochs() -> None:
+    config = TrainConfig(method="papa", papa=PapaConfig(variant="all", every=4))
+    assert build_cadence(config, 2) == Cadence(every_epochs=4)
+
+
+def test_rate_of_papa_follows_the_learning_rate() -> None:
     config = TrainConfig(epochs=4, method="papa")
     rate = build_rate(config, 10)
     assert [rate(10), rate(20), rate(40)] == pytest.approx([1.0, 0.8535533905932737, 0.1464466094])
+    averaging = TrainConfig(epochs=4, method="papa", papa=PapaConfig(variant="all"))
+    assert build_rate(averaging, 10)(40) == 1.0
     assert build_rate(TrainConfig(epochs=4), 10)(40) == 1.0
+
+
+def test_model_that_each_method_delivers() -> None:
+    delivered = {name: rule.delivers for name, rule in RULES.items()}
+    assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
 
 
 def test_a_built_network_is_finite(make_data: MakeData, make_runtime: MakeRuntime) -> None:

@@ -1,4 +1,4 @@
-"""Rounds inside one network: which weights change, and that the draws can be had again."""
+"""Rounds inside one network: which weights change, and reproducible noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = dict[str, torch.Tensor]
 
 
 def model_of(*, channels_last: bool = False) -> nn.Module:
-    """Every other filter of each convolution is invalid."""
+    """Model in which every other filter of each convolution is invalid."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3),
@@ -47,7 +47,7 @@ def after(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("source", ["noise", "internal"])
-def test_only_the_invalid_filters_of_the_leads_change(
+def test_only_invalid_filters_of_leads_change(
     make_trainee: MakeTrainee, source: str, channels_last: bool
 ) -> None:
     model = model_of(channels_last=channels_last)
@@ -77,7 +77,7 @@ def test_internal_scions_are_the_strongest_filters(make_trainee: MakeTrainee) ->
 
 
 @pytest.mark.parametrize(("round_", "annealing"), [(0, 0.5), (3, 0.5), (2, 0.9)])
-def test_the_noise_anneals_with_the_round(
+def test_noise_anneals_with_the_round(
     make_trainee: MakeTrainee, round_: int, annealing: float
 ) -> None:
     model = nn.Sequential(nn.Conv2d(16, 64, 3, bias=False))
@@ -86,7 +86,7 @@ def test_the_noise_anneals_with_the_round(
     assert float(state["0.weight"].std()) == pytest.approx(annealing**round_, rel=0.05)
 
 
-def test_the_noise_follows_from_network_and_round(make_trainee: MakeTrainee) -> None:
+def test_noise_depends_on_network_and_round(make_trainee: MakeTrainee) -> None:
     model = model_of()
     drawn = [
         after(make_trainee, model, round_, network=network, source="noise", noise_annealing=1.0)
@@ -99,7 +99,7 @@ def test_the_noise_follows_from_network_and_round(make_trainee: MakeTrainee) -> 
     assert not torch.equal(later, other)
 
 
-def test_layers_do_not_share_their_noise(make_trainee: MakeTrainee) -> None:
+def test_layers_have_different_noise(make_trainee: MakeTrainee) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     for part in model:
         nn.init.zeros_(part.weight)

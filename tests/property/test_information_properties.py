@@ -1,4 +1,4 @@
-"""What holds for the information of any weights, and for any coefficient."""
+"""Properties of the criteria and of the graft coefficient."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_entropy_lies_between_0_and_ln_b(weight, num_bins):
 
 
 @given(weights.flatmap(lambda w: st.tuples(st.just(w), st.permutations(range(len(w))))), bins)
-def test_entropy_does_not_see_the_order(case, num_bins):
+def test_entropy_is_invariant_to_order(case, num_bins):
     weight, order = case
     assert entropy(weight[list(order)], num_bins=num_bins) == entropy(weight, num_bins=num_bins)
 
 
 @given(weights, st.integers(1, 6), bins)
-def test_entropy_does_not_see_the_shape(weight, columns, num_bins):
+def test_entropy_is_invariant_to_shape(weight, columns, num_bins):
     weight = weight.repeat(columns)
     matrix = weight.view(columns, -1)
     assert entropy(matrix, num_bins=num_bins) == entropy(weight, num_bins=num_bins)
@@ -45,22 +45,22 @@ moderate = finite.filter(lambda value: value == 0 or 1e-20 < abs(value) < 1e20)
 
 
 @given(st.lists(moderate, min_size=1, max_size=60), st.integers(-40, 40), bins)
-def test_entropy_does_not_see_a_positive_scale(values, power, num_bins):
-    """A power of two, so that the scaled weights are exact."""
+def test_entropy_is_invariant_to_positive_scaling(values, power, num_bins):
+    """By a power of two, for which the scaled weights are exact."""
     weight = torch.tensor(values)
     scaled = entropy(weight * 2.0**power, num_bins=num_bins)
     assert scaled == entropy(weight, num_bins=num_bins)
 
 
 @given(steps, st.integers(-100_000, 100_000), bins)
-def test_entropy_does_not_see_a_shift(values, shift, num_bins):
-    """Whole numbers, so that the shifted weights are exact."""
+def test_entropy_is_invariant_to_shifts(values, shift, num_bins):
+    """By integers, for which the shifted weights are exact."""
     weight = torch.tensor(values, dtype=torch.float32)
     assert entropy(weight + shift, num_bins=num_bins) == entropy(weight, num_bins=num_bins)
 
 
 @given(weights, st.integers(2, 5))
-def test_entropy_of_repeated_weights_is_the_same(weight, times):
+def test_entropy_is_invariant_to_repetition(weight, times):
     assert entropy(weight.repeat(times)).item() == pytest.approx(entropy(weight).item(), abs=1e-12)
 
 
@@ -70,7 +70,7 @@ def test_entropy_of_a_constant_is_0(value, size, num_bins):
 
 
 @given(steps, st.sampled_from([torch.bfloat16, torch.float16, torch.float64]), bins)
-def test_entropy_does_not_see_the_type(values, dtype, num_bins):
+def test_entropy_is_invariant_to_dtype(values, dtype, num_bins):
     weight = torch.tensor(values).to(dtype)
     assert entropy(weight, num_bins=num_bins) == entropy(weight.float(), num_bins=num_bins)
 
@@ -91,7 +91,7 @@ def test_l1_is_a_mean(values):
 
 
 @given(information, information, amplitudes, sensitivities)
-def test_a_coefficient_stays_in_its_bounds(recipient, donor, amplitude, sensitivity):
+def test_coefficient_stays_within_its_bounds(recipient, donor, amplitude, sensitivity):
     kept = graft_coefficient(recipient, donor, amplitude=amplitude, sensitivity=sensitivity)
     assert 0 <= kept <= 1
     assert 0.5 - amplitude / 2 - 1e-15 <= kept <= 0.5 + amplitude / 2 + 1e-15
@@ -105,7 +105,9 @@ def test_swapping_the_networks_gives_1_minus_the_coefficient(one, other, amplitu
 
 
 @given(information, information, information, amplitudes, sensitivities)
-def test_more_information_never_keeps_less(one, other, donor, amplitude, sensitivity):
+def test_coefficient_is_monotonic_in_the_recipients_information(
+    one, other, donor, amplitude, sensitivity
+):
     options = {"amplitude": amplitude, "sensitivity": sensitivity}
     less, more = sorted((one, other))
     assert graft_coefficient(less, donor, **options) <= graft_coefficient(more, donor, **options)
@@ -114,9 +116,7 @@ def test_more_information_never_keeps_less(one, other, donor, amplitude, sensiti
 
 
 @given(information, information, amplitudes, st.floats(0, 1e3), st.floats(0, 1e3))
-def test_more_sensitivity_never_brings_the_coefficient_nearer_to_a_half(
-    recipient, donor, amplitude, low, high
-):
+def test_coefficient_is_monotonic_in_the_sensitivity(recipient, donor, amplitude, low, high):
     low, high = sorted((low, high))
     options = {"amplitude": amplitude}
     near = graft_coefficient(recipient, donor, sensitivity=low, **options)
@@ -125,13 +125,13 @@ def test_more_sensitivity_never_brings_the_coefficient_nearer_to_a_half(
 
 
 @given(st.floats(-8e307, 8e307), sensitivities)
-def test_the_coefficient_of_any_finite_information_is_a_number(size, sensitivity):
+def test_coefficient_of_finite_information_is_finite(size, sensitivity):
     kept = graft_coefficient(size, -size, amplitude=0.4, sensitivity=sensitivity)
     assert 0 <= kept <= 1
 
 
 @given(st.lists(st.tuples(information, information), min_size=1), amplitudes, sensitivities)
-def test_tensors_and_numbers_agree(pairs, amplitude, sensitivity):
+def test_tensors_and_floats_give_the_same_coefficient(pairs, amplitude, sensitivity):
     options = {"amplitude": amplitude, "sensitivity": sensitivity}
     recipients, donors = (
         torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True)

@@ -1,4 +1,4 @@
-"""Constant and shuffled coefficients, averages, PAPA and WASH against plain numpy."""
+"""Constant and shuffled coefficients, averaging, PAPA and WASH against numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_graft import Average, Graft, GraftUnit, Papa, Wash, mix
-from dist_graft.grafting.rules.wash import Shuffle, bernoulli_positions
+from dist_graft.grafting.mixing import ScalarSwap, bernoulli_positions
 
 UNITS = [
     GraftUnit(name="a", tensors=("a.weight", "a.bias"), lead="a.weight"),
@@ -41,7 +41,7 @@ def population(networks: int) -> Arrays:
     ]
 
 
-def told(networks: int, units: int = 3) -> torch.Tensor:
+def random_information(networks: int, units: int = 3) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(7).random((networks, units)))
 
 
@@ -66,20 +66,20 @@ def own(mixing, networks: int) -> np.ndarray:
     return np.array([mixing.own_share(network) for network in range(networks)])
 
 
-# Coefficients that know nothing of the information.
+# Coefficients that do not depend on the information.
 
 
 @pytest.mark.parametrize("networks", [2, 3, 5])
 def test_constant_keeps_one_half(networks):
     arrays = population(networks)
-    mixing = Graft(criterion="constant").decide(told(networks), 0)
+    mixing = Graft(criterion="constant").decide(random_information(networks), 0)
     assert (own(mixing, networks) == 0.5).all()
     assert_close(mixed(arrays, mixing), means(arrays, [[k, k - 1] for k in range(networks)]))
 
 
 @pytest.mark.parametrize("networks", [2, 4])
-def test_shuffled_permutes_the_units_alike_in_all_networks(networks):
-    information = told(networks, 30)
+def test_shuffled_permutes_the_units_of_all_networks_equally(networks):
+    information = random_information(networks, 30)
     plain = own(Graft().decide(information, 0), networks)
     orders = []
     for round_ in (0, 1, 2):
@@ -94,8 +94,8 @@ def test_shuffled_permutes_the_units_alike_in_all_networks(networks):
     assert tuple(range(30)) not in orders
 
 
-def test_the_seed_shuffles_differently():
-    information = told(2, 30)
+def test_shuffle_depends_on_the_seed():
+    information = random_information(2, 30)
     kept = {
         tuple(Graft(criterion="shuffled", seed=seed).decide(information, 0).own_share(0))
         for seed in range(4)
@@ -104,7 +104,7 @@ def test_the_seed_shuffles_differently():
 
 
 @pytest.mark.parametrize("criterion", ["constant", "shuffled"])
-def test_the_controls_measure_the_entropy(criterion):
+def test_controls_measure_entropy(criterion):
     state = {key: torch.tensor(value) for key, value in population(1)[0].items()}
     expected = Graft().measure(UNITS, state)
     assert expected.dtype == torch.float64
@@ -118,12 +118,12 @@ def test_the_controls_measure_the_entropy(criterion):
 @pytest.mark.parametrize("networks", [1, 2, 3, 6])
 def test_every_network_becomes_the_mean(networks, rule):
     arrays = population(networks)
-    mixing = rule.decide(rule_input(rule, networks), 3)
+    mixing = rule.decide(no_information(rule, networks), 3)
     assert_close(mixed(arrays, mixing), means(arrays, [list(range(networks))] * networks))
 
 
-def rule_input(rule, networks: int) -> torch.Tensor:
-    """What such a rule measures, stacked: nothing, for each unit."""
+def no_information(rule, networks: int) -> torch.Tensor:
+    """Information of a rule that needs none: a zero for each unit."""
     rows = [rule.measure(UNITS, {}) for _ in range(networks)]
     assert all(row.tolist() == [0.0] * 3 and row.dtype == torch.float64 for row in rows)
     return torch.stack(rows)
@@ -132,13 +132,13 @@ def rule_input(rule, networks: int) -> torch.Tensor:
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("beta", [0.99, 0.6, 1.0])
 @pytest.mark.parametrize("networks", [1, 2, 5])
-def test_papa_pulls_to_the_mean(networks, beta, rate):
+def test_papa_pulls_toward_the_mean(networks, beta, rate):
     """theta <- (1 - rate (1 - beta)) theta + rate (1 - beta) mean."""
     arrays = population(networks)
     mean = means(arrays, [list(range(networks))])[0]
     pull = rate * (1 - beta)
     expected = [{key: (1 - pull) * one[key] + pull * mean[key] for key in SHAPES} for one in arrays]
-    mixing = Papa(beta=beta).decide(told(networks), 0).scaled(rate)
+    mixing = Papa(beta=beta).decide(random_information(networks), 0).scaled(rate)
     assert_close(mixed(arrays, mixing), expected)
 
 
@@ -148,7 +148,7 @@ def test_papa_pairs_are_means_of_two(networks, rate):
     arrays = population(networks)
     rule = Papa(variant="pairs", seed=1)
     for round_ in range(4):
-        mixing = rule.decide(told(networks), round_)
+        mixing = rule.decide(random_information(networks), round_)
         pairs = []
         for network in range(networks):
             row = mixing.shares[0, network].tolist()
@@ -163,9 +163,9 @@ def test_papa_pairs_are_means_of_two(networks, rate):
         assert_close(mixed(arrays, mixing.scaled(rate)), expected)
 
 
-def test_papa_pairs_are_new_ones_in_every_round_and_all_occur():
+def test_papa_draws_new_pairs_in_every_round():
     def pairs(round_: int, seed: int) -> tuple[tuple[int, ...], ...]:
-        shares = Papa(variant="pairs", seed=seed).decide(told(5), round_).shares[0]
+        shares = Papa(variant="pairs", seed=seed).decide(random_information(5), round_).shares[0]
         return tuple(tuple(row.nonzero().flatten().tolist()) for row in shares)
 
     drawn = [pairs(round_, 0) for round_ in range(60)]
@@ -175,19 +175,19 @@ def test_papa_pairs_are_new_ones_in_every_round_and_all_occur():
     assert len({pair for every in drawn for pair in every}) == 10  # of 5 choose 2
 
 
-def test_pairs_of_a_network_alone_are_itself():
-    assert Papa(variant="pairs").decide(told(1), 0).own_share(0) == [1.0, 1.0, 1.0]
+def test_papa_pairs_of_a_single_network():
+    assert Papa(variant="pairs").decide(random_information(1), 0).own_share(0) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
-def test_a_rate_out_of_range_is_refused(rate):
+def test_rate_out_of_range_is_an_error(rate):
     text = re.escape(f"rate must be in [0, 1], got {rate!r}")
     with pytest.raises(ValueError, match=text):
-        Average().decide(told(2), 0).scaled(rate)
+        Average().decide(random_information(2), 0).scaled(rate)
 
 
-def test_scaling_multiplies_what_comes_from_others():
-    plain = Graft().decide(told(3), 0)
+def test_scaling_multiplies_the_donors_shares():
+    plain = Graft().decide(random_information(3), 0)
     scaled = plain.scaled(0.25)
     assert scaled.donors == plain.donors
     for network in range(3):
@@ -203,24 +203,24 @@ def test_scaling_multiplies_what_comes_from_others():
 
 
 def shuffle(networks: int, *, p: float = 0.5, seed: int = 0, round_: int = 0, units: int = 3):
-    mixing = Wash(probability=p, seed=seed).decide(told(networks, units), round_)
-    assert isinstance(mixing, Shuffle)
+    mixing = Wash(probability=p, seed=seed).decide(random_information(networks, units), round_)
+    assert isinstance(mixing, ScalarSwap)
     return mixing
 
 
 @pytest.mark.parametrize("units", [1, 2, 3, 20])
-def test_the_probability_falls_linearly_to_the_last_layer(units):
+def test_wash_probability_decreases_linearly_to_the_last_layer(units):
     expected = [0.3] if units == 1 else [0.3 * (1 - k / (units - 1)) for k in range(units)]
     mixing = shuffle(4, p=0.3, units=units)
     assert list(mixing.probability) == pytest.approx(expected, abs=1e-15)
-    # In expectation a chosen scalar stays with one network in four.
+    # A chosen scalar stays with its network with probability 1/4.
     kept = [1 - 0.75 * p for p in expected]
     for network in range(4):
         assert mixing.own_share(network) == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("networks", [1, 2, 3, 5])
-def test_the_chosen_scalars_are_permuted_and_all_others_and_running_statistics_stay(networks):
+def test_wash_permutes_only_the_chosen_scalars_of_parameters(networks):
     arrays = population(networks)
     mixing = shuffle(networks, p=0.6)
     after = mixed(arrays, mixing)
@@ -229,7 +229,7 @@ def test_the_chosen_scalars_are_permuted_and_all_others_and_running_statistics_s
         for key in unit.tensors:
             before = np.stack([one[key].reshape(-1) for one in arrays])
             expected = before.copy()
-            positions, sources = mixing.chosen(index, key, before.shape[1])
+            positions, sources = mixing.chosen_scalars(index, key, before.shape[1])
             if key in unit.buffers:
                 positions, sources = positions[:0], sources[:0]
             for position, row in zip(positions.tolist(), sources.tolist(), strict=True):
@@ -243,26 +243,26 @@ def test_the_chosen_scalars_are_permuted_and_all_others_and_running_statistics_s
     assert moved > 0 or networks == 1
 
 
-def test_a_scalar_is_chosen_as_often_as_it_should_be_in_each_unit():
+def test_wash_chooses_scalars_with_the_probability_of_their_unit():
     mixing, count = shuffle(3, p=0.4, units=5), 20_000
     for unit, p in enumerate((0.4, 0.3, 0.2, 0.1, 0.0)):
-        positions, sources = mixing.chosen(unit, f"{unit}.weight", count)
+        positions, sources = mixing.chosen_scalars(unit, f"{unit}.weight", count)
         assert abs(len(positions) - p * count) <= 4 * math.sqrt(count * p * (1 - p))
         assert sources.shape == (len(positions), 3)
 
 
-def test_all_permutations_are_equally_likely():
+def test_wash_permutations_are_uniform():
     """6 of three networks, 12,000 scalars."""
-    _, sources = shuffle(3, p=0.999999).chosen(0, "a.weight", 12_000)
+    _, sources = shuffle(3, p=0.999999).chosen_scalars(0, "a.weight", 12_000)
     assert len(sources) > 11_900
     _, counts = np.unique(sources.numpy(), axis=0, return_counts=True)
     assert len(counts) == 6
     assert ((counts - 2000) ** 2 / 2000).sum() < 21  # 5 degrees of freedom: 0.1 %
 
 
-def test_the_choice_depends_on_seed_round_and_tensor_alone():
+def test_wash_choice_depends_only_on_seed_round_and_key():
     def choice(key: str = "a.weight", **given: int) -> list[list[int]]:
-        positions, sources = shuffle(3, **given).chosen(0, key, 500)
+        positions, sources = shuffle(3, **given).chosen_scalars(0, key, 500)
         return [positions.tolist(), sources.flatten().tolist()]
 
     assert choice() == choice()
@@ -271,7 +271,7 @@ def test_the_choice_depends_on_seed_round_and_tensor_alone():
 
 
 @pytest.mark.parametrize("probability", [1e-4, 0.01, 0.3, 0.9])
-def test_bernoulli_positions_are_those_of_independent_trials(probability):
+def test_bernoulli_positions_are_independent_trials(probability):
     count, repeats = 4000, 60
     total, squares, first_half = 0, 0.0, 0
     for seed in range(repeats):
@@ -289,17 +289,17 @@ def test_bernoulli_positions_are_those_of_independent_trials(probability):
     assert 0.4 * variance < squares / repeats < 2 * variance
 
 
-def test_bernoulli_positions_at_the_ends():
+def test_bernoulli_positions_with_extreme_probabilities():
     draw = torch.Generator().manual_seed(0)
     assert bernoulli_positions(100, 0.0, draw).tolist() == []
     assert bernoulli_positions(0, 0.5, draw).tolist() == []
     assert set(bernoulli_positions(3, 1e-12, draw).tolist()) <= {0, 1, 2}
 
 
-def test_a_probability_of_1_chooses_every_scalar():
+def test_wash_probability_of_1_chooses_every_scalar():
     draw = torch.Generator().manual_seed(0)
     assert bernoulli_positions(7, 1.0, draw).tolist() == list(range(7))
-    positions, _ = shuffle(3, p=1.0).chosen(0, "a.weight", 50)
+    positions, _ = shuffle(3, p=1.0).chosen_scalars(0, "a.weight", 50)
     assert positions.tolist() == list(range(50))
 
 
@@ -318,6 +318,6 @@ def test_bernoulli_positions_reach_both_ends():
         (lambda: Wash(probability=-0.1), r"probability must be in \[0, 1\], got -0.1"),
     ],
 )
-def test_an_option_out_of_range_is_named_with_its_value(build, text):
+def test_option_out_of_range_is_an_error(build, text):
     with pytest.raises(ValueError, match=text):
         build()

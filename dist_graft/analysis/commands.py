@@ -109,25 +109,9 @@ def _export(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
 
 
 def _compare(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
-    parser = ArgumentParser(
-        description="Train what a plan compares, or what is left of it, and write a report.",
-        **settings,
-    )
-    add = parser.add_argument
-    add("plan", type=str, help="YAML file: recipe, methods, networks, seeds (docs/compare.md)")
-    add(
-        "--out",
-        type=str | None,
-        default=None,
-        help="folder of the results; unset: the plan's, or comparisons/NAME",
-    )
-    add(
-        "--report_only",
-        type=bool,
-        default=False,
-        help="report on the runs that there are, also while the comparison goes on",
-    )
-    return parser, "compare methods with their controls, over several seeds"
+    from dist_graft.studies.command import build_parser
+
+    return build_parser(settings), "compare methods with their controls over several seeds"
 
 
 def _status(settings: Mapping[str, Any]) -> tuple[ArgumentParser, str]:
@@ -219,15 +203,10 @@ def _run_export(options: Options, process: ProcessInfo) -> str:
     )
 
 
-def _run_compare(options: Options, process: ProcessInfo) -> str:
-    _alone(process, "compare")
-    from dist_graft.studies.state import load_plan
+def _run_compare(options: Options, process: ProcessInfo) -> Iterator[str]:
+    from dist_graft.studies.command import run
 
-    plan = load_plan(Path(options["plan"]))
-    from dist_graft.studies.comparison import compare
-
-    out = options["out"] or plan.out or f"comparisons/{plan.name}"
-    return compare(plan, Path(out), report_only=options["report_only"])
+    yield from run(options, process)
 
 
 def _run_status(options: Options, process: ProcessInfo) -> Iterator[str]:

@@ -10,7 +10,7 @@ from documents import in_two_processes
 
 from dist_graft.cli import _parse
 from dist_graft.studies.plan import read_plan
-from dist_graft.studies.state import state_of
+from dist_graft.studies.selection import study_state
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -67,5 +67,5 @@ def test_library_example(tmp_path: Path) -> None:
     "plan", sorted((ROOT / "launch/plans").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_plans_are_legal_and_ready_to_run(plan: Path) -> None:
-    state = state_of(read_plan(plan), {})
+    state = study_state(read_plan(plan))
     assert state.search_runs or state.lr_runs or state.comparison_runs

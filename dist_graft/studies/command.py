@@ -1,0 +1,58 @@
+"""The command ``dist-graft compare``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from dist_graft.errors import StartError
+from dist_graft.population.runtime.process_info import ProcessInfo
+
+EXTRA = ("pandas", "scipy", "statsmodels", "jinja2")
+"""Packages of the extra ``studies``."""
+
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options from the settings that all parsers share."""
+    parser = ArgumentParser(
+        description="Run the methods and controls of a plan, or what remains of them, and write a "
+        "report.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("plan", type=str, help="YAML file: recipe, methods, networks, seeds (docs/compare.md)")
+    add(
+        "--out",
+        type=str | None,
+        default=None,
+        help="output directory; default: the plan's, or comparisons/NAME",
+    )
+    add(
+        "--report_only",
+        type=bool,
+        default=False,
+        help="report on the existing results without running anything",
+    )
+    return parser
+
+
+def run(options: Mapping[str, Any], process: ProcessInfo) -> Iterator[str]:
+    """Run the comparison and yield its conclusions.
+
+    Raises: StartError under torchrun, or if the extra ``studies`` is not installed.
+    """
+    if process.networks > 1:
+        raise StartError("compare runs in one process: start it without torchrun")
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StartError(f"compare needs {', '.join(missing)}: pip install dist_graft[studies]")
+    from dist_graft.studies.comparison import compare
+    from dist_graft.studies.selection import load_plan
+
+    plan = load_plan(Path(options["plan"]))
+    out = options["out"] or plan.out or f"comparisons/{plan.name}"
+    yield compare(plan, Path(out), report_only=options["report_only"])

@@ -1,4 +1,1 @@
-"""Does an exchange between networks help, for this model and data? Plan, runs, statistics, report.
-
-From a plan that is written down before anything runs to a verdict in plain sentences.
-"""
+"""Comparisons of methods with their controls over several seeds (``dist-graft compare``)."""

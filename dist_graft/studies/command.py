@@ -1,7 +1,8 @@
-"""``dist-graft compare``: compare methods with their controls over several seeds."""
+"""The command ``dist-graft compare``."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from dist_graft.command import Command, Options
+from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
+
+EXTRA = ("pandas", "scipy", "statsmodels", "jinja2")
+"""Packages of the extra ``studies``."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
-    """Build the parser of the command's options."""
+    """Build the parser of the command's options from the settings that all parsers share."""
     parser = ArgumentParser(
-        description="Train the runs of a plan that are still missing, and write a report.",
+        description="Run the methods and controls of a plan, or what remains of them, and write a "
+        "report.",
         **settings,
     )
     add = parser.add_argument
@@ -24,25 +30,30 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--out",
         type=str | None,
         default=None,
-        help="folder of the results; default: the plan's, or comparisons/NAME",
+        help="output directory; default: the plan's, or comparisons/NAME",
     )
     add(
         "--report_only",
         type=bool,
         default=False,
-        help="report on the existing runs, also while the comparison is running",
+        help="report on the existing results without running anything",
     )
     return parser
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Run the comparison and print its verdict."""
+    """Run the comparison and yield its conclusions.
+
+    Raises: StartError if the extra ``studies`` is not installed.
+    """
     del process
-    from dist_graft.studies.state import load_plan
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StartError(f"compare needs {', '.join(missing)}: pip install dist_graft[studies]")
+    from dist_graft.studies.comparison import compare
+    from dist_graft.studies.selection import load_plan
 
     plan = load_plan(Path(options["plan"]))
-    from dist_graft.studies.comparison import compare
-
     out = options["out"] or plan.out or f"comparisons/{plan.name}"
     yield compare(plan, Path(out), report_only=options["report_only"])
 

@@ -1,4 +1,4 @@
-"""One run of a comparison: a population trained by torchrun, evaluated, and told in one row."""
+"""Train and evaluate one run of a comparison with torchrun, and read its results."""
 
 from __future__ import annotations
 
@@ -8,185 +8,137 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import pandas as pd
 import yaml
 
-from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
-from dist_graft.studies.arms import Arm
-from dist_graft.studies.outcomes import (
-    CurvePoint,
-    Outcome,
-    count_invalid,
-    epochs_done,
-    is_finished,
-    largest,
-    read_curve,
-    read_test,
-    read_validation,
-    read_versions,
-)
-from dist_graft.studies.overrides import key_of
-from dist_graft.studies.results import Phase, Row
+from dist_graft.studies.controls import Run
+from dist_graft.studies.records import THRESHOLDS
 from dist_graft.training.learning_rates import learning_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
-_KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # torchrun's table
+_KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # table of torchrun
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
-_ONLY_OF_THE_FOLDER = ("run_dir", "resume")
+_SET_PER_RUN = ("run_dir", "resume")
+
+Row = dict[str, Any]
+"""A row of results.csv by column; outcomes and filter counts that were not measured are absent."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training of a comparison."""
-
-    phase: Phase
-    arm: Arm
-    seed: int
-
-    @property
-    def config(self) -> TrainConfig:
-        """What it is trained with."""
-        return self.arm.config(self.seed)
-
-    @property
-    def key(self) -> str:
-        """Hash of all that its numbers follow from."""
-        return key_of(self.config, self.arm.networks)
-
-    @property
-    def split(self) -> Literal["test", "validation"]:
-        """Where its accuracy is read."""
-        return "test" if self.phase == "comparison" else "validation"
-
-    @property
-    def cost(self) -> int:
-        """Epochs of all its networks together."""
-        return self.arm.networks * self.config.epochs
-
-    def __str__(self) -> str:
-        return f"{self.arm.label}, seed {self.seed}"
+class RunFailedError(Exception):
+    """A run failed; the text is one line that says why."""
 
 
-def carry_out(
+def execute_run(
     run: Run, out: Path, *, keep_checkpoints: int, on_epochs: Callable[[int], None]
-) -> tuple[Row, list[CurvePoint]]:
-    """Train, or go on training, and evaluate; a run that fails is a row that says why.
+) -> tuple[Row, pd.DataFrame | None]:
+    """Train, or resume training, and evaluate.
 
     Args:
-        run: what is trained.
-        out: folder of the comparison; the run gets one of its own below runs/.
-        keep_checkpoints: complete sets that are kept once it has ended.
-        on_epochs: called with the number of finished epochs, now and then.
+        run: the run.
+        out: directory of the comparison; the run's own directory is created in its runs/.
+        keep_checkpoints: number of checkpoints to keep after the run.
+        on_epochs: called repeatedly with the number of finished epochs.
 
-    Raises: StoppedError when a signal arrived; what was trained is gone on with the next time.
+    Returns: the run's row and learning curve (columns epoch, largest_lr_member, mean_of_members).
+    A failed run has a row with the error, and no curve.
+
+    Raises: StoppedError on a signal. The next call resumes the training.
     """
     folder = out / "runs" / f"k{run.arm.networks}-seed{run.seed}-{run.key}"
     try:
         if not is_finished(folder):
             _train(run, folder, on_epochs)
         remarks = _evaluate(run, folder)
-        outcome = _outcome(run, folder)
-        filters: dict[str, int] = {}
+        rates = learning_rates(run.config.optim, run.arm.networks)
+        outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
+        outcomes |= summarize(outcomes["members"], rates)
         try:
-            filters = count_invalid(folder, largest(outcome.learning_rates))
+            outcomes |= count_filters(folder, largest(rates))
         except (DistGraftError, ValueError) as error:
             remarks.append(f"filters not counted: {error}")
-        curve = read_curve(folder, outcome.learning_rates, run.split)
-    except _RunError as error:
-        return _row(run, folder, status="failed", error=str(error)), []
+        curve = read_curve(folder, rates, run.split)
+        versions = read_versions(folder)
+    except RunFailedError as error:
+        return _row(run, folder, status="failed", error=str(error)), None
     except (KeyError, TypeError, RunDirectoryError) as error:
-        message = f"{folder} does not hold a run's results: {error}"
-        return _row(run, folder, status="failed", error=message), []
+        message = f"{folder} has no results: {error}"
+        return _row(run, folder, status="failed", error=message), None
     _prune(folder / "checkpoints", keep_checkpoints)
     row = _row(run, folder, status="ok", error="; ".join(remarks))
-    versions = read_versions(folder)
-    return replace(
-        row,
-        outcomes=outcome.values(),
-        members=outcome.members,
-        learning_rates=outcome.learning_rates,
-        filters=filters,
-        commit=versions.pop("commit"),
-        versions=" ".join(f"{name} {version}" for name, version in versions.items()),
-    ), curve
+    return row | outcomes | {"learning_rates": rates} | versions, curve
 
 
-class _RunError(Exception):
-    """A run came to a bad end; the text is the one line that it left."""
+# Processes
 
 
 def train_command(run: Run, folder: Path) -> list[str]:
-    """The command that trains the run, as a list of words."""
+    """Return the command that trains the run."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={run.arm.networks * run.arm.config(run.seed).runtime.replicas}",
+        f"--nproc-per-node={run.arm.networks * run.config.runtime.replicas}",
         *("-m", "dist_graft", "train", "--config", str(folder / "options.yaml")),
         *("--run_dir", str(folder), "--resume", "auto", "--monitor.progress", "lines"),
     ]
 
 
 def evaluate_command(folder: Path) -> list[str]:
-    """The command that evaluates a finished run."""
+    """Return the command that evaluates a finished run."""
     return [sys.executable, "-m", "dist_graft", "evaluate", str(folder)]
 
 
 def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(asdict(run.config)))  # tuples become lists
-    options = {name: value for name, value in plain.items() if name not in _ONLY_OF_THE_FOLDER}
+    options = {name: value for name, value in plain.items() if name not in _SET_PER_RUN}
     (folder / "options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
     before, wall, cores = _cost(folder), time.monotonic(), _children_seconds()
     try:
         _execute(
             train_command(run, folder),
             folder / "output.txt",
-            lambda: on_epochs(epochs_done(folder)),
+            lambda: on_epochs(finished_epochs(folder)),
         )
     finally:
-        spent = {
+        cost = {
             "wall_seconds": before["wall_seconds"] + time.monotonic() - wall,
             "core_seconds": before["core_seconds"] + _children_seconds() - cores,
         }
-        (folder / "cost.json").write_text(json.dumps(spent) + "\n")
+        (folder / "cost.json").write_text(json.dumps(cost) + "\n")
     if not is_finished(folder):
-        raise _RunError("the training ended without a summary")
+        raise RunFailedError("the training exited without writing summary.json")
 
 
 def _evaluate(run: Run, folder: Path) -> list[str]:
-    """Evaluate, unless a network alone has said all; returns remarks."""
-    alone = run.split == "validation" and run.arm.networks == 1
-    if alone or (folder / "evaluation.json").is_file():
+    """Evaluate the run unless that is done or adds nothing. Returns remarks."""
+    single = run.split == "validation" and run.arm.networks == 1
+    if single or (folder / "evaluation.json").is_file():
         return []
     try:
         _execute(evaluate_command(folder), folder / "output.txt", lambda: None)
-    except _RunError as error:
-        if run.split == "validation":  # there is no other source
+    except RunFailedError as error:
+        if run.split == "validation":  # the members' accuracies are in evaluation.json only
             raise
         return [f"not evaluated: {error}"]
     return []
 
 
-def _outcome(run: Run, folder: Path) -> Outcome:
-    if run.split == "test":
-        return read_test(folder)
-    return read_validation(folder, learning_rates(run.config.optim, run.arm.networks))
-
-
 def _execute(command: Sequence[str], output: Path, on_wait: Callable[[], None]) -> None:
-    """Run a command to its end, in a session of its own, so that only we pass signals on to it.
+    """Run a command in a new process group, so that only this process forwards signals to it.
 
-    Raises: _RunError with the line that the command left, when it fails.
+    Raises: RunFailedError with the line that explains the failure.
     """
     with output.open("ab") as file:
         start = file.tell()
@@ -196,7 +148,7 @@ def _execute(command: Sequence[str], output: Path, on_wait: Callable[[], None]) 
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_launcher,  # noqa: PLW1509  no orphan when we are killed
+            preexec_fn=die_with_launcher,  # noqa: PLW1509  no orphans if this process is killed
         )
         try:
             while process.poll() is None:
@@ -210,11 +162,13 @@ def _execute(command: Sequence[str], output: Path, on_wait: Callable[[], None]) 
     if process.returncode != 0:
         with output.open("rb") as file:
             file.seek(start)
-            raise _RunError(error_line(file.read().decode(errors="replace"), process.returncode))
+            raise RunFailedError(
+                error_line(file.read().decode(errors="replace"), process.returncode)
+            )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a command that is still running: politely first, so that workers can leave."""
+    """Terminate a command if it is running, and kill it after a grace period."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -225,36 +179,34 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def error_line(output: str, status: int) -> str:
-    """The one line of a command's output that says why it failed."""
-    found = [match.group(1) for match in _ERROR.finditer(output)]
-    causes = [line for line in found if "stopped by SIG" not in line]
-    if causes or found:
-        return (causes or found)[0].strip()
+    """Return the line of a command's output that explains its failure."""
+    errors = [match.group(1) for match in _ERROR.finditer(output)]
+    causes = [line for line in errors if "stopped by SIG" not in line]
+    if causes or errors:
+        return (causes or errors)[0].strip()
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     if killed := _KILLED.search(output):
         return f"a process of the run was killed by {killed.group(1)}"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {status}, and not a word"
+    return lines[-1] if lines else f"exit status {status} without output"
 
 
 def _row(run: Run, folder: Path, *, status: Literal["ok", "failed"], error: str) -> Row:
-    cost = _cost(folder)
-    return Row(
-        key=run.key,
-        phase=run.phase,
-        arm=run.arm.name,
-        role=run.arm.role,
-        networks=run.arm.networks,
-        seed=run.seed,
-        status=status,
-        split=run.split,
-        epochs=run.config.epochs,
-        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        error=" ".join(error.split()),
-        wall_seconds=cost["wall_seconds"],
-        core_seconds=cost["core_seconds"],
-    )
+    return {
+        "key": run.key,
+        "phase": run.phase,
+        "arm": run.arm.name,
+        "role": run.arm.role,
+        "networks": run.arm.networks,
+        "seed": run.seed,
+        "status": status,
+        "split": run.split,
+        "epochs": run.config.epochs,
+        "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "error": " ".join(error.split()),
+        **_cost(folder),
+    }
 
 
 def _cost(folder: Path) -> dict[str, float]:
@@ -277,3 +229,124 @@ def _prune(checkpoints: Path, keep: int) -> None:
         prune(checkpoints, keep)
     elif checkpoints.is_dir():
         shutil.rmtree(checkpoints)
+
+
+# Results of a run directory
+
+
+def largest(rates: Sequence[float]) -> int:
+    """Return the network with the largest learning rate, the last one in case of ties."""
+    return max(range(len(rates)), key=lambda network: (rates[network], network))
+
+
+def summarize(members: Sequence[float], rates: Sequence[float]) -> dict[str, float]:
+    """Return the accuracy of the member with the largest learning rate, and the members' mean."""
+    return {
+        "largest_lr_member": members[largest(rates)],
+        "mean_of_members": statistics.fmean(members),
+    }
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the training has finished. summary.json is the last file that it writes."""
+    return (run / "summary.json").is_file()
+
+
+def finished_epochs(run: Path) -> int:
+    """Return the number of finished epochs of a run, which may be in progress."""
+    metrics = run / "network00" / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def read_test(run: Path) -> Row:
+    """Read test accuracies in percent: members, ensemble and, if the run was evaluated, soups.
+
+    Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
+    """
+    summary = _read_json(run / "summary.json")
+    row: Row = {
+        "members": [network["accuracy_after_last_round"] for network in summary["networks"]],
+        "ensemble": float(summary["ensemble_accuracy_after_last_round"]),
+    }
+    if (run / "evaluation.json").is_file():
+        evaluation = _read_json(run / "evaluation.json")
+        row["uniform_soup"] = evaluation["uniform_soup"]["batch_norm_reestimated"]
+        row["uniform_soup_as_is"] = evaluation["uniform_soup"]["batch_norm_as_is"]
+        if evaluation["greedy_soup"]:
+            row["greedy_soup"] = evaluation["greedy_soup"]["batch_norm_reestimated"]
+    return row
+
+
+def read_validation(run: Path, networks: int) -> Row:
+    """Read the members' validation accuracies in percent. Test accuracies are not read.
+
+    A single network has no rounds, so its last metrics are those of its final weights. Populations
+    are evaluated after their last round.
+
+    Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
+    """
+    if networks == 1:
+        members = [_read_metrics(run, 0)[-1]["val_accuracy"]]
+    else:
+        evaluation = _read_json(run / "evaluation.json")
+        members = [member["val_accuracy"] for member in evaluation["members"]]
+    if None in members:
+        raise RunDirectoryError(f"{run} has no validation accuracies: data.val_fraction is 0")
+    return {"members": members}
+
+
+def read_curve(run: Path, rates: Sequence[float], split: str) -> pd.DataFrame:
+    """Read accuracies of each epoch, before its round, on the split "test" or "validation"."""
+    name = "test_accuracy" if split == "test" else "val_accuracy"
+    members = [
+        [float(line[name]) for line in _read_metrics(run, network)] for network in range(len(rates))
+    ]
+    return pd.DataFrame(
+        [
+            {"epoch": epoch} | summarize(values, rates)
+            for epoch, values in enumerate(zip(*members, strict=True))
+        ]
+    )
+
+
+def read_versions(run: Path) -> Row:
+    """Read the versions and the commit that trained the run."""
+    stored = yaml.safe_load((run / "config.yaml").read_text())["run"]
+    versions = " ".join(f"{name} {version}" for name, version in stored["versions"].items())
+    return {"versions": versions, "commit": stored["git_commit"] or ""}
+
+
+def count_filters(run: Path, network: int) -> Row:
+    """Count a network's filters, and those whose L1 norm is below each threshold.
+
+    Raises: RunDirectoryError without a checkpoint; ConfigError if it does not fit the model.
+    """
+    from dist_graft.analysis.stored_run import architecture, open_run
+    from dist_graft.grafting.information import invalid_filters
+    from dist_graft.grafting.units import graft_units
+
+    stored = open_run(run)
+    state = stored.state(network)
+    model = architecture(stored.config.model, state, run)
+    units = graft_units(model, lead=stored.config.graft.lead)
+    leads = [unit.filters(state[unit.lead]) for unit in units]
+    return {"filters": sum(len(filters) for filters in leads)} | {
+        f"invalid_{threshold:g}": sum(int(invalid_filters(lead, threshold)) for lead in leads)
+        for threshold in THRESHOLDS
+    }
+
+
+def _read_metrics(run: Path, network: int) -> list[dict[str, Any]]:
+    path = run / f"network{network:02d}" / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+    return content

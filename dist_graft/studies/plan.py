@@ -1,4 +1,4 @@
-"""What is compared, on which seeds, by which number: fixed before anything runs."""
+"""The plan of a comparison: methods, seeds and primary outcome, fixed before the first run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 
 from dist_graft.config.parsing import SECTIONS, from_mapping, load_strictly
 from dist_graft.errors import ConfigError
-from dist_graft.studies.overrides import Options, expand, merge
+from dist_graft.studies.train_options import TrainOptions, expand, merge
 
 Primary = Literal["largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
-"""A run's outcomes that a comparison may be about; all are accuracies after the last round."""
+"""Outcomes of a run that a comparison can be about: accuracies after the last round."""
 
-BUILT_IN: dict[str, Options] = {
+BUILT_IN: dict[str, TrainOptions] = {
     "graft": {"method": "graft"},
     "independent": {"method": "none", "graft": {"every": 0}},
     "average": {"method": "average"},
@@ -30,113 +30,116 @@ BUILT_IN: dict[str, Options] = {
     "noise": {"method": "graft", "graft": {"source": "noise"}},
     "filter": {"method": "graft", "graft": {"level": "filter"}},
 }
-"""What the method of a name sets; a plan's own options come on top."""
+"""Options of the methods that a plan can name without giving any. The plan's override them."""
 
-NOT_THE_PLANS = ("run_dir", "resume", "seed")
-FEWEST_CONFIRMING_SEEDS = 5
+SET_BY_COMPARISON = ("run_dir", "resume", "seed")
+MIN_CONFIRM_SEEDS = 5
 FIRST_SPARE_SEED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestLr:
-    """How the best learning rate of a single network is found; never on the test set."""
+class LrSearch:
+    """How to find the best learning rate of a single network. The test set is never used."""
 
     value: float | None = None
-    """The learning rate, when it is known."""
+    """Learning rate, when it is known."""
     candidates: list[float] | None = None
-    """Learning rates that are tried on a validation split; unset: those that the plan's networks
-    have. With one candidate nothing is tried."""
+    """Learning rates to try on a validation split; default: the learning rates of the plan's
+    networks. A single candidate is used without a trial."""
     seeds: list[int] | None = None
-    """Seeds of these trials, not those of the comparison; unset: two that the plan does not use."""
+    """Seeds of the trials, disjoint from the comparison's; default: two that the plan does not
+    use."""
     val_fraction: float = 0.1
-    """Share of the training images kept for validation in these trials, when the recipe keeps
-    none."""
+    """Fraction of the training images held out in the trials, when the recipe holds out none."""
 
     def __post_init__(self) -> None:
         if self.value is not None and self.candidates is not None:
-            raise ConfigError("best_lr.value and best_lr.candidates exclude each other: give one")
+            raise ConfigError(
+                "best_lr.value and best_lr.candidates are mutually exclusive: give one"
+            )
         for value in (self.candidates or []) if self.value is None else [self.value]:
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"best_lr holds a learning rate that is not above 0: {value!r}")
+                raise ConfigError(f"learning rates in best_lr must be above 0, got {value!r}")
         if self.candidates is not None and not self.candidates:
-            raise ConfigError("best_lr.candidates must name at least one learning rate")
+            raise ConfigError("best_lr.candidates must contain at least one learning rate")
         _check_seeds("best_lr.seeds", self.seeds)
         _check_fraction("best_lr.val_fraction", self.val_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """Regimes that are tried on a validation split; one is confirmed on the test set."""
+class RegimeSearch:
+    """Training regimes to try on a validation split, of which one is confirmed on the test set."""
 
     recipes: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """Options of each regime, on top of the plan's recipe; empty: no search. `networks` among them,
-    a number or a list, is the regime's size of population, instead of the plan's."""
+    """Options of each regime, on top of the plan's recipe; empty: no search. The option `networks`,
+    an integer or a list, replaces the plan's population sizes."""
     seeds: list[int] = field(default_factory=list)
-    """Of the search."""
+    """Seeds of the search."""
     confirm_seeds: list[int] = field(default_factory=list)
-    """Of the confirmation: at least 5, none of the search's."""
+    """Seeds of the confirmation: at least 5, disjoint from the search's."""
     val_fraction: float = 0.1
-    """Share of the training images kept for validation, when the recipe keeps none."""
+    """Fraction of the training images held out, when the recipe holds out none."""
 
     def __post_init__(self) -> None:
         _check_fraction("search.val_fraction", self.val_fraction)
         if not self.recipes:
             if self.seeds or self.confirm_seeds:
-                raise ConfigError("search.recipes must name at least one regime")
+                raise ConfigError("search.recipes must contain at least one regime")
             return
         for name, options in self.recipes.items():
             if options and "networks" in options:
                 _check_networks(f"search.recipes.{name}.networks", options["networks"])
         if not self.seeds:
-            raise ConfigError("search.seeds must name at least one seed")
+            raise ConfigError("search.seeds must contain at least one seed")
         _check_seeds("search.seeds", self.seeds)
         _check_seeds("search.confirm_seeds", self.confirm_seeds)
-        if len(self.confirm_seeds) < FEWEST_CONFIRMING_SEEDS:
+        if len(self.confirm_seeds) < MIN_CONFIRM_SEEDS:
             raise ConfigError(
-                f"search.confirm_seeds must name at least {FEWEST_CONFIRMING_SEEDS} seeds, got "
+                f"search.confirm_seeds must contain at least {MIN_CONFIRM_SEEDS} seeds, got "
                 f"{self.confirm_seeds!r}"
             )
-        _check_apart("search.confirm_seeds", self.confirm_seeds, "search.seeds", self.seeds)
+        _check_disjoint("search.confirm_seeds", self.confirm_seeds, "search.seeds", self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A comparison: methods that train populations under one recipe, and their controls."""
+    """Methods that train populations under one recipe, to be compared with their controls."""
 
     name: str
-    """Of the comparison."""
+    """Name of the comparison."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """Options of `train` that all runs share; `config` names a YAML file (or several) with more,
-    found from the plan's folder."""
+    """Options of ``train`` that all runs share. `config` names one or more YAML files to start
+    from, relative to the plan's directory."""
     methods: dict[str, dict[str, Any] | None]
-    """By name: the options that make the method, on top of the recipe's. The names graft,
-    independent, average, papa, wash, constant, shuffled, internal, noise and filter bring their
-    own."""
+    """Options of each method, on top of the recipe. The names graft, independent, average, papa,
+    wash, constant, shuffled, internal, noise and filter have options of their own."""
     networks: list[int]
-    """Sizes of the populations."""
+    """Population sizes."""
     seeds: list[int] = field(default_factory=list)
-    """Of the comparison; every method and control is trained once with each."""
+    """Seeds of the comparison; every method and control trains once with each."""
     primary: Primary = "largest_lr_member"
-    """The outcome that the verdict is about: test accuracy after the last round of the member with
-    the largest learning rate (of equals the last one), the members' mean, their ensemble, or their
-    uniform soup with batch norm re-estimated."""
+    """Primary outcome, measured on the test set after the last round: the accuracy of the member
+    with the largest learning rate (the last one in case of ties), the members' mean, their
+    ensemble, or their uniform soup with batch norm re-estimated."""
     against: Literal["no_exchange", "best_lr", "one_network"] = "no_exchange"
-    """The control that the verdict compares with: the same population without exchange, as many
-    independent networks at the best single learning rate, or one network trained as long as all."""
-    best_lr: BestLr = field(default_factory=BestLr)
-    search: Search = field(default_factory=Search)
+    """Control of the primary comparison: the same population without exchange, independent networks
+    at the best learning rate of a single network, or one network trained K times as long."""
+    best_lr: LrSearch = field(default_factory=LrSearch)
+    search: RegimeSearch = field(default_factory=RegimeSearch)
     leave_out: list[Literal["one_network", "constant", "shuffled"]] = field(default_factory=list)
-    """Controls that are not run; the report says so."""
+    """Controls to skip; the report lists them."""
     keep_checkpoints: int = 1
-    """Checkpoint sets that are kept of a finished run."""
+    """Number of checkpoints to keep of a finished run."""
     out: str | None = None
-    """Folder of the results; unset: comparisons/NAME."""
+    """Output directory; default: comparisons/NAME."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ConfigError(f"name must be letters, digits, '.', '_' and '-', got {self.name!r}")
+            raise ConfigError(
+                f"name must consist of letters, digits, '.', '_' and '-', got {self.name!r}"
+            )
         if not self.methods:
-            raise ConfigError("methods must name at least one method")
+            raise ConfigError("methods must contain at least one method")
         _check_networks("networks", self.networks)
         if self.keep_checkpoints < 0:
             raise ConfigError(f"keep_checkpoints must be at least 0, got {self.keep_checkpoints!r}")
@@ -144,41 +147,43 @@ class Plan:
         if self.search.recipes:
             if self.seeds:
                 raise ConfigError(
-                    "seeds and search exclude each other: a search has seeds and confirm_seeds of "
-                    "its own"
+                    "seeds and search are mutually exclusive: give search.seeds and "
+                    "search.confirm_seeds instead of seeds"
                 )
             if self.primary not in ("largest_lr_member", "mean_of_members"):
                 raise ConfigError(
-                    f"a search needs a primary outcome that a validation split has, "
-                    f"largest_lr_member or mean_of_members, got {self.primary!r}"
+                    f"primary must be largest_lr_member or mean_of_members in a search, got "
+                    f"{self.primary!r}"
                 )
         elif not self.seeds:
-            raise ConfigError("seeds must name at least one seed")
-        for name in ("seeds", "search.seeds", "search.confirm_seeds"):
-            owner, _, attribute = name.rpartition(".")
-            others = getattr(self.search if owner else self, attribute)
-            _check_apart("best_lr.seeds", self.best_lr.seeds or [], name, others)
+            raise ConfigError("seeds must contain at least one seed")
+        for name, seeds in (
+            ("seeds", self.seeds),
+            ("search.seeds", self.search.seeds),
+            ("search.confirm_seeds", self.search.confirm_seeds),
+        ):
+            _check_disjoint("best_lr.seeds", self.best_lr.seeds or [], name, seeds)
 
     @property
     def test_seeds(self) -> list[int]:
-        """Seeds of the runs whose test accuracy is read."""
+        """Seeds of the runs that are evaluated on the test set."""
         return self.search.confirm_seeds or self.seeds
 
     @property
     def lr_seeds(self) -> list[int]:
-        """Seeds on which the best learning rate is found."""
+        """Seeds of the learning rate trials."""
         if self.best_lr.seeds:
             return self.best_lr.seeds
         used = {*self.test_seeds, *self.search.seeds}
         spare = (seed for seed in range(FIRST_SPARE_SEED, 2**63) if seed not in used)
         return [next(spare), next(spare)]
 
-    def method_options(self, name: str) -> Options:
-        """What a method sets, on top of the recipe."""
+    def method_options(self, name: str) -> TrainOptions:
+        """Options of a method, on top of the recipe."""
         return merge(BUILT_IN.get(name, {}), self.methods[name] or {})
 
-    def in_regime(self, name: str) -> Plan:
-        """The plan with the recipe and the sizes of population of a regime of its search."""
+    def with_regime(self, name: str) -> Plan:
+        """Return the plan with the recipe and the population sizes of one regime of its search."""
         options = dict(self.search.recipes[name] or {})
         networks = options.pop("networks", self.networks)
         return replace(
@@ -187,56 +192,59 @@ class Plan:
             networks=[networks] if isinstance(networks, int) else networks,
         )
 
-    def in_regimes(self) -> list[Plan]:
-        """The plan in each of its regimes; itself alone without a search."""
-        return [self.in_regime(name) for name in self.search.recipes] or [self]
+    def with_each_regime(self) -> list[Plan]:
+        """Return the plan with each regime of its search; [self] without a search."""
+        return [self.with_regime(name) for name in self.search.recipes] or [self]
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan; a recipe's file is put into it.
+    """Read a plan and the recipe files that it names.
 
-    Raises: ConfigError naming the file and what is wrong in it.
+    Raises: ConfigError naming the file and the field.
     """
     content = _read_yaml(path)
     try:
-        return plan_of(content, path.parent)
+        return parse_plan(content, path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def plan_of(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
-    """The plan that a mapping describes; `folder` is where a recipe's file is looked for."""
+def parse_plan(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
+    """Build a plan from a mapping; `folder` is the directory that recipe files are relative to.
+
+    Raises: ConfigError naming the field.
+    """
     values = dict(content)
     if isinstance(values.get("recipe"), str):
         values["recipe"] = {"config": values["recipe"]}
     if isinstance(values.get("methods"), list):
         values["methods"] = dict.fromkeys(values["methods"])
     plan: Plan = from_mapping(Plan, values)
-    own = {name: value for name, value in plan.recipe.items() if name != "config"}
+    recipe = {name: value for name, value in plan.recipe.items() if name != "config"}
     methods = {name: expand(options or {}) for name, options in plan.methods.items()}
     regimes = {name: expand(options or {}) for name, options in plan.search.recipes.items()}
-    for where, options in [
-        ("recipe", own),
+    for section, options in [
+        ("recipe", recipe),
         *((f"methods.{name}", options) for name, options in methods.items()),
         *((f"search.recipes.{name}", options) for name, options in regimes.items()),
     ]:
-        for name in set(NOT_THE_PLANS) & set(options):
-            raise ConfigError(f"{where} must not set {name}: the comparison does")
+        for name in set(SET_BY_COMPARISON) & set(options):
+            raise ConfigError(f"{section} must not set {name}: the comparison sets it")
     for name, options in methods.items():
         if not options and name not in BUILT_IN:
             raise ConfigError(
-                f"methods.{name} is none of {', '.join(BUILT_IN)}: give the options that make it"
+                f"methods.{name} needs options, or a name among {', '.join(BUILT_IN)}"
             )
     return replace(
         plan,
-        recipe=merge(_files(plan.recipe.get("config", []), folder), own),
+        recipe=merge(_read_recipes(plan.recipe.get("config", []), folder), recipe),
         methods=dict(methods),
         search=replace(plan.search, recipes=dict(regimes)),
     )
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as YAML, with everything that it takes from elsewhere; its sha256 names the plan."""
+    """Format a plan as YAML, with its recipe files included. Its sha256 identifies the plan."""
     values = {name: value for name, value in asdict(plan).items() if name != "out"}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -247,14 +255,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not the YAML that is wanted: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold names and values")
+        raise ConfigError(f"{path} must contain a mapping")
     return content
 
 
-def _files(names: str | Sequence[str], folder: Path) -> Options:
-    options: Options = {}
+def _read_recipes(names: str | Sequence[str], folder: Path) -> TrainOptions:
+    options: TrainOptions = {}
     for name in [names] if isinstance(names, str) else names:
         path = folder / name
         content = _read_yaml(path)
@@ -264,7 +272,7 @@ def _files(names: str | Sequence[str], folder: Path) -> Options:
             if section in SECTIONS and isinstance(file, str)
         }
         options = merge(options, content | sections)
-    for name in NOT_THE_PLANS:
+    for name in SET_BY_COMPARISON:
         options.pop(name, None)
     return options
 
@@ -272,7 +280,7 @@ def _files(names: str | Sequence[str], folder: Path) -> Options:
 def _check_networks(name: str, value: Any) -> None:
     sizes = value if isinstance(value, list) else [value]
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-        raise ConfigError(f"{name} must name sizes of populations, each at least 1, got {value!r}")
+        raise ConfigError(f"{name} must contain population sizes of at least 1, got {value!r}")
     _check_distinct(name, sizes)
 
 
@@ -284,15 +292,15 @@ def _check_seeds(name: str, seeds: Sequence[int] | None) -> None:
 
 
 def _check_distinct(name: str, values: Sequence[int]) -> None:
-    twice = sorted({value for value in values if list(values).count(value) > 1})
-    if twice:
-        raise ConfigError(f"{name} names {twice[0]} twice")
+    repeated = sorted({value for value in values if list(values).count(value) > 1})
+    if repeated:
+        raise ConfigError(f"{name} contains {repeated[0]} twice")
 
 
-def _check_apart(name: str, seeds: Iterable[int], other: str, others: Iterable[int]) -> None:
+def _check_disjoint(name: str, seeds: Iterable[int], other: str, others: Iterable[int]) -> None:
     shared = sorted(set(seeds) & set(others))
     if shared:
-        raise ConfigError(f"{name} and {other} share the seed {shared[0]}: they must be disjoint")
+        raise ConfigError(f"{name} and {other} must be disjoint, both contain {shared[0]}")
 
 
 def _check_fraction(name: str, value: float) -> None:

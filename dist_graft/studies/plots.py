@@ -1,37 +1,34 @@
-"""Pictures of a comparison, as PNG bytes: labelled, colour-blind safe, readable in print."""
+"""Plots of a report as PNG: distinguishable with color vision deficiency and in print."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dist_graft.studies.figures import (
-    BLACK,
-    BLUE,
-    CYCLE,
-    DASHES,
-    DPI,
-    GREEN,
-    GREY,
-    PURPLE,
-    SKY,
-    SPREAD,
-    VERMILION,
-    WIDTH,
-    around,
-    explain,
-    legend_below,
-    no_box,
-    png,
-    row_axes,
+from dist_graft.studies.statistics import ArmResult, ContrastResult, mean_and_deviation
+
+# Okabe and Ito's colors (jfly.uni-koeln.de/color) without yellow, which is too pale on white
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
 )
-from dist_graft.studies.lines import ArmLine, ContrastLine, mean_and_deviation
-from dist_graft.studies.outcomes import CurvePoint
+GRAY = "#767676"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+WIDTH = 7.2  # inches: the text width of A4
+DPI = 140
+SPREAD = 0.16  # of the dots around their row, in rows
 
 OUTCOME_STYLES = {
     "largest_lr_member": ("member with the largest learning rate", BLUE, "o"),
@@ -40,225 +37,231 @@ OUTCOME_STYLES = {
     "uniform_soup": ("uniform soup, batch norm re-estimated", GREEN, "^"),
     "greedy_soup": ("greedy soup, batch norm re-estimated", PURPLE, "v"),
 }
-"""Text, colour and marker of each outcome that is drawn."""
+"""Label, color and marker of each outcome that is plotted."""
 
 
-def dots(lines: Sequence[ArmLine], outcome: str, axis: str) -> bytes:
-    """Every seed a dot, mean and standard deviation as a bar, a line for each arm."""
-    figure, axes = _arms(lines)
-    for place, line in enumerate(lines):
-        values = list(line.values(outcome).values())
-        axes.plot(values, around(place, len(values)), "o", color=_role(line), ms=4.5, alpha=0.75)
-        told = mean_and_deviation(values)
-        if told:
-            mean, deviation = told
-            axes.errorbar(
-                mean,
-                place,
-                xerr=deviation or 0.0,
-                fmt="|",
-                ms=14,
-                mew=2,
-                color=BLACK,
-                capsize=3,
-                elinewidth=1.2,
-            )
-    axes.set_xlabel(axis)
-    explain(axes, "dots: seeds (blue: methods, grey: controls); bars: mean ± standard deviation")
-    return png(figure)
+def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> bytes:
+    """Plot each seed as a dot, and mean and standard deviation as a bar, one row per arm."""
+    figure, axes = _arm_rows(arms)
+    for row, arm in enumerate(arms):
+        values = arm.values(outcome).tolist()
+        color = BLUE if arm.arm.role == "method" else GRAY
+        axes.plot(values, _spread_rows(row, len(values)), "o", color=color, ms=4.5, alpha=0.75)
+        if spread := mean_and_deviation(values):
+            mean, deviation = spread
+            bar: dict[str, Any] = {"fmt": "|", "ms": 14, "mew": 2, "capsize": 3, "elinewidth": 1.2}
+            axes.errorbar(mean, row, xerr=deviation or 0.0, color=BLACK, **bar)
+    axes.set_xlabel(label)
+    _annotate(axes, "dots: seeds (blue: methods, gray: controls); bars: mean ± standard deviation")
+    return _png(figure)
 
 
-def differences(lines: Sequence[ContrastLine]) -> bytes:
-    """Differences to the control: every seed a dot, the corrected interval a bar."""
-    names = [f"{line.contrast.method.label}\nless {line.contrast.control_name}" for line in lines]
-    figure, axes = row_axes(names, height=0.55)
+def differences(results: Sequence[ContrastResult]) -> bytes:
+    """Plot each seed's difference to the control as a dot, and the confidence interval as a bar."""
+    names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
+    figure, axes = _rows(names, height=0.55)
     axes.axvline(0, color=BLACK, lw=1)
-    for place, line in enumerate(lines):
-        values = list(line.differences.values())
-        axes.plot(values, around(place, len(values)), "o", color=SKY, ms=4.5)
+    for row, result in enumerate(results):
+        values = result.differences.tolist()
+        axes.plot(values, _spread_rows(row, len(values)), "o", color=SKY, ms=4.5)
         if not values:
             continue
-        colour = VERMILION if line.decision.shown else BLACK
-        if line.half_width is not None:
-            ends = (line.result.mean - line.half_width, line.result.mean + line.half_width)
-            axes.plot(ends, (place, place), "-", color=colour, lw=1.8, solid_capstyle="butt")
-        axes.plot([line.result.mean], [place], "D", color=colour, ms=6)
-    _frame(axes, lines)
+        color = VERMILION if result.decision.rejected else BLACK
+        mean = result.test.mean
+        if result.half_width is not None:
+            ends = (mean - result.half_width, mean + result.half_width)
+            axes.plot(ends, (row, row), "-", color=color, lw=1.8, solid_capstyle="butt")
+        axes.plot([mean], [row], "D", color=color, ms=6)
+    # Show all dots, but clip intervals that are much wider, as with two seeds.
+    largest = max((abs(value) for r in results for value in r.differences), default=1.0)
+    reach, (low, high) = 3 * largest or 1.0, axes.get_xlim()
+    axes.set_xlim(max(low, -reach), min(high, reach))
     axes.set_xlabel("difference in accuracy (percentage points)")
-    explain(
+    _annotate(
         axes,
-        "dots: seeds; diamonds and bars: mean and t-interval, corrected after Holm; "
-        "red: a difference is shown",
+        "dots: seeds; diamonds and bars: mean and t-interval with Holm's correction; red: a "
+        "difference is shown",
     )
-    return png(figure)
+    return _png(figure)
 
 
-def curves(
-    lines: Sequence[ArmLine], points: Mapping[str, Sequence[CurvePoint]], axis: str
-) -> bytes:
-    """Mean over the seeds of each epoch's accuracy, all epochs and the last half of them.
+def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str) -> bytes:
+    """Plot the mean over the seeds of each epoch's accuracy, for all epochs and the second half.
 
-    The bands are one standard deviation.
+    Bands are one standard deviation.
     """
-    figure = Figure(figsize=(WIDTH, 3.1 + 0.2 * -(-len(lines) // 3)), dpi=DPI, layout="constrained")
+    height = 3.1 + 0.2 * -(-len(arms) // 3)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     whole, end = figure.subplots(1, 2)
-    shown: list[float] = []
+    limits: list[float] = []
     epochs = 0
-    for line, style in zip(lines, _styles(lines), strict=True):
-        by_seed = [points[row.key] for row in line.rows.values() if points.get(row.key)]
-        if not by_seed:
+    for arm, style in zip(arms, _line_styles(arms), strict=True):
+        points = curves[curves["key"].isin(arm.rows["key"])]
+        if points.empty:
             continue
-        columns = list(zip(*([p.largest_lr_member for p in seed] for seed in by_seed), strict=True))
-        epochs = len(columns)
-        means = [statistics.fmean(column) for column in columns]
-        spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-        shown += low[epochs // 2 :] + high[epochs // 2 :]
+        by_epoch = points.groupby("epoch")["largest_lr_member"]
+        means, spreads = by_epoch.mean(), by_epoch.std().fillna(0.0)
+        low, high = means - spreads, means + spreads
+        epochs = len(means)
+        limits += [*low[epochs // 2 :], *high[epochs // 2 :]]
+        x = range(1, epochs + 1)
         for axes in (whole, end):
-            (drawn,) = axes.plot(
-                range(1, epochs + 1), means, lw=1.6, marker="o" if epochs < 3 else None, **style
-            )
-            band: dict[str, Any] = {"color": style["color"], "alpha": 0.15, "lw": 0}
-            axes.fill_between(range(1, epochs + 1), low, high, **band)
-        drawn.set_label(f"{line.arm.name} (n = {len(by_seed)})")
+            marker = "o" if epochs < 3 else None
+            (curve,) = axes.plot(x, means, lw=1.6, marker=marker, **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+        curve.set_label(f"{arm.arm.name} (n = {points['key'].nunique()})")
     for axes in (whole, end):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#dddddd", lw=0.6)
-        no_box(axes)
-    whole.set_ylabel(axis)
-    if shown:
-        margin = 0.05 * (max(shown) - min(shown)) or 1.0
-        end.set_ylim(min(shown) - margin, max(shown) + margin)
+        _hide_box(axes)
+    whole.set_ylabel(label)
+    if limits:
+        margin = 0.05 * (max(limits) - min(limits)) or 1.0
+        end.set_ylim(min(limits) - margin, max(limits) + margin)
         end.set_xlim(max(epochs // 2, 1) - 0.5, epochs + 0.5)
-    explain(whole, "all epochs")
-    explain(end, "the last half")
-    legend_below(figure, end, columns=3)
-    return png(figure)
+    _annotate(whole, "all epochs")
+    _annotate(end, "second half")
+    _add_legend(figure, end, columns=3)
+    return _png(figure)
 
 
-def outcomes(lines: Sequence[ArmLine], axis: str) -> bytes:
-    """Means of single networks, ensembles and soups, a line for each population.
+def outcomes(arms: Sequence[ArmResult], label: str) -> bytes:
+    """Plot the means of single networks, ensembles and soups, one row per population.
 
-    The axis is that of networks and ensembles; a soup far below them is a number at its left end.
+    Networks and ensembles determine the axis. A soup far below is printed at the left edge.
     """
-    figure, axes = _arms(lines, height=0.42)
-    drawn = [name for name in OUTCOME_STYLES if any(line.values(name) for line in lines)]
-    told = {
-        (name, place): spread
-        for name in drawn
-        for place, line in enumerate(lines)
-        if (spread := mean_and_deviation(list(line.values(name).values())))
+    figure, axes = _arm_rows(arms, height=0.42)
+    spreads = {
+        (name, row): spread
+        for name in OUTCOME_STYLES
+        for row, arm in enumerate(arms)
+        if (spread := mean_and_deviation(arm.values(name)))
     }
-    trained = [mean for (name, _), (mean, _) in told.items() if "soup" not in name]
-    least = min(trained) - max(max(trained) - min(trained), 0.5)
-    for number, name in enumerate(drawn):
-        text, colour, marker = OUTCOME_STYLES[name]
-        offset = SPREAD * 1.4 * (2 * number / max(len(drawn) - 1, 1) - 1)
-        style: dict[str, Any] = {
-            "fmt": marker,
-            "ms": 5.5,
-            "color": colour,
-            "mec": "white",
-            "mew": 0.5,
-        }
-        inside = {place: told[name, place] for n, place in told if n == name}
-        far = {place: mean for place, (mean, _) in inside.items() if mean < least}
-        near = {place: spread for place, spread in inside.items() if place not in far}
+    shown = [name for name in OUTCOME_STYLES if any(name == key for key, _ in spreads)]
+    means = [mean for (name, _), (mean, _) in spreads.items() if "soup" not in name]
+    left = min(means) - max(max(means) - min(means), 0.5)
+    for number, name in enumerate(shown):
+        text, color, marker = OUTCOME_STYLES[name]
+        offset = SPREAD * 1.4 * (2 * number / max(len(shown) - 1, 1) - 1)
+        rows = {row: spread for (key, row), spread in spreads.items() if key == name}
+        near = {row: spread for row, spread in rows.items() if spread[0] >= left}
+        style: dict[str, Any] = {"fmt": marker, "ms": 5.5, "mec": "white", "mew": 0.5}
         axes.errorbar(
             [mean for mean, _ in near.values()],
-            [place + offset for place in near],
+            [row + offset for row in near],
             xerr=[deviation or 0.0 for _, deviation in near.values()],
             elinewidth=1.0,
+            color=color,
             label=text,
             **style,
         )
-        for place, mean in far.items():
-            note = f"◂ {mean:.1f}"
-            axes.text(least, place + offset, note, color=colour, fontsize=7.5, va="center")
-    axes.set_xlim(left=least)
-    axes.set_xlabel(axis)
-    legend_below(figure, axes)
-    return png(figure)
+        for row in rows.keys() - near.keys():
+            mean = f"◂ {rows[row][0]:.1f}"
+            axes.text(left, row + offset, mean, color=color, fontsize=7.5, va="center")
+    axes.set_xlim(left=left)
+    axes.set_xlabel(label)
+    _add_legend(figure, axes)
+    return _png(figure)
 
 
-def filters(lines: Sequence[ArmLine], names: Mapping[str, str]) -> bytes:
-    """Share of invalid filters, every seed a dot; `names` maps a row's count to its text."""
+def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> bytes:
+    """Plot the share of invalid filters, each seed a dot; `names` maps columns to labels."""
     values = {
-        text: [
-            [
-                100 * row.filters[name] / row.filters["filters"]
-                for row in line.rows.values()
-                if row.filters.get("filters")
-            ]
-            for line in lines
-        ]
+        text: [(100 * arm.rows[name] / arm.rows["filters"]).dropna().tolist() for arm in arms]
         for name, text in names.items()
     }
-    return _from_zero(
-        lines, values, "invalid filters of the member with the largest learning rate (%)"
-    )
+    label = "invalid filters of the member with the largest learning rate (%)"
+    return _dots_from_zero(arms, values, label)
 
 
-def cost(lines: Sequence[ArmLine]) -> bytes:
-    """Wall time and processor time of a training, every seed a dot."""
-    rows = [list(line.rows.values()) for line in lines]
+def costs(arms: Sequence[ArmResult]) -> bytes:
+    """Plot wall time and CPU time of a training, each seed a dot."""
     values = {
-        "processor time, all cores together": [[row.core_seconds for row in of] for of in rows],
-        "wall time": [[row.wall_seconds for row in of] for of in rows],
+        "CPU time, all cores": [arm.rows["core_seconds"].tolist() for arm in arms],
+        "wall time": [arm.rows["wall_seconds"].tolist() for arm in arms],
     }
-    return _from_zero(lines, values, "time of one training of the whole population (s)")
+    return _dots_from_zero(arms, values, "time to train the whole population once (s)")
 
 
-def _from_zero(
-    lines: Sequence[ArmLine], values: Mapping[str, Sequence[Sequence[float]]], axis: str
+def _dots_from_zero(
+    arms: Sequence[ArmResult], values: Mapping[str, Sequence[Sequence[float]]], label: str
 ) -> bytes:
-    """Several quantities that start at zero, a dot for each seed; by text, a list for each arm."""
-    figure, axes = _arms(lines)
+    """Plot quantities from zero, each seed a dot; `values` has one list per arm by legend text."""
+    figure, axes = _arm_rows(arms)
     for number, (text, by_arm) in enumerate(values.items()):
         xs = [x for of_arm in by_arm for x in of_arm]
-        ys = [y for place, of_arm in enumerate(by_arm) for y in around(place, len(of_arm))]
-        style: dict[str, Any] = {"color": CYCLE[number], "ms": 4.5, "alpha": 0.75, "label": text}
-        style["clip_on"] = False  # dots at zero are whole
-        axes.plot(xs, ys, "os^"[number % 3], **style)
-    axes.set_xlabel(axis)
-    something = any(any(of_arm) for by_arm in values.values() for of_arm in by_arm)
-    axes.set_xlim(0.0, None if something else 1.0)
-    legend_below(figure, axes)
-    return png(figure)
+        ys = [y for row, of_arm in enumerate(by_arm) for y in _spread_rows(row, len(of_arm))]
+        style: dict[str, Any] = {"color": CYCLE[number], "ms": 4.5, "alpha": 0.75}
+        axes.plot(xs, ys, "os^"[number % 3], label=text, clip_on=False, **style)
+    axes.set_xlabel(label)
+    any_above_zero = any(any(of_arm) for by_arm in values.values() for of_arm in by_arm)
+    axes.set_xlim(0.0, None if any_above_zero else 1.0)
+    _add_legend(figure, axes)
+    return _png(figure)
 
 
-def _role(line: ArmLine) -> str:
-    return BLUE if line.arm.role == "method" else GREY
-
-
-def _styles(lines: Sequence[ArmLine]) -> Iterator[dict[str, Any]]:
-    """Colours for methods, black and grey dashes for controls."""
+def _line_styles(arms: Sequence[ArmResult]) -> Iterator[dict[str, Any]]:
+    """Yield colors for methods, and black and gray dashes for controls."""
     methods = controls = 0
-    for line in lines:
-        if line.arm.role == "method":
+    for arm in arms:
+        if arm.arm.role == "method":
             dashes = DASHES[methods // len(CYCLE) % len(DASHES)]
             yield {"color": CYCLE[methods % len(CYCLE)], "ls": dashes}
             methods += 1
         else:
-            colour = (BLACK, GREY)[controls // len(DASHES) % 2]
-            yield {"color": colour, "ls": DASHES[(controls + 1) % len(DASHES)]}
+            color = (BLACK, GRAY)[controls // len(DASHES) % 2]
+            yield {"color": color, "ls": DASHES[(controls + 1) % len(DASHES)]}
             controls += 1
 
 
-def _arms(lines: Sequence[ArmLine], height: float = 0.34) -> tuple[Figure, Axes]:
-    """A figure with a line for each arm; sizes of populations are kept apart."""
-    figure, axes = row_axes([line.arm.label for line in lines], height)
-    for place in range(1, len(lines)):
-        if lines[place].arm.group != lines[place - 1].arm.group:
-            axes.axhline(place - 0.5, color="#999999", lw=0.8)
+def _arm_rows(arms: Sequence[ArmResult], height: float = 0.34) -> tuple[Figure, Axes]:
+    """Create a figure with one row per arm and a line between population sizes."""
+    figure, axes = _rows([arm.arm.label for arm in arms], height)
+    for row in range(1, len(arms)):
+        if arms[row].arm.group != arms[row - 1].arm.group:
+            axes.axhline(row - 0.5, color="#999999", lw=0.8)
     return figure, axes
 
 
-def _frame(axes: Axes, lines: Iterable[ContrastLine]) -> None:
-    """Show all dots, and intervals unless they are much wider (as with two seeds)."""
-    values = [value for line in lines for value in line.differences.values()]
-    reach = 3 * max([abs(value) for value in values], default=1.0) or 1.0
-    low, high = axes.get_xlim()
-    axes.set_xlim(max(low, -reach), min(high, reach))
+def _rows(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
+    """Create a figure with one row per name, from the top."""
+    size = (WIDTH, height * max(len(names), 2) + 1.2)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    _hide_box(axes)
+    return figure, axes
+
+
+def _spread_rows(row: int, count: int) -> list[float]:
+    """Return y positions around a row, so that dots with equal values do not overlap."""
+    if count < 2:
+        return [float(row)] * count
+    return [row + SPREAD * (2 * number / (count - 1) - 1) for number in range(count)]
+
+
+def _annotate(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=7.5, color="#444444", loc="right")
+
+
+def _add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    """Add a legend below the axes."""
+    handles, texts = axes.get_legend_handles_labels()
+    if handles:
+        style: dict[str, Any] = {"frameon": False, "fontsize": 8, "numpoints": 1}
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns, **style)
+
+
+def _hide_box(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,37 +1,43 @@
-"""The report: what was asked, what came out, how it was done; the answer first."""
+"""Report of a comparison: conclusions, tables and plots, as Markdown and HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from dist_graft.run_directory import write_atomically
 from dist_graft.studies import plots
-from dist_graft.studies.appendix import appendix, chosen_beforehand
-from dist_graft.studies.history import Entry
-from dist_graft.studies.lines import (
-    ArmLine,
-    ContrastLine,
-    arm_lines,
-    contrast_lines,
-)
-from dist_graft.studies.render import (
+from dist_graft.studies.controls import Design
+from dist_graft.studies.plan import plan_text
+from dist_graft.studies.records import Results, Start, plan_sha256
+from dist_graft.studies.rendering import (
     Block,
+    Code,
     Heading,
     Items,
     Paragraph,
     Picture,
     Table,
-    markdown,
-    page,
+    to_html,
+    to_markdown,
 )
-from dist_graft.studies.results import Results
-from dist_graft.studies.state import State
-from dist_graft.studies.tables import arm_table, contrast_table, spread_text
-from dist_graft.studies.verdict import (
-    answer,
-    reservations,
-    verdict,
+from dist_graft.studies.selection import StudyState, gain, mean_outcome
+from dist_graft.studies.statistics import (
+    ALPHA,
+    POWER,
+    ArmResult,
+    ContrastResult,
+    arm_result,
+    contrast_results,
+    mean_and_deviation,
+)
+from dist_graft.studies.train_options import (
+    TrainOptions,
+    flatten,
+    format_options,
+    without_exchange,
 )
 
 PRIMARY_TEXTS = {
@@ -40,13 +46,13 @@ PRIMARY_TEXTS = {
     "ensemble": "test accuracy of the members' ensemble",
     "uniform_soup": "test accuracy of the members' uniform soup",
 }
-_AXES = {
+_AXIS_LABELS = {
     "largest_lr_member": "test accuracy, member with the largest learning rate (%)",
     "mean_of_members": "test accuracy, mean of members (%)",
     "ensemble": "test accuracy, ensemble (%)",
     "uniform_soup": "test accuracy, uniform soup (%)",
 }
-_SECONDARY = {
+_OUTCOME_HEADERS = {
     "largest_lr_member": "largest lr",
     "mean_of_members": "mean of members",
     "ensemble": "ensemble",
@@ -54,216 +60,538 @@ _SECONDARY = {
     "uniform_soup_as_is": "uniform soup, batch norm averaged",
     "greedy_soup": "greedy soup",
 }
-_FILTERS = {"invalid_0.1": "L1 norm below 0.1", "invalid_0.01": "L1 norm below 0.01"}
+_FILTER_HEADERS = {"invalid_0.1": "L1 norm below 0.1", "invalid_0.01": "L1 norm below 0.01"}
+
+STATISTICS_TEXT = (
+    "The sampling unit is the seed, because the networks of a population are not independent. Each "
+    "difference is between two runs with the same seed, which share initial weights, data order "
+    "and augmentation. p is the p-value of a two-sided paired t-test with Holm's correction within "
+    f"its table, so the probability of any false difference in a table is at most {ALPHA:.0%}. The "
+    "confidence interval of a row is the t-interval at the level that Holm's procedure compared "
+    "the row with: it excludes zero exactly if a difference is shown. The minimum detectable "
+    "difference is the true difference that this number of seeds would show with a probability of "
+    f"{POWER:.0%}, given the observed spread. There is no bootstrap, because its intervals are too "
+    "narrow with few seeds."
+)
 
 
-def write_report(state: State, results: Results, history: Sequence[Entry], out: Path) -> list[str]:
-    """Write report.html, report.md and pictures/; returns the verdict's sentences."""
-    blocks, sentences = build(state, results, history)
+def write_report(name: str, blocks: Sequence[Block], out: Path) -> None:
+    """Write report.html, report.md and pictures/ from the blocks of `build_report`."""
     for block in blocks:
         if isinstance(block, Picture):
             write_atomically(out / "pictures" / f"{block.name}.png", block.png)
-    write_atomically(out / "report.md", markdown(blocks, "pictures").encode())
-    write_atomically(out / "report.html", page(f"Comparison {state.plan.name}", blocks).encode())
+    write_atomically(out / "report.md", to_markdown(blocks).encode())
+    write_atomically(out / "report.html", to_html(f"Comparison {name}", blocks).encode())
+
+
+def build_report(
+    state: StudyState, results: Results, starts: Sequence[Start]
+) -> tuple[list[Block], list[str]]:
+    """Return the blocks of the report and its conclusions."""
+    plan, rows = state.confirmed, results.rows
+    title = Heading(1, f"Comparison: {plan.name}")
+    if state.design is None:
+        text = "No conclusion yet: the regime search has not finished."
+        blocks = [title, Paragraph(text, "summary"), *_regime_search(state, rows)]
+        return [*blocks, *_details(state, results, starts)], [text]
+
+    arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
+    primary = contrast_results(state.design.primary, plan.test_seeds, rows)
+    secondary = contrast_results(state.design.secondary, plan.test_seeds, rows)
+    sentences = [*map(conclusion, primary), *caveats(primary, secondary)]
+    blocks = [
+        title,
+        Paragraph(overall_conclusion(primary), "summary"),
+        Items(sentences),
+        *_completeness(arms),
+        *_primary_outcome(plan.primary, state.design, arms, primary),
+        *_other_controls(secondary),
+        *_learning_curves(state, arms, results),
+        *_other_outcomes(arms),
+        *_invalid_filters(arms),
+        *_costs(arms),
+        *_regime_search(state, rows),
+        *_learning_rate_search(state, rows),
+        *_details(state, results, starts),
+    ]
+    return blocks, [overall_conclusion(primary), *sentences]
+
+
+# Conclusions
+
+
+def verdict(result: ContrastResult) -> str:
+    """Return what a contrast shows, for a table cell."""
+    if result.test.n < 2:
+        return "no conclusion"
+    if not result.decision.rejected:
+        return "no difference shown"
+    return "better" if result.test.mean > 0 else "worse"
+
+
+def conclusion(result: ContrastResult) -> str:
+    """Return what a contrast shows, as a sentence."""
+    names = f"{result.contrast.method.label}, compared with {result.contrast.control_name}"
+    return f"{names}: {findings(result)}."
+
+
+def findings(result: ContrastResult) -> str:
+    """Return the verdict with the numbers that it is based on."""
+    test, word = result.test, verdict(result)
+    seeds = f"{test.n} seed{'s' if result.planned > 1 else ''}"
+    if test.n < result.planned:
+        seeds = f"{test.n} of {result.planned} seeds"
+    if test.n == 0:
+        return f"{word}, no seed has both runs"
+    if test.n == 1:
+        return f"{word} from {seeds}, {format_signed(test.mean)}"
+    if result.half_width is None or result.detectable is None:
+        mean = format_signed(test.mean)
+        undefined = "" if mean == "0.00" else "; without variation the t-test is undefined"
+        return f"{word}, {mean} for each of {seeds}{undefined}"
+    digits = digits_for(result.half_width)
+    interval = f"{format_signed(test.mean, digits)} ± {result.half_width:.{digits}f}"
+    text = f"{word}, {interval} percentage points over {seeds}"
+    if result.decision.rejected:
+        return text
+    return f"{text}; the minimum detectable difference is {result.detectable:.{digits}f}"
+
+
+def overall_conclusion(primary: Sequence[ContrastResult]) -> str:
+    """Summarize the comparisons with the plan's control."""
+    compared = [result for result in primary if result.test.n > 1]
+    if not compared:
+        return "No conclusion yet: no method shares two seeds with its control."
+    sentences = []
+    for word in ("better", "worse"):
+        names = [r.contrast.method.label for r in compared if verdict(r) == word]
+        if names:
+            sentences.append(
+                f"{word.capitalize()} than its control in {len(names)} of {len(compared)} "
+                f"comparisons: {'; '.join(names)}."
+            )
+    if sentences:
+        return " ".join(sentences)
+    if len(compared) == 1:
+        return "The comparison shows no difference."
+    return f"None of the {len(compared)} comparisons shows a difference."
+
+
+def caveats(primary: Sequence[ContrastResult], secondary: Sequence[ContrastResult]) -> list[str]:
+    """Name the other controls that a better method is not better than."""
+    sentences = []
+    for result in primary:
+        method = result.contrast.method
+        if verdict(result) != "better":
+            continue
+        others = [other for other in secondary if other.contrast.method is method]
+        for text, names in (
+            (
+                "not shown to differ from",
+                [o.contrast.control_name for o in others if not o.decision.rejected],
+            ),
+            ("worse than", [o.contrast.control_name for o in others if verdict(o) == "worse"]),
+        ):
+            if names:
+                sentences.append(f"{method.label} is {text}: {'; '.join(names)}.")
     return sentences
 
 
-def build(
-    state: State, results: Results, history: Sequence[Entry]
-) -> tuple[list[Block], list[str]]:
-    """The report's blocks, and the verdict's sentences."""
-    plan, rows = state.confirmed, results.rows
-    blocks: list[Block] = [Heading(1, f"Comparison: {plan.name}")]
-    if state.design is None:
-        sentence = "The search for a regime is not over: there is no answer yet."
-        blocks += [Paragraph(sentence, "verdict"), *chosen_beforehand(state, rows)]
-        return blocks + appendix(state, results, history), [sentence]
-    seeds = plan.test_seeds
-    lines = arm_lines(state.design, seeds, rows)
-    main = contrast_lines(state.design.main, seeds, rows)
-    further = contrast_lines(state.design.further, seeds, rows)
-    sentences = [*map(verdict, main), *reservations(main, further)]
-    blocks += [Paragraph(answer(main), "verdict"), Items(sentences)]
-    blocks += _standing(lines)
-    blocks += _primary(state, lines, main)
-    blocks += _further(further)
-    blocks += _learning_curves(state, lines, results)
-    blocks += _secondary(lines)
-    blocks += _invalid_filters(lines)
-    blocks += _costs(lines)
-    blocks += chosen_beforehand(state, rows)
-    return blocks + appendix(state, results, history), [answer(main), *sentences]
+# Numbers as text
 
 
-def _standing(lines: Sequence[ArmLine]) -> list[Block]:
-    """Whether all runs are there."""
-    wanted = sum(len(line.rows) + len(line.failed) + len(line.missing) for line in lines)
-    there, failed = (
-        sum(len(x) for x in xs) for xs in ([i.rows for i in lines], [i.failed for i in lines])
+def format_signed(value: float, digits: int = 2) -> str:
+    """Format a number with its sign: +0.42, −0.10, 0.00."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"
+
+
+def digits_for(spread: float) -> int:
+    """Number of decimals, 1 to 4, that shows two significant figures of a spread."""
+    digits = 1
+    while digits < 4 and spread < 10 ** (1 - digits):
+        digits += 1
+    return digits
+
+
+def format_spread(values: Iterable[float], digits: int = 2) -> str:
+    """Format mean ± standard deviation; only the mean for a single value."""
+    spread = mean_and_deviation(values)
+    if spread is None:
+        return "–"
+    mean, deviation = spread
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _format(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# Results
+
+
+def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
+    succeeded, failed, missing = (
+        sum(counts)
+        for counts in zip(
+            *((len(a.rows), len(a.failed), len(a.missing)) for a in arms), strict=True
+        )
     )
-    if there == wanted:
+    if not failed and not missing:
         return []
-    text = f"{there} of {wanted} runs ended well"
+    text = f"{succeeded} of {succeeded + failed + missing} runs succeeded"
     if failed:
-        text += f", {failed} failed (listed below; their seeds are missing from the comparisons)"
-    if there + failed < wanted:
-        text += f", {wanted - there - failed} are still to be run"
-    return [Paragraph(f"This report is not complete: {text}.")]
+        text += f", {failed} failed (listed below, their seeds are excluded)"
+    if missing:
+        text += f", {missing} have not finished"
+    return [Paragraph(f"This report is incomplete: {text}.")]
 
 
-def _primary(state: State, lines: Sequence[ArmLine], main: Sequence[ContrastLine]) -> list[Block]:
-    plan = state.confirmed
+def _contrast_table(results: Sequence[ContrastResult]) -> Table:
+    rows = []
+    for result in results:
+        width, p = result.half_width, result.decision.adjusted_p
+        digits = 2 if width is None else digits_for(width)
+        difference = format_signed(result.test.mean, digits) if result.test.n else "–"
+        rows.append(
+            (
+                result.contrast.method.label,
+                result.contrast.control_name,
+                difference if width is None else f"{difference} ± {width:.{digits}f}",
+                str(result.test.n),
+                "–" if result.test.p is None else f"{p:.3f}" if p >= 0.001 else "<0.001",
+                _format(result.detectable, digits),
+                verdict(result),
+            )
+        )
+    header = ("method", "control", "difference", "n", "p (Holm)", "min. detectable", "conclusion")
+    return Table(header, rows)
+
+
+def _primary_outcome(
+    outcome: str, design: Design, arms: Sequence[ArmResult], primary: Sequence[ContrastResult]
+) -> list[Block]:
+    text = PRIMARY_TEXTS[outcome]
+    values = [(arm, arm.values(outcome)) for arm in arms]
+    table = Table(
+        ("arm", "role", "mean ± std", "n", "each seed"),
+        [
+            (
+                arm.arm.label,
+                arm.arm.role,
+                format_spread(by_seed),
+                str(len(by_seed)),
+                " ".join(f"{value:.2f}" for value in by_seed),
+            )
+            for arm, by_seed in values
+        ],
+    )
     blocks: list[Block] = [
         Heading(2, "Primary outcome"),
         Paragraph(
-            f"Fixed before anything ran: {PRIMARY_TEXTS[plan.primary]}, in percent, after the last "
-            "epoch and the last round. Differences are those between runs of one seed; each is in "
-            "percentage points, with the half-width of its t-interval."
+            f"Fixed before the first run: {text}, in percent, after the last epoch and the last "
+            "round. Differences are between runs with the same seed, in percentage points, with "
+            "the half-width of their confidence interval."
         ),
-        contrast_table(main),
-        Picture(
-            "differences",
-            plots.differences(main),
-            f"Difference to the control in {PRIMARY_TEXTS[plan.primary]}.",
-        ),
-        arm_table(lines, plan.primary),
+        _contrast_table(primary),
+        Picture("differences", plots.differences(primary), f"Difference to the control, {text}."),
+        table,
         Picture(
             "primary",
-            plots.dots(lines, plan.primary, _AXES[plan.primary]),
-            f"{PRIMARY_TEXTS[plan.primary].capitalize()} after the last round.",
+            plots.seeds(arms, outcome, _AXIS_LABELS[outcome]),
+            f"{text.capitalize()}, after the last round.",
         ),
     ]
-    also = [
-        f"{line.arm.label}: also {', '.join(state.design.also[line.arm.key])}"
-        for line in lines
-        if state.design and line.arm.key in state.design.also
+    aliases = [
+        f"{arm.label} is also {', '.join(design.aliases[arm.key])}"
+        for arm in design.arms
+        if arm.key in design.aliases
     ]
-    if also:
-        blocks.append(Paragraph(f"Trained once under several names: {'; '.join(also)}.", "small"))
-    if state.design and state.design.absent:
-        blocks.append(Paragraph("Controls that are not there:"))
-        blocks.append(Items(state.design.absent))
+    if aliases:
+        text = f"Arms that train identically are run once: {'; '.join(aliases)}."
+        blocks.append(Paragraph(text, "small"))
+    if design.omitted:
+        blocks += [Paragraph("Controls that were not run:"), Items(design.omitted)]
     return blocks
 
 
-def _further(further: Sequence[ContrastLine]) -> list[Block]:
-    if not further:
+def _other_controls(secondary: Sequence[ContrastResult]) -> list[Block]:
+    if not secondary:
         return []
     return [
-        Heading(2, "Against the other controls"),
+        Heading(2, "Other controls"),
         Paragraph(
-            "The same outcome against networks that had something else instead of the exchange: "
-            "the best single learning rate, K times the epochs, coefficients that know nothing of "
-            "the layers (constant: one half; shuffled: those of other layers). An ensemble answers "
-            "with all its networks, and costs as much at inference. Holm's correction runs over "
-            "this table, apart from the one above."
+            "The same outcome compared with controls that replace the exchange: the best learning "
+            "rate of a single network, K times the epochs, or coefficients that ignore the layer "
+            "(constant: 1/2; shuffled: those of other layers). An ensemble averages the "
+            "predictions of its K networks, at K times the inference cost. Holm's correction is "
+            "over this table, separately from the table above."
         ),
-        contrast_table(further),
+        _contrast_table(secondary),
     ]
 
 
-def _learning_curves(state: State, lines: Sequence[ArmLine], results: Results) -> list[Block]:
-    blocks: list[Block] = [
-        Heading(2, "Learning curves"),
-        Paragraph(
-            "Member with the largest learning rate, at the end of each epoch, before its round: "
-            "mean over the seeds, with bands of one standard deviation."
-        ),
-    ]
+def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Results) -> list[Block]:
+    pictures: list[Block] = []
     for networks in state.confirmed.networks:
-        chosen = [
-            line
-            for line in lines
-            if line.arm.networks == networks
-            and line.rows
-            and line.arm.config(0).epochs == lines[0].arm.config(0).epochs
+        shown = [
+            arm
+            for arm in arms
+            if arm.arm.networks == networks
+            and len(arm.rows)
+            and arm.arm.config(0).epochs == arms[0].arm.config(0).epochs
         ]
-        if chosen:
-            blocks.append(
+        if shown:
+            pictures.append(
                 Picture(
                     f"curves_{networks}_networks",
-                    plots.curves(chosen, results.curves, "test accuracy (%)"),
-                    f"Learning curves of populations of {networks}.",
+                    plots.learning_curves(shown, results.curves, "test accuracy (%)"),
+                    f"Learning curves, population size {networks}.",
                 )
             )
-    return blocks if len(blocks) > 2 else []
-
-
-def _secondary(lines: Sequence[ArmLine]) -> list[Block]:
-    populations = [line for line in lines if line.arm.networks > 1 and line.rows]
-    known = [name for name in _SECONDARY if any(line.values(name) for line in populations)]
-    if not known:
+    if not pictures:
         return []
-    table = Table(
-        ("trained", *(_SECONDARY[name] for name in known)),
-        [
-            (line.arm.label, *(spread_text(list(line.values(name).values())) for name in known))
-            for line in populations
-        ],
-    )
+    return [
+        Heading(2, "Learning curves"),
+        Paragraph(
+            "Accuracy of the member with the largest learning rate at the end of each epoch, "
+            "before its round: mean over the seeds, with a band of one standard deviation."
+        ),
+        *pictures,
+    ]
+
+
+def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
+    populations = [arm for arm in arms if arm.arm.networks > 1 and len(arm.rows)]
+    measured = [name for name in _OUTCOME_HEADERS if any(len(a.values(name)) for a in populations)]
+    if not measured:
+        return []
     return [
         Heading(2, "Members, ensembles and soups"),
         Paragraph(
             "Secondary outcomes: test accuracy in percent, mean ± standard deviation over the "
-            "seeds. An ensemble answers with the members' mean probability; a soup is one network "
-            "with the members' mean weights, its batch-norm statistics re-estimated on training "
-            "images unless said otherwise."
+            "seeds. An ensemble averages the members' predicted probabilities. A soup is one "
+            "network with the average of the members' weights; its batch norm statistics are "
+            "re-estimated on training images unless noted otherwise."
         ),
-        table,
+        Table(
+            ("arm", *(_OUTCOME_HEADERS[name] for name in measured)),
+            [
+                (arm.arm.label, *(format_spread(arm.values(name)) for name in measured))
+                for arm in populations
+            ],
+        ),
         Picture(
             "outcomes",
             plots.outcomes(populations, "test accuracy (%)"),
             "Single networks, ensembles and soups; bars are one standard deviation. A number at "
-            "the left end is the accuracy of a soup far below the axis.",
+            "the left edge is the accuracy of a soup far below the axis.",
         ),
     ]
 
 
-def _invalid_filters(lines: Sequence[ArmLine]) -> list[Block]:
-    counted = [
-        line for line in lines if any(row.filters.get("filters") for row in line.rows.values())
-    ]
+def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
+    counted = [(arm, rows) for arm in arms if len(rows := arm.rows[arm.rows["filters"] > 0])]
     if not counted:
         return []
-    rows = []
-    for line in counted:
-        filters = [row.filters for row in line.rows.values() if row.filters.get("filters")]
-        cells = [spread_text([float(f[name]) for f in filters], 1) for name in _FILTERS]
-        rows.append((line.arm.label, *cells, str(filters[0]["filters"])))
+    table = [
+        (
+            arm.arm.label,
+            *(format_spread(rows[name].astype(float), 1) for name in _FILTER_HEADERS),
+            str(rows["filters"].iloc[0]),
+        )
+        for arm, rows in counted
+    ]
     return [
         Heading(2, "Invalid filters"),
         Paragraph(
-            "Filters of the trained member with the largest learning rate whose L1 norm is below a "
-            "threshold, mean ± standard deviation over the seeds: without exchange (before "
-            "grafting, so to say) and with it."
+            "Filters of the member with the largest learning rate whose L1 norm is below a "
+            "threshold after the training, mean ± standard deviation over the seeds."
         ),
-        Table(("trained", *_FILTERS.values(), "filters in all"), rows),
-        Picture("filters", plots.filters(counted, _FILTERS), "Share of invalid filters."),
+        Table(("arm", *_FILTER_HEADERS.values(), "filters"), table),
+        Picture(
+            "filters",
+            plots.invalid_filters([arm for arm, _ in counted], _FILTER_HEADERS),
+            "Share of invalid filters.",
+        ),
     ]
 
 
-def _costs(lines: Sequence[ArmLine]) -> list[Block]:
-    told = [line for line in lines if line.rows]
-    if not told:
+def _costs(arms: Sequence[ArmResult]) -> list[Block]:
+    trained = [arm for arm in arms if len(arm.rows)]
+    if not trained:
         return []
-    rows = [
-        (
-            line.arm.label,
-            spread_text([row.wall_seconds for row in line.rows.values()], 1),
-            spread_text([row.core_seconds for row in line.rows.values()], 1),
-        )
-        for line in told
-    ]
+    columns = ("wall_seconds", "core_seconds")
     return [
         Heading(2, "Cost"),
         Paragraph(
-            "Of one training of the whole population, starting and testing included, in seconds; "
-            "wall time depends on what else the machine did."
+            "Time to train the whole population once, startup and evaluation included, in seconds. "
+            "Wall time depends on the load of the machine."
         ),
-        Table(("trained", "wall time, s", "processor time, core-s"), rows),
-        Picture(
-            "cost",
-            plots.cost(told),
-            "What a training costs.",
+        Table(
+            ("arm", "wall time, s", "CPU time, core-s"),
+            [
+                (arm.arm.label, *(format_spread(arm.rows[name], 1) for name in columns))
+                for arm in trained
+            ],
         ),
+        Picture("cost", plots.costs(trained), "Time to train the whole population once."),
     ]
+
+
+# Choices made on a validation split
+
+
+def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
+    if not state.regimes:
+        return []
+    search, primary = state.plan.search, state.plan.primary
+    table = []
+    for regime in state.regimes:
+        test = gain(regime, rows, primary)
+        spread = "" if test.deviation is None else f" ± {test.deviation:.2f}"
+        table.append(
+            (
+                regime.recipe,
+                format_options(search.recipes[regime.recipe] or {}),
+                str(regime.networks),
+                regime.method,
+                _format(mean_outcome(regime.runs, rows, primary)),
+                _format(mean_outcome(regime.control_runs, rows, primary)),
+                f"{format_signed(test.mean)}{spread}" if test.n else "–",
+                str(test.n),
+                "chosen" if regime is state.chosen else "",
+            )
+        )
+    header = (
+        *("regime", "options", "networks", "method", "with exchange, %", "without, %"),
+        *("gain ± std", "n", ""),
+    )
+    return [
+        Heading(2, "Regime search"),
+        Paragraph(
+            f"All regimes of the search, on a validation split, with seeds {_join(search.seeds)}. "
+            "Test accuracies of these runs were not read. The regime with the largest mean gain "
+            f"was trained again with seeds {_join(search.confirm_seeds)} and evaluated on the test "
+            "set. The largest of many gains is biased upward, so only the results on the test set "
+            "count."
+        ),
+        Table(header, table),
+    ]
+
+
+def _learning_rate_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
+    heading = Heading(2, "Best learning rate of a single network")
+    if not state.candidates:
+        rates = sorted({f"{rate:.4g}" for rate in state.best_lr.values() if rate})
+        given = state.plan.best_lr.value is not None
+        source = "given by the plan" if given else "the only learning rate of the plan's networks"
+        return [heading, Paragraph(f"{', '.join(rates)}: {source}. There were no trials.")]
+    table = [
+        (
+            format_options(_beyond_recipe(without_exchange(candidate.trial.options), state)),
+            f"{candidate.lr:.4g}",
+            _format(mean_outcome(candidate.runs, rows, "largest_lr_member")),
+            "chosen" if state.best_lr[candidate.trial.key] == candidate.lr else "",
+        )
+        for candidate in state.candidates
+    ]
+    return [
+        heading,
+        Paragraph(
+            "Chosen by mean validation accuracy after the last epoch, with seeds "
+            f"{_join(state.plan.lr_seeds)}. Test accuracies of these runs were not read."
+        ),
+        Table(("options of the network", "learning rate", "validation accuracy, %", ""), table),
+    ]
+
+
+# Runs, statistics and provenance
+
+
+def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> list[Block]:
+    keys = [run.key for run in state.all_runs if run.key in results.rows.index]
+    rows = results.rows.loc[keys]
+    blocks: list[Block] = []
+    failed = rows[rows["status"] == "failed"]
+    if len(failed):
+        texts = [
+            f"{row['arm']}, K = {row['networks']}, seed {row['seed']}: {row['error']}"
+            for _, row in failed.iterrows()
+        ]
+        blocks += [Heading(2, "Failed runs"), Items(texts)]
+    blocks += [
+        Heading(2, "All runs"),
+        Paragraph(
+            "Accuracies in percent on the split in the column on. results.csv has the same runs "
+            "with more columns, curves.csv their learning curves."
+        ),
+        Table(
+            ("arm", "K", "seed", "on", "largest lr", "each member", "ensemble", "core-s", "run"),
+            [
+                (
+                    row["arm"],
+                    str(row["networks"]),
+                    str(row["seed"]),
+                    row["split"] if row["status"] == "ok" else "failed",
+                    _format(row["largest_lr_member"]),
+                    " ".join(f"{float(member):.2f}" for member in row["members"].split()) or "–",
+                    _format(row["ensemble"]),
+                    f"{row['core_seconds']:.1f}",
+                    str(key),
+                )
+                for key, row in rows.iterrows()
+            ],
+            dense=True,
+        ),
+        Heading(2, "Statistics"),
+        Paragraph(STATISTICS_TEXT),
+    ]
+    if state.design:
+        options = [
+            (arm.label, format_options(_beyond_recipe(arm.options, state)))
+            for arm in state.design.arms
+        ]
+        blocks += [Heading(2, "Options on top of the recipe"), Table(("arm", "options"), options)]
+    return blocks + _provenance(state, rows, starts)
+
+
+def _beyond_recipe(options: TrainOptions, state: StudyState) -> TrainOptions:
+    recipe = dict(flatten(state.confirmed.recipe))
+    return {name: value for name, value in flatten(options) if recipe.get(name, ...) != value}
+
+
+def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) -> list[Block]:
+    sha256 = plan_sha256(state.plan)
+    facts = [f"plan: sha256 {sha256} of plan.yaml"]
+    first = next((start for start in starts if start.plan_sha256 == sha256), None)
+    if first:
+        before = "the first run"
+        if first.runs_before:
+            before = f"the remaining runs, {first.runs_before} existed"
+        facts.append(f"plan fixed: {first.time}, before {before}")
+    replaced = {start.plan_sha256: start for start in starts if start.plan_sha256 != sha256}
+    facts += [
+        f"replaced plan: sha256 {start.plan_sha256}, fixed {start.time}"
+        for start in replaced.values()
+    ]
+    for name, values in (
+        ("command", [start.command for start in starts]),
+        ("hardware", [start.hardware for start in starts]),
+        (
+            "versions of the comparison",
+            [" ".join(f"{n} {v}" for n, v in start.versions.items()) for start in starts],
+        ),
+        ("versions of the runs", rows["versions"]),
+        ("commit of the runs", rows["commit"]),
+    ):
+        facts += [f"{name}: {value}" for value in dict.fromkeys(values) if value]
+    wall, cores = rows["wall_seconds"].sum() / 3600, rows["core_seconds"].sum() / 3600
+    facts.append(f"total training time: {wall:.2f} h, {cores:.2f} core-hours")
+    return [Heading(2, "Provenance"), Items(facts), Code(plan_text(state.plan))]

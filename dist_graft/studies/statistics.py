@@ -1,27 +1,32 @@
-"""Differences between runs that share a seed: intervals, Holm's correction, what could be shown.
+"""Paired comparisons over seeds: t-tests, Holm's correction, minimum detectable differences.
 
-The unit is the seed: networks of one population are not independent of each other.
+The sampling unit is the seed. Networks of one population are not independent.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy import special
+import numpy as np
+import pandas as pd
+from scipy import special, stats
+from statsmodels.stats.multitest import multipletests
+
+from dist_graft.studies.controls import Arm, Contrast, Run
 
 ALPHA = 0.05
-"""Chance of any false difference in a table."""
+"""Family-wise error rate of a table."""
 POWER = 0.8
-"""Chance with which `smallest_difference` would have been shown."""
-_ROUNDING = 1e-9  # percentage points: differences this close are equal
+"""Power at which `minimum_detectable_difference` is computed."""
+_ROUNDING = 1e-9  # percentage points: differences this close count as equal
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Differences of n pairs; the unit is that of the values."""
+class PairedTest:
+    """Two-sided paired t-test of n differences, in the unit of the values."""
 
     n: int
     mean: float
@@ -29,73 +34,173 @@ class Paired:
     deviation: float | None
     """Sample standard deviation (n − 1); None with fewer than two pairs."""
     p: float | None
-    """Of the two-sided paired t-test; None when it cannot be computed: fewer than two pairs, or no
-    spread at all."""
+    """p-value; None if undefined: fewer than two pairs, or no variation."""
 
 
-def paired(differences: Sequence[float]) -> Paired:
-    """Two-sided paired t-test against zero.
+def paired_test(differences: Iterable[float]) -> PairedTest:
+    """Test paired differences against zero.
 
-    Equal differences have no spread to measure the mean by, so that p is None; where accuracies are
-    counts of a few images, they come about by chance.
+    Without variation p is None. Accuracies are counts of images divided by their number, so a few
+    differences can be equal by chance.
     """
-    n = len(differences)
-    if n == 0:
-        return Paired(0, math.nan, None, None)
-    mean = statistics.fmean(differences)
-    if n == 1:
-        return Paired(1, mean, None, None)
-    deviation = statistics.stdev(differences)
-    if max(differences) - min(differences) < _ROUNDING:
-        return Paired(n, mean, 0.0, None)
-    t = mean / (deviation / math.sqrt(n))
-    return Paired(n, mean, deviation, float(2 * special.stdtr(n - 1, -abs(t))))
+    values = list(differences)
+    spread = mean_and_deviation(values)
+    if spread is None:
+        return PairedTest(0, math.nan, None, None)
+    mean, deviation = spread
+    if deviation is None:
+        return PairedTest(1, mean, None, None)
+    if max(values) - min(values) < _ROUNDING:
+        return PairedTest(len(values), mean, 0.0, None)
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    return PairedTest(len(values), mean, deviation, p)
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What Holm's procedure says of one line of a table."""
+class HolmDecision:
+    """Result of Holm's procedure for one row of a table."""
 
     level: float
-    """Significance level that the line was held against; for lines that the procedure did not
-    reach, the one at which it stopped."""
+    """Significance level that the p-value was compared with; for rows after the first that was not
+    rejected, the level of that one."""
     adjusted_p: float
-    shown: bool
-    """Whether the difference is shown, with a chance of at most alpha of any false one."""
+    rejected: bool
+    """Whether a difference is shown, at a family-wise error rate of alpha."""
 
 
-def holm(p_values: Sequence[float | None], alpha: float = ALPHA) -> list[Decision]:
-    """Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979).
+def holm(p_values: Sequence[float | None], alpha: float = ALPHA) -> list[HolmDecision]:
+    """Apply Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979).
 
-    The i-th smallest of m p-values, counted from 0, is held against alpha / (m − i), until one is
-    larger. A line without a p-value counts as one that is 1.
+    The i-th smallest of m p-values, counted from 0, is compared with alpha / (m − i), until one is
+    larger. A missing p-value counts as 1.
 
-    Returns: a decision for each value, in the order given. An interval at a line's level excludes
-    zero exactly when its difference is shown.
+    Returns: one decision per p-value, in the same order. A confidence interval at a row's level
+    excludes zero exactly if the row is rejected.
     """
-    m = len(p_values)
-    filled = [1.0 if p is None else p for p in p_values]
-    decisions: dict[int, Decision] = {}
-    going, level, adjusted = True, alpha, 0.0
-    for place, index in enumerate(sorted(range(m), key=lambda index: filled[index])):
-        adjusted = max(adjusted, min(1.0, (m - place) * filled[index]))
-        if going:
-            level = alpha / (m - place)
-            going = filled[index] <= level
-        decisions[index] = Decision(level, adjusted, going)
-    return [decisions[index] for index in range(m)]
+    if not p_values:
+        return []
+    p = np.array([1.0 if value is None else value for value in p_values])
+    rejected, adjusted, _, _ = multipletests(p, alpha, method="holm")
+    rank = np.empty(len(p), dtype=int)
+    rank[np.argsort(p, kind="stable")] = np.arange(len(p))
+    levels = alpha / (len(p) - np.minimum(rank, rejected.sum()))
+    return [
+        HolmDecision(*row)
+        for row in zip(levels.tolist(), adjusted.tolist(), rejected.tolist(), strict=True)
+    ]
 
 
 def half_width(n: int, deviation: float, level: float) -> float:
-    """Half of the t-interval of the mean, at confidence 1 − level: t(n − 1) · s / √n."""
-    return float(-special.stdtrit(n - 1, level / 2)) * deviation / math.sqrt(n)
+    """Half-width t(n − 1) · s / √n of the mean's t-interval, at confidence 1 − `level`."""
+    return float(stats.t.isf(level / 2, n - 1)) * deviation / math.sqrt(n)
 
 
-def smallest_difference(n: int, deviation: float, level: float, power: float = POWER) -> float:
-    """The true difference that n pairs with this spread would have shown with chance `power`.
+def minimum_detectable_difference(
+    n: int, deviation: float, level: float, power: float = POWER
+) -> float:
+    """True difference that n pairs with this deviation show with probability `power`.
 
-    From the noncentral t distribution, two-sided at `level`; that a difference of the wrong sign is
-    shown is left out of account.
+    From the noncentral t distribution, two-sided at `level`, ignoring rejections of the wrong sign.
     """
-    critical = float(-special.stdtrit(n - 1, level / 2))
+    critical = stats.t.isf(level / 2, n - 1)
     return float(special.nctdtrinc(n - 1, 1 - power, critical)) * deviation / math.sqrt(n)
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation (n − 1, None for one value); None without values."""
+    values = list(values)
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """Runs of an arm."""
+
+    arm: Arm
+    rows: pd.DataFrame
+    """Rows of the runs that succeeded, indexed by seed."""
+    failed: Sequence[int]
+    """Seeds of the runs that failed."""
+    missing: Sequence[int]
+    """Seeds of the runs that have not been started."""
+
+    def values(self, outcome: str) -> pd.Series[float]:
+        """Outcome by seed, where it was measured."""
+        return self.rows[outcome].dropna()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastResult:
+    """Method minus control in percentage points, over the seeds that both have."""
+
+    contrast: Contrast
+    differences: pd.Series[float]
+    """By seed."""
+    planned: int
+    """Number of seeds in the plan."""
+    test: PairedTest
+    decision: HolmDecision
+    half_width: float | None
+    """Half-width of the confidence interval at the decision's level; None without variation."""
+    detectable: float | None
+    """Minimum detectable difference; None without variation."""
+
+
+def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
+    """Collect the runs of an arm from rows indexed by key."""
+    keys = {Run(phase="comparison", arm=arm, seed=seed).key: seed for seed in seeds}
+    found = rows.loc[[key for key in keys if key in rows.index]].reset_index().set_index("seed")
+    return ArmResult(
+        arm=arm,
+        rows=found[found["status"] == "ok"],
+        failed=found.index[found["status"] == "failed"].tolist(),
+        missing=[seed for key, seed in keys.items() if key not in rows.index],
+    )
+
+
+def contrast_results(
+    contrasts: Sequence[Contrast], seeds: Sequence[int], rows: pd.DataFrame
+) -> list[ContrastResult]:
+    """Test each contrast, with Holm's correction over all of them."""
+    differences = [
+        (
+            arm_result(contrast.method, seeds, rows).values(contrast.outcome)
+            - arm_result(contrast.control, seeds, rows).values(contrast.control_outcome)
+        )
+        .reindex(list(seeds))
+        .dropna()
+        for contrast in contrasts
+    ]
+    tests = [paired_test(by_seed) for by_seed in differences]
+    decisions = holm([test.p for test in tests])
+    return [
+        contrast_result(contrast, by_seed, len(seeds), test, decision)
+        for contrast, by_seed, test, decision in zip(
+            contrasts, differences, tests, decisions, strict=True
+        )
+    ]
+
+
+def contrast_result(
+    contrast: Contrast,
+    differences: pd.Series[float],
+    planned: int,
+    test: PairedTest,
+    decision: HolmDecision,
+) -> ContrastResult:
+    """Add the confidence interval and the minimum detectable difference to a tested contrast."""
+    width = detectable = None
+    if test.p is not None and test.deviation is not None:
+        width = half_width(test.n, test.deviation, decision.level)
+        detectable = minimum_detectable_difference(test.n, test.deviation, decision.level)
+    return ContrastResult(
+        contrast=contrast,
+        differences=differences,
+        planned=planned,
+        test=test,
+        decision=decision,
+        half_width=width,
+        detectable=detectable,
+    )

@@ -1,4 +1,4 @@
-"""Runs that were never trained: rows as a comparison would write them, with numbers made up."""
+"""Results of runs that were never trained, with made-up numbers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dist_graft.studies.execution import Run
-from dist_graft.studies.outcomes import CurvePoint
-from dist_graft.studies.plan import Plan
-from dist_graft.studies.results import Results, Row
-from dist_graft.studies.state import State, state_of
+import pandas as pd
+
+from dist_graft.studies.controls import Run
+from dist_graft.studies.execution import Row
+from dist_graft.studies.plan import Plan, parse_plan
+from dist_graft.studies.records import Results
+from dist_graft.studies.selection import StudyState, study_state
 from dist_graft.training.learning_rates import learning_rates
 
 
-def row_of(run: Run, value: float, *, status: str = "ok", error: str = "") -> Row:
-    """A row whose primary outcome is `value`, and everything else near it."""
+def make_plan(**changes: Any) -> Plan:
+    """A plan of one method, two networks and two seeds, with changes to its fields."""
+    content = {"name": "p", "methods": ["graft"], "networks": [2], "seeds": [0, 1]}
+    return parse_plan(content | changes)
+
+
+def made_up_row(run: Run, value: float, *, error: str = "") -> Row:
+    """Row of a run whose member with the largest learning rate reaches `value`; others are near.
+
+    With an error, the row of a failed run.
+    """
     rates = learning_rates(run.config.optim, run.arm.networks)
     draws = random.Random(run.key)
     members = [value - draws.uniform(0, 0.8) for _ in rates[1:]] + [value]
@@ -27,55 +39,54 @@ def row_of(run: Run, value: float, *, status: str = "ok", error: str = "") -> Ro
             "uniform_soup": value - (0 if run.config.method == "graft" else 70),
             "uniform_soup_as_is": value - (0.1 if run.config.method == "graft" else 4),
         }
-    return Row(
-        key=run.key,
-        phase=run.phase,
-        arm=run.arm.name,
-        role=run.arm.role,
-        networks=run.arm.networks,
-        seed=run.seed,
-        status=status,
-        split=run.split,
-        outcomes=outcomes if status == "ok" else {},
-        members=members if status == "ok" else (),
-        learning_rates=rates,
-        filters={
-            "filters": 240,
-            "invalid_0.1": draws.randint(8, 30),
-            "invalid_0.01": draws.randint(2, 9),
-        }
-        if status == "ok"
-        else {},
-        wall_seconds=11.0 * run.cost * draws.uniform(0.95, 1.1),
-        core_seconds=6.0 * run.cost * draws.uniform(0.97, 1.03),
-        epochs=run.config.epochs,
-        finished="2026-01-02T03:04:05Z",
-        versions="dist_graft 0.1.0 torch 2.14.1",
-        commit="0123abcd",
-        error=error,
-    )
+    filters = {
+        "filters": 240,
+        "invalid_0.1": draws.randint(8, 30),
+        "invalid_0.01": draws.randint(2, 9),
+    }
+    measured = {"members": members} | outcomes | filters
+    return {
+        "key": run.key,
+        "phase": run.phase,
+        "arm": run.arm.name,
+        "role": run.arm.role,
+        "networks": run.arm.networks,
+        "seed": run.seed,
+        "status": "failed" if error else "ok",
+        "split": run.split,
+        "learning_rates": rates,
+        "wall_seconds": 11.0 * run.cost * draws.uniform(0.95, 1.1),
+        "core_seconds": 6.0 * run.cost * draws.uniform(0.97, 1.03),
+        "epochs": run.config.epochs,
+        "finished": "2026-01-02T03:04:05Z",
+        "versions": "dist_graft 0.1.0 torch 2.14.1",
+        "commit": "0123abcd",
+        "error": error,
+        **({} if error else measured),
+    }
 
 
-def curve_of(run: Run, value: float) -> list[CurvePoint]:
-    """A learning curve that ends near `value`."""
+def made_up_curve(run: Run, value: float) -> pd.DataFrame:
+    """Learning curve that ends near `value`."""
     draws, epochs = random.Random(run.key), run.config.epochs
-    return [
-        CurvePoint(epoch, shown, shown - 0.3)
+    accuracy = [
+        value - 30 * math.exp(-6 * (epoch + 1) / epochs) + draws.gauss(0, 0.3)
         for epoch in range(epochs)
-        for shown in [value - 30 * math.exp(-6 * (epoch + 1) / epochs) + draws.gauss(0, 0.3)]
     ]
+    curve = pd.DataFrame({"epoch": range(epochs), "largest_lr_member": accuracy})
+    return curve.assign(mean_of_members=curve["largest_lr_member"] - 0.3)
 
 
-def carried_out(
+def carry_out(
     plan: Plan, folder: Path, value_of: Callable[[Run], float]
-) -> tuple[State, Results]:
-    """The plan with all its runs, each as good as `value_of` says; NaN makes a run fail."""
+) -> tuple[StudyState, Results]:
+    """Record a result for every run of the plan, `value_of(run)`; NaN means that it failed."""
     results = Results(folder)
-    for name in ("search_runs", "lr_runs", "comparison_runs"):
-        for run in getattr(state_of(plan, results.rows), name):
+    for phase in ("search_runs", "lr_runs", "comparison_runs"):
+        for run in getattr(study_state(plan, results.rows), phase):
             value = value_of(run)
             if math.isnan(value):
-                results.add(row_of(run, 0.0, status="failed", error="weights are not finite"))
+                results.add(made_up_row(run, value, error="weights are not finite"))
             else:
-                results.add(row_of(run, value), curve_of(run, value))
-    return state_of(plan, results.rows), results
+                results.add(made_up_row(run, value), made_up_curve(run, value))
+    return study_state(plan, results.rows), results

@@ -1,9 +1,10 @@
-"""Stands in for `train` and `evaluate`: writes what they would write, in a moment.
+"""Stand-in for ``train`` and ``evaluate`` that writes their files without training.
 
-    stand_in.py train OPTIONS RUN_DIR NETWORKS BEHAVIOUR     stand_in.py evaluate RUN_DIR
+    stand_in.py train OPTIONS RUN_DIR NETWORKS BEHAVIOUR
+    stand_in.py evaluate RUN_DIR
 
-BEHAVIOUR is a folder: a file that is named like the run directory says what the run does (fail,
-silent, sleep), and every start is noted in its file `starts`.
+BEHAVIOUR is a folder. A file with the name of the run directory contains what the run does: fail,
+silent, killed or sleep. Each start appends the name to the file `starts`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from pathlib import Path
 def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     with (behaviour / "starts").open("a") as file:
         file.write(f"{run.name}\n")
-    what = behaviour / run.name
-    wanted = what.read_text() if what.exists() else ""
+    path = behaviour / run.name
+    action = path.read_text() if path.exists() else ""
     print(f"training {run}")
-    if wanted == "fail":
-        print("dist-graft: error: network 1: stopped by SIGTERM; another line says why")
+    if action == "fail":
+        print("dist-graft: error: network 1: stopped by SIGTERM; another network failed")
         print(
             "dist-graft: error: epoch 0: network 0 has a weight that is not finite in conv.weight"
         )
         print("and a table of failures")
         return 1
-    if wanted == "silent":
+    if action == "silent":
         return 3
-    if wanted == "killed":
+    if action == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     value = 80.0 + options["seed"] + (0.5 if options["method"] == "graft" else 0.0)
     for network in range(networks):
@@ -39,7 +40,7 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         folder.mkdir(exist_ok=True)
         line = {"test_accuracy": value, "val_accuracy": value - 1}
         (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * options["epochs"])
-    if wanted == "sleep":
+    if action == "sleep":
         time.sleep(60)
     for epoch in (1, 2):
         folder = run / "checkpoints" / f"epoch_{epoch:04d}"

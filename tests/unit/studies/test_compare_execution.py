@@ -1,10 +1,14 @@
-"""The harness around a stand-in for training: what is run, what is not run again, what is said."""
+"""Execution of a comparison, with a stand-in for training: runs, retries, signals, results."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +16,33 @@ from typing import Any
 
 import pytest
 import yaml
+from made_up import make_plan
 
-from dist_graft.errors import ConfigError, RunDirectoryError, StoppedError
-from dist_graft.studies import execution, history
+from dist_graft.errors import ConfigError, RunDirectoryError, StartError, StoppedError
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.studies import command, comparison, execution
 from dist_graft.studies.comparison import FailedRunsError, compare
-from dist_graft.studies.execution import Run, error_line, train_command
-from dist_graft.studies.plan import Plan, plan_of
-from dist_graft.studies.results import Results
-from dist_graft.studies.state import state_of
+from dist_graft.studies.controls import Run
+from dist_graft.studies.execution import (
+    error_line,
+    finished_epochs,
+    largest,
+    read_curve,
+    read_test,
+    read_validation,
+    summarize,
+    train_command,
+)
+from dist_graft.studies.plan import Plan
+from dist_graft.studies.records import OUTCOMES, Results, read_starts
+from dist_graft.studies.selection import study_state
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
 
 @pytest.fixture
 def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder that says what runs do; training and evaluating are stood in for."""
+    """Folder of files that control the stand-ins for training and evaluation."""
     folder = tmp_path / "behaviour"
     folder.mkdir()
 
@@ -46,7 +62,7 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
+def _restore_signal_handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -54,23 +70,14 @@ def _signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is tested with the report."""
-    from dist_graft.studies import comparison
-
-    monkeypatch.setattr(comparison, "write_report", lambda *_: ["the verdict"])
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "build_report", lambda *_: ([], ["the conclusion"]))
+    monkeypatch.setattr(comparison, "write_report", lambda *_: None)
 
 
 def plan(**changes: Any) -> Plan:
-    content = {
-        "name": "p",
-        "recipe": {"epochs": 1},
-        "methods": ["graft"],
-        "networks": [2],
-        "seeds": [0, 1],
-        "leave_out": ["constant", "shuffled", "one_network"],
-    }
-    return plan_of(content | changes)
+    leave_out = ["constant", "shuffled", "one_network"]
+    return make_plan(**{"recipe": {"epochs": 1}, "leave_out": leave_out} | changes)
 
 
 def starts(behaviour: Path) -> list[str]:
@@ -82,49 +89,45 @@ def folder_of(run: Run) -> str:
     return f"k{run.arm.networks}-seed{run.seed}-{run.key}"
 
 
-class TestAComparison:
+class TestComparison:
     def test_runs_everything_once(
         self, behaviour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         text = compare(plan(), tmp_path / "out")
-        assert text.splitlines() == ["the verdict", f"report: {tmp_path / 'out/report.html'}"]
-        runs = state_of(plan(), {}).comparison_runs
+        assert text.splitlines() == ["the conclusion", f"report: {tmp_path / 'out/report.html'}"]
+        runs = study_state(plan()).comparison_runs
         assert starts(behaviour) == [folder_of(run) for run in runs]
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith("comparison 1/4: graft, 2 networks, seed 0: 80.50 % (test), ")
         assert "about" in lines[0]
         assert "about" not in lines[-1]
         rows = Results(tmp_path / "out").rows
-        assert [rows[run.key].outcomes["largest_lr_member"] for run in runs] == [
-            80.5,
-            80.0,
-            81.5,
-            81.0,
-        ]
-        row = rows[runs[0].key]
-        assert (row.status, row.split, row.commit) == ("ok", "test", "c0ffee")
-        assert row.outcomes["uniform_soup"] == 20.0
-        assert row.wall_seconds > 0
-        assert row.core_seconds > 0
-        assert "filters not counted" in row.error  # the stand-in leaves no weights
+        assert rows.index.tolist() == [run.key for run in runs]
+        assert rows["largest_lr_member"].tolist() == [80.5, 80.0, 81.5, 81.0]
+        row = rows.iloc[0]
+        assert row[["status", "split", "commit"]].tolist() == ["ok", "test", "c0ffee"]
+        assert row["uniform_soup"] == 20.0
+        assert row["wall_seconds"] > 0
+        assert row["core_seconds"] > 0
+        assert "filters not counted" in row["error"]  # the stand-in saves no weights
 
-    def test_is_not_run_again(self, behaviour: Path, tmp_path: Path) -> None:
+    def test_finished_runs_are_not_repeated(self, behaviour: Path, tmp_path: Path) -> None:
         compare(plan(), tmp_path / "out")
         before = (tmp_path / "out/results.csv").read_bytes()
         compare(plan(), tmp_path / "out")
         assert len(starts(behaviour)) == 4
         assert (tmp_path / "out/results.csv").read_bytes() == before
 
-    def test_a_plan_with_more_seeds_runs_what_is_new(self, behaviour: Path, tmp_path: Path) -> None:
+    def test_added_seeds_are_run(self, behaviour: Path, tmp_path: Path) -> None:
         compare(plan(), tmp_path / "out")
         compare(plan(seeds=[0, 1, 2]), tmp_path / "out")
         assert len(starts(behaviour)) == 6
-        entries = history.read_history(tmp_path / "out")
+        entries = read_starts(tmp_path / "out")
         assert [entry.runs_before for entry in entries] == [0, 4]
         first = tmp_path / "out" / f"plan-{entries[0].plan_sha256[:8]}.yaml"
         assert yaml.safe_load(first.read_text())["seeds"] == [0, 1]
 
-    def test_the_plan_is_written_down_before_anything_runs(
+    def test_plan_is_recorded_before_the_first_run(
         self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def no_training(run: Run, at: Path) -> list[str]:
@@ -133,9 +136,7 @@ class TestAComparison:
         monkeypatch.setattr(execution, "train_command", no_training)
         with pytest.raises(KeyboardInterrupt):
             compare(plan(), tmp_path / "out")
-        import hashlib
-
-        (entry,) = history.read_history(tmp_path / "out")
+        (entry,) = read_starts(tmp_path / "out")
         content = (tmp_path / "out/plan.yaml").read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry.plan_sha256
         assert entry.primary == "largest_lr_member"
@@ -143,11 +144,11 @@ class TestAComparison:
         assert not (tmp_path / "out/results.csv").exists()
 
     @pytest.mark.parametrize("change", [{"primary": "ensemble"}, {"against": "best_lr"}])
-    def test_what_is_compared_is_not_changed_afterwards(
+    def test_primary_outcome_and_control_must_not_change(
         self, behaviour: Path, tmp_path: Path, change: dict[str, str]
     ) -> None:
         compare(plan(), tmp_path / "out")
-        with pytest.raises(ConfigError, match="what is compared is not changed afterwards"):
+        with pytest.raises(ConfigError, match="must not change once there are runs"):
             compare(plan(**change), tmp_path / "out")
         assert len(starts(behaviour)) == 4
 
@@ -159,72 +160,71 @@ class TestAComparison:
         for run in (tmp_path / "out/runs").iterdir():
             assert [path.name for path in sorted(run.glob("checkpoints/*"))] == left
 
-    def test_only_one_at_a_time(self, behaviour: Path, tmp_path: Path) -> None:
-        import fcntl
-
+    def test_directory_is_locked(self, behaviour: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with (tmp_path / "out/.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             with pytest.raises(RunDirectoryError, match="another comparison is running in"):
                 compare(plan(), tmp_path / "out")
 
-    def test_the_best_learning_rate_is_found_first(self, behaviour: Path, tmp_path: Path) -> None:
+    def test_learning_rate_search_comes_first(self, behaviour: Path, tmp_path: Path) -> None:
         asked = plan(best_lr={"candidates": [0.1, 0.2]})
         compare(asked, tmp_path / "out")
-        rows = list(Results(tmp_path / "out").rows.values())
-        assert [row.phase for row in rows[:4]] == ["best_lr"] * 4
-        assert {row.outcomes["largest_lr_member"] for row in rows[:4]} == {79.0 + 1000, 79.0 + 1001}
-        assert {row.phase for row in rows[4:]} == {"comparison"}
+        rows = Results(tmp_path / "out").rows
+        assert rows["phase"].tolist() == ["best_lr"] * 4 + ["comparison"] * (len(rows) - 4)
+        assert set(rows["largest_lr_member"][:4]) == {79.0 + 1000, 79.0 + 1001}
 
-    def test_a_report_alone_runs_nothing(self, behaviour: Path, tmp_path: Path) -> None:
+    def test_report_only_runs_nothing(self, behaviour: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        with pytest.raises(RunDirectoryError, match="holds no comparison to report on"):
+        with pytest.raises(RunDirectoryError, match="has no comparison to report on"):
             compare(plan(), out, report_only=True)
         compare(plan(), out)
-        assert "the verdict" in compare(plan(), out, report_only=True)
+        assert "the conclusion" in compare(plan(), out, report_only=True)
         assert len(starts(behaviour)) == 4
-        with pytest.raises(ConfigError, match="holds a comparison of another plan"):
+        with pytest.raises(ConfigError, match="has the comparison of another plan"):
             compare(plan(seeds=[0, 1, 2]), out, report_only=True)
 
 
-class TestARunThatFails:
-    def test_is_told_in_one_line_and_the_others_go_on(
+class TestFailedRun:
+    def test_is_reported_in_one_line_and_the_others_run(
         self, behaviour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        broken = state_of(plan(), {}).comparison_runs[1]
+        broken = study_state(plan()).comparison_runs[1]
         (behaviour / folder_of(broken)).write_text("fail")
         with pytest.raises(
             FailedRunsError, match="1 of 4 runs failed, the first with: epoch 0: net"
         ):
             compare(plan(), tmp_path / "out")
         rows = Results(tmp_path / "out").rows
-        assert [row.status for row in rows.values()] == ["ok", "failed", "ok", "ok"]
+        assert rows["status"].tolist() == ["ok", "failed", "ok", "ok"]
         line = "epoch 0: network 0 has a weight that is not finite in conv.weight"
-        assert rows[broken.key].error == line
-        assert rows[broken.key].outcomes == {}
+        assert rows.loc[broken.key, "error"] == line
+        assert rows.loc[broken.key, list(OUTCOMES)].isna().all()
         assert f"failed: {line}" in capsys.readouterr().out
 
-    def test_is_tried_again_and_only_that(self, behaviour: Path, tmp_path: Path) -> None:
-        broken = state_of(plan(), {}).comparison_runs[1]
+    def test_is_retried_alone(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[1]
         (behaviour / folder_of(broken)).write_text("fail")
         with pytest.raises(FailedRunsError):
             compare(plan(), tmp_path / "out")
         (behaviour / folder_of(broken)).unlink()
         compare(plan(), tmp_path / "out")
         assert starts(behaviour)[4:] == [folder_of(broken)]
-        assert all(row.status == "ok" for row in Results(tmp_path / "out").rows.values())
+        results = Results(tmp_path / "out")
+        assert set(results.rows["status"]) == {"ok"}
+        assert results.all_rows["status"].tolist() == ["ok", "failed", "ok", "ok", "ok"]
 
     @pytest.mark.parametrize(
         ("what", "line"), [("silent", "training "), ("killed", "killed by SIGKILL")]
     )
-    def test_without_a_line_of_its_own(
+    def test_without_an_error_line(
         self, behaviour: Path, tmp_path: Path, what: str, line: str
     ) -> None:
-        broken = state_of(plan(), {}).comparison_runs[0]
+        broken = study_state(plan()).comparison_runs[0]
         (behaviour / folder_of(broken)).write_text(what)
         with pytest.raises(FailedRunsError):
             compare(plan(), tmp_path / "out")
-        assert Results(tmp_path / "out").rows[broken.key].error.startswith(line)
+        assert Results(tmp_path / "out").rows.loc[broken.key, "error"].startswith(line)
 
 
 SEARCH = {
@@ -234,22 +234,22 @@ SEARCH = {
 }
 
 
-class TestASearch:
+class TestSearch:
     def plan(self, **changes: Any) -> Plan:
         search = SEARCH | changes
         return plan(seeds=[], search=search, best_lr={"candidates": [0.1, 0.2]})
 
-    def test_comes_before_the_trials_and_the_test(self, behaviour: Path, tmp_path: Path) -> None:
+    def test_comes_before_trials_and_comparison(self, behaviour: Path, tmp_path: Path) -> None:
         compare(self.plan(), tmp_path / "out")
-        phases = [row.phase for row in Results(tmp_path / "out").rows.values()]
+        phases = Results(tmp_path / "out").rows["phase"].tolist()
         assert phases == ["search"] * 4 + ["best_lr"] * 4 + ["comparison"] * len(phases[8:])
         assert len(phases) > 8
 
-    def test_is_not_taken_up_again_once_its_regime_was_tested(
+    def test_is_not_retried_after_its_regime_was_tested(
         self, behaviour: Path, tmp_path: Path
     ) -> None:
         broken = next(
-            r for r in state_of(self.plan(), {}).search_runs if r.arm.name == "graft, fast"
+            r for r in study_state(self.plan()).search_runs if r.arm.name == "graft, fast"
         )
         (behaviour / folder_of(broken)).write_text("fail")
         with pytest.raises(FailedRunsError, match=r"1 of .* runs failed"):
@@ -260,49 +260,49 @@ class TestASearch:
             compare(self.plan(), tmp_path / "out")
         assert starts(behaviour) == before
 
-    def test_is_not_widened_once_its_regime_was_tested(
+    def test_must_not_grow_after_its_regime_was_tested(
         self, behaviour: Path, tmp_path: Path
     ) -> None:
         compare(self.plan(), tmp_path / "out")
         before = starts(behaviour)
-        with pytest.raises(ConfigError, match="is over, and what it found was tested"):
+        with pytest.raises(ConfigError, match="search must not grow after its result"):
             compare(self.plan(seeds=[0, 1]), tmp_path / "out")
         assert starts(behaviour) == before
 
 
-class TestASignal:
+class TestSignal:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_ends_the_run_and_the_same_command_goes_on(
+    def test_stops_the_run_and_the_next_call_resumes(
         self,
         behaviour: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         number: signal.Signals,
     ) -> None:
-        runs = state_of(plan(), {}).comparison_runs
+        runs = study_state(plan()).comparison_runs
         (behaviour / folder_of(runs[1])).write_text("sleep")
-        began = execution.epochs_done
+        count = execution.finished_epochs
 
-        def stop_in_the_second(folder: Path) -> int:
-            if folder.name == folder_of(runs[1]) and began(folder):
+        def stop_in_the_second_run(folder: Path) -> int:
+            if folder.name == folder_of(runs[1]) and count(folder):
                 os.kill(os.getpid(), number)
-            return began(folder)
+            return count(folder)
 
-        monkeypatch.setattr(execution, "epochs_done", stop_in_the_second)
+        monkeypatch.setattr(execution, "finished_epochs", stop_in_the_second_run)
         with pytest.raises(
-            StoppedError, match=r"seed 0, after 1 of 4 runs.*the same command goes on"
+            StoppedError, match=r"seed 0, after 1 of 4 runs.*rerun the command to resume"
         ):
             compare(plan(), tmp_path / "out")
-        assert list(Results(tmp_path / "out").rows) == [runs[0].key]
+        assert Results(tmp_path / "out").rows.index.tolist() == [runs[0].key]
         spent = json.loads((tmp_path / "out/runs" / folder_of(runs[1]) / "cost.json").read_text())
         assert spent["wall_seconds"] > 0
 
-        monkeypatch.setattr(execution, "epochs_done", began)
+        monkeypatch.setattr(execution, "finished_epochs", count)
         (behaviour / folder_of(runs[1])).unlink()
         compare(plan(), tmp_path / "out")
         assert starts(behaviour) == [folder_of(runs[n]) for n in (0, 1, 1, 2, 3)]
-        again = Results(tmp_path / "out").rows[runs[1].key]
-        assert again.wall_seconds > spent["wall_seconds"]
+        rows = Results(tmp_path / "out").rows
+        assert rows.loc[runs[1].key, "wall_seconds"] > spent["wall_seconds"]
 
 
 LINES = [
@@ -321,20 +321,135 @@ LINES = [
         "a process of the run was killed by SIGABRT",
     ),
     ("", -9, "killed by SIGKILL"),
-    ("", 7, "exit status 7, and not a word"),
+    ("", 7, "exit status 7 without output"),
 ]
 
 
 @pytest.mark.parametrize(("output", "status", "line"), LINES)
-def test_the_line_that_says_why(output: str, status: int, line: str) -> None:
+def test_error_line(output: str, status: int, line: str) -> None:
     assert error_line(output, status) == line
 
 
-def test_training_is_started_by_torchrun() -> None:
-    run = state_of(plan(), {}).comparison_runs[0]
+def test_training_uses_torchrun() -> None:
+    run = study_state(plan()).comparison_runs[0]
     words = train_command(run, Path("out/runs/x"))
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in words
     assert words[words.index("-m", 3) + 1 :][:2] == ["dist_graft", "train"]
     assert words[words.index("--config") + 1] == "out/runs/x/options.yaml"
     assert words[words.index("--run_dir") + 1] == "out/runs/x"
+
+
+@pytest.mark.parametrize(
+    ("missing", "names"), [(["pandas"], "pandas"), (command.EXTRA, ", ".join(command.EXTRA))]
+)
+def test_without_the_extra_one_line_says_what_to_install(
+    missing: list[str], names: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
+    with pytest.raises(StartError) as error:
+        next(command.run({"plan": str(tmp_path / "plan.yaml")}, ProcessInfo()))
+    assert str(error.value) == f"compare needs {names}: pip install dist_graft[studies]"
+
+
+def test_the_package_runs_without_the_extra() -> None:
+    """Only studies may import the extra's packages; the command line works without them."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({command.EXTRA!r}))"
+    code = f"{blocked}; from dist_graft.cli import run; sys.exit(run(['compare', 'plan.yaml']))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith("pip install dist_graft[studies]")
+    assert ended.returncode == 1
+
+
+# Results of a run directory
+
+RATES = [0.05, 0.1]
+SUMMARY = {
+    "networks": [
+        {"network": k, "lr": lr, "accuracy_before_last_round": 1.0, "accuracy_after_last_round": a}
+        for k, (lr, a) in enumerate(zip(RATES, [80.0, 84.0], strict=True))
+    ],
+    "ensemble_accuracy_after_last_round": 86.0,
+}
+EVALUATION = {
+    "members": [{"val_accuracy": 70.0}, {"val_accuracy": 75.0}],
+    "uniform_soup": {"batch_norm_as_is": 60.0, "batch_norm_reestimated": 82.0},
+    "greedy_soup": {"members": [1], "batch_norm_as_is": 83.0, "batch_norm_reestimated": 83.5},
+}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+
+
+def write_metrics(run: Path, name: str, *accuracies: list[float | None]) -> None:
+    """Write metrics.jsonl of each network with one accuracy per epoch."""
+    for network, values in enumerate(accuracies):
+        folder = run / f"network{network:02d}"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({name: value}) + "\n" for value in values]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+class TestReading:
+    def test_test_accuracies(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "summary.json", SUMMARY)
+        trained = {"members": [80.0, 84.0], "ensemble": 86.0}
+        assert read_test(tmp_path) == trained
+        write_json(tmp_path / "evaluation.json", EVALUATION)
+        soups = {"uniform_soup": 82.0, "uniform_soup_as_is": 60.0, "greedy_soup": 83.5}
+        assert read_test(tmp_path) == trained | soups
+
+    @pytest.mark.parametrize(
+        ("rates", "network"),
+        [
+            ([0.05, 0.1], 1),
+            ([0.1, 0.05], 0),
+            ([0.1, 0.1], 1),
+            ([0.1], 0),
+            ([0.1, 0.2, 0.2, 0.1], 2),
+        ],
+    )
+    def test_largest_rate_is_the_last_of_equal_ones(self, rates: list[float], network: int) -> None:
+        assert largest(rates) == network
+
+    def test_summary_of_the_members(self) -> None:
+        assert summarize([80.0, 84.0], RATES) == {
+            "largest_lr_member": 84.0,
+            "mean_of_members": 82.0,
+        }
+
+    def test_validation_does_not_need_test_accuracies(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "evaluation.json", {"members": EVALUATION["members"]})
+        assert read_validation(tmp_path, 2) == {"members": [70.0, 75.0]}
+
+    def test_validation_of_a_single_network_is_that_of_its_last_epoch(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, "val_accuracy", [50.0, 61.0])
+        assert read_validation(tmp_path, 1) == {"members": [61.0]}
+        curve = read_curve(tmp_path, [0.1], "validation")
+        assert curve["largest_lr_member"].tolist() == [50.0, 61.0]
+
+    def test_validation_needs_a_split(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, "val_accuracy", [None])
+        with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
+            read_validation(tmp_path, 1)
+
+    def test_curve(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, "test_accuracy", [10.0, 20.0], [30.0, 50.0])
+        assert read_curve(tmp_path, RATES, "test").to_dict("list") == {
+            "epoch": [0, 1],
+            "largest_lr_member": [30.0, 50.0],
+            "mean_of_members": [20.0, 35.0],
+        }
+        assert finished_epochs(tmp_path) == 2
+
+    def test_run_that_has_not_started(self, tmp_path: Path) -> None:
+        assert finished_epochs(tmp_path) == 0
+        with pytest.raises(RunDirectoryError, match=r"summary\.json cannot be read"):
+            read_test(tmp_path)

@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dist_graft.studies.statistics import half_width, holm, paired, smallest_difference
+from dist_graft.studies.statistics import (
+    half_width,
+    holm,
+    minimum_detectable_difference,
+    paired_test,
+)
 
 accuracies = st.floats(0, 100, allow_subnormal=False)
 
@@ -19,90 +24,88 @@ def assert_near(value: float | None, expected: float, relative: float = 1e-9) ->
     assert math.isclose(value, expected, rel_tol=relative, abs_tol=1e-12)
 
 
-class TestPaired:
+class TestPairedTest:
     @pytest.mark.parametrize("n", [2, 3, 5, 12])
     def test_is_scipys_paired_t_test(self, n: int) -> None:
         rng = np.random.default_rng(n)
-        mine, others = rng.normal(87, 0.3, n), rng.normal(86.8, 0.3, n)
-        result = paired(list(mine - others))
-        reference = stats.ttest_rel(mine, others)
+        method, control = rng.normal(87, 0.3, n), rng.normal(86.8, 0.3, n)
+        result = paired_test(list(method - control))
+        reference = stats.ttest_rel(method, control)
         assert result.n == n
-        assert_near(result.mean, float(np.mean(mine - others)))
-        assert_near(result.deviation, float(np.std(mine - others, ddof=1)))
+        assert_near(result.mean, float(np.mean(method - control)))
+        assert_near(result.deviation, float(np.std(method - control, ddof=1)))
         assert_near(result.p, float(reference.pvalue))
 
     def test_by_hand(self) -> None:
         # differences 1, 2, 3: mean 2, s = 1, t = 2 sqrt(3); with 2 degrees of freedom
         # p = 1 - t / sqrt(t^2 + 2) = 1 - sqrt(12 / 14)
-        assert_near(paired([1.0, 2.0, 3.0]).p, 1 - math.sqrt(12 / 14))
+        assert_near(paired_test([1.0, 2.0, 3.0]).p, 1 - math.sqrt(12 / 14))
 
-    def test_one_seed_has_no_spread_and_no_p(self) -> None:
-        result = paired([0.4])
+    def test_one_seed_has_no_deviation_and_no_p(self) -> None:
+        result = paired_test([0.4])
         assert (result.n, result.mean, result.deviation, result.p) == (1, 0.4, None, None)
 
-    def test_no_seed(self) -> None:
-        result = paired([])
+    def test_no_seeds(self) -> None:
+        result = paired_test([])
         assert result.n == 0
         assert math.isnan(result.mean)
         assert result.p is None
 
     @pytest.mark.parametrize("value", [0.0, 0.1, -3.0])
     def test_equal_differences_have_no_p(self, value: float) -> None:
-        result = paired([value, value, value])
+        result = paired_test([value, value, value])
         assert result.p is None
         assert result.deviation == 0
         assert math.isclose(result.mean, value)
 
-    def test_differences_that_are_equal_but_for_rounding_have_no_p(self) -> None:
-        assert paired([87.1 - 87.0, 86.3 - 86.2, 85.6 - 85.5]).p is None
+    def test_equal_differences_up_to_rounding_have_no_p(self) -> None:
+        assert paired_test([87.1 - 87.0, 86.3 - 86.2, 85.6 - 85.5]).p is None
 
     @given(st.lists(accuracies, min_size=2, max_size=8))
-    def test_the_sign_does_not_matter_to_p(self, differences: list[float]) -> None:
-        assert paired(differences).p == paired([-value for value in differences]).p
+    def test_p_does_not_depend_on_the_sign(self, differences: list[float]) -> None:
+        assert paired_test(differences).p == paired_test([-value for value in differences]).p
 
 
 class TestHolm:
-    def test_the_textbook_example(self) -> None:
-        # m = 4: 0.005 <= 0.0125, 0.01 <= 0.0167, 0.03 > 0.025: the last two are not shown
+    def test_textbook_example(self) -> None:
+        # m = 4: 0.005 <= 0.0125, 0.01 <= 0.0167, 0.03 > 0.025: the last two are not rejected
         decisions = holm([0.01, 0.04, 0.03, 0.005])
-        assert [decision.shown for decision in decisions] == [True, False, False, True]
+        assert [decision.rejected for decision in decisions] == [True, False, False, True]
         for decision, adjusted in zip(decisions, [0.03, 0.06, 0.06, 0.02], strict=True):
             assert_near(decision.adjusted_p, adjusted)
         for decision, level in zip(decisions, [0.05 / 3, 0.025, 0.025, 0.0125], strict=True):
             assert_near(decision.level, level)
 
-    def test_it_stops_at_the_first_that_is_too_large(self) -> None:
-        # 0.03 > 0.025, so that 0.04 is not shown although 0.04 <= 0.05
-        assert [decision.shown for decision in holm([0.03, 0.04])] == [False, False]
+    def test_stops_at_the_first_p_that_is_too_large(self) -> None:
+        # 0.03 > 0.025, so 0.04 is not rejected although 0.04 <= 0.05
+        assert [decision.rejected for decision in holm([0.03, 0.04])] == [False, False]
 
-    def test_one_alone_is_not_corrected(self) -> None:
+    def test_single_p_is_not_adjusted(self) -> None:
         (decision,) = holm([0.049])
-        assert decision.shown
+        assert decision.rejected
         assert decision.adjusted_p == 0.049
         assert decision.level == 0.05
 
-    def test_a_line_without_p_counts_and_is_not_shown(self) -> None:
+    def test_missing_p_counts_as_one(self) -> None:
         first, second = holm([None, 0.03])
-        assert not first.shown
+        assert not first.rejected
         assert first.adjusted_p == 1
-        assert not second.shown  # 0.03 > 0.05 / 2
+        assert not second.rejected  # 0.03 > 0.05 / 2
 
-    def test_nothing(self) -> None:
+    def test_empty(self) -> None:
         assert holm([]) == []
 
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-    def test_shown_is_an_adjusted_p_of_at_most_alpha_and_p_below_the_level(
-        self, values: list[float]
-    ) -> None:
+    def test_rejected_if_the_adjusted_p_is_at_most_alpha(self, values: list[float]) -> None:
         for p, decision in zip(values, holm(values), strict=True):
-            assert decision.shown == (p <= decision.level)
+            assert decision.rejected == (p <= decision.level)
             if not math.isclose(decision.adjusted_p, 0.05, rel_tol=1e-9):
-                assert decision.shown == (decision.adjusted_p <= 0.05)
+                assert decision.rejected == (decision.adjusted_p <= 0.05)
             assert p <= decision.adjusted_p <= 1
 
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-    def test_it_is_the_definition_over_all_subsets(self, values: list[float]) -> None:
-        """Closed testing with Bonferroni: shown when every subset that holds the line rejects."""
+    def test_equals_closed_testing_with_bonferroni(self, values: list[float]) -> None:
+        """The adjusted p is the largest Bonferroni p over all subsets with the hypothesis."""
         m = len(values)
         for index, decision in enumerate(holm(values)):
             subsets = [
@@ -114,23 +117,21 @@ class TestHolm:
             assert_near(decision.adjusted_p, worst)
 
     @given(st.lists(st.lists(accuracies, min_size=3, max_size=5), min_size=1, max_size=5))
-    def test_an_interval_excludes_zero_exactly_when_the_difference_is_shown(
-        self, table: list[list[float]]
-    ) -> None:
-        results = [paired(line) for line in table]
+    def test_interval_excludes_zero_exactly_if_rejected(self, table: list[list[float]]) -> None:
+        results = [paired_test(line) for line in table]
         for result, decision in zip(results, holm([r.p for r in results]), strict=True):
             if result.p is None or result.deviation is None:
-                assert not decision.shown
+                assert not decision.rejected
                 continue
             width = half_width(result.n, result.deviation, decision.level)
             if not math.isclose(abs(result.mean), width, rel_tol=1e-6):
-                assert decision.shown == (abs(result.mean) > width)
+                assert decision.rejected == (abs(result.mean) > width)
 
 
 class TestWidths:
     @pytest.mark.parametrize("n", [2, 3, 5, 30])
     @pytest.mark.parametrize("level", [0.05, 0.05 / 7])
-    def test_half_width_is_scipys_interval(self, n: int, level: float) -> None:
+    def test_half_width_equals_scipys_interval(self, n: int, level: float) -> None:
         low, high = stats.t.interval(1 - level, n - 1, loc=0, scale=0.3 / math.sqrt(n))
         assert_near(half_width(n, 0.3, level), high)
         assert_near(-half_width(n, 0.3, level), low)
@@ -138,22 +139,22 @@ class TestWidths:
     @pytest.mark.parametrize(
         ("n", "level"), [(2, 0.05), (3, 0.01), (5, 0.05), (5, 0.005), (20, 0.05)]
     )
-    def test_the_smallest_difference_is_shown_in_four_of_five_simulations(
+    def test_minimum_detectable_difference_has_a_power_of_80_percent(
         self, n: int, level: float
     ) -> None:
         rng = np.random.default_rng(0)
-        truth = smallest_difference(n, 0.3, level)
+        truth = minimum_detectable_difference(n, 0.3, level)
         samples = rng.normal(truth, 0.3, (60_000, n))
         t = samples.mean(1) / (samples.std(1, ddof=1) / math.sqrt(n))
         shown = np.mean(t > stats.t.ppf(1 - level / 2, n - 1))
         assert abs(shown - 0.8) < 0.006  # four standard errors
 
-    def test_with_many_seeds_it_is_the_normal_approximation(self) -> None:
+    def test_minimum_detectable_difference_approaches_the_normal_one(self) -> None:
         normal = NormalDist()
         n = 100_000
         expected = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * 0.3 / math.sqrt(n)
-        assert_near(smallest_difference(n, 0.3, 0.05), expected, relative=1e-3)
+        assert_near(minimum_detectable_difference(n, 0.3, 0.05), expected, relative=1e-3)
 
-    def test_it_is_larger_than_the_half_width(self) -> None:
+    def test_minimum_detectable_difference_exceeds_the_half_width(self) -> None:
         for n in range(2, 12):
-            assert smallest_difference(n, 1.0, 0.05) > half_width(n, 1.0, 0.05)
+            assert minimum_detectable_difference(n, 1.0, 0.05) > half_width(n, 1.0, 0.05)

@@ -1,0 +1,101 @@
+"""results.csv and curves.csv: append-only, and robust to crashes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from made_up import made_up_curve, made_up_row, make_plan
+
+from dist_graft.errors import RunDirectoryError
+from dist_graft.studies.controls import Run
+from dist_graft.studies.records import OUTCOMES, Results
+from dist_graft.studies.selection import study_state
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    return study_state(make_plan()).comparison_runs
+
+
+def test_rows_and_curves_round_trip(tmp_path: Path, runs: list[Run]) -> None:
+    results, rows = Results(tmp_path), [made_up_row(run, 87.25) for run in runs]
+    for run, row in zip(runs, rows, strict=True):
+        results.add(row, made_up_curve(run, 87.25))
+    again = Results(tmp_path)
+    pd.testing.assert_frame_equal(again.rows, results.rows)
+    pd.testing.assert_frame_equal(again.curves, results.curves)
+    assert again.rows.index.tolist() == [run.key for run in runs]
+    for run, row in zip(runs, rows, strict=True):
+        read = again.rows.loc[run.key]
+        for name in ("arm", "seed", "networks", "filters", "invalid_0.1", "versions", "error"):
+            assert read[name] == row[name]
+        for name in OUTCOMES:
+            expected = row.get(name, math.nan)
+            assert read[name] == pytest.approx(expected, abs=1e-4, nan_ok=True)
+        members = [float(member) for member in read["members"].split()]
+        assert members == pytest.approx(row["members"], abs=1e-4)
+        curve = again.curves[again.curves["key"] == run.key]
+        assert curve["epoch"].tolist() == list(range(run.config.epochs))
+
+
+def test_a_failed_row_is_superseded_and_kept(tmp_path: Path, runs: list[Run]) -> None:
+    key = runs[0].key
+    Results(tmp_path).add(made_up_row(runs[0], 0, error='it, said: "no"'))
+    results = Results(tmp_path)
+    assert not results.succeeded(key)
+    assert results.rows.loc[key, "error"] == 'it, said: "no"'
+    results.add(made_up_row(runs[0], 80.0))
+    results = Results(tmp_path)
+    assert results.succeeded(key)
+    assert len(results.rows) == 1
+    assert results.all_rows["status"].tolist() == ["failed", "ok"]
+
+
+def test_a_truncated_line_is_ignored(tmp_path: Path, runs: list[Run]) -> None:
+    results = Results(tmp_path)
+    for run in runs[:2]:
+        results.add(made_up_row(run, 87.0), made_up_curve(run, 87.0))
+    for name in ("results.csv", "curves.csv"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-7])
+    again = Results(tmp_path)
+    assert again.rows.index.tolist() == [runs[0].key]
+    again.add(made_up_row(runs[1], 87.5), made_up_curve(runs[1], 87.5))
+    results = Results(tmp_path)
+    assert results.rows.loc[runs[1].key, "largest_lr_member"] == 87.5
+    assert (results.curves["key"] == runs[1].key).sum() == 20
+
+
+def test_a_truncated_header_is_ignored(tmp_path: Path, runs: list[Run]) -> None:
+    (tmp_path / "results.csv").write_text("key,pha")
+    Results(tmp_path).add(made_up_row(runs[0], 87.0))
+    assert Results(tmp_path).succeeded(runs[0].key)
+
+
+def test_files_only_grow(tmp_path: Path, runs: list[Run]) -> None:
+    results, before = Results(tmp_path), b""
+    for run in runs:
+        results.add(made_up_row(run, 87.0))
+        content = (tmp_path / "results.csv").read_bytes()
+        assert content.startswith(before)
+        assert content.endswith(b"\n")
+        before = content
+
+
+def test_a_repeated_curve_replaces_the_first(tmp_path: Path, runs: list[Run]) -> None:
+    results = Results(tmp_path)
+    results.add(made_up_row(runs[0], 80.0), made_up_curve(runs[0], 80.0))
+    results.add(made_up_row(runs[0], 90.0), made_up_curve(runs[0], 90.0)[:12])
+    curve = Results(tmp_path).curves
+    assert curve["epoch"].tolist() == list(range(12))
+    assert curve["largest_lr_member"].iloc[-1] > 85
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "key\nx\n"])
+def test_unknown_columns_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"results\.csv has an unknown format"):
+        Results(tmp_path)

@@ -231,7 +231,7 @@ def test_a_signal_stops_it_with_one_line_and_the_same_command_goes_on(
         process.send_signal(signal.SIGTERM)
         done = end_of(process, PROMPTLY)
     assert done.status == 75
-    told(done, "SIGTERM", "the same command goes on", log=run / "network00/log.txt")
+    told(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
     (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
     epochs = int(newest.parent.name.split("_")[1]) + 1
     (run / "config.yaml").write_text(

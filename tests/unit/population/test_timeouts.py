@@ -82,7 +82,7 @@ def test_a_remark_is_made_once_and_not_before_its_time(
     waited(from_then)
     waited(10 * from_then)
     assert said == [
-        f"round 3: waiting for network 1; network 4 since {from_then:.0f} s; gives up after "
+        f"round 3: waiting for network 1; network 4 for {from_then:.0f} s; timeout after "
         f"{timeouts.seconds:.0f} s"
     ]
     assert len(asked) == 1
@@ -93,7 +93,7 @@ def test_each_wait_has_a_remark_of_its_own(said: list[str]) -> None:
     for what in ("round 3", "round 4"):
         timeouts.warn_when_slow(what, list)(40)
     assert [text.partition(":")[0] for text in said] == ["round 3", "round 4"]
-    assert "waiting for the other networks since 40 s" in said[0]
+    assert "waiting for the other networks for 40 s" in said[0]
 
 
 def test_it_names_those_who_have_not_come(said: list[str]) -> None:
@@ -106,4 +106,4 @@ def test_it_names_those_who_have_not_come(said: list[str]) -> None:
         "the report", partial(peers.missing, "the report")
     )
     waited(50)
-    assert "waiting for network 0 (rank 0 on host0); network 2 (rank 2 on host2) since" in said[0]
+    assert "waiting for network 0 (rank 0 on host0); network 2 (rank 2 on host2) for" in said[0]

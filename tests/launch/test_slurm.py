@@ -104,7 +104,7 @@ def test_a_job_outlives_preemption_a_lost_node_and_its_time_limit(
     assert cluster.job(job)["Restarts"] == "3"
     said = Path(f"{run}.txt").read_text()
     assert said.count("[0] going on from ") == 3
-    assert said.count(f"job {job} has stopped early and is queued again") == 2
+    assert said.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)
     wait_until(saved(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains on this machine: one network a GPU, or a core when there is no GPU. Arguments go to
+# Trains on this machine, with one process per GPU, or per core without GPUs. Arguments are passed to
 # dist_graft train, e.g. launch/local.sh --config launch/configs/quickstart.yaml --run_dir runs/one
 #
-# What to change, or to set as an environment variable:
-#   PROCESSES  how many processes (all GPUs or cores): a network each, or one of --runtime.replicas
+# Environment variables (default):
+#   PROCESSES  number of processes (all GPUs or cores); each trains a network, or a replica of one
+#              with --runtime.replicas
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Trains on several machines: start it on each of them, in the same checkout, with the same arguments
-# and settings. Arguments go to dist_graft train, e.g. on both of two machines
+# Trains on several machines. Run it on each machine, in the same checkout, with the same arguments and
+# settings. Arguments are passed to dist_graft train, e.g. on each of two machines
 #   HEAD=node1 NODES=2 launch/multinode.sh --config launch/configs/quickstart.yaml
 #
-# What to change, or to set as an environment variable:
-#   HEAD       name or address of one of the machines, which all can reach
-#   PORT       a port of HEAD that is free and open between the machines (29500)
-#   NODES      how many machines
-#   PROCESSES  how many processes on each machine (all GPUs or cores): a network each, or one of
-#              --runtime.replicas
-#   RUN_DIR    folder of the run, on a disk that all machines share (runs/multinode)
-#   JOB        tells this start from other jobs at the same HEAD and PORT (dist_graft)
+# Environment variables (default):
+#   HEAD       name or address of one of the machines, reachable from all of them
+#   PORT       free port on HEAD, open between the machines (29500)
+#   NODES      number of machines
+#   PROCESSES  number of processes on each machine (all GPUs or cores); each trains a network, or a
+#              replica of one with --runtime.replicas
+#   RUN_DIR    run directory, on a disk shared by all machines (runs/multinode)
+#   JOB        unique id among the jobs that use the same HEAD and PORT (dist_graft)
 #   PATIENCE   seconds to wait for the other machines (600)
-#   ADDRESS    of this machine, where its host name does not lead to it
+#   ADDRESS    address of this machine, if its host name does not resolve to it
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv), e.g.
 #              "apptainer exec --nv --bind $PWD dist_graft.sif python"
-#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface, where there are several
-# Each process's output is also kept in RUN_DIR/logs/JOB/HOST.
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface, if there are several
+# The output of each process is also written to RUN_DIR/logs/JOB/HOST.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,8 +30,8 @@ if ! type "${python[0]}" &>/dev/null; then
     exit 1
 fi
 exec "${python[@]}" -m dist_graft.population.runtime.torchrun \
-    --nnodes="${NODES:?how many machines}" --nproc-per-node="${PROCESSES:-auto}" \
-    --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of the first machine}:${PORT:-29500}" \
+    --nnodes="${NODES:?number of machines}" --nproc-per-node="${PROCESSES:-auto}" \
+    --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of one of the machines}:${PORT:-29500}" \
     --rdzv-id="$JOB" --rdzv-conf="join_timeout=$PATIENCE,read_timeout=$PATIENCE" \
     ${ADDRESS:+--local-addr="$ADDRESS"} \
     --log-dir="$RUN_DIR/logs/$JOB/${SLURMD_NODENAME:-$(hostname)}" --tee=3 \

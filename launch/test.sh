@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks of the project: lint, types, architecture, shell scripts, image, tests.
-# Arguments go to pytest, e.g. launch/test.sh tests/unit
+# Runs all checks: lint, types, architecture, shell scripts, container file, tests.
+# Arguments are passed to pytest, e.g. launch/test.sh tests/unit
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "$0")/environment.sh"
@@ -17,6 +17,6 @@ tests+=(--no-loadscope-reorder --durations=10)
 if [ $# -gt 0 ]; then
     echo "pytest $*" && "${tests[@]}" "$@"
 else
-    echo "pytest, fast ones" && "${tests[@]}" -m "not slow"
-    echo "pytest, slow ones" && "${tests[@]}" -m slow
+    echo "pytest, fast tests" && "${tests[@]}" -m "not slow"
+    echo "pytest, slow tests" && "${tests[@]}" -m slow
 fi

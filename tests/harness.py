@@ -1,8 +1,8 @@
-"""Runs a function in K real processes that form one gloo process group, or the program in some.
+"""Run a function, or the program, in several processes that form one gloo process group.
 
-The processes are forked from a server that has imported torch once (multiprocessing's forkserver),
-so that one more costs milliseconds instead of the seconds of an import; each is as fresh as one
-from the command line. Their key-value store lives in the test's process and outlives every rank.
+The processes are forked from a server that has imported torch (multiprocessing's forkserver), which
+saves the seconds of the import. The key-value store runs in the test's process and outlives all
+ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PRELOAD = [
 
 @dataclass(frozen=True)
 class Done:
-    """How a program ended."""
+    """Exit status and output of a program."""
 
     status: int
     output: str
@@ -42,12 +42,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank finds itself."""
+    """Rank of a process, and the store of its run."""
 
     rank: int
     networks: int
     store: dist.Store
-    """The run's, which outlives every rank."""
+    """Runs in the test's process and outlives all ranks."""
 
 
 def run(
@@ -58,19 +58,19 @@ def run(
     group_timeout: float = 60,
     limit: float = 120,
 ) -> list[Any]:
-    """Run `function(place, *arguments)` in every rank of a gloo group of its own.
+    """Run `function(place, *arguments)` in every rank of a new gloo group.
 
     Args:
-        function: of a module's top level, so that a process can find it by name.
+        function: defined at the top level of a module.
         networks: number of ranks.
-        arguments: what pickle takes.
-        ending: ranks that are expected to end their process inside the function.
-        group_timeout: of the collectives, in seconds.
-        limit: of all together, in seconds; ranks that still run then are ended.
+        arguments: picklable.
+        ending: ranks that are expected to exit inside the function.
+        group_timeout: of collectives, in seconds.
+        limit: for all ranks, in seconds; ranks that still run are killed.
 
-    Returns: what the function returned, by rank; None for the ranks in `ending`.
+    Returns: results of the function, by rank; None for the ranks in `ending`.
 
-    Raises: AssertionError with the text of every rank that failed or did not end.
+    Raises: AssertionError with the traceback of every rank that failed or did not end.
     """
     context = _context()
     store = dist.TCPStore(
@@ -99,19 +99,19 @@ def run(
 def programs(
     arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, limit: float
 ) -> list[Done]:
-    """Run `dist-graft` with the same arguments in several processes at once, to their ends.
+    """Run `dist-graft` with the same arguments in several processes.
 
     Args:
         arguments: of the command line.
         environments: of each process.
-        limit: of all together, in seconds; processes that still run then are killed.
+        limit: for all processes, in seconds; those that still run are killed.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
         files = [(f"{folder}/{k}.out", f"{folder}/{k}.err") for k in range(len(environments))]
         processes = [
-            context.Process(target=_program, args=(list(arguments), dict(environment), *said))
-            for environment, said in zip(environments, files, strict=True)
+            context.Process(target=_program, args=(list(arguments), dict(environment), *paths))
+            for environment, paths in zip(environments, files, strict=True)
         ]
         for process in processes:
             process.start()
@@ -123,13 +123,13 @@ def programs(
                     process.kill()
                 process.join()
         return [
-            Done(process.exitcode or 0, *(Path(file).read_text() for file in said))
-            for process, said in zip(processes, files, strict=True)
+            Done(process.exitcode or 0, *(Path(file).read_text() for file in paths))
+            for process, paths in zip(processes, files, strict=True)
         ]
 
 
 def _program(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """What one process of `programs` does."""
+    """Entry point of a process of `programs`."""
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -151,7 +151,7 @@ def _context() -> Any:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the error that it raises as (type's name, text)."""
+    """Result of the function, or (type name, text) of the error that it raises."""
     try:
         return function()
     except Exception as error:  # noqa: BLE001 - the error is the result
@@ -159,7 +159,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 def _join(ranks: list[Any], limit: float) -> list[int]:
-    """Wait for all; returns the ranks that still run after the limit."""
+    """Wait for all ranks; returns those that still run after the limit."""
     deadline = time.monotonic() + limit
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running:
@@ -182,7 +182,7 @@ def _results(
             failures.append(f"rank {rank}:\n{failure.read_text()}")
         elif rank in ending:
             if result.exists():
-                failures.append(f"rank {rank} was to end its process and returned")
+                failures.append(f"rank {rank} should have exited and returned")
         elif not result.exists() and rank not in late:
             failures.append(f"rank {rank} ended with exit code {process.exitcode}")
         whole = result.exists() and not failures
@@ -200,7 +200,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    """What one process does; it leaves its result or its error in the folder."""
+    """Entry point of a process of `run`; writes its result or its error into the folder."""
     try:
         torch.set_num_threads(1)
         warnings.simplefilter("error")
@@ -217,6 +217,6 @@ def _rank(
         partial = Path(folder) / f"{rank}.partial"
         torch.save(result, partial)
         partial.rename(Path(folder) / f"{rank}.pt")
-    except BaseException:  # noqa: BLE001 - reported by the test's process
+    except BaseException:  # noqa: BLE001 - reported by the test
         (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)

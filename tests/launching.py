@@ -1,4 +1,4 @@
-"""Real processes, started as a user starts them, on data small enough for seconds."""
+"""Start training runs as a user does, on data small enough for seconds."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ SMALL = (
     *("--model.name", "resnet20", "--runtime.device", "cpu", "--runtime.threads", "1"),
 )
 PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
-"""What the run of two networks is given that most tests look at."""
+"""Options of the two-network run that most tests examine."""
 PROMPTLY = 20
-"""Seconds within which an error must have ended a process."""
+"""Seconds within which an error must end a process."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ERROR = "dist-graft: error: "
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without what a launcher says, and without GPUs."""
+    """This environment without the variables of a launcher and without GPUs."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return kept | {"CUDA_VISIBLE_DEVICES": ""} | more
 
 
 def program(run: Path, *options: str) -> list[str]:
-    """One process of a training run."""
+    """Command of one training process."""
     return [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(run), *SMALL, *options]
 
 
 def torchrun(networks: int, run: Path, *options: str) -> list[str]:
-    """A training run of several networks."""
+    """Command of a training run of several networks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={networks}"]
     return [sys.executable, *launcher, *program(run, *options)[1:]]
 
@@ -50,9 +50,9 @@ def finish(command: Sequence[str], *, timeout: float, cwd: Path | None = None, *
 
 
 def together(networks: int, run: Path, *options: str) -> list[Done]:
-    """A whole run without a launcher; each process is told its place by hand.
+    """Run a population without a launcher, with RANK and WORLD_SIZE set by hand.
 
-    The processes are forked, and so cost no import of torch.
+    The processes are forked from a server that has imported torch.
     """
     ends = programs(program(run, *options)[3:], _by_hand(networks), limit=150)
     assert not any(end.status for end in ends), ends
@@ -60,7 +60,7 @@ def together(networks: int, run: Path, *options: str) -> list[Done]:
 
 
 def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
-    """Wait for a program and read what it said."""
+    """Wait for a program and read its output."""
     output, errors = process.communicate(timeout=timeout)
     return Done(process.returncode, output, errors)
 
@@ -69,7 +69,7 @@ def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
 def background(
     commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Programs that run meanwhile, with RANK, … when there are several; none outlives the block."""
+    """Run programs in the background, with RANK etc. if there are several; killed on exit."""
     processes: list[subprocess.Popen[str]] = []
     try:
         for command, place in zip(commands, _by_hand(len(commands)), strict=True):
@@ -92,7 +92,7 @@ def background(
 
 
 def _by_hand(processes: int) -> list[dict[str, str]]:
-    """The environment of each process; one alone is told nothing."""
+    """Environment of each process; without RANK for a single one."""
     if processes == 1:
         return [environment()]
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
@@ -115,7 +115,7 @@ def wait_until(
     seconds: float = 90,
     meanwhile: Sequence[subprocess.Popen[str]] = (),
 ) -> None:
-    """Look again and again; fails after so many seconds, or when a program has ended."""
+    """Poll a condition; fails after so many seconds, or when a program has ended."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in meanwhile:
@@ -126,12 +126,12 @@ def wait_until(
 
 
 def saved(run: Path, epochs: int) -> Callable[[], bool]:
-    """Asks whether the checkpoint set of so many finished epochs is complete."""
+    """Condition: the checkpoint after so many epochs is complete."""
     return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of a launcher's workers, in the order of their ranks."""
+    """Process ids of a launcher's workers, by rank."""
     lists = map(told_by_kernel, Path(f"/proc/{process.pid}/task").glob("*/children"))
     workers = {}
     for pid in (int(child) for pids in lists for child in pids.split()):
@@ -148,7 +148,7 @@ def is_alive(pid: int) -> bool:
 
 
 def told_by_kernel(path: Path) -> str:
-    """A file below /proc; nothing when its process or thread has ended since."""
+    """Content of a file below /proc; empty when its process or thread has ended."""
     try:
         return path.read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -156,9 +156,9 @@ def told_by_kernel(path: Path) -> str:
 
 
 def told(done: Done, *parts: str, log: Path | None = None) -> str:
-    """The one line that a program which failed says, checked for what it must name.
+    """Error line of a failed program, checked for what it must contain.
 
-    There is no traceback of ours beside it, and the network's log has it too.
+    Also checks that there is no traceback of ours, and that the log has the line.
     """
     assert done.status != 0, done
     ours = re.findall(r'File ".*[/\\]dist_graft[/\\].*', done.errors + done.output)

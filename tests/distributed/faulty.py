@@ -1,11 +1,11 @@
-"""A training process in which one network fails at one step, in a way that is asked for.
+"""Training program with injected faults: one network fails in a given way at a given step.
 
     python faulty.py WAY NETWORK STEP ... -- train --run_dir RUN ...
 
-The steps are counted over the process's whole life. A checkpoint set that is being written beside
-them is waited for first; `lose` is a `kill` at the first step from that one on at which there is a
-complete set, and holds up nobody. A file beside the run directory remembers that a fault happened,
-so that processes that are started again live on.
+Steps are counted from the start of the process. A checkpoint that is being written is awaited
+before the fault. `lose` kills the process at the first step, from the given one on, at which a
+complete checkpoint exists, without waiting. A file next to the run directory records that a fault
+has happened, so that it does not happen again after a restart.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dist_graft.__main__ import main
 
 SLOW_SECONDS = 0.3
-SET_SECONDS = 60.0
+CHECKPOINT_SECONDS = 60.0
 
 
 def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
-    """Do to this process what the way says."""
+    """Let this process fail in the given way."""
     if way == "raise":
         raise RuntimeError("injected")
     if way in ("kill", "lose"):
@@ -43,31 +43,31 @@ def fail(way: str, optimizer: torch.optim.Optimizer, run: Path) -> None:
     if way in ("nan", "all-nan"):
         with torch.no_grad():
             next(iter(optimizer.param_groups[0]["params"])).fill_(math.nan)
-    if way == "full":  # every file that grows past this size is refused, as by a full disk
+    if way == "full":  # writes beyond this file size fail, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     if way == "space":
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
-def wait_for_set() -> None:
-    """Until the set under way is complete or has failed, for all that this process knows."""
+def wait_for_checkpoint() -> None:
+    """Wait until this process has finished writing its checkpoint."""
     for thread in threading.enumerate():
         if thread.name.startswith("checkpoint "):
-            thread.join(SET_SECONDS)
-            assert not thread.is_alive(), f"nothing became of {thread.name}"
+            thread.join(CHECKPOINT_SECONDS)
+            assert not thread.is_alive(), f"{thread.name} did not end"
 
 
-def comes(way: str, steps: int, step: int, run: Path) -> bool:
-    """Whether the fault is to happen after so many steps."""
+def is_due(way: str, steps: int, step: int, run: Path) -> bool:
+    """Whether the fault should happen after so many steps."""
     if way == "lose":
         return steps >= step and any(run.glob("checkpoints/*/COMPLETE.json"))
     if steps == step:
-        wait_for_set()
+        wait_for_checkpoint()
     return steps == step
 
 
 def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
-    """Have the fault happen after a step of this process, if it trains that network."""
+    """Register a fault after a step of this process, if it trains that network."""
     if int(os.environ.get("RANK", "0")) != network:
         return
     steps = 0
@@ -77,7 +77,7 @@ def inject(way: str, network: int, step: int, run: Path, once: Path) -> None:
         steps += 1
         if way == "slow":
             time.sleep(SLOW_SECONDS)
-        elif not once.exists() and comes(way, steps, step, run):
+        elif not once.exists() and is_due(way, steps, step, run):
             once.touch()
             fail(way, optimizer, run)
 

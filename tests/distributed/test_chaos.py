@@ -1,4 +1,4 @@
-"""Faults of every kind at random times: the program whose figures the README carries, shorter."""
+"""Random faults: a short run of the benchmark benchmarks/chaos.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAULTS = 5
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_nothing_is_lost_and_the_weights_are_the_same() -> None:
+def test_every_fault_is_recovered_with_equal_weights() -> None:
     options = ("--faults", str(FAULTS), "--seed", "2", "--pause", "2", "--epochs", "6")
     done = finish([sys.executable, str(CHAOS), *options], timeout=590)
     assert done.status == 0, done

@@ -1,4 +1,4 @@
-"""What becomes of a run in which one network fails: real processes, real faults."""
+"""Runs in which one network fails: real processes and real faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESTARTS = "--max-restarts=3"
 def faulty(
     networks: int, run: Path, faults: str, *options: str, restarts: bool = False
 ) -> list[str]:
-    """Under torchrun: `faults` is WAY NETWORK STEP ...; see faulty.py."""
+    """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
     command = torchrun(networks, run, *OPTIONS, *options)
     train = command.index("train")
     assert command[train - 2 : train] == ["-m", "dist_graft"]
@@ -45,7 +45,7 @@ def faulty(
     return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
 
 
-def sets(run: Path) -> list[str]:
+def checkpoints(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("checkpoints/*/COMPLETE.json"))
 
 
@@ -97,7 +97,7 @@ class TestADivergedNetwork:
         assert story[0] == 1
         assert f"| 1 | healed | {event['text']} |" in story[1]
 
-    def test_is_left_out_when_it_is_to_be_excluded(self, tmp_path: Path) -> None:
+    def test_is_excluded_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         command = faulty(
             3, run, "nan 1 2", "--on_divergence", "exclude", "--graft.every_steps", "4"
@@ -109,27 +109,27 @@ class TestADivergedNetwork:
         assert [event["kind"] for event in summary(run)["events"]] == ["diverged"]
         assert math.isfinite(summary(run)["ensemble_accuracy_after_last_round"])
 
-    def test_ends_the_run_when_it_is_asked_to(self, tmp_path: Path) -> None:
+    def test_aborts_the_run_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         command = faulty(3, run, f"nan 1 {STEPS + 2}", "--on_divergence", "abort")
         done = finish(command, timeout=150)
         told(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
-        assert sets(run) == ["epoch_0001"]
+        assert checkpoints(run) == ["epoch_0001"]
 
-    def test_all_of_them_end_the_run_and_the_last_good_set_stays(self, tmp_path: Path) -> None:
+    def test_the_run_ends_and_keeps_its_checkpoint_if_all_diverge(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"nan 0 {STEPS + 2} nan 1 {STEPS + 2}"
         done = finish(faulty(2, run, faults), timeout=150)
         told(done, "network 0 has a weight", "network 1 has a weight")
-        assert sets(run) == ["epoch_0001"]
+        assert checkpoints(run) == ["epoch_0001"]
 
-    def test_has_nobody_to_heal_it_among_independent_networks(self, tmp_path: Path) -> None:
+    def test_ends_a_run_of_independent_networks(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         done = finish(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
         told(done, "epoch 0: network 1 has a weight")
 
-    def test_is_healed_where_single_scalars_travel(self, tmp_path: Path) -> None:
-        """All rules are in test_rules_between_processes.py; this one has a round a step."""
+    def test_is_healed_by_wash(self, tmp_path: Path) -> None:
+        """Other rules: test_rules_between_processes.py. WASH has a round in every step."""
         run = tmp_path / "run"
         done = finish(faulty(3, run, "nan 2 3", "--method", "wash"), timeout=200)
         assert done.status == 0, done
@@ -139,7 +139,7 @@ class TestADivergedNetwork:
 
 @pytest.mark.slow
 class TestADeadNetwork:
-    def test_the_launcher_goes_on_by_itself(self, straight: Path, tmp_path: Path) -> None:
+    def test_the_launcher_restarts_the_run(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"kill 0 {STEPS + 3} raise 1 {STEPS + 1} exit 2 {STEPS + 2}"
         done = finish(faulty(3, run, faults, restarts=True), timeout=250)
@@ -149,11 +149,11 @@ class TestADeadNetwork:
         assert {event["kind"] for event in events} == {"resumed"}
         assert 1 <= len(events) <= 3
 
-    def test_a_stop_is_not_undone_by_the_launcher(self, tmp_path: Path) -> None:
+    def test_the_launcher_does_not_restart_a_stopped_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         command = faulty(2, run, "slow 0 0", "--epochs", "400", restarts=True)
         with background([command]) as (launcher,):
-            wait_until(saved(run, 1), "the first set", meanwhile=[launcher])
+            wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
             (run / "STOP").touch()
             done = end_of(launcher, 90)
         assert done.status == 1
@@ -164,7 +164,7 @@ class TestADeadNetwork:
 
 @pytest.mark.slow
 def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
-    """It is behind by more than the first time-out in the first epoch, too: 40 steps of 0.3 s."""
+    """It lags by more than the initial timeout in the first epoch: 40 steps of 0.3 s."""
     run = tmp_path / "run"
     options = ("--epochs", "2", "--data.train_samples", "640")
     options += ("--runtime.timeout_seconds", "10", "--runtime.timeout_epochs", "50")
@@ -176,22 +176,20 @@ def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-class TestADiskThatRefuses:
-    def test_training_goes_on_and_later_sets_are_complete(
+class TestADiskError:
+    def test_training_continues_and_later_checkpoints_are_complete(
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
         faults = f"full 1 {STEPS + 2} space 1 {3 * STEPS + 2}"
         done = finish(faulty(3, run, faults, "--checkpoint.keep", "9"), timeout=150)
         assert done.status == 0, done
-        assert sets(run) == ["epoch_0001", "epoch_0004"]
+        assert checkpoints(run) == ["epoch_0001", "epoch_0004"]
         assert_ends_as(straight, run)
         assert "epoch_0002 is not complete" in done.output
         assert "File too large" in done.output
 
-    def test_a_run_directory_that_vanishes_is_made_anew(
-        self, straight: Path, tmp_path: Path
-    ) -> None:
+    def test_a_deleted_run_directory_is_recreated(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         done = finish(faulty(3, run, f"vanish 1 {STEPS + 2}"), timeout=150)
         assert done.status == 0, done
@@ -207,14 +205,14 @@ class TestADiskThatRefuses:
         )
         assert len(metrics(tmp_path / "vanished", 2)) == 1
 
-    def test_too_many_failures_in_a_row_end_the_run(self, tmp_path: Path) -> None:
+    def test_repeated_failures_end_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
         done = finish(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
         told(done, "2 checkpoint sets in a row", "File too large", "network01.pt")
-        assert sets(run) == ["epoch_0001"]
+        assert checkpoints(run) == ["epoch_0001"]
 
-    def test_a_run_whose_last_set_failed_is_finished_by_the_same_command(
+    def test_a_run_whose_last_checkpoint_failed_is_finished_by_rerunning_it(
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
@@ -226,27 +224,27 @@ class TestADiskThatRefuses:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["graft", "average", "papa", "wash", "none"])
-def test_sets_between_epochs_go_on_exactly(method: str, tmp_path: Path) -> None:
-    """Sets at whatever step the networks are; one network is killed when one is complete."""
+def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path) -> None:
+    """Checkpoints by the clock; one network is killed as soon as one of them is complete."""
     run, straight = tmp_path / "run", tmp_path / "straight"
     options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
-    options += ("--model.name", "resnet20")  # whose epochs are long enough for a set inside
+    options += ("--model.name", "resnet20")  # epochs long enough for a checkpoint inside
     together(3, straight, *OPTIONS, *options)
     timed = (*options, "--checkpoint.every_minutes", "0.003", "--checkpoint.keep", "99")
     done = finish(faulty(3, run, f"lose 1 {STEPS + 3}", *timed, restarts=True), timeout=200)
     assert done.status == 0, done
-    assert (tmp_path / "run.lose0").exists(), "no set was complete before the last step"
-    inside = [name for name in sets(run) if "round" in name]
+    assert (tmp_path / "run.lose0").exists(), "no checkpoint was complete before the last step"
+    inside = [name for name in checkpoints(run) if "round" in name]
     assert inside
-    told_of = json.loads((run / "checkpoints" / inside[0] / "COMPLETE.json").read_text())
-    assert len(told_of["positions"]) == 3
+    complete = json.loads((run / "checkpoints" / inside[0] / "COMPLETE.json").read_text())
+    assert len(complete["positions"]) == 3
     (event,) = summary(run)["events"]
     assert event["text"].startswith(f"went on from {run}/checkpoints/epoch_")
     assert_ends_as(straight, run)
 
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
-    """Who a network is follows from its file, not from the process that reads it."""
+    """The file determines the identity of a network, not the process that reads it."""
     run = tmp_path / "run"
     one = ("--epochs", "1")
     assert finish(program(run, *one), timeout=60).status == 0

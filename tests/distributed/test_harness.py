@@ -1,4 +1,4 @@
-"""The harness itself: a rank that fails, hangs or ends must fail the test that ran it."""
+"""A rank that fails, hangs or exits fails the test that started it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_up(place: Place, start: int):
 
 def fail_in_rank_1(place: Place):
     if place.rank == 1:
-        raise LookupError("what rank 1 says")
+        raise LookupError("text of rank 1")
 
 
 def end_in_rank_1(place: Place):
@@ -38,22 +38,22 @@ def test_each_rank_is_a_process_and_returns_its_result():
     assert len({os.getpid(), *(process for _, process, _ in results)}) == 4
 
 
-def test_a_rank_that_raises_is_reported_with_its_text():
-    with pytest.raises(AssertionError, match=r"rank 1:\n(.|\n)*LookupError: what rank 1 says"):
+def test_an_exception_is_reported_with_its_text():
+    with pytest.raises(AssertionError, match=r"rank 1:\n(.|\n)*LookupError: text of rank 1"):
         run(fail_in_rank_1, 2)
 
 
-def test_a_rank_that_ends_is_reported_with_its_exit_code():
+def test_an_exit_is_reported_with_its_exit_code():
     with pytest.raises(AssertionError, match="rank 1 ended with exit code 7"):
         run(end_in_rank_1, 2)
     assert run(end_in_rank_1, 2, ending={1}) == [None, None]
 
 
-def test_a_rank_that_was_to_end_and_did_not_is_reported():
-    with pytest.raises(AssertionError, match="rank 0 was to end"):
+def test_a_rank_that_should_have_exited_is_reported():
+    with pytest.raises(AssertionError, match="rank 0 should have exited"):
         run(add_up, 2, 0, ending={0})
 
 
-def test_a_rank_that_hangs_is_ended_and_named():
+def test_a_hanging_rank_is_killed_and_named():
     with pytest.raises(AssertionError, match="rank 1 still ran after 1 s"):
         run(hang_in_rank_1, 2, limit=1)

@@ -16,7 +16,7 @@ import dist_graft
 from dist_graft.errors import ConfigError, NetworkFailedError
 
 SCRIPT = """
-import os, signal, sys, threading, time
+import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -36,7 +36,8 @@ def add(base, text):
     listening = sorted({{row.split()[1].partition(":")[0] for name in ("tcp", "tcp6")
                         for row in open(f"/proc/self/net/{{name}}").readlines()[1:]
                         if row.split()[3] == "0A" and row.split()[9] in sockets()}})
-    return rank, total, text, os.environ["LOCAL_RANK"], os.getpid(), listening
+    method = multiprocessing.get_start_method(allow_none=True)
+    return rank, total, text, os.environ["LOCAL_RANK"], method, os.getpid(), listening
 
 def sockets():
     links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
@@ -116,11 +117,11 @@ def test_results_are_returned_by_rank_and_sockets_listen_on_loopback(script, met
     assert done.status == 0, done
     assert not done.errors
     rows = [line.split("|") for line in lines(done.output)]
-    assert [row[:4] for row in rows] == [
-        [str(rank), "tensor([46])", "a $b ${local_rank}", str(rank)] for rank in range(4)
+    assert [row[:5] for row in rows] == [
+        [str(rank), "tensor([46])", "a $b ${local_rank}", str(rank), "None"] for rank in range(4)
     ]
-    assert len({row[4] for row in rows}) == 4
-    assert {row[5] for row in rows} <= {"[]", "['0100007F']"}
+    assert len({row[5] for row in rows}) == 4
+    assert {row[6] for row in rows} <= {"[]", "['0100007F']"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,4 +1,4 @@
-"""A peer that is not there is an error that names it, instead of a wait for ever."""
+"""A missing peer is an error that names it, not a hang."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dist_graft.population.runtime.devices import can_use_nccl
 from dist_graft.population.runtime.peers import PeerRegistry
 
 
-def graft_until_one_is_gone(place: Place, gone: int, called: bool):
-    """Two rounds together; the network `gone` ends its process before the third."""
-    peers = PeerRegistry(place.store, place.rank, place.networks) if called else None
+def graft_until_one_exits(place: Place, exiting: int, has_registry: bool):
+    """Two rounds together; one network ends its process before the third."""
+    peers = PeerRegistry(place.store, place.rank, place.networks) if has_registry else None
     if peers:
         peers.check_in(60)
     grafter = Grafter(build("plain", place.rank), peers=peers)
     grafter.graft()
     grafter.graft()
-    if place.rank == gone:
+    if place.rank == exiting:
         os._exit(0)
-    if called:  # so that only `gone` has not reached the round when the others fail
+    if has_registry:  # all others have reached the round before any of them fails
         peers.enter_round(grafter.round)
         if place.store.add("arrived", 1) == place.networks - 1:
             place.store.set("all arrived", "")
@@ -38,55 +38,55 @@ def graft_until_one_is_gone(place: Place, gone: int, called: bool):
     return attempt(grafter.graft)
 
 
-@pytest.mark.parametrize("gone", [0, 1, 2])
-def test_survivors_name_the_peer_that_ended_before_the_round(gone):
-    results = run(graft_until_one_is_gone, 3, gone, True, ending={gone})
+@pytest.mark.parametrize("exiting", [0, 1, 2])
+def test_survivors_name_the_peer_that_exited_before_the_round(exiting):
+    results = run(graft_until_one_exits, 3, exiting, True, ending={exiting})
     for rank, result in enumerate(results):
-        if rank != gone:
+        if rank != exiting:
             kind, text = result
             assert kind == "PeerError"
             assert "round 2" in text
-            assert f"network {gone} (rank {gone} on {socket.gethostname()})" in text
-            assert not any(f"network {k} (" in text for k in {0, 1, 2} - {gone})
+            assert f"network {exiting} (rank {exiting} on {socket.gethostname()})" in text
+            assert not any(f"network {k} (" in text for k in {0, 1, 2} - {exiting})
             assert "\n" not in text
 
 
-def check_when_one_is_gone(place: Place, gone: int):
-    """The network `gone` ends its process before the comparison at the start."""
+def check_when_one_exits(place: Place, exiting: int):
+    """One network ends its process before the check at the start."""
     peers = PeerRegistry(place.store, place.rank, place.networks)
     peers.check_in(60)
     grafter = Grafter(build("plain", place.rank), peers=peers)
-    if place.rank == gone:
+    if place.rank == exiting:
         os._exit(0)
     return attempt(grafter.check)
 
 
 def test_survivors_of_a_check_do_not_name_themselves():
-    results = run(check_when_one_is_gone, 3, 1, ending={1})
+    results = run(check_when_one_exits, 3, 1, ending={1})
     for rank in (0, 2):
         kind, text = results[rank]
         assert kind == "PeerError"
         assert f"network {rank} (" not in text
 
 
-def test_without_a_roll_call_the_error_says_that_a_peer_is_gone():
-    results = run(graft_until_one_is_gone, 2, 1, False, ending={1})
+def test_without_a_registry_the_error_names_nobody():
+    results = run(graft_until_one_exits, 2, 1, False, ending={1})
     kind, text = results[0]
     assert kind == "PeerError"
     assert "round 2 failed, a peer died or did not answer" in text
 
 
-def ask_for_nccl(place: Place):
+def check_nccl(place: Place):
     peers = PeerRegistry(place.store, place.rank, place.networks)
     return can_use_nccl(torch.device("cpu"), peers, 60)
 
 
-def test_processes_without_gpus_are_not_served_by_nccl():
-    assert run(ask_for_nccl, 2) == [False, False]
+def test_nccl_needs_gpus():
+    assert run(check_nccl, 2) == [False, False]
 
 
-def graft_with_a_silent_peer(place: Place):
-    """Network 1 lives but comes to the round only after the others gave up."""
+def graft_with_a_hanging_peer(place: Place):
+    """Network 1 is alive but does not enter the round before the others give up."""
     peers = PeerRegistry(place.store, place.rank, place.networks)
     peers.check_in(60)
     grafter = Grafter(build("plain", place.rank), peers=peers)
@@ -98,8 +98,8 @@ def graft_with_a_silent_peer(place: Place):
     return outcome
 
 
-def test_a_peer_that_does_not_come_is_named_after_the_time_out():
-    (kind, text), _ = run(graft_with_a_silent_peer, 2, group_timeout=1)
+def test_a_hanging_peer_is_named_after_the_timeout():
+    (kind, text), _ = run(graft_with_a_hanging_peer, 2, group_timeout=1)
     assert kind == "PeerError"
     assert "network 1 (rank 1 on " in text
 
@@ -128,27 +128,27 @@ def check_in(place: Place):
 
 
 def test_all_networks_check_in_and_see_each_other():
-    for absent, scores, names in run(check_in, 4):
+    for missing, scores, names in run(check_in, 4):
         assert scores == ["0", "10", "20", "30"]
-        assert [name.split(" on ")[0] for name in absent] == [
+        assert [name.split(" on ")[0] for name in missing] == [
             "network 0 (rank 0",
             "network 1 (rank 1",
         ]
-        assert absent == names[:2]
+        assert missing == names[:2]
 
 
-def test_collect_names_the_networks_that_did_not_answer(store):
+def test_collect_names_the_networks_that_published_nothing(store):
     store.set("host/1", "elsewhere")
-    mine = PeerRegistry(store, 0, 2)
-    mine.publish("digest", "same")
+    local = PeerRegistry(store, 0, 2)
+    local.publish("digest", "same")
     line = r"network 1 \(rank 1 on elsewhere\) did not answer within 0\.2 s \(digest\)"
     with pytest.raises(PeerError, match=line):
-        mine.collect("digest", 0.2)
+        local.collect("digest", 0.2)
     with pytest.raises(PeerError, match=line):
-        mine.read("digest", 1, 0.2)
+        local.read("digest", 1, 0.2)
 
 
-def test_who_died_is_not_waited_for(store):
+def test_a_dead_peer_is_not_waited_for(store):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     store.set("host/1", socket.gethostname())
@@ -157,38 +157,38 @@ def test_who_died_is_not_waited_for(store):
         PeerRegistry(store, 0, 2).read("digest", 1, 100)
 
 
-def test_a_store_that_is_gone_is_an_error_and_asks_nobody_to_stop():
-    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    other = dist.TCPStore("127.0.0.1", kept.port, is_master=False)
+def test_a_lost_store_is_an_error_but_not_a_request_to_stop():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = dist.TCPStore("127.0.0.1", server.port, is_master=False)
     peers = PeerRegistry(other, 1, 2)
-    del kept
-    peers.request_stop("SIGTERM")  # which nobody can hear
+    del server
+    peers.request_stop("SIGTERM")  # reaches nobody
     assert peers.stop_reason() is None
     with pytest.raises(PeerError, match=r"key-value store is gone \(digest\)"):
         peers.read("digest", 0, 100)
 
 
-def test_a_network_is_absent_until_it_has_reached_the_round(store):
-    mine, other = PeerRegistry(store, 0, 2), PeerRegistry(store, 1, 2)
+def test_a_network_is_missing_until_it_reaches_the_round(store):
+    local, other = PeerRegistry(store, 0, 2), PeerRegistry(store, 1, 2)
     for key in ("host/0", "host/1"):
         store.set(key, "here")
-    mine.enter_round(1)
-    assert mine.missing_from_round(1) == ["network 1 (rank 1 on here)"]
+    local.enter_round(1)
+    assert local.missing_from_round(1) == ["network 1 (rank 1 on here)"]
     other.enter_round(0)
-    assert mine.missing_from_round(1) == ["network 1 (rank 1 on here)"]
+    assert local.missing_from_round(1) == ["network 1 (rank 1 on here)"]
     other.enter_round(1)
-    assert mine.missing_from_round(1) == []
+    assert local.missing_from_round(1) == []
 
 
-def test_a_network_whose_process_has_ended_is_gone(store):
-    mine = PeerRegistry(store, 0, 3)
+def test_a_network_whose_process_has_ended_is_dead(store):
+    local = PeerRegistry(store, 0, 3)
     for network in (1, 2):
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
         store.set(f"process/{network}", str(process.pid))
     store.set("host/1", socket.gethostname())
-    store.set("host/2", "elsewhere")  # whose processes cannot be seen from here
-    mine.check_in(20)
-    assert mine.dead_peers() == [mine.describe(1)]
+    store.set("host/2", "elsewhere")  # processes there are not visible here
+    local.check_in(20)
+    assert local.dead_peers() == [local.describe(1)]
     store.set("process/1", str(os.getpid()))
-    assert mine.dead_peers() == []
+    assert local.dead_peers() == []

@@ -1,4 +1,4 @@
-"""Several processes hold each network: a round of theirs against `mix`, the same in one process."""
+"""A round between networks of several replicas equals `mix` in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_graft.population.runtime.replicas import Replicas
 
 ROUNDS = 2
 LAYOUTS = ((2, 2), (1, 3), (3, 1), (2, 3), (3, 2))
-"""Networks and processes of each."""
+"""(networks, replicas)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Case:
         return {"graft": Graft(), "mean": Mean(), "wash": Wash(probability=0.3, seed=4)}[self.rule]
 
 
-RAGGED = 252  # bytes: cuts every tensor, and every share of one, at an odd place
+RAGGED = 252  # bytes: splits every tensor and every share of one at an odd offset
 CASES = (
     *(
         Case(name, exchange, RAGGED)
@@ -226,10 +226,10 @@ def fail_in_a_step(place: Place, error: RuntimeError) -> object:
     [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("2 GiB")],
     ids=["of the model", "of memory"],
 )
-def test_an_error_of_the_model_in_a_step_is_its_own_and_a_lost_peer_to_the_others(
+def test_an_error_of_the_model_is_raised_there_and_a_lost_peer_elsewhere(
     error: RuntimeError,
 ) -> None:
-    (other, told), (kind, text) = run(fail_in_a_step, 2, error)
+    (other, lost), (kind, text) = run(fail_in_a_step, 2, error)
     assert (kind, text) == (type(error).__name__, str(error))
     assert other == "PeerError"
-    assert "lost another process of this network during a step" in told
+    assert "lost another process of this network during a step" in lost

@@ -1,4 +1,4 @@
-"""A peer that comes later than the group's time-out, and earlier than timeouts ends."""
+"""A peer that arrives after the group's own timeout and before the timeout of the run."""
 
 from __future__ import annotations
 
@@ -14,66 +14,68 @@ from dist_graft.population.runtime.process_group import Runtime, _mesh
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 
-AT_FIRST = 1.5
+INITIAL = 1.5
 LATE = 3.0
 
 
-def meet_late(here: Place, learn: str) -> list[object]:
-    """The second process comes late to each meeting; what each of them hears."""
-    dist.barrier()  # only then is a time-out short
-    dist.set_timeout(timedelta(seconds=AT_FIRST))
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(AT_FIRST, epochs=30), None)
-    if learn == "an epoch":
+def gather_late(here: Place, observed: str) -> list[object]:
+    """Results of two collectives that the second process enters late."""
+    dist.barrier()  # with the long timeout
+    dist.set_timeout(timedelta(seconds=INITIAL))
+    process = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
+    runtime = Runtime(process, torch.device("cpu"), "gloo", Timeouts(INITIAL, epochs=30), None)
+    if observed == "an epoch":
         runtime.observe_epoch(1.0)
-    if learn == "its own":
+    if observed == "a local epoch":
         runtime.observe_local_epoch(1.0)
-    heard = []
-    for meeting in (
+    results = []
+    for collective in (
         lambda: runtime.gather([float(here.rank)], "the report"),
         lambda: runtime.sum_over_networks(torch.tensor([1.0 + here.rank]), "the ensemble").tolist(),
     ):
         if here.rank == 1:
             time.sleep(LATE)
-        heard.append(attempt(meeting))
-    return heard
+        results.append(attempt(collective))
+    return results
 
 
-@pytest.mark.parametrize("learn", ["an epoch", "its own"])
-def test_a_slow_network_is_waited_for_as_long_as_epochs_allow(learn: str) -> None:
-    for heard in run(meet_late, 2, learn):
-        assert heard == [[[0.0], [1.0]], [3.0]]
+@pytest.mark.parametrize("observed", ["an epoch", "a local epoch"])
+def test_the_timeout_for_a_slow_network_follows_its_epochs(observed: str) -> None:
+    for results in run(gather_late, 2, observed):
+        assert results == [[[0.0], [1.0]], [3.0]]
 
 
-def test_before_an_epoch_is_over_the_first_time_out_holds() -> None:
-    for kind, text in (heard[0] for heard in run(meet_late, 2, "nothing")):
+def test_the_initial_timeout_applies_to_the_first_epoch() -> None:
+    for kind, text in (results[0] for results in run(gather_late, 2, "nothing")):
         assert kind == "PeerError"
         assert "during the report" in text
 
 
 def sum_late(here: Place) -> object:
-    """Two networks of two processes each: the second one comes late to a sum over the networks."""
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks, replicas=2)
-    mesh = _mesh(place, "cpu", timedelta(seconds=60))
+    """Two networks of two processes each; the second enters a sum over the networks late."""
+    process = ProcessInfo(here.rank, here.networks, here.rank, here.networks, replicas=2)
+    mesh = _mesh(process, "cpu", timedelta(seconds=60))
     dist.barrier()
     for group in mesh.get_all_groups():
-        dist.set_timeout(timedelta(seconds=AT_FIRST), group)
-    timeouts = Timeouts(AT_FIRST, epochs=30)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", timeouts, None, mesh)
+        dist.set_timeout(timedelta(seconds=INITIAL), group)
+    timeouts = Timeouts(INITIAL, epochs=30)
+    runtime = Runtime(process, torch.device("cpu"), "gloo", timeouts, None, mesh)
     runtime.observe_epoch(1.0)
-    if place.network == 1:
+    if process.network == 1:
         time.sleep(LATE)
     return attempt(
         lambda: runtime.sum_over_networks(torch.tensor([1.0 + here.rank]), "the ensemble").tolist()
     )
 
 
-def test_so_it_is_where_several_processes_train_each_network() -> None:
+def test_the_timeout_follows_epochs_with_replicas() -> None:
     assert run(sum_late, 4) == [[4.0], [6.0], [4.0], [6.0]]
 
 
 @pytest.mark.parametrize(("epoch_seconds", "longest"), [(0.0, 20.0), (0.1, 20.0), (9.0, 45.0)])
-def test_the_longest_wait_is_never_less_than_at_first(epoch_seconds: float, longest: float) -> None:
+def test_the_longest_wait_is_at_least_the_initial_timeout(
+    epoch_seconds: float, longest: float
+) -> None:
     timeouts = Timeouts(20.0, epochs=5)
     timeouts.observe_epoch(epoch_seconds)
     assert timeouts.longest_wait == longest

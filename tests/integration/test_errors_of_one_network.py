@@ -228,7 +228,7 @@ def test_run_is_stopped_by_a_signal_and_resumed(alone: Alone, tmp_path: Path) ->
         process.send_signal(signal.SIGTERM)
         done = end_of(process, PROMPTLY)
     assert done.status == 75
-    told(done, "SIGTERM", "the same command goes on", log=run / "network00/log.txt")
+    told(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
     (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
     epochs = int(newest.parent.name.split("_")[1]) + 1
     (run / "config.yaml").write_text(

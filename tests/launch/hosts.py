@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces with a cable between them."""
+"""Two hosts on this machine: network namespaces connected by a virtual cable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 def need_hosts() -> None:
-    """Fails in CI, and skips elsewhere, where there can be no hosts."""
+    """Fail in CI, and skip elsewhere, if network namespaces are not available."""
     if os.geteuid():
         cannot("network namespaces need root")
     need(("ip", "unshare"), ("iproute2", "util-linux"))
@@ -26,17 +26,17 @@ class TwoHosts:
     """The hosts alpha and beta.
 
     Args:
-        mark: tells them from other pairs on this machine.
+        mark: unique among the pairs on this machine.
     """
 
     def __init__(self, mark: str) -> None:
         self._spaces = [f"{name}{mark}" for name in NAMES]
         self._files = [Path("/etc/netns") / space for space in self._spaces]
-        """What ip netns exec puts over /etc."""
+        """Files that ip netns exec mounts over /etc."""
         self._ends = [f"{name[0]}{mark}" for name in NAMES]
 
     def connect(self) -> None:
-        """Make both hosts and put the cable in."""
+        """Create both hosts and connect them."""
         known = [f"{address} {name}" for name, address in zip(NAMES, ADDRESSES, strict=True)]
         for space, files in zip(self._spaces, self._files, strict=True):
             _ip("netns", "add", space)
@@ -51,22 +51,22 @@ class TwoHosts:
             _ip("-n", space, "link", "set", "lo", "up")
 
     def cut(self) -> None:
-        """Drop all that either host sends, as a dead switch does: nobody is told."""
+        """Silently drop all packets between the hosts, as a dead switch does."""
         for space, other in zip(self._spaces, reversed(ADDRESSES), strict=True):
             _ip("-n", space, "route", "add", "blackhole", f"{other}/32")
 
     def on(self, host: int, command: Sequence[str]) -> list[str]:
-        """What runs a command on a host, which has a name of its own."""
+        """Command that runs a command on a host, with the host's name."""
         named = f'hostname {NAMES[host]} && exec "$0" "$@"'
         inside = ["ip", "netns", "exec", self._spaces[host], "unshare", "--uts", "sh", "-c", named]
         return [*inside, *command]
 
     def interface(self, host: int) -> str:
-        """Name of a host's end of the cable."""
+        """Network interface of a host."""
         return self._ends[host]
 
     def remove(self) -> None:
-        """Take the hosts away."""
+        """Remove the hosts."""
         for space in self._spaces:
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
         for files in self._files:
@@ -79,7 +79,7 @@ def _ip(*words: str) -> None:
 
 @contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
-    """Two hosts that reach each other and nobody else."""
+    """Two hosts that reach only each other."""
     hosts = TwoHosts(str(os.getpid()))
     try:
         try:

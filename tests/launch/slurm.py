@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for as long as a block lasts."""
+"""Slurm cluster of two nodes on this machine, for the duration of a block."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ PartitionName=high Nodes=ALL PriorityTier=10 State=UP
 
 
 def need_slurm() -> None:
-    """Install Slurm where it is missing; fails in CI where that cannot be, and skips elsewhere."""
+    """Install Slurm if it is missing; if that fails, fail in CI and skip elsewhere."""
     if os.geteuid():
         cannot("a Slurm of our own needs root")
     need(PROGRAMS, ("slurm-wlm", "munge"))
 
 
 class Slurm:
-    """The nodes n1 and n2, on which jobs run.
+    """Cluster with the nodes n1 and n2.
 
     Args:
-        folder: of the configuration, the logs and the state.
+        folder: for configuration, logs and state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Slurm:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Bring up the authentication, the controller and both nodes."""
+        """Start the authentication, the controller and both nodes."""
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
@@ -108,13 +108,13 @@ class Slurm:
         self._daemon(node, "-D", "-N", node, program="slurmd")
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd, as by a crash."""
+        """Kill a node's slurmd, as a crash would."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
 
     def stop(self) -> None:
-        """End the daemons, and whatever their jobs have left."""
+        """Kill the daemons and the remaining processes of their jobs."""
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
@@ -123,7 +123,7 @@ class Slurm:
                 os.kill(pid, signal.SIGKILL)
 
     def command(self, *words: str, check: bool = True, **more: str) -> str:
-        """What one of Slurm's commands prints."""
+        """Output of a Slurm command."""
         done = subprocess.run(
             words,
             env=self._environment | more,
@@ -137,23 +137,23 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, script: Sequence[str], *options: str, **more: str) -> str:
-        """Submit a script with its arguments; returns the job's number."""
+        """Submit a script with its arguments; returns the job id."""
         answer = self.command("sbatch", "--parsable", *options, *script, **more)
         return answer.splitlines()[-1]
 
     def job(self, number: str) -> Mapping[str, str]:
-        """What Slurm knows of a job."""
+        """Properties of a job."""
         text = self.command("scontrol", "show", "job", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def ended(self, number: str) -> bool:
-        """Whether a job is over."""
+        """Whether a job has ended."""
         return self.job(number)["JobState"] in (
             *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
         )
 
     def processes(self, variable: str) -> list[int]:
-        """Process ids of all that have this in their environment, e.g. SLURM_JOB_ID=3."""
+        """Ids of the processes with this in their environment, e.g. SLURM_JOB_ID=3."""
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -164,7 +164,7 @@ class Slurm:
         return found
 
     def logs(self) -> str:
-        """What the daemons said, for a failure."""
+        """Logs of the daemons, for a failure."""
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*.log")))
 
     def _daemon(self, name: str, *options: str, program: str = "") -> None:
@@ -179,7 +179,7 @@ class Slurm:
 
 
 def _two_free_ports() -> int:
-    """The first of two neighbouring ports that nothing listens on."""
+    """The first of two consecutive free ports."""
     while True:
         first = free_port()
         with socket.socket() as listener, suppress(OSError):
@@ -189,7 +189,7 @@ def _two_free_ports() -> int:
 
 @contextmanager
 def two_nodes() -> Iterator[Slurm]:
-    """A Slurm of two nodes; nothing of it outlives the block."""
+    """Slurm cluster of two nodes; all of its processes are killed on exit."""
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     slurm = Slurm(folder)
     try:

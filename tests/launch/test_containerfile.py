@@ -1,4 +1,4 @@
-"""The commands of launch/Containerfile, as they stand, in a folder instead of an image."""
+"""The commands of launch/Containerfile, run in a folder instead of an image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def instructions() -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
-    """What is installed here counts as installed there, so that nothing is downloaded."""
+    """The packages of this environment are visible there, so that nothing is downloaded."""
     installed = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
     variables = os.environ | installed | {"PIP_NO_BUILD_ISOLATION": "0"}  # for pip that is "on"
     output = ""

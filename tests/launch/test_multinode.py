@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-from launching import Done, finish, free_port, told
+from launching import Done, background, end_of, finish, free_port, saved, told, wait_until
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -19,19 +20,19 @@ SMALL = (
 
 
 def multinode(run: Path, **settings: str) -> Done:
-    """One machine's part, which finds no other."""
+    """Run the script on one machine of two; the other never starts."""
     place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "PROCESSES": "1"}
     place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
     return finish([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
 
 
-def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+def test_a_host_name_without_an_address(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", HEAD="nowhere.invalid")
     assert done.status == 1
     told(done, "the name nowhere.invalid leads to no address", "set HEAD to the name of one of")
 
 
-def test_a_port_of_another_program(tmp_path: Path) -> None:
+def test_a_port_that_another_program_uses(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -41,14 +42,14 @@ def test_a_port_of_another_program(tmp_path: Path) -> None:
     told(done, f"port {port} of localhost belongs to another program", "set PORT to a free one")
 
 
-def test_machines_that_do_not_come(tmp_path: Path) -> None:
+def test_machines_that_do_not_start(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", PORT="29999")
     assert done.status == 1
     told(done, "did not meet the other machines at localhost:29999 within 3 s", "start all NODES")
 
 
 @pytest.mark.parametrize("setting", ["HEAD", "NODES"])
-def test_a_setting_that_is_missing(setting: str, tmp_path: Path) -> None:
+def test_a_missing_setting(setting: str, tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", **{setting: ""})
     assert done.status == 1
     (line,) = done.errors.splitlines()
@@ -56,14 +57,14 @@ def test_a_setting_that_is_missing(setting: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
-def test_an_environment_that_is_missing(script: str, tmp_path: Path) -> None:
+def test_a_missing_virtual_environment(script: str, tmp_path: Path) -> None:
     settings = {"HEAD": "localhost", "NODES": "1", "VENV": str(tmp_path)}
     done = finish([str(ROOT / "launch" / script)], timeout=60, **settings)
     assert done.status == 1
     told(done, f"there is no {tmp_path}/bin/python on ", "launch/quickstart.sh makes .venv")
 
 
-def test_this_machine(tmp_path: Path) -> None:
+def test_local_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"PROCESSES": "2", "PYTHON": sys.executable}
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(run)]
@@ -75,7 +76,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert places == [["0", "0", here, "cpu"], ["1", "1", here, "cpu"]]
 
 
-def test_what_went_wrong_in_a_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:
+def test_a_failed_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(tmp_path / "run")]
     settings = {"PROCESSES": "2", "PYTHON": sys.executable}
     done = finish([*script, "--optim.lr", "1e30"], timeout=150, **settings)
@@ -83,3 +84,16 @@ def test_what_went_wrong_in_a_process_ends_its_launcher_without_a_traceback(tmp_
     told(done, "has a weight", "not finite")
     assert "Traceback" not in done.errors
     assert "has a weight" in done.errors[done.errors.index("FAILED") :]
+
+
+def test_a_signal_ends_the_launcher_without_a_traceback(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = [str(ROOT / "launch/local.sh"), *SMALL, "--epochs", "100000", "--run_dir", str(run)]
+    settings = {"PROCESSES": "1", "PYTHON": sys.executable}
+    with background([script], **settings) as (launcher,):
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
+        launcher.send_signal(signal.SIGTERM)
+        done = end_of(launcher, 60)
+    assert done.status == 128 + signal.SIGTERM
+    assert "Traceback" not in done.errors
+    assert (run / "STOPPED_EARLY").exists()

@@ -1,4 +1,4 @@
-"""The one command, as it stands, in a smaller size."""
+"""launch/quickstart.sh with fewer images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch, as it stands, on a real Slurm of two nodes on this machine."""
+"""The unmodified launch/slurm.sbatch on a Slurm cluster of two nodes on this machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SMALL = (
 )
 ENDLESS = "100000"
 PATIENCE = 150
-"""Seconds for what Slurm does within 30, and a training that starts meanwhile."""
+"""Seconds for an action that Slurm takes within 30, while another training starts."""
 
 
 def submit(cluster: slurm.Slurm, run: Path, epochs: str, *options: str, **settings: str) -> str:
-    """Submit the shipped script; what is said of the site is a setting or an option."""
+    """Submit the script; all settings of the site are variables and options."""
     return cluster.submit(
         [SCRIPT, "--epochs", epochs, *SMALL],
         *("--cpus-per-task=2", f"--chdir={ROOT}", f"--output={run}.txt", *options),
@@ -33,13 +33,13 @@ def submit(cluster: slurm.Slurm, run: Path, epochs: str, *options: str, **settin
 
 
 def epochs_saved(run: Path) -> int:
-    """Finished epochs of the newest set that lies between two epochs."""
+    """Number of epochs of the latest checkpoint at the end of an epoch."""
     done = [int(path.parent.name[6:]) for path in run.glob("checkpoints/epoch_????/COMPLETE.json")]
     return max(done, default=0)
 
 
 def end(cluster: slurm.Slurm, job: str) -> None:
-    """Cancel a job; nothing of it is left."""
+    """Cancel a job, and check that none of its processes is left."""
     cluster.command("scancel", job)
     wait_until(lambda: cluster.ended(job), "the end of the cancelled job", seconds=PATIENCE)
     wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the end of its processes")
@@ -55,10 +55,10 @@ def cluster() -> Iterator[slurm.Slurm]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_outlives_preemption_a_lost_node_and_its_time_limit(
+def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     cluster: slurm.Slurm, tmp_path: Path
 ) -> None:
-    """Whatever befell it, its weights are those of a job of two networks that nothing befell."""
+    """Its weights equal those of an uninterrupted job."""
     run, straight, urgent = (tmp_path / name for name in ("run", "straight", "urgent"))
     job = submit(cluster, run, ENDLESS, "--nodes=2")
     undisturbed = submit(
@@ -104,7 +104,7 @@ def test_a_job_outlives_preemption_a_lost_node_and_its_time_limit(
     assert cluster.job(job)["Restarts"] == "3"
     said = Path(f"{run}.txt").read_text()
     assert said.count("[0] going on from ") == 3
-    assert said.count(f"job {job} has stopped early and is queued again") == 2
+    assert said.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)
     wait_until(saved(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE)

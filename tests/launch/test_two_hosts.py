@@ -1,4 +1,4 @@
-"""launch/multinode.sh on two hosts, which are network namespaces with a cable between them."""
+"""launch/multinode.sh on two hosts (network namespaces)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair() -> Iterator[hosts.TwoHosts]:
 def started(
     pair: hosts.TwoHosts, runs: tuple[Path, Path], *options: str, **settings: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """The script on both hosts; nothing of it outlives the block."""
+    """Run the script on both hosts; killed on exit."""
     launchers = [
         subprocess.Popen(
             pair.on(host, [str(ROOT / "launch/multinode.sh"), *SMALL, *options]),
@@ -51,22 +51,20 @@ def started(
         yield launchers
     finally:
         for launcher in launchers:
-            launcher.kill()  # the kernel then ends its processes
+            launcher.kill()  # the kernel then kills its processes
         for launcher in launchers:
             launcher.communicate()
 
 
 def error_of(done: Done) -> str:
-    """The first line of ours on the console, whatever rank's prefix it has."""
+    """The first error line on the console, without the prefix of the rank."""
     lines = [line for line in done.errors.splitlines() if "dist-graft: error: " in line]
     assert lines, done
     return lines[0].partition("dist-graft: error: ")[2]
 
 
 @pytest.mark.slow
-def test_a_cable_that_is_cut_ends_the_job_on_both_hosts(
-    pair: hosts.TwoHosts, tmp_path: Path
-) -> None:
+def test_a_cut_cable_ends_the_job_on_both_hosts(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(pair, (run, run), "--epochs", "100000") as launchers:
         wait_until(saved(run, 2), "the second epoch", meanwhile=launchers)
@@ -90,7 +88,7 @@ def test_a_cable_that_is_cut_ends_the_job_on_both_hosts(
 
 
 @pytest.mark.slow
-def test_an_address_that_no_host_has(pair: hosts.TwoHosts, tmp_path: Path) -> None:
+def test_an_address_without_a_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(pair, (run, run), HEAD="10.77.0.9", PATIENCE="5") as launchers:
         ends = [end_of(launcher, 90) for launcher in launchers]
@@ -101,7 +99,7 @@ def test_an_address_that_no_host_has(pair: hosts.TwoHosts, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_disk_of_its_own_on_each_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
+def test_a_separate_disk_on_each_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     with started(pair, (tmp_path / "one", tmp_path / "other")) as launchers:
         ends = [end_of(launcher, 90) for launcher in launchers]
     for done in ends:

@@ -1,1 +1,1 @@
-"""Process group, peers, timeouts, devices and launching."""
+"""Processes of a run: launching, process group, peers, timeouts and devices."""

@@ -1,4 +1,4 @@
-"""Which device a process computes on, and whether NCCL can serve them all."""
+"""Device of a process, and whether NCCL can be used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 
 
 def choose_device(name: str, process: ProcessInfo) -> torch.device:
-    """The device of this process: auto and cuda give each process of a machine the next GPU.
+    """Device of this process; "auto" and "cuda" assign the GPUs of a machine in rank order.
 
-    Raises: ConfigError for a name that is none, or a GPU that is not there.
+    Raises: ConfigError for an invalid name or a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,25 +35,25 @@ def choose_device(name: str, process: ProcessInfo) -> torch.device:
 
 
 def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
-    """Whether every process has NCCL, and a GPU that is no other's; all hear the same.
+    """Whether every process has NCCL and its own GPU; the same result in all processes.
 
     Every process of the run must call this.
     """
-    mine = ""
+    gpu = ""
     if device.type == "cuda" and dist.is_nccl_available():
-        mine = str(torch.cuda.get_device_properties(device).uuid)
-    peers.publish("the GPU", mine)
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    peers.publish("the GPU", gpu)
     return all_different(peers.collect("the GPU", seconds))
 
 
 def all_different(gpus: Sequence[str]) -> bool:
-    """Whether no two are the same, and none is missing (empty)."""
+    """Whether no two are equal and none is missing (an empty string)."""
     return "" not in gpus and len(set(gpus)) == len(gpus)
 
 
 def nccl_unavailable(device: torch.device) -> ConfigError:
-    """What is wrong when NCCL is asked for and cannot be had."""
+    """Error for `runtime.backend nccl` where NCCL cannot be used."""
     return ConfigError(
-        "runtime.backend nccl needs a GPU of its own for every process of the run, and a torch "
-        f"with NCCL; this process computes on {device}: use auto or gloo"
+        "runtime.backend nccl needs a GPU for every process of the run and a torch build with "
+        f"NCCL; this process uses {device}: use auto or gloo"
     )

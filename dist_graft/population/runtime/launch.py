@@ -115,7 +115,9 @@ def launch(
         )
         try:
             with _silent_launcher(), _restored_signal_handlers(), _no_process_left():
-                results = elastic_launch(config, _run)(function, args, os.getpid())
+                own_method = multiprocessing.get_start_method(allow_none=True)
+                start = elastic_launch(config, _run)
+                results = start(function, args, os.getpid(), own_method or "")
         except (ChildFailedError, SignalException) as error:
             failure = _first_failure(error, _read_reports(Path(folder)), processes, replicas)
         else:
@@ -167,10 +169,21 @@ def _choose_start_method(function: Callable[..., Any], requested: StartMethod | 
 # In the started processes
 
 
-def _run(function: Callable[..., Any], args: tuple[Any, ...], launcher: int) -> bytes:
-    """Run the function in one process; returns its pickled result."""
+def _run(
+    function: Callable[..., Any], args: tuple[Any, ...], launcher: int, start_method: str
+) -> bytes:
+    """Run the function in one process; returns its pickled result.
+
+    Args:
+        function: of the user.
+        args: of the function.
+        launcher: process id.
+        start_method: of multiprocessing in the launcher; empty: the platform's default.
+    """
     die_with_launcher(launcher)
     _restore_default_signals()
+    # A spawned process would otherwise spawn its data loader workers, too.
+    multiprocessing.set_start_method(start_method or None, force=True)
     has_returned = threading.Event()
     # Leaves without finalizing the interpreter: see `leave`.
     atexit.register(lambda: leave(0 if has_returned.is_set() else 1))

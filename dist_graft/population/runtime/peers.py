@@ -1,4 +1,4 @@
-"""Who takes part, where they run and how far they have come, through the run's key-value store."""
+"""Registry of the processes of a run: host, process id, progress, and texts they publish."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from dist_graft.population.collectives import CommunicationError
 from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 
-_LOOK_AGAIN = timedelta(seconds=1)
+_POLL_INTERVAL = timedelta(seconds=1)
 
 
 class PeerRegistry:
-    """Each process's host and the last round it reached.
+    """The processes of a run, as they appear in its key-value store (ADR 14).
+
+    Nothing here is a collective: a process can look up its peers while they are stuck or dead.
 
     Args:
-        store: of the run; every process has one.
+        store: key-value store of the run.
         rank: of this process.
-        processes: of the run.
+        processes: number of processes in the run.
         replicas: processes of each network.
     """
 
@@ -34,26 +36,26 @@ class PeerRegistry:
     ) -> None:
         self._store = store
         self.rank = rank
-        self._processes = range(processes)
+        self._ranks = range(processes)
         self._replicas = replicas
 
     @property
     def leaders(self) -> range:
-        """The process of each network that writes its files."""
-        return self._processes[:: self._replicas]
+        """Ranks of the processes that write their network's files."""
+        return self._ranks[:: self._replicas]
 
     def clone(self) -> PeerRegistry:
-        """The same over a connection of its own, for another thread, as a wait blocks one."""
-        return PeerRegistry(self._store.clone(), self.rank, len(self._processes), self._replicas)
+        """Registry with its own connection, for another thread: a wait blocks the connection."""
+        return PeerRegistry(self._store.clone(), self.rank, len(self._ranks), self._replicas)
 
     def check_in(self, timeout_seconds: float) -> None:
-        """Say where this process runs and wait until all others have said so.
+        """Register this process and wait until all others have registered.
 
-        Raises: StartError naming the networks that did not, after the time-out.
+        Raises: StartError naming the networks that are missing after the timeout.
         """
         self._store.set(f"process/{self.rank}", str(os.getpid()))
         self._store.set(f"host/{self.rank}", socket.gethostname())
-        missing = self._wait([f"host/{rank}" for rank in self._processes], timeout_seconds)
+        missing = self._wait([f"host/{rank}" for rank in self._ranks], timeout_seconds)
         if missing:
             ranks = [int(key.removeprefix("host/")) for key in missing]
             names = ", ".join(
@@ -62,218 +64,212 @@ class PeerRegistry:
             )
             raise StartError(
                 f"network {names} did not start within {timeout_seconds:g} s: see its output, and "
-                f"check that {len(self._processes)} processes were started with the same "
+                f"check that all {len(self._ranks)} processes were started with the same "
                 "MASTER_ADDR and MASTER_PORT"
             )
 
+    # Progress
+
     def enter_round(self, round_: int) -> None:
-        """Say that this process has reached a round."""
+        """Record that this process has reached a round."""
         self._store.set(f"round/{self.rank}", str(round_))
 
     def missing_from_round(self, round_: int) -> list[str]:
-        """The networks that have not reached a round, each with rank and host.
+        """Descriptions of the processes that have not reached a round.
 
-        Empty when the store does not answer either: its host is then gone.
+        Empty when the store does not respond, because its host may be the one that is gone.
         """
-        try:
-            return [self.describe(k) for k in self._processes if not self._reached(k, round_)]
-        except RuntimeError:
-            return []
+        return self._describe_where(lambda rank: not self._has_reached(rank, round_))
 
-    def missing(self, what: str) -> list[str]:
-        """The networks that have not left a text, each with rank and host."""
-        try:
-            missing = [k for k in self._processes if not self._store.check([f"{what}/{k}"])]
-            return [self.describe(k) for k in missing]
-        except RuntimeError:
-            return []
+    def missing(self, key: str) -> list[str]:
+        """Descriptions of the processes that have not published a text under the key."""
+        return self._describe_where(lambda rank: not self._store.check([f"{key}/{rank}"]))
 
     def dead_peers(self) -> list[str]:
-        """The networks of this machine whose process is no more, each with rank and host."""
-        try:
-            return [self.describe(k) for k in self._processes if self._is_gone(k)]
-        except RuntimeError:
-            return []
+        """Descriptions of the processes on this host that have ended."""
+        return self._describe_where(self._is_dead)
 
-    def unresponsive(self, what: str, ranks: Sequence[int], seconds: float) -> list[str]:
-        """Those of the processes that do not say this within so many seconds; says it, too."""
+    def unresponsive(self, key: str, ranks: Sequence[int], seconds: float) -> list[str]:
+        """Descriptions of the ranks that do not make this same call within so many seconds."""
         try:
-            self._store.set(f"{what}/{self.rank}", "")
-            missing = self._wait([f"{what}/{rank}" for rank in ranks], seconds)
+            self._store.set(f"{key}/{self.rank}", "")
+            missing = self._wait([f"{key}/{rank}" for rank in ranks], seconds)
             return [self.describe(int(key.rpartition("/")[2])) for key in missing]
         except RuntimeError:
             return []
 
     def describe(self, rank: int) -> str:
-        """A process: its network, replica where there are several, rank and host."""
+        """Network, replica where there are several, rank and host of a process."""
         network, replica = divmod(rank, self._replicas)
         which = f"replica {replica}, " if self._replicas > 1 else ""
         return f"network {network} ({which}rank {rank} on {self._host(rank)})"
 
     def hosts(self) -> list[str]:
-        """Of all processes, in their order; waits for those that did not check in."""
-        return [self._host(rank) for rank in self._processes]
+        """Hosts of all processes, by rank; waits for those that have not checked in."""
+        return [self._host(rank) for rank in self._ranks]
 
-    def request_stop(self, why: str) -> None:
-        """Leave word for all networks that the run is to stop.
+    # Requests to stop
 
-        Nobody hears it when the store is gone: so is who kept it, and the next meeting says so.
+    def request_stop(self, reason: str) -> None:
+        """Ask all processes to stop.
 
-        Raises: PeerError when the store does not answer in time.
+        A store that is gone is ignored: the next collective reports the dead process that kept it.
+
+        Raises: PeerError when the store does not respond in time.
         """
         try:
-            self._store.set("stop", why)
+            self._store.set("stop", reason)
         except StoreTimeoutError as error:
-            raise self._cut_off(error) from error
+            raise _store_unreachable(error) from error
         except dist.DistNetworkError:
             return
 
     def stop_reason(self) -> str | None:
-        """Why the run is to stop, if any network was asked to.
+        """Why the run should stop; None when no process has requested it or the store is gone.
 
-        Nobody, when the store is gone: so is who kept it, and the next meeting says so.
-
-        Raises: PeerError when the store does not answer in time.
+        Raises: PeerError when the store does not respond in time.
         """
         try:
             return self._store.get("stop").decode() if self._store.check(["stop"]) else None
         except StoreTimeoutError as error:
-            raise self._cut_off(error) from error
+            raise _store_unreachable(error) from error
         except dist.DistNetworkError:
             return None
 
-    def publish(self, what: str, value: str) -> None:
-        """Leave a text for the other networks to read.
+    # Texts
+
+    def publish(self, key: str, text: str) -> None:
+        """Store a text of this process under the key.
 
         Raises: PeerError when the store is gone.
         """
-        with self._reachable(what):
-            self._store.set(f"{what}/{self.rank}", value)
+        with self._reporting_lost_store(key):
+            self._store.set(f"{key}/{self.rank}", text)
 
-    def read(self, what: str, rank: int, timeout_seconds: float) -> str:
-        """What one process has left, once it has.
+    def is_published(self, key: str, rank: int) -> bool:
+        """Whether a process has published a text under the key; False when the store is gone.
 
-        Raises: PeerError naming it, when it died or after the time-out.
+        Raises: PeerError when the store does not respond in time.
         """
-        return self._answers(what, [rank], timeout_seconds)[0]
+        try:
+            return self._store.check([f"{key}/{rank}"])
+        except StoreTimeoutError as error:
+            raise _store_unreachable(error) from error
+        except dist.DistNetworkError:
+            return False
+
+    def read(self, key: str, rank: int, timeout_seconds: float) -> str:
+        """Wait for the text that one process publishes under the key.
+
+        Raises: PeerError naming the process when it has died, or after the timeout.
+        """
+        return self.collect(key, timeout_seconds, ranks=[rank])[0]
 
     def collect(
         self,
-        what: str,
+        key: str,
         timeout_seconds: float,
         *,
         ranks: Sequence[int] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        """Everyone's text, in the order of their ranks, once all have left theirs.
+        """Wait for the texts that several processes publish under the key.
 
         Args:
-            what: they were to leave.
-            timeout_seconds: to wait for it.
-            ranks: ranks; None: of all processes.
-            cancelled: whether to wait no more.
+            key: of the texts.
+            timeout_seconds: for all of them.
+            ranks: to wait for; None: all.
+            cancelled: polled about once a second; True ends the wait.
 
-        Raises: PeerError naming those that did not, when one died, after the time-out, or
-            about a second after `cancelled`.
+        Returns: the texts, in the order of the ranks.
+
+        Raises: PeerError naming the missing processes when one of them has died, after the timeout,
+            or when cancelled.
         """
-        ranks = self._processes if ranks is None else ranks
-        return self._answers(what, ranks, timeout_seconds, cancelled)
-
-    def is_published(self, what: str, rank: int) -> bool:
-        """Whether a process has left a text; no, when the store is gone.
-
-        Raises: PeerError when the store does not answer in time.
-        """
-        try:
-            return self._store.check([f"{what}/{rank}"])
-        except StoreTimeoutError as error:
-            raise self._cut_off(error) from error
-        except dist.DistNetworkError:
-            return False
-
-    def _answers(
-        self,
-        what: str,
-        ranks: Sequence[int],
-        timeout_seconds: float,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[str]:
-        keys = {rank: f"{what}/{rank}" for rank in ranks}
+        keys = {rank: f"{key}/{rank}" for rank in (self._ranks if ranks is None else ranks)}
         deadline = time.monotonic() + timeout_seconds
-        with self._reachable(what):
+        with self._reporting_lost_store(key):
             while True:
-                left = min(_LOOK_AGAIN.total_seconds(), deadline - time.monotonic())
-                missing = self._wait(list(keys.values()), left)
-                if not missing:
+                left = min(_POLL_INTERVAL.total_seconds(), deadline - time.monotonic())
+                unset = self._wait(list(keys.values()), left)
+                if not unset:
                     return [self._store.get(key).decode() for key in keys.values()]
-                silent = [rank for rank, key in keys.items() if key in missing]
-                dead = [rank for rank in silent if self._is_gone(rank)]
-                late = time.monotonic() >= deadline
-                if dead or late or cancelled():
-                    who = "; ".join(self.describe(rank) for rank in dead or silent)
-                    within = f" within {timeout_seconds:g} s" if late else ""
-                    why = "died" if dead else f"did not answer{within}"
-                    raise PeerError(f"{who} {why} ({what}); its own output says why")
+                missing = [rank for rank, key in keys.items() if key in unset]
+                dead = [rank for rank in missing if self._is_dead(rank)]
+                is_late = time.monotonic() >= deadline
+                if dead or is_late or cancelled():
+                    names = "; ".join(self.describe(rank) for rank in dead or missing)
+                    within = f" within {timeout_seconds:g} s" if is_late else ""
+                    cause = "died" if dead else f"did not answer{within}"
+                    raise PeerError(f"{names} {cause} ({key}): see its output for the cause")
 
     @contextmanager
-    def _reachable(self, what: str) -> Iterator[None]:
+    def _reporting_lost_store(self, key: str) -> Iterator[None]:
+        """Turn the errors of a store that is gone or does not respond into a PeerError."""
         try:
             yield
         except StoreTimeoutError as error:
-            raise self._cut_off(error) from error
+            raise _store_unreachable(error) from error
         except dist.DistNetworkError as error:
             raise PeerError(
-                f"the run's key-value store is gone ({what}): who kept it, network 0 or the "
+                f"the run's key-value store is gone ({key}): its process, network 0 or the "
                 "launcher, died"
             ) from error
 
-    def _cut_off(self, error: StoreTimeoutError) -> PeerError:
-        return PeerError(
-            f"{error}: who keeps it, network 0 or its launcher, hangs, or the link to it is cut; "
-            "the same command goes on from the newest checkpoint"
-        )
-
     def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
-        """Wait until all keys are there; returns those that are not after the time-out."""
+        """Wait until all keys are set; returns those that are not after the timeout."""
         deadline = time.monotonic() + timeout_seconds
         while missing := [key for key in keys if not self._store.check([key])]:
             left = deadline - time.monotonic()
             if left <= 0:
                 return missing
-            try:  # not for long, so that signals are served
-                self._store.wait(missing, min(_LOOK_AGAIN, timedelta(seconds=left)))
+            try:  # in short waits, because Python handles signals only in between
+                self._store.wait(missing, min(_POLL_INTERVAL, timedelta(seconds=left)))
             except dist.DistStoreError:
                 continue
         return []
 
+    def _describe_where(self, matches: Callable[[int], bool]) -> list[str]:
+        try:
+            return [self.describe(rank) for rank in self._ranks if matches(rank)]
+        except RuntimeError:  # of the store
+            return []
+
     def _host(self, rank: int) -> str:
         return self._store.get(f"host/{rank}").decode()
 
-    def _is_gone(self, rank: int) -> bool:
+    def _is_dead(self, rank: int) -> bool:
         if self._host(rank) != socket.gethostname():
             return False
         return has_ended(int(self._store.get(f"process/{rank}")))
 
-    def _reached(self, rank: int, round_: int) -> bool:
+    def _has_reached(self, rank: int, round_: int) -> bool:
         key = f"round/{rank}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
 
 
+def _store_unreachable(error: StoreTimeoutError) -> PeerError:
+    return PeerError(
+        f"{error}: its process, network 0 or the launcher, hangs, or the link to it is cut; rerun "
+        "the command to resume from the latest checkpoint"
+    )
+
+
 @contextmanager
 def naming_missing_peers(peers: PeerRegistry | None, round_: int, what: str) -> Iterator[None]:
-    """Turn the failure of a round's collective into a PeerError that says who is missing.
+    """Turn the failure of a round's collective into a PeerError that names the missing peers.
 
     Args:
-        peers: of the run; None when nobody knows.
-        round_: which the missing networks have not reached.
-        what: failed.
+        peers: of the run; None: the error names nobody.
+        round_: that the missing processes have not reached.
+        what: the operation, for the message.
     """
     try:
         yield
     except CommunicationError as error:
-        absent = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
-        who = "; ".join(absent) or "a network that had reached it"
+        missing = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
+        names = "; ".join(missing) or "a network that had reached it"
         raise PeerError(
-            f"{what} failed, a peer died or did not answer: {who}; its own output says why "
+            f"{what} failed, a peer died or did not answer: {names}; see its output for the cause "
             f"({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""One process of a run: dies with its launcher, keeps its memory, stops on a signal, says why."""
+"""Operating system services for a process of a run: signals, memory, parent death, exit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dist_graft.errors import StoppedError
 from dist_graft.printing import flush_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Each asks a run to stop."""
+"""Signals that ask a run to stop."""
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _NEVER = 2**31 - 1
-_LARGEST = 32 << 20  # that malloc takes
+_LARGEST = 32 << 20  # threshold that malloc accepts
 
 
 def die_with_launcher(launcher: int | None = None) -> None:
-    """Have the kernel kill this process when its launcher dies (Linux), so that none is orphaned.
+    """Have the kernel kill this process when its launcher dies (Linux only; ADR 20).
 
-    A run that is started again after its launcher was killed then never meets the old processes.
+    A run that is restarted after its launcher was killed then never meets orphaned processes.
 
     Args:
         launcher: process id; None: the current parent.
@@ -53,11 +53,11 @@ def has_ended(pid: int) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed (glibc) instead of handing it back to the system.
+    """Have malloc keep freed memory (glibc) instead of returning it to the system.
 
-    Every step on a CPU allocates and frees the same activations. Else their pages go and come anew
-    in each, which is filled with zeros first: up to a sixth of a step. Where the environment sets
-    malloc's thresholds, they stay.
+    Every training step on a CPU allocates and frees the same activations. By default their pages
+    are unmapped, mapped again and zeroed in every step, which takes up to a sixth of its time.
+    Thresholds that the environment sets for malloc are left alone.
     """
     if "MALLOC_TRIM_THRESHOLD_" in os.environ or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
@@ -68,14 +68,14 @@ def keep_freed_memory() -> None:
 
 
 def stop_on_signals() -> None:
-    """Make the signals that ask to stop raise StoppedError in the main thread, once."""
+    """Raise StoppedError in the main thread at the first signal that asks to stop."""
 
     def stop(number: int, _: FrameType | None) -> None:
         for later in SIGNALS:
             signal.signal(later, signal.SIG_IGN)
         raise StoppedError(
-            f"stopped by {signal.Signals(number).name}; if a peer failed, its own line says why; "
-            "the same command goes on from the newest checkpoint"
+            f"stopped by {signal.Signals(number).name}; if a peer failed, see its error message; "
+            "rerun the command to resume from the latest checkpoint"
         )
 
     for number in SIGNALS:
@@ -83,7 +83,7 @@ def stop_on_signals() -> None:
 
 
 def terminate_launcher() -> None:
-    """Ask a torchrun that would start the processes again to end: the run was asked to stop."""
+    """Send SIGTERM to a torchrun that would otherwise restart a run that was asked to stop."""
     allowed, used = (
         int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
         for name in ("MAX_RESTARTS", "RESTART_COUNT")
@@ -119,10 +119,10 @@ def report_failure(
 
 
 def leave(status: int) -> NoReturn:
-    """End the process now, without tearing anything down.
+    """End the process at once, without finalizing the interpreter (ADR 20).
 
-    A process group whose peers are gone can hang, and a thread that still drops a tensor (of gloo,
-    or the writer of checkpoint sets) aborts an interpreter that is finalizing.
+    Destroying a process group whose peers are gone can hang, and a thread that releases a tensor
+    during finalization (of gloo or the checkpoint writer) aborts the process.
     """
     flush_all()
     os._exit(status)

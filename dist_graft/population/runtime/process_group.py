@@ -1,4 +1,4 @@
-"""Brings the processes of a run together: device, backend, store, process group."""
+"""Process group of a run: device, backend, key-value store and collectives on small values."""
 
 from __future__ import annotations
 
@@ -33,64 +33,70 @@ from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient
 from dist_graft.population.runtime.timeouts import Timeouts
 
-_ANSWER_SECONDS = 2.0  # for the store's own time-out to be reported first
+_RESPONSE_SECONDS = 2.0  # lets the store report its own timeout first
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A process that has met its peers."""
+    """Device, backend and peers of this process. Created by `start`."""
 
     process: ProcessInfo
     device: torch.device
     backend: str
-    """As torch.distributed was given it; "none" for a network alone."""
+    """Backend of the default process group; "none" for a single process."""
     timeouts: Timeouts
     peers: PeerRegistry | None
-    """None for a process alone, or where nobody is to be named."""
+    """None for a single process; without it, errors do not name peers."""
     mesh: DeviceMesh | None = None
-    """Dimensions network and replica, where several processes train each network."""
+    """Dimensions "network" and "replica", if several processes train each network."""
     replicas: Replicas = field(default_factory=Replicas)
     """The processes of this network."""
 
     @property
     def group_across_networks(self) -> dist.ProcessGroup | None:
-        """The process of each network that has this one's place in it; None: all processes."""
+        """Processes with this replica index, one of each network; None: the default group."""
         return self.mesh.get_group("network") if self.mesh else None
 
     def observe_epoch(self, epoch_seconds: float) -> None:
-        """An epoch of some network took so long: peers are waited for accordingly from now on."""
+        """Adapt the timeouts to the duration of an epoch of any network."""
         self.timeouts.observe_epoch(epoch_seconds)
         self._extend_group_timeouts()
 
     def observe_local_epoch(self, epoch_seconds: float) -> None:
-        """As `observe_epoch`, of this process's epoch, before it meets the others."""
+        """Adapt the timeouts to this process's epoch, before the others have reported theirs."""
         self.timeouts.observe_local_epoch(epoch_seconds)
         self._extend_group_timeouts()
 
     def _extend_group_timeouts(self) -> None:
-        """A backend ends a collective by the time-out of its group, whoever would wait longer."""
+        """Raise the groups' own timeouts, which end a collective however long we would wait."""
         if self.process.world_size > 1:
             limit = timedelta(seconds=self.timeouts.longest_wait)
             for group in {world(), self.group_across_networks or world()}:
                 dist.set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
-        """The networks' numbers, as many from each, in their order: a collective.
+        """Gather values of the same length from the leader of each network: a collective.
 
-        What the first process of each network says counts; all call this.
+        Every process must call this.
 
-        Raises: PeerError, saying during what, when a peer died or did not answer.
+        Args:
+            values: of this process.
+            what: the operation, for error messages.
+
+        Returns: one row for each network.
+
+        Raises: PeerError when a peer died or did not answer.
         """
         return self.gather_all_ranks(values, what)[:: self.process.replicas]
 
     def gather_all_ranks(self, values: list[float], what: str) -> list[list[float]]:
-        """As `gather`, a row for each process."""
+        """Gather values as `gather` does, with one row for each process: a collective."""
         if self.process.world_size == 1:
             return [values]
-        mine = torch.tensor(values, dtype=torch.float64)
+        local = torch.tensor(values, dtype=torch.float64)
         try:
-            everyone = gather_vectors(
-                mine,
+            gathered = gather_vectors(
+                local,
                 group=world(),
                 device=torch.device("cpu"),
                 seconds=self.timeouts.seconds,
@@ -98,37 +104,37 @@ class Runtime:
             )
         except CommunicationError as error:
             raise self._lost(what, error) from error
-        return [list(map(float, row)) for row in everyone.tolist()]
+        return [list(map(float, row)) for row in gathered.tolist()]
 
-    def broadcast_text(self, what: str, text: str) -> str:
-        """What rank 0 says, to everyone; the text of the others does not count.
+    def broadcast_text(self, key: str, text: str) -> str:
+        """Text of rank 0 under a key of the store; every process must call this.
 
-        Raises: PeerError when it says nothing in time.
+        Raises: PeerError when rank 0 does not publish it in time.
         """
         if self.peers is None:
             return text
-        if self.process.rank == 0:
-            self.peers.publish(what, text)
-        return self.peers.read(what, 0, self.timeouts.seconds)
+        if self.process.is_main:
+            self.peers.publish(key, text)
+        return self.peers.read(key, 0, self.timeouts.seconds)
 
     def hosts(self) -> list[str]:
-        """Where the processes run, in their order."""
+        """Host of each process, by rank."""
         return self.peers.hosts() if self.peers else [socket.gethostname()]
 
-    def gather_texts(self, what: str, text: str) -> list[str]:
-        """Everyone's text, in the order of their ranks; every process must call this.
+    def gather_texts(self, key: str, text: str) -> list[str]:
+        """Texts of all processes under a key of the store, by rank; every process must call this.
 
-        Raises: PeerError when one leaves none in time.
+        Raises: PeerError when a process does not publish its text in time.
         """
         if self.peers is None:
             return [text]
-        self.peers.publish(what, text)
-        return self.peers.collect(what, self.timeouts.seconds)
+        self.peers.publish(key, text)
+        return self.peers.collect(key, self.timeouts.seconds)
 
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
-        """Sum of the networks' tensors of one shape, on the CPU: a collective.
+        """Sum of the networks' tensors of equal shape, on the CPU: a collective.
 
-        Raises: PeerError, saying during what, when a peer died or did not answer.
+        Raises: PeerError when a peer died or did not answer.
         """
         if self.process.networks == 1:
             return tensor.cpu()
@@ -144,13 +150,13 @@ class Runtime:
         return total
 
     def shutdown(self) -> None:
-        """Part from the peers after a run that went well: a collective."""
+        """Destroy the process group after a successful run: a collective."""
         if self.process.world_size > 1:
             self.gather([0.0], "the end of the run")
             dist.destroy_process_group()
 
     def _announce(self, what: str) -> Callable[[float], None]:
-        """Say that this process is there; returns what to call while it waits for the others."""
+        """Publish that this process has arrived; returns the callback for its wait."""
         if self.peers is None:
             return lambda waited: None
         self.peers.publish(what, "")
@@ -158,18 +164,20 @@ class Runtime:
 
     def _lost(self, what: str, error: CommunicationError) -> PeerError:
         peers = self.peers
-        who = "; ".join(peers.dead_peers() or peers.missing(what)) if peers else ""
+        names = "; ".join(peers.dead_peers() or peers.missing(what)) if peers else ""
         return PeerError(
-            f"lost {who or 'another network'} during {what}: it died or did not answer, and its "
-            f"own output says why ({error})"
+            f"lost {names or 'another network'} during {what}: it died or did not answer; see its "
+            f"output for the cause ({error})"
         )
 
 
 def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
-    """Choose the device and meet the peers; every process of the run must call this.
+    """Choose the device and initialize the process group; every process must call this.
 
-    Raises: ConfigError for a device or backend that is not there; StartError when the processes do
-        not find each other in time, naming those that are missing.
+    Sets torch's number of threads, its deterministic mode and the current CUDA device.
+
+    Raises: ConfigError for a device or backend that is not available; StartError naming the
+        processes that did not start in time.
     """
     device = choose_device(config.device, process)
     torch.set_num_threads(config.threads or process.cpu_share())
@@ -193,9 +201,9 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     if process.world_size == 1:
         return Runtime(process, device, "none", timeouts, None)
 
-    store = _meet(process, config.timeout_seconds)
-    answering = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
-    peers = PeerRegistry(answering, process.rank, process.world_size, process.replicas)
+    store = _connect_store(process, config.timeout_seconds)
+    client = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
+    peers = PeerRegistry(client, process.rank, process.world_size, process.replicas)
     peers.check_in(config.timeout_seconds)
     if process.replicas > 1:
         _refuse_uneven_machines(process, peers, config.timeout_seconds)
@@ -204,7 +212,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         raise nccl_unavailable(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo have their own
+    timeout = timedelta(seconds=config.timeout_seconds)  # our waits over gloo have their own
     try:
         dist.init_process_group(
             backend,
@@ -226,7 +234,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
 
 
 def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
-    """Raise ConfigError in every process where the machines have different numbers of them."""
+    """Raise ConfigError in every process if machines run different numbers of processes."""
     peers.publish("processes here", str(process.local_world_size))
     sizes = sorted({int(size) for size in peers.collect("processes here", seconds)})
     if len(sizes) > 1:
@@ -236,9 +244,9 @@ def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: 
 
 
 def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:
-    """The processes as [network, replica]; every process must call this.
+    """Device mesh [network, replica]; every process must call this.
 
-    The groups are made here, and not by the mesh, so that each has all backends and this time-out.
+    The groups are created here and not by the mesh, so that each has all backends and this timeout.
     """
     ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
@@ -250,15 +258,15 @@ def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceM
     )
 
 
-def _meet(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
-    """The run's key-value store: torchrun's own when there is one, else opened by rank 0."""
+def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
+    """Key-value store of the run: torchrun's, or one that rank 0 opens."""
     host = os.environ.get("MASTER_ADDR")
     port = os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit():
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = process.rank == 0 and not by_launcher
-    opened: queue.SimpleQueue[dist.TCPStore | RuntimeError] = queue.SimpleQueue()
+    is_server = process.is_main and not by_launcher
+    connected: queue.SimpleQueue[dist.TCPStore | RuntimeError] = queue.SimpleQueue()
 
     def connect() -> None:
         try:
@@ -266,23 +274,23 @@ def _meet(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixStore:
                 host,
                 int(port),
                 world_size=process.world_size,
-                is_master=serves,
+                is_master=is_server,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=timeout_seconds),
             )
         except RuntimeError as error:
-            opened.put(error)
+            connected.put(error)
         else:
-            opened.put(store)
+            connected.put(store)
 
-    # In a thread, because it waits for ever for the answer of a port that is somebody else's.
+    # In a thread, because nothing bounds the wait for a response on another program's port.
     threading.Thread(target=connect, daemon=True).start()
     try:
-        store = opened.get(timeout=timeout_seconds + _ANSWER_SECONDS)
+        store = connected.get(timeout=timeout_seconds + _RESPONSE_SECONDS)
     except queue.Empty:
-        store = RuntimeError("what listens there does not answer, and is no store of this run")
+        store = RuntimeError("another program listens there")
     if isinstance(store, RuntimeError):
-        what = "opened" if serves else "reached"
+        what = "opened" if is_server else "reached"
         raise StartError(
             f"port {port} of {host} could not be {what}: {_first_line(store)}; choose a free "
             "MASTER_PORT that all hosts can reach"

@@ -1,4 +1,4 @@
-"""Where the launcher put this process, read from the environment without importing torch."""
+"""Rank, network and replica of a process, read from the environment without importing torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_graft.errors import ConfigError, StartError
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process among the processes of a run."""
+    """Position of a process in its run."""
 
     rank: int = 0
     world_size: int = 1
@@ -21,47 +21,47 @@ class ProcessInfo:
     launched: bool = False
     """Whether a launcher such as torchrun started the process."""
     restarts: int = 0
-    """How often the launcher has started the processes again."""
+    """Number of times that the launcher has restarted the processes."""
     replicas: int = 1
-    """Processes that train one network together; neighbours in rank, so on one machine where they
-    fit, and networks that are neighbours on the ring are next to each other."""
+    """Processes that train one network together. Their ranks are consecutive, so that they share a
+    machine where possible, and neighbors on the ring of networks are close to each other."""
 
     @property
     def network(self) -> int:
-        """The network that the process trains."""
+        """Index of the network that the process trains."""
         return self.rank // self.replicas
 
     @property
     def networks(self) -> int:
-        """Size of the population."""
+        """Number of networks in the population."""
         return self.world_size // self.replicas
 
     @property
     def replica(self) -> int:
-        """Which of its network's processes this is."""
+        """Index of the process within its network."""
         return self.rank % self.replicas
 
     @property
     def is_leader(self) -> bool:
-        """Whether the process writes the files of its network."""
+        """Whether this is the process that writes the files of its network."""
         return self.replica == 0
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes the files of the whole run."""
+        """Whether this is rank 0, the process that writes the files of the whole run."""
         return self.rank == 0
 
     def __str__(self) -> str:
-        """Network, replica where there are several, and rank."""
+        """Network, replica where there are several, rank and host."""
         replica = f"replica {self.replica}, " if self.replicas > 1 else ""
         return f"network {self.network} ({replica}rank {self.rank} on {socket.gethostname()})"
 
     def with_replicas(self, replicas: int) -> ProcessInfo:
-        """The same place where `replicas` processes train each network.
+        """This position in a run where `replicas` processes train each network.
 
-        Raises: ConfigError when the processes cannot be shared out, naming numbers that work.
+        Raises: ConfigError when the number of processes does not fit, naming numbers that do.
         """
-        here = self.local_world_size
+        local = self.local_world_size
         if self.world_size % replicas:
             started = "process was" if self.world_size == 1 else "processes were"
             raise ConfigError(
@@ -69,28 +69,28 @@ class ProcessInfo:
                 f"{self.world_size} {started} started: start {replicas}, {2 * replicas}, "
                 f"{3 * replicas} ... (torchrun --nproc-per-node)"
             )
-        torn = here % replicas and replicas % here
-        if replicas > 1 and (torn or self.world_size % here):
+        is_split = local % replicas and replicas % local
+        if replicas > 1 and (is_split or self.world_size % local):
             raise uneven_machines(
-                replicas, f"{here} of {self.world_size} processes on this machine"
+                replicas, f"{local} of {self.world_size} processes on this machine"
             )
         return replace(self, replicas=replicas)
 
     def cpu_share(self) -> int:
-        """Cores that the process may count as its own, at least 1.
+        """Number of CPU cores for this process, at least 1.
 
-        Under Slurm at most those of the job's step: where nothing binds a task to its cores
-        (TaskPlugin=task/none), it may run on all of the machine's.
+        Under Slurm at most those allocated to the job step: without task binding
+        (TaskPlugin=task/none) the affinity mask covers the whole machine.
         """
         cores = len(os.sched_getaffinity(0))
-        allotted = os.environ.get("SLURM_CPUS_ON_NODE", "")
-        if allotted.isdecimal():
-            cores = min(cores, int(allotted))
+        allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")
+        if allocated.isdecimal():
+            cores = min(cores, int(allocated))
         return max(1, cores // self.local_world_size)
 
 
 def uneven_machines(replicas: int, found: str) -> ConfigError:
-    """The error of machines whose numbers of processes do not fit."""
+    """Error for machines whose numbers of processes do not fit the number of replicas."""
     fill = [str(size) for size in range(1, replicas) if replicas % size == 0]
     smaller = f", or {' or '.join(fill)} where a network fills several machines" if fill else ""
     return ConfigError(
@@ -100,9 +100,9 @@ def uneven_machines(replicas: int, found: str) -> ConfigError:
 
 
 def read_process_info(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
-    """The place that RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say; alone without them.
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a single process without them.
 
-    Raises: StartError when only some are set, or they contradict each other.
+    Raises: StartError when only some are set, or when they contradict each other.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return ProcessInfo()

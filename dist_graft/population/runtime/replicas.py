@@ -1,4 +1,4 @@
-"""The processes that train one network together, each on its part of every batch."""
+"""Data-parallel training of one network by several processes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from dist_graft.population.collectives import (
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.timeouts import Timeouts
 
-_ANSWER_SECONDS = 2.0  # for those of the network who are there to say so
+_RESPONSE_SECONDS = 2.0  # in which live replicas respond
 
 
 class Replicas:
-    """One network's processes. Where there is but one, nothing here communicates.
+    """Processes that train one network, each on its share of every batch.
 
-    All hold the same parameters: gradients are averaged in every step. What batch norm counts
-    differs from process to process, until it is averaged.
+    All hold the same parameters, because gradients are averaged in every step. The running
+    statistics of batch norm differ between processes until they are averaged. With a single process
+    nothing here communicates.
 
     Args:
-        group: of the processes, in the order of their parts; None: one process alone.
-        timeouts: how long to wait for the others.
-        peers: lets errors name who is missing.
+        group: process group, in the order of the shares; None: a single process.
+        timeouts: for collectives; None: the group's own.
+        peers: lets errors name the missing processes.
     """
 
     def __init__(
@@ -43,22 +44,22 @@ class Replicas:
         peers: PeerRegistry | None = None,
     ) -> None:
         self.group = group
-        self._patience = timeouts
-        self._roll_call = peers
+        self._timeouts = timeouts
+        self._peers = peers
         self._wrapped: DistributedDataParallel | None = None
 
     @property
     def index(self) -> int:
-        """Which of the processes this is."""
+        """Index of this process within the group."""
         return dist.get_rank(self.group) if self.group else 0
 
     def convert_sync_batchnorm(self, model: nn.Module) -> nn.Module:
-        """The model with batch statistics over all processes, its tensors the same (GPUs only)."""
+        """Replace batch norm by SyncBatchNorm over the processes; GPUs only, tensors are kept."""
         synced = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
         return cast(nn.Module, synced)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, whose backward passes average the gradients over the processes: a collective.
+        """Wrap the model in DistributedDataParallel, if there are several processes: a collective.
 
         Raises: PeerError when another process died or did not answer.
         """
@@ -69,15 +70,15 @@ class Replicas:
                 model,
                 process_group=self.group,
                 forward_sync_buffers=False,
-                # Else buckets are cut anew after the first step, sums have another order from then
-                # on, and a run that was resumed in between has other bits.
+                # Otherwise DDP rebuilds its buckets after the first step. That changes the order of
+                # the sums, and a resumed run would differ from an uninterrupted one.
                 find_unused_parameters=True,
             )
         return self._wrapped
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        """Around a forward and backward pass; the last one of a step is a collective.
+        """Context for a forward and backward pass; the last one of a step is a collective.
 
         Raises: PeerError when another process died or did not answer.
         """
@@ -92,48 +93,48 @@ class Replicas:
             yield
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of the flags any of the processes has set: a collective."""
+        """Logical or of each flag over the processes: a collective."""
         if self.group is None:
             return list(flags)
-        everyone = self._gather(torch.tensor(flags, dtype=torch.uint8), "a step")
-        return [bool(flag) for flag in everyone.amax(dim=0)]
+        gathered = self._gather(torch.tensor(flags, dtype=torch.uint8), "a step")
+        return [bool(flag) for flag in gathered.amax(dim=0)]
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
-        """The processes' numbers, as many from each: a collective."""
+        """Gather values of the same length from each process: a collective."""
         if self.group is None:
             return [values]
         rows = self._gather(torch.tensor(values, dtype=torch.float64), what)
         return [list(map(float, row)) for row in rows.tolist()]
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """The processes' matrices below each other: a collective.
+        """Concatenate the processes' matrices along the first dimension: a collective.
 
         Args:
             rows: of this process, [counts[index], columns].
-            counts: rows of each process.
+            counts: number of rows of each process.
         """
         if self.group is None:
             return rows
         missing = max(counts) - len(rows)
         vector = nn.functional.pad(rows, (0, 0, 0, missing)).flatten()
-        everyone = self._gather(vector, "an evaluation").view(len(counts), max(counts), -1)
-        return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+        gathered = self._gather(vector, "an evaluation").view(len(counts), max(counts), -1)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Make the floating buffers the mean of the processes' own: a collective."""
+        """Average the floating-point buffers over the processes, in place: a collective."""
         if self.group is not None:
             average_buffers(model, lambda vector: self._gather(vector, "the running statistics"))
 
     def gather_buffers(self, model: nn.Module) -> Tensor | None:
-        """Every process's floating buffers, float64 [processes, elements]: a collective."""
+        """Gather all floating-point buffers, float64 [processes, elements]: a collective."""
         if self.group is None:
             return None
-        return self._gather(_packed(model), "a checkpoint set")
+        return self._gather(_pack(model), "a checkpoint")
 
-    def restore_buffers(self, model: nn.Module, everyone: Tensor | None) -> None:
-        """Take this process's own out of what `gather_buffers` has returned."""
-        if everyone is not None:
-            _unpack(everyone[self.index], model)
+    def restore_buffers(self, model: nn.Module, gathered: Tensor | None) -> None:
+        """Load this process's buffers from the result of `gather_buffers`."""
+        if gathered is not None:
+            _unpack(gathered[self.index], model)
 
     def _gather(self, vector: Tensor, what: str) -> Tensor:
         assert self.group is not None
@@ -142,7 +143,7 @@ class Replicas:
                 vector,
                 group=self.group,
                 device=torch.device("cpu"),
-                seconds=self._patience.seconds if self._patience else None,
+                seconds=self._timeouts.seconds if self._timeouts else None,
             )
 
     @contextmanager
@@ -150,44 +151,44 @@ class Replicas:
         try:
             yield
         except CommunicationError as error:
-            gone = self._gone(what)
+            names = "; ".join(self._missing(what)) or "another process of this network"
             raise PeerError(
-                f"lost {'; '.join(gone) or 'another process of this network'} during {what}: it "
-                f"died or did not answer, and its own output says why ({error})"
+                f"lost {names} during {what}: it died or did not answer; see its output for the "
+                f"cause ({error})"
             ) from error
 
-    def _gone(self, what: str) -> list[str]:
-        """Who of the network's processes is not there any more."""
-        if self._roll_call is None or self.group is None:
+    def _missing(self, what: str) -> list[str]:
+        """Descriptions of the processes of this network that died or do not respond."""
+        if self._peers is None or self.group is None:
             return []
         ranks = dist.get_process_group_ranks(self.group)
-        return self._roll_call.dead_peers() or self._roll_call.unresponsive(
-            f"lost during {what}", ranks, _ANSWER_SECONDS
+        return self._peers.dead_peers() or self._peers.unresponsive(
+            f"lost during {what}", ranks, _RESPONSE_SECONDS
         )
 
 
 def average_buffers(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
-    """Make a module's floating buffers the mean of those that several processes hold, in place.
+    """Average a module's floating-point buffers over several processes, in place.
 
-    Buffers that are equal already keep their bits.
+    Buffers that are equal in all processes keep their bits.
 
     Args:
-        model: one process's own.
-        gather: everyone's vectors, [n] -> [processes, n]: a collective.
+        model: of this process.
+        gather: collective that returns the vectors of all processes, [n] -> [processes, n].
     """
-    mine = _packed(model)
-    if not len(mine):
+    local = _pack(model)
+    if not len(local):
         return
-    everyone = gather(mine)
-    _unpack(everyone[0] + (everyone - everyone[0]).mean(dim=0), model)
+    gathered = gather(local)
+    _unpack(gathered[0] + (gathered - gathered[0]).mean(dim=0), model)
 
 
 def _float_buffers(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
-def _packed(model: nn.Module) -> Tensor:
-    """All floating buffers, float64 [elements], on the CPU."""
+def _pack(model: nn.Module) -> Tensor:
+    """All floating-point buffers, float64 [elements], on the CPU."""
     parts = [buffer.detach().double().flatten().cpu() for buffer in _float_buffers(model)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

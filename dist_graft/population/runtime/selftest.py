@@ -1,4 +1,4 @@
-"""A round between two processes of this machine, to see whether its parts work together."""
+"""Self-test of `dist-graft doctor`: one round between two processes on this machine."""
 
 from __future__ import annotations
 
@@ -13,54 +13,47 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _NETWORKS = 2
-_LEAVE_SECONDS = 10.0
+_EXIT_SECONDS = 10.0
 
 
 def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
-    """Let two new processes meet and graft, and compare the result with `mix`.
+    """Graft two networks in new processes and compare the result with `mix`.
 
     Args:
-        backend: gloo (on the CPU), or nccl (two GPUs).
-        seconds: for all of it, starting the processes included; they are ended afterwards.
+        backend: "gloo" (on the CPU) or "nccl" (on two GPUs).
+        seconds: timeout for all of it, including the start of the processes.
 
-    Returns: whether it went well, and one line of what was seen, or why not.
+    Returns: whether the test passed, and one line with the result or the error.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place |= {"WORLD_SIZE": str(_NETWORKS), "LOCAL_WORLD_SIZE": str(_NETWORKS)}
-    place |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-    command = [
-        sys.executable,
-        "-m",
-        "dist_graft.population.runtime.selftest",
-        backend,
-        f"{seconds:g}",
-    ]
-    began = time.monotonic()
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(_NETWORKS), "LOCAL_WORLD_SIZE": str(_NETWORKS)}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    module = "dist_graft.population.runtime.selftest"
+    command = [sys.executable, "-m", module, backend, f"{seconds:g}"]
+    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / str(rank) for rank in range(_NETWORKS)]
-        ranks = []
+        files = [Path(folder) / str(rank) for rank in range(_NETWORKS)]
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            for rank, output in enumerate(outputs):
-                mine = environment | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(_start(command, mine, output))
-            late = [
-                rank for rank, process in enumerate(ranks) if not _ended(process, began + seconds)
-            ]
+            for rank, file in enumerate(files):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(_start(command, environment | place, file))
+            late = [rank for rank, process in enumerate(processes) if not _ends(process, deadline)]
         finally:
-            for process in ranks:
+            for process in processes:
                 process.kill()
-                process.wait(_LEAVE_SECONDS)
-        said = [output.read_text(errors="replace").strip().splitlines() for output in outputs]
+                process.wait(_EXIT_SECONDS)
+        outputs = [file.read_text(errors="replace").strip().splitlines() for file in files]
     if late:
         return False, f"process {late[0]} did not end within {seconds:g} s"
-    for process, lines in zip(ranks, said, strict=True):
+    for process, lines in zip(processes, outputs, strict=True):
         if process.returncode:
             return False, lines[-1] if lines else _cause(process.returncode)
-    return True, said[0][-1]
+    return True, outputs[0][-1]
 
 
 def _start(
@@ -72,7 +65,8 @@ def _start(
         )
 
 
-def _ended(process: subprocess.Popen[bytes], deadline: float) -> bool:
+def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Whether the process ends before the deadline."""
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -82,26 +76,26 @@ def _ended(process: subprocess.Popen[bytes], deadline: float) -> bool:
 
 def _cause(status: int) -> str:
     if status < 0:
-        return f"a process was ended by {signal.Signals(-status).name} without a word"
-    return f"a process ended with status {status} without a word"
+        return f"a process was killed by {signal.Signals(-status).name} and printed nothing"
+    return f"a process exited with status {status} and printed nothing"
 
 
 def main(backend: str, seconds: float) -> None:
-    """One of the two processes; its last line says what was seen."""
+    """Run one of the two processes; its last line of output is the result."""
     from dist_graft.errors import DistGraftError
     from dist_graft.population.runtime.process import die_with_launcher, leave
     from dist_graft.population.runtime.process_info import read_process_info
 
     die_with_launcher()
     try:
-        print(_meet_and_graft(read_process_info().network, backend, seconds))
+        print(_graft_and_compare(read_process_info().network, backend, seconds))
     except DistGraftError as error:
         print(" ".join(str(error).split()))
         leave(error.exit_status)
     leave(0)
 
 
-def _meet_and_graft(network: int, backend: str, seconds: float) -> str:
+def _graft_and_compare(network: int, backend: str, seconds: float) -> str:
     import torch
     from torch import nn
 
@@ -134,14 +128,14 @@ def _meet_and_graft(network: int, backend: str, seconds: float) -> str:
 
     began = time.monotonic()
     Grafter(models[network], rule=rule, peers=runtime.peers).graft()
-    took = time.monotonic() - began
+    seconds = time.monotonic() - began
     received = graft_tensors(models[network])
-    same = torch.equal if backend == "gloo" else torch.allclose
-    wrong = [key for key in expected if not same(expected[key], received[key])]
+    is_equal = torch.equal if backend == "gloo" else torch.allclose
+    wrong = [key for key in expected if not is_equal(expected[key], received[key])]
     runtime.shutdown()
     if wrong:
-        raise DisagreementError(f"a round over {backend} gave other weights than mix in {wrong[0]}")
-    return f"a round took {1000 * took:.0f} ms, and gave the weights that it must"
+        raise DisagreementError(f"a round over {backend} differs from mix in {wrong[0]}")
+    return f"a round took {1000 * seconds:.0f} ms and gave the expected weights"
 
 
 if __name__ == "__main__":

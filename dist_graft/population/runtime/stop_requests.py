@@ -1,4 +1,4 @@
-"""Requests to stop: a signal to any process of the run, or a file. Nothing here is a collective."""
+"""Requests to stop a run: a signal to any of its processes, or a file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from types import FrameType
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process import SIGNALS
 
-_LOOK_EVERY = 1.0
+_POLL_SECONDS = 1.0
 
 
 class StopRequests:
-    """Whether this run is to stop, asked after every step.
+    """Whether the run should stop; polled after every step. Nothing here is a collective.
 
-    A signal to one process becomes known to all through the run's key-value store, which each reads
-    once a second. A second signal changes nothing.
+    A signal to one process reaches all of them through the key-value store, which each process
+    polls once a second. Further signals are ignored.
 
     Args:
-        file: a file of this name asks, too.
-        peers: of the run; None for a network alone.
-        grace_seconds: after which `on_grace_expired` is called, when the process is still there.
-        on_grace_expired: must end the process; called from another thread.
+        file: requests a stop by its existence.
+        peers: of the run; None for a single process.
+        grace_seconds: between the request and `on_grace_expired`.
+        on_grace_expired: must end the process; called in another thread.
     """
 
     def __init__(
@@ -37,45 +37,45 @@ class StopRequests:
         on_grace_expired: Callable[[], object],
     ) -> None:
         self._file = file
-        self._roll_call = peers
+        self._peers = peers
         self._grace = threading.Timer(grace_seconds, on_grace_expired)
         self._grace.daemon = True
         self._signal: int | None = None
-        self._looked = -_LOOK_EVERY
+        self._last_poll = -_POLL_SECONDS
         self.reason: str | None = None
-        """Why the run is to stop; None while it is not."""
+        """Why the run should stop; None while it should not."""
 
     def install_handlers(self) -> None:
-        """Take the signals from now on."""
+        """Handle the signals that request a stop."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._record_signal)
 
     def requested(self) -> bool:
-        """Whether the run is to stop; costs next to nothing but once a second."""
+        """Whether the run should stop; polls the file and the store at most once a second."""
         if self.reason is None:
-            self.reason = self._look()
+            self.reason = self._poll()
             if self.reason is not None:
                 self._grace.start()
         return self.reason is not None
 
     def peer_reason(self) -> str:
-        """Why the run stops, for a network that its peers told so."""
-        return (self._roll_call and self._roll_call.stop_reason()) or "another network"
+        """Reason of a stop that a peer announced in a collective."""
+        return (self._peers and self._peers.stop_reason()) or "another network"
 
-    def _look(self) -> str | None:
+    def _poll(self) -> str | None:
         now = time.monotonic()
-        if self._signal is None and now - self._looked < _LOOK_EVERY:
+        if self._signal is None and now - self._last_poll < _POLL_SECONDS:
             return None
-        self._looked = now
+        self._last_poll = now
         if self._signal is not None:
             reason = signal.Signals(self._signal).name
         elif self._file.exists():
             reason = f"the file {self._file}"
         else:
-            return self._roll_call.stop_reason() if self._roll_call else None
-        if self._roll_call:
-            self._roll_call.request_stop(reason)
+            return self._peers.stop_reason() if self._peers else None
+        if self._peers:
+            self._peers.request_stop(reason)
         return reason
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or number

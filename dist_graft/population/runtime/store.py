@@ -1,4 +1,4 @@
-"""The run's key-value store, for whose answers nobody waits without end."""
+"""Key-value store client with a response timeout."""
 
 from __future__ import annotations
 
@@ -10,78 +10,79 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-_Answer = TypeVar("_Answer")
+_Response = TypeVar("_Response")
 
 
 class StoreTimeoutError(dist.DistNetworkError):
-    """The store did not answer in time; it is not asked again."""
+    """The store did not respond in time; later requests fail at once."""
 
 
 class StoreClient:
-    """A store whose silence is an error after a while.
+    """Client whose requests fail when the store does not respond in time.
 
-    A store's own time-out does not bound the wait for an answer that was lost on a dead link. So it
-    is asked in a thread, which stays behind when no answer comes.
+    The timeout of a `torch.distributed.Store` does not bound the wait for a response that was lost
+    on a dead link. Requests are therefore made in a thread, which is abandoned when no response
+    comes.
 
     Args:
-        store: to be asked, by this object alone.
-        seconds: how long to wait for an answer, now.
+        store: used by this client only.
+        seconds: returns the current timeout.
     """
 
     def __init__(self, store: dist.Store, seconds: Callable[[], float]) -> None:
         self._store = store
         self._seconds = seconds
-        self._questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._silent = False
-        threading.Thread(target=self._ask, daemon=True).start()
+        self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._has_timed_out = False
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def set(self, key: str, value: str) -> None:
-        """Store a text."""
-        self._answer(lambda: self._store.set(key, value))
+        """Store a value."""
+        self._request(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes:
-        """What is stored, once it is."""
-        return self._answer(lambda: self._store.get(key))
+        """Value of a key; waits until it is set."""
+        return self._request(lambda: self._store.get(key))
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
-        return self._answer(lambda: self._store.check(keys))
+        """Whether all keys are set."""
+        return self._request(lambda: self._store.check(keys))
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
-        """Wait until all keys are there.
+        """Wait until all keys are set.
 
-        Raises: DistStoreError after the time-out.
+        Raises: DistStoreError after the timeout.
         """
-        self._answer(lambda: self._store.wait(keys, timeout), timeout.total_seconds())
+        self._request(lambda: self._store.wait(keys, timeout), timeout.total_seconds())
 
     def clone(self) -> StoreClient:
-        """The same store over a connection of its own."""
-        return StoreClient(self._answer(self._store.clone), self._seconds)
+        """Client of the same store with its own connection."""
+        return StoreClient(self._request(self._store.clone), self._seconds)
 
-    def _answer(self, question: Callable[[], _Answer], longer: float = 0.0) -> _Answer:
-        answers: queue.SimpleQueue[_Answer | RuntimeError] = queue.SimpleQueue()
+    def _request(self, function: Callable[[], _Response], extra_seconds: float = 0.0) -> _Response:
+        responses: queue.SimpleQueue[_Response | RuntimeError] = queue.SimpleQueue()
 
-        def ask() -> None:
+        def serve() -> None:
             try:
-                answers.put(question())
+                responses.put(function())
             except RuntimeError as error:
-                answers.put(error)
+                responses.put(error)
 
         seconds = self._seconds()
-        if not self._silent:
-            self._questions.put(ask)
+        if not self._has_timed_out:
+            self._requests.put(serve)
             try:
-                answer = answers.get(timeout=seconds + longer)
+                response = responses.get(timeout=seconds + extra_seconds)
             except queue.Empty:
-                self._silent = True
-        if self._silent:
+                self._has_timed_out = True
+        if self._has_timed_out:
             raise StoreTimeoutError(
                 f"the run's key-value store did not answer within {seconds:g} s"
             )
-        if isinstance(answer, RuntimeError):
-            raise answer
-        return answer
+        if isinstance(response, RuntimeError):
+            raise response
+        return response
 
-    def _ask(self) -> None:
+    def _serve(self) -> None:
         while True:
-            self._questions.get()()
+            self._requests.get()()

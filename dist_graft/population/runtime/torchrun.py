@@ -1,4 +1,8 @@
-"""torchrun, whose failures end with one line that says what to do: python -m of this module."""
+"""torchrun with one-line errors: ``python -m dist_graft.population.runtime.torchrun OPTIONS``.
+
+Adds to torchrun what its own options do not offer: no traceback of the launcher, an immediate error
+for an unusable rendezvous address, and an end when the rendezvous store becomes unreachable.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,143 +22,122 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
-from dist_graft.population.runtime.process import leave
+from dist_graft.population.runtime.process import has_ended, leave
 from dist_graft.printing import tell
 
-_ANSWER_SECONDS = 5.0  # for a store that is there
-_JOIN_SECONDS = 600.0  # torchrun's own default
-_PARTING_SECONDS = 15.0  # from the end of the processes to that of their launcher
+_CONNECT_SECONDS = 5.0
+_JOIN_SECONDS = 600.0  # torchrun's default
+_EXIT_SECONDS = 15.0  # from the end of the processes to that of their launcher
 
 
-def launch(argv: list[str]) -> int:
-    """Run torchrun with its options, no restarts; returns the exit status, or ends the process.
-
-    What became of the processes is shown in torchrun's table, without its traceback.
-    """
+def main(argv: list[str]) -> int:
+    """Run torchrun with its own options; returns the exit status, or ends the process."""
     options = parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which tells of it at length
-    head = options.rdzv_endpoint
-    conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
-    if head:
-        refuse_wrong_address(head)
-        threading.Thread(target=watch, args=(head, conf), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
+    endpoint = options.rdzv_endpoint
+    if endpoint:
+        check_endpoint(endpoint)
+        threading.Thread(target=_exit_after_processes, args=(endpoint,), daemon=True).start()
     try:
         run(options)
     except ChildFailedError as error:
-        tell(error)
+        tell(error)  # torchrun's table of failures
         return 1
     except SignalException as error:
-        tell(f"the launcher got {error.sigval.name} and ended its processes", sys.stdout)
+        tell(f"the launcher received {error.sigval.name} and stopped its processes", sys.stdout)
         return 128 + error.sigval
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
-        give_up(_lonely(head, conf), error.__cause__ or error)
+        conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
+        seconds = float(conf.get("join_timeout", _JOIN_SECONDS))
+        _fail(
+            f"{socket.gethostname()} did not meet the other machines at {endpoint} within "
+            f"{seconds:g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be the "
+            "name of one of them, and PORT open between them",
+            error.__cause__ or error,
+        )
     return 0
 
 
-def refuse_wrong_address(head: str) -> None:
-    """End the process at once where the machines cannot meet at this address."""
-    host, _, port = head.rpartition(":")
+def check_endpoint(endpoint: str) -> None:
+    """End the process if the machines cannot meet at this address."""
+    host, _, port = endpoint.rpartition(":")
     here = socket.gethostname()
     for name in (host, here):
         try:
             socket.getaddrinfo(name, port)
         except OSError as error:
-            give_up(
+            _fail(
                 f"the name {name} leads to no address on {here}: set HEAD to the name of one of "
-                "the machines, and let DNS or /etc/hosts of each know the names of all",
+                "the machines, and make their names known to each other (DNS or /etc/hosts)",
                 error,
             )
     try:
-        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except OSError:
-        return  # not there yet
-    if not _keeps_a_store(host, int(port)):
-        give_up(
+        return  # not started yet
+    if not _is_store(host, int(port)):
+        _fail(
             f"port {port} of {host} belongs to another program: set PORT to a free one, the same "
             "on all machines"
         )
 
 
-def watch(head: str, conf: Mapping[str, str]) -> None:
-    """End the process when the machines do not meet, or when it outlives its processes.
+def _is_store(host: str, port: int) -> bool:
+    """Whether a key-value store responds; torch bounds the wait for a connection only."""
+    responses: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    timeout = timedelta(seconds=_CONNECT_SECONDS)
 
-    torchrun waits without end for a store that was cut off.
-    """
-    began = time.monotonic()
-    while not _processes():
-        if time.monotonic() > began + _patience(conf) + _ANSWER_SECONDS:
-            give_up(_lonely(head, conf))
-        time.sleep(1)
-    last = time.monotonic()
-    while time.monotonic() < last + _PARTING_SECONDS:
-        time.sleep(1)
-        if _processes():
-            last = time.monotonic()
-    give_up(
-        f"{socket.gethostname()} lost {head}, and its processes have ended: their own output says "
-        "why; the same command goes on from the newest checkpoint"
-    )
-
-
-def give_up(line: str, error: BaseException | None = None) -> None:
-    """End the process with one line."""
-    reason = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
-    tell(f"dist-graft: error: {line}{reason}")
-    leave(1)
-
-
-def _lonely(head: str, conf: Mapping[str, str]) -> str:
-    return (
-        f"{socket.gethostname()} did not meet the other machines at {head} within "
-        f"{_patience(conf):g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be "
-        "the name of one of them, and PORT open between them"
-    )
-
-
-def _patience(conf: Mapping[str, str]) -> float:
-    return float(conf.get("join_timeout", _JOIN_SECONDS))
-
-
-def _keeps_a_store(host: str, port: int) -> bool:
-    """Whether a store answers; asked in a thread, because nothing bounds that wait."""
-    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    seconds = timedelta(seconds=_ANSWER_SECONDS)
-
-    def ask() -> None:
+    def connect() -> None:
         try:
-            store = dist.TCPStore(host, port, wait_for_workers=False, timeout=seconds)
-            store.check([""])
+            dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout).check([""])
         except RuntimeError:
-            answers.put(False)
+            responses.put(False)
         else:
-            answers.put(True)
+            responses.put(True)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        return answers.get(timeout=_ANSWER_SECONDS)
+        return responses.get(timeout=_CONNECT_SECONDS)
     except queue.Empty:
         return False
 
 
-def _processes() -> list[str]:
-    """Process ids of the children that run."""
-    found = []
+def _exit_after_processes(endpoint: str) -> None:
+    """End this launcher soon after its processes.
+
+    torchrun waits without a timeout for a rendezvous store whose link was cut.
+    """
+    while not _has_processes():
+        time.sleep(1)
+    last_seen = time.monotonic()
+    while time.monotonic() < last_seen + _EXIT_SECONDS:
+        time.sleep(1)
+        if _has_processes():
+            last_seen = time.monotonic()
+    _fail(
+        f"{socket.gethostname()} lost the connection to {endpoint}, and its processes have ended: "
+        "see their output for the cause, and rerun the command to resume from the latest checkpoint"
+    )
+
+
+def _has_processes() -> bool:
+    """Whether a child of this process is running (Linux)."""
     for children in Path("/proc/self/task").glob("*/children"):
         try:
             pids = children.read_text().split()
-            found += [pid for pid in pids if _runs(pid)]
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError):  # of a thread that has just ended
             continue
-    return found
+        if not all(has_ended(int(pid)) for pid in pids):
+            return True
+    return False
 
 
-def _runs(pid: str) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+def _fail(line: str, error: BaseException | None = None) -> NoReturn:
+    """Print one line and end the process, whatever its threads wait for."""
+    cause = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
+    tell(f"dist-graft: error: {line}{cause}")
+    leave(1)
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -15,5 +15,5 @@ from dist_graft.population.runtime.devices import all_different
         (["", ""], False),
     ],
 )
-def test_nccl_serves_where_no_gpu_is_missing_or_shared(gpus: list[str], different: bool) -> None:
+def test_nccl_needs_a_different_gpu_in_every_process(gpus: list[str], different: bool) -> None:
     assert all_different(gpus) is different

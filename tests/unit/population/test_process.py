@@ -1,4 +1,4 @@
-"""What a process asks of the system."""
+"""Memory settings of a training process."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ for _ in range(10):
 print(faults() - before)
 """
 PAGES = 10 * 8 * (4 << 20) // os.sysconf("SC_PAGE_SIZE")
-"""Of ten steps."""
+"""Pages that ten steps allocate."""
 
 
 @pytest.mark.parametrize(
-    ("thresholds", "come_anew"), [({}, False), ({"TRIM": "131072", "MMAP": "65536"}, True)]
+    ("thresholds", "is_returned"), [({}, False), ({"TRIM": "131072", "MMAP": "65536"}, True)]
 )
-def test_memory_that_was_freed_is_kept_unless_the_environment_has_its_own_thresholds(
-    thresholds: dict[str, str], come_anew: bool
+def test_freed_memory_is_kept_unless_the_environment_sets_thresholds(
+    thresholds: dict[str, str], is_returned: bool
 ) -> None:
-    given = {f"MALLOC_{name}_THRESHOLD_": value for name, value in thresholds.items()}
+    variables = {f"MALLOC_{name}_THRESHOLD_": value for name, value in thresholds.items()}
     done = subprocess.run(
         [sys.executable, "-c", FAULTS],
-        env=os.environ | given,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
     pages = int(done.stdout)
-    assert pages > PAGES / 2 if come_anew else pages < PAGES / 20
+    assert pages > PAGES / 2 if is_returned else pages < PAGES / 20

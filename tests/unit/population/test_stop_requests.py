@@ -24,7 +24,7 @@ def _handlers() -> Iterator[None]:
 
 
 @pytest.fixture
-def late() -> threading.Event:
+def expired() -> threading.Event:
     return threading.Event()
 
 
@@ -36,23 +36,23 @@ def store() -> dist.HashStore:
 
 
 def requests(
-    folder: Path, late: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
+    folder: Path, expired: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
 ) -> StopRequests:
-    return StopRequests(folder / "STOP", peers, grace_seconds=grace, on_grace_expired=late.set)
+    return StopRequests(folder / "STOP", peers, grace_seconds=grace, on_grace_expired=expired.set)
 
 
-def test_nobody_asks(tmp_path: Path, late: threading.Event) -> None:
-    here = requests(tmp_path, late)
+def test_no_stop_is_requested(tmp_path: Path, expired: threading.Event) -> None:
+    here = requests(tmp_path, expired)
     here.install_handlers()
     assert not here.requested()
     assert here.reason is None
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_and_a_second_one_changes_nothing(
-    number: signal.Signals, tmp_path: Path, late: threading.Event
+def test_the_first_signal_requests_a_stop_and_later_ones_are_ignored(
+    number: signal.Signals, tmp_path: Path, expired: threading.Event
 ) -> None:
-    here = requests(tmp_path, late)
+    here = requests(tmp_path, expired)
     here.install_handlers()
     os.kill(os.getpid(), number)
     assert here.requested()
@@ -62,17 +62,17 @@ def test_a_signal_asks_and_a_second_one_changes_nothing(
     assert here.reason == number.name
 
 
-def test_a_file_asks(tmp_path: Path, late: threading.Event) -> None:
+def test_a_file_requests_a_stop(tmp_path: Path, expired: threading.Event) -> None:
     (tmp_path / "STOP").touch()
-    here = requests(tmp_path, late)
+    here = requests(tmp_path, expired)
     assert here.requested()
     assert str(tmp_path / "STOP") in str(here.reason)
 
 
-def test_a_signal_to_one_is_known_to_all(
-    tmp_path: Path, late: threading.Event, store: dist.HashStore
+def test_a_signal_to_one_process_reaches_all(
+    tmp_path: Path, expired: threading.Event, store: dist.HashStore
 ) -> None:
-    here, there = (requests(tmp_path, late, PeerRegistry(store, k, 2)) for k in (0, 1))
+    here, there = (requests(tmp_path, expired, PeerRegistry(store, k, 2)) for k in (0, 1))
     here.install_handlers()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert here.requested()
@@ -81,19 +81,19 @@ def test_a_signal_to_one_is_known_to_all(
     assert there.reason == "SIGUSR1"
 
 
-def test_the_store_is_asked_once_a_second_at_most(
-    tmp_path: Path, late: threading.Event, store: dist.HashStore
+def test_the_store_is_polled_at_most_once_a_second(
+    tmp_path: Path, expired: threading.Event, store: dist.HashStore
 ) -> None:
     peers = PeerRegistry(store, 0, 1)
-    here = requests(tmp_path, late, peers)
+    here = requests(tmp_path, expired, peers)
     assert not here.requested()
-    peers.request_stop("somebody")
+    peers.request_stop("SIGTERM")
     assert not here.requested()
 
 
-def test_who_does_not_stop_in_time_is_ended(tmp_path: Path, late: threading.Event) -> None:
+def test_the_grace_period_expires_after_a_request(tmp_path: Path, expired: threading.Event) -> None:
     (tmp_path / "STOP").touch()
-    here = requests(tmp_path, late, grace=0.01)
-    assert not late.is_set()
+    here = requests(tmp_path, expired, grace=0.01)
+    assert not expired.is_set()
     assert here.requested()
-    assert late.wait(10)
+    assert expired.wait(10)

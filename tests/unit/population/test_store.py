@@ -13,43 +13,43 @@ from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 @pytest.fixture
 def store() -> dist.Store:
     store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=2))  # how long a get of what is not there blocks its thread
+    store.set_timeout(timedelta(seconds=2))  # for a get of a key that is not set
     return store
 
 
-def test_it_answers_as_the_store_does(store: dist.Store) -> None:
-    answering = StoreClient(store, lambda: 30)
-    answering.set("key", "text")
-    assert answering.get("key") == b"text"
-    assert answering.check(["key"])
-    assert not answering.check(["key", "other"])
-    answering.wait(["key"], timedelta(seconds=30))
+def test_requests_are_forwarded_to_the_store(store: dist.Store) -> None:
+    client = StoreClient(store, lambda: 30)
+    client.set("key", "text")
+    assert client.get("key") == b"text"
+    assert client.check(["key"])
+    assert not client.check(["key", "other"])
+    client.wait(["key"], timedelta(seconds=30))
     with pytest.raises(dist.DistStoreError):
-        answering.wait(["other"], timedelta(seconds=0.1))
-    assert answering.check(["key"])
+        client.wait(["other"], timedelta(seconds=0.1))
+    assert client.check(["key"])
 
 
-def test_silence_is_an_error_and_the_store_is_not_asked_again(store: dist.Store) -> None:
-    answering = StoreClient(store, lambda: 0.1)
-    answering.set("key", "text")
-    for question in ("nobody sets this", "key"):
+def test_a_store_that_does_not_respond_is_an_error_and_not_asked_again(store: dist.Store) -> None:
+    client = StoreClient(store, lambda: 0.1)
+    client.set("key", "text")
+    for key in ("never set", "key"):
         with pytest.raises(StoreTimeoutError, match=r"did not answer within 0\.1 s"):
-            answering.get(question)
+            client.get(key)
 
 
-def test_a_network_that_the_store_does_not_answer_is_told_what_may_be_wrong(
+def test_the_error_of_a_store_that_does_not_respond_names_possible_causes(
     store: dist.Store,
 ) -> None:
-    answering = StoreClient(store, lambda: 0.1)
-    peers = PeerRegistry(answering, 1, 2)
+    client = StoreClient(store, lambda: 0.1)
+    peers = PeerRegistry(client, 1, 2)
     with pytest.raises(StoreTimeoutError):
-        answering.get("nobody sets this")
-    for ask in (
+        client.get("never set")
+    for request in (
         peers.stop_reason,
         lambda: peers.is_published("save 1", 0),
         lambda: peers.publish("the report", ""),
         lambda: peers.read("the report", 0, 5),
     ):
         with pytest.raises(PeerError, match="hangs, or the link to it is cut"):
-            ask()
+            request()
     assert peers.missing("the report") == []

@@ -11,7 +11,7 @@ from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.timeouts import Timeouts
 
 
-class Lines(logging.Handler):
+class RecordWarnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.texts: list[str] = []
@@ -22,9 +22,9 @@ class Lines(logging.Handler):
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the run's log is told."""
-    handler = Lines()
+def warnings() -> Iterator[list[str]]:
+    """Messages of the run's log."""
+    handler = RecordWarnings()
     logging.getLogger("dist_graft").addHandler(handler)
     yield handler.texts
     logging.getLogger("dist_graft").removeHandler(handler)
@@ -44,7 +44,7 @@ def said() -> Iterator[list[str]]:
         (20, 5, [100.0], 500),
     ],
 )
-def test_it_follows_the_longest_epoch(
+def test_the_timeout_follows_the_longest_epoch(
     first: float, epochs: float, lengths: list[float], expected: float
 ) -> None:
     timeouts = Timeouts(first, epochs=epochs)
@@ -53,7 +53,7 @@ def test_it_follows_the_longest_epoch(
     assert timeouts.seconds == expected
 
 
-def test_until_all_told_of_an_epoch_ones_own_only_lengthens_it() -> None:
+def test_the_local_epoch_only_lengthens_the_timeout_until_all_have_reported() -> None:
     timeouts = Timeouts(600, epochs=5)
     timeouts.observe_local_epoch(2.0)
     assert timeouts.seconds == 600
@@ -67,36 +67,36 @@ def test_until_all_told_of_an_epoch_ones_own_only_lengthens_it() -> None:
     assert timeouts.seconds == 60
 
 
-@pytest.mark.parametrize(("longest", "from_then"), [(0.0, 30.0), (7.0, 30.0), (100.0, 100.0)])
-def test_a_remark_is_made_once_and_not_before_its_time(
-    said: list[str], longest: float, from_then: float
+@pytest.mark.parametrize(("longest", "warns_after"), [(0.0, 30.0), (7.0, 30.0), (100.0, 100.0)])
+def test_a_slow_peer_is_warned_about_once(
+    warnings: list[str], longest: float, warns_after: float
 ) -> None:
-    timeouts, asked = Timeouts(600, epochs=5), []
+    timeouts, calls = Timeouts(600, epochs=5), []
     timeouts.observe_epoch(longest)
     waited = timeouts.warn_when_slow(
-        "round 3", lambda: asked.append(1) or ["network 1", "network 4"]
+        "round 3", lambda: calls.append(1) or ["network 1", "network 4"]
     )
-    waited(from_then - 0.1)
-    assert not said
-    assert not asked
-    waited(from_then)
-    waited(10 * from_then)
-    assert said == [
-        f"round 3: waiting for network 1; network 4 since {from_then:.0f} s; gives up after "
+    waited(warns_after - 0.1)
+    assert not warnings
+    assert not calls
+    waited(warns_after)
+    waited(10 * warns_after)
+    assert warnings == [
+        f"round 3: waiting for network 1; network 4 for {warns_after:.0f} s; timeout after "
         f"{timeouts.seconds:.0f} s"
     ]
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
-def test_each_wait_has_a_remark_of_its_own(said: list[str]) -> None:
+def test_each_wait_has_its_own_warning(warnings: list[str]) -> None:
     timeouts = Timeouts(600, epochs=5)
     for what in ("round 3", "round 4"):
         timeouts.warn_when_slow(what, list)(40)
-    assert [text.partition(":")[0] for text in said] == ["round 3", "round 4"]
-    assert "waiting for the other networks since 40 s" in said[0]
+    assert [text.partition(":")[0] for text in warnings] == ["round 3", "round 4"]
+    assert "waiting for the other networks for 40 s" in warnings[0]
 
 
-def test_it_names_those_who_have_not_come(said: list[str]) -> None:
+def test_the_warning_names_the_missing_peers(warnings: list[str]) -> None:
     store = dist.HashStore()
     for network in range(3):
         store.set(f"host/{network}", f"host{network}")
@@ -106,4 +106,4 @@ def test_it_names_those_who_have_not_come(said: list[str]) -> None:
         "the report", partial(peers.missing, "the report")
     )
     waited(50)
-    assert "waiting for network 0 (rank 0 on host0); network 2 (rank 2 on host2) since" in said[0]
+    assert "waiting for network 0 (rank 0 on host0); network 2 (rank 2 on host2) for" in warnings[0]

@@ -22,11 +22,11 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dist_graft {VERSION}"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 suppress_warnings = ["myst.header"]  # generated reports start some tables below a smaller heading
 
 default_role = "code"

@@ -1,8 +1,7 @@
-"""The least that a training job can be: what `job.py` compares with. Imports no trainer.
+"""A minimal training program, the reference of `job.py`. It does not use the trainer.
 
-One process reads the first images of Fashion-MNIST, turns all of them into normalised batches
-once, and trains and evaluates ResNet-20 on them with a plain loop: no augmentation, no metrics of
-the training, no files, no exchange.
+One process reads the first images of Fashion-MNIST, normalizes them once, and trains and evaluates
+ResNet-20 on them in a plain loop: no augmentation, no training metrics, no files, no exchange.
 
     python benchmarks/bare.py --root data --precision bf16
 """
@@ -23,7 +22,7 @@ BATCH, PIXELS, PADDED = 128, 28, 32
 
 
 def read(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first images, float32 [count, 3, 32, 32] in channels_last, and labels of one split."""
+    """Read images, float32 [count, 3, 32, 32] in channels_last, and labels [count] of one split."""
     image_path, label_path = (
         folder / f"{prefix}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")
     )
@@ -31,8 +30,8 @@ def read(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
     labels = np.fromfile(label_path, np.uint8, count=count, offset=8)
     images = torch.from_numpy(pixels).view(count, 1, PIXELS, PIXELS).float() / 255
     images = F.pad(images, [(PADDED - PIXELS) // 2] * 4).expand(-1, 3, -1, -1)
-    normalised = ((images - 0.2860) / 0.3530).contiguous(memory_format=torch.channels_last)
-    return normalised, torch.from_numpy(labels).long()
+    normalized = ((images - 0.2860) / 0.3530).contiguous(memory_format=torch.channels_last)
+    return normalized, torch.from_numpy(labels).long()
 
 
 def main() -> None:
@@ -58,17 +57,17 @@ def main() -> None:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
     for epoch in range(options.epochs):
         model.train()
-        for chosen in torch.randperm(len(images)).split(BATCH):
+        for batch in torch.randperm(len(images)).split(BATCH):
             optimizer.zero_grad()
             with autocast:
-                loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
             loss.backward()
             optimizer.step()
         model.eval()
         with torch.no_grad(), autocast:
-            guesses = torch.cat([model(part).argmax(1) for part in test_images.split(BATCH)])
-        share = (guesses == test_labels).double().mean().item()
-        print(f"epoch {epoch + 1}: {100 * share:.2f} % of the test images", flush=True)
+            predictions = torch.cat([model(part).argmax(1) for part in test_images.split(BATCH)])
+        accuracy = (predictions == test_labels).double().mean().item()
+        print(f"epoch {epoch + 1}: test accuracy {100 * accuracy:.2f}%", flush=True)
 
 
 if __name__ == "__main__":

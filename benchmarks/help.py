@@ -1,4 +1,4 @@
-"""How fast `dist-graft --help` answers: wall time of the whole program.
+"""Wall time of `dist-graft --help`.
 
 python benchmarks/help.py
 """
@@ -17,7 +17,7 @@ TARGET_SECONDS = 1.0
 
 
 def program() -> list[str]:
-    """The console script beside this Python, else the module."""
+    """Return the console script next to this Python, or else the module."""
     script = Path(sys.executable).with_name("dist-graft")
     return [str(script)] if script.exists() else [sys.executable, "-m", "dist_graft"]
 
@@ -40,7 +40,7 @@ def main() -> None:
         "python -c pass": [sys.executable, "-c", "pass"],
     }
     print(machine())
-    print(f"n = {options.repetitions} of each in turn, after one of each unseen")
+    print(f"n = {options.repetitions} of each, interleaved, after one warm-up of each")
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for repetition in range(options.repetitions + 1):
         for name, command in commands.items():

@@ -1,11 +1,11 @@
-"""A whole small job, process start included, against two bare programs and a given figure.
+"""A small job, including process start, relative to two bare programs and to the original scripts.
 
-The job: two ResNet-20 in two processes, three epochs of 2,048 Fashion-MNIST images at 3 x 32 x 32,
-batch 128, each evaluated on 500 images after every epoch, a round after every epoch; one thread a
-process. In turn with it, two copies of `bare.py` at the same time, which only train and evaluate
-on the same images. The given figure, 53.7 s, is what the method's original scripts took for the
-same job (fp32) on an idle machine of the kind that this project is developed on (2 cores): on
-another or busy machine that ratio says little, and the one to the bare programs does.
+The job trains two ResNet-20 in two processes for three epochs of 2,048 Fashion-MNIST images at
+3 x 32 x 32, batch 128, with an evaluation on 500 images and a round after every epoch, and one
+thread per process. It is interleaved with two concurrent copies of `bare.py`, which only train and
+evaluate on the same images. The method's original scripts took 53.7 s for the same job (fp32) on an
+idle machine of the kind that this project is developed on (2 cores). On other or busy machines that
+ratio says little; use the ratio to the bare programs.
 
     python benchmarks/job.py --root data
 """
@@ -40,7 +40,7 @@ class Side:
     cpu: list[float] = field(default_factory=list)
 
     def add(self, action: Callable[[], None]) -> None:
-        """Time an action that waits for its processes."""
+        """Run and time an action that waits for its child processes."""
         cpu, start = children_cpu(), time.perf_counter()
         action()
         self.wall.append(time.perf_counter() - start)
@@ -53,23 +53,25 @@ def children_cpu() -> float:
 
 
 def run(commands: Sequence[Sequence[str]]) -> None:
-    """Run programs at the same time and wait for all; RuntimeError with what one that failed said.
+    """Run programs concurrently and wait for all of them.
 
-    What they print goes into files, so that none waits for a reader.
+    Their output goes to a file, so that none blocks on a full pipe.
+
+    Raises: RuntimeError with the output if one of them fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         processes = [
-            subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             for command in commands
         ]
         statuses = [process.wait() for process in processes]
         if any(statuses):
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(commands[0])} failed:\n{said.read()}")
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(commands[0])} failed:\n{output.read()}")
 
 
-def the_job(root: str, precision: str) -> None:
+def run_job(root: str, precision: str) -> None:
     options = {
         "data.name": "fashion-mnist",
         "data.root": root,
@@ -92,7 +94,7 @@ def the_job(root: str, precision: str) -> None:
         run([command])
 
 
-def bare_programs(root: str, precision: str) -> None:
+def run_bare_programs(root: str, precision: str) -> None:
     options = {
         "root": root,
         "precision": precision,
@@ -110,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", default="data", help="prepared here when it lacks the images")
+    parser.add_argument("--root", default="data", help="folder of the images, prepared if empty")
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
@@ -119,33 +121,33 @@ def main() -> None:
 
     print(machine())
     print(
-        f"{NETWORKS} x ResNet-20, {EPOCHS} epochs of {TRAIN_SAMPLES:,} images, 1 thread a process; "
-        f"n = {options.repetitions} of each in turn, nothing left out; seconds"
+        f"{NETWORKS} x ResNet-20, {EPOCHS} epochs of {TRAIN_SAMPLES:,} images, 1 thread per "
+        f"process; n = {options.repetitions} of each, interleaved, no warm-up; seconds"
     )
     precisions = options.precision or ("fp32", "bf16")
     jobs = {precision: Side() for precision in precisions}
     bares = {precision: Side() for precision in precisions}
     for _ in range(options.repetitions):
         for kind in precisions:
-            jobs[kind].add(lambda kind=kind: the_job(options.root, kind))
-            bares[kind].add(lambda kind=kind: bare_programs(options.root, kind))
+            jobs[kind].add(lambda kind=kind: run_job(options.root, kind))
+            bares[kind].add(lambda kind=kind: run_bare_programs(options.root, kind))
     rows = [
         (f"{name}, {kind}", spread(side[kind].wall, 1), spread(side[kind].cpu, 1))
         for kind in precisions
-        for name, side in (("the job", jobs), ("two bare programs", bares))
+        for name, side in (("job", jobs), ("two bare programs", bares))
     ]
     print(table(("", "wall", "CPU"), rows))
     for kind in precisions:
         to_original = [wall / ORIGINAL_SECONDS for wall in jobs[kind].wall]
         print(
             verdict(
-                f"ratio job {kind} to the original's {ORIGINAL_SECONDS} s on an idle machine",
+                f"job {kind} / original scripts ({ORIGINAL_SECONDS} s on an idle machine)",
                 to_original,
                 at_most=ORIGINAL_TARGETS[kind],
             )
         )
         to_bare = ratios(jobs[kind].wall, bares[kind].wall)
-        print(verdict(f"ratio job {kind} to two bare programs", to_bare, at_most=BARE_TARGET))
+        print(verdict(f"job {kind} / two bare programs", to_bare, at_most=BARE_TARGET))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""A round's parts against the least that they can be, in K gloo processes with one thread each.
+"""Phases of a round relative to bare operations, in K gloo processes with one thread each.
 
-ResNet-50, 25.6 million numbers. All that is compared runs in the same processes, in turn:
+ResNet-50, 25.6 million numbers. Everything is interleaved in the same processes:
 
-- pack + exchange + blend of a round, over one bare collective that moves the same bytes in one
-  flat call (all_gather_single in place, or batch_isend_irecv around the ring) between buffers that
-  have been touched before;
-- measure (finite check and information) + distance, over one torch.histc with ten bins of all
-  numbers as one vector;
-- ten masked passes ((w >= low) & (w < high)).sum() over every layer's weight, over measure;
-- the most resident memory that a round adds to its process, over the buffers it may hold:
-  networks x bucket (all_gather) or two buckets (p2p). In processes of their own, in which malloc
-  hands back what is freed: otherwise freed memory that malloc kept would hide a peak.
+- pack + exchange + blend of a round / one bare collective that moves the same bytes in one flat
+  call (all_gather_single in place, or batch_isend_irecv around the ring) between buffers that have
+  been touched before;
+- measure (finite check and information) + distance / one torch.histc with ten bins over all numbers
+  as one vector;
+- ten masked passes ((w >= low) & (w < high)).sum() over every layer's weight / measure;
+- peak resident memory that a round adds to its process / the buffers it may hold: networks x bucket
+  (all_gather) or two buckets (p2p). This runs in separate processes in which malloc returns freed
+  memory; otherwise, freed memory that malloc kept would hide a peak.
 
     python benchmarks/round.py
 """
@@ -49,19 +49,19 @@ MEMORY_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run a round."""
+    """Exchange and bucket size of a round."""
 
     exchange: str
     bucket_mb: float
 
     def __str__(self) -> str:
-        """As the tables name it."""
+        """Return the name in tables."""
         return f"{self.exchange} {self.bucket_mb:g} MiB"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What every process does."""
+class Setup:
+    """Work of every process."""
 
     networks: int
     cases: tuple[Case, ...]
@@ -69,11 +69,11 @@ class Plan:
     model: str
     channels_last: bool
     folder: str = ""
-    """For the store that the processes meet in."""
+    """Folder of the rendezvous store."""
 
 
 @dataclass
-class Seen:
+class Timings:
     """Seconds (memory: MiB) of each repetition."""
 
     phases: dict[Case, dict[str, list[float]]] = field(default_factory=dict)
@@ -83,65 +83,69 @@ class Seen:
     memory: dict[Case, list[float]] = field(default_factory=dict)
 
 
-def meet(rank: int, plan: Plan) -> nn.Module:
-    """Join the other processes; returns this one's network."""
+def join(rank: int, setup: Setup) -> nn.Module:
+    """Join the process group; returns this process's network."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(f"{plan.folder}/store", plan.networks),
+        store=dist.FileStore(f"{setup.folder}/store", setup.networks),
         rank=rank,
-        world_size=plan.networks,
+        world_size=setup.networks,
         timeout=timedelta(seconds=300),
     )
     torch.manual_seed(rank)
-    model = build_model(ModelConfig(name=plan.model), num_classes=1000, channels=3)
-    return model.to(memory_format=torch.channels_last) if plan.channels_last else model
+    model = build_model(ModelConfig(name=setup.model), num_classes=1000, channels=3)
+    return model.to(memory_format=torch.channels_last) if setup.channels_last else model
 
 
-def watch_time(rank: int, plan: Plan) -> Seen:
-    """Time rounds and references in one of the processes; all of them must run this."""
-    keep_freed_memory()  # as a run does
-    model = meet(rank, plan)
+def measure_time(rank: int, setup: Setup) -> Timings:
+    """Time rounds and references; every rank must call this."""
+    keep_freed_memory()  # as a training run does
+    model = join(rank, setup)
     start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     leads = [model.state_dict()[unit.lead] for unit in graft_units(model)]
     numbers = torch.cat([tensor.detach().reshape(-1) for tensor in graft_tensors(model).values()])
-    collectives = {name: bare(numbers, rank, plan.networks) for name, bare in BARE.items()}
+    collectives = {name: bare(numbers, rank, setup.networks) for name, bare in BARE.items()}
     grafters = {
         case: Grafter(model, exchange=case.exchange, bucket_mb=case.bucket_mb)
-        for case in plan.cases
+        for case in setup.cases
     }
-    seen = Seen()
-    for repetition in range(plan.repetitions + 1):
+    timings = Timings()
+    for repetition in range(setup.repetitions + 1):
         if repetition == 1:
-            seen = Seen()
+            timings = Timings()
         for case, grafter in grafters.items():
-            model.load_state_dict(start)  # else the networks soon are all alike
+            model.load_state_dict(start)  # otherwise the networks become equal
             dist.barrier()
             record = grafter.graft()
             for name, seconds in record.phase_seconds.items():
-                seen.phases.setdefault(case, {}).setdefault(name, []).append(seconds)
-            seen.collective.setdefault(case, []).append(together(collectives[case.exchange]))
-        seen.histc.append(together(lambda: torch.histc(numbers, 10)))
-        seen.masked.append(together(lambda: [masked_passes(lead) for lead in leads]))
+                timings.phases.setdefault(case, {}).setdefault(name, []).append(seconds)
+            timings.collective.setdefault(case, []).append(
+                time_together(collectives[case.exchange])
+            )
+        timings.histc.append(time_together(lambda: torch.histc(numbers, 10)))
+        timings.masked.append(time_together(lambda: [masked_passes(lead) for lead in leads]))
     dist.destroy_process_group()
-    return seen
+    return timings
 
 
-def watch_memory(rank: int, plan: Plan) -> Seen:
-    """Measure the memory of rounds in one of the processes; all of them must run this."""
-    model = meet(rank, plan)
-    seen = Seen()
-    for case in plan.cases:
+def measure_memory(rank: int, setup: Setup) -> Timings:
+    """Measure the memory of rounds; every rank must call this."""
+    model = join(rank, setup)
+    timings = Timings()
+    for case in setup.cases:
         options = {"exchange": case.exchange, "bucket_mb": case.bucket_mb}
-        Grafter(model, **options).graft()  # a first round also loads code
-        # each time a new one: a Grafter keeps its buffers from round to round
-        seen.memory[case] = [peak_of_round(Grafter(model, **options)) for _ in range(MEMORY_ROUNDS)]
+        Grafter(model, **options).graft()  # the first round also loads code
+        # new ones, since a Grafter keeps its buffers from round to round
+        timings.memory[case] = [
+            peak_of_round(Grafter(model, **options)) for _ in range(MEMORY_ROUNDS)
+        ]
     dist.destroy_process_group()
-    return seen
+    return timings
 
 
-def together(action: Callable[[], object]) -> float:
-    """Seconds of an action that all processes start at once."""
+def time_together(action: Callable[[], object]) -> float:
+    """Time an action that all processes start at once; every rank must call this."""
     dist.barrier()
     start = time.perf_counter()
     action()
@@ -149,20 +153,20 @@ def together(action: Callable[[], object]) -> float:
 
 
 def bare_all_gather(numbers: Tensor, rank: int, networks: int) -> Callable[[], object]:
-    everyone = numbers.repeat(networks)
-    own = everyone.chunk(networks)[rank]
-    return lambda: dist.all_gather_single(everyone, own)
+    gathered = numbers.repeat(networks)
+    local = gathered.chunk(networks)[rank]
+    return lambda: dist.all_gather_single(gathered, local)
 
 
 def bare_ring(numbers: Tensor, rank: int, networks: int) -> Callable[[], object]:
-    theirs = numbers.clone()
+    received = numbers.clone()
 
     def move() -> None:
-        moves = [
+        operations = [
             dist.P2POp(dist.isend, numbers, (rank + 1) % networks),
-            dist.P2POp(dist.irecv, theirs, (rank - 1) % networks),
+            dist.P2POp(dist.irecv, received, (rank - 1) % networks),
         ]
-        for work in dist.batch_isend_irecv(moves):
+        for work in dist.batch_isend_irecv(operations):
             work.wait()
 
     return move
@@ -172,15 +176,15 @@ BARE = {"all_gather": bare_all_gather, "p2p": bare_ring}
 
 
 def masked_passes(weight: Tensor) -> list[int]:
-    """Ten bins counted one after the other, each with a mask over the whole layer."""
+    """Count ten bins one after the other, each with a mask over the whole layer."""
     edges = torch.linspace(float(weight.min()), float(weight.max()), 11).tolist()
     return [int(((weight >= low) & (weight < high)).sum()) for low, high in pairwise(edges)]
 
 
 def peak_of_round(grafter: Grafter) -> float:
-    """MiB by which a round makes the process's resident memory peak."""
+    """Return the MiB that a round adds to the peak resident memory; every rank must call this."""
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident_kib("VmRSS")
     grafter.graft()
     return (resident_kib("VmHWM") - before) / 1024
@@ -191,57 +195,76 @@ def resident_kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_processes(watch: Callable[[int, Plan], Seen], plan: Plan) -> list[Seen]:
-    """What each of the plan's processes saw."""
+def in_processes(measure: Callable[[int, Setup], Timings], setup: Setup) -> list[Timings]:
+    """Run a measurement in each process; returns the timings by rank."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(plan.networks, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(setup.networks, mp_context=get_context("spawn")) as pool,
     ):
-        plans = [replace(plan, folder=folder)] * plan.networks
-        return list(pool.map(watch, range(plan.networks), plans))
+        setups = [replace(setup, folder=folder)] * setup.networks
+        return list(pool.map(measure, range(setup.networks), setups))
 
 
-def mean(everyone: list[Seen], of: Callable[[Seen], list[float]]) -> list[float]:
-    """Mean over the processes, repetition by repetition."""
-    return [statistics.fmean(values) for values in zip(*map(of, everyone), strict=True)]
+def mean(by_rank: list[Timings], of: Callable[[Timings], list[float]]) -> list[float]:
+    """Average over the processes, repetition by repetition."""
+    return [statistics.fmean(values) for values in zip(*map(of, by_rank), strict=True)]
 
 
-def compare(plan: Plan) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table and lines of verdicts for one number of networks."""
-    timed = in_processes(watch_time, plan)
+def highest(by_rank: list[Timings], key: Case | str) -> list[float]:
+    """Peak memory of the process with the highest, repetition by repetition."""
+    return [max(peaks) for peaks in zip(*(each.memory[key] for each in by_rank), strict=True)]
+
+
+def compare(setup: Setup) -> tuple[list[list[str]], list[str]]:
+    """Return the rows of the table and the verdicts for one number of networks."""
+    timed = in_processes(measure_time, setup)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
-    weighed = in_processes(watch_memory, plan)
+    memory = in_processes(measure_memory, setup)
     del os.environ["MALLOC_MMAP_THRESHOLD_"]
-    histc, masked = mean(timed, lambda seen: seen.histc), mean(timed, lambda seen: seen.masked)
-    rows, lines = [], []
-    for case in plan.cases:
+    histc = mean(timed, lambda timings: timings.histc)
+    masked = mean(timed, lambda timings: timings.masked)
+    rows, verdicts = [], []
+    for case in setup.cases:
         phase = {
-            name: mean(timed, lambda seen, c=case, n=name: seen.phases[c][n]) for name in PHASES
+            name: mean(timed, lambda timings, c=case, n=name: timings.phases[c][n])
+            for name in PHASES
         }
-        collective = mean(timed, lambda seen, c=case: seen.collective[c])
-        peaks = [max(peak) for peak in zip(*(seen.memory[case] for seen in weighed), strict=True)]
-        moving = [sum(parts) for parts in zip(*(phase[name] for name in PHASES[:3]), strict=True)]
-        watching = [sum(parts) for parts in zip(*(phase[name] for name in PHASES[3:]), strict=True)]
-        buffers = case.bucket_mb * (plan.networks if case.exchange == "all_gather" else 2)
-        name = f"{case} K={plan.networks}"
+        collective = mean(timed, lambda timings, c=case: timings.collective[c])
+        peaks = highest(memory, case)
+        moving, measuring = (
+            [sum(parts) for parts in zip(*(phase[name] for name in names), strict=True)]
+            for names in (PHASES[:3], PHASES[3:])
+        )
+        buffers = case.bucket_mb * (setup.networks if case.exchange == "all_gather" else 2)
+        name = f"{case} K={setup.networks}"
         seconds = [*phase.values(), collective, histc, masked]
         rows.append(
             [name, *(spread([1000 * t for t in times], 0) for times in seconds), spread(peaks, 1)]
         )
         target = EXCHANGE_TARGETS[case.exchange]
-        lines += [
-            verdict(f"ratio {name}: exchange", ratios(moving, collective), at_most=target),
-            verdict(f"ratio {name}: watching", ratios(watching, histc), at_most=HISTC_TARGET),
+        verdicts += [
             verdict(
-                f"ratio {name}: masked passes",
+                f"{name}: pack + exchange + blend / bare collective",
+                ratios(moving, collective),
+                at_most=target,
+            ),
+            verdict(
+                f"{name}: measure + distance / histc",
+                ratios(measuring, histc),
+                at_most=HISTC_TARGET,
+            ),
+            verdict(
+                f"{name}: masked passes / measure",
                 ratios(masked, phase["measure"]),
                 at_least=MASKED_TARGET,
             ),
             verdict(
-                f"ratio {name}: memory", [peak / buffers for peak in peaks], at_most=MEMORY_TARGET
+                f"{name}: memory / buffers",
+                [peak / buffers for peak in peaks],
+                at_most=MEMORY_TARGET,
             ),
         ]
-    return rows, lines
+    return rows, verdicts
 
 
 def main() -> None:
@@ -259,26 +282,26 @@ def main() -> None:
 
     print(machine())
     print(
-        f"{options.model}, {'contiguous' if options.contiguous else 'channels_last'}, 1 thread a "
-        f"process; n = {options.repetitions} rounds and references in turn, after one of each "
-        f"unseen ({MEMORY_ROUNDS} rounds for memory); milliseconds, means over the processes, "
-        "and MiB of the process that took most"
+        f"{options.model}, {'contiguous' if options.contiguous else 'channels_last'}, 1 thread per "
+        f"process; n = {options.repetitions} rounds and references, interleaved, after one warm-up "
+        f"of each ({MEMORY_ROUNDS} rounds for memory); milliseconds, averaged over the processes; "
+        "MiB of the process with the highest peak"
     )
     rows: list[list[str]] = []
-    lines: list[str] = []
+    verdicts: list[str] = []
     for networks in options.networks:
-        plan = Plan(
+        setup = Setup(
             networks=networks,
             cases=tuple(Case(*case) for case in product(options.exchange, options.bucket_mb)),
             repetitions=options.repetitions,
             model=options.model,
             channels_last=not options.contiguous,
         )
-        more_rows, more_lines = compare(plan)
-        rows += more_rows
-        lines += more_lines
+        new_rows, new_verdicts = compare(setup)
+        rows += new_rows
+        verdicts += new_verdicts
     print(table(["", *PHASES, "bare collective", "histc", "masked passes", "memory"], rows))
-    print("\n".join(lines))
+    print("\n".join(verdicts))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Training as the trainer runs it, against a bare loop: images per second.
+"""Images per second of the trainer's loop relative to a bare loop.
 
 The trainer's loop (`train_steps` on images that live on the device: order, crops and flips,
-normalisation, metrics, schedule) walks through a whole epoch; the bare loop runs forward,
-backward and optimizer step on one batch that it has already. Same network, memory format,
-precision and threads, in one process, in turn.
+normalization, metrics, schedule) runs a whole epoch. The bare loop runs forward, backward, and
+optimizer step on one batch in memory. Both use the same network, memory format, precision, and
+threads, interleaved in one process.
 
     python benchmarks/train.py
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from dist_graft.training.loop import TrainState, train_steps
 from reporting import machine, ratios, spread, table, verdict
 
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
@@ -27,15 +28,14 @@ from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.builders import build_train_state
 from dist_graft.training.data import Data, load_data
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import Facts, ImageSet
-from dist_graft.training.loop import TrainState, train_steps
+from dist_graft.training.data.sources import DatasetInfo, ImageSet
 
 TARGET = 0.95
 DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Sides:
+class Throughput:
     """Images per second of each repetition."""
 
     trainer: list[float]
@@ -43,16 +43,16 @@ class Sides:
 
 
 def random_images(count: int) -> ImageSet:
-    """Noise in the form of CIFAR: uint8 [count, 3, 32, 32] in ten classes."""
-    draws = np.random.default_rng(0)
-    images = draws.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    return ImageSet(images, draws.integers(0, 10, count))
+    """Draw noise in the format of CIFAR: uint8 [count, 3, 32, 32], ten classes."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+    return ImageSet(images, generator.integers(0, 10, count))
 
 
-def open_data(name: str, config: TrainConfig) -> Data:
+def load(name: str, config: TrainConfig) -> Data:
     if name == "fashion-mini":
         return load_data(config.data, seed=0, network=0, device=DEVICE, channels_last=True)
-    facts = Facts(num_classes=10, mean=(0.5,) * 3, deviation=(0.29,) * 3)
+    facts = DatasetInfo(num_classes=10, mean=(0.5,) * 3, std=(0.29,) * 3)
     assert config.data.train_samples
     return ResidentImages(
         random_images(config.data.train_samples),
@@ -66,11 +66,11 @@ def open_data(name: str, config: TrainConfig) -> Data:
     )
 
 
-def bare_loop(trainee: TrainState, data: Data, steps: int) -> float:
-    """Seconds of `steps` steps on the first batch of an epoch."""
-    model, optimizer = trainee.model, trainee.optimizer
+def bare_loop(state: TrainState, data: Data, steps: int) -> float:
+    """Take `steps` steps on the first batch of an epoch; returns their seconds."""
+    model, optimizer = state.model, state.optimizer
     inputs, labels = next(data.train_batches(0, 0, 1))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=trainee.precision == "bf16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=state.precision == "bf16")
     model.train()
     start = time.perf_counter()
     for _ in range(steps):
@@ -82,8 +82,8 @@ def bare_loop(trainee: TrainState, data: Data, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def compare(precision: str, options: argparse.Namespace) -> Sides:
-    """Time an epoch of the trainer and as many bare steps, in turn, after one of each unseen."""
+def compare(precision: str, options: argparse.Namespace) -> Throughput:
+    """Interleave epochs of the trainer with as many bare steps, after one warm-up of each."""
     config = TrainConfig(
         epochs=options.repetitions + 1,
         data=DataConfig(
@@ -95,23 +95,23 @@ def compare(precision: str, options: argparse.Namespace) -> Sides:
         model=ModelConfig(name=options.model),
         runtime=RuntimeConfig(precision=precision, threads=options.threads),
     )
-    data = open_data(options.data, config)
-    alone = Runtime(ProcessInfo(), DEVICE, "none", Timeouts(60, epochs=5), None)
-    ours, bare = build_train_state(config, data, alone), build_train_state(config, data, alone)
+    data = load(options.data, config)
+    runtime = Runtime(ProcessInfo(), DEVICE, "none", Timeouts(60, epochs=5), None)
+    state, bare_state = (build_train_state(config, data, runtime) for _ in range(2))
     images = data.steps_per_epoch * options.batch_size
-    sides = Sides([], [])
+    throughput = Throughput([], [])
     for epoch in range(options.repetitions + 1):
         start = time.perf_counter()
         trained = train_steps(
-            ours, data, config.optim, epoch=epoch, first=0, last=data.steps_per_epoch
+            state, data, config.optim, epoch=epoch, first=0, last=data.steps_per_epoch
         )
         seconds = time.perf_counter() - start
         assert trained.images == images
-        bare_seconds = bare_loop(bare, data, data.steps_per_epoch)
+        bare_seconds = bare_loop(bare_state, data, data.steps_per_epoch)
         if epoch:
-            sides.trainer.append(images / seconds)
-            sides.bare.append(images / bare_seconds)
-    return sides
+            throughput.trainer.append(images / seconds)
+            throughput.bare.append(images / bare_seconds)
+    return throughput
 
 
 def main() -> None:
@@ -122,28 +122,28 @@ def main() -> None:
     parser.add_argument("--data", choices=("fashion-mini", "random"), default="fashion-mini")
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="*")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=16, help="of an epoch (at most 39)")
+    parser.add_argument("--steps", type=int, default=16, help="per epoch, at most 39")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    keep_freed_memory()  # as a run on the CPU does, for both loops
+    keep_freed_memory()  # as a training run on the CPU does; for both loops
     torch.set_num_threads(options.threads)
 
     print(machine())
     print(
         f"{options.model}, 3 x 32 x 32, {options.data}, batch {options.batch_size}, "
-        f"{options.steps} steps an epoch, channels_last, {options.threads} threads; "
-        f"n = {options.repetitions} epochs of each in turn, after one of each unseen"
+        f"{options.steps} steps per epoch, channels_last, {options.threads} threads; "
+        f"n = {options.repetitions} epochs of each, interleaved, after one warm-up of each"
     )
     results = {kind: compare(kind, options) for kind in options.precision or ("fp32", "bf16")}
     rows = [
-        (precision, spread(sides.trainer, 0), spread(sides.bare, 0))
-        for precision, sides in results.items()
+        (precision, spread(throughput.trainer, 0), spread(throughput.bare, 0))
+        for precision, throughput in results.items()
     ]
     print(table(("", "trainer, images/s", "bare loop, images/s"), rows))
-    for precision, sides in results.items():
-        share = ratios(sides.trainer, sides.bare)
-        print(verdict(f"ratio train {precision}", share, at_least=TARGET))
+    for precision, throughput in results.items():
+        relative = ratios(throughput.trainer, throughput.bare)
+        print(verdict(f"trainer / bare loop, {precision}", relative, at_least=TARGET))
 
 
 if __name__ == "__main__":

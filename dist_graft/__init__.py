@@ -8,62 +8,85 @@ from typing import TYPE_CHECKING, Any
 from dist_graft.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from dist_graft.config import TrainConfig
     from dist_graft.errors import (
+        CallbackError,
         ConfigError,
+        DataError,
         DisagreementError,
         DistGraftError,
+        NetworkFailedError,
         NonFiniteError,
         PeerError,
+        RunDirectoryError,
+        StoppedEarlyError,
     )
     from dist_graft.grafting.coefficient import graft_coefficient
     from dist_graft.grafting.information import entropy, filter_entropy, l1
     from dist_graft.grafting.mixing import Mixing, mix
-    from dist_graft.grafting.rules.average import Average
-    from dist_graft.grafting.rules.base import Rule
-    from dist_graft.grafting.rules.graft import Graft
-    from dist_graft.grafting.rules.papa import Papa
-    from dist_graft.grafting.rules.wash import Wash
+    from dist_graft.grafting.rules import Average, Graft, Papa, Rule, Wash
     from dist_graft.grafting.units import GraftUnit, graft_units
+    from dist_graft.monitoring.callback import Callback
+    from dist_graft.monitoring.metrics import EpochReport
     from dist_graft.population.grafter import Grafter
     from dist_graft.population.round.record import GraftRecord
+    from dist_graft.population.runtime.launch import launch
+    from dist_graft.training.data.datasets import Datasets
+    from dist_graft.training.trainer import Trainer
 
-_HOME = {
-    "ConfigError": "errors",
-    "DisagreementError": "errors",
-    "DistGraftError": "errors",
-    "NonFiniteError": "errors",
-    "PeerError": "errors",
-    "entropy": "grafting.information",
-    "filter_entropy": "grafting.information",
-    "l1": "grafting.information",
-    "graft_coefficient": "grafting.coefficient",
-    "GraftUnit": "grafting.units",
-    "graft_units": "grafting.units",
-    "Mixing": "grafting.mixing",
-    "mix": "grafting.mixing",
-    "Average": "grafting.rules.average",
-    "Papa": "grafting.rules.papa",
-    "Wash": "grafting.rules.wash",
-    "Graft": "grafting.rules.graft",
-    "Rule": "grafting.rules.base",
-    "Grafter": "population.grafter",
-    "GraftRecord": "population.round.record",
+_NAMES = {
+    "config": ("TrainConfig",),
+    "errors": (
+        "CallbackError",
+        "ConfigError",
+        "DataError",
+        "DisagreementError",
+        "DistGraftError",
+        "NetworkFailedError",
+        "NonFiniteError",
+        "PeerError",
+        "RunDirectoryError",
+        "StoppedEarlyError",
+    ),
+    "grafting.coefficient": ("graft_coefficient",),
+    "grafting.information": ("entropy", "filter_entropy", "l1"),
+    "grafting.mixing": ("Mixing", "mix"),
+    "grafting.rules": ("Average", "Graft", "Papa", "Rule", "Wash"),
+    "grafting.units": ("GraftUnit", "graft_units"),
+    "monitoring.callback": ("Callback",),
+    "monitoring.metrics": ("EpochReport",),
+    "population.grafter": ("Grafter",),
+    "population.round.record": ("GraftRecord",),
+    "population.runtime.launch": ("launch",),
+    "training.data.datasets": ("Datasets",),
+    "training.trainer": ("Trainer",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Average",
+    "Callback",
+    "CallbackError",
     "ConfigError",
+    "DataError",
+    "Datasets",
     "DisagreementError",
     "DistGraftError",
+    "EpochReport",
     "Graft",
     "GraftRecord",
     "GraftUnit",
     "Grafter",
     "Mixing",
+    "NetworkFailedError",
     "NonFiniteError",
     "Papa",
     "PeerError",
     "Rule",
+    "RunDirectoryError",
+    "StoppedEarlyError",
+    "TrainConfig",
+    "Trainer",
     "Wash",
     "__version__",
     "entropy",
@@ -71,14 +94,15 @@ __all__ = [
     "graft_coefficient",
     "graft_units",
     "l1",
+    "launch",
     "mix",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dist_graft' has no attribute {name!r}")
-    value = getattr(import_module(f"dist_graft.{_HOME[name]}"), name)
+    value = getattr(import_module(f"dist_graft.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,16 +1,16 @@
-"""What ends a run: each error's text is the one line that the user reads."""
+"""Errors that end a run. The message is the one line that the user reads."""
 
 from __future__ import annotations
 
 
 class DistGraftError(Exception):
-    """Base of the errors whose text alone is shown: it names the thing and says what to do."""
+    """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
 
 
 class ConfigError(DistGraftError, ValueError):
-    """An option is unknown, out of range, or does not go with another."""
+    """An option is unknown, out of range, or incompatible with another."""
 
     exit_status = 2
 
@@ -20,11 +20,11 @@ class DataError(DistGraftError):
 
 
 class RunDirectoryError(DistGraftError):
-    """The run directory cannot be written, or holds something else than this run."""
+    """The run directory cannot be written, or holds another run."""
 
 
 class DisagreementError(DistGraftError):
-    """The networks of a population do not have the same tensors, graft units or options."""
+    """The networks of a population differ in tensors, graft units or options."""
 
 
 class NonFiniteError(DistGraftError):
@@ -32,36 +32,55 @@ class NonFiniteError(DistGraftError):
 
 
 class PeerError(DistGraftError):
-    """Another process of the population died, or did not answer in time."""
+    """Another process of the population exited, or did not respond in time."""
+
+
+class NetworkFailedError(DistGraftError):
+    """A process that `dist_graft.launch` started has failed.
+
+    The message is one line that names the network and the rank that failed first. Where that was
+    not a DistGraftError, the traceback of that process is attached as a note, so that Python prints
+    it with this exception.
+
+    Args:
+        message: shown to the user.
+        network: that the process trained.
+        rank: of the process.
+        exit_status: of the process.
+        traceback: in the process, formatted; empty for one-line errors and killed processes.
+    """
+
+    def __init__(
+        self, message: str, *, network: int, rank: int, exit_status: int = 1, traceback: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.network = network
+        self.rank = rank
+        self.exit_status = exit_status
+        self.traceback = traceback
+        if traceback:
+            self.add_note(f"Traceback of network {network} (rank {rank}):\n{traceback.rstrip()}")
 
 
 class StoppedError(DistGraftError):
-    """A signal told the process to stop."""
+    """A signal stopped the process."""
 
     exit_status = 143
 
 
 class StoppedEarlyError(StoppedError):
-    """The run was asked to stop, and everything is saved: the same command goes on."""
+    """The run stopped on request after a checkpoint and can be resumed."""
 
     exit_status = 75
 
 
 class RoundStoppedError(DistGraftError):
-    """A network asked to stop instead of taking part in a round; no weight was changed."""
-
-
-class RoundPostponedError(DistGraftError):
-    """A checkpoint set comes before the round, at which some networks have yet to take part.
-
-    Args:
-        saves: requested sets at which each network must have taken part.
-    """
-
-    def __init__(self, saves: int) -> None:
-        super().__init__(f"checkpoint set {saves} comes first")
-        self.saves = saves
+    """A network requested a stop instead of joining a round. No weight was changed."""
 
 
 class StartError(DistGraftError):
-    """The processes cannot find each other, or a device or backend is not there."""
+    """The processes cannot connect, or a device or backend is unavailable."""
+
+
+class CallbackError(DistGraftError):
+    """A user's callback raised an exception."""

@@ -1,4 +1,4 @@
-"""The versions that a run's numbers depend on; importing this imports nothing heavy."""
+"""Versions of the package and of what it runs on. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ VERSION = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, torch, and the CUDA and NCCL that torch was built with.
+    """Versions of this package, torch, Python, CUDA and NCCL.
 
-    Imports torch. What torch was built without is "none".
+    Imports torch. The value is "none" for CUDA or NCCL if torch was built without it.
     """
     import torch
 

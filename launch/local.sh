@@ -14,5 +14,5 @@ if ! type "${python[0]}" &>/dev/null; then
         "or set VENV or PYTHON" >&2
     exit 1
 fi
-exec "${python[@]}" -m dist_graft.population.runtime.launch --standalone \
+exec "${python[@]}" -m dist_graft.population.runtime.torchrun --standalone \
     --nproc-per-node="${PROCESSES:-auto}" -m dist_graft train "$@"

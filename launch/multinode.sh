@@ -29,7 +29,7 @@ if ! type "${python[0]}" &>/dev/null; then
         "or set VENV or PYTHON" >&2
     exit 1
 fi
-exec "${python[@]}" -m dist_graft.population.runtime.launch \
+exec "${python[@]}" -m dist_graft.population.runtime.torchrun \
     --nnodes="${NODES:?how many machines}" --nproc-per-node="${PROCESSES:-auto}" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of the first machine}:${PORT:-29500}" \
     --rdzv-id="$JOB" --rdzv-conf="join_timeout=$PATIENCE,read_timeout=$PATIENCE" \

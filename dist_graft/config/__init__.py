@@ -2,8 +2,8 @@
 
 from dist_graft.config.checkpoint import CheckpointConfig
 from dist_graft.config.data import DataConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.config.graft import GraftConfig
-from dist_graft.config.methods import DistillConfig, PapaConfig, WashConfig
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
@@ -18,8 +18,6 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
-    "PapaConfig",
     "RuntimeConfig",
     "TrainConfig",
-    "WashConfig",
 ]

@@ -1,4 +1,4 @@
-"""Options of checkpoints."""
+"""Options of checkpointing."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from dist_graft.config.validation import above_zero, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """When to checkpoint, and how many checkpoints to keep."""
 
     every: int = 1
-    """Epochs between two checkpoint sets; 0: none but the last epoch's."""
+    """Epochs between checkpoints; 0: checkpoint after the last epoch only."""
     every_minutes: float | None = None
-    """Minutes after the last checkpoint set at which there is another, also inside an epoch."""
+    """Also checkpoint at the first step that all networks share (a round, an end of epoch, or one
+    of the evenly spaced points of a long epoch) after this many minutes."""
     keep: int = 2
-    """Newest complete sets that are kept."""
+    """Number of latest complete checkpoints to keep."""
     max_failures: int = 3
-    """Sets in a row that may fail to be written (a full disk) before the run ends."""
+    """Consecutive checkpoints that may fail to be written (for example on a full disk) before the
+    run aborts."""
     grace_seconds: float = 25.0
-    """Within which a run that is asked to stop must have saved and left."""
+    """Time limit for a run that is asked to stop to save a checkpoint and exit."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)

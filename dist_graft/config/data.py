@@ -1,4 +1,4 @@
-"""Options of the data."""
+"""Options of the datasets."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from dist_graft.config.validation import at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What the networks are trained and tested on."""
+    """Datasets and data loading."""
 
     name: str = "fashion-mini"
-    """fashion-mini (shipped), fashion-mnist, cifar10, cifar100 or imagefolder; or
-    package.module:name of a function (root) -> images and labels (docs/extending.md)."""
+    """fashion-mini (ships with the package), fashion-mnist, cifar10, cifar100, imagefolder, or
+    package.module:name of a function (root) -> images and labels."""
     root: str = "data"
-    """Folder that holds the data sets; for imagefolder the one with train/ and val/ in it."""
+    """Folder of the datasets; for imagefolder, the folder with train/ and val/."""
     batch_size: int = 128
-    """Images a network sees in one optimizer step."""
+    """Samples per optimizer step of each network."""
     train_samples: int | None = None
-    """Use the first N training images only (before a validation split is taken)."""
+    """Use the first N training samples only, including the validation split."""
     test_samples: int | None = None
-    """Use the first N test images only."""
+    """Use the first N test samples only."""
     val_fraction: float = 0.0
-    """Share of the training images that is kept for validation, in [0, 1)."""
+    """Fraction of the training samples held out for validation, in [0, 1)."""
     image_size: int | None = None
-    """Pixels: small images are padded with black to this size; imagefolder crops to it (224)."""
+    """Image size in pixels: small images are padded to it, imagefolder crops to it (default
+    224)."""
     channels: int | None = None
-    """1 (grey) or 3; unset: as the data set has them."""
+    """Convert images to 1 (grayscale) or 3 channels; unset: as in the dataset."""
     augment: bool = True
-    """Random crops and flips while training, the usual ones of the data set."""
+    """Random crops and horizontal flips during training."""
     workers: int = 4
-    """Processes that decode images for each network (imagefolder only)."""
+    """DataLoader workers per process (imagefolder, and datasets passed in Python); 0: load in the
+    training process."""
     skip_broken: bool = False
-    """Leave out images that cannot be decoded, and count them (imagefolder only)."""
+    """Skip images that cannot be decoded and report their number (imagefolder only)."""
     download: bool = True
-    """Download CIFAR when it is missing, once on every machine."""
+    """Download CIFAR if it is missing, once per machine."""
 
     def __post_init__(self) -> None:
         at_least("data.batch_size", self.batch_size, 1)

@@ -13,49 +13,49 @@ _TOPOLOGIES = ("ring", "random", "exponential")
 
 @dataclass(frozen=True, kw_only=True)
 class GraftConfig:
-    """How the networks graft each other."""
+    """Grafting rounds and the exchange between networks."""
 
     every: int = 1
-    """Epochs between two rounds; 0: never, the networks are independent."""
+    """Epochs between rounds; 0: no rounds, the networks train independently."""
     every_steps: int = 0
-    """Optimizer steps between two rounds, instead of epochs; 0: count epochs."""
+    """Optimizer steps between rounds; overrides every. 0: use every."""
     start: int = 0
-    """Epochs that are trained before rounds begin."""
+    """Epochs to train before the first round."""
     source: Literal["external", "internal", "noise"] = "external"
-    """Where scions come from: another network, this network's own strongest filters, or noise.
-    The last two exchange nothing and work with one network."""
+    """What is grafted: another network's filters (external), this network's strongest filters
+    (internal), or noise. internal and noise need no exchange and work with a single network."""
     rule: str | None = None
-    """package.module:name of a rule of your own (docs/extending.md), in place of grafting."""
+    """package.module:name of a user-defined rule that replaces grafting."""
     topology: str = "ring"
-    """Who gives to whom: ring (the neighbour), random (a new network in each round), exponential
-    (the one at distance 1, 2, 4, ... in turn), or package.module:name of a function (networks,
-    round, seed) -> the donor of each network."""
+    """Donor of each network: ring (the previous network), random (a new draw every round),
+    exponential (the network at distance 1, 2, 4, ... in turn), or package.module:name of a function
+    (networks, round, seed) -> donor of each network."""
     level: Literal["layer", "filter"] = "layer"
-    """layer: one coefficient a layer, by the criterion; filter: one a channel, by the scales of the
-    batch norm (plain convolutional chains such as VGG)."""
+    """layer: one coefficient per layer, from the criterion; filter: one per channel, from the batch
+    norm scales (plain convolutional chains such as VGG only)."""
     criterion: str = "entropy"
-    """What a layer's information is: entropy of all its weights (eq. 6), filter_entropy, the sum of
-    its filters' entropies (eq. 5), both in nats, or l1, the mean absolute weight. Two test whether
-    it matters: constant keeps one half, shuffled permutes the coefficients over the layers. Or
-    package.module:name of a function (filters, num_bins) -> number."""
+    """Information of a layer: entropy of its weights (eq. 6, in nats), filter_entropy (sum of its
+    filters' entropies, eq. 5, in nats), l1 (mean absolute weight), or package.module:name of a
+    function (filters, num_bins) -> number. Two are controls: constant keeps one half of every
+    layer, shuffled permutes the coefficients over the layers."""
     num_bins: int = 10
-    """Bins of the histogram that the entropy is computed from."""
+    """Histogram bins for the entropy, in [1, 4096]."""
     amplitude: float = 0.4
-    """A of eq. 7, in [0, 1]: the coefficient stays within A/2 of one half."""
+    """A in eq. 7, in [0, 1]: coefficients are in [1/2 - A/2, 1/2 + A/2]."""
     sensitivity: float = 5.0
-    """c of eq. 7, per unit of information: how fast the coefficient leaves one half."""
+    """c in eq. 7, per unit of information: slope of the coefficient."""
     lead: Literal["conv", "conv+linear"] = "conv"
-    """Which layers lead a graft unit; conv+linear for MLPs and transformers."""
+    """Layers that form graft units; use conv+linear for MLPs and transformers."""
     exchange: Literal["all_gather", "p2p"] = "all_gather"
-    """all_gather: every process sees every network; p2p: only the donor's weights travel."""
+    """all_gather: every network receives all networks' weights; p2p: only its donor's."""
     threshold: float = 0.1
-    """L1 norm below which a filter is invalid (sources internal and noise)."""
+    """Filters with an L1 norm below this are invalid and get replaced (internal and noise)."""
     noise_annealing: float = 0.975
-    """a of the noise's standard deviation a^round, in (0, 1]."""
+    """a in (0, 1]: the noise has standard deviation a^round."""
     bucket_mb: float = 32.0
-    """Largest size of one network's part of a buffer, in MiB; host memory takes at most 16."""
+    """Maximum size of an exchange buffer per network, in MiB; at most 16 are used on the CPU."""
     reset_momentum: bool = False
-    """Forget the optimizer's whole state (momentum, AdamW's moments) after each round."""
+    """Clear the optimizer state (momentum, AdamW's moments) after each round."""
 
     def __post_init__(self) -> None:
         at_least("graft.every", self.every, 0)

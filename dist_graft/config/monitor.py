@@ -10,15 +10,16 @@ from dist_graft.config.validation import step_range
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What a run shows of itself."""
+    """Progress display, TensorBoard and profiling."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""
     progress: Literal["auto", "bar", "lines"] = "auto"
-    """A bar, or one line an epoch; auto: a bar on a terminal."""
+    """Progress bar, or one line per epoch; auto: a bar on a terminal, lines otherwise."""
     profile_steps: str | None = None
-    """A:B, in quotes in YAML: each network profiles the optimizer steps A to B - 1 of the run,
-    counted from 0, and all between them: RUN/networkNN/trace.json.gz, for ui.perfetto.dev."""
+    """A:B (quoted in YAML): profile the optimizer steps A to B - 1 of the run, counted from 0, with
+    the rounds, evaluations and checkpoints between them. Each network writes
+    RUN/networkNN/trace.json.gz; open it at ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         if self.profile_steps is not None:

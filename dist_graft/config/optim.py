@@ -1,4 +1,4 @@
-"""Options of the optimizer and its schedule."""
+"""Options of the optimizer and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ from dist_graft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How every network is trained."""
+    """Optimizer, learning rate schedule and loss."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """The optimizer."""
+    """Optimizer."""
     lr: float = 0.1
-    """Learning rate of the network that has the largest one."""
+    """Initial learning rate; with lr_diversity, the largest of all networks."""
     lr_diversity: Literal["none", "cosine"] = "none"
-    """cosine: network k of K gets lr (1 + cos(pi (K - 1 - k) / K)) / 2."""
+    """none: the same learning rate for all; cosine: network k of K uses
+    lr (1 + cos(pi (K - 1 - k) / K)) / 2."""
     lrs: list[float] | None = None
-    """The networks' learning rates one by one, instead of lr and lr_diversity."""
+    """Learning rate of each network; replaces lr and lr_diversity."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Momentum of SGD, in [0, 1)."""
     nesterov: bool = False
-    """Nesterov's momentum (SGD)."""
+    """Nesterov momentum (SGD only)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW, each in [0, 1)."""
+    """Betas of AdamW, each in [0, 1)."""
     weight_decay: float = 5e-4
-    """Of all weights; decoupled from the gradient with AdamW."""
+    """Weight decay of all parameters; decoupled with AdamW."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls; it changes at the start of an epoch."""
+    """Learning rate schedule, updated at the start of each epoch."""
     step_epochs: int = 60
-    """Epochs between two falls of the step schedule."""
+    """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
-    """What the step schedule multiplies with, in (0, 1]."""
+    """Decay factor of the step schedule, in (0, 1]."""
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate first rises linearly, step by step."""
+    """Epochs of linear warmup, updated every step."""
     clip_norm: float | None = None
-    """Largest norm of the whole gradient; unset: no clipping."""
+    """Maximum gradient norm over all parameters; unset: no clipping."""
     accumulation: int = 1
-    """Parts that a batch is cut into, whose gradients add up before the step."""
+    """Microbatches per batch; their gradients are accumulated before the optimizer step."""
     label_smoothing: float = 0.0
-    """In [0, 1)."""
+    """Label smoothing of the cross entropy, in [0, 1)."""
+    ema_decay: float | None = None
+    """Exponential moving average of the weights, evaluated beside the network; decay per optimizer
+    step in (0, 1); unset: none."""
 
     def __post_init__(self) -> None:
         above_zero("optim.lr", self.lr)
         for value in self.lrs or ():
             above_zero("optim.lrs", value)
         if self.lrs is not None and self.lr_diversity != "none":
-            raise ConfigError("optim.lrs and optim.lr_diversity exclude each other: give one")
+            raise ConfigError("optim.lrs and optim.lr_diversity are mutually exclusive")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "in [0, 1)")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ConfigError("optim.nesterov needs optim.name sgd and optim.momentum above 0")
+            raise ConfigError("optim.nesterov requires optim.name sgd and optim.momentum above 0")
         at_least("optim.weight_decay", self.weight_decay, 0)
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
@@ -67,3 +71,5 @@ class OptimConfig:
             self.label_smoothing,
             "in [0, 1)",
         )
+        if self.ema_decay is not None:
+            require(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in (0, 1)")

@@ -11,39 +11,40 @@ from dist_graft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """Where and how the processes run."""
+    """Devices, processes and precision."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
+    """auto, cpu, cuda or cuda:N; auto: a GPU if there is one."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """auto: NCCL when every process has a GPU of its own, gloo otherwise."""
+    """Communication backend; auto: NCCL if every process has its own GPU, gloo otherwise."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward and backward passes; the weights stay fp32. fp16 scales the loss (GPU)."""
+    """Precision of forward and backward passes; weights stay fp32. fp16 uses loss scaling (GPU
+    only)."""
     replicas: int = 1
-    """Processes that train each network together, each on its part of every batch: start networks x
-    replicas of them."""
+    """Data-parallel processes per network, each on its part of every batch: launch networks x
+    replicas processes."""
     sync_bn: bool = False
-    """Batch statistics over all replicas of a network (SyncBatchNorm; GPUs only) instead of in
-    each; the running statistics are averaged before a round in any case."""
+    """Synchronize batch norm over the replicas of a network (SyncBatchNorm, GPU only). Running
+    statistics are averaged before each round in any case."""
     threads: int = 0
-    """CPU threads a process computes with; 0: its share of the cores it may use."""
+    """CPU threads per process; 0: an equal share of the available cores."""
     timeout_seconds: float = 600.0
-    """How long a process waits for another at the start and in the first epoch; once its own first
-    epoch is over, timeout_epochs times that one if that is longer."""
+    """Timeout for other processes at startup and in the first epoch; after a process's own first
+    epoch, timeout_epochs times its duration if that is longer."""
     timeout_epochs: float = 5.0
-    """Afterwards: in units of the longest epoch that a network has taken, but at least a minute
-    (or timeout_seconds where that is less)."""
+    """Timeout for other processes afterwards, in units of the longest epoch of any network, but at
+    least one minute (or timeout_seconds if that is less)."""
     channels_last: bool = True
-    """Keep images and convolutions in channels-last memory format."""
+    """Use the channels-last memory format for images and convolutions."""
     compile: bool = False
-    """torch.compile the network."""
+    """Compile the network with torch.compile."""
     deterministic: bool = False
-    """Deterministic kernels on a GPU, so that equal commands give equal weights."""
+    """Use deterministic GPU kernels, so that the same command gives the same weights."""
 
     def __post_init__(self) -> None:
         at_least("runtime.replicas", self.replicas, 1)
         if self.sync_bn and self.replicas == 1:
-            raise ConfigError("runtime.sync_bn needs runtime.replicas above 1")
+            raise ConfigError("runtime.sync_bn requires runtime.replicas above 1")
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout_seconds", self.timeout_seconds)
         at_least("runtime.timeout_epochs", self.timeout_epochs, 1)

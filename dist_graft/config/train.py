@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from dist_graft.config.checkpoint import CheckpointConfig
 from dist_graft.config.data import DataConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.config.graft import GraftConfig
-from dist_graft.config.methods import DistillConfig, PapaConfig, WashConfig
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
 from dist_graft.config.runtime import RuntimeConfig
-from dist_graft.config.validation import at_least, require
+from dist_graft.config.validation import at_least, known_or_own, require
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.rules import RULES
+
+Config = TypeVar("Config")
+
+
+def _with_method_sections(config: type[Config]) -> type[Config]:
+    """Add a field for every method with options of its own, after the section graft."""
+    annotations: dict[str, Any] = {}
+    for name, kind in config.__annotations__.items():
+        annotations[name] = kind
+        if name == "graft":
+            for method, rule in RULES.items():
+                if rule.options:
+                    annotations[method] = rule.options
+                    setattr(config, method, field(default_factory=rule.options))
+    config.__annotations__ = annotations
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)
+@_with_method_sections
 class TrainConfig:
-    """Train a population of networks that graft each other."""
+    """Configuration of a training run."""
 
     run_dir: str = "runs/run"
-    """Folder of the run: configuration, metrics, events, checkpoints."""
+    """Output folder: configuration, metrics, logs and checkpoints."""
     epochs: int = 20
-    """Passes over the training images, in all."""
+    """Total number of epochs."""
     seed: int = 0
-    """All draws follow from it: the same seed and command give the same networks."""
+    """Random seed; the same command with the same seed gives the same weights."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest complete checkpoint set, or start; must: refuse to start anew;
-    never: refuse to go on."""
-    method: Literal["graft", "average", "papa", "wash", "none"] = "graft"
-    """How the networks influence each other; average: all become the mean, as often as
-    graft.every says; none: not at all."""
+    """auto: resume from the latest complete checkpoint in run_dir if there is one; must: fail if
+    there is none; never: fail if run_dir already contains a run."""
+    method: str = "graft"
+    """How the networks exchange weights. graft; average: all networks become their mean, as often
+    as graft.every says; papa; wash; none: no exchange; or package.module:name of your own rule."""
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
-    """What becomes of a network whose weights or loss are no longer finite. heal: it takes the
-    weights of the network before it, and goes on; abort: the run ends; exclude: nobody takes from
-    it."""
+    """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
+    previous network; abort: stop the run; exclude: no network grafts from it."""
+    callbacks: list[str] = field(default_factory=list)
+    """package.module:Name of callbacks to add; repeat the option to add several."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     graft: GraftConfig = field(default_factory=GraftConfig)
-    papa: PapaConfig = field(default_factory=PapaConfig)
-    wash: WashConfig = field(default_factory=WashConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -50,11 +67,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        for reference in self.callbacks:
+            known_or_own("callbacks", reference, ())
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        known_or_own("method", self.method, (*RULES, "none"))
         if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
-            raise ConfigError("graft.rule needs method graft and graft.source external")
+            raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
-                "data.skip_broken needs runtime.replicas 1: no part of a batch may shrink"
+                "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
             )

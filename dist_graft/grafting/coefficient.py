@@ -1,4 +1,4 @@
-"""How much of its own weights a layer keeps (arXiv 2001.05868, eq. 7)."""
+"""Graft coefficient: the share of its own weights that a layer keeps (arXiv 2001.05868)."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ def graft_coefficient(
 ) -> Tensor | float:
     """Weight that the recipient keeps when one layer is grafted.
 
-    alpha = (A / pi) arctan(c (H_recipient - H_donor)) + 1/2 (eq. 7; the 1/pi is in the authors'
-    code and figure, not in the printed formula, and keeps alpha inside (0, 1); see ADR 1).
+    alpha = (A / pi) arctan(c (H_recipient - H_donor)) + 1/2 (eq. 7, with the 1/pi of the authors'
+    code, which keeps alpha in (0, 1); see ADR 1).
 
     Args:
-        recipient: information of the layer in the network that receives (nats for entropy), a
-            number or a tensor.
-        donor: information of the same layer in the network that gives, likewise.
+        recipient: information of the layer in the recipient, a number or a tensor (nats for
+            entropy).
+        donor: information of the same layer in the donor.
         amplitude: A, dimensionless, in [0, 1].
         sensitivity: c, per unit of information, at least 0.
 
-    Returns: alpha in [1/2 - A/2, 1/2 + A/2]; a float for two numbers, else a tensor of their
-        common shape. Swapping the first two gives 1 - alpha.
+    Returns: alpha in [1/2 - A/2, 1/2 + A/2], and 1/2 for equal information; a float for two
+        numbers, otherwise a tensor of their broadcast shape. Swapping recipient and donor gives
+        1 - alpha.
 
-    Raises: ValueError naming the argument and its value, when out of range or not finite.
-
-    Example: equal information gives 0.5.
+    Raises: ValueError naming the argument and its value when it is out of range or not finite.
     """
     if not 0 <= amplitude <= 1:
         raise ValueError(f"amplitude must be in [0, 1], got {amplitude!r}")

@@ -1,4 +1,4 @@
-"""What a round becomes when networks have diverged: rows of its Mixing are replaced."""
+"""Handling of diverged networks: rows of a round's Mixing are replaced."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from dist_graft.grafting.mixing import Mixing
 
 @dataclass(frozen=True, eq=False)
 class Overridden(Mixing):
-    """A mixing of which some rows are no longer the rule's."""
+    """A mixing in which the rows of some networks replace those that the rule decided."""
 
     planned: Mixing
-    """The rule's."""
+    """The mixing that the rule decided."""
     replaced: frozenset[int]
-    """Networks whose whole row was replaced."""
+    """Networks whose entire row was replaced."""
 
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
-        """As planned where the row is the rule's; else the unit's fraction holds."""
+        """Return the planned weights; None for replaced rows, where the unit's fraction applies."""
         if network in self.replaced:
             return None
         return self.planned.tensor_fraction(network, donor, unit, key, shape, buffer=buffer)
 
 
 def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -> Mixing:
-    """The mixing in which nobody takes from a diverged network.
+    """Return the mixing in which no network takes from a diverged one.
 
     Args:
-        mixing: what the rule decided.
-        diverged: networks whose weights are of no use; at least one is not.
-        heal: a diverged network becomes its healer as that was before the round (see `healer`);
-            else it stays as it is.
+        mixing: the mixing that the rule decided.
+        diverged: networks whose weights or losses are not finite.
+        heal: whether a diverged network copies its healer (see `healer`); otherwise it keeps its
+            weights.
 
-    Returns: a Mixing of which the other networks' rows lack the diverged donors, as
-        `Mixing.row_without` says.
+    Returns: a Mixing in which the other networks' rows exclude the diverged donors; see
+        `Mixing.row_without`.
 
     Raises: ValueError when all networks diverged.
     """
     if len(set(diverged)) == mixing.networks:
-        raise ValueError("all networks diverged: there is none to take weights from")
+        raise ValueError("all networks diverged: there are no weights to copy")
     shares = mixing.shares.clone()
     donors: list[tuple[int, ...]] = []
     for network, planned in enumerate(mixing.donors):
@@ -62,10 +62,11 @@ def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -
 
 
 def healer(donors: Sequence[Sequence[int]], network: int, diverged: Collection[int]) -> int:
-    """Whose weights a diverged network takes: its donor's, or the nearest sound one's upstream.
+    """Return the network that a diverged network copies: the nearest upstream that is finite.
 
-    Where networks have several donors, or the donors' donors lead back without a sound one,
-    upstream is the ring: network - 1, network - 2, ...
+    Upstream follows the donor, the donor's donor, and so on. Where a network has several donors, or
+    the donors form a cycle without a finite network, it follows the ring: network - 1, network - 2,
+    and so on.
 
     Raises: ValueError when all networks diverged.
     """
@@ -77,7 +78,7 @@ def healer(donors: Sequence[Sequence[int]], network: int, diverged: Collection[i
         seen.add(other)
     networks = len(donors)
     upstream = ((network - distance) % networks for distance in range(1, networks))
-    sound = next((other for other in upstream if other not in diverged), None)
-    if sound is None:
-        raise ValueError("all networks diverged: there is none to take weights from")
-    return sound
+    finite = next((other for other in upstream if other not in diverged), None)
+    if finite is None:
+        raise ValueError("all networks diverged: there are no weights to copy")
+    return finite

@@ -1,4 +1,4 @@
-"""How much information a layer's weights hold: entropy (arXiv 2001.05868, eq. 4 to 6) and L1."""
+"""Information of a layer's weights: entropy (arXiv 2001.05868, eq. 4 to 6) and L1."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from torch import Tensor
 
 from dist_graft.grafting.memory_layout import flat
 
-_CHUNK = 1 << 17  # elements of a float32 scratch that stays in a core's cache
+_CHUNK = 1 << 17  # elements; a float32 buffer of this size fits in a core's cache
 
 
 def entropy(weight: Tensor, *, num_bins: int = 10) -> Tensor:
-    """Entropy of all weights of a layer together (eq. 6; eq. 4 when given one filter).
+    """Entropy of all weights of a layer together (eq. 6; eq. 4 for a single filter).
 
-    H = -sum_k p_k ln p_k, p_k the share of weights in the k-th of num_bins bins of equal width
-    between the smallest and the largest weight. The last bin is closed, so every weight counts
-    once. Bins are cut in float32 and counted in int64, whatever the type of the weight.
+    H = -sum_k p_k ln p_k, where p_k is the share of weights in the k-th of num_bins bins of equal
+    width between the smallest and the largest weight. The last bin includes its upper edge, so
+    every weight counts once. Bin edges are computed in float32 and counts in int64 for every dtype.
 
     Args:
-        weight: any shape, floating, not empty.
+        weight: any shape, floating-point, not empty.
         num_bins: B, at least 1.
 
     Returns: a float64 scalar in nats, in [0, ln B]; 0 for a constant weight.
 
-    Raises: ValueError for a weight that is empty, not floating or not finite, or num_bins < 1.
+    Raises: ValueError for a weight that is empty, not floating-point or not finite, and for
+        num_bins < 1.
 
-    Example: four weights 0, 0, 1, 1 fill two of ten bins evenly: ln 2.
+    Example: the weights 0, 0, 1, 1 fill two of ten bins equally, which gives ln 2.
     """
     _check(weight, num_bins)
     return _entropy_of_counts(_histogram(_vector(weight)[None], num_bins))[0]
 
 
 def filter_entropy(filters: Tensor, *, num_bins: int = 10) -> Tensor:
-    """Sum of the entropies of a layer's filters (eq. 5), each with bins of its own.
+    """Sum of the entropies of a layer's filters (eq. 5), with separate bins for each filter.
 
     Args:
-        filters: [filters, ...], one filter along the first dimension, floating.
+        filters: [filters, ...], floating-point, with one filter at each index of dimension 0.
         num_bins: B, at least 1.
 
     Returns: a float64 scalar in nats, in [0, filters ln B].
@@ -55,11 +56,11 @@ def entropies(filters: Tensor, *, num_bins: int = 10) -> Tensor:
 
 
 def l1(weight: Tensor) -> Tensor:
-    """Mean absolute weight: the L1 norm over the number of weights, a float64 scalar.
+    """Mean absolute weight, a float64 scalar: the L1 norm divided by the number of weights.
 
-    Divided by the number of weights so that one sensitivity suits layers of any size.
+    The division makes one sensitivity suitable for layers of any size.
 
-    Raises: ValueError for a weight that is empty, not floating or not finite.
+    Raises: ValueError for a weight that is empty, not floating-point or not finite.
     """
     _check(weight, 1)
     return weight.detach().abs().mean(dtype=torch.float64)
@@ -72,7 +73,7 @@ def filter_norms(filters: Tensor) -> Tensor:
 
 
 def invalid_filters(filters: Tensor, threshold: float) -> Tensor:
-    """Number of filters whose L1 norm is below the threshold, an int64 scalar."""
+    """Number of filters with an L1 norm below the threshold: an int64 scalar."""
     return (filter_norms(filters) < threshold).sum()
 
 
@@ -81,7 +82,7 @@ CRITERIA: dict[str, Callable[[Tensor, int], Tensor]] = {
     "filter_entropy": lambda filters, num_bins: filter_entropy(filters, num_bins=num_bins),
     "l1": lambda filters, _: l1(filters),
 }
-"""By name: a layer's filters [filters, weights] and the number of bins -> its information."""
+"""Criteria by name: (filters [filters, weights per filter], num_bins) -> information."""
 
 
 def _sum_type(weight: Tensor) -> torch.dtype:
@@ -93,7 +94,7 @@ def _check(weight: Tensor, num_bins: int) -> None:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
     if not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
-            f"information needs a floating tensor with elements, got {weight.dtype} of shape "
+            f"information needs a non-empty floating-point tensor, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}"
         )
     if not is_finite(weight):
@@ -101,15 +102,15 @@ def _check(weight: Tensor, num_bins: int) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; an empty tensor is finite."""
+    """Whether all elements are finite. True for an empty tensor."""
     if tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(_vector(tensor.detach()))  # NaN wins both
+    low, high = torch.aminmax(_vector(tensor.detach()))  # both are NaN if an element is
     return bool((low.isfinite() & high.isfinite()).item())
 
 
 def _vector(tensor: Tensor) -> Tensor:
-    """All elements in one dimension, without a copy where they fill one stretch of memory."""
+    """All elements in one dimension; a view if they are dense in memory."""
     try:
         return flat(tensor)
     except ValueError:
@@ -117,13 +118,13 @@ def _vector(tensor: Tensor) -> Tensor:
 
 
 def _histogram(rows: Tensor, num_bins: int) -> Tensor:
-    """Counts [rows, num_bins], int64, of each row between its smallest and largest element."""
+    """Histogram of each row between its smallest and largest element: int64 [rows, num_bins]."""
     rows = rows.detach()
-    # amin and amax: aminmax with a dimension is ten times slower than both together
+    # aminmax over a dimension is ten times slower than amin and amax together.
     low, high = torch.amin(rows, 1, keepdim=True), torch.amax(rows, 1, keepdim=True)
     shrink = None
     if not (high.float() - low.float()).isfinite().all():
-        # A range wider than float32 holds: a power of two brings it back, and changes no bin.
+        # The range overflows float32. Scaling by a power of two does not change any bin.
         exponent = torch.frexp(torch.maximum(low.abs(), high.abs()).double()).exponent
         shrink = torch.ldexp(torch.ones_like(low, dtype=torch.float64), -exponent.clamp(min=0) - 1)
         low, high = low * shrink, high * shrink

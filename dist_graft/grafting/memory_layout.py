@@ -1,4 +1,4 @@
-"""Views of a weight tensor that never copy a dense one, whatever its memory format."""
+"""Views of weight tensors that avoid copies in any memory format."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Dimensions from the slowest to the fastest in memory; those of size 1 come first.
+    """Return the dimensions from the largest to the smallest stride; those of size 1 come first.
 
-    Equal for two tensors of one shape exactly when their elements lie in the same order.
+    Two tensors of the same shape have the same order exactly when their elements have the same
+    order in memory.
     """
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     return tuple(
@@ -19,30 +20,30 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements in memory order, as a one-dimensional view of the same storage.
+    """Return a one-dimensional view of the tensor's elements in memory order.
 
-    Raises: ValueError when the elements do not fill one stretch of memory (a slice with gaps, an
-        expanded tensor).
+    Raises: ValueError for a tensor that is not dense in memory (a slice with gaps, an expanded
+        tensor).
     """
     ordered = tensor.permute(memory_order(tensor))
     if not ordered.is_contiguous():
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} does not fill "
-            "one stretch of memory; clone it first"
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense "
+            "in memory: clone it first"
         )
     return ordered.view(-1)
 
 
 def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
-    """Weights as [filters, weights per filter]; the order inside a row is that of memory.
+    """Return weights as [filters, weights per filter], with each row in memory order.
 
     Args:
-        weight: of a convolution, [out, in / groups, *kernel]; transposed: [in, out / groups,
-            *kernel]; or of a linear layer, [out, in].
+        weight: [out, in / groups, *kernel] of a convolution, [in, out / groups, *kernel] of a
+            transposed convolution, or [out, in] of a linear layer.
         transposed: whether the layer is a transposed convolution.
-        groups: of the layer; only a transposed one needs it.
+        groups: groups of a transposed convolution.
 
-    Returns: a view where the memory format allows one (plain and channels-last do), else a copy.
+    Returns: a view if the memory format allows it (contiguous and channels-last do), or a copy.
     """
     if transposed:
         into, out, *kernel = weight.shape
@@ -55,13 +56,13 @@ def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) 
 def write_filters(
     weight: Tensor, filters: Tensor, *, transposed: bool = False, groups: int = 1
 ) -> None:
-    """Write a matrix as `filter_matrix` gives it back into the weight, in place.
+    """Write a matrix in the form of `filter_matrix` into the weight, in place.
 
     Args:
-        weight: of the layer; changed.
+        weight: weight of the layer; overwritten.
         filters: [filters, weights per filter].
         transposed: whether the layer is a transposed convolution.
-        groups: of the layer; only a transposed one needs it.
+        groups: groups of a transposed convolution.
     """
     if transposed:
         into, out, *kernel = weight.shape

@@ -1,29 +1,40 @@
-"""What flows into what in one round, and the round itself as a function of a whole population."""
+"""How much of each network flows into each in one round, and the round as a pure function."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dist_graft.grafting.units import GraftUnit, Place, place_of
+from dist_graft.grafting.units import GraftUnit, StorageKey, storage_key
 
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """How much of each network flows into each, per graft unit.
+    """Shares of every network in every network, per graft unit.
 
-    Each network becomes a convex combination of itself and its donors, all as they were before
-    the round. The ring has one donor a network; a mean over the population has all others.
+    Each network becomes a convex combination of itself and its donors, all taken as they were
+    before the round. On the ring each network has one donor; in a population mean it has all
+    others.
+
+    Raises: ValueError for shares of the wrong shape or type, shares outside [0, 1], rows that do
+        not add up to 1, or donors that do not match the shares.
     """
 
+    swaps_scalars: ClassVar[bool] = False
+    """How the mixing travels: False: whole tensors of the donors are exchanged and blended.
+    True: only the scalars named by `chosen_scalars` travel; see `ScalarSwap`."""
+
     shares: Tensor
-    """[units, networks, networks], float64 on the CPU: shares[u, i, j] is how much of network j
-    flows into unit u of network i. Rows add up to 1."""
+    """[units, networks, networks], float64 on the CPU: shares[u, i, j] is the share of network j in
+    unit u of network i. Rows add up to 1."""
     donors: tuple[tuple[int, ...], ...]
-    """Of each network, in the order in which they are blended in; never itself."""
+    """Donors of each network, in blending order. A network is never its own donor."""
 
     def __post_init__(self) -> None:
         shares, networks = self.shares, len(self.donors)
@@ -43,12 +54,9 @@ class Mixing:
                 raise ValueError(f"network {network} has a donor outside of 0 to {networks - 1}")
             if network in donors or len(set(donors)) != len(donors):
                 raise ValueError(f"network {network} must have distinct donors other than itself")
-            own = {network, *donors}
-            others = [other for other in range(networks) if other not in own]
+            others = [other for other in range(networks) if other not in {network, *donors}]
             if shares[:, network, others].any():
-                raise ValueError(
-                    f"network {network} has a share of a network it does not take from"
-                )
+                raise ValueError(f"network {network} has a share of a network that is not a donor")
 
     @property
     def networks(self) -> int:
@@ -56,50 +64,59 @@ class Mixing:
         return len(self.donors)
 
     def scaled(self, rate: float) -> Mixing:
-        """The mixing with every donor's share multiplied by a rate in [0, 1].
+        """Return the mixing with every donor's share multiplied by a rate in [0, 1].
 
-        Raises: ValueError for another rate.
+        Raises: ValueError for any other rate.
         """
         if not 0 <= rate <= 1:
             raise ValueError(f"rate must be in [0, 1], got {rate!r}")
-        own = torch.eye(self.networks, dtype=torch.float64)
-        return replace(self, shares=own + (self.shares - own) * rate)
+        identity = torch.eye(self.networks, dtype=torch.float64)
+        return replace(self, shares=identity + (self.shares - identity) * rate)
 
     def own_share(self, network: int) -> list[float]:
-        """What the network keeps of itself, per unit: the coefficient."""
+        """Return the share that a network keeps of itself, per unit: the coefficient."""
         return [float(share) for share in self.shares[:, network, network]]
 
-    def row_without(self, network: int, lost: Collection[int]) -> Tensor:
-        """The network's shares when some donors give nothing: [units, networks], float64.
+    def row_without(self, network: int, excluded: Collection[int]) -> Tensor:
+        """Return a network's shares without some of its donors: [units, networks], float64.
 
-        The others, itself among them, take over their share in proportion; the network stays as it
-        is where nothing is left.
+        The remaining networks, including itself, take over the excluded share in proportion. Where
+        nothing remains, the network keeps itself.
         """
         row = self.shares[:, network].clone()
-        row[:, list(lost)] = 0.0
-        left = row.sum(dim=1, keepdim=True)
-        own = torch.eye(self.networks, dtype=torch.float64)[network]
-        return torch.where(left > 0, row / left, own)
+        row[:, list(excluded)] = 0.0
+        remaining = row.sum(dim=1, keepdim=True)
+        unchanged = torch.eye(self.networks, dtype=torch.float64)[network]
+        return torch.where(remaining > 0, row / remaining, unchanged)
 
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
-        """Element by element, where a method mixes finer than by graft unit.
+        """Return interpolation weights by element, for methods finer than a graft unit.
 
-        Args: buffer: whether the tensor is no parameter.
+        Args:
+            network: the recipient.
+            donor: the donor that is blended in.
+            unit: index of the graft unit.
+            key: state-dict key of the tensor.
+            shape: shape of the tensor.
+            buffer: whether the tensor is a buffer, not a parameter.
 
-        Returns: the weight of the interpolation that blends the donor into the tensor `key` of
-        this shape in this unit, broadcastable to the shape, float32 on the CPU; None where the
-        unit's fraction holds for the whole tensor.
+        Returns: weights that broadcast to the shape, float32 on the CPU; None where the unit's
+            fraction applies to the whole tensor.
         """
         del network, donor, unit, key, shape, buffer
         return None
 
-    def fractions(self, network: int) -> list[list[float]]:
-        """Per donor and unit: the weight of the linear interpolation that blends the donor in.
+    def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
+        """Return the scalars that travel; implemented by mixings with `swaps_scalars` only."""
+        raise NotImplementedError
 
-        Blending donors in one after the other, the s-th with fraction w_s / (1 - sum of the later
-        w), gives each the share w it was meant to have. The last fraction is its share itself.
+    def fractions(self, network: int) -> list[list[float]]:
+        """Return the interpolation weight of each donor and unit, in blending order.
+
+        Blending donor s with fraction w_s / (1 - sum of the later w) gives every donor its share
+        w_s in the result. The last donor's fraction equals its share.
         """
         remaining = torch.ones(self.shares.shape[0], dtype=torch.float64)
         backwards = []
@@ -110,12 +127,114 @@ class Mixing:
         return [fraction.tolist() for fraction in reversed(backwards)]
 
 
-def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
-    """Blend in place: recipient <- recipient + fraction (donor - recipient).
+@dataclass(frozen=True, eq=False)
+class ScalarSwap(Mixing):
+    """Randomly chosen scalars are permuted among the networks; all other scalars stay.
 
-    The one place where weights are blended: in a distributed round and in `mix` alike, so that
-    both give the same bits. A fraction of 1 copies, so that nothing of the recipient stays, were it
-    NaN. Storage and memory format of the recipient stay as they are.
+    Every rank draws the same scalars from seed, round and state-dict key, so only their values
+    travel. Buffers stay with their network. `shares` holds the expected shares.
+    """
+
+    swaps_scalars: ClassVar[bool] = True
+
+    probability: tuple[float, ...] = ()
+    """Probability that a scalar is chosen, per unit."""
+    seed: int = 0
+    round: int = 0
+
+    def scaled(self, rate: float) -> ScalarSwap:
+        """Return the swap with the probability of every unit multiplied by the rate."""
+        probability = tuple(rate * value for value in self.probability)
+        return replace(self, shares=super().scaled(rate).shares, probability=probability)
+
+    def row_without(self, network: int, excluded: Collection[int]) -> Tensor:
+        """Return a network's shares when it keeps the scalars that excluded donors would give."""
+        row = self.shares[:, network].clone()
+        row[:, network] += row[:, list(excluded)].sum(dim=1)
+        row[:, list(excluded)] = 0.0
+        return row
+
+    def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
+        """Return the scalars of one tensor that travel, identical on every rank.
+
+        Returns: positions, int64 [n], in the tensor's logical order; and sources, int64
+            [n, networks]: the network whose scalar each network holds afterwards. Each row is a
+            permutation.
+        """
+        draw = random.Random(f"{self.seed}:{self.round}:{key}").getrandbits(63)
+        generator = torch.Generator().manual_seed(draw)
+        positions = bernoulli_positions(numel, self.probability[unit], generator)
+        order = torch.rand(len(positions), self.networks, generator=generator).argsort(dim=1)
+        return positions, order
+
+    def tensor_fraction(
+        self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
+    ) -> Tensor:
+        """Return 1 where the network's new scalar is the donor's, else 0; 0 for buffers."""
+        fraction = torch.zeros(math.prod(shape))
+        if not buffer:
+            positions, sources = self.chosen_scalars(unit, key, math.prod(shape))
+            fraction[positions[sources[:, network] == donor]] = 1.0
+        return fraction.view(shape)
+
+
+def mixing_with_donor(donor: Sequence[int], own_share: Tensor) -> Mixing:
+    """Mixing in which each network keeps a share of itself and takes the rest from one donor.
+
+    Args:
+        donor: donor of each network; the network itself in a population of one.
+        own_share: [networks, units], float64, each in [0, 1].
+    """
+    networks, units = own_share.shape
+    rows = torch.arange(networks)
+    shares = torch.zeros(units, networks, networks, dtype=torch.float64)
+    shares[:, rows, list(donor)] = (1 - own_share).T
+    shares[:, rows, rows] = own_share.T if networks > 1 else 1.0
+    return Mixing(shares=shares, donors=tuple((other,) if networks > 1 else () for other in donor))
+
+
+def mixing_with_mean(networks: int, units: int, *, keep: float = 0.0) -> Mixing:
+    """Mixing in which each network becomes keep of itself and 1 - keep of the population mean."""
+    row = (1 - keep) / networks
+    identity = torch.eye(networks, dtype=torch.float64)
+    return Mixing(
+        shares=(row * torch.ones_like(identity) + keep * identity).expand(units, -1, -1).clone(),
+        donors=tuple(
+            tuple(other for other in range(networks) if other != network)
+            for network in range(networks)
+        ),
+    )
+
+
+def bernoulli_positions(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Positions of the successes in `count` independent trials: int64, ascending.
+
+    Draws the gaps between successes (geometric), so the cost grows only with the successes.
+    """
+    if probability <= 0 or count == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if probability >= 1:
+        return torch.arange(count)
+    found: list[Tensor] = []
+    last = -1
+    while last < count:
+        expected = (count - last) * probability
+        batch = int(expected + 5 * math.sqrt(expected) + 10)
+        gaps = torch.empty(batch, dtype=torch.float64)
+        gaps.geometric_(probability, generator=generator)
+        positions = last + gaps.to(torch.int64).cumsum(0)
+        found.append(positions)
+        last = int(positions[-1])
+    drawn = torch.cat(found)
+    return drawn[drawn < count]
+
+
+def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
+    """Blend in place: recipient <- recipient + fraction * (donor - recipient).
+
+    The distributed round and `mix` both blend with this function, so they give the same bits. A
+    fraction of 1 copies the donor, which also replaces NaN. Storage and memory format of the
+    recipient are preserved.
     """
     with torch.no_grad():
         if fraction == 1.0:
@@ -124,8 +243,8 @@ def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
             torch._foreach_lerp_([recipient], [donor], [fraction])
 
 
-def blend_finely_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
-    """Blend in place with a fraction for each element, as `blend_` does with one for a tensor."""
+def blend_elementwise_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
+    """Blend in place with one fraction for each element; see `blend_`."""
     with torch.no_grad():
         recipient.lerp_(donor, fraction.to(recipient.device, recipient.dtype))
 
@@ -133,20 +252,22 @@ def blend_finely_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
 def mix(
     states: Sequence[Mapping[str, Tensor]], units: Sequence[GraftUnit], mixing: Mixing
 ) -> list[dict[str, Tensor]]:
-    """A whole population's round in one process: the specification of the distributed round.
+    """Apply one round to a whole population in a single process.
+
+    This is the specification of the distributed round, which gives the same bits.
 
     Args:
-        states: state dict of each network.
-        units: of their common architecture; tensors outside of them are kept as they are.
-        mixing: of as many networks and units.
+        states: state dict of each network; not changed.
+        units: graft units of the common architecture. Other tensors are copied unchanged.
+        mixing: shares for the same number of networks and units.
 
-    Returns: the state dicts after the round, in new tensors; the arguments are not changed.
+    Returns: the state dicts after the round, in new tensors.
 
     Raises: ValueError when the numbers of networks or units do not match.
     """
     if len(states) != mixing.networks or len(units) != mixing.shares.shape[0]:
         raise ValueError(
-            f"the mixing is of {mixing.networks} networks and {mixing.shares.shape[0]} units, "
+            f"the mixing is for {mixing.networks} networks and {mixing.shares.shape[0]} units, "
             f"got {len(states)} states and {len(units)} units"
         )
     mixed = []
@@ -156,21 +277,21 @@ def mix(
             for index, (unit, fraction) in enumerate(zip(units, fractions, strict=True)):
                 for key in unit.tensors:
                     other = states[donor][key].detach()
-                    fine = mixing.tensor_fraction(
+                    by_element = mixing.tensor_fraction(
                         network, donor, index, key, other.shape, buffer=key in unit.buffers
                     )
-                    if fine is None:
+                    if by_element is None:
                         blend_(after[key], other, fraction)
                     else:
-                        blend_finely_(after[key], other, fine.expand(other.shape))
+                        blend_elementwise_(after[key], other, by_element.expand(other.shape))
         mixed.append(after)
     return mixed
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state in new tensors; keys that share one tensor share its copy."""
-    copies: dict[Place, Tensor] = {}
+    """Clone a state dict; keys that share one tensor share its clone."""
+    copies: dict[StorageKey, Tensor] = {}
     return {
-        key: copies.setdefault(place_of(value), value.detach().clone())
+        key: copies.setdefault(storage_key(value), value.detach().clone())
         for key, value in state.items()
     }

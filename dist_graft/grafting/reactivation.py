@@ -1,4 +1,4 @@
-"""Scions that come from the network itself: noise, and its own strong filters. No exchange."""
+"""Reactivation of invalid filters without an exchange: noise, and the network's own filters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dist_graft.grafting.information import filter_norms
 
 
 def noise_deviation(round_: int, *, annealing: float = 0.975) -> float:
-    """Standard deviation of the noise in a round: sigma_t = a^t (arXiv 2001.05868, section 3.2).
+    """Standard deviation of the noise in round t: sigma_t = a^t (arXiv 2001.05868, section 3.2).
 
-    Raises: ValueError when a is not in (0, 1] or the round is negative.
+    Raises: ValueError if a is not in (0, 1] or the round is negative.
     """
     if not 0 < annealing <= 1:
         raise ValueError(f"annealing must be in (0, 1], got {annealing!r}")
@@ -27,10 +27,10 @@ def graft_noise(
 
     Args:
         filters: [filters, weights per filter]; not changed.
-        deviation: sigma of the noise.
-        threshold: a filter with a smaller L1 norm is invalid.
-        generator: on the CPU, so that the draws do not depend on the device; it is advanced by one
-            number for every weight of the layer, whatever is invalid.
+        deviation: standard deviation of the noise.
+        threshold: filters with a smaller L1 norm are invalid.
+        generator: CPU generator, so that draws do not depend on the device; advanced by one number
+            for every weight of the layer.
 
     Returns: the filters after the graft, in a new tensor.
     """
@@ -41,14 +41,14 @@ def graft_noise(
 
 
 def graft_internal(filters: Tensor, *, threshold: float = 0.1) -> Tensor:
-    """Put a layer's strongest filters into the places of its invalid ones.
+    """Replace a layer's invalid filters by its strongest ones.
 
-    With the filters sorted by L1 norm, the i-th largest replaces the i-th smallest, for every i for
-    which the smaller one is below the threshold and the two are different filters.
+    With the filters sorted by L1 norm, the i-th largest replaces the i-th smallest if the smaller
+    one is below the threshold and the two are different filters.
 
     Args:
         filters: [filters, weights per filter]; not changed.
-        threshold: gamma; a filter with a smaller L1 norm is invalid.
+        threshold: gamma; filters with a smaller L1 norm are invalid.
 
     Returns: the filters after the graft, in a new tensor.
     """

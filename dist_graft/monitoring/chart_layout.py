@@ -1,4 +1,4 @@
-"""What TensorBoard's custom scalars show: the charts that matter, all networks in each."""
+"""Layout of TensorBoard's Custom Scalars tab: the main charts, all networks in each."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ import re
 from typing import Literal
 
 PHASES = ("data", "step", "round", "evaluation", "checkpoint", "other")
-"""What an epoch's time goes to."""
+"""Where the time of an epoch goes."""
 _IN_NATS = ("entropy", "filter_entropy")
 
 Layout = dict[str, dict[str, tuple[Literal["Multiline", "Margin"], list[str]]]]
-"""Category and title to a chart; its tags are patterns, matched from their beginning."""
+"""Charts by category and title; tags are regular expressions, matched from the start."""
 
 
-def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
-    """The charts of a run, from top to bottom.
+def custom_scalars(
+    criterion: str, *, validation: bool, rounds: bool, metric: str = "accuracy"
+) -> Layout:
+    """Charts of the Custom Scalars tab, from top to bottom.
 
     Args:
         criterion: of the layers' information.
         validation: whether there is a validation split.
         rounds: whether the networks take part in rounds.
+        metric: the first metric of the task.
     """
-    accuracy = {
-        "test, every network; population: their ensemble": _lines(
-            "accuracy/test", "population/ensemble_test_accuracy"
-        ),
-        "test, mean of the networks, smallest to largest": (
+    tests = [f"{metric}/test"]
+    if metric == "accuracy":
+        tests.append("population/ensemble_test_accuracy")
+    charts = {
+        "test, every network; population: their ensemble": _lines(*tests),
+        "test, mean of the networks, minimum to maximum": (
             "Margin",
-            [f"population/test_accuracy_{name}" for name in ("mean", "min", "max")],
+            [f"population/test_{metric}_{name}" for name in ("mean", "min", "max")],
         ),
-        "test, spread of the networks": _lines("population/test_accuracy_standard_deviation"),
-        "training, every network": _lines("accuracy/train"),
+        "test, spread of the networks": _lines(f"population/test_{metric}_standard_deviation"),
+        "training, every network": _lines(f"{metric}/train"),
     }
     loss = {"test": _lines("loss/test"), "training": _lines("loss/train")}
     if validation:
-        accuracy["validation, every network"] = _lines("accuracy/val")
+        charts["validation, every network"] = _lines(f"{metric}/val")
         loss["validation"] = _lines("loss/val")
     layout: Layout = {
-        "accuracy, %": accuracy,
+        "accuracy, %" if metric == "accuracy" else metric: charts,
         "loss": loss,
         "learning rate": {"every network": _lines("learning_rate")},
     }
@@ -45,7 +49,7 @@ def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
         layout["coefficient: share of its own weights that a network keeps"] = _over_layers(
             "coefficient"
         )
-        layout["distance between neighbours, before the round"] = {
+        layout["distance to the donor, before the round"] = {
             "all layers together": _lines("layers/distance_to_donor")
         }
     layout[f"information of the layers ({with_unit(criterion)})"] = _over_layers(criterion)
@@ -53,20 +57,20 @@ def custom_scalars(criterion: str, *, validation: bool, rounds: bool) -> Layout:
         "L1 norm below 0.1": _lines("invalid_filters_0.1"),
         "L1 norm below 0.01": _lines("invalid_filters_0.01"),
     }
-    layout["speed"] = {"images/s of training": _lines("images_per_second")}
-    layout["share of the time, %"] = {phase: _lines(f"time_share/{phase}") for phase in PHASES}
+    layout["speed"] = {"training, images/s": _lines("images_per_second")}
+    layout["share of time, %"] = {phase: _lines(f"time_share/{phase}") for phase in PHASES}
     return layout
 
 
 def with_unit(criterion: str) -> str:
-    """A criterion's name, with the unit of its numbers where they have one."""
+    """A criterion's name, with its unit if it has one."""
     return f"{criterion}, nats" if criterion in _IN_NATS else criterion
 
 
 def _over_layers(name: str) -> dict[str, tuple[Literal["Multiline", "Margin"], list[str]]]:
     return {
         "mean of the layers": _lines(f"layers/{name}_mean"),
-        "smallest and largest layer": _lines(f"layers/{name}_min", f"layers/{name}_max"),
+        "minimum and maximum layer": _lines(f"layers/{name}_min", f"layers/{name}_max"),
     }
 
 

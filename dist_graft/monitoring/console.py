@@ -1,29 +1,27 @@
-"""Progress on a terminal, and tables of the population as text."""
+"""Progress bar and tables of the population on the console and in the log."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-Row = Sequence[str]
+from dist_graft.monitoring.callback import Callback
+from dist_graft.monitoring.metrics import EpochReport, NetworkRow
+from dist_graft.monitoring.status_file import RemainingTime
+from dist_graft.printing import format_table
 
-
-def table(header: Row, rows: Sequence[Row]) -> str:
-    """Columns aligned to the right, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    )
+if TYPE_CHECKING:
+    from dist_graft.training.trainer import Trainer
 
 
 def duration(seconds: float) -> str:
-    """A length of time, in the two largest units that matter."""
+    """A length of time in its two largest units."""
     minutes, whole = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -34,46 +32,33 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole} s" if minutes else f"{whole} s"
 
 
-class ProgressBar:
-    """A bar over an epoch's steps on a terminal; nothing where lines are wanted (a log, a pipe).
+class ProgressBar(Callback):
+    """Shows a progress bar over the steps of an epoch, in one process per machine.
 
     Args:
-        mode: auto shows it on a terminal only.
-        show: whether this process is the one that shows it.
+        mode: "bar"; "lines": no bar; "auto": a bar on a terminal.
     """
 
-    def __init__(self, mode: Literal["auto", "bar", "lines"], *, show: bool) -> None:
-        self._shown = show and (mode == "bar" or (mode == "auto" and sys.stderr.isatty()))
+    def __init__(self, mode: Literal["auto", "bar", "lines"]) -> None:
+        self._enabled = mode == "bar" or (mode == "auto" and sys.stderr.isatty())
         self._bar: tqdm[Any] | None = None
-        self._left: Callable[[], float | None] = lambda: None
+        self._remaining: RemainingTime | None = None
 
-    def start(
-        self,
-        *,
-        steps: int,
-        epoch: int,
-        epochs: int,
-        done: int = 0,
-        left: Callable[[], float | None] = lambda: None,
-    ) -> None:
-        """Begin an epoch (0-based) of so many steps, of which some are done.
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self._enabled = self._enabled and trainer.process.local_rank == 0
+        self._remaining = RemainingTime(trainer.config.epochs, trainer.steps_per_epoch)
 
-        Args:
-            steps: of an epoch.
-            epoch: its number.
-            epochs: of the run.
-            done: steps that were taken earlier.
-            left: seconds until the run ends, if that can be told.
-        """
-        self.stop()
-        if not self._shown:
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        self._close()
+        assert self._remaining is not None
+        self._remaining.start_epoch(trainer.epoch, trainer.step, time.monotonic())
+        if not self._enabled:
             return
-        self._left = left
-        with contextlib.suppress(OSError):  # a terminal that has hung up
+        with contextlib.suppress(OSError):  # the terminal is gone
             self._bar = tqdm(
-                total=steps,
-                initial=done,
-                desc=f"epoch {epoch + 1}/{epochs}",
+                total=trainer.steps_per_epoch,
+                initial=trainer.step,
+                desc=f"epoch {trainer.epoch + 1}/{trainer.config.epochs}",
                 bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
                 "{rate_noinv_fmt}{postfix}",
                 unit="step",
@@ -81,16 +66,24 @@ class ProgressBar:
                 dynamic_ncols=True,
             )
 
-    def step(self) -> None:
-        """One step is done."""
-        if self._bar is not None:
-            if (seconds := self._left()) is not None:
-                self._bar.set_postfix_str(f"{duration(seconds)} left", refresh=False)
-            with contextlib.suppress(OSError):
-                self._bar.update()
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self._bar is None:
+            return
+        assert self._remaining is not None
+        left = self._remaining.seconds(trainer.epoch, trainer.step, time.monotonic())
+        if left is not None:
+            self._bar.set_postfix_str(f"{duration(left)} left", refresh=False)
+        with contextlib.suppress(OSError):
+            self._bar.update()
 
-    def stop(self) -> None:
-        """The epoch's training is over, or is left; the last step shows, however quick it was."""
+    def on_evaluate_start(self, trainer: Trainer) -> None:
+        self._close()
+
+    def teardown(self, trainer: Trainer) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Remove the bar, after showing its last step."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.refresh()
@@ -98,70 +91,90 @@ class ProgressBar:
             self._bar = None
 
 
-@dataclass(frozen=True)
-class NetworkRow:
-    """What the population's table says of one network in one epoch; only numbers, to be sent."""
+class EpochLog(Callback):
+    """Logs a table of all networks after each epoch, and one of the final results."""
 
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    images_per_second: float
-    donor: float
-    """Network that was mixed in; -1 without a round."""
-    smallest_coefficient: float
-    largest_coefficient: float
-    busy_seconds: float
-    """Of training and evaluating, without waiting for other networks."""
-    epoch_seconds: float
-    """Of the whole epoch; 0 when this process did not live through all of it."""
-    sound: float
-    """1, or 0 when a weight or the training loss is not finite."""
+    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
+        text = epoch_text(
+            report.metrics.epoch,
+            trainer.config.epochs,
+            report.seconds,
+            report.networks,
+            metric=report.metric,
+        )
+        trainer.log.info("%s", text)
 
-    def numbers(self) -> list[float]:
-        """The fields in order."""
-        return list(astuple(self))
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if trainer.summary:
+            trainer.log.info("%s", summary_text(trainer.summary))
 
 
-def epoch_text(epoch: int, epochs: int, seconds: float, rows: Sequence[NetworkRow]) -> str:
-    """The population after an epoch (0-based), one line a network."""
-    header = ("network", "lr", "train loss", "train %", "test loss", "test %", "images/s", "keeps")
-    cells = [
-        (
+def epoch_text(
+    epoch: int,
+    epochs: int,
+    seconds: float,
+    networks: Sequence[NetworkRow],
+    *,
+    metric: str | None = "accuracy",
+) -> str:
+    """Table of the population after an epoch (0-based), one line per network."""
+    name = "%" if metric == "accuracy" else metric or ""
+    header = [
+        *("network", "lr", "train loss", f"train {name}", "test loss", f"test {name}"),
+        *("images/s", "keeps"),
+    ]
+    rows = [
+        [
             str(network),
             f"{row.lr:.4g}",
             f"{row.train_loss:.4f}",
-            f"{row.train_accuracy:.2f}",
+            _metric(row.train_metric, metric),
             f"{row.test_loss:.4f}",
-            f"{row.test_accuracy:.2f}",
+            _metric(row.test_metric, metric),
             f"{row.images_per_second:.0f}",
             _keeps(row),
-        )
-        for network, row in enumerate(rows)
+        ]
+        for network, row in enumerate(networks)
     ]
-    return f"epoch {epoch + 1}/{epochs} ({seconds:.1f} s)\n{table(header, cells)}"
+    if metric is None:
+        for cells in (header, *rows):
+            del cells[5], cells[3]
+    return f"epoch {epoch + 1}/{epochs} ({seconds:.1f} s)\n{format_table(header, rows)}"
+
+
+def _metric(value: float, metric: str | None) -> str:
+    return f"{value:.2f}" if metric == "accuracy" else f"{value:.4f}"
 
 
 def _keeps(row: NetworkRow) -> str:
-    if not row.sound:
+    if not row.finite:
         return "diverged"
     if row.donor < 0:
         return "all"
-    low, high = row.smallest_coefficient, row.largest_coefficient
-    return f"{low:.2f}-{high:.2f}, rest of {row.donor:.0f}"
+    return f"{row.min_coefficient:.2f}-{row.max_coefficient:.2f}, rest of {row.donor:.0f}"
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """Final accuracies, one line a network, then mean and ensemble."""
-    header = ("test accuracy, %", "before the last round", "after it")
-    whens = ("accuracy_before_last_round", "accuracy_after_last_round")
+    """Final test results: one line per network, then mean and ensemble."""
+    metric = summary.get("metric", "accuracy")
+    keys = [f"{metric}_before_last_round", f"{metric}_after_last_round"]
+    unit = ", %" if metric == "accuracy" else ""
+    header = (f"test {metric}{unit}", "before the last round", "after it")
+    digits = 2 if metric == "accuracy" else 4
     rows = [
-        (f"network {row['network']} (lr {row['lr']:.4g})", *(f"{row[when]:.2f}" for when in whens))
+        (
+            f"network {row['network']} (lr {row['lr']:.4g})",
+            *(_number(row[key], digits) for key in keys),
+        )
         for row in summary["networks"]
     ]
     rows += [
-        (name, *(f"{summary[f'{name}_{when}']:.2f}" for when in whens))
+        (name, *(_number(summary[f"{name}_{key}"], digits) for key in keys))
         for name in ("mean", "ensemble")
+        if f"{name}_{keys[0]}" in summary
     ]
-    return table(header, rows)
+    return format_table(header, rows)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "nan" if value is None or math.isnan(value) else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows with a run, and outlives a disk that is full for a while."""
+"""Append-only JSON Lines files that survive a full disk and a vanished folder."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.monitoring.callback import Callback
+
+if TYPE_CHECKING:
+    from dist_graft.monitoring.metrics import EpochReport
+    from dist_graft.training.trainer import Trainer
 
 
 class JsonLinesFile:
-    """Appends objects, one a line; what is no longer wanted of an earlier start is dropped first.
+    """Appends objects, one per line, after dropping lines that a resumed run will write again.
 
-    A file that vanishes begins again, in a folder that is made anew where it has to be.
+    A file that vanishes is created again, together with its folder.
 
     Args:
         path: of the file; its folder exists.
-        keep: whether an object that is there already stays; those that cannot be read do not.
+        keep: whether an existing object stays. Unreadable lines are dropped.
 
     Raises: RunDirectoryError when the disk refuses.
     """
@@ -26,24 +31,22 @@ class JsonLinesFile:
     def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
         self._path = path
         self._pending: list[str] = []
-        self.kept: list[dict[str, Any]] = []
-        """What stayed, in order."""
         try:
-            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-            self.kept = [read for line in lines if (read := _read(line)) and _wanted(read, keep)]
+            self.kept = [item for item in read_json_lines(path) if _wanted(item, keep)]
+            """Objects that stayed, in order."""
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_line(read) for read in self.kept))
+            temporary.write_text("".join(_line(item) for item in self.kept))
             temporary.replace(path)
         except OSError as error:
-            raise _refused(path, error) from error
+            raise _disk_error(path, error) from error
 
     @property
     def vanished(self) -> bool:
-        """Whether the file is no longer there."""
+        """Whether the file no longer exists."""
         return not self._path.exists()
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Append one object; numbers that JSON does not know (NaN, infinity) become null.
+        """Append one object. NaN and Inf become null.
 
         Raises: RunDirectoryError when the disk refuses; the next call writes this object, too.
         """
@@ -58,24 +61,51 @@ class JsonLinesFile:
                     if written != len(text):
                         file.write(text[written:])
                 except OSError:
-                    file.truncate(size)  # no half lines
+                    file.truncate(size)  # no partial lines
                     raise
         except OSError as error:
-            raise _refused(self._path, error) from error
+            raise _disk_error(self._path, error) from error
         self._pending.clear()
 
 
-def _refused(path: Path, error: OSError) -> RunDirectoryError:
+class MetricsJsonl(Callback):
+    """Writes metrics.jsonl of one network, one line per epoch."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        start = trainer.epoch
+        path = trainer.directory.metrics(trainer.process.network)
+        self._file = JsonLinesFile(path, keep=lambda line: line["epoch"] < start)
+
+    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
+        vanished = self._file.vanished
+        self._file.write(report.metrics.to_json())
+        if vanished:
+            trainer.log.warning(
+                "%s had vanished: it was created again without its former content, and training "
+                "continues",
+                trainer.directory.path,
+            )
+            if trainer.process.is_main:
+                trainer.directory.write_config(trainer.config, trainer.process.networks)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSON Lines file, in order; lines that are not objects are skipped."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [item for line in text.splitlines() if (item := _parse(line))]
+
+
+def _disk_error(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
         f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
     )
 
 
-def _read(line: str) -> dict[str, Any] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         content = json.loads(line)
     except ValueError:
-        return None  # a line that was cut off
+        return None  # a truncated line
     return content if isinstance(content, dict) else None
 
 
@@ -87,12 +117,13 @@ def _wanted(content: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> 
 
 
 def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(_jsonable(content)) + "\n"
+    return json.dumps(_finite(content)) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
+def _finite(value: Any) -> Any:
+    """Replace NaN and Inf, which JSON does not have, by None."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(inner) for key, inner in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

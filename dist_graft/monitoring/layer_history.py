@@ -72,7 +72,7 @@ class Pacing:
     """
 
     def __init__(self, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._epochs = epochs
+        self.epochs = epochs
         self._clock = clock
         self._began = clock()
         self._spent = 0.0
@@ -80,9 +80,9 @@ class Pacing:
 
     def due(self, epoch: int) -> bool:
         """Whether to draw after this epoch (0-based)."""
-        if epoch == self._epochs - 1:
+        if epoch == self.epochs - 1:
             return True
-        apart = -(-self._epochs // MOST_TIMES)
+        apart = -(-self.epochs // MOST_TIMES)
         room = SHARE * (self._clock() - self._began)
         return (epoch + 1) % apart == 0 and self._spent + self._last <= room
 

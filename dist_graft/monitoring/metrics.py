@@ -1,65 +1,137 @@
-"""One line an epoch and network, as JSON."""
+"""Results of one epoch: of one network in full, and of all networks in numbers."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from dist_graft.monitoring.jsonl import JsonLinesFile
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """Information and invalid filters of one network's layers before the round, by graft unit."""
+
+    criterion: str
+    information: Mapping[str, float]
+    invalid: Mapping[float, Mapping[str, int]]
+    """Number of filters whose L1 norm is below each threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochMetrics:
-    """What one network did in one epoch. Accuracies are percentages."""
+    """Results of one network in one epoch. Accuracies are percentages."""
 
     epoch: int
     """0-based."""
     lr: float
     """At the start of the epoch."""
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
+    train: Mapping[str, float]
+    """"loss" and each metric."""
+    test: Mapping[str, float]
     """Before the round."""
-    test_accuracy: float
-    """Before the round."""
-    val_loss: float | None
+    val: Mapping[str, float] | None = None
     """None without a validation split."""
-    val_accuracy: float | None
+    ema_test: Mapping[str, float] | None = None
+    """Of the moving average of the weights; None without one."""
     images_per_second: float
     """Of training."""
     phase_seconds: dict[str, float]
-    """Where the time went since the epoch before was reported: data, step, round, evaluation,
-    checkpoint, other."""
+    """Seconds since the previous report, by phase: data, step, round, evaluation, checkpoint,
+    other."""
     information: dict[str, float]
-    """By graft unit, before the round, in the criterion's unit."""
+    """By graft unit, before the round, in the unit of the criterion."""
     graft: dict[str, Any] | None
-    """None in an epoch without a round."""
+    """Rounds of the epoch; None in an epoch without one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of metrics.jsonl: train_NAME, test_NAME, val_NAME for each metric."""
+        val = self.val or dict.fromkeys(self.test)
+        line: dict[str, Any] = {"epoch": self.epoch, "lr": self.lr}
+        for split, values in (("train", self.train), ("test", self.test), ("val", val)):
+            line |= {f"{split}_{name}": value for name, value in values.items()}
+        if self.ema_test is not None:
+            line |= {f"ema_test_{name}": value for name, value in self.ema_test.items()}
+        return line | {
+            "images_per_second": self.images_per_second,
+            "phase_seconds": self.phase_seconds,
+            "information": self.information,
+            "graft": self.graft,
+        }
 
 
-class MetricsFile:
-    """Appends to metrics.jsonl; what lies past the start is dropped first.
+@dataclass(frozen=True)
+class NetworkRow:
+    """One network's row in the table of an epoch. Numbers only, so that it can be gathered."""
+
+    lr: float
+    train_loss: float
+    train_metric: float
+    """First metric of the task; NaN without metrics."""
+    test_loss: float
+    test_metric: float
+    images_per_second: float
+    donor: float
+    """Network whose weights were mixed in; -1 without a round."""
+    min_coefficient: float
+    max_coefficient: float
+    busy_seconds: float
+    """Spent training and evaluating, without waiting for other networks."""
+    epoch_seconds: float
+    """Of the whole epoch; 0 when this process joined in the middle of it."""
+    finite: float
+    """1, or 0 when a weight or the training loss is NaN or Inf."""
+
+    def numbers(self) -> list[float]:
+        """The fields, in order."""
+        return list(astuple(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What callbacks receive at the end of an epoch."""
+
+    metrics: EpochMetrics
+    """Of this process's network."""
+    layers: LayerStats
+    """Of this process's network."""
+    networks: Sequence[NetworkRow]
+    """Of all networks, in order."""
+    metric: str | None
+    """Name of the metric in `networks`: the first one of the task."""
+    ensemble_accuracy: float | None
+    """Percent; None when it is unknown or not a classification task."""
+    seconds: float
+    """Spent on training steps."""
+
+
+def network_row(
+    metrics: EpochMetrics, *, metric: str | None, busy: float, whole: float, finite: bool
+) -> NetworkRow:
+    """The row of one network.
 
     Args:
-        path: of the file; its folder exists.
-        start_epoch: first epoch that will be written.
-
-    Raises: RunDirectoryError when the disk refuses.
+        metrics: of the epoch.
+        metric: name of the metric to show.
+        busy: seconds spent training and evaluating.
+        whole: seconds since the epoch started; 0 when this process joined later.
+        finite: whether all weights and the training loss are finite.
     """
-
-    def __init__(self, path: Path, *, start_epoch: int) -> None:
-        self._lines = JsonLinesFile(path, keep=lambda line: line["epoch"] < start_epoch)
-        self.kept = self._lines.kept
-        """Of an earlier start of the run, in order."""
-
-    @property
-    def vanished(self) -> bool:
-        """Whether the file is no longer there."""
-        return self._lines.vanished
-
-    def write(self, metrics: EpochMetrics) -> None:
-        """Append one line; numbers that JSON does not know (NaN, infinity) become null.
-
-        Raises: RunDirectoryError when the disk refuses; the next call writes this line, too.
-        """
-        self._lines.write(asdict(metrics))
+    graft = metrics.graft or {"donor": -1, "coefficient": {"": 1.0}}
+    train, test = (
+        float("nan") if metric is None else values[metric]
+        for values in (metrics.train, metrics.test)
+    )
+    return NetworkRow(
+        lr=metrics.lr,
+        train_loss=metrics.train["loss"],
+        train_metric=train,
+        test_loss=metrics.test["loss"],
+        test_metric=test,
+        images_per_second=metrics.images_per_second,
+        donor=graft["donor"],
+        min_coefficient=min(graft["coefficient"].values()),
+        max_coefficient=max(graft["coefficient"].values()),
+        busy_seconds=busy,
+        epoch_seconds=whole,
+        finite=float(finite),
+    )

@@ -1,119 +1,123 @@
-"""Some steps of a run under torch's profiler."""
+"""Profiles some steps of a run with torch.profiler."""
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
+from dist_graft.config.validation import step_range
 from dist_graft.errors import ConfigError
+from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
-from dist_graft.monitoring.console import table
+from dist_graft.printing import format_table
+
+if TYPE_CHECKING:
+    from dist_graft.training.trainer import Trainer
 
 _OPERATIONS = 8
 
 
-class StepProfile:
-    """Profiles one network from one step of the run to another, with all that happens between.
+class Profiler(Callback):
+    """Profiles steps of one network, and everything between them, into trace.json.gz.
 
     Args:
-        first: step before which it begins.
-        last: number of finished steps at which it ends, if the run does not end earlier.
-        path: of the trace.
-        device: that the network lives on.
-        log: gets a table of where the time went.
+        steps: "A:B" profiles the optimizer steps A to B - 1 of the run, counted from 0.
     """
 
-    def __init__(
-        self, first: int, last: int, path: Path, device: torch.device, log: logging.Logger
-    ) -> None:
-        self._first, self._last = first, last
-        self._path = path
-        self._device = device
-        self._log = log
-        self._done = self._until = self._began_at = 0
-        self._began = 0.0
+    def __init__(self, steps: str) -> None:
+        self._first, self._last = step_range("monitor.profile_steps", steps)
         self._profiler: profile | None = None
+        self._started = 0.0
+        self._started_at = 0
 
-    def check(self, steps: int) -> None:
-        """Raise ConfigError when the run has fewer steps."""
+    def on_fit_start(self, trainer: Trainer) -> None:
+        steps = trainer.config.epochs * trainer.steps_per_epoch
         if self._first >= steps:
             raise ConfigError(
-                f"monitor.profile_steps begins at step {self._first}, and the run has the steps 0 "
-                f"to {steps - 1}"
+                f"monitor.profile_steps starts at step {self._first}, but the run has steps 0 to "
+                f"{steps - 1}"
             )
 
-    def go_on(self, done: int, until: int) -> None:
-        """So many steps of the run are finished, and those before `until` follow at once."""
-        self._done, self._until = done, until
-        self._look()
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        self._update(trainer)
 
-    def step(self) -> None:
-        """One more step is finished."""
-        self._done += 1
-        self._look()
+    def on_step_end(self, trainer: Trainer) -> None:
+        # What follows the last step of an epoch is profiled only if an earlier step was.
+        if trainer.step < trainer.steps_per_epoch or self._profiler is not None:
+            self._update(trainer)
 
-    def finish(self) -> None:
-        """Write the trace and the table, when a profile is under way."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        seconds = time.perf_counter() - self._began
-        profiler.stop()
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self._path))
-        except (OSError, RuntimeError) as error:
-            self._log.warning("the profile %s cannot be written: %s", self._path, error)
-        self._log.info(
-            "profile of the steps %d to %d (%.2f s) in %s, to be opened in https://ui.perfetto.dev"
-            "\n%s",
-            *(self._began_at, self._done - 1, seconds, self._path, self._text(profiler, seconds)),
-        )
+    def teardown(self, trainer: Trainer) -> None:
+        self._finish(trainer)
 
-    def _look(self) -> None:
-        if self._done >= self._last:
-            self.finish()
-        elif self._profiler is None and self._first <= self._done < self._until:
-            self._start()
+    def _update(self, trainer: Trainer) -> None:
+        """Start or finish before the next step."""
+        done = trainer.global_step
+        if done >= self._last:
+            self._finish(trainer)
+        elif self._profiler is None and done >= self._first and trainer.process.is_leader:
+            self._start(trainer.device, done)
 
-    def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its stages are of no use to the reader
+    def _start(self, device: torch.device, done: int) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's own log
         activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            torch.accelerator.synchronize(self._device)
+        if device.type == "cuda":
+            torch.accelerator.synchronize(device)
             activities.append(ProfilerActivity.CUDA)
         self._profiler = profile(activities=activities)
         self._profiler.start()
-        self._began, self._began_at = time.perf_counter(), self._done
+        self._started, self._started_at = time.perf_counter(), done
 
-    def _text(self, profiler: profile, seconds: float) -> str:
-        averages = list(profiler.key_averages())
-        on_device = self._device.type == "cuda"
-        phases = {event.key: event for event in averages if event.key in PHASES}
-        rows = [
-            (phase, str(phases[phase].count), *_cells(phases[phase].cpu_time_total, seconds))
-            for phase in PHASES
-            if phase in phases
-        ]
+    def _finish(self, trainer: Trainer) -> None:
+        """Write the trace and log a table, if a profile is being recorded."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        if trainer.device.type != "cpu":
+            torch.accelerator.synchronize(trainer.device)
+        seconds = time.perf_counter() - self._started
+        profiler.stop()
+        path = trainer.directory.network(trainer.process.network) / "trace.json.gz"
+        _export(profiler, path, trainer)
+        trainer.log.info(
+            "profile of steps %d to %d (%.2f s) in %s; open it in https://ui.perfetto.dev\n%s",
+            *(self._started_at, trainer.global_step - 1, seconds, path),
+            _table(profiler, seconds, on_gpu=trainer.device.type == "cuda"),
+        )
 
-        def own(event: torch.autograd.profiler_util.FunctionEventAvg) -> float:
-            time_us = event.self_device_time_total if on_device else event.self_cpu_time_total
-            return float(time_us)
 
-        operations = [event for event in averages if event.key not in PHASES]
-        rows += [
-            (event.key[:48], str(event.count), *_cells(own(event), seconds))
-            for event in sorted(operations, key=own, reverse=True)[:_OPERATIONS]
-        ]
-        header = ("phase, or operation by itself", "calls", "ms", "% of the time")
-        return table(header, rows)
+def _export(profiler: profile, path: Path, trainer: Trainer) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        trainer.log.warning("the profile %s cannot be written: %s", path, error)
+
+
+def _table(profiler: profile, seconds: float, *, on_gpu: bool) -> str:
+    """Time by phase, and of the most expensive operations by themselves."""
+    averages = list(profiler.key_averages())
+    phases = {event.key: event for event in averages if event.key in PHASES}
+    rows = [
+        (phase, str(phases[phase].count), *_cells(phases[phase].cpu_time_total, seconds))
+        for phase in PHASES
+        if phase in phases
+    ]
+
+    def self_time(event: FunctionEventAvg) -> float:
+        return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+
+    operations = [event for event in averages if event.key not in PHASES]
+    rows += [
+        (event.key[:48], str(event.count), *_cells(self_time(event), seconds))
+        for event in sorted(operations, key=self_time, reverse=True)[:_OPERATIONS]
+    ]
+    return format_table(("phase, or operation by itself", "calls", "ms", "% of time"), rows)
 
 
 def _cells(microseconds: float, seconds: float) -> tuple[str, str]:

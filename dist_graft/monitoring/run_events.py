@@ -1,55 +1,154 @@
-"""What happened to a run beside its training, one JSON line an event."""
+"""Notable events of a run: resumed, diverged, healed, slow. One JSON line per event."""
 
 from __future__ import annotations
 
+import logging
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from dist_graft.errors import RunDirectoryError
+from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.jsonl import JsonLinesFile
+from dist_graft.monitoring.metrics import EpochReport, NetworkRow
 
-Kind = Literal["resumed", "diverged", "healed", "slow"]
+if TYPE_CHECKING:
+    from dist_graft.population.round.record import GraftRecord
+    from dist_graft.training.trainer import Trainer
+
+SLOW_FACTOR = 2.0
+"""A network is slow when it is busy this many times longer than the median of the others."""
+_MIN_SLOW_SECONDS = 1.0  # in shorter epochs a hiccup makes the difference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One thing that happened."""
+    """One event."""
 
-    kind: Kind
+    kind: Literal["resumed", "diverged", "healed", "slow"]
     epoch: int
     """0-based."""
     round: int
     """Rounds finished before it."""
     network: int | None
-    """Whom it happened to; None: to all."""
+    """The network concerned; None: all."""
     text: str
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 class RunEventsFile:
-    """Appends to events.jsonl. A resumed run forgets what it will live through again.
+    """Appends to events.jsonl. A resumed run drops the events that it will meet again.
 
     Args:
         path: of the file; its folder exists.
         start_epoch: first epoch of this start of the run.
-        start_round: rounds that were finished at its start.
+        start_round: rounds finished at this start.
 
     Raises: RunDirectoryError when the disk refuses.
     """
 
     def __init__(self, path: Path, *, start_epoch: int, start_round: int) -> None:
         def stays(event: dict[str, Any]) -> bool:
-            over = event["epoch"] < start_epoch or event["round"] < start_round
-            return bool(over or event["kind"] == "resumed")
+            past = event["epoch"] < start_epoch or event["round"] < start_round
+            return bool(past or event["kind"] == "resumed")
 
-        self._lines = JsonLinesFile(path, keep=stays)
-        self.events: list[dict[str, Any]] = self._lines.kept
+        self._file = JsonLinesFile(path, keep=stays)
+        self.events: list[dict[str, Any]] = self._file.kept
 
     def write(self, event: Event) -> None:
         """Append one event.
 
-        Raises: RunDirectoryError when the disk refuses; the next call writes it too.
+        Raises: RunDirectoryError when the disk refuses; the next call writes this event, too.
         """
         self.events.append(asdict(event))
-        self._lines.write(asdict(event))
+        self._file.write(asdict(event))
+
+
+class RunEvents(Callback):
+    """Logs events on every process; rank 0 writes them to events.jsonl."""
+
+    def __init__(self) -> None:
+        self._file: RunEventsFile | None = None
+        self._slow: set[int] = set()
+        self._diverged: set[int] = set()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All events of the run, earlier starts included; empty except on rank 0."""
+        return self._file.events if self._file else []
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.process.is_main:
+            self._file = RunEventsFile(
+                trainer.directory.events, start_epoch=trainer.epoch, start_round=trainer.round
+            )
+        if trainer.resumed_from:
+            event = Event(
+                kind="resumed",
+                epoch=trainer.epoch,
+                round=trainer.round,
+                network=None,
+                text=f"resumed from {trainer.resumed_from}",
+            )
+            self._add(trainer, event, logging.DEBUG)  # the trainer has logged it
+
+    def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
+        for network, what in record.diverged.items():
+            if network in record.healed:
+                kind: Literal["healed", "diverged"] = "healed"
+                text = (
+                    f"network {network} has {what}: it copied the weights of network "
+                    f"{record.healed[network]}, and its optimizer state was reset"
+                )
+            elif network not in self._diverged:
+                kind = "diverged"
+                text = f"network {network} has {what}: it is excluded from now on"
+            else:
+                continue
+            event = Event(
+                kind=kind, epoch=trainer.epoch, round=record.round, network=network, text=text
+            )
+            self._add(trainer, event)
+        self._diverged = set(record.diverged) - set(record.healed)
+
+    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
+        slow = slow_networks(report.networks)
+        for network in sorted(set(slow) - self._slow):
+            text = (
+                f"network {network} is slow: its epoch took "
+                f"{report.networks[network].busy_seconds:.1f} s, {slow[network]:.1f} times the "
+                "median of the others, which wait for it"
+            )
+            event = Event(
+                kind="slow",
+                epoch=report.metrics.epoch,
+                round=trainer.round,
+                network=network,
+                text=text,
+            )
+            self._add(trainer, event)
+        self._slow = set(slow)
+
+    def _add(self, trainer: Trainer, event: Event, level: int = logging.WARNING) -> None:
+        trainer.log.log(level, "epoch %d: %s", event.epoch + 1, event.text)
+        if self._file:
+            try:
+                self._file.write(event)
+            except RunDirectoryError as error:
+                trainer.log.warning("%s; training continues", error)
+
+
+def slow_networks(networks: Sequence[NetworkRow]) -> dict[int, float]:
+    """Networks that keep the others waiting, and how many times longer they are busy."""
+    found: dict[int, float] = {}
+    if not all(row.epoch_seconds for row in networks):
+        return found
+    for network, row in enumerate(networks):
+        others = [other.busy_seconds for other in networks if other is not row]
+        median = statistics.median(others) if others else 0.0
+        if row.busy_seconds > max(SLOW_FACTOR * median, _MIN_SLOW_SECONDS) and median > 0:
+            found[network] = row.busy_seconds / median
+    return found

@@ -1,4 +1,4 @@
-"""Where one network stands right now: on a bar, and in a small file that anybody may read."""
+"""status.json: the current state of one network's process, for `dist-graft status`."""
 
 from __future__ import annotations
 
@@ -8,49 +8,54 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dist_graft.errors import StoppedEarlyError
-from dist_graft.monitoring.console import ProgressBar
+from dist_graft.monitoring.callback import Callback
+
+if TYPE_CHECKING:
+    from dist_graft.monitoring.metrics import EpochReport
+    from dist_graft.population.round.record import GraftRecord
+    from dist_graft.training.trainer import Trainer
 
 Phase = Literal["starting", "training", "evaluating", "meeting", "finished", "stopped", "failed"]
 ENDED: tuple[Phase, ...] = ("finished", "stopped", "failed")
-BEAT_SECONDS = 5.0
-"""Between two writings of the file."""
+HEARTBEAT_SECONDS = 5.0
+"""Between two writes of the file."""
 
 
 @dataclass(kw_only=True)
 class Status:
-    """What status.json holds: the last word of a network's process."""
+    """Content of status.json."""
 
     network: int
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     phase: Phase = "starting"
-    """meeting: in a round, a report or the wait for them."""
+    """meeting: in a round or a report, or waiting for the other networks there."""
     epoch: int = 0
-    """Under way, 0-based."""
+    """Current epoch, 0-based."""
     epochs: int = 0
     step: int = 0
-    """Steps of the epoch that are done."""
+    """Steps finished of the epoch."""
     steps_per_epoch: int = 0
     rounds: int = 0
-    """Finished."""
+    """Rounds finished."""
     images_per_second: float | None = None
-    """Of this epoch's training so far."""
+    """Of training in this epoch so far."""
     seconds_left: float | None = None
-    """Until the run ends, as far as can be told."""
+    """Estimate until the end of the run."""
     reason: str | None = None
     """Why the run failed or stopped."""
     time: float = 0.0
     """When this was written, in seconds since 1970."""
 
 
-class Pace:
-    """How long the rest of a run takes, by how long what this process lived through took.
+class RemainingTime:
+    """Estimates how long the rest of a run takes.
 
     Args:
         epochs: of the run.
@@ -60,144 +65,129 @@ class Pace:
     def __init__(self, epochs: int, steps_per_epoch: int) -> None:
         self._epochs = epochs
         self._steps = max(1, steps_per_epoch)
-        self._began: float | None = None
+        self._started: float | None = None
         self._first = 0
-        self._epoch_began = 0.0
+        self._epoch_started = 0.0
         self._whole_epoch: float | None = None
         self._started_at_zero = False
 
-    def begin(self, epoch: int, done: int, now: float) -> None:
-        """An epoch (0-based) goes on, or begins, with so many steps done."""
-        if self._began is None:
-            self._began, self._first = now, epoch * self._steps + done
+    def start_epoch(self, epoch: int, done: int, now: float) -> None:
+        """An epoch (0-based) starts or continues after `done` steps."""
+        if self._started is None:
+            self._started, self._first = now, epoch * self._steps + done
         elif self._started_at_zero:
-            self._whole_epoch = now - self._epoch_began
-        self._epoch_began, self._started_at_zero = now, done == 0
+            self._whole_epoch = now - self._epoch_started
+        self._epoch_started, self._started_at_zero = now, done == 0
 
-    def left(self, epoch: int, step: int, now: float) -> float | None:
-        """Seconds, evaluations and rounds included; None before the first step.
+    def seconds(self, epoch: int, step: int, now: float) -> float | None:
+        """Seconds left, evaluations and rounds included; None before the first step.
 
-        By the last whole epoch; in the first one by its steps so far.
+        Based on the last whole epoch, or on the steps so far in the first one.
         """
         done = epoch * self._steps + step
         if self._whole_epoch is not None:
-            # An epoch's end, evaluation and round, is still to come when its steps are done.
-            rest = (self._epochs - epoch) * self._whole_epoch - (now - self._epoch_began)
+            # Evaluation and round of the epoch are still ahead when its steps are done.
+            rest = (self._epochs - epoch) * self._whole_epoch - (now - self._epoch_started)
             return max(0.0, rest)
-        if self._began is None or done <= self._first:
+        if self._started is None or done <= self._first:
             return None
-        return (self._epochs * self._steps - done) * (now - self._began) / (done - self._first)
+        return (self._epochs * self._steps - done) * (now - self._started) / (done - self._first)
 
 
-class StatusFile:
-    """Tells where a network stands until the block is left.
+class StatusFile(Callback):
+    """Writes status.json every few seconds, from a thread.
 
-    A thread writes the file every few seconds, so that a process that hangs or is gone can be told
-    from one that takes long steps; a disk that refuses is no matter of the training.
-
-    Args:
-        path: of the file, whose folder exists; None: there is no file.
-        network: of this process.
-        bar: shows the steps.
+    A heartbeat distinguishes a process that hangs or died from one whose steps take long. Disk
+    errors never interrupt training.
     """
 
-    def __init__(self, path: Path | None, network: int, bar: ProgressBar) -> None:
-        self._path = path
-        self._bar = bar
-        self._standing = Status(network=network)
-        self._pace: Pace | None = None
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._remaining: RemainingTime | None = None
         self._batch = 0
         self._first = 0
-        self._trained_from = 0.0
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="status.json", daemon=True)
+        self._train_start = 0.0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> StatusFile:
-        self._write()
-        self._thread.start()
-        return self
+    def setup(self, trainer: Trainer) -> None:
+        self._status = Status(network=trainer.process.network)
+        if trainer.process.is_leader:
+            self._path = trainer.directory.status(trainer.process.network)
+            self._write()
+            self._thread = threading.Thread(target=self._heartbeat, name="status.json", daemon=True)
+            self._thread.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        self._left.set()
-        self._thread.join(BEAT_SECONDS)  # a disk that hangs does not hold the process
-        phase: Phase = "failed" if error else "finished"
-        if isinstance(error, StoppedEarlyError):
-            phase = "stopped"
-        reason = " ".join(str(error).split()) or type(error).__name__ if error else None
-        self._standing.phase, self._standing.reason = phase, reason
-        self._write()
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self._remaining = RemainingTime(trainer.config.epochs, trainer.steps_per_epoch)
+        self._batch = trainer.config.data.batch_size
+        self._status.epochs = trainer.config.epochs
+        self._status.steps_per_epoch = trainer.steps_per_epoch
+        self._status.rounds = trainer.round
 
-    def prepare(self, *, epochs: int, steps_per_epoch: int, batch_size: int, rounds: int) -> None:
-        """Learn how long the run is, and how many rounds are behind it."""
-        self._pace = Pace(epochs, steps_per_epoch)
-        self._batch = batch_size
-        self._standing.epochs, self._standing.steps_per_epoch = epochs, steps_per_epoch
-        self._standing.rounds = rounds
-
-    def begin(self, epoch: int, step: int) -> None:
-        """An epoch (0-based) begins, or goes on, after so many of its steps."""
-        assert self._pace is not None
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        assert self._remaining is not None
         now = time.monotonic()
-        self._pace.begin(epoch, step, now)
-        self._first, self._trained_from = step, now
-        standing = self._standing
-        standing.phase, standing.epoch, standing.step = "training", epoch, step
-        self._bar.start(
-            steps=standing.steps_per_epoch,
-            done=step,
-            epoch=epoch,
-            epochs=standing.epochs,
-            left=self.seconds_left,
-        )
+        self._remaining.start_epoch(trainer.epoch, trainer.step, now)
+        self._first, self._train_start = trainer.step, now
+        status = self._status
+        status.phase, status.epoch, status.step = "training", trainer.epoch, trainer.step
 
-    def step(self) -> None:
-        """One step is done."""
-        self._standing.phase = "training"
-        self._standing.step += 1
-        self._bar.step()
+    def on_step_end(self, trainer: Trainer) -> None:
+        self._status.phase, self._status.step = "training", trainer.step
 
-    def evaluating(self) -> None:
-        """The epoch's training is over."""
-        self._bar.stop()
-        self._standing.images_per_second = self._speed()
-        self._standing.phase = "evaluating"
+    def on_evaluate_start(self, trainer: Trainer) -> None:
+        self._status.images_per_second = self._speed()
+        self._status.phase = "evaluating"
 
-    def meeting(self) -> None:
-        """Goes to meet the other networks."""
-        self._standing.phase = "meeting"
+    def on_round_start(self, trainer: Trainer) -> None:
+        self._status.phase = "meeting"
 
-    def met(self, rounds: int) -> None:
-        """So many rounds are finished."""
-        self._standing.rounds = rounds
+    def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
+        self._status.rounds = trainer.round
+
+    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
+        self._status.rounds = trainer.round
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        self._status.phase = "stopped" if isinstance(error, StoppedEarlyError) else "failed"
+        self._status.reason = " ".join(str(error).split()) or type(error).__name__
+
+    def teardown(self, trainer: Trainer) -> None:
+        self._ended.set()
+        if self._thread:
+            self._thread.join(HEARTBEAT_SECONDS)  # a disk that hangs does not block the process
+        if self._status.phase not in ENDED:
+            self._status.phase = "finished"
+        self._write()
 
     def seconds_left(self) -> float | None:
-        """Until the run ends, as far as can be told."""
-        standing = self._standing
-        if self._pace is None:
+        """Estimate until the end of the run."""
+        status = self._status
+        if self._remaining is None:
             return None
-        return self._pace.left(standing.epoch, standing.step, time.monotonic())
+        return self._remaining.seconds(status.epoch, status.step, time.monotonic())
 
     def _speed(self) -> float | None:
-        steps = self._standing.step - self._first
-        seconds = time.monotonic() - self._trained_from
+        steps = self._status.step - self._first
+        seconds = time.monotonic() - self._train_start
         return steps * self._batch / seconds if steps else None
 
-    def _beat(self) -> None:
-        while not self._left.wait(BEAT_SECONDS):
-            if self._standing.phase == "training":
-                self._standing.images_per_second = self._speed()
+    def _heartbeat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            if self._status.phase == "training":
+                self._status.images_per_second = self._speed()
             self._write()
 
     def _write(self) -> None:
         if self._path is None:
             return
-        ended = self._standing.phase in ENDED
-        moment = {"seconds_left": None if ended else self.seconds_left(), "time": time.time()}
-        content = asdict(self._standing) | moment
+        left = None if self._status.phase in ENDED else self.seconds_left()
+        content: Mapping[str, object] = asdict(self._status) | {
+            "seconds_left": left,
+            "time": time.time(),
+        }
         temporary = self._path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # full or gone for a while: other files tell of it
+        with contextlib.suppress(OSError):  # a full disk: the log and metrics report it
             temporary.write_text(json.dumps(content) + "\n")
             temporary.replace(self._path)

@@ -1,64 +1,225 @@
-"""TensorBoard: one directory a network with the same tags, and one for the population."""
+"""TensorBoard: one directory per network with the same tags, and one for the population."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dist_graft.config import TrainConfig
+from dist_graft.errors import RunDirectoryError
 from dist_graft.grafting.mixing import Mixing
-from dist_graft.monitoring.chart_layout import Layout
+from dist_graft.monitoring.callback import Callback
+from dist_graft.monitoring.chart_layout import Layout, custom_scalars, with_unit
 from dist_graft.monitoring.event_file import EventFile
 from dist_graft.monitoring.figures import layers_over_epochs, who_gave_to_whom
-from dist_graft.monitoring.layer_history import LayerHistory
-from dist_graft.monitoring.metrics import EpochMetrics
+from dist_graft.monitoring.jsonl import read_json_lines
+from dist_graft.monitoring.layer_history import (
+    LayerHistory,
+    Pacing,
+    coefficients,
+    informations,
+)
+from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, LayerStats
+from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.version import versions
 
-AFTER = "final/test_accuracy_after_last_round"
-BEFORE = "final/test_accuracy_before_last_round"
-FIRST = ("lr", "method", "model", "seed")
-RESULTS = (AFTER, BEFORE, "accuracy/test")
-"""What the hyperparameters' tab shows first of a network's options, and as its results."""
+if TYPE_CHECKING:
+    from dist_graft.population.round.record import GraftRecord
+    from dist_graft.training.trainer import Trainer
+
+HPARAMS_FIRST = ("lr", "method", "model", "seed")
+"""Columns that the HParams tab shows first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """What one network's layers hold before the round, by graft unit."""
+class TensorBoard(Callback):
+    """Writes the events of one network and, on rank 0, those of the population.
 
-    criterion: str
-    information: Mapping[str, float]
-    invalid: Mapping[float, Mapping[str, int]]
-    """Number of filters below each threshold."""
+    When the disk refuses, the events of the epoch are lost with a warning, and new event files are
+    opened in the next epoch.
+
+    Args:
+        run_events: whose events the population's text tab shows.
+    """
+
+    def __init__(self, run_events: RunEvents) -> None:
+        self._run_events = run_events
+        self._network: NetworkBoard | None = None
+        self._population: PopulationBoard | None = None
+        self._record: GraftRecord | None = None
+        self._failed_epoch: int | None = None
+        self._events_shown = 0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        config, start = trainer.config, trainer.epoch
+        path = trainer.directory.metrics(trainer.process.network)
+        lines = [line for line in read_json_lines(path) if line.get("epoch", start) < start]
+        self._coefficients = LayerHistory(lines, coefficients)
+        self._informations = LayerHistory(lines, informations)
+        self._pacing = Pacing(config.epochs)
+        self._criterion = trainer.criterion
+        self._metric = next(iter(trainer.task.metrics), "loss")
+        self._folder = trainer.directory.network(trainer.process.network)
+        self._open(trainer, start)
+        self._show_events(trainer, start)
+
+    def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
+        self._record = record
+        self._show_events(trainer, trainer.epoch)
+
+    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
+        line = report.metrics.to_json()
+        self._coefficients.add(line)
+        self._informations.add(line)
+        self._write(trainer, report.metrics.epoch, lambda: self._write_epoch(report))
+        self._show_events(trainer, report.metrics.epoch)
+        self._record = None
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if trainer.summary:
+            summary = trainer.summary
+            network = trainer.process.network
+            self._write(
+                trainer, trainer.config.epochs - 1, lambda: self._write_summary(summary, network)
+            )
+
+    def teardown(self, trainer: Trainer) -> None:
+        for board in (self._network, self._population):
+            if board:
+                try:
+                    board.close()
+                except RunDirectoryError as error:
+                    trainer.log.warning("%s; training continues", error)
+
+    def _write_epoch(self, report: EpochReport) -> None:
+        metrics = report.metrics
+        if self._network:
+            self._network.epoch(metrics, report.layers)
+            if self._pacing.due(metrics.epoch):
+                with self._pacing.drawing():
+                    self._draw(metrics.epoch, self._network)
+        if self._population:
+            self._population.epoch(
+                metrics.epoch,
+                self._metric,
+                [row.test_metric if report.metric else row.test_loss for row in report.networks],
+                report.ensemble_accuracy,
+            )
+
+    def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
+        epoch = self._pacing.epochs - 1
+        moments = ("before_last_round", "after_last_round")
+        if self._network:
+            values, metric = summary["networks"][network], self._metric
+            self._network.end(
+                {f"test_{metric}_{when}": values[f"{metric}_{when}"] for when in moments}, epoch
+            )
+        if self._population and f"ensemble_accuracy_{moments[0]}" in summary:
+            for when in moments:
+                self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
+
+    def _show_events(self, trainer: Trainer, epoch: int) -> None:
+        events = self._run_events.events
+        if self._population and len(events) > self._events_shown:
+            population = self._population
+            self._write(trainer, epoch, lambda: population.events(events, epoch))
+            self._events_shown = len(events)
+
+    def _draw(self, epoch: int, board: NetworkBoard) -> None:
+        board.heat_map(
+            "coefficient",
+            "coefficient: share of its own weights kept",
+            self._coefficients,
+            middle=0.5,
+        )
+        board.heat_map(
+            self._criterion,
+            f"information of the layers ({with_unit(self._criterion)})",
+            self._informations,
+        )
+        if self._population and self._record:
+            names = list(self._record.coefficient)
+            self._population.round(self._record.round, names, self._record.mixing, epoch)
+
+    def _open(self, trainer: Trainer, epoch: int) -> None:
+        config, process = trainer.config, trainer.process
+        self._network = NetworkBoard(
+            self._folder,
+            start_epoch=epoch,
+            options=hparams(config, trainer.max_lr, process.networks),
+            metric=self._metric,
+        )
+        if process.is_main:
+            self._population = PopulationBoard(
+                trainer.directory.population,
+                start_epoch=epoch,
+                layout=custom_scalars(
+                    self._criterion,
+                    validation=trainer.data.has_validation,
+                    rounds=trainer.grafter is not None,
+                    metric=self._metric,
+                ),
+                texts={
+                    "run/configuration": f"```\n{trainer.directory.config.read_text()}```",
+                    "run/versions": _table("what", "version", versions()),
+                    "run/hosts": _table("network", "host", dict(enumerate(trainer.hosts))),
+                },
+            )
+
+    def _write(self, trainer: Trainer, epoch: int, write: Callable[[], object]) -> None:
+        """Write events, into new files when the disk refused in an earlier epoch."""
+        if self._failed_epoch == epoch:
+            return
+        try:
+            if self._failed_epoch is not None or not self._folder.exists():
+                self._open(trainer, epoch)
+                self._failed_epoch = None
+            write()
+        except RunDirectoryError as error:
+            self._failed_epoch = epoch
+            trainer.log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
 
 
 class NetworkBoard:
-    """Events of one network; steps are epochs, counted from 0.
+    """Events of one network. The steps of its charts are epochs, counted from 0.
 
     Args:
         folder: of the network.
-        start_epoch: of a resumed run; what older files hold from there on is dropped by readers.
-        options: the network's row in the hyperparameters' tab.
+        start_epoch: of a resumed run; TensorBoard drops what older files hold from there on.
+        options: the network's row in the HParams tab.
+        metric: the first metric of the task.
     """
 
     def __init__(
-        self, folder: Path, *, start_epoch: int, options: Mapping[str, float | str]
+        self,
+        folder: Path,
+        *,
+        start_epoch: int,
+        options: Mapping[str, float | str],
+        metric: str = "accuracy",
     ) -> None:
         self._events = EventFile(folder, start_epoch)
-        self._events.begin_session(options, first=FIRST, results=RESULTS)
+        final = [f"final/test_{metric}_{when}_last_round" for when in ("after", "before")]
+        self._events.begin_session(options, first=HPARAMS_FIRST, results=(*final, f"{metric}/test"))
 
-    def epoch(self, metrics: EpochMetrics, layers: LayerView) -> None:
-        """Write what an epoch and its round gave."""
+    def epoch(self, metrics: EpochMetrics, layers: LayerStats) -> None:
+        """Write the results of an epoch and its rounds."""
+        splits = {
+            "train": metrics.train,
+            "test": metrics.test,
+            "val": metrics.val or {},
+            "ema_test": metrics.ema_test or {},
+        }
         scalars: dict[str, float | None] = {
-            "loss/train": metrics.train_loss,
-            "loss/test": metrics.test_loss,
-            "loss/val": metrics.val_loss,
-            "accuracy/train": metrics.train_accuracy,
-            "accuracy/test": metrics.test_accuracy,
-            "accuracy/val": metrics.val_accuracy,
+            f"{name}/{split}": value
+            for split, values in splits.items()
+            for name, value in values.items()
+        }
+        scalars |= {
             "learning_rate": metrics.lr,
             "images_per_second": metrics.images_per_second,
         }
@@ -85,7 +246,7 @@ class NetworkBoard:
     def heat_map(
         self, name: str, title: str, history: LayerHistory, *, middle: float | None = None
     ) -> None:
-        """Draw all epochs so far, layer by layer, when there are any; see `layers_over_epochs`."""
+        """Draw all epochs so far, layer by layer; see `layers_over_epochs`."""
         if history.epochs:
             drawn = layers_over_epochs(
                 title, history.epochs, history.names, history.numbers(), middle=middle
@@ -93,10 +254,10 @@ class NetworkBoard:
             self._events.picture(f"heat_map/{name}", drawn, history.epochs[-1])
             self._events.flush()
 
-    def end(self, before: float, after: float, epoch: int) -> None:
-        """Write the test accuracies that the last round found and left: the run is over."""
-        self._events.scalar(BEFORE, before, epoch)
-        self._events.scalar(AFTER, after, epoch)
+    def end(self, finals: Mapping[str, float], epoch: int) -> None:
+        """Write the final results, before and after the last round."""
+        for name, value in finals.items():
+            self._events.scalar(f"final/{name}", value, epoch)
         self._events.end_session()
 
     def close(self) -> None:
@@ -109,9 +270,9 @@ class PopulationBoard:
 
     Args:
         folder: of the population.
-        start_epoch: as of `NetworkBoard`.
-        layout: of the custom scalars.
-        texts: what the run is, in Markdown, by tag.
+        start_epoch: as in `NetworkBoard`.
+        layout: of the Custom Scalars tab.
+        texts: descriptions of the run in Markdown, by tag.
     """
 
     def __init__(
@@ -123,17 +284,19 @@ class PopulationBoard:
             self._events.text(tag, text, start_epoch)
         self._events.flush()
 
-    def epoch(self, epoch: int, test_accuracy: Sequence[float], ensemble: float | None) -> None:
-        """Write mean and spread of the networks' test accuracies, and their ensemble's, if known.
+    def epoch(
+        self, epoch: int, metric: str, values: Sequence[float], ensemble: float | None
+    ) -> None:
+        """Write mean and spread of the networks' test metric, and the ensemble's accuracy if known.
 
-        All of them before the round.
+        All are measured before the round.
         """
-        spread = statistics.stdev(test_accuracy) if len(test_accuracy) > 1 else 0.0
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
         for name, value in (
-            ("test_accuracy_mean", statistics.fmean(test_accuracy)),
-            ("test_accuracy_min", min(test_accuracy)),
-            ("test_accuracy_max", max(test_accuracy)),
-            ("test_accuracy_standard_deviation", spread),
+            (f"test_{metric}_mean", statistics.fmean(values)),
+            (f"test_{metric}_min", min(values)),
+            (f"test_{metric}_max", max(values)),
+            (f"test_{metric}_standard_deviation", spread),
             ("ensemble_test_accuracy", ensemble),
         ):
             if value is not None:
@@ -141,7 +304,7 @@ class PopulationBoard:
         self._events.flush()
 
     def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
-        """Draw who gave what to whom in a round of the units of these names."""
+        """Draw which network gave how much to which in a round."""
         drawn = who_gave_to_whom(
             f"round {number}",
             names,
@@ -151,18 +314,18 @@ class PopulationBoard:
         self._events.picture("round/who_gave_what_to_whom", drawn, epoch)
         self._events.flush()
 
-    def story(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
-        """Write all that happened so far beside the training, as events.jsonl has it."""
-        rows = [("time", "epoch, from 0", "what", "happened")]
+    def events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        """Write a table of all events so far."""
+        rows = [("time", "epoch, from 0", "kind", "event")]
         rows += [("---",) * 4]
         rows += [
             (event["time"], str(event["epoch"]), event["kind"], event["text"]) for event in events
         ]
-        self._events.text("run/story", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
+        self._events.text("run/events", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
         self._events.flush()
 
     def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:
-        """Write the accuracy of the members' mean probability."""
+        """Write the test accuracy of the mean probability of all networks."""
         self._events.scalar(f"final/ensemble_test_accuracy_{tag}", accuracy, epoch)
 
     def close(self) -> None:
@@ -173,7 +336,7 @@ class PopulationBoard:
 def _by_unit(
     name: str, values: Mapping[str, float | None], *, summary: bool = True
 ) -> dict[str, float | None]:
-    """A scalar for each graft unit and, when wanted, mean, smallest and largest of them."""
+    """A scalar per graft unit and, if `summary`, their mean, minimum and maximum."""
     scalars = {f"{name}/{unit}": value for unit, value in values.items()}
     known = [value for value in values.values() if value is not None]
     if known and summary:
@@ -181,3 +344,36 @@ def _by_unit(
         scalars[f"layers/{name}_min"] = min(known)
         scalars[f"layers/{name}_max"] = max(known)
     return scalars
+
+
+def hparams(config: TrainConfig, lr: float, networks: int) -> dict[str, float | str]:
+    """Columns of the HParams tab that distinguish networks and runs."""
+    options: dict[str, float | str] = {
+        "networks": networks,
+        "lr": lr,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "method": config.method,
+        "data": config.data.name,
+        "batch_size": config.data.batch_size,
+        "model": config.model.name,
+        "optimizer": config.optim.name,
+        "schedule": config.optim.schedule,
+        "weight_decay": config.optim.weight_decay,
+        "precision": config.runtime.precision,
+    }
+    if config.method == "graft":
+        options |= {
+            "criterion": config.graft.criterion,
+            "amplitude": config.graft.amplitude,
+            "sensitivity": config.graft.sensitivity,
+            "every": config.graft.every,
+            "every_steps": config.graft.every_steps,
+        }
+    return options
+
+
+def _table(first: str, second: str, rows: Mapping[Any, str]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {first} | {second} |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])

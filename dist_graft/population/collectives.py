@@ -12,42 +12,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_LOOK_AGAIN = 1.0
-_PLACE = re.compile(r"^\[[^]]*\] *")
+_POLL_SECONDS = 1.0
+_SOURCE_LOCATION = re.compile(r"^\[[^]]*\] *")
 _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
 
 
 class CommunicationError(Exception):
-    """A collective failed: a peer died, or did not answer in time; the text is the backend's."""
+    """A collective failed because a peer died or did not respond in time.
+
+    The message is the backend's.
+    """
 
 
 @contextmanager
 def communicating() -> Iterator[None]:
-    """Around collectives: their RuntimeError becomes a CommunicationError."""
+    """Convert a RuntimeError of the collectives in the block into a CommunicationError."""
     try:
         yield
     except RuntimeError as error:
-        raise _wire_error(error) from error
+        raise _communication_error(error) from error
 
 
 @contextmanager
 def in_a_step() -> Iterator[None]:
-    """Around data-parallel steps: only what the backend raises becomes a CommunicationError.
+    """Convert the backend's errors in a data-parallel step into a CommunicationError.
 
-    A model may fail by itself there, with a RuntimeError as well.
+    Other errors pass through, because the model itself may raise a RuntimeError.
     """
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or _GLOO.match(str(error)):
-            raise _wire_error(error) from error
+        if raised_by_backend(error):
+            raise _communication_error(error) from error
         raise
 
 
-def _wire_error(error: RuntimeError) -> CommunicationError:
+def raised_by_backend(error: BaseException) -> bool:
+    """Whether torch.distributed or gloo raised the error, usually because a peer is gone."""
+    return isinstance(error, dist.DistError) or bool(_GLOO.match(str(error)))
+
+
+def _communication_error(error: RuntimeError) -> CommunicationError:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # Gloo begins with a place in its source and ends with general advice.
-    return CommunicationError(_PLACE.sub("", first).partition(". This is typically")[0])
+    # Gloo's messages start with a source location and end with general advice.
+    return CommunicationError(_SOURCE_LOCATION.sub("", first).partition(". This is typically")[0])
 
 
 def wait_for(
@@ -55,27 +63,27 @@ def wait_for(
     seconds: float | None,
     on_wait: Callable[[float], None] = lambda waited: None,
 ) -> None:
-    """Wait for a gather on the CPU; signals are served meanwhile.
+    """Wait for an asynchronous collective over gloo, handling signals meanwhile.
 
     Args:
-        work: of an asynchronous collective over gloo.
-        seconds: after which to give up; None: the backend's own time-out.
+        work: the collective.
+        seconds: timeout; None: the backend's own timeout.
         on_wait: called about once a second with the seconds waited.
 
-    Raises: RuntimeError, the backend's or for the time-out.
+    Raises: RuntimeError of the backend or after the timeout.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     while True:
-        left = _LOOK_AGAIN if seconds is None else seconds + began - time.monotonic()
+        left = _POLL_SECONDS if seconds is None else seconds + start - time.monotonic()
         try:
-            work.wait(timedelta(seconds=min(_LOOK_AGAIN, max(left, 0.001))))
+            work.wait(timedelta(seconds=min(_POLL_SECONDS, max(left, 0.001))))
         except RuntimeError:
-            waited = time.monotonic() - began
+            waited = time.monotonic() - start
             if work.is_completed():
-                work.wait()  # came meanwhile, or fails for good
+                work.wait()  # completed meanwhile; raises if it failed
                 return
             if seconds is not None and waited >= seconds:
-                raise RuntimeError(f"no answer within {seconds:g} s") from None
+                raise RuntimeError(f"no response within {seconds:g} s") from None
             on_wait(waited)
         else:
             return
@@ -89,25 +97,27 @@ def gather_vectors(
     seconds: float | None = None,
     on_wait: Callable[[float], None] = lambda waited: None,
 ) -> Tensor:
-    """All networks' vectors of one agreed length: [n] -> [networks, n], on the CPU.
+    """Gather one vector from each rank: [n] -> [ranks, n], on the CPU.
 
-    Every rank of the group must call this.
+    Every rank of the group must call this with the same n.
 
     Args:
-        vector: of this network.
-        group: whose ranks are the networks.
-        device: where vectors must lie to travel.
-        seconds: after which to give up, on the CPU; None: the group's own time-out.
-        on_wait: called about once a second while waiting on the CPU.
+        vector: this rank's vector.
+        group: the process group.
+        device: device on which the group transfers tensors.
+        seconds: timeout on the CPU; None: the group's own timeout.
+        on_wait: called about once a second while waiting on the CPU, with the seconds waited.
+
+    Raises: CommunicationError if a peer died or did not respond in time.
     """
-    mine = vector.to(device)
-    networks = dist.get_world_size(group)
-    everyone = mine.new_empty(networks * mine.numel())
+    local = vector.to(device)
+    ranks = dist.get_world_size(group)
+    gathered = local.new_empty(ranks * local.numel())
     with communicating():
-        work = dist.all_gather_single(everyone, mine, group=group, async_op=True)
-        assert work is not None  # this rank is of the group
+        work = dist.all_gather_single(gathered, local, group=group, async_op=True)
+        assert work is not None  # this rank belongs to the group
         if device.type == "cpu":
             wait_for(work, seconds, on_wait)
         else:
             work.wait()
-    return everyone.cpu().view(networks, -1)
+    return gathered.cpu().view(ranks, -1)

@@ -1,10 +1,9 @@
-"""One round after another: agree, decide, exchange, apply, record."""
+"""Rounds between the networks of a process group: agree, decide, exchange, apply, record."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import astuple
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -14,27 +13,29 @@ from torch import Tensor, nn
 
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.information import is_finite
+from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import ring
 from dist_graft.grafting.units import GraftUnit, Lead, graft_tensors, graft_units
 from dist_graft.phase_timer import PhaseTimer
 from dist_graft.population.round.agreement import (
-    LOSS,
+    FINITE,
+    LOSS_NOT_FINITE,
     PROTOCOL,
-    RATE_UNIT,
-    SOUND,
+    RATE_SCALE,
     Agreement,
     Header,
     Schema,
     agree,
-    of_one_network,
+    merge_replica_headers,
 )
-from dist_graft.population.round.apply_mixing import apply_mixing
+from dist_graft.population.round.apply_mixing import Applied, blend_tensors, swap_scalars
 from dist_graft.population.round.exchange import (
     EXCHANGES,
     BufferPool,
     Exchange,
+    Transport,
     communication_device,
 )
 from dist_graft.population.round.groups import RoundGroups
@@ -45,40 +46,41 @@ from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.population.unwrap import unwrapped
 
 PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
-"""Of a round."""
+"""Phases of a round."""
 OnDivergence = Literal["raise", "heal", "exclude"]
 
 
 class Grafter:
-    """Grafts the networks of a process group into each other, one network a process.
+    """Grafts the networks of a process group into each other, one network for each rank.
 
-    Build one in every process after `init_process_group`; building communicates nothing. The
-    keywords from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
+    Create one on every rank after `init_process_group`; the constructor does not communicate. The
+    arguments from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
 
     Args:
         model: any module: plain, compiled, or wrapped for data-parallel training.
         amplitude: A of eq. 7 in arXiv 2001.05868, in [0, 1].
         sensitivity: c of eq. 7, per unit of information, at least 0.
-        num_bins: of the entropy's histogram.
+        num_bins: number of bins of the entropy's histogram.
         criterion: "entropy" (eq. 6), "filter_entropy" (eq. 5) or "l1".
         lead: "conv", or "conv+linear" for MLPs and transformers.
-        exchange: "all_gather": every rank receives every network, or "p2p": the donor's only.
-            Both give the same bits.
-        bucket_mb: largest size of one network's part of a buffer, in MiB (in host memory 16 are
-            taken where more are allowed, which is faster); all_gather holds networks x
-            bucket, p2p two buckets (on the ring).
-        rule: what flows where, instead of the ring.
-        group: whose ranks are the networks; None: the default group.
-        replica_group: the processes that hold this network too, in the same order for every
-            network (with a `group` for each place in that order, as in a device mesh); None: this
-            process alone. Each moves and blends an equal share of the weights; floating buffers,
-            which data-parallel training leaves different, are averaged first.
-        on_divergence: what becomes of a network whose weights are no longer finite: "raise" a
-            NonFiniteError on every rank; "heal" it with the weights of its donor, or the nearest
-            sound network upstream (its optimizer's state is the caller's to reset); "exclude" it,
-            so that nobody takes from it and it stays as it is. When all diverged, it is an error.
-        peers: lets errors name the network that is missing.
-        timeouts: how long to wait for the others; None: the group's own time-out.
+        exchange: "all_gather": every rank receives every network; "p2p": only the donor's weights
+            travel. Both give the same bits.
+        bucket_mb: largest size of one network's part of a buffer, in MiB; at most 16 are used in
+            host memory, where smaller buckets are faster. all_gather holds networks x bucket, p2p
+            two buckets (on the ring).
+        rule: population method; None: grafting on the ring.
+        group: group with one rank for each network; None: the default group.
+        replica_group: group of the processes that hold this network, in the same order for every
+            network (each place in that order needs its own `group`, as in a device mesh); None:
+            this process alone. Each process exchanges and blends an equal share of the weights.
+            Floating-point buffers, which data-parallel training leaves different, are averaged
+            first.
+        on_divergence: what happens to a network with weights that are not finite. "raise": a
+            NonFiniteError on every rank. "heal": it copies its donor, or the nearest finite network
+            upstream (resetting the optimizer's state is up to the caller). "exclude": it keeps its
+            weights, and no network takes from it. If all networks diverged, it is an error.
+        peers: lets errors name the missing network.
+        timeouts: timeouts of the collectives; None: the group's own timeout.
 
     Raises: ValueError for an option out of range or a model that cannot be grafted (see
         `graft_units`; sharded parameters are refused by name); RuntimeError before
@@ -114,10 +116,11 @@ class Grafter:
                 f"on_divergence must be one of {', '.join(get_args(OnDivergence))}, got "
                 f"{on_divergence!r}"
             )
-        given = (amplitude, sensitivity, num_bins, criterion)
-        if rule is not None and given != (0.4, 5.0, 10, "entropy"):
+        shorthand = (amplitude, sensitivity, num_bins, criterion)
+        if rule is not None and shorthand != (0.4, 5.0, 10, "entropy"):
             raise ValueError(
-                "amplitude, sensitivity, num_bins and criterion belong to the rule: give them there"
+                "amplitude, sensitivity, num_bins and criterion are options of Graft: pass them to "
+                "the rule"
             )
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")
@@ -129,19 +132,19 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        self._meeting = RoundGroups(group, replica_group, peers, timeouts)
+        self._groups = RoundGroups(group, replica_group, peers, timeouts)
         self._pool = BufferPool()
         self._on_divergence: OnDivergence = on_divergence
         self._round = 0
 
     @property
     def units(self) -> list[GraftUnit]:
-        """The graft units, in the order of the records."""
+        """Graft units, in the order of the records."""
         return self._units
 
     @property
     def round(self) -> int:
-        """Number of the next round; set it when a run is resumed."""
+        """Number of the next round; set it when resuming a run."""
         return self._round
 
     @round.setter
@@ -149,45 +152,53 @@ class Grafter:
         self._round = value
 
     def graft(
-        self, *, rate: float = 1.0, stop: bool = False, saves: int = 0, diverged: bool = False
+        self, *, rate: float = 1.0, stop: bool = False, diverged: bool = False
     ) -> GraftRecord:
-        """One round: every rank of the groups must call this, equally often.
+        """Run one round; every rank of the groups must call this equally often.
 
-        Changes the model's floating parameters and buffers in place; integer buffers stay.
+        Changes the model's floating-point parameters and buffers in place. Integer buffers are not
+        changed.
 
         Args:
-            rate: what every donor's share is multiplied with, in [0, 1]; the same on every rank.
-            stop: this rank wants to stop instead: all ranks learn it, and none takes part.
-            saves: checkpoint sets at which this rank took part on request.
-            diverged: this network is of no use although its weights are finite (its loss is not).
+            rate: factor for every donor's share, in [0, 1]; identical on every rank.
+            stop: whether this rank wants to stop before the round.
+            diverged: whether the training loss is not finite, even if the weights are.
+
+        Returns: the record of the round for this network.
 
         Raises (on every rank alike): RoundStoppedError when a rank wants to stop;
-            RoundPostponedError when some ranks took part in fewer requested checkpoint sets: these
-            save, and all call again; DisagreementError when the models or options differ,
-            NonFiniteError when a network diverged that is not to be healed or excluded;
-            PeerError when another process died or did not answer. But for the last case no weight
-            was changed.
+            DisagreementError when the models or options differ; NonFiniteError when a network
+            diverged and is not to be healed or excluded; PeerError when another process died or
+            did not respond. Except for the last case, no weight was changed.
         """
-        meeting = self._meeting
-        rank, group = meeting.network, meeting.group
+        groups = self._groups
+        network = groups.network
         tensors = graft_tensors(self._module)
-        home = _home(tensors)
-        timer = PhaseTimer(PHASES, home)
+        device = _device(tensors)
+        timer = PhaseTimer(PHASES, device)
 
-        if meeting.replicas:
-            with timer.phase("agree"), self._peers(self._round):
-                stop = bool(meeting.of_replicas(torch.tensor([int(stop)]), home).any())
+        # Replicas of this network: stop together, or average their buffers.
+        if groups.replicas:
+            with timer.phase("agree"), self._naming_missing_peers(self._round):
+                stop = bool(groups.gather_replicas(torch.tensor([int(stop)]), device).any())
                 if not stop:
-                    average_buffers(self._module, partial(meeting.of_replicas, home=home))
+                    average_buffers(self._module, partial(groups.gather_replicas, device=device))
+
+        # Measure.
+        information = None
         with timer.phase("measure"):
-            state = SOUND if stop else self._state_of(tensors, diverged)
-            silent = stop or state != SOUND
-            mine = None if silent else self._rule.measure(self._units, tensors).double()
-        with timer.phase("agree"), self._peers(self._round):
-            agreement = self._agree(tensors, self._round, state, mine, rate, stop=stop, saves=saves)
-            if mine is None or rank in agreement.diverged:  # it has nothing to tell
-                mine = torch.zeros(agreement.measured, dtype=torch.float64)
-            matrix = meeting.of_networks(mine, home)
+            state = FINITE if stop else _first_not_finite(tensors, diverged)
+            if not stop and state == FINITE:
+                information = self._rule.measure(self._units, tensors).double()
+
+        # Agree.
+        with timer.phase("agree"), self._naming_missing_peers(self._round):
+            agreement = self._agree(tensors, self._round, state, information, rate, stop=stop)
+            if information is None or network in agreement.diverged:
+                information = torch.zeros(agreement.measured, dtype=torch.float64)
+            matrix = groups.gather_networks(information, device)
+
+        # Decide.
         mixing = self._rule.decide(matrix, self._round)
         if rate != 1.0:
             mixing = mixing.scaled(rate)
@@ -195,102 +206,105 @@ class Grafter:
             heal = self._on_divergence == "heal"
             mixing = without_diverged(mixing, agreement.diverged, heal=heal)
 
-        with self._peers(self._round):
-            applied = apply_mixing(
-                tensors,
-                self._units,
-                mixing,
-                exchange=self._exchange,
-                bucket_bytes=self._bucket_bytes,
-                group=group,
-                device=communication_device(group, home),
-                pool=self._pool,
-                phase=timer.phase,
-                seconds=meeting.seconds,
-                replicas=meeting.replicas,
-            )
-        informed = state == SOUND and hasattr(self._rule, "criterion")
-        names = [unit.name for unit in self._units]
-        donors = mixing.donors[rank]
-        record = GraftRecord(
+        # Exchange and apply, bucket by bucket.
+        transport = Transport(
+            exchange=self._exchange,
+            group=groups.group,
+            replicas=groups.replicas,
+            device=communication_device(groups.group, device),
+            bucket_bytes=self._bucket_bytes,
+            pool=self._pool,
+            phase=timer.phase,
+            seconds=groups.seconds,
+        )
+        with self._naming_missing_peers(self._round):
+            if mixing.swaps_scalars:
+                applied = swap_scalars(tensors, self._units, mixing, transport)
+            else:
+                applied = blend_tensors(tensors, self._units, mixing, transport)
+
+        # Record.
+        measured = matrix[network].tolist() if state == FINITE else []
+        record = self._record(mixing, measured, applied, agreement, timer)
+        self._round += 1
+        return record
+
+    def check(self) -> None:
+        """Compare models, options and round with the other ranks before the next round.
+
+        Every rank of the group must call this. Weights are not read.
+
+        Raises (on every rank alike): DisagreementError or PeerError, as `graft` does.
+        """
+        previous = self._round - 1
+        with self._naming_missing_peers(previous):
+            self._agree(graft_tensors(self._module), previous)
+
+    def _agree(
+        self,
+        tensors: dict[str, Tensor],
+        entered_round: int,
+        state: int = FINITE,
+        information: Tensor | None = None,
+        rate: float = 1.0,
+        *,
+        stop: bool = False,
+    ) -> Agreement:
+        """Exchange headers; every rank of the groups must call this."""
+        groups, device = self._groups, _device(tensors)
+        groups.enter_round(entered_round)
+        schema = Schema(tensors, [unit.name for unit in self._units], self._options())
+        header = Header(
+            protocol=PROTOCOL,
+            network=groups.network,
             round=self._round,
-            network=rank,
-            donor=donors[0] if donors else ring(mixing.networks)[rank],
-            coefficient=dict(zip(names, mixing.own_share(rank), strict=True)),
-            information=dict(zip(names, matrix[rank].tolist() if informed else [], strict=False)),
+            digest=schema.digest,
+            schema_bytes=len(schema.json),
+            diverged=state,
+            units=len(self._units),
+            measured=-1 if information is None else information.numel(),
+            rate=round(rate * RATE_SCALE),
+            stop=int(stop),
+        )
+        header = merge_replica_headers(groups.gather_replicas(header.to_tensor(), device))
+        what = f"round {self._round}"
+        return agree(
+            header,
+            schema,
+            list(tensors),
+            gather=partial(groups.gather_networks, device=device, what=what, round_=entered_round),
+            tolerant=self._on_divergence != "raise",
+        )
+
+    def _record(
+        self,
+        mixing: Mixing,
+        measured: list[float],
+        applied: Applied,
+        agreement: Agreement,
+        timer: PhaseTimer,
+    ) -> GraftRecord:
+        network = self._groups.network
+        names = [unit.name for unit in self._units]
+        donors = mixing.donors[network]
+        information = measured if hasattr(self._rule, "criterion") else []
+        return GraftRecord(
+            round=self._round,
+            network=network,
+            donor=donors[0] if donors else ring(mixing.networks)[network],
+            coefficient=dict(zip(names, mixing.own_share(network), strict=True)),
+            information=dict(zip(names, information, strict=False)),
             distance=dict(zip(names, applied.distance, strict=False)),
             seconds=timer.total(),
             phase_seconds=timer.seconds,
             bytes_received=applied.bytes_received,
             diverged=agreement.diverged,
             mixing=mixing,
-            healed={
-                network: donor for network in agreement.diverged for donor in mixing.donors[network]
-            },
-        )
-        self._round += 1
-        return record
-
-    def check(self) -> None:
-        """Compare models, options and round with the other ranks now, not in the next round.
-
-        Every rank of the group must call this. No weight is read.
-
-        Raises (on every rank alike): DisagreementError, PeerError, as `graft` does.
-        """
-        before = self._round - 1
-        with self._peers(before):
-            self._agree(graft_tensors(self._module), before)
-
-    def _agree(
-        self,
-        tensors: dict[str, Tensor],
-        arriving_at: int,
-        state: int = SOUND,
-        mine: Tensor | None = None,
-        rate: float = 1.0,
-        *,
-        stop: bool = False,
-        saves: int = 0,
-    ) -> Agreement:
-        self._meeting.arrive(arriving_at)
-        home = _home(tensors)
-        schema = Schema(tensors, [unit.name for unit in self._units], self._options())
-        header = Header(
-            protocol=PROTOCOL,
-            network=self._meeting.network,
-            round=self._round,
-            digest=schema.digest,
-            schema_bytes=len(schema.json),
-            diverged=state,
-            units=len(self._units),
-            measured=-1 if mine is None else mine.numel(),
-            rate=round(rate * RATE_UNIT),
-            stop=int(stop),
-            saves=saves,
-        )
-        said = torch.tensor(astuple(header), dtype=torch.int64)
-        rows = self._meeting.of_replicas(said, home).tolist()
-        header = of_one_network([Header(*row) for row in rows])
-        return agree(
-            header,
-            schema,
-            list(tensors),
-            gather=partial(
-                self._meeting.of_networks,
-                home=home,
-                what=f"round {self._round}",
-                arriving_at=arriving_at,
-            ),
-            tolerant=self._on_divergence != "raise",
+            healed={other: donor for other in agreement.diverged for donor in mixing.donors[other]},
         )
 
-    def _peers(self, round_: int) -> AbstractContextManager[None]:
-        return self._meeting.naming_missing_peers(round_, f"round {self._round}")
-
-    def _state_of(self, tensors: dict[str, Tensor], diverged: bool) -> int:
-        found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
-        return next(found, LOSS if diverged else SOUND)
+    def _naming_missing_peers(self, round_: int) -> AbstractContextManager[None]:
+        return self._groups.naming_missing_peers(round_, f"round {self._round}")
 
     def _options(self) -> dict[str, Any]:
         kind = type(self._rule)
@@ -304,5 +318,11 @@ class Grafter:
         }
 
 
-def _home(tensors: dict[str, Tensor]) -> torch.device:
+def _first_not_finite(tensors: dict[str, Tensor], diverged: bool) -> int:
+    """Return the index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE."""
+    found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
+    return next(found, LOSS_NOT_FINITE if diverged else FINITE)
+
+
+def _device(tensors: dict[str, Tensor]) -> torch.device:
     return next(iter(tensors.values())).device

@@ -1,4 +1,4 @@
-"""A user's own module, out of what training wraps around it."""
+"""Removal of the wrappers that compilation and data-parallel training put around a module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module, out of any order of compile and data-parallel wrappers.
+    """Return the module inside torch.compile and DistributedDataParallel wrappers, in any order.
 
-    Raises: ValueError naming a part that is sharded.
+    Raises: ValueError naming a sharded submodule or tensor.
     """
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -23,10 +23,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for path, part in model.named_modules():
         if type(part).__name__ == "FullyShardedDataParallel":
             raise ValueError(
-                f"{path or 'the model'} is sharded (FSDP), which grafting cannot blend"
+                f"{path or 'the model'} is sharded (FSDP): sharded models cannot be grafted"
             )
-    sharded = itertools.chain(model.named_parameters(), model.named_buffers())
-    for key, tensor in sharded:
+    for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if type(tensor).__name__ == "DTensor":
-            raise ValueError(f"{key} is a sharded DTensor, which grafting cannot blend")
+            raise ValueError(f"{key} is a DTensor: sharded models cannot be grafted")
     return model

@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.run_directory import git_commit, write_atomically
 from dist_graft.studies.plan import Plan, plan_text
-from dist_graft.training.checkpoint.files import write_atomically
-from dist_graft.training.run_directory import git_commit
 from dist_graft.version import VERSION
 
 _PACKAGES = ("torch", "numpy", "scipy", "matplotlib")

@@ -120,7 +120,7 @@ def count_invalid(run: Path, network: int) -> dict[str, int]:
 
     Raises: RunDirectoryError without a checkpoint, ConfigError when it does not fit its model.
     """
-    from dist_graft.analysis.stored_run import architecture, open_run
+    from dist_graft.analysis.stored_weights import architecture, open_run
     from dist_graft.grafting.information import invalid_filters
     from dist_graft.grafting.units import graft_units
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_graft.run_directory import write_atomically
 from dist_graft.studies import plots
 from dist_graft.studies.appendix import appendix, chosen_beforehand
 from dist_graft.studies.history import Entry
@@ -32,7 +33,6 @@ from dist_graft.studies.verdict import (
     reservations,
     verdict,
 )
-from dist_graft.training.checkpoint.files import write_atomically
 
 PRIMARY_TEXTS = {
     "largest_lr_member": "test accuracy of the member with the largest learning rate",

@@ -1,4 +1,4 @@
-"""What one network's layers hold at the end of an epoch."""
+"""Information and invalid filters of one network's layers, and what is not finite."""
 
 from __future__ import annotations
 
@@ -10,69 +10,22 @@ from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.information import invalid_filters, is_finite
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
-from dist_graft.monitoring.console import NetworkRow
-from dist_graft.monitoring.tensorboard import LayerView
-from dist_graft.training.loop import TrainState
+from dist_graft.monitoring.metrics import LayerStats, NetworkRow
+from dist_graft.training.state import TrainState
 
 INVALID_THRESHOLDS = (0.1, 0.01)
 """L1 norms below which a filter counts as invalid, as in arXiv 2001.05868."""
 
 
-def what_is_lost(trainee: TrainState, *, loss: bool) -> str:
-    """What of the network is not finite; empty when all is well.
-
-    Args:
-        trainee: the network.
-        loss: whether it is known that the training loss is not, or fp16 gradients again and again.
-    """
-    for key, tensor in graft_tensors(trainee.model).items():
-        if not is_finite(tensor):
-            return f"a weight that is not finite in {key}"
-    return "a training loss or gradient that is not finite" if loss else ""
-
-
-def check_sound(
-    everyone: Sequence[NetworkRow], epoch: int, network: int, lost: str, *, may_go_on: bool
-) -> None:
-    """Raise NonFiniteError, in every process alike, when diverged networks end the run.
-
-    Args:
-        everyone: what the networks say of themselves.
-        epoch: that is over.
-        network: of this process.
-        lost: what of it is not finite.
-        may_go_on: whether the run goes on while one network is sound.
-    """
-    diverged = [other for other, row in enumerate(everyone) if not row.sound]
-    if not diverged or (may_go_on and len(diverged) < len(everyone)):
-        return
-    elsewhere = "a weight, training loss or gradient that is not finite"
-    who = "; ".join(
-        f"network {other} has {lost if other == network else elsewhere}" for other in diverged
-    )
-    raise NonFiniteError(
-        f"epoch {epoch}: {who}: a lower learning rate, warm-up or clipping may help"
-    )
-
-
-@contextmanager
-def naming_epoch(epoch: int) -> Iterator[None]:
-    """Add the epoch to what a round says of a weight that is not finite."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"epoch {epoch}: {error}") from error
-
-
-def layer_stats(config: TrainConfig, trainee: TrainState, units: list[GraftUnit]) -> LayerView:
+def layer_stats(config: TrainConfig, state: TrainState, units: Sequence[GraftUnit]) -> LayerStats:
     """Information by the configured criterion, and invalid filters, by graft unit.
 
-    Units that are not finite have no information: the round, or `check_finite`, says so.
+    Units with NaN or Inf have no information: the round or `check_finite` reports them.
     """
-    tensors = graft_tensors(trainee.model)
+    tensors = graft_tensors(state.model)
     rule = Graft(criterion=config.graft.criterion, num_bins=config.graft.num_bins)
     filters = {unit.name: unit.filters(tensors[unit.lead].detach()) for unit in units}
-    return LayerView(
+    return LayerStats(
         criterion=rule.measured,
         information={
             name: float(rule.information(rows)) for name, rows in filters.items() if is_finite(rows)
@@ -84,3 +37,49 @@ def layer_stats(config: TrainConfig, trainee: TrainState, units: list[GraftUnit]
             for threshold in INVALID_THRESHOLDS
         },
     )
+
+
+def non_finite_part(state: TrainState, *, loss: bool) -> str:
+    """What of the network is NaN or Inf; empty when nothing is.
+
+    Args:
+        state: of the network.
+        loss: whether the training loss, or fp16 gradients repeatedly, are known not to be finite.
+    """
+    for key, tensor in graft_tensors(state.model).items():
+        if not is_finite(tensor):
+            return f"a non-finite weight in {key}"
+    return "a non-finite training loss or gradient" if loss else ""
+
+
+def check_finite(
+    networks: Sequence[NetworkRow], epoch: int, network: int, lost: str, *, tolerant: bool
+) -> None:
+    """Raise NonFiniteError, on all ranks alike, when diverged networks end the run.
+
+    Args:
+        networks: rows of all networks.
+        epoch: that has ended.
+        network: of this process.
+        lost: what of it is not finite.
+        tolerant: whether the run continues while one network is finite.
+    """
+    diverged = [other for other, row in enumerate(networks) if not row.finite]
+    if not diverged or (tolerant and len(diverged) < len(networks)):
+        return
+    elsewhere = "a non-finite weight, training loss or gradient"
+    who = "; ".join(
+        f"network {other} has {lost if other == network else elsewhere}" for other in diverged
+    )
+    raise NonFiniteError(
+        f"epoch {epoch}: {who}; try a lower learning rate, warm-up or gradient clipping"
+    )
+
+
+@contextmanager
+def naming_epoch(epoch: int) -> Iterator[None]:
+    """Add the epoch to the NonFiniteError of a round."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"epoch {epoch}: {error}") from error

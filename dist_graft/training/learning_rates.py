@@ -1,4 +1,4 @@
-"""Each network's learning rate, and how it changes over a run. Plain numbers."""
+"""Learning rate of each network and its schedule."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dist_graft.errors import ConfigError
 
 
 def learning_rates(config: OptimConfig, networks: int) -> list[float]:
-    """Largest learning rate of each network of a population.
+    """Initial learning rate of each network.
 
-    With diversity "cosine", lr_k = lr (1 + cos(pi (K - 1 - k) / K)) / 2, k = 0 ... K - 1 (the
-    authors' "dlr"): for two networks 0.5 lr and lr.
+    With lr_diversity "cosine", lr_k = lr (1 + cos(pi (K - 1 - k) / K)) / 2 for k = 0 ... K - 1 (the
+    "dlr" of arXiv 2001.05868): 0.5 lr and lr for two networks.
 
-    Raises: ConfigError when `lrs` does not name one for each network.
+    Raises: ConfigError if the length of `lrs` is not the number of networks.
     """
     if config.lrs is not None:
         if len(config.lrs) != networks:
             raise ConfigError(
-                f"optim.lrs names {len(config.lrs)} learning rates for {networks} networks: give "
-                "one for each process"
+                f"optim.lrs has {len(config.lrs)} learning rates for {networks} networks: give one "
+                "per network"
             )
         return list(config.lrs)
     if config.lr_diversity == "none":
@@ -33,11 +33,10 @@ def learning_rates(config: OptimConfig, networks: int) -> list[float]:
 
 
 def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied with at an optimizer step, counted from 0.
+    """Factor of the learning rate as a function of the optimizer step, counted from 0.
 
-    The schedules fall at the start of an epoch e: cosine (1 + cos(pi e / epochs)) / 2, step
-    factor^floor(e / step_epochs). During warm-up the result is also multiplied with
-    (step + 1) / (steps of warm-up).
+    In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
+    (step) or 1 (constant). During warmup it is also multiplied by (step + 1) / warmup_steps.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
 

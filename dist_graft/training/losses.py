@@ -1,4 +1,4 @@
-"""What a network is trained to make small."""
+"""Distillation loss."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def distillation_loss(logits: Tensor, teaching: Tensor, *, temperature: float) -> Tensor:
-    """Mean over the images of -tau^2 sum_k p_k ln q_k (arXiv 2004.12311).
+    """Distillation loss -tau^2 sum_k p_k ln q_k (arXiv 2004.12311).
 
     Args:
-        logits: of the student, [images, classes].
-        teaching: p, mean of the teachers' probabilities softened by the same temperature, of the
-            same shape; no gradient flows into it.
+        logits: the student's, [batch, classes].
+        teaching: p, the mean of the teachers' probabilities at the same temperature,
+            [batch, classes]; receives no gradient.
         temperature: tau; q is the softmax of logits / tau.
 
-    Returns: a scalar.
+    Returns: the mean over the batch in float32, a scalar.
     """
     student = F.log_softmax(logits.float() / temperature, dim=1)
     return -(temperature**2) * (teaching * student).sum(dim=1).mean()

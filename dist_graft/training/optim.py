@@ -1,4 +1,4 @@
-"""The optimizer of one network and its schedule."""
+"""Optimizer and learning rate scheduler from the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_graft.training.learning_rates import schedule
 def build_optimizer(
     config: OptimConfig, model: nn.Module, *, lr: float
 ) -> torch.optim.SGD | torch.optim.AdamW:
-    """Optimizer over all parameters that ask for a gradient."""
+    """SGD or AdamW over all parameters that require a gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.name == "adamw":
         return torch.optim.AdamW(
@@ -31,5 +31,5 @@ def build_optimizer(
 def build_scheduler(
     config: OptimConfig, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """Schedule that is stepped once after every optimizer step."""
+    """Learning rate scheduler; call step() after every optimizer step."""
     return LambdaLR(optimizer, schedule(config, epochs=epochs, steps_per_epoch=steps_per_epoch))

@@ -1,4 +1,4 @@
-"""Cuts a run into stretches of steps between the things that happen at their ends. Pure."""
+"""When rounds, evaluations and checkpoints happen. Pure functions of step numbers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cadence:
-    """When rounds happen: every few epochs or every few steps, or never."""
+    """When rounds happen: every N epochs, every N steps, or never."""
 
     every_epochs: int = 0
-    """Rounds follow the epochs N, 2N, ... of the run; 0: none."""
+    """Rounds follow epochs N, 2N, ... of the run; 0: no rounds."""
     every_steps: int = 0
-    """Rounds follow the steps N, 2N, ... of the run, counted through all epochs; 0: none."""
+    """Rounds follow optimizer steps N, 2N, ... of the run, counted across epochs; 0: no rounds."""
     start_epoch: int = 0
-    """Finished epochs before which there are no rounds."""
+    """Epochs that must be finished before the first round."""
 
     @property
     def never(self) -> bool:
-        """Whether there are no rounds at all."""
+        """Whether there are no rounds."""
         return self.every_epochs == 0 and self.every_steps == 0
 
     def after_epoch(self, epoch: int, steps_per_epoch: int) -> bool:
@@ -31,7 +31,7 @@ class Cadence:
         return self.every_epochs > 0 and (epoch + 1) % self.every_epochs == 0
 
     def inside_epoch(self, epoch: int, steps_per_epoch: int) -> list[int]:
-        """Steps of an epoch before which there is a round: none is 0 or the number of steps."""
+        """Steps of an epoch that a round precedes, except 0 and the number of steps."""
         if not self.every_steps or epoch < self.start_epoch:
             return []
         before = epoch * steps_per_epoch
@@ -40,7 +40,7 @@ class Cadence:
         ]
 
     def rounds_before(self, epoch: int, step: int, steps_per_epoch: int) -> int:
-        """Rounds of the run that precede a step of an epoch; one that follows it does not count."""
+        """Number of rounds of the run that precede a step of an epoch."""
         if self.every_steps:
             steps = epoch * steps_per_epoch + step
             skipped = self.start_epoch * steps_per_epoch // self.every_steps
@@ -52,19 +52,19 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Position:
-    """How far a network has come."""
+    """Progress of a network."""
 
     epoch: int = 0
     """Epochs finished."""
     step: int = 0
-    """Steps finished of the epoch after them."""
+    """Steps finished of the current epoch."""
     round: int = 0
     """Rounds finished."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps of one epoch, and what follows them, in the order of the fields."""
+    """Consecutive steps of one epoch, and what follows them, in the order of the fields."""
 
     epoch: int
     """0-based."""
@@ -72,47 +72,62 @@ class Segment:
     """First step, counted in the epoch."""
     last: int
     """One past the last step."""
-    ends_run: bool
-    evaluate: bool
+    evaluate: bool = False
     """True at the end of an epoch."""
-    round: bool
-    save: bool
+    round: bool = False
+    vote: bool = False
+    """Whether the networks agree here on a checkpoint inside the epoch."""
+    save: bool = False
+    """Whether a checkpoint is due at the end of the epoch."""
 
 
-def segments(
+def epoch_segments(
+    epoch: int,
     *,
     epochs: int,
     steps_per_epoch: int,
     cadence: Cadence,
     save_every: int,
-    start: Position = Position(),
+    votes: int = 0,
+    first: int = 0,
+    rounds: int = 0,
 ) -> Iterator[Segment]:
-    """What remains of a run, in order.
+    """Segments of one epoch, in order.
 
     Args:
-        epochs: in all, those before `start` included.
+        epoch: 0-based.
+        epochs: of the whole run.
         steps_per_epoch: optimizer steps.
         cadence: when rounds happen, counted from the start of the run.
-        save_every: epochs between two checkpoint sets; 0: only the last epoch's.
-        start: where the run goes on; a round that is due there comes first, without a step.
+        save_every: epochs between two checkpoints; 0: only after the last epoch.
+        votes: evenly spaced points inside the epoch at which the networks agree whether to save a
+            checkpoint; 0: none.
+        first: step at which a resumed epoch continues. A round that is due there comes first, in
+            a segment without steps.
+        rounds: rounds finished when a resumed epoch continues.
     """
-    for epoch in range(start.epoch, epochs):
-        first = start.step if epoch == start.epoch else 0
-        here = cadence.rounds_before(epoch, first, steps_per_epoch)
-        done = first > 0 and start.round > here
-        for step in cadence.inside_epoch(epoch, steps_per_epoch):
-            if step < first or (step == first and done):
-                continue
-            yield Segment(epoch, first, step, False, False, round=True, save=False)
-            first = step
-        finished = epoch + 1
-        last = finished == epochs
-        yield Segment(
-            epoch=epoch,
-            first=first,
-            last=steps_per_epoch,
-            ends_run=last,
-            evaluate=True,
-            round=cadence.after_epoch(epoch, steps_per_epoch),
-            save=last or (save_every > 0 and finished % save_every == 0),
-        )
+    due_before = cadence.rounds_before(epoch, first, steps_per_epoch)
+    round_done = first > 0 and rounds > due_before
+    round_steps = set(cadence.inside_epoch(epoch, steps_per_epoch))
+    vote_steps = _evenly_spaced(steps_per_epoch, votes)
+    for step in sorted(round_steps | vote_steps):
+        has_round = step in round_steps and not (step == first and round_done)
+        has_vote = step in vote_steps and step > first
+        if step < first or not (has_round or has_vote):
+            continue
+        yield Segment(epoch, first, step, round=has_round, vote=has_vote)
+        first = step
+    finished = epoch + 1
+    yield Segment(
+        epoch=epoch,
+        first=first,
+        last=steps_per_epoch,
+        evaluate=True,
+        round=cadence.after_epoch(epoch, steps_per_epoch),
+        save=finished == epochs or (save_every > 0 and finished % save_every == 0),
+    )
+
+
+def _evenly_spaced(steps: int, points: int) -> set[int]:
+    """Steps strictly inside an epoch that cut it into points + 1 parts."""
+    return {steps * point // (points + 1) for point in range(1, points + 1)} - {0, steps}

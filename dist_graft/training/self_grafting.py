@@ -1,4 +1,4 @@
-"""Rounds that happen inside one network: invalid filters get noise, or the strongest filters."""
+"""Rounds inside one network: invalid filters are replaced by noise or by strong filters."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dist_graft.config import GraftConfig
 from dist_graft.grafting.reactivation import graft_internal, graft_noise, noise_deviation
 from dist_graft.grafting.units import GraftUnit, graft_tensors
 from dist_graft.seeding import stream_seed
-from dist_graft.training.loop import TrainState
+from dist_graft.training.state import TrainState
 
 
 @torch.no_grad()
-def self_graft(
-    trainee: TrainState, units: list[GraftUnit], config: GraftConfig, round_: int
-) -> None:
-    """Change the network's lead weights in place; no other network is involved."""
-    tensors = graft_tensors(trainee.model)
-    draw = torch.Generator().manual_seed(
-        stream_seed("noise", trainee.seed, trainee.network, round_)
+def self_graft(state: TrainState, units: list[GraftUnit], config: GraftConfig, round_: int) -> None:
+    """Graft a network with noise or with its own filters: changes the leads' weights in place.
+
+    The noise is a pure function of seed, network and round. No other network is involved.
+    """
+    tensors = graft_tensors(state.model)
+    generator = torch.Generator().manual_seed(
+        stream_seed("noise", state.seed, state.network, round_)
     )
     deviation = noise_deviation(round_, annealing=config.noise_annealing)
     for unit in units:
@@ -28,6 +29,6 @@ def self_graft(
             grafted = graft_internal(filters, threshold=config.threshold)
         else:
             grafted = graft_noise(
-                filters, deviation=deviation, threshold=config.threshold, generator=draw
+                filters, deviation=deviation, threshold=config.threshold, generator=generator
             )
         unit.store_filters(weight, grafted)

@@ -1,79 +1,83 @@
-"""The end of a run in numbers."""
+"""Final results of a run as a dictionary. Pure."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dist_graft.errors import DataError
-from dist_graft.population.runtime.process_group import Runtime
-from dist_graft.training.loop import EvalResult, accuracy
+from dist_graft.training.step import EvalResult
+from dist_graft.training.task import accuracy
 
-LARGEST_ENSEMBLE = 2**22
-"""Probabilities that each network sends after every epoch; 16 MiB."""
-
-
-def ensemble_accuracy(runtime: Runtime, tested: EvalResult, epoch: int) -> float | None:
-    """Percent that the members' mean probability hits after an epoch: a collective.
-
-    Returns: None where it would cost too much, or the networks were not tested on as many images.
-    """
-    size = float(tested.probabilities.numel())
-    sizes = {row[0] for row in runtime.gather([size], f"the test images of epoch {epoch}")}
-    if len(sizes) > 1 or size > LARGEST_ENSEMBLE:
-        return None
-    return _together(runtime, tested, f"the ensemble of epoch {epoch}")
+MAX_ENSEMBLE_NUMBERS = 2**22
+"""Largest number of probabilities per network that are summed after every epoch (16 MiB)."""
+MOMENTS = ("before_last_round", "after_last_round")
 
 
-def summarise(
-    runtime: Runtime,
-    lr: float,
-    before: EvalResult,
-    after: EvalResult,
-    seconds: float,
+def finite_probabilities(result: EvalResult) -> Tensor:
+    """What a network adds to the ensemble: its probabilities, or zeros when some are NaN or Inf."""
+    assert result.probabilities is not None
+    finite = result.probabilities.isfinite().all()
+    return result.probabilities if finite else torch.zeros_like(result.probabilities)
+
+
+def ensemble_accuracy(total: Tensor, result: EvalResult) -> float:
+    """Accuracy in percent of the networks' summed probabilities [samples, classes]."""
+    assert result.labels is not None
+    return accuracy(total, result.labels)
+
+
+def headline(result: EvalResult) -> tuple[str, float]:
+    """Name and value of the first metric; the loss when there is none."""
+    return next(iter(result.metrics.items()), ("loss", result.loss))
+
+
+def summarize(
+    metric: str,
+    rows: Sequence[Sequence[float]],
     *,
-    sound: bool,
+    ensembles: Sequence[float] | None,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Accuracies of all networks, of their mean and of their ensemble: a collective.
+    """Final test results of all networks, their mean and their ensemble.
 
-    The ensemble answers with the members' mean probability. Accuracies are percentages. Networks
-    that ended with weights that are not finite count in the mean, and cannot in the ensemble.
-
-    Raises: DataError, in all processes, when the networks were not tested on as many images.
+    Args:
+        metric: name of the metric. Accuracies are percentages.
+        rows: of each network: learning rate, metric before and after the last round, whether it is
+            finite, number of test samples.
+        ensembles: accuracy of the ensemble before and after the last round; None where the task
+            is not classification. Networks that are not finite count in the mean, but not here.
+        seconds: spent on the run.
     """
-    numbers = [lr, before.accuracy, after.accuracy, float(sound), float(len(before.labels))]
-    rows = runtime.gather(numbers, "the summary")
-    tested = [int(row[4]) for row in rows]
-    if len(set(tested)) > 1:  # data.skip_broken, and machines with copies of their own
-        raise DataError(
-            f"the networks were tested on different numbers of images ({tested}): give all "
-            "machines the same files; the same command then goes on"
-        )
     summary: dict[str, Any] = {
         "networks": [
             {
                 "network": network,
                 "lr": row[0],
-                "accuracy_before_last_round": row[1],
-                "accuracy_after_last_round": row[2],
+                **{f"{metric}_{when}": row[1 + i] for i, when in enumerate(MOMENTS)},
             }
             for network, row in enumerate(rows)
         ]
     }
-    for column, (when, result) in enumerate(
-        (("before_last_round", before), ("after_last_round", after)), start=1
-    ):
-        summary[f"mean_accuracy_{when}"] = statistics.fmean(row[column] for row in rows)
-        summary[f"ensemble_accuracy_{when}"] = _together(runtime, result, f"the ensemble {when}")
+    for index, when in enumerate(MOMENTS):
+        summary[f"mean_{metric}_{when}"] = statistics.fmean(row[1 + index] for row in rows)
+        if ensembles is not None:
+            summary[f"ensemble_{metric}_{when}"] = ensembles[index]
+    if metric != "accuracy":
+        summary["metric"] = metric
     diverged = [network for network, row in enumerate(rows) if not row[3]]
     return summary | {"diverged": diverged, "wall_seconds": seconds}
 
 
-def _together(runtime: Runtime, result: EvalResult, what: str) -> float:
-    """Accuracy of the networks whose probabilities are finite, as one: a collective."""
-    answers = result.probabilities
-    if not answers.isfinite().all():
-        answers = torch.zeros_like(answers)
-    return accuracy(runtime.sum(answers, what), result.labels)
+def check_equal_samples(rows: Sequence[Sequence[float]]) -> None:
+    """Raise DataError, on all ranks, when the networks were tested on different samples."""
+    tested = [int(row[4]) for row in rows]
+    if len(set(tested)) > 1:  # data.skip_broken, and machines with copies of their own
+        raise DataError(
+            f"the networks were tested on different numbers of images ({tested}): give all "
+            "machines the same files, and rerun the command to resume"
+        )

@@ -1,4 +1,4 @@
-"""Frozen networks of finished runs, whose probabilities a network learns from."""
+"""Teachers for distillation: frozen networks of finished runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import yaml
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, TrainConfig
-from dist_graft.config.methods import DistillConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
-from dist_graft.training.data import Data
+from dist_graft.training.data import ImageData
 from dist_graft.training.losses import distillation_loss
 from dist_graft.training.models import build_model
 
@@ -25,11 +25,11 @@ _UNREADABLE = (
 
 
 class Teachers:
-    """One or several frozen networks, evaluated without gradients.
+    """Ensemble of frozen networks for distillation.
 
     Args:
         models: in evaluation mode, on the run's device.
-        config: temperature, and the weight of their loss.
+        config: temperature, and weight of the loss.
     """
 
     def __init__(self, models: Sequence[nn.Module], config: DistillConfig) -> None:
@@ -40,28 +40,29 @@ class Teachers:
     def loss(
         self, images: Tensor, logits: Tensor, autocast: AbstractContextManager[object]
     ) -> Tensor:
-        """Weighted distillation loss of a student's logits [images, classes] on the images."""
+        """Weighted distillation loss (a scalar) of a student's logits [batch, classes]."""
         teaching = self.probabilities(images, autocast)
         return self._weight * distillation_loss(logits, teaching, temperature=self._temperature)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, autocast: AbstractContextManager[object]) -> Tensor:
-        """Mean of the teachers' softened probabilities: [images, classes], float32.
+        """Mean of the teachers' softened probabilities, float32 [batch, classes].
 
         Args:
-            images: [images, channels, height, width].
-            autocast: the run's precision.
+            images: [batch, channels, height, width].
+            autocast: context manager of the run's precision.
         """
         with autocast:
-            answers = [model(images) for model in self._models]
-        soft = [(logits.float() / self._temperature).softmax(dim=1) for logits in answers]
-        return torch.stack(soft).mean(dim=0)
+            outputs = [model(images) for model in self._models]
+        softened = [(logits.float() / self._temperature).softmax(dim=1) for logits in outputs]
+        return torch.stack(softened).mean(dim=0)
 
 
-def load_teachers(config: TrainConfig, data: Data, device: torch.device) -> Teachers | None:
-    """The teachers that the configuration names; None without.
+def load_teachers(config: TrainConfig, data: ImageData, device: torch.device) -> Teachers | None:
+    """Load the teachers in distill.teachers; None if there are none.
 
-    Raises: ConfigError naming a file that is no network of a run, or answers other classes.
+    Raises: ConfigError naming a file that is not a checkpoint of a network, or that was trained on
+    other classes or channels.
     """
     if not config.distill.teachers:
         return None
@@ -71,14 +72,14 @@ def load_teachers(config: TrainConfig, data: Data, device: torch.device) -> Teac
     return Teachers(models, config.distill)
 
 
-def _load(path: Path, data: Data, device: torch.device) -> nn.Module:
+def _load(path: Path, data: ImageData, device: torch.device) -> nn.Module:
     try:
         options = yaml.safe_load((path.parents[2] / "config.yaml").read_text())["model"]
         architecture = ModelConfig(**options)
         state = torch.load(path, map_location=device, weights_only=True)["model"]
     except _UNREADABLE as error:
         raise ConfigError(
-            f"distill.teachers: {path} is no network of a run ({type(error).__name__}): "
+            f"distill.teachers: {path} is not a checkpoint of a network ({type(error).__name__}): "
             "give files such as RUN/checkpoints/epoch_0200/network00.pt"
         ) from error
     model = build_model(architecture, num_classes=data.num_classes, channels=data.channels)
@@ -86,7 +87,7 @@ def _load(path: Path, data: Data, device: torch.device) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError(
-            f"distill.teachers: {path} was trained on other data: it does not answer "
-            f"{data.num_classes} classes of images with {data.channels} channels"
+            f"distill.teachers: {path} was trained on another dataset: it does not fit "
+            f"{data.num_classes} classes and {data.channels} channels"
         ) from error
     return model.to(device).eval().requires_grad_(False)

@@ -1,276 +1,822 @@
-"""The story of a run, from an empty directory to its summary, as one network's process lives it."""
+"""The training loop of one network in a population.
+
+Read `Trainer.fit`, then `train_epoch`, and the methods that it calls, in order. Every collective of
+a run stands in this file, in `population/grafter.py` (a round) or in
+`population/runtime/replicas.py` (the processes of one network).
+"""
 
 from __future__ import annotations
 
-import logging
+import json
+import math
+import os
+import secrets
+import signal
 import socket
 import time
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.validation import step_range
-from dist_graft.errors import RoundStoppedError
-from dist_graft.monitoring.console import NetworkRow, ProgressBar
-from dist_graft.monitoring.log import open_log
-from dist_graft.monitoring.profiler import StepProfile
-from dist_graft.monitoring.status_file import StatusFile
-from dist_graft.population.runtime.checkpoint_requests import SaveRequests
-from dist_graft.population.runtime.process import leave
-from dist_graft.population.runtime.process_group import Runtime
-from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.errors import (
+    ConfigError,
+    PeerError,
+    RoundStoppedError,
+    RunDirectoryError,
+    StoppedEarlyError,
+    StoppedError,
+)
+from dist_graft.monitoring.callback import Callback
+from dist_graft.monitoring.chart_layout import PHASES
+from dist_graft.monitoring.log import close_log, hold_warnings, open_log
+from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, NetworkRow, network_row
+from dist_graft.phase_timer import PhaseTimer, profiler_label
+from dist_graft.population.grafter import Grafter
+from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.process import (
+    SIGNALS,
+    die_with_launcher,
+    leave,
+    stop_on_signals,
+)
+from dist_graft.population.runtime.process_group import Runtime, start
+from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
+from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.stop_requests import StopRequests
-from dist_graft.printing import tell
+from dist_graft.printing import format_table, tell
+from dist_graft.run_directory import RunDirectory, write_atomically
+from dist_graft.seeding import stream_seed
 from dist_graft.training.builders import (
     build_cadence,
+    build_data,
     build_grafter,
     build_rate,
     build_rule,
-    build_train_state,
+    build_state,
+    build_task,
     build_units,
+    built_in_callbacks,
+    criterion_name,
+    describe_data,
     grafts_itself,
-    lr_of,
 )
-from dist_graft.training.checkpoint.manager import CheckpointManager
-from dist_graft.training.course import Course
-from dist_graft.training.data import Data, ensure_available, load_data
-from dist_graft.training.layer_stats import check_sound, layer_stats, what_is_lost
-from dist_graft.training.loop import TrainState
-from dist_graft.training.reporting import Reporter, epoch_metrics, row_of
-from dist_graft.training.run_directory import RunDirectory
-from dist_graft.training.schedule import segments
+from dist_graft.training.callbacks import CallbackList, load_callbacks
+from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
+from dist_graft.training.data import check_dataset_name, ensure_available
+from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.layer_stats import (
+    check_finite,
+    layer_stats,
+    naming_epoch,
+    non_finite_part,
+)
+from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
-from dist_graft.training.shared_directory import check_shared, process_table
-from dist_graft.training.summary import ensemble_accuracy, summarise
+from dist_graft.training.shared_directory import (
+    MAX_LAG_SECONDS,
+    remove_token,
+    sees_token,
+    write_token,
+)
+from dist_graft.training.state import Predictor
+from dist_graft.training.step import (
+    EvalResult,
+    RunningSums,
+    TrainResult,
+    evaluate,
+    merge_eval_results,
+    merge_train_results,
+    result_row,
+    train_step,
+)
+from dist_graft.training.summary import (
+    MAX_ENSEMBLE_NUMBERS,
+    check_equal_samples,
+    ensemble_accuracy,
+    finite_probabilities,
+    headline,
+    summarize,
+)
+from dist_graft.training.task import LossFunction, MetricFunction, batch_length
+
+_VOTES_PER_EPOCH = 19
+"""Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
 
 
-def fit(config: TrainConfig, runtime: Runtime) -> None:
-    """Train this process's network, with rounds between the networks; every process calls this.
+class Trainer:
+    """Trains one network of a population; every process of the run creates one.
 
-    Raises: a DistGraftError whose text says what to do; nothing finished is overwritten.
+    Start the processes with torchrun or `dist_graft.launch`; a process alone trains one network.
+    What is not given comes from the configuration: without arguments, this is `dist-graft train`.
+
+    Args:
+        config: all options; see `TrainConfig`.
+        model: () -> nn.Module, called under the network's seed. All networks need the same
+            architecture. Default: `config.model`.
+        data: map-style datasets of (input, target) pairs. Default: `config.data`.
+        loss: (output, target) -> scalar tensor, the mean over the batch. Default: cross entropy.
+        metrics: by name, (output, target) -> (sum, count) on the device. The value of a metric is
+            the total sum over the total count. Default: accuracy in percent, unless `loss` is
+            given.
+        optimizer: (module, lr) -> optimizer. Default: `config.optim`. The schedule of
+            `config.optim` applies in any case.
+        callbacks: called after the built-in ones and those of `config.callbacks`.
+
+    Attributes:
+        config (TrainConfig): as given.
+        process (ProcessInfo): rank, network, replica and world size.
+        directory (RunDirectory): paths of the run.
+        log (logging.Logger): writes to the network's log.txt; on rank 0 also to the console.
+        model (nn.Module): the plain module of this process's network.
+        state (TrainState): model, optimizer, scheduler, loss scaler and moving average.
+        data: batches and their number.
+        epoch (int): current epoch, 0-based.
+        step (int): steps finished in the current epoch.
+        global_step (int): steps finished in the run.
+        round (int): rounds finished in the run.
+        summary (dict): final results; empty until the last epoch is over.
+        resumed_from (Path | None): checkpoint that was restored.
     """
-    began = time.monotonic()
-    network, networks = runtime.process.network, runtime.process.networks
-    speaks = runtime.process.rank == 0
-    directory = RunDirectory(config.run_dir)
-    if speaks:
-        directory.check(config, networks)
-        if not runtime.process.restarts:
-            directory.forget_stop()
-    check_shared(directory.path, runtime)
-    folders = [
-        *([directory.network(network)] if runtime.process.is_leader else []),
-        *([directory.population] if speaks else []),
-    ]
-    log = open_log(*folders, console=speaks)
-    bar = ProgressBar(config.monitor.progress, show=runtime.process.local_rank == 0)
-    status = directory.status(network) if runtime.process.is_leader else None
-    with StatusFile(status, network, bar) as live:
-        _live_through(config, runtime, directory, log, live, began)
 
+    process: ProcessInfo
 
-def _live_through(
-    config: TrainConfig,
-    runtime: Runtime,
-    directory: RunDirectory,
-    log: logging.Logger,
-    live: StatusFile,
-    began: float,
-) -> None:
-    network, networks = runtime.process.network, runtime.process.networks
-    speaks = runtime.process.rank == 0
-    if runtime.process.local_rank == 0:
-        ensure_available(config.data)
-    runtime.gather([0.0], "the preparation of the data")
-    data = load_data(
-        config.data,
-        seed=config.seed,
-        network=network,
-        device=runtime.device,
-        channels_last=config.runtime.channels_last,
-        replica=runtime.process.replica,
-        replicas=runtime.process.replicas,
-    )
-    trainee = build_train_state(config, data, runtime)
-    units = build_units(config, trainee)
-    cadence = build_cadence(config, networks)
-    grafter = None
-    if not cadence.never and not grafts_itself(config):
-        grafter = build_grafter(config, trainee, build_rule(config, trainee, units), runtime)
+    def __init__(
+        self,
+        config: TrainConfig | None = None,
+        *,
+        model: Callable[[], nn.Module] | None = None,
+        data: Datasets | None = None,
+        loss: LossFunction | None = None,
+        metrics: Mapping[str, MetricFunction] | None = None,
+        optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config or TrainConfig()
+        self.directory = RunDirectory(self.config.run_dir)
+        self.task = build_task(self.config, loss, metrics)
+        self._make_model = model
+        self._datasets = data
+        self._make_optimizer = optimizer
+        self._user_callbacks = callbacks
+        self.progress = Progress()
+        self.stopping = False
+        self.summary: dict[str, Any] = {}
+        self._summary_error: RunDirectoryError | None = None
+        self.resumed_from: Path | None = None
+        self.timer = PhaseTimer(PHASES)
+        self._start_time = time.monotonic()
+        self._last_checkpoint = time.monotonic()
+        self._epoch_start: float | None = None
+        self._busy_seconds = 0.0
 
-    endures = config.on_divergence == "exclude" or (config.on_divergence == "heal" and grafter)
+    @property
+    def model_name(self) -> str:
+        """Name of the architecture, for the log."""
+        if self._make_model is None:
+            return self.config.model.name
+        return getattr(self._make_model, "__name__", type(self._make_model).__name__)
 
-    checkpoints = CheckpointManager(config, runtime, directory, trainee, log)
-    progress = checkpoints.resume()
-    start = progress.position
-    if grafter:
-        grafter.round = start.round
-        grafter.check()
-    if start.epoch >= config.epochs:
-        log.info("%s is complete: all of its %d epochs are done", directory.path, config.epochs)
-        runtime.finish()
-        return
-    if speaks:
-        directory.describe(config, networks)
-    log.info("%s", _opening(config, runtime, data, trainee, start.epoch))
-    if runtime.process.world_size > 1:
-        log.info("%s", process_table(runtime))
-    hosts = runtime.hosts()[:: runtime.process.replicas]
-    reporter = Reporter(config, directory, runtime.process, start=start, hosts=hosts, log=log)
-    course = Course(
-        config=config,
-        runtime=runtime,
-        trainee=trainee,
-        data=data,
-        grafter=grafter,
-        rate=build_rate(config, data.steps_per_epoch),
-        checkpoints=checkpoints,
-        stops=build_stop_requests(config, runtime, directory),
-        saves=SaveRequests(config.checkpoint.every_minutes, runtime.peers, asks=speaks),
-        live=live,
-        progress=progress,
-        profile=build_profile(config, data, runtime, directory, log),
-        began=began - progress.seconds,
-        round=start.round,
-    )
-    live.prepare(
-        epochs=config.epochs,
-        steps_per_epoch=data.steps_per_epoch,
-        batch_size=config.data.batch_size,
-        rounds=start.round,
-    )
-    course.stops.listen()
-    if checkpoints.loaded:
-        reporter.resumed(checkpoints.loaded, start)
+    # ---- Position ------------------------------------------------------------------------------
 
-    for segment in segments(
-        epochs=config.epochs,
-        steps_per_epoch=data.steps_per_epoch,
-        cadence=cadence,
-        save_every=config.checkpoint.every,
-        start=start,
-    ):
-        epoch = segment.epoch
-        if segment.first == 0:
-            course.begin_epoch()
-        if segment.first == 0 or (epoch, segment.first) == (start.epoch, start.step):
-            live.begin(epoch, segment.first)
-        course.train(segment)
-        if segment.evaluate and not course.stopping():
-            tested, validated = course.evaluate()
-            layers = layer_stats(config, trainee, units)
-            runtime.learn_own(course.whole)
+    @property
+    def model(self) -> nn.Module:
+        """The plain module of this process's network."""
+        return self.state.model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.runtime.device
+
+    @property
+    def epoch(self) -> int:
+        """Current epoch, 0-based."""
+        return self.progress.position.epoch
+
+    @property
+    def step(self) -> int:
+        """Steps finished in the current epoch."""
+        return self.progress.position.step
+
+    @property
+    def round(self) -> int:
+        """Rounds finished in the run."""
+        return self.progress.position.round
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.data.steps_per_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Steps finished in the run."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    # ---- The run -------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train for `config.epochs` epochs; every process of the run must call this.
+
+        Resumes from the newest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1 and the
+        file STOP in the run directory stop the run after a step, with a checkpoint.
+
+        Raises: StoppedEarlyError after such a stop; PeerError when another process died or did not
+            answer in time; another DistGraftError that says what to do. No finished work is lost.
+        """
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._start_process()
+        self._open_run()
         try:
-            record = course.meet(segment)
-        except RoundStoppedError:
-            reporter.close()
-            course.leave()
-        if record:
-            reporter.round(epoch, record)
-        if segment.round and not grafter:
-            with course.times.phase("round"):
-                self_graft(trainee, units, config.graft, course.round)
-            course.round += 1
-        live.met(course.round)
-        if segment.round and config.graft.reset_momentum:
-            trainee.optimizer.state.clear()
-        if not segment.evaluate:
-            continue
+            self.callbacks.setup(self)
+            self._build()
+            self._resume()
+            if self.epoch < self.config.epochs:
+                self._announce()
+                self.stop_requests.install_handlers()
+                self.callbacks.on_fit_start(self)
+                for epoch in range(self.epoch, self.config.epochs):
+                    self.train_epoch(epoch)
+                self._finish()
+            else:
+                self.log.info("%s is complete: %d epochs", self.directory.path, self.epoch)
+            self.runtime.shutdown()
+        except BaseException as error:
+            explained = self._explain(error)
+            self.callbacks.on_exception(self, explained)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            self.callbacks.teardown(self)
+            close_log()
+            if not self.process.launched:  # a launcher may still signal a process that ends
+                for number, handler in handlers.items():
+                    signal.signal(number, handler or signal.SIG_DFL)
 
-        metrics = epoch_metrics(
-            *(epoch, course.lr, course.trained, tested, validated, course.progress.rounds),
-            *(layers, course.times.reset()),
+    def train_epoch(self, epoch: int) -> None:
+        """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""
+        # ---- Start: at step 0, or where a resumed epoch continues ----
+        if self.step == 0:
+            self._start_epoch(epoch)
+        first = self.step
+        self._report_checkpoint()
+        self.callbacks.on_epoch_start(self)
+
+        tests: dict[str, EvalResult] = {}
+        layers = None
+        batches = self.data.train_batches(epoch, first, self.steps_per_epoch)
+        with closing(batches):
+            for segment in epoch_segments(
+                epoch,
+                epochs=self.config.epochs,
+                steps_per_epoch=self.steps_per_epoch,
+                cadence=self.cadence,
+                save_every=self.config.checkpoint.every,
+                votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
+                first=first,
+                rounds=self.round,
+            ):
+                # ---- Steps ----
+                self.train_segment(segment, batches)
+
+                # ---- Evaluation, at the end of the epoch and before its round ----
+                if segment.evaluate and not self.stopping:
+                    tests = self.evaluate()
+                    layers = layer_stats(self.config, self.state, self.units)
+                    self.runtime.observe_local_epoch(self._epoch_seconds)
+
+                # ---- Round, or the agreement to stop ----
+                self.graft_round(segment)
+
+                # ---- Checkpoint, if rank 0's clock says that one is due ----
+                due = segment.vote and self._vote(f"a checkpoint in epoch {epoch}")
+                if due and not segment.evaluate:
+                    self.save()
+
+        # ---- Report ----
+        assert layers is not None
+        metrics = self._epoch_metrics(epoch, tests, layers.information)
+        self._warn_of_skipped_images(epoch)
+        lost = non_finite_part(self.state, loss=self.progress.diverged)
+        metric, _ = headline(tests["test"])
+        row = network_row(
+            metrics,
+            metric=metric if self.task.metrics else None,
+            busy=self._busy_seconds,
+            whole=self._epoch_seconds,
+            finite=not lost,
         )
-        reporter.network(metrics, layers)
-        reporter.skipped(epoch, data.skipped)
-        lost = what_is_lost(trainee, loss=course.progress.diverged)
-        row = row_of(metrics, busy=course.busy, whole=course.whole, sound=not lost)
-        numbers = runtime.gather(row.numbers(), f"the report of epoch {epoch}")
-        everyone = [NetworkRow(*other) for other in numbers]
-        ensemble = ensemble_accuracy(runtime, tested, epoch)
-        runtime.learn(max(other.epoch_seconds for other in everyone))
-        reporter.population(epoch, course.round, course.trained.seconds, everyone, ensemble)
-        check_sound(everyone, epoch, network, lost, may_go_on=bool(endures))
+        gathered = self.runtime.gather(row.numbers(), f"the report of epoch {epoch}")
+        networks = [NetworkRow(*numbers) for numbers in gathered]
+        ensemble = self._epoch_ensemble(tests["test"], epoch)
+        self.runtime.observe_epoch(max(other.epoch_seconds for other in networks))
+        report = EpochReport(
+            metrics=metrics,
+            layers=layers,
+            networks=networks,
+            metric=metric if self.task.metrics else None,
+            ensemble_accuracy=ensemble,
+            seconds=self._trained.seconds,
+        )
+        self.callbacks.on_epoch_end(self, report)
+        check_finite(networks, epoch, self.process.network, lost, tolerant=self._tolerant)
 
-        if segment.ends_run:
-            after = course.test() if segment.round else tested
-            summary = summarise(
-                runtime, lr_of(config, runtime), tested, after, course.seconds, sound=not lost
+        # ---- Summary, after the last round ----
+        if epoch + 1 == self.config.epochs:
+            after = self._evaluate_split("test") if segment.round else tests["test"]
+            self._summarize(tests["test"], after, finite=not lost)
+
+        # ---- Checkpoint ----
+        self.progress = Progress(
+            Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
+        )
+        if segment.save or due:
+            self.save()
+
+    def train_segment(self, segment: Segment, batches: Iterator[tuple[Any, Any]]) -> None:
+        """Take the steps of a segment, or those before a request to stop."""
+        start = time.perf_counter()
+        waited, steps = 0.0, 0
+        sums = RunningSums(self.task, self.device)
+        self.model.train()
+        for step in range(segment.first, segment.last):
+            # ---- Batch ----
+            fetch = time.perf_counter()
+            with profiler_label("data"):
+                inputs, targets = next(batches)
+            waited += time.perf_counter() - fetch
+
+            # ---- Step; replicas average their gradients in the backward pass ----
+            self._seed_step(segment.epoch, step)
+            with profiler_label("step"):
+                if batch_length(targets):
+                    train_step(
+                        *(self.state, self.task, inputs, targets),
+                        config=self.config.optim,
+                        part=self.data.part(step),
+                        sums=sums,
+                        backward=self.replicas.backward,
+                    )
+                self.state.scheduler.step()
+            steps += 1
+            self.progress.position = Position(segment.epoch, step + 1, self.round)
+            self.callbacks.on_step_end(self)
+
+            # ---- Stop? The replicas of a network agree, so that all take equally many steps ----
+            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
+            if self.stopping:
+                break
+
+        # ---- Results, over all replicas ----
+        result = sums.result(steps=steps, seconds=time.perf_counter() - start, data_seconds=waited)
+        rows = self.replicas.gather(result_row(result), "the results of some steps")
+        result = merge_train_results(result, rows)
+        self._busy_seconds += result.seconds
+        self.timer.add("data", result.data_seconds)
+        self.timer.add("step", result.seconds - result.data_seconds)
+        progress = self.progress
+        progress.trained = progress.trained + result if progress.trained else result
+        progress.diverged |= self._has_diverged(result.loss)
+
+    def graft_round(self, segment: Segment) -> None:
+        """Graft with the other networks if a round is due; stop the run if one of them asks to.
+
+        Raises: StoppedEarlyError, on all ranks, once everything is saved.
+        """
+        self.callbacks.on_round_start(self)
+        if not self.stopping:  # a request that came during the evaluation
+            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
+        record: GraftRecord | None = None
+        try:
+            if segment.round and self.grafter:
+                steps = segment.epoch * self.steps_per_epoch + segment.last
+                with naming_epoch(segment.epoch), self.timer.phase("round"):
+                    record = self.grafter.graft(
+                        rate=self.rate(steps),
+                        stop=self.stopping,
+                        diverged=self.progress.diverged,
+                    )
+            elif segment.evaluate or self.stopping:
+                self._vote(f"the end of epoch {segment.epoch}")
+        except RoundStoppedError:
+            self._stop_early()
+
+        if record:
+            if self.process.network in record.healed:
+                self.state.reset_optimizer()
+            self.progress.diverged = False
+            self.progress.add_round(record)
+            self.callbacks.on_round_end(self, record)
+        elif segment.round:
+            with self.timer.phase("round"):
+                self_graft(self.state, self.units, self.config.graft, self.round)
+            self.progress.count_round()
+        if segment.round and self.config.graft.reset_momentum:
+            self.state.optimizer.state.clear()
+
+    def evaluate(self) -> dict[str, EvalResult]:
+        """Evaluate the network on the "test" and "val" splits, and its moving average on "test".
+
+        A collective of the network's replicas, whose batch-norm statistics become their mean.
+        """
+        start = time.monotonic()
+        self.callbacks.on_evaluate_start(self)
+        with self.timer.phase("evaluation"):
+            self.replicas.average_buffers(self.state.modules())
+            results = {"test": self._evaluate_split("test")}
+            if self.data.has_validation:
+                results["val"] = self._evaluate_split("val")
+            if self.state.averaged:
+                results["ema_test"] = self._evaluate_split("test", self.state.averaged)
+        self._busy_seconds += time.monotonic() - start
+        metrics = {
+            f"{split}_{name}": value
+            for split, result in results.items()
+            for name, value in {"loss": result.loss, **result.metrics}.items()
+        }
+        self.callbacks.on_evaluate_end(self, metrics)
+        return results
+
+    def save(self) -> None:
+        """Save a checkpoint in the background; every process must call this at the same position.
+
+        Raises: RunDirectoryError, on all ranks, when too many checkpoints failed in a row.
+        """
+        with self.timer.phase("checkpoint"):
+            self.checkpoints.settle()
+        self._report_checkpoint()
+        self.progress.seconds = time.monotonic() - self._start_time
+        if self.step:
+            self.progress.buffers = self.replicas.gather_buffers(self.state.modules())
+        with self.timer.phase("checkpoint"):
+            self.checkpoints.save(self.progress, self.state.state_dict())
+        self._last_checkpoint = time.monotonic()
+
+    # ---- Start of the process and of the run -----------------------------------------------------
+
+    def _start_process(self) -> None:
+        """Read this process's place, and meet the other processes."""
+        self.process = read_process_info().with_replicas(self.config.runtime.replicas)
+        if self._datasets is None:
+            check_dataset_name(self.config.data.name)
+        rates = learning_rates(self.config.optim, self.process.networks)
+        self.max_lr = rates[self.process.network]
+        if self.process.restarts and self.directory.stopped.exists():
+            raise StoppedEarlyError(
+                f"{self.directory.path} was asked to stop, and the launcher started it again: "
+                "left unchanged"
             )
-            reporter.summary(summary)
-        if segment.save:
-            course.finish_epoch(epoch)
+        stop_on_signals()
+        if self.process.launched:
+            die_with_launcher()
+        hold_warnings()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
+        self.runtime: Runtime = start(self.config.runtime, self.process)
+        self.replicas: Replicas = self.runtime.replicas
 
-    if course.profile:
-        course.profile.finish()
-    reporter.close()
-    checkpoints.finish()
-    reporter.finish()
-    if speaks:
-        log.info("results in %s; to look at them: tensorboard --logdir %s", *[directory.path] * 2)
-    runtime.finish()
+    def _open_run(self) -> None:
+        """Check the run directory, open the log, and create the callbacks."""
+        self._start_time = self._last_checkpoint = time.monotonic()
+        if self.process.is_main:
+            self.directory.check(self.config, self.process.networks)
+            if not self.process.restarts:
+                self.directory.clear_stop()
+        self._check_shared_directory()
+        folders = []
+        if self.process.is_leader:
+            folders.append(self.directory.network(self.process.network))
+        if self.process.is_main:
+            folders.append(self.directory.population)
+        self.log = open_log(*folders, console=self.process.is_main)
+        self.run_events, built_in = built_in_callbacks(self.config, self.process)
+        user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
+        self.callbacks = CallbackList(built_in, user)
 
+    def _check_shared_directory(self) -> None:
+        """Check that all processes see the same run directory.
 
-def build_profile(
-    config: TrainConfig,
-    data: Data,
-    runtime: Runtime,
-    directory: RunDirectory,
-    log: logging.Logger,
-) -> StepProfile | None:
-    """What profiles the steps that the configuration asks for, if any."""
-    steps = config.monitor.profile_steps
-    if steps is None or not runtime.process.is_leader:
-        return None
-    path = directory.network(runtime.process.network) / "trace.json.gz"
-    first, last = step_range("monitor.profile_steps", steps)
-    profile = StepProfile(first, last, path, runtime.device, log)
-    profile.check(config.epochs * data.steps_per_epoch)
-    return profile
+        Raises: RunDirectoryError, on all ranks, naming the networks that do not see it.
+        """
+        if self.process.world_size == 1:
+            return
+        folder, runtime = self.directory.path, self.runtime
+        token = secrets.token_hex(8)
+        if self.process.is_main:
+            write_token(folder, token)
+        token = runtime.broadcast_text("the check of the run directory", token)
+        lag = min(MAX_LAG_SECONDS, runtime.timeouts.seconds / 3)
+        hosts = runtime.hosts()
+        # Not through the store: its host may leave as soon as it knows.
+        seen = runtime.gather_all_ranks(
+            [float(sees_token(folder, token, lag))], "the check of the run directory's visibility"
+        )
+        if self.process.is_main:
+            remove_token(folder, token)
+        blind = dict.fromkeys(
+            f"network {rank // self.process.replicas} on {host}"
+            for rank, (host, (sees,)) in enumerate(zip(hosts, seen, strict=True))
+            if not sees
+        )
+        if blind:
+            raise RunDirectoryError(
+                f"{folder} is not shared by all processes: {'; '.join(blind)} did not see within "
+                f"{lag:g} s what network 0 wrote there; choose a run_dir on a disk that all "
+                "machines mount under the same path"
+            )
 
+    def _build(self) -> None:
+        """Load the data and build the network, its graft units and its grafter."""
+        config, runtime = self.config, self.runtime
+        if self._datasets is None and self.process.local_rank == 0:
+            ensure_available(config.data)
+        runtime.gather([0.0], "the preparation of the data")
+        self.data = build_data(config, self._datasets, runtime)
+        self.state = build_state(
+            config, self.data, runtime, self._make_model, self._make_optimizer, lr=self.max_lr
+        )
+        self.state.train_forward = self.replicas.wrap(self.state.forward)
+        self.units = build_units(config, self.state)
+        self.criterion = criterion_name(config)
+        self.cadence = build_cadence(config, self.process.networks)
+        self.rate = build_rate(config, self.steps_per_epoch)
+        self.grafter: Grafter | None = None
+        if not self.cadence.never and not grafts_itself(config):
+            self.grafter = build_grafter(
+                config, self.state, build_rule(config, self.state, self.units), runtime
+            )
+        self._tolerant = config.on_divergence == "exclude" or (
+            config.on_divergence == "heal" and self.grafter is not None
+        )
+        self.checkpoints = CheckpointManager(config, runtime, self.directory, self.log)
+        grace = config.checkpoint.grace_seconds
+        self.stop_requests = StopRequests(
+            self.directory.stop,
+            runtime.peers,
+            grace_seconds=grace,
+            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+        )
 
-def build_stop_requests(
-    config: TrainConfig, runtime: Runtime, directory: RunDirectory
-) -> StopRequests:
-    """Listens for whoever wants the run to stop."""
-    grace = config.checkpoint.grace_seconds
-    return StopRequests(
-        directory.stop,
-        runtime.peers,
-        grace_seconds=grace,
-        late=partial(_leave_without_peers, runtime.process, grace),
-    )
+    def _resume(self) -> None:
+        """Restore the newest checkpoint, if there is one; all networks load the same one."""
+        name = ""
+        if self.process.is_main:
+            self.checkpoints.check_must_resume()
+            name = self.checkpoints.choose()
+        name = self.runtime.broadcast_text("the choice of a checkpoint", name)
+        if name:
+            path, state = self.checkpoints.load(name)
+            self.progress = Progress.from_state_dict(state)
+            self.state.load_state_dict(state)
+            self.replicas.restore_buffers(self.state.modules(), self.progress.buffers)
+            self.resumed_from = path
+            self.log.info(
+                "resumed from %s: epoch %d, step %d, round %d",
+                *(path, self.epoch, self.step, self.round),
+            )
+        self._start_time -= self.progress.seconds
+        if self.grafter:
+            self.grafter.round = self.round
+            self.grafter.check()  # a collective: all models and options must agree
+
+    def _announce(self) -> None:
+        """Write config.yaml, and log what runs where."""
+        if self.process.is_main:
+            self.directory.write_config(self.config, self.process.networks)
+        self.log.info("%s", _opening(self))
+        self.hosts = self.runtime.hosts()[:: self.process.replicas]
+        if self.process.world_size > 1:
+            device = str(self.device)
+            if self.device.type == "cuda":
+                device = f"{device} ({torch.cuda.get_device_name(self.device)})"
+            replica = (str(self.process.replica),) if self.process.replicas > 1 else ()
+            cells = (str(self.process.network), *replica, str(self.process.rank))
+            row = "\t".join([*cells, socket.gethostname(), device])
+            rows = self.runtime.gather_texts("the table of processes", row)
+            header = ("network", *(("replica",) if replica else ()), "rank", "host", "device")
+            self.log.info("%s", format_table(header, [text.split("\t") for text in rows]))
+
+    # ---- Parts of an epoch -----------------------------------------------------------------------
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._busy_seconds, self._epoch_start = 0.0, time.monotonic()
+        self.progress = Progress(
+            lr=self.state.lr,
+            position=Position(epoch, 0, self.round),
+            diverged=self.progress.diverged,
+        )
+
+    @property
+    def _epoch_seconds(self) -> float:
+        """Seconds since the epoch started; 0 when this process joined in the middle of it."""
+        return time.monotonic() - self._epoch_start if self._epoch_start else 0.0
+
+    @property
+    def _trained(self) -> TrainResult:
+        """Results of the epoch's steps."""
+        assert self.progress.trained is not None
+        return self.progress.trained
+
+    def _seed_step(self, epoch: int, step: int) -> None:
+        """Seed dropout: its draws depend on seed, network, epoch and step (and replica) only."""
+        replica = (self.replicas.index,) if self.replicas.index else ()
+        torch.manual_seed(
+            stream_seed("step", self.config.seed, self.process.network, epoch, step, *replica)
+        )
+
+    def _has_diverged(self, loss: float) -> bool:
+        """Whether training has diverged. fp16 loss scaling skips single non-finite steps."""
+        if self.state.scaler.is_enabled():
+            return self.state.loss_scale_collapsed
+        return not math.isfinite(loss)
+
+    def _vote(self, what: str) -> bool:
+        """Agree with the other networks whether to stop, and whether a checkpoint is due.
+
+        Networks that do not graft meet here. A collective.
+        """
+        minutes = self.config.checkpoint.every_minutes
+        elapsed = time.monotonic() - self._last_checkpoint
+        due = minutes is not None and elapsed >= 60 * minutes and not self.checkpoints.busy
+        votes = self.runtime.gather([float(self.stopping), float(due)], what)
+        if any(stop for stop, _ in votes):
+            self._stop_early()
+        return bool(votes[0][1])
+
+    def _evaluate_split(self, split: Any, predictor: Predictor | None = None) -> EvalResult:
+        """Evaluate one split: a collective of the network's replicas, which share the samples."""
+        local = evaluate(predictor or self.state, self.data, split, self.task)
+        rows = self.replicas.gather(result_row(local), "an evaluation")
+        answers = None
+        if len(rows) > 1 and local.probabilities is not None and local.labels is not None:
+            answers = torch.cat([local.probabilities, local.labels[:, None]], dim=1)
+            answers = self.replicas.gather_rows(answers, [int(row[1]) for row in rows])
+        return merge_eval_results(local, rows, answers)
+
+    def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
+        """Accuracy of the ensemble after an epoch, in percent: a collective.
+
+        None where it would be expensive, or the networks were tested on different samples.
+        """
+        if tested.probabilities is None:
+            return None
+        size = float(tested.probabilities.numel())
+        rows = self.runtime.gather([size], f"the test images of epoch {epoch}")
+        if len({row[0] for row in rows}) > 1 or size > MAX_ENSEMBLE_NUMBERS:
+            return None
+        total = self.runtime.sum_over_networks(
+            finite_probabilities(tested), f"the ensemble of epoch {epoch}"
+        )
+        return ensemble_accuracy(total, tested)
+
+    def _epoch_metrics(
+        self, epoch: int, tests: Mapping[str, EvalResult], information: Mapping[str, float]
+    ) -> EpochMetrics:
+        trained = self._trained
+        splits = {name: {"loss": result.loss, **result.metrics} for name, result in tests.items()}
+        assert self.progress.lr is not None
+        return EpochMetrics(
+            epoch=epoch,
+            lr=self.progress.lr,
+            train={"loss": trained.loss, **trained.metrics},
+            test=splits["test"],
+            val=splits.get("val"),
+            ema_test=splits.get("ema_test"),
+            images_per_second=trained.images / trained.seconds,
+            phase_seconds=self.timer.reset(),
+            information=dict(information),
+            graft=self.progress.rounds,
+        )
+
+    def _warn_of_skipped_images(self, epoch: int) -> None:
+        skipped: Mapping[str, str] = getattr(self.data, "skipped", {})
+        if skipped:
+            path, reason = next(iter(skipped.items()))
+            self.log.warning(
+                "epoch %d: broken images skipped so far: %d, the first is %s (%s)",
+                *(epoch, len(skipped), path, reason),
+            )
+
+    def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
+        """Write summary.json: a collective.
+
+        Args:
+            before: test results before the last round.
+            after: likewise after it.
+            finite: whether the network's weights and loss are finite.
+        """
+        metric, value = headline(before)
+        numbers = [self.max_lr, value, headline(after)[1], float(finite), float(before.samples)]
+        rows = self.runtime.gather(numbers, "the summary")
+        check_equal_samples(rows)
+        ensembles = None
+        if self.task.classification:
+            ensembles = [
+                ensemble_accuracy(
+                    self.runtime.sum_over_networks(
+                        finite_probabilities(result), f"the ensemble {when} the last round"
+                    ),
+                    result,
+                )
+                for when, result in (("before", before), ("after", after))
+            ]
+        seconds = time.monotonic() - self._start_time
+        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
+        if self.process.is_main:
+            self.summary["events"] = self.run_events.events
+            text = json.dumps(self.summary, indent=1) + "\n"
+            try:
+                write_atomically(self.directory.summary, text.encode())
+            except RunDirectoryError as error:  # reported once the checkpoint is saved
+                self._summary_error = error
+
+    # ---- End of the run --------------------------------------------------------------------------
+
+    def _report_checkpoint(self) -> None:
+        """Tell the callbacks of a checkpoint that is complete by now."""
+        if path := self.checkpoints.newly_completed():
+            self.callbacks.on_checkpoint(self, path)
+
+    def _finish(self) -> None:
+        """Wait for the last checkpoint, and report the end of the run."""
+        self.checkpoints.finish()
+        self._report_checkpoint()
+        self.callbacks.on_fit_end(self)
+        if self._summary_error:
+            raise self._summary_error
+        if self.process.is_main:
+            self.log.info(
+                "results in %s; to view them: tensorboard --logdir %s", *[self.directory.path] * 2
+            )
+
+    def _stop_early(self) -> NoReturn:
+        """Save the current position and end the run, together with all other networks."""
+        self.progress.seconds = time.monotonic() - self._start_time
+        self.progress.buffers = self.replicas.gather_buffers(self.state.modules())
+        self.checkpoints.abandon()
+        self.checkpoints.settle(last=True)
+        name = self.runtime.broadcast_text(
+            "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
+        )
+        path = self.checkpoints.save_and_wait(name, self.progress, self.state.state_dict())
+        reason = self.stop_requests.reason or self.stop_requests.peer_reason()
+        if self.process.is_main:
+            self.checkpoints.mark_stopped(reason, path)
+        # Leave together: a launcher ends the processes that stay behind the first one.
+        self.runtime.broadcast_text("the end of the stop", reason)
+        raise StoppedEarlyError(
+            f"stopped early by {reason}; everything is saved in {path}: rerun the command to resume"
+        )
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """The error to report instead: who died, or what to do about memory."""
+        if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
+            peers = self.runtime.peers
+            if dead := peers.dead_peers() if peers else []:
+                return PeerError(
+                    f"{'; '.join(dead)} ended: see its own output; rerun the command to resume "
+                    "from the newest checkpoint"
+                )
+        if isinstance(error, torch.OutOfMemoryError):
+            return ConfigError(
+                f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "
+                "split batches with optim.accumulation"
+            )
+        return error
 
 
 def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
-    """End a process that was asked to stop, and whose peers do not agree to."""
+    """End a process that was asked to stop while its peers did not agree in time."""
     tell(
-        f"dist-graft: error: {process}: could not stop in good order within {seconds:g} s "
-        "(--checkpoint.grace_seconds); the same command goes on from the newest checkpoint"
+        f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
+        "(--checkpoint.grace_seconds); rerun the command to resume from the newest checkpoint"
     )
     leave(1)
 
 
-def _opening(
-    config: TrainConfig, runtime: Runtime, data: Data, trainee: TrainState, start_epoch: int
-) -> str:
-    """The first lines: what, where, how many, how to stop, where to look."""
-    process, run_dir = runtime.process, config.run_dir
-    weights = sum(parameter.numel() for parameter in trainee.model.parameters())
-    device = runtime.device.type
+def _opening(trainer: Trainer) -> str:
+    """First lines of the log: what runs where, how to stop it, where to look."""
+    config, process, data = trainer.config, trainer.process, trainer.data
+    run_dir = trainer.directory.path
+    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
+    device, runtime = trainer.device.type, trainer.runtime
     where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
-    counted = f"processes, {process.replicas} a network," if process.replicas > 1 else "networks"
+    counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
     return "\n".join(
         [
-            f"{process.networks} x {config.model.name} ({weights:,} parameters), method "
-            f"{config.method}, epochs {start_epoch + 1} to {config.epochs}, in {run_dir}",
-            f"data     {config.data.name}: {data.train_size:,} images of {data.channels} x "
-            f"{data.image_size} x {data.image_size}, {data.num_classes} classes",
+            f"{process.networks} x {trainer.model_name} ({weights:,} parameters), method "
+            f"{config.method}, epochs {trainer.epoch + 1} to {config.epochs}, in {run_dir}",
+            f"data     {describe_data(config, data)}",
             f"where    {process.local_world_size} of {process.world_size} {counted} on "
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
             f"{torch.get_num_threads()} threads each",
-            f"to stop  Ctrl-C, or touch {RunDirectory(run_dir).stop}; the same command goes on",
+            f"to stop  Ctrl-C, or touch {trainer.directory.stop}; rerun the command to resume",
             f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
         ]
     )

@@ -1,4 +1,4 @@
-"""A real TensorBoard in a real browser."""
+"""TensorBoard in headless Chromium."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
-SECONDS = 90
-_WIDTH = 1540  # room for three cards side by side
-_EVERYWHERE = """
+TIMEOUT_SECONDS = 90
+_WIDTH = 1540  # fits three cards side by side
+_FIND_IN_SHADOWS = """
 const inside = (root, selector) => {
   const found = [];
   const descend = (part) => {
@@ -37,37 +37,37 @@ const found = inside(document, arguments[0]);
 """
 
 
-def need_a_browser() -> None:
-    """Install what is missing where that is possible; else fail in CI, and skip elsewhere."""
+def require_browser() -> None:
+    """Install Chromium where possible; otherwise fail in CI and skip elsewhere."""
     need(("chromium", "chromedriver"), ("chromium", "chromium-driver"))
 
 
 class Page:
-    """A browser's window on TensorBoard."""
+    """A browser window that shows TensorBoard."""
 
     def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self._driver = driver
         self._url = url
 
     def open(self, tab: str) -> None:
-        """Show a tab, with lines as they are: not smoothed, and none cut off."""
+        """Show a tab with raw lines: no smoothing, no outliers cut off."""
         self._driver.get(self._url)
         self._driver.execute_script("localStorage.setItem('_ignoreYOutliers', 'false')")
         self._driver.get("about:blank")
         self._driver.get(f"{self._url}/#{tab}&_smoothingWeight=0")
 
-    def ask(self, selector: str, expression: str) -> list[Any]:
-        """A JavaScript expression of `element`, for all that fit a selector, shadows included."""
-        program = f"{_EVERYWHERE} return found.map((element) => {expression});"
-        answers: list[Any] = self._driver.execute_script(program, selector)
-        return answers
+    def evaluate(self, selector: str, expression: str) -> list[Any]:
+        """Evaluate a JavaScript expression of `element` for all matches, in shadow roots too."""
+        script = f"{_FIND_IN_SHADOWS} return found.map((element) => {expression});"
+        results: list[Any] = self._driver.execute_script(script, selector)
+        return results
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
-        """Look again and again; an error that says what after so many seconds."""
-        WebDriverWait(self._driver, SECONDS).until(lambda _: condition(), what)
+        """Wait for a condition; the error after TIMEOUT_SECONDS contains `what`."""
+        WebDriverWait(self._driver, TIMEOUT_SECONDS).until(lambda _: condition(), what)
 
-    def keep(self, path: Path, *, height: int = 1000) -> None:
-        """Save what a window of this height shows."""
+    def save_screenshot(self, path: Path, *, height: int = 1000) -> None:
+        """Save a screenshot of a window of this height."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._driver.set_window_size(_WIDTH, height)
         assert self._driver.save_screenshot(str(path))
@@ -75,13 +75,13 @@ class Page:
 
 @contextmanager
 def tensorboard(run: Path) -> Iterator[Page]:
-    """TensorBoard on a run, in headless Chromium."""
+    """Open TensorBoard on a run in headless Chromium."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.name]
-    place = ["--host", "127.0.0.1", "--port", str(port)]
-    with background([[*command, *place]], cwd=run.parent) as (server,):
-        wait_until(lambda: _answers(url), "TensorBoard's first page", meanwhile=[server])
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with background([command], cwd=run.parent) as (server,):
+        wait_until(lambda: _responds(url), "TensorBoard's first page", meanwhile=[server])
         options = Options()
         for argument in (
             *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"),
@@ -98,9 +98,9 @@ def tensorboard(run: Path) -> Iterator[Page]:
             server.wait()
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False

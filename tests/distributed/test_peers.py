@@ -16,7 +16,7 @@ from harness import Place, attempt, run
 
 from dist_graft import Grafter, PeerError
 from dist_graft.errors import StartError
-from dist_graft.population.runtime.devices import nccl_serves
+from dist_graft.population.runtime.devices import can_use_nccl
 from dist_graft.population.runtime.peers import PeerRegistry
 
 
@@ -31,7 +31,7 @@ def graft_until_one_is_gone(place: Place, gone: int, called: bool):
     if place.rank == gone:
         os._exit(0)
     if called:  # so that only `gone` has not reached the round when the others fail
-        peers.arrive(grafter.round)
+        peers.enter_round(grafter.round)
         if place.store.add("arrived", 1) == place.networks - 1:
             place.store.set("all arrived", "")
         place.store.wait(["all arrived"])
@@ -78,7 +78,7 @@ def test_without_a_roll_call_the_error_says_that_a_peer_is_gone():
 
 def ask_for_nccl(place: Place):
     peers = PeerRegistry(place.store, place.rank, place.networks)
-    return nccl_serves(torch.device("cpu"), peers, 60)
+    return can_use_nccl(torch.device("cpu"), peers, 60)
 
 
 def test_processes_without_gpus_are_not_served_by_nccl():
@@ -121,10 +121,10 @@ def test_check_in_names_the_networks_that_did_not_start(store):
 def check_in(place: Place):
     peers = PeerRegistry(place.store, place.rank, place.networks)
     peers.check_in(60)
-    peers.arrive(place.rank)
-    peers.post("score", str(10 * place.rank))
+    peers.enter_round(place.rank)
+    peers.publish("score", str(10 * place.rank))
     scores = peers.collect("score", 60)
-    return peers.absent(2), scores, [peers.describe(k) for k in range(place.networks)]
+    return peers.missing_from_round(2), scores, [peers.describe(k) for k in range(place.networks)]
 
 
 def test_all_networks_check_in_and_see_each_other():
@@ -140,12 +140,12 @@ def test_all_networks_check_in_and_see_each_other():
 def test_collect_names_the_networks_that_did_not_answer(store):
     store.set("host/1", "elsewhere")
     mine = PeerRegistry(store, 0, 2)
-    mine.post("digest", "same")
+    mine.publish("digest", "same")
     line = r"network 1 \(rank 1 on elsewhere\) did not answer within 0\.2 s \(digest\)"
     with pytest.raises(PeerError, match=line):
         mine.collect("digest", 0.2)
     with pytest.raises(PeerError, match=line):
-        mine.hear("digest", 1, 0.2)
+        mine.read("digest", 1, 0.2)
 
 
 def test_who_died_is_not_waited_for(store):
@@ -154,7 +154,7 @@ def test_who_died_is_not_waited_for(store):
     store.set("host/1", socket.gethostname())
     store.set("process/1", str(ended.pid))
     with pytest.raises(PeerError, match=r"network 1 \(rank 1 on .*\) died \(digest\)"):
-        PeerRegistry(store, 0, 2).hear("digest", 1, 100)
+        PeerRegistry(store, 0, 2).read("digest", 1, 100)
 
 
 def test_a_store_that_is_gone_is_an_error_and_asks_nobody_to_stop():
@@ -162,22 +162,22 @@ def test_a_store_that_is_gone_is_an_error_and_asks_nobody_to_stop():
     other = dist.TCPStore("127.0.0.1", kept.port, is_master=False)
     peers = PeerRegistry(other, 1, 2)
     del kept
-    peers.ask_to_stop("SIGTERM")  # which nobody can hear
-    assert peers.asked_to_stop() is None
+    peers.request_stop("SIGTERM")  # which nobody can hear
+    assert peers.stop_reason() is None
     with pytest.raises(PeerError, match=r"key-value store is gone \(digest\)"):
-        peers.hear("digest", 0, 100)
+        peers.read("digest", 0, 100)
 
 
 def test_a_network_is_absent_until_it_has_reached_the_round(store):
     mine, other = PeerRegistry(store, 0, 2), PeerRegistry(store, 1, 2)
     for key in ("host/0", "host/1"):
         store.set(key, "here")
-    mine.arrive(1)
-    assert mine.absent(1) == ["network 1 (rank 1 on here)"]
-    other.arrive(0)
-    assert mine.absent(1) == ["network 1 (rank 1 on here)"]
-    other.arrive(1)
-    assert mine.absent(1) == []
+    mine.enter_round(1)
+    assert mine.missing_from_round(1) == ["network 1 (rank 1 on here)"]
+    other.enter_round(0)
+    assert mine.missing_from_round(1) == ["network 1 (rank 1 on here)"]
+    other.enter_round(1)
+    assert mine.missing_from_round(1) == []
 
 
 def test_a_network_whose_process_has_ended_is_gone(store):
@@ -189,6 +189,6 @@ def test_a_network_whose_process_has_ended_is_gone(store):
     store.set("host/1", socket.gethostname())
     store.set("host/2", "elsewhere")  # whose processes cannot be seen from here
     mine.check_in(20)
-    assert mine.gone() == [mine.describe(1)]
+    assert mine.dead_peers() == [mine.describe(1)]
     store.set("process/1", str(os.getpid()))
-    assert mine.gone() == []
+    assert mine.dead_peers() == []

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from harness import Place, attempt, run
 
-from dist_graft.population.runtime import process_info as places
 from dist_graft.population.runtime.process_group import Runtime, _mesh
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 
 AT_FIRST = 1.5
@@ -22,16 +22,16 @@ def meet_late(here: Place, learn: str) -> list[object]:
     """The second process comes late to each meeting; what each of them hears."""
     dist.barrier()  # only then is a time-out short
     dist.set_timeout(timedelta(seconds=AT_FIRST))
-    place = places.Place(here.rank, here.networks, here.rank, here.networks)
+    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
     runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(AT_FIRST, epochs=30), None)
     if learn == "an epoch":
-        runtime.learn(1.0)
+        runtime.observe_epoch(1.0)
     if learn == "its own":
-        runtime.learn_own(1.0)
+        runtime.observe_local_epoch(1.0)
     heard = []
     for meeting in (
         lambda: runtime.gather([float(here.rank)], "the report"),
-        lambda: runtime.sum(torch.tensor([1.0 + here.rank]), "the ensemble").tolist(),
+        lambda: runtime.sum_over_networks(torch.tensor([1.0 + here.rank]), "the ensemble").tolist(),
     ):
         if here.rank == 1:
             time.sleep(LATE)
@@ -53,17 +53,19 @@ def test_before_an_epoch_is_over_the_first_time_out_holds() -> None:
 
 def sum_late(here: Place) -> object:
     """Two networks of two processes each: the second one comes late to a sum over the networks."""
-    place = places.Place(here.rank, here.networks, here.rank, here.networks, replicas=2)
+    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks, replicas=2)
     mesh = _mesh(place, "cpu", timedelta(seconds=60))
     dist.barrier()
     for group in mesh.get_all_groups():
         dist.set_timeout(timedelta(seconds=AT_FIRST), group)
     timeouts = Timeouts(AT_FIRST, epochs=30)
     runtime = Runtime(place, torch.device("cpu"), "gloo", timeouts, None, mesh)
-    runtime.learn(1.0)
+    runtime.observe_epoch(1.0)
     if place.network == 1:
         time.sleep(LATE)
-    return attempt(lambda: runtime.sum(torch.tensor([1.0 + here.rank]), "the ensemble").tolist())
+    return attempt(
+        lambda: runtime.sum_over_networks(torch.tensor([1.0 + here.rank]), "the ensemble").tolist()
+    )
 
 
 def test_so_it_is_where_several_processes_train_each_network() -> None:
@@ -73,5 +75,5 @@ def test_so_it_is_where_several_processes_train_each_network() -> None:
 @pytest.mark.parametrize(("epoch_seconds", "longest"), [(0.0, 20.0), (0.1, 20.0), (9.0, 45.0)])
 def test_the_longest_wait_is_never_less_than_at_first(epoch_seconds: float, longest: float) -> None:
     timeouts = Timeouts(20.0, epochs=5)
-    timeouts.learn(epoch_seconds)
+    timeouts.observe_epoch(epoch_seconds)
     assert timeouts.longest_wait == longest

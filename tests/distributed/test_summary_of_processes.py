@@ -3,12 +3,12 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
+from dist_graft.training.loop import EvalResult
 
 from dist_graft.errors import DataError
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.loop import EvalResult
 from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
 
 

@@ -14,7 +14,7 @@ from dist_graft.monitoring.log import close_log
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two networks over three epochs."""
+    """Run directory of two networks after three epochs."""
     run = tmp_path_factory.mktemp("pair") / "run"
     done = finish(torchrun(2, run, *PAIR), timeout=150)
     assert done.status == 0, done
@@ -24,7 +24,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def by_peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `pair`, but only the donor's weights travel, and all checkpoint sets are kept."""
+    """Like `pair`, but with the p2p exchange, and all checkpoints are kept."""
     run = tmp_path_factory.mktemp("by_peers") / "run"
     together(2, run, *PAIR, "--graft.exchange", "p2p", "--checkpoint.keep", "3")
     return run
@@ -32,7 +32,7 @@ def by_peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def independent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `pair`, but without rounds, and all checkpoint sets are kept."""
+    """Like `pair`, but without rounds, and all checkpoints are kept."""
     run = tmp_path_factory.mktemp("independent") / "run"
     together(2, run, *PAIR, "--graft.every", "0", "--checkpoint.keep", "3")
     return run
@@ -42,7 +42,7 @@ def independent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Done]]:
-    """Train one network: what `python -m dist_graft train` does, without a new process."""
+    """Return a function that trains one network in this process, as `dist-graft train` does."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,4 +1,4 @@
-"""Several processes train each network: --runtime.replicas."""
+"""Several processes per network: --runtime.replicas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launching import (
 )
 from reading import assert_same_bits, checkpoint, metrics, scalars
 
-WITHOUT_STATISTICS = """
+GROUP_NORM_MODEL = """
 from torch import nn
 
 
@@ -35,9 +35,9 @@ def network(num_classes, channels):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
     )
 """
-SAME = (
+SHORT = (
     *("--model.name", "group_norm:network", "--epochs", "2", "--graft.every_steps", "3"),
-    # the last batch has one image: fewer than processes, so that each computes all of it
+    # the last batch has a single image, fewer than processes, so each computes all of it
     *("--data.train_samples", "97", "--optim.accumulation", "2", "--optim.clip_norm", "1"),
 )
 EPOCHS = 3
@@ -52,48 +52,47 @@ def replicas(number: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("networks", "number"), [(2, 2), (1, 3)])
-def test_replicas_change_no_more_than_the_order_of_sums(
+def test_replicas_change_only_the_order_of_sums(
     networks: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "group_norm.py").write_text(WITHOUT_STATISTICS)
+    (tmp_path / "group_norm.py").write_text(GROUP_NORM_MODEL)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    together(networks, alone, *SAME)
-    together(networks * number, shared, *SAME, *replicas(number))
+    single, replicated = tmp_path / "single", tmp_path / "replicated"
+    together(networks, single, *SHORT)
+    together(networks * number, replicated, *SHORT, *replicas(number))
     for network in range(networks):
-        first, second = (checkpoint(run, 2, network) for run in (alone, shared))
+        first, second = (checkpoint(run, 2, network) for run in (single, replicated))
         assert first["round"] == second["round"] == (2 if networks > 1 else 0)
         for key, value in first["model"].items():
             torch.testing.assert_close(second["model"][key], value, rtol=1e-3, atol=1e-5)
-        for one, other in zip(metrics(alone, network), metrics(shared, network), strict=True):
+        for one, other in zip(metrics(single, network), metrics(replicated, network), strict=True):
             for what in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
                 assert other[what] == pytest.approx(one[what], rel=1e-3)
             if networks > 1:
                 assert other["graft"]["bytes"] == one["graft"]["bytes"]
                 for unit, share in one["graft"]["coefficient"].items():
                     assert other["graft"]["coefficient"][unit] == pytest.approx(share, abs=1e-3)
-    folders = sorted(path.name for path in shared.glob("network*"))
+    folders = sorted(path.name for path in replicated.glob("network*"))
     assert folders == [f"network{network:02d}" for network in range(networks)]
-    table = (shared / "network00/log.txt").read_text()
+    table = (replicated / "network00/log.txt").read_text()
     assert "network  replica  rank  host  device" in table
-    # the networks write no more, and the story has no more in it, than those of one process each
+    # the same tags as with one process per network
     for folder in (*folders, "population"):
-        assert set(scalars(shared / folder)) == set(scalars(alone / folder))
+        assert set(scalars(replicated / folder)) == set(scalars(single / folder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("networks", "number"), [(2, 2), (1, 3)])
-def test_a_run_that_is_stopped_or_loses_a_process_goes_on_bit_for_bit(
-    networks: int, number: int, tmp_path: Path
-) -> None:
-    """With batch norm, whose statistics differ from process to process inside an epoch."""
+def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_path: Path) -> None:
+    """With batch norm: inside an epoch, its statistics differ between the processes."""
     processes = networks * number
-    straight, stopped, killed = (tmp_path / name for name in ("straight", "stopped", "killed"))
+    names = ("uninterrupted", "stopped", "killed")
+    uninterrupted, stopped, killed = (tmp_path / name for name in names)
     options = (*LONG, *replicas(number))
-    together(processes, straight, *options)
+    together(processes, uninterrupted, *options)
 
     with background([torchrun(processes, stopped, *options)]) as (launcher,):
-        wait_until(saved(stopped, 1), "the first set", meanwhile=[launcher])
+        wait_until(saved(stopped, 1), "the first checkpoint", meanwhile=[launcher])
         os.kill(children(launcher)[processes - 1], signal.SIGUSR1)
         done = end_of(launcher, 25)
     assert "stopped early by SIGUSR1" in done.errors, done
@@ -110,31 +109,31 @@ def test_a_run_that_is_stopped_or_loses_a_process_goes_on_bit_for_bit(
     assert f"network {networks - 1} (replica {number - 1}, rank {processes - 1} on " in done.errors
 
     for network in range(networks):
-        whole = checkpoint(straight, EPOCHS, network)
+        expected = checkpoint(uninterrupted, EPOCHS, network)
         for run in (stopped, killed):
             resumed = checkpoint(run, EPOCHS, network)
-            assert_same_bits(whole["model"], resumed["model"])
-            assert whole["round"] == resumed["round"]
+            assert_same_bits(expected["model"], resumed["model"])
+            assert expected["round"] == resumed["round"]
 
 
-def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_uneven_number_of_processes_is_refused(tmp_path: Path) -> None:
     with background([program(tmp_path / "run", *replicas(2))] * 3) as processes:
         ends = [end_of(process, PROMPTLY) for process in processes]
     for done in ends:
         told(done, "runtime.replicas 2 needs 2 processes for each network, and 3", "start 2, 4, 6")
 
 
-def test_another_number_of_replicas_is_refused(tmp_path: Path) -> None:
+def test_resume_with_other_replicas_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    short = ("--model.name", "resnet8", "--epochs", "1")
-    assert finish([sys.executable, *program(run, *short)[1:]], timeout=60).status == 0
-    with background([program(run, *short, *replicas(2))] * 2) as processes:
+    options = ("--model.name", "resnet8", "--epochs", "1")
+    assert finish([sys.executable, *program(run, *options)[1:]], timeout=60).status == 0
+    with background([program(run, *options, *replicas(2))] * 2) as processes:
         ends = [end_of(process, PROMPTLY) for process in processes]
     told(ends[0], "runtime.replicas was 1 and is now 2", "choose another run_dir")
     assert all(done.status for done in ends)
 
 
-def test_batch_statistics_over_replicas_need_gpus(tmp_path: Path) -> None:
+def test_sync_bn_needs_gpus(tmp_path: Path) -> None:
     command = program(tmp_path / "run", *replicas(2), "--runtime.sync_bn", "true")
     with background([command] * 2) as processes:
         for process in processes:

@@ -1,4 +1,4 @@
-"""What only several processes can meet: each says what it found, and all end soon."""
+"""Errors that need several processes: each reports its cause, and all exit promptly."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LONG = ("--epochs", "400")
 SHORT = ("--epochs", "1")
 
 
-def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    """Every process says it, into its log too, and torchrun's table of failures has the line."""
+def test_non_finite_weights(tmp_path: Path) -> None:
+    """Every process reports them, in its log too, and torchrun's table of failures has the line."""
     run = tmp_path / "run"
     with background([torchrun(2, run, *SHORT, "--optim.lr", "1e30")]) as (launcher,):
-        opened = run / "network01/log.txt"
-        wait_until(lambda: opened.is_file() and "resnet20" in opened.read_text(), "the start")
+        log = run / "network01/log.txt"
+        wait_until(lambda: log.is_file() and "resnet20" in log.read_text(), "the start")
         done = end_of(launcher, PROMPTLY)
     line = told(done, "epoch 0", "network 0 has a weight", "network 1 has a weight")
     assert re.search(r"not finite in \S+\.(weight|bias|running_var|running_mean)", line)
@@ -47,8 +47,8 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_directory_that_is_not_shared(tmp_path: Path) -> None:
-    """As on two machines, each with a disk of its own: nothing but the errors is written."""
+def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
+    """As on two machines with separate disks: only the errors are written."""
     runs = [tmp_path / "one", tmp_path / "other"]
     with background([program(run, *SHORT) for run in runs]) as processes:
         ends = [end_of(process, 60) for process in processes]
@@ -58,8 +58,8 @@ def test_a_run_directory_that_is_not_shared(tmp_path: Path) -> None:
         assert list(contents(run)) == [f"network{network:02d}/log.txt"]
 
 
-def test_architectures_that_differ(tmp_path: Path) -> None:
-    """Found before the first epoch, however long an epoch is."""
+def test_different_architectures(tmp_path: Path) -> None:
+    """Detected before the first epoch, however long an epoch is."""
     run = tmp_path / "run"
     names = ("resnet20", "resnet32")
     with background([program(run, *LONG, "--model.name", name) for name in names]) as processes:
@@ -71,10 +71,10 @@ def test_architectures_that_differ(tmp_path: Path) -> None:
     assert not list(run.glob("network*/metrics.jsonl"))
 
 
-def test_a_peer_that_died_is_named_by_the_other(tmp_path: Path) -> None:
+def test_dead_peer_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with background([program(run, *LONG)] * 2) as processes:
-        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
         processes[1].kill()
         done = end_of(processes[0], PROMPTLY)
     told(done, "network 0", "network 1 (rank 1 on ", log=run / "network00/log.txt")
@@ -82,12 +82,10 @@ def test_a_peer_that_died_is_named_by_the_other(tmp_path: Path) -> None:
     assert not (run / "summary.json").exists()
 
 
-def test_under_torchrun_a_peer_that_died_is_named_by_the_survivor_and_in_the_table(
-    tmp_path: Path,
-) -> None:
+def test_dead_peer_under_torchrun_is_named_by_survivor_and_table(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with background([torchrun(2, run, *LONG)]) as (launcher,):
-        wait_until(saved(run, 1), "the first set", meanwhile=[launcher])
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
         first, second = children(launcher)
         os.kill(second, signal.SIGKILL)
         done = end_of(launcher, PROMPTLY)
@@ -97,49 +95,49 @@ def test_under_torchrun_a_peer_that_died_is_named_by_the_survivor_and_in_the_tab
     assert not is_alive(first)
 
 
-def test_a_peer_that_does_not_answer_is_named_after_the_time_out(tmp_path: Path) -> None:
+def test_stopped_peer_is_named_after_the_timeout(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = (*LONG, "--runtime.timeout_seconds", "8")
     with background([program(run, *options)] * 2) as processes:
-        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
         processes[1].send_signal(signal.SIGSTOP)
         done = end_of(processes[0], PROMPTLY)
     told(done, "network 1 (rank 1 on ", log=run / "network00/log.txt")
 
 
 @pytest.mark.slow
-def test_a_first_network_that_hangs_does_not_hold_the_others(tmp_path: Path) -> None:
-    """It keeps the store, which each network asks once a second whether to stop."""
+def test_stopped_first_network_does_not_block_the_others(tmp_path: Path) -> None:
+    """It hosts the store, which each network polls once a second for stop requests."""
     run = tmp_path / "run"
     options = (*LONG, "--runtime.timeout_seconds", "5")
     with background([program(run, *options)] * 2) as processes:
-        wait_until(saved(run, 1), "the first set", meanwhile=processes)
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
         processes[0].send_signal(signal.SIGSTOP)
         done = end_of(processes[1], 60)
     told(done, "network 1 (rank 1 on ", "answer", log=run / "network01/log.txt")
 
 
-def place(rank: int, port: int) -> dict[str, str]:
+def rendezvous(rank: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
-def test_a_peer_that_never_starts(tmp_path: Path, rank: int, missing: int) -> None:
+def test_peer_that_never_starts(tmp_path: Path, rank: int, missing: int) -> None:
     command = program(tmp_path / "run", *SHORT, "--runtime.timeout_seconds", "3")
     port = free_port()
-    done = finish(command, timeout=PROMPTLY, **place(rank, port))
+    done = finish(command, timeout=PROMPTLY, **rendezvous(rank, port))
     line = told(done, f"network {rank} (rank {rank} on ", "MASTER_PORT")
     assert f"network {missing}" in line or str(port) in line
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_port_that_something_else_has(tmp_path: Path, rank: int) -> None:
+def test_port_in_use(tmp_path: Path, rank: int) -> None:
     command = program(tmp_path / "run", *SHORT, "--runtime.timeout_seconds", "3")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        done = finish(command, timeout=PROMPTLY, **place(rank, port))
+        done = finish(command, timeout=PROMPTLY, **rendezvous(rank, port))
     told(done, f"port {port} of 127.0.0.1", "choose a free MASTER_PORT")
     assert list(contents(tmp_path / "run")) == [f"network{rank:02d}/log.txt"]

@@ -1,4 +1,4 @@
-"""Without rounds a network of a population is the network that it would be alone."""
+"""Without rounds, each network of a population trains as it would alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reading import assert_same_bits, checkpoint, metrics, scalars
 NETWORKS = (0, 1)
 
 
-def test_the_first_is_the_network_alone_bit_for_bit(
+def test_first_network_is_bitwise_equal_to_a_single_one(
     independent: Path, alone: Callable[..., Done], tmp_path: Path
 ) -> None:
     lr = str(metrics(independent, 0)[0]["lr"])
@@ -23,12 +23,12 @@ def test_the_first_is_the_network_alone_bit_for_bit(
     assert together["round"] == single["round"] == 0
 
 
-def test_the_second_is_another_network(independent: Path) -> None:
+def test_networks_differ(independent: Path) -> None:
     first, second = (checkpoint(independent, 3, k)["model"]["conv1.weight"] for k in NETWORKS)
     assert not torch.allclose(first, second)
 
 
-def test_there_is_no_round(independent: Path) -> None:
+def test_no_rounds_are_recorded(independent: Path) -> None:
     for network in NETWORKS:
         assert {line["graft"] for line in metrics(independent, network)} == {None}
         tags = scalars(independent / f"network{network:02d}")
@@ -36,7 +36,7 @@ def test_there_is_no_round(independent: Path) -> None:
         assert "entropy/conv1" in tags
 
 
-def test_no_round_means_nothing_after_it(independent: Path) -> None:
+def test_accuracies_before_and_after_the_last_round_are_equal(independent: Path) -> None:
     summary = json.loads((independent / "summary.json").read_text())
     for row in summary["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]

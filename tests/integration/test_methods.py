@@ -1,4 +1,4 @@
-"""Every method on real processes: what a run tells of it, and that a restart changes nothing."""
+"""Each method on real processes: what metrics.jsonl contains, and exact resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = (
     *("--optim.schedule", "constant"),
 )
 STEPS = 4
-"""Of an epoch: 64 images in batches of 16."""
+"""Per epoch: 64 images in batches of 16."""
 PAPA = ("--method", "papa", "--papa.every_steps", "3", "--papa.beta", "0.5")
 WASH = ("--method", "wash", "--wash.probability", "0.05")
 AVERAGE = ("--method", "average")
@@ -31,31 +31,31 @@ RANDOM = ("--graft.every_steps", "3", "--graft.topology", "random")
 NOISE = ("--graft.source", "noise", "--graft.threshold")
 
 
-def straight(folder: Path, *options: str) -> Path:
-    """The folder of a run of two networks over two epochs."""
-    run = folder / "straight"
+def uninterrupted(folder: Path, *options: str) -> Path:
+    """Train two networks for two epochs without interruption; returns the run directory."""
+    run = folder / "uninterrupted"
     together(2, run, *TINY, "--epochs", "2", *options)
     return run
 
 
 @pytest.fixture(scope="module")
 def papa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return straight(tmp_path_factory.mktemp("papa"), *PAPA)
+    return uninterrupted(tmp_path_factory.mktemp("papa"), *PAPA)
 
 
 @pytest.fixture(scope="module")
 def wash(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return straight(tmp_path_factory.mktemp("wash"), *WASH)
+    return uninterrupted(tmp_path_factory.mktemp("wash"), *WASH)
 
 
 @pytest.fixture(scope="module")
 def average(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return straight(tmp_path_factory.mktemp("average"), *AVERAGE)
+    return uninterrupted(tmp_path_factory.mktemp("average"), *AVERAGE)
 
 
 @pytest.fixture(scope="module")
 def random_donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return straight(tmp_path_factory.mktemp("random"), *RANDOM)
+    return uninterrupted(tmp_path_factory.mktemp("random"), *RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +65,23 @@ def bytes_of_a_network() -> int:
 
 
 def entries(run: Path, network: int) -> list[dict[str, Any]]:
-    """What each epoch tells of its rounds."""
+    """Return the entry of the rounds of each epoch."""
     return [line["graft"] for line in metrics(run, network)]
 
 
-def apart(run: Path) -> float:
-    """Largest difference between the two networks' first convolutions at the end."""
+def distance(run: Path) -> float:
+    """Return the largest final difference between the two networks' first convolutions."""
     first, second = (checkpoint(run, 2, k)["model"]["conv1.weight"] for k in (0, 1))
     return float((first - second).abs().max())
 
 
-def assert_a_restart_changes_nothing(run: Path, tmp_path: Path, *options: str) -> None:
-    """One epoch, and a second one from its checkpoint, end as the straight run did."""
-    again = tmp_path / "again"
+def assert_resumes_exactly(run: Path, tmp_path: Path, *options: str) -> None:
+    """Train one epoch, resume for a second, and compare with the uninterrupted run."""
+    resumed = tmp_path / "resumed"
     for epochs in ("1", "2"):
-        together(2, again, *TINY, *options, "--epochs", epochs)
+        together(2, resumed, *TINY, *options, "--epochs", epochs)
     for network in (0, 1):
-        first, second = (checkpoint(folder, 2, network) for folder in (run, again))
+        first, second = (checkpoint(folder, 2, network) for folder in (run, resumed))
         assert_same_bits(first["model"], second["model"])
         moments = [
             {str(k): part["momentum_buffer"] for k, part in state["optimizer"]["state"].items()}
@@ -90,18 +90,18 @@ def assert_a_restart_changes_nothing(run: Path, tmp_path: Path, *options: str) -
         assert moments[0]
         assert_same_bits(*moments)
         assert first["round"] == second["round"]
-        for one, other in zip(entries(run, network), entries(again, network), strict=True):
+        for one, other in zip(entries(run, network), entries(resumed, network), strict=True):
             for what in ("round", "rounds", "bytes", "coefficient", "donor", "distance"):
                 assert one[what] == other[what]
 
 
 @pytest.mark.parametrize("network", [0, 1])
-def test_papa_pulls_every_few_steps(papa: Path, bytes_of_a_network: int, network: int) -> None:
-    """Steps 3 and 6 of 8: one in each epoch, with a quarter of the other network."""
-    told = entries(papa, network)
-    assert [entry["round"] for entry in told] == [0, 1]
-    assert [entry["rounds"] for entry in told] == [1, 1]
-    for entry in told:
+def test_papa_rounds(papa: Path, bytes_of_a_network: int, network: int) -> None:
+    """After steps 3 and 6 of 8: one per epoch, with a share of one quarter of the other network."""
+    rounds = entries(papa, network)
+    assert [entry["round"] for entry in rounds] == [0, 1]
+    assert [entry["rounds"] for entry in rounds] == [1, 1]
+    for entry in rounds:
         assert entry["bytes"] == bytes_of_a_network
         assert set(entry["coefficient"].values()) == {0.75}
         assert entry["information"] == {}
@@ -109,73 +109,69 @@ def test_papa_pulls_every_few_steps(papa: Path, bytes_of_a_network: int, network
     assert checkpoint(papa, 2, network)["round"] == 2
 
 
-def test_papa_leaves_the_networks_apart(papa: Path) -> None:
-    assert apart(papa) > 1e-3
+def test_papa_networks_stay_different(papa: Path) -> None:
+    assert distance(papa) > 1e-3
 
 
-def test_papa_goes_on_from_a_checkpoint_bit_for_bit(papa: Path, tmp_path: Path) -> None:
-    assert_a_restart_changes_nothing(papa, tmp_path, *PAPA)
+def test_papa_resumes_exactly(papa: Path, tmp_path: Path) -> None:
+    assert_resumes_exactly(papa, tmp_path, *PAPA)
 
 
 @pytest.mark.parametrize("network", [0, 1])
-def test_wash_swaps_a_few_scalars_after_every_step(
-    wash: Path, bytes_of_a_network: int, network: int
-) -> None:
-    told = entries(wash, network)
-    assert [entry["round"] for entry in told] == [STEPS - 1, 2 * STEPS - 1]
-    for entry in told:
+def test_wash_rounds(wash: Path, bytes_of_a_network: int, network: int) -> None:
+    rounds = entries(wash, network)
+    assert [entry["round"] for entry in rounds] == [STEPS - 1, 2 * STEPS - 1]
+    for entry in rounds:
         assert entry["rounds"] == STEPS
         assert entry["bytes"] % 4 == 0
-        # At most 5 % of the first layer's scalars travel, and none of the last's.
+        # at most 5% of the first layer's scalars are exchanged, and none of the last layer's
         assert 0 < entry["bytes"] < 0.05 * STEPS * bytes_of_a_network
         assert entry["distance"] == {}
-        kept = list(entry["coefficient"].values())
-        assert kept[0] == pytest.approx(1 - 0.05 / 2)
-        assert kept == sorted(kept)
-        assert kept[-1] == 1.0
+        coefficients = list(entry["coefficient"].values())
+        assert coefficients[0] == pytest.approx(1 - 0.05 / 2)
+        assert coefficients == sorted(coefficients)
+        assert coefficients[-1] == 1.0
     assert checkpoint(wash, 2, network)["round"] == 2 * STEPS
 
 
-def test_wash_moves_as_many_bytes_in_both_networks(wash: Path) -> None:
+def test_wash_exchanges_equal_bytes(wash: Path) -> None:
     first, second = ([entry["bytes"] for entry in entries(wash, k)] for k in (0, 1))
     assert first == second
 
 
-def test_wash_goes_on_from_a_checkpoint_bit_for_bit(wash: Path, tmp_path: Path) -> None:
-    assert_a_restart_changes_nothing(wash, tmp_path, *WASH)
+def test_wash_resumes_exactly(wash: Path, tmp_path: Path) -> None:
+    assert_resumes_exactly(wash, tmp_path, *WASH)
 
 
-def test_the_average_makes_the_networks_alike(average: Path, bytes_of_a_network: int) -> None:
+def test_average_makes_the_networks_equal(average: Path, bytes_of_a_network: int) -> None:
     for network in (0, 1):
-        told = entries(average, network)
-        assert [(entry["round"], entry["rounds"]) for entry in told] == [(0, 1), (1, 1)]
-        assert {entry["bytes"] for entry in told} == {bytes_of_a_network}
-        assert {share for entry in told for share in entry["coefficient"].values()} == {0.5}
-    assert apart(average) < 1e-6
+        rounds = entries(average, network)
+        assert [(entry["round"], entry["rounds"]) for entry in rounds] == [(0, 1), (1, 1)]
+        assert {entry["bytes"] for entry in rounds} == {bytes_of_a_network}
+        assert {share for entry in rounds for share in entry["coefficient"].values()} == {0.5}
+    assert distance(average) < 1e-6
 
 
-def test_random_donors_every_few_steps(random_donors: Path, bytes_of_a_network: int) -> None:
+def test_random_donors(random_donors: Path, bytes_of_a_network: int) -> None:
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
     names = [unit.name for unit in graft_units(model)]
     for network in (0, 1):
-        told = entries(random_donors, network)
-        assert [(entry["round"], entry["rounds"]) for entry in told] == [(0, 1), (1, 1)]
-        for entry in told:
+        rounds = entries(random_donors, network)
+        assert [(entry["round"], entry["rounds"]) for entry in rounds] == [(0, 1), (1, 1)]
+        for entry in rounds:
             assert entry["donor"] == 1 - network
             assert entry["bytes"] == bytes_of_a_network
             assert list(entry["coefficient"]) == list(entry["information"]) == names
             assert all(0.3 <= share <= 0.7 for share in entry["coefficient"].values())
-    kept = [
-        list(entries(random_donors, k)[1]["coefficient"].values()) for k in (0, 1)
-    ]  # of one pair: they add up to 1
-    assert [one + other for one, other in zip(*kept, strict=True)] == pytest.approx(
+    coefficients = [list(entries(random_donors, k)[1]["coefficient"].values()) for k in (0, 1)]
+    assert [one + other for one, other in zip(*coefficients, strict=True)] == pytest.approx(
         [1.0] * len(names)
     )
 
 
-def test_noise_needs_no_other_network(alone: Alone, tmp_path: Path) -> None:
-    """It changes only invalid filters; where there are none the run is plain training."""
-    ends = {}
+def test_noise_with_a_single_network(alone: Alone, tmp_path: Path) -> None:
+    """Noise changes invalid filters only; without any, the run equals plain training."""
+    finals = {}
     for name, options in (
         ("plain", ("--method", "none")),
         ("none", (*NOISE, "1e-9")),
@@ -184,19 +180,19 @@ def test_noise_needs_no_other_network(alone: Alone, tmp_path: Path) -> None:
         done = alone(tmp_path / name, *TINY, "--epochs", "2", *options)
         assert done.status == 0, done
         assert [line["graft"] for line in metrics(tmp_path / name, 0)] == [None, None]
-        ends[name] = checkpoint(tmp_path / name, 2, 0)
-    assert [ends[name]["round"] for name in ("plain", "none", "all")] == [0, 2, 2]
-    assert_same_bits(ends["plain"]["model"], ends["none"]["model"])
-    plain, noisy = (ends[name]["model"]["conv1.weight"] for name in ("plain", "all"))
+        finals[name] = checkpoint(tmp_path / name, 2, 0)
+    assert [finals[name]["round"] for name in ("plain", "none", "all")] == [0, 2, 2]
+    assert_same_bits(finals["plain"]["model"], finals["none"]["model"])
+    plain, noisy = (finals[name]["model"]["conv1.weight"] for name in ("plain", "all"))
     assert 0.5 < float((plain - noisy).std()) < 3
 
 
-def test_a_network_learns_from_a_teacher(average: Path, alone: Alone, tmp_path: Path) -> None:
+def test_distillation(average: Path, alone: Alone, tmp_path: Path) -> None:
     teacher = average / "checkpoints/epoch_0002/network00.pt"
     digest = hashlib.sha256(teacher.read_bytes()).digest()
-    asked = ("--distill.teachers", f"[{teacher}]", "--distill.weight")
+    distill = ("--distill.teachers", f"[{teacher}]", "--distill.weight")
     losses, weights = {}, {}
-    for name, options in (("plain", ()), ("0", (*asked, "0")), ("1", (*asked, "1"))):
+    for name, options in (("plain", ()), ("0", (*distill, "0")), ("1", (*distill, "1"))):
         done = alone(tmp_path / name, *TINY, "--epochs", "1", *options)
         assert done.status == 0, done
         (line,) = metrics(tmp_path / name, 0)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves where it stands, and goes on as if it had never stopped."""
+"""A run that is asked to stop saves inside an epoch and resumes exactly."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ OPTIONS = (
 Launcher = subprocess.Popen[str]
 
 
-def again_and_again(launcher: Launcher, _: Path) -> None:
-    """First one that is named in the end; then all kinds, for as long as the process is there."""
-    victim = children(launcher)[1]
-    os.kill(victim, signal.SIGUSR1)
+def signal_repeatedly(launcher: Launcher, _: Path) -> None:
+    """Send SIGUSR1, which the run reports, and then all signals until the process has exited."""
+    worker = children(launcher)[1]
+    os.kill(worker, signal.SIGUSR1)
     for number in itertools.cycle(SIGNALS):
-        if not is_alive(victim):
+        if not is_alive(worker):
             return
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, number)
+            os.kill(worker, number)
         time.sleep(0.05)
 
 
-ASKS: dict[str, Callable[[Launcher, Path], None]] = {
-    "SIGUSR1, and more while it saves": again_and_again,
-    "SIGTERM of the launcher": lambda launcher, _: launcher.terminate(),
+STOP_REQUESTS: dict[str, Callable[[Launcher, Path], None]] = {
+    "SIGUSR1, and more while saving": signal_repeatedly,
+    "SIGTERM to the launcher": lambda launcher, _: launcher.terminate(),
     "STOP": lambda _, run: (run / "STOP").touch(),
 }
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     together(2, run, *OPTIONS)
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked_by", ASKS)
-def test_it_stops_inside_an_epoch_and_goes_on(
-    asked_by: str, straight: Path, tmp_path: Path
+@pytest.mark.parametrize("request_", STOP_REQUESTS)
+def test_stops_inside_an_epoch_and_resumes_exactly(
+    request_: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     first = run / "network00/metrics.jsonl"
@@ -73,10 +73,10 @@ def test_it_stops_inside_an_epoch_and_goes_on(
         wait_until(
             lambda: first.exists() and "\n" in first.read_text(), "epoch 1", meanwhile=[launcher]
         )
-        ASKS[asked_by](launcher, run)
+        STOP_REQUESTS[request_](launcher, run)
         done = end_of(launcher, 25)
-    assert done.status == 1  # torchrun's; a process's own is 75
-    name = re.split("[ ,]", asked_by)[0]
+    assert done.status == 1  # of torchrun; each process exits with 75
+    name = re.split("[ ,]", request_)[0]
     assert "stopped early by " in done.errors
     for network in (0, 1):
         (line,) = (run / f"network{network:02d}/log.txt").read_text().splitlines()[-1:]
@@ -98,11 +98,11 @@ def test_it_stops_inside_an_epoch_and_goes_on(
     assert not (run / "STOPPED_EARLY").exists()
     assert not (run / "STOP").exists()
     for network in (0, 1):
-        before, after = (checkpoint(path, 3, network) for path in (straight, run))
+        before, after = (checkpoint(path, 3, network) for path in (uninterrupted, run))
         assert_same_bits(before["model"], after["model"])
         assert before["round"] == after["round"]
         assert before["scheduler"] == after["scheduler"]
-        for one, other in zip(metrics(straight, network), metrics(run, network), strict=True):
+        for one, other in zip(metrics(uninterrupted, network), metrics(run, network), strict=True):
             for what in ("epoch", "lr", "test_loss", "test_accuracy", "train_accuracy"):
                 assert one[what] == other[what]
             assert one["train_loss"] == pytest.approx(other["train_loss"])
@@ -113,14 +113,10 @@ def test_it_stops_inside_an_epoch_and_goes_on(
 
 
 @pytest.mark.slow
-def test_a_signal_after_a_peer_died_is_no_reason_to_save(tmp_path: Path) -> None:
+def test_nothing_is_saved_if_a_peer_died(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with background([torchrun(3, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
-        wait_until(
-            saved(run, 1),
-            "the first set",
-            meanwhile=[launcher],
-        )
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
         os.kill(children(launcher)[1], signal.SIGKILL)
         done = end_of(launcher, 20)
     assert done.status == 1
@@ -128,4 +124,4 @@ def test_a_signal_after_a_peer_died_is_no_reason_to_save(tmp_path: Path) -> None
     assert not (run / "STOPPED_EARLY").exists()
     assert "network 1 (rank 1 on " in done.errors
     files = [sorted(path.name for path in folder.iterdir()) for folder in run.glob("checkpoints/*")]
-    assert all("COMPLETE.json" in names for names in files), "half a set was left"
+    assert all("COMPLETE.json" in names for names in files), "an incomplete checkpoint remains"

@@ -1,4 +1,4 @@
-"""What a run of two networks leaves behind."""
+"""Files of a run with two networks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from dist_graft.training.data import load_data
 from dist_graft.training.models import build_model
 
 NETWORKS = (0, 1)
-CONTRACT = {
+METRICS_CONTRACT = {
     *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
     *("images_per_second", "graft"),
 }
-BEYOND = {"val_loss", "val_accuracy", "phase_seconds", "information"}
+MORE_METRICS = {"val_loss", "val_accuracy", "phase_seconds", "information"}
 ROUND_CONTRACT = {"round", "donor", "seconds", "bytes", "coefficient", "information", "distance"}
 BY_UNIT = ("coefficient", "information", "distance")
 UNITS = graft_units(build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1))
@@ -52,7 +52,7 @@ def summary(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_files_of_the_contract_and_no_others(pair: Path) -> None:
+def test_files_of_the_contract_and_no_others(pair: Path) -> None:
     found = {re.sub(r"tfevents\..*", "tfevents", name) for name in contents(pair)}
     assert found - {"population/log.txt"} == {
         "config.yaml",
@@ -68,7 +68,7 @@ def test_the_files_of_the_contract_and_no_others(pair: Path) -> None:
     }
 
 
-def test_the_population_has_a_log(pair: Path) -> None:
+def test_population_log(pair: Path) -> None:
     assert "epoch 3/3" in (pair / "population/log.txt").read_text()
 
 
@@ -78,38 +78,39 @@ def test_each_network_logs_every_epoch(pair: Path) -> None:
         assert [log.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
 
 
-def test_one_process_speaks(pair: Path) -> None:
+def test_only_one_process_prints(pair: Path) -> None:
     output = (pair.parent / "output.txt").read_text()
     assert [output.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
     assert output.count("ensemble") == 1
     assert f"tensorboard --logdir {pair}" in output
 
 
-class TestConfiguration:
-    def test_it_loads_back(self, pair: Path) -> None:
-        options = ["--run_dir", str(pair), *SMALL, *PAIR]
-        configs = [
-            from_nested(TrainConfig, cli._parse(["train", *argv])[1])
-            for argv in (options, ["--config", str(pair / "config.yaml")])
-        ]
-        assert configs[0] == configs[1]
-        assert configs[0].optim.lr_diversity == "cosine"
+def test_saved_configuration_equals_the_options(pair: Path) -> None:
+    options = ["--run_dir", str(pair), *SMALL, *PAIR]
+    configs = [
+        from_nested(TrainConfig, cli._parse(["train", *argv])[1])
+        for argv in (options, ["--config", str(pair / "config.yaml")])
+    ]
+    assert configs[0] == configs[1]
+    assert configs[0].optim.lr_diversity == "cosine"
 
 
 class TestMetrics:
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_a_line_an_epoch_with_the_keys_of_the_contract(self, pair: Path, network: int) -> None:
+    def test_one_line_per_epoch_with_the_keys_of_the_contract(
+        self, pair: Path, network: int
+    ) -> None:
         lines = metrics(pair, network)
         assert [line["epoch"] for line in lines] == [0, 1, 2]
         for line in lines:
-            assert set(line) == CONTRACT | BEYOND
+            assert set(line) == METRICS_CONTRACT | MORE_METRICS
             assert set(line["graft"]) == ROUND_CONTRACT | {"phase_seconds", "rounds", "healed_from"}
             assert line["val_loss"] is line["val_accuracy"] is None
-            for which, images in (("train", 64), ("test", 40)):
-                hits = line[f"{which}_accuracy"] * images / 100
+            for split, images in (("train", 64), ("test", 40)):
+                hits = line[f"{split}_accuracy"] * images / 100
                 assert hits == pytest.approx(round(hits))
                 assert 0 <= hits <= images
-                assert line[f"{which}_loss"] > 0
+                assert line[f"{split}_loss"] > 0
             assert line["images_per_second"] > 0
             assert set(line["phase_seconds"]) == set(PHASES)
             assert line["phase_seconds"]["step"] > 0
@@ -117,7 +118,7 @@ class TestMetrics:
             assert line["information"] == pytest.approx(line["graft"]["information"])
 
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_the_rounds(self, pair: Path, network: int) -> None:
+    def test_rounds(self, pair: Path, network: int) -> None:
         for number, line in enumerate(metrics(pair, network)):
             graft = line["graft"]
             assert graft["round"] == number
@@ -128,30 +129,30 @@ class TestMetrics:
             assert all(0 < value < math.log(10) for value in graft["information"].values())
             assert all(value > 0 for value in graft["distance"].values())
 
-    def test_both_sides_of_a_round_say_the_same(self, pair: Path) -> None:
+    def test_both_networks_record_the_same_round(self, pair: Path) -> None:
         for first, second in zip(*(metrics(pair, k) for k in NETWORKS), strict=True):
             one, other = first["graft"], second["graft"]
             for unit in NAMES:
                 assert one["coefficient"][unit] + other["coefficient"][unit] == pytest.approx(1)
                 assert one["distance"][unit] == pytest.approx(other["distance"][unit])
-                surplus = one["information"][unit] - other["information"][unit]
-                expected = 0.4 / math.pi * math.atan(5 * surplus) + 0.5
+                difference = one["information"][unit] - other["information"][unit]
+                expected = 0.4 / math.pi * math.atan(5 * difference) + 0.5
                 assert one["coefficient"][unit] == pytest.approx(expected)
 
-    def test_what_a_round_moves(self, pair: Path) -> None:
-        """All weights and running statistics of the other network, in fp32."""
+    def test_bytes_of_a_round(self, pair: Path) -> None:
+        """All weights and running statistics of the donor, in fp32."""
         state = checkpoint(pair, 3, 0)["model"]
         size = sum(value.numel() * 4 for value in state.values() if value.is_floating_point())
         assert {line["graft"]["bytes"] for k in NETWORKS for line in metrics(pair, k)} == {size}
 
     def test_different_learning_rates(self, pair: Path) -> None:
-        for network, largest in enumerate((0.05, 0.1)):
+        for network, initial in enumerate((0.05, 0.1)):
             rates = [line["lr"] for line in metrics(pair, network)]
-            expected = [largest * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+            expected = [initial * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
             assert rates == pytest.approx(expected)
-            assert summary(pair)["networks"][network]["lr"] == pytest.approx(largest)
+            assert summary(pair)["networks"][network]["lr"] == pytest.approx(initial)
 
-    def test_each_network_sees_the_data_in_its_own_order(self, pair: Path) -> None:
+    def test_data_order_differs_between_networks(self, pair: Path) -> None:
         first, second = (metrics(pair, network)[2]["train_loss"] for network in NETWORKS)
         assert first != second
 
@@ -159,9 +160,7 @@ class TestMetrics:
 class TestCheckpoints:
     @pytest.mark.parametrize("epoch", [2, 3])
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_a_file_has_the_keys_of_the_contract(
-        self, pair: Path, epoch: int, network: int
-    ) -> None:
+    def test_keys_of_the_contract(self, pair: Path, epoch: int, network: int) -> None:
         state = checkpoint(pair, epoch, network)
         contract = {"network", "epoch", "step", "round", "model", "optimizer", "scheduler"}
         assert contract <= set(state)
@@ -173,29 +172,27 @@ class TestCheckpoints:
         assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
 
     @pytest.mark.parametrize("epoch", [2, 3])
-    def test_a_complete_set_has_the_checksum_of_every_file(self, pair: Path, epoch: int) -> None:
+    def test_complete_json_has_the_checksum_of_every_file(self, pair: Path, epoch: int) -> None:
         folder = pair / "checkpoints" / f"epoch_{epoch:04d}"
-        mark = json.loads((folder / "COMPLETE.json").read_text())
-        assert (mark["epoch"], mark["round"], mark["networks"]) == (epoch, epoch, 2)
-        assert mark["sha256"] == {
+        content = json.loads((folder / "COMPLETE.json").read_text())
+        assert (content["epoch"], content["round"], content["networks"]) == (epoch, epoch, 2)
+        assert content["sha256"] == {
             f"network{k:02d}.pt": hashlib.sha256(
                 (folder / f"network{k:02d}.pt").read_bytes()
             ).hexdigest()
             for k in NETWORKS
         }
 
-    def test_their_momentum_stays_their_own(self, pair: Path) -> None:
+    def test_momentum_is_not_exchanged(self, pair: Path) -> None:
         first, second = (checkpoint(pair, 3, network)["optimizer"]["state"] for network in NETWORKS)
         assert not torch.allclose(first[0]["momentum_buffer"], second[0]["momentum_buffer"])
 
 
 class TestRounds:
-    """`independent` has the weights that the networks go into their first round with."""
+    """`independent` has the weights before the first round."""
 
-    def test_the_first_round_is_the_round_in_one_process(
-        self, by_peers: Path, independent: Path
-    ) -> None:
-        """Bit for bit what `mix` makes of the networks as they were."""
+    def test_first_round_equals_mix(self, by_peers: Path, independent: Path) -> None:
+        """Bit for bit, from the weights before the round."""
         before = [checkpoint(independent, 1, network)["model"] for network in NETWORKS]
         after = [checkpoint(by_peers, 1, network)["model"] for network in NETWORKS]
         rule = Graft()
@@ -205,8 +202,8 @@ class TestRounds:
             assert_same_bits(after[network], expected[network])
             assert not torch.equal(after[network]["conv1.weight"], before[network]["conv1.weight"])
 
-    def test_both_networks_hold_equal_weights(self, by_peers: Path, independent: Path) -> None:
-        """Equal within 2 ulp of the larger input, batch norm's statistics included."""
+    def test_networks_are_equal_after_a_round(self, by_peers: Path, independent: Path) -> None:
+        """To within 2 ulp of the larger input, including batch-norm statistics."""
         before = [checkpoint(independent, 1, network)["model"] for network in NETWORKS]
         first, second = (checkpoint(by_peers, 1, network)["model"] for network in NETWORKS)
         for key, value in first.items():
@@ -218,7 +215,7 @@ class TestRounds:
                 assert torch.equal(value, second[key]), key
 
     @pytest.mark.parametrize("epoch", [2, 3])
-    def test_only_the_donor_s_weights_travelling_gives_the_same_bits(
+    def test_p2p_and_all_gather_give_the_same_bits(
         self, pair: Path, by_peers: Path, epoch: int
     ) -> None:
         for network in NETWORKS:
@@ -227,7 +224,7 @@ class TestRounds:
 
 
 class TestSummary:
-    def test_its_keys(self, pair: Path) -> None:
+    def test_keys(self, pair: Path) -> None:
         found = summary(pair)
         assert set(found) == {
             *("networks", "wall_seconds", "diverged", "events"),
@@ -243,16 +240,16 @@ class TestSummary:
             }
 
     @pytest.mark.parametrize("when", ["before", "after"])
-    def test_the_mean_is_the_mean(self, pair: Path, when: str) -> None:
+    def test_mean(self, pair: Path, when: str) -> None:
         found = summary(pair)
         members = [row[f"accuracy_{when}_last_round"] for row in found["networks"]]
         assert found[f"mean_accuracy_{when}_last_round"] == pytest.approx(statistics.mean(members))
 
-    def test_before_the_round_is_what_the_last_epoch_said(self, pair: Path) -> None:
+    def test_accuracy_before_the_last_round_is_that_of_the_last_epoch(self, pair: Path) -> None:
         for network, row in enumerate(summary(pair)["networks"]):
             assert row["accuracy_before_last_round"] == metrics(pair, network)[-1]["test_accuracy"]
 
-    def test_after_the_round_is_what_the_saved_weights_give(self, pair: Path) -> None:
+    def test_accuracy_after_the_last_round_is_that_of_the_saved_weights(self, pair: Path) -> None:
         found, members, labels = summary(pair), [], torch.tensor([])
         for network, row in enumerate(found["networks"]):
             scores, labels = predictions(checkpoint(pair, 3, network)["model"])
@@ -261,7 +258,7 @@ class TestSummary:
         ensemble = percent(torch.stack(members).mean(0), labels)
         assert found["ensemble_accuracy_after_last_round"] == ensemble
 
-    def test_the_ensemble_before_the_round_is_a_share_of_the_images(self, pair: Path) -> None:
+    def test_ensemble_accuracy_is_a_fraction_of_the_images(self, pair: Path) -> None:
         hits = summary(pair)["ensemble_accuracy_before_last_round"] * 40 / 100
         assert hits == pytest.approx(round(hits))
         assert 0 <= hits <= 40
@@ -269,7 +266,7 @@ class TestSummary:
 
 @torch.no_grad()
 def predictions(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Probabilities of the run's test images and their labels."""
+    """Return the class probabilities and the labels of the run's test images."""
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1).eval()
     model.load_state_dict(state)
     data = load_data(
@@ -288,7 +285,7 @@ def percent(scores: Tensor, labels: Tensor) -> float:
 
 
 class TestTensorBoard:
-    def test_the_same_tags_for_every_network(self, pair: Path) -> None:
+    def test_tags_are_equal_for_all_networks(self, pair: Path) -> None:
         first, second = (scalars(pair / f"network{network:02d}") for network in NETWORKS)
         assert set(first) == set(second)
         singles = {
@@ -302,10 +299,10 @@ class TestTensorBoard:
             assert list(first[tag]) == list(second[tag]) == [0, 1, 2], tag
 
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_they_say_what_the_metrics_say(self, pair: Path, network: int) -> None:
+    def test_scalars_equal_the_metrics(self, pair: Path, network: int) -> None:
         board = scalars(pair / f"network{network:02d}")
         for epoch, line in enumerate(metrics(pair, network)):
-            said = {
+            expected = {
                 "loss/train": line["train_loss"],
                 "loss/test": line["test_loss"],
                 "accuracy/train": line["train_accuracy"],
@@ -314,15 +311,15 @@ class TestTensorBoard:
                 "images_per_second": line["images_per_second"],
             }
             for unit in NAMES:
-                said[f"coefficient/{unit}"] = line["graft"]["coefficient"][unit]
-                said[f"entropy/{unit}"] = line["graft"]["information"][unit]
-                said[f"distance/{unit}"] = line["graft"]["distance"][unit]
-            for tag, value in said.items():
+                expected[f"coefficient/{unit}"] = line["graft"]["coefficient"][unit]
+                expected[f"entropy/{unit}"] = line["graft"]["information"][unit]
+                expected[f"distance/{unit}"] = line["graft"]["distance"][unit]
+            for tag, value in expected.items():
                 assert board[tag][epoch] == pytest.approx(value, rel=1e-6), tag
 
     @pytest.mark.parametrize("network", NETWORKS)
     def test_invalid_filters(self, pair: Path, network: int) -> None:
-        """As many as filters at most, fewer at the lower threshold, and the sum over the units."""
+        """At most the number of filters, and no more at the lower threshold."""
         board = scalars(pair / f"network{network:02d}")
         state = checkpoint(pair, 3, network)["model"]
         for epoch in range(3):
@@ -330,7 +327,7 @@ class TestTensorBoard:
                 low, high = (board[f"invalid_{at}/{unit}"][epoch] for at in ("0.01", "0.1"))
                 assert 0 <= low <= high <= len(state[f"{unit}.weight"])
 
-    def test_the_population(self, pair: Path) -> None:
+    def test_population_scalars(self, pair: Path) -> None:
         board = scalars(pair / "population")
         for epoch in range(3):
             members = [metrics(pair, k)[epoch]["test_accuracy"] for k in NETWORKS]
@@ -348,7 +345,7 @@ class TestTensorBoard:
         assert last == pytest.approx(summary(pair)["ensemble_accuracy_before_last_round"])
 
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_time_and_layers_as_a_whole(self, pair: Path, network: int) -> None:
+    def test_time_shares_and_layer_summaries(self, pair: Path, network: int) -> None:
         board = scalars(pair / f"network{network:02d}")
         for epoch, line in enumerate(metrics(pair, network)):
             shares = [board[f"time_share/{phase}"][epoch] for phase in PHASES]
@@ -361,19 +358,19 @@ class TestTensorBoard:
                 assert board[f"layers/{tag}_mean"][epoch] == pytest.approx(mean, rel=1e-6)
 
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_the_heat_maps_of_the_last_epoch(self, pair: Path, network: int) -> None:
+    def test_heat_maps_of_the_last_epoch(self, pair: Path, network: int) -> None:
         found = pictures(pair / f"network{network:02d}")
         assert {tag: max(steps) for tag, steps in found.items()} == {
             "heat_map/coefficient": 2,
             "heat_map/entropy": 2,
         }
 
-    def test_who_gave_what_to_whom(self, pair: Path) -> None:
-        (drawn,) = pictures(pair / "population").values()
-        assert max(drawn) == 2
+    def test_drawing_of_the_last_round(self, pair: Path) -> None:
+        (images,) = pictures(pair / "population").values()
+        assert max(images) == 2
 
     @pytest.mark.parametrize("network", NETWORKS)
-    def test_the_hyperparameters_and_their_results(self, pair: Path, network: int) -> None:
+    def test_hyperparameters_and_results(self, pair: Path, network: int) -> None:
         folder = pair / f"network{network:02d}"
         row, ended = session(folder)
         accuracies = summary(pair)["networks"][network]
@@ -381,10 +378,10 @@ class TestTensorBoard:
         assert row["lr"] == pytest.approx(accuracies["lr"])
         assert (row["model"], row["method"], row["seed"]) == ("resnet20", "graft", 5)
         for when in ("before", "after"):
-            shown = scalars(folder)[f"final/test_accuracy_{when}_last_round"]
-            assert shown == {2: pytest.approx(accuracies[f"accuracy_{when}_last_round"])}
+            values = scalars(folder)[f"final/test_accuracy_{when}_last_round"]
+            assert values == {2: pytest.approx(accuracies[f"accuracy_{when}_last_round"])}
 
-    def test_the_texts(self, pair: Path) -> None:
+    def test_texts(self, pair: Path) -> None:
         found = texts(pair / "population")
         assert found["run/configuration"][0] == f"```\n{(pair / 'config.yaml').read_text()}```"
         assert f"| torch | {torch.__version__} |" in found["run/versions"][0]
@@ -392,7 +389,7 @@ class TestTensorBoard:
         assert found["run/hosts"][0].splitlines()[2:] == rows
         assert "run/story" not in found
 
-    def test_the_layout(self, pair: Path) -> None:
+    def test_layout(self, pair: Path) -> None:
         expected = custom_scalars("entropy", validation=False, rounds=True)
         assert layout(pair / "population") == {
             category: {title: tags for title, (_, tags) in charts.items()}
@@ -400,7 +397,7 @@ class TestTensorBoard:
         }
 
 
-def test_a_finished_run_started_again_changes_nothing(pair: Path, tmp_path: Path) -> None:
+def test_rerunning_a_finished_run_changes_nothing(pair: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(pair, run)
     before = contents(run, without=("log.txt", "status.json"))

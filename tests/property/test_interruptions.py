@@ -1,4 +1,4 @@
-"""Wherever a run is interrupted, and in whatever way, its final weights are the same."""
+"""The final weights do not depend on when and how a run is interrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -34,23 +34,23 @@ from dist_graft.config import (
 from dist_graft.errors import StoppedEarlyError
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.training.checkpoint.files import COMPLETE, complete_sets
+from dist_graft.training.checkpoint.files import COMPLETE, complete_checkpoints
 from dist_graft.training.trainer import fit
 
 EPOCHS, STEPS = 3, 4
-Way = Literal["die", "stop", "die and damage", "die and cut off"]
-WAYS: tuple[Way, ...] = ("die", "stop", "die and damage", "die and cut off")
+Interruption = Literal["die", "stop", "die and damage", "die and lose COMPLETE.json"]
+KINDS: tuple[Interruption, ...] = get_args(Interruption)
 INTERRUPTIONS = st.lists(
-    st.tuples(st.sampled_from(WAYS), st.integers(1, EPOCHS * STEPS)), min_size=1, max_size=4
+    st.tuples(st.sampled_from(KINDS), st.integers(1, EPOCHS * STEPS)), min_size=1, max_size=4
 )
 
 
 class DiedError(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the death of the process."""
 
 
 def config(folder: Path, *, every_steps: int, every: int) -> TrainConfig:
-    """One network that grafts itself, inside its epochs and at their ends."""
+    """Configure one network that grafts itself, inside its epochs and at their ends."""
     return TrainConfig(
         run_dir=str(folder),
         epochs=EPOCHS,
@@ -65,13 +65,13 @@ def config(folder: Path, *, every_steps: int, every: int) -> TrainConfig:
 
 
 @contextmanager
-def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Do something after so many optimizer steps."""
+def after_step(step: int, action: Callable[[], None]) -> Iterator[None]:
+    """Call a function after the given number of optimizer steps."""
     steps = itertools.count(1)
 
     def hook(*_: object) -> None:
         if next(steps) == step:
-            act()
+            action()
 
     handle = register_optimizer_step_post_hook(hook)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -81,7 +81,7 @@ def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
         handle.remove()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for thread in threading.enumerate():  # what was written when the process died is written
+        for thread in threading.enumerate():  # a write in progress finishes
             if thread.name.startswith("checkpoint"):
                 thread.join()
 
@@ -90,27 +90,27 @@ def die() -> None:
     raise DiedError
 
 
-def harm(folder: Path, way: Way) -> None:
-    """Make the newest set unusable, or one that is not complete yet."""
-    sets = complete_sets(folder / "checkpoints")
-    if not sets:
+def damaged_file(folder: Path, kind: Interruption) -> None:
+    """Corrupt the newest checkpoint or make it incomplete, depending on the kind."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    if not checkpoints:
         return
-    if way == "die and cut off":
-        (sets[-1].path / COMPLETE).unlink()
-    elif way == "die and damage":
-        path = sets[-1].path / "network00.pt"
+    if kind == "die and lose COMPLETE.json":
+        (checkpoints[-1].path / COMPLETE).unlink()
+    elif kind == "die and damage":
+        path = checkpoints[-1].path / "network00.pt"
         path.write_bytes(path.read_bytes()[:-1])
 
 
-def live(run: TrainConfig, interruptions: Sequence[tuple[Way, int]]) -> dict[str, Tensor]:
-    """Train with interruptions, one a life; the last life is let be. Returns the final weights."""
-    for way, step in interruptions:
-        act = die if way != "stop" else lambda: os.kill(os.getpid(), signal.SIGTERM)
+def train(run: TrainConfig, interruptions: Sequence[tuple[Interruption, int]]) -> dict[str, Tensor]:
+    """Train with one interruption per start, then to the end; returns the final weights."""
+    for kind, step in interruptions:
+        action = die if kind != "stop" else lambda: os.kill(os.getpid(), signal.SIGTERM)
         try:
-            with after_step(step, act):
+            with after_step(step, action):
                 fit(run, start(run.runtime, ProcessInfo()))
         except (DiedError, StoppedEarlyError):
-            harm(Path(run.run_dir), way)
+            damaged_file(Path(run.run_dir), kind)
     with after_step(0, die):
         fit(run, start(run.runtime, ProcessInfo()))
     weights: dict[str, Tensor] = checkpoint(Path(run.run_dir), EPOCHS, 0)["model"]
@@ -118,22 +118,22 @@ def live(run: TrainConfig, interruptions: Sequence[tuple[Way, int]]) -> dict[str
 
 
 @cache
-def undisturbed(every_steps: int) -> dict[str, Tensor]:
+def uninterrupted(every_steps: int) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        return live(config(Path(folder) / "run", every_steps=every_steps, every=1), [])
+        return train(config(Path(folder) / "run", every_steps=every_steps, every=1), [])
 
 
 @pytest.mark.slow
 @settings(max_examples=12)
 @given(INTERRUPTIONS, st.sampled_from([0, 3, 4]), st.sampled_from([0, 1, 2]))
-def test_any_interruptions_leave_the_final_weights_as_they_are(
-    interruptions: list[tuple[Way, int]], every_steps: int, every: int
+def test_final_weights_do_not_depend_on_interruptions(
+    interruptions: list[tuple[Interruption, int]], every_steps: int, every: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = config(Path(folder) / "run", every_steps=every_steps, every=every)
-        assert_same_bits(undisturbed(every_steps), live(run, interruptions))
+        assert_same_bits(uninterrupted(every_steps), train(run, interruptions))
 
 
-def test_the_rounds_matter() -> None:
-    first, second = undisturbed(0), undisturbed(3)
+def test_rounds_change_the_weights() -> None:
+    first, second = uninterrupted(0), uninterrupted(3)
     assert any(not torch.equal(first[key], second[key]) for key in first)

@@ -16,7 +16,7 @@ from dist_graft.config import (
     TrainConfig,
     WashConfig,
 )
-from dist_graft.config.parsing import option_names
+from dist_graft.config.parsing import append_repeated, option_names
 from dist_graft.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -45,6 +45,9 @@ OUT_OF_RANGE = [
     (OptimConfig, "optim", "clip_norm", 0.0, "above 0"),
     (OptimConfig, "optim", "accumulation", 0, "at least 1"),
     (OptimConfig, "optim", "label_smoothing", 1.0, "in [0, 1)"),
+    (OptimConfig, "optim", "ema_decay", 0.0, "in (0, 1)"),
+    (OptimConfig, "optim", "ema_decay", 1.0, "in (0, 1)"),
+    (OptimConfig, "optim", "ema_decay", NAN, "in (0, 1)"),
     (GraftConfig, "graft", "every", -1, "at least 0"),
     (GraftConfig, "graft", "num_bins", 0, "in [1, "),
     (GraftConfig, "graft", "amplitude", -0.01, "in [0, 1]"),
@@ -87,6 +90,7 @@ RELIED_ON = {
     "resume": "auto",
     "method": "graft",
     "on_divergence": "heal",
+    "callbacks": [],
     "data.name": "fashion-mini",
     "data.root": "data",
     "data.batch_size": 128,
@@ -100,6 +104,7 @@ RELIED_ON = {
     "optim.lr_diversity": "none",
     "optim.lrs": None,
     "optim.schedule": "cosine",
+    "optim.ema_decay": None,
     "graft.amplitude": 0.4,
     "graft.sensitivity": 5.0,
     "graft.num_bins": 10,
@@ -154,13 +159,29 @@ def test_an_error_names_field_value_and_legal_range(
         (TrainConfig, "seed", 2**63 - 1),
     ],
 )
-def test_the_ends_of_a_range_are_legal(kind: type, name: str, value: object) -> None:
+def test_bounds_that_are_legal(kind: type, name: str, value: object) -> None:
     assert getattr(kind(**{name: value}), name) == value
 
 
-def test_an_error_names_the_learning_rate_that_is_wrong() -> None:
+def test_an_error_names_the_element_of_a_list() -> None:
     with pytest.raises(ConfigError, match=r"optim\.lrs must be above 0, got -0\.2"):
         OptimConfig(lrs=[0.1, -0.2])
+    with pytest.raises(ConfigError, match=r"callbacks must be package\.module:name.*'Mine'"):
+        TrainConfig(callbacks=["package:Yours", "Mine"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "rewritten"),
+    [
+        ("--callbacks a:B --epochs 3", "--callbacks+=a:B --epochs 3"),
+        ("--callbacks a:B --callbacks=c.d:E", "--callbacks+=a:B --callbacks+=c.d:E"),
+        ("--callbacks [a:B]", "--callbacks=[a:B]"),
+        ("--distill.teachers=x.pt --optim.lrs [1]", "--distill.teachers+=x.pt --optim.lrs [1]"),
+        ("--epochs 3 --callbacks", "--epochs 3 --callbacks="),
+    ],
+)
+def test_options_with_a_list_of_strings_are_repeatable(argv: str, rewritten: str) -> None:
+    assert append_repeated(argv.split()) == rewritten.split()
 
 
 @pytest.mark.parametrize(
@@ -171,9 +192,7 @@ def test_an_error_names_the_learning_rate_that_is_wrong() -> None:
         ({"nesterov": True, "name": "adamw"}, ("optim.nesterov", "sgd")),
     ],
 )
-def test_options_that_exclude_each_other(
-    options: dict[str, object], names: tuple[str, ...]
-) -> None:
+def test_mutually_exclusive_options(options: dict[str, object], names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
         OptimConfig(**options)  # type: ignore[arg-type]
     assert all(name in str(caught.value) for name in names)
@@ -188,7 +207,7 @@ def test_sections_are_frozen_and_take_keywords_only(kind: type) -> None:
         kind(getattr(kind(), first.name))
 
 
-def test_the_options_that_others_rely_on_have_their_names_and_defaults() -> None:
+def test_public_options_keep_their_names_and_defaults() -> None:
     assert set(RELIED_ON) <= set(option_names())
     config = TrainConfig()
     for option, default in RELIED_ON.items():

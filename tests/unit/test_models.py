@@ -96,7 +96,7 @@ def test_resnet_keys():
 
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3)])
 @pytest.mark.parametrize("name", model_names())
-def test_logits_of_any_small_image(name: str, size: int, channels: int):
+def test_logits_of_small_images(name: str, size: int, channels: int):
     with torch.device("meta"):
         logits = build(name, num_classes=7, channels=channels)(torch.empty(2, channels, size, size))
     assert logits.shape == (2, 7)
@@ -119,13 +119,13 @@ def test_one_backward_pass_reaches_every_parameter(name: str):
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_first_logits_are_of_order_one(name: str):
+def test_initial_logits_are_of_order_one(name: str):
     logits = build(name)(torch.randn(4, 3, 32, 32))
     assert 0.1 < logits.std() < 4
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
-def test_first_weights_follow_the_seed(name: str):
+def test_initial_weights_depend_on_the_seed(name: str):
     first = build(name)
     torch.manual_seed(0)
     again = build(name)
@@ -135,12 +135,12 @@ def test_first_weights_follow_the_seed(name: str):
     assert not torch.equal(weights(first.parameters()), weights(other.parameters()))
 
 
-def test_he_initialisation_over_fan_in():
+def test_he_initialization_over_fan_in():
     weight = build("resnet20").get_parameter("layer3.2.conv2.weight")
     assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
 
 
-def test_he_initialisation_over_fan_out():
+def test_he_initialization_over_fan_out():
     weight = build("vgg16_bn").get_parameter("features.7.weight")
     assert weight.shape[:2] == (128, 64)
     assert weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
@@ -166,7 +166,7 @@ def test_leaky_relu_replaces_every_relu():
 @pytest.mark.parametrize("name", ["mobilenetv2", "vgg16_bn", "wrn28_10", "resnet18"])
 def test_activation_needs_a_small_resnet(name: str):
     message = message_of(name, activation="leaky_relu")
-    assert message.startswith("model.activation 'leaky_relu' needs one of resnet8, resnet14")
+    assert message.startswith("model.activation 'leaky_relu' requires one of resnet8, resnet14")
     assert message.endswith(f"model.name is {name!r}")
 
 
@@ -202,22 +202,24 @@ def test_unknown_name(name: str, nearest: str):
         "quantized_resnet18",
     ],
 )
-def test_torchvision_models_that_are_no_image_classifiers(name: str):
-    assert message_of(name).startswith(f"model.name {name!r} is torchvision's, but no image")
+def test_torchvision_models_other_than_image_classifiers(name: str):
+    assert message_of(name).startswith(
+        f"model.name {name!r} is a torchvision model, but not an image"
+    )
 
 
-def test_torchvision_resnet18_on_grey_images():
-    colour = build("resnet18", num_classes=7)
+def test_torchvision_resnet18_on_grayscale_images():
+    rgb = build("resnet18", num_classes=7)
     torch.manual_seed(0)
-    grey = build("resnet18", num_classes=7, channels=1)
-    assert parameters(colour) - parameters(grey) == 2 * 64 * 7 * 7
+    gray = build("resnet18", num_classes=7, channels=1)
+    assert parameters(rgb) - parameters(gray) == 2 * 64 * 7 * 7
     images = torch.randn(2, 1, 32, 32)
-    logits = grey.eval()(images)
+    logits = gray.eval()(images)
     assert logits.shape == (2, 7)
-    same = colour.eval()(images.expand(-1, 3, -1, -1))
+    same = rgb.eval()(images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(logits, same, rtol=1e-3, atol=1e-3)
     logits.sum().backward()
-    assert grey.get_parameter("conv1.weight").grad is not None
+    assert gray.get_parameter("conv1.weight").grad is not None
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "convnext_tiny", "swin_t", "squeezenet1_1"])
@@ -238,17 +240,17 @@ def test_torchvision_models_return_one_tensor_in_training(name: str, size: int):
     assert logits.shape == (2, 7)
 
 
-def test_vgg16_bn_of_both():
+def test_vgg16_bn_of_this_package_and_of_torchvision():
     with torch.device("meta"):
-        own = build("vgg16_bn")
+        ours = build("vgg16_bn")
         theirs = build("torchvision/vgg16_bn")
-    assert filters(own) == {
+    assert filters(ours) == {
         key: count for key, count in filters(theirs).items() if key.startswith("features.")
     }
-    assert parameters(theirs) > 100_000_000 > parameters(own)
+    assert parameters(theirs) > 100_000_000 > parameters(ours)
 
 
-def test_own_names_do_not_import_torchvision():
+def test_model_names_do_not_import_torchvision():
     program = (
         "import sys, torch\n"
         "from dist_graft.config import ModelConfig\n"

@@ -1,4 +1,4 @@
-"""What a user gives by package.module:name, and what is said when it is not what it should be."""
+"""Objects of the user by package.module:name, and the errors if they are unsuitable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import donors_of
 from dist_graft.references import resolve
 from dist_graft.training.builders import build_rule
-from dist_graft.training.data.own import read_own
+from dist_graft.training.data.custom import read_custom
 from dist_graft.training.models import build_model
 
 MODULE = """
@@ -47,7 +47,7 @@ def no_rule(): return object()
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "given", raising=False)
@@ -57,66 +57,66 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("nonesuch.inner:f", "there is no module nonesuch; it is looked for in the working"),
+        ("nonesuch.inner:f", "there is no module nonesuch in the working directory"),
         ("given:f", "given has no function or class 'f'"),
         ("given:SIZES", "given has no function or class 'SIZES'"),
         ("given:", "given has no function or class ''"),
     ],
 )
-def test_what_is_not_there(reference: str, says: str) -> None:
+def test_reference_that_cannot_be_resolved(reference: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         resolve(reference)
 
 
-def test_a_module_that_misses_another_is_shown_as_it_fails() -> None:
+def test_missing_import_inside_the_module_is_raised() -> None:
     Path("needs_more.py").write_text("import a_package_that_is_not_installed\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         resolve("needs_more:f")
 
 
-def test_images_of_one_s_own() -> None:
-    train, test, facts = read_own("given:rgb", "anywhere")
+def test_data_set() -> None:
+    train, test, info = read_custom("given:rgb", "anywhere")
     assert train.images.shape == (6, 3, 5, 5)
     assert train.labels.dtype == np.int64
     assert len(test.labels) == 2
-    assert facts.num_classes == 4
-    assert facts.mean == pytest.approx((0.2, 0.2, 0.2))
-    assert facts.deviation == pytest.approx((1e-6, 1e-6, 1e-6))
+    assert info.num_classes == 4
+    assert info.mean == pytest.approx((0.2, 0.2, 0.2))
+    assert info.std == pytest.approx((1e-6, 1e-6, 1e-6))
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("flat", r"uint8 \[n, 1 or 3, side, side\], not uint8 \[6, 25\]"),
-        ("oblong", r"not uint8 \[6, 1, 5, 4\]"),
-        ("empty", r"not uint8 \[0, 1, 5, 5\]"),
-        ("floats", "not float64"),
-        ("negative", "a class, from 0, for each of 6 images"),
-        ("fewer", r"each of 6 images, not int64 \[2\]"),
+        ("flat", r"uint8 \[n, 1 or 3, side, side\], got uint8 \[6, 25\]"),
+        ("oblong", r"got uint8 \[6, 1, 5, 4\]"),
+        ("empty", r"got uint8 \[0, 1, 5, 5\]"),
+        ("floats", "got float64"),
+        ("negative", "a non-negative class for each of 6 images"),
+        ("fewer", r"each of 6 images, got int64 \[2\]"),
         ("grey", "differ in shape"),
         ("nothing", r"must return \(\(images, labels\), \(images, labels\)\)"),
     ],
 )
-def test_images_that_are_none(name: str, says: str) -> None:
+def test_invalid_data_set(name: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        read_own(f"given:{name}", "anywhere")
+        read_custom(f"given:{name}", "anywhere")
 
 
-def test_a_model_of_one_s_own() -> None:
+def test_model() -> None:
     model = build_model(ModelConfig(name="given:linear"), num_classes=4, channels=3)
     assert isinstance(model, nn.Linear)
-    for name, says in (("text", "must return a torch module"), ("nope", "no function or class")):
+    for name, says in (("text", "must return an nn.Module"), ("nope", "no function or class")):
         with pytest.raises(ConfigError, match=rf"model.name 'given:{name}'.* {says}"):
             build_model(ModelConfig(name=f"given:{name}"), num_classes=4, channels=3)
 
 
 @pytest.mark.parametrize("name", ["few", "far"])
-def test_donors_that_are_not_there(name: str) -> None:
+def test_invalid_donors(name: str) -> None:
     with pytest.raises(ValueError, match=rf"given:{name} must name a donor in 0 ... 2"):
         donors_of(f"given:{name}", 3, 0, 0)
 
 
-def test_what_a_criterion_of_one_s_own_is_called() -> None:
+def test_name_of_a_criterion() -> None:
     assert Graft(criterion="given:linear").measured == "linear"
 
 
@@ -132,13 +132,13 @@ def test_what_a_criterion_of_one_s_own_is_called() -> None:
         (GraftConfig(topology="nope:f"), "graft.topology 'nope:f': there is no module nope"),
     ],
 )
-def test_a_rule_that_is_none(graft: GraftConfig, says: str) -> None:
+def test_invalid_rule(graft: GraftConfig, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_rule(TrainConfig(graft=graft), None, [])
 
 
-def test_a_rule_that_would_not_be_used_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"graft\.rule needs method graft"):
+def test_unused_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"graft\.rule requires method graft"):
         TrainConfig(method="papa", graft=GraftConfig(rule="given:no_rule"))
     with pytest.raises(ConfigError, match=r"graft\.rule must be package\.module:name of your own"):
         GraftConfig(rule="best")

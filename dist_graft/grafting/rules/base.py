@@ -1,53 +1,114 @@
-"""The interface of a population method."""
+"""Base class of the population methods."""
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # command-line help reads the rules' options and must not wait for torch
+    from torch import Tensor
 
-from dist_graft.grafting.mixing import Mixing
-from dist_graft.grafting.units import GraftUnit
+    from dist_graft.grafting.mixing import Mixing
+    from dist_graft.grafting.units import GraftUnit
 
 
-class Rule(Protocol):
-    """What a population method has to say; every process must build it alike.
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Interval between two rounds: a number of epochs or of optimizer steps; the other is 0."""
 
-    A dataclass: its fields are compared between the processes before anything is exchanged.
+    epochs: int = 0
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a method's rounds take place and how strong they are; these defaults suit most methods.
+
+    Base class of the rules and of the classes that hold their options.
     """
 
+    @property
+    def interval(self) -> Interval | None:
+        """Interval between two rounds; None: as set by graft.every, every_steps and start."""
+        return None
+
+    def rate(self, lr_factor: float) -> float:
+        """Factor in [0, 1] for all donors' shares in a round.
+
+        Args:
+            lr_factor: current learning rate divided by the largest one, lr / lr_0.
+        """
+        del lr_factor
+        return 1.0
+
+
+class Rule(Schedule, ABC):
+    """A population method: decides in every round how much of each network flows into each.
+
+    Subclasses are frozen dataclasses. Every rank must create the same rule; the fields are compared
+    before the first exchange. Only `decide` must be implemented.
+    """
+
+    options: ClassVar[type[Any] | None] = None
+    """Dataclass of the method's own options, in a section with the method's name; see papa.py."""
+    delivers: ClassVar[Literal["member", "soup"]] = "member"
+    """The model that the method delivers and is judged by: one network of the population, or the
+    mean of all networks' weights."""
+
+    @classmethod
+    def build(
+        cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
+    ) -> Rule:
+        """Create the rule from the command line's options.
+
+        The default implementation passes on every option that is a field of the rule, and the seed.
+
+        Args:
+            options: dataclass of the method's own section, or of the section graft without one.
+            seed: seed of the run.
+            units: graft units of the model.
+            tensors: the model's tensors by state-dict key.
+
+        Raises: ValueError for a model or option that the method does not support.
+        """
+        del units, tensors
+        return cls._from_fields({**vars(options), "seed": seed})
+
+    @classmethod
+    def _from_fields(cls, values: Mapping[str, Any]) -> Self:
+        assert dataclasses.is_dataclass(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
+
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
-        """What this network tells the others before a round: [n], the same n in all of them.
+        """Return this network's information, which is gathered from all networks before a round.
 
         Args:
             units: the graft units.
-            tensors: the network's own tensors by state-dict key; not to be changed.
-        """
+            tensors: the network's own tensors by state-dict key; must not be changed.
 
+        Returns: [n], floating, with the same n on every rank. The default is a zero for each unit,
+            for methods that need no information.
+        """
+        del tensors
+        import torch
+
+        return torch.zeros(len(units), dtype=torch.float64)
+
+    @abstractmethod
     def decide(self, information: Tensor, round_: int) -> Mixing:
-        """What flows where.
+        """Return the mixing of a round: a pure function of the rule and the arguments.
 
         Args:
-            information: [networks, n], what each network measured, float64 on the CPU, the same in
-                every process.
-            round_: number of the round, from 0.
-
-        Returns: a Mixing that is a pure function of the rule and the arguments.
+            information: [networks, n], what each network measured, float64 on the CPU; identical
+                on every rank.
+            round_: number of the round, 0-based.
         """
 
 
-def take_from(donor: Sequence[int], own: Tensor) -> Mixing:
-    """Each network keeps a share of itself and takes the rest from one donor.
-
-    Args:
-        donor: of each network; itself in a population of one.
-        own: [networks, units], float64, each in [0, 1].
-    """
-    networks, units = own.shape
-    rows = torch.arange(networks)
-    shares = torch.zeros(units, networks, networks, dtype=torch.float64)
-    shares[:, rows, list(donor)] = (1 - own).T
-    shares[:, rows, rows] = own.T if networks > 1 else 1.0
-    return Mixing(shares=shares, donors=tuple((other,) if networks > 1 else () for other in donor))
+def require(ok: bool, name: str, value: object, legal: str) -> None:
+    """Raise ValueError naming option, value and legal range, unless ok."""
+    if not ok:
+        raise ValueError(f"{name} must be {legal}, got {value!r}")

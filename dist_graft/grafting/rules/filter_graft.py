@@ -1,21 +1,23 @@
-"""Grafting filter by filter: the batch norm's scale says how much each channel matters."""
+"""Filter grafting filter by filter: the batch norm's scale weighs each channel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_graft.grafting.mixing import Mixing
+from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.topology import donors_of
 from dist_graft.grafting.units import GraftUnit
 
 
 @dataclass(frozen=True)
 class FilterLink:
-    """How one unit's output channels are scaled, and which unit reads them."""
+    """The tensors of one unit that are indexed by its output channels."""
 
     scale: str
     """State-dict key of the batch norm's weight, [filters]."""
@@ -24,45 +26,50 @@ class FilterLink:
     transposed: bool
     groups: int
     channels: tuple[str, ...]
-    """State-dict keys of the vectors over the channels: bias, batch norm."""
+    """State-dict keys of the vectors over the output channels: bias and batch norm."""
     classifier: str | None
-    """State-dict key of a matrix behind them that reads the channels."""
+    """State-dict key of the following matrix that reads the channels, if any."""
 
 
 @dataclass(frozen=True, eq=False)
 class FilterMixing(Mixing):
-    """Each output channel has a share of its own, and the next lead's input channel shares it."""
+    """One share for each channel, applied to a lead's outputs and to the next lead's inputs."""
 
     links: tuple[FilterLink, ...] = ()
     own: tuple[tuple[Tensor, ...], ...] = ()
-    """By network and unit: share that each channel keeps of itself, float64 [filters]."""
+    """Share that each channel keeps of itself, by network and unit: float64 [filters]."""
 
     def scaled(self, rate: float) -> FilterMixing:
-        """Every channel takes less, too."""
+        """Return the mixing with every donor's share of every channel multiplied by the rate."""
         own = tuple(tuple(1 - rate * (1 - part) for part in parts) for parts in self.own)
         return replace(self, shares=super().scaled(rate).shares, own=own)
 
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
-        """1 - share, channel by channel; a lead's weight takes the mean of its two channels'."""
+        """Return 1 - share by channel; for a lead, 1 - mean of its two channels' shares."""
         del donor, buffer
-        link, out = self.links[unit], self.own[network][unit]
+        link, outputs = self.links[unit], self.own[network][unit]
         if key == link.lead:
-            into = self.own[network][unit - 1] if unit else None
-            share = _of_weight(link, shape, out, into)
+            inputs = self.own[network][unit - 1] if unit else None
+            share = _weight_share(link, shape, outputs, inputs)
         elif key in link.channels:
-            share = out
+            share = outputs
         elif key == link.classifier:
-            share = out.repeat_interleave(shape[1] // link.filters)
+            share = outputs.repeat_interleave(shape[1] // link.filters)
         else:
             return None
         return (1 - share).float()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterGraft:
-    """Filter-level grafting: w_j = |gamma_j| / (|gamma_j| + |gamma'_j|), channel by channel."""
+class FilterGraft(Rule):
+    """Filter-level grafting (arXiv 2001.05868), method graft with graft.level filter.
+
+    Channel j keeps the share w_j = |gamma_j| / (|gamma_j| + |gamma'_j|), where gamma and gamma' are
+    the scales of the recipient's and the donor's batch norm. A weight of a convolution keeps the
+    mean of its output channel's share and of its input channel's share in the layer before.
+    """
 
     links: tuple[FilterLink, ...]
     topology: str = "ring"
@@ -72,13 +79,21 @@ class FilterGraft:
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", len(self.links))
 
+    @classmethod
+    def build(
+        cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
+    ) -> Rule:
+        """Create the rule for a model; raises ValueError as `filter_links` does."""
+        links = filter_links(units, tensors)
+        return cls(links=links, topology=options.topology, seed=seed)
+
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
-        """The absolute scales of all channels, unit after unit: [channels], float64."""
+        """Return the absolute scales of all channels, unit by unit: [channels], float64."""
         del units
         return torch.cat([tensors[link.scale].detach().abs().double() for link in self.links])
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
-        """Shares by the ratio of the scales; one half where both are zero."""
+        """Set the shares by the ratio of the scales, or to 1/2 where both are zero."""
         networks = information.shape[0]
         donor = donors_of(self.topology, networks, round_, self.seed)
         total = information + information[donor]
@@ -103,8 +118,8 @@ def filter_links(
 ) -> tuple[FilterLink, ...]:
     """Find each unit's batch norm and check that the next unit reads its channels.
 
-    Raises: ValueError naming the layer that has no batch norm behind it, or whose channels the
-        next layer does not read one to one: such a model is grafted by layer only.
+    Raises: ValueError naming the layer without a batch norm after it, or whose channels the next
+        layer does not read one to one. Such models can only be grafted layer by layer.
     """
     links = []
     for index, unit in enumerate(units):
@@ -116,23 +131,24 @@ def filter_links(
         ]
         if not scales:
             raise ValueError(
-                f"layer {unit.name} has no batch norm behind it: use the level 'layer'"
+                f"layer {unit.name} has no batch norm after it: set graft.level to layer"
             )
         if index + 1 < len(units):
-            after = units[index + 1]
-            if _inputs(after, tensors[after.lead]) != filters:
+            following = units[index + 1]
+            inputs = _input_channels(following, tensors[following.lead])
+            if inputs != filters:
                 raise ValueError(
-                    f"layer {unit.name} has {filters} channels, and the next one, {after.name}, "
-                    f"reads {_inputs(after, tensors[after.lead])}: use the level 'layer'"
+                    f"layer {unit.name} has {filters} channels, but the next layer, "
+                    f"{following.name}, reads {inputs}: set graft.level to layer"
                 )
         links.append(_link(unit, tensors, scales[0], filters))
     return tuple(links)
 
 
 def _link(unit: GraftUnit, tensors: Mapping[str, Tensor], scale: str, filters: int) -> FilterLink:
-    behind = [key for key in unit.tensors if key != unit.lead]
-    matrices = [key for key in behind if tensors[key].dim() > 1]
-    first = behind.index(matrices[0]) if matrices else len(behind)
+    following = [key for key in unit.tensors if key != unit.lead]
+    matrices = [key for key in following if tensors[key].dim() > 1]
+    first = following.index(matrices[0]) if matrices else len(following)
     reads = matrices and tensors[matrices[0]].dim() == 2
     return FilterLink(
         scale=scale,
@@ -140,28 +156,32 @@ def _link(unit: GraftUnit, tensors: Mapping[str, Tensor], scale: str, filters: i
         lead=unit.lead,
         transposed=unit.transposed,
         groups=unit.groups,
-        channels=tuple(key for key in behind[:first] if tensors[key].shape == (filters,)),
+        channels=tuple(key for key in following[:first] if tensors[key].shape == (filters,)),
         classifier=(
             matrices[0] if reads and tensors[matrices[0]].shape[1] % filters == 0 else None
         ),
     )
 
 
-def _inputs(unit: GraftUnit, weight: Tensor) -> int:
+def _input_channels(unit: GraftUnit, weight: Tensor) -> int:
     return weight.shape[0] if unit.transposed else weight.shape[1] * unit.groups
 
 
-def _of_weight(link: FilterLink, shape: torch.Size, out: Tensor, into: Tensor | None) -> Tensor:
-    """Share of each weight [out, in / groups] (transposed: [in, out / groups]), as its shape."""
+def _weight_share(
+    link: FilterLink, shape: torch.Size, outputs: Tensor, inputs: Tensor | None
+) -> Tensor:
+    """Share of each weight, broadcastable to the shape [out, in / groups, ...].
+
+    A transposed convolution has the shape [in, out / groups, ...].
+    """
+    by_row, by_column = (inputs, outputs) if link.transposed else (outputs, inputs)
+    rows, columns = shape[:2]
     groups = link.groups
-    if link.transposed:
-        of_out = out.view(groups, 1, -1).expand(groups, shape[0] // groups, -1).reshape(*shape[:2])
-        of_in = None if into is None else into[:, None].expand(*shape[:2])
-    else:
-        of_out = out[:, None].expand(*shape[:2])
-        of_in = None
-        if into is not None:
-            of_in = into.view(groups, 1, -1).expand(groups, shape[0] // groups, -1)
-            of_in = of_in.reshape(*shape[:2])
-    share = of_out if of_in is None else (of_out + of_in) / 2
-    return share.reshape(*shape[:2], *[1] * (len(shape) - 2))
+    parts = []
+    if by_row is not None:
+        parts.append(by_row[:, None].expand(rows, columns))
+    if by_column is not None:
+        grouped = by_column.view(groups, 1, -1).expand(groups, rows // groups, -1)
+        parts.append(grouped.reshape(rows, columns))
+    share = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+    return share.reshape(rows, columns, *[1] * (len(shape) - 2))

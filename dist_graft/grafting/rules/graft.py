@@ -1,44 +1,55 @@
-"""From what the networks know of themselves to what flows where: one class a method."""
+"""Filter grafting layer by layer (arXiv 2001.05868)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from dist_graft.grafting.coefficient import graft_coefficient
-from dist_graft.grafting.information import CRITERIA
-from dist_graft.grafting.mixing import Mixing
-from dist_graft.grafting.rules.base import take_from
-from dist_graft.grafting.topology import TOPOLOGIES, donors_of
-from dist_graft.grafting.units import GraftUnit
+from dist_graft.grafting.rules.base import Rule, require
 from dist_graft.references import check_name, is_reference, resolve
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_graft.grafting.mixing import Mixing
+    from dist_graft.grafting.units import GraftUnit
+
 CONTROLS = ("constant", "shuffled")
-"""Criteria that test whether information matters; they measure entropy."""
+"""Criteria that test whether information matters; both measure entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graft:
-    """Filter grafting: each network takes from one other, layer by layer (eq. 7)."""
+class Graft(Rule):
+    """Filter grafting (arXiv 2001.05868): each network takes part of one other, layer by layer.
+
+    theta_k <- alpha theta_k + (1 - alpha) theta_donor, with alpha from the information of the
+    layer in both networks (eq. 7; see `graft_coefficient`). Rounds take place as set by
+    graft.every, by default after every epoch.
+
+    Raises: ValueError naming an option that is out of range or a reference that does not resolve.
+    """
 
     amplitude: float = 0.4
     sensitivity: float = 5.0
     num_bins: int = 10
     criterion: str = "entropy"
-    """entropy, filter_entropy or l1; or, to test the claim that information matters: constant
-    (alpha = 1/2) or shuffled (each round's coefficients by entropy, permuted over the units). Or
-    package.module:name of a function (filters [filters, weights], num_bins) -> a number."""
+    """entropy (eq. 6), filter_entropy (eq. 5) or l1. Two controls test whether information matters:
+    constant (alpha = 1/2) and shuffled (the coefficients by entropy, permuted over the units in
+    every round). Or package.module:name of a function (filters [filters, weights], num_bins) ->
+    number."""
     topology: str = "ring"
-    """ring, random or exponential. Or package.module:name of a function (networks, round, seed) ->
-    the donor of each network; it must be pure."""
+    """ring, random or exponential. Or package.module:name of a pure function (networks, round,
+    seed) -> donor of each network."""
     seed: int = 0
-    """Of the random topology and the shuffled coefficients."""
+    """Seed of the random topology and of the shuffled coefficients."""
 
     def __post_init__(self) -> None:
+        from dist_graft.grafting.coefficient import graft_coefficient
+        from dist_graft.grafting.information import CRITERIA
+        from dist_graft.grafting.topology import TOPOLOGIES
+
         for field, known in (
             ("criterion", (*CRITERIA, *CONTROLS)),
             ("topology", tuple(TOPOLOGIES)),
@@ -50,41 +61,63 @@ class Graft:
                     resolve(name)
             except ValueError as error:
                 raise ValueError(f"{field} {error}") from error
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1, got {self.num_bins!r}")
+        require(self.num_bins >= 1, "num_bins", self.num_bins, "at least 1")
         graft_coefficient(0.0, 0.0, amplitude=self.amplitude, sensitivity=self.sensitivity)
 
-    def information(self, filters: Tensor) -> Tensor:
-        """Information of one lead by the criterion; [filters, weights per filter] -> scalar.
+    @classmethod
+    def build(
+        cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
+    ) -> Rule:
+        """Create the rule of the section graft: layer by layer, or filter by filter."""
+        if options.level == "filter":
+            from dist_graft.grafting.rules.filter_graft import FilterGraft
 
-        For constant and shuffled it is the entropy.
+            return FilterGraft.build(options, seed=seed, units=units, tensors=tensors)
+        return super().build(options, seed=seed, units=units, tensors=tensors)
+
+    @property
+    def measured(self) -> str:
+        """Name of the quantity that `information` computes."""
+        return "entropy" if self.criterion in CONTROLS else self.criterion.rpartition(":")[2]
+
+    def information(self, filters: Tensor) -> Tensor:
+        """Return the information of one lead: [filters, weights per filter] -> scalar.
+
+        It is the entropy for the criteria constant and shuffled.
         """
+        import torch
+
+        from dist_graft.grafting.information import CRITERIA
+
         if is_reference(self.criterion):
             return torch.as_tensor(resolve(self.criterion)(filters, self.num_bins))
         return CRITERIA[self.measured](filters, self.num_bins)
 
-    @property
-    def measured(self) -> str:
-        """Name of what `information` gives."""
-        return "entropy" if self.criterion in CONTROLS else self.criterion.rpartition(":")[2]
-
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
-        """Information of each unit's lead: [units], float64."""
+        """Return the information of every unit's lead: [units], float64."""
+        import torch
+
         return torch.stack(
             [self.information(unit.filters(tensors[unit.lead].detach())) for unit in units]
         ).double()
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
-        """Share alpha of itself and 1 - alpha of its donor in this round's topology."""
+        """Keep alpha and take 1 - alpha from the donor in this round's topology."""
+        import torch
+
+        from dist_graft.grafting.coefficient import graft_coefficient
+        from dist_graft.grafting.mixing import mixing_with_donor
+        from dist_graft.grafting.topology import donors_of
+
         networks, units = information.shape
         donor = donors_of(self.topology, networks, round_, self.seed)
-        own = graft_coefficient(
+        own_share = graft_coefficient(
             information, information[donor], amplitude=self.amplitude, sensitivity=self.sensitivity
         )
         if self.criterion == "constant":
-            own = torch.full_like(own, 0.5)
+            own_share = torch.full_like(own_share, 0.5)
         elif self.criterion == "shuffled":
-            seed = random.Random(f"{self.seed}:{round_}").getrandbits(32)
-            draw = torch.Generator().manual_seed(seed)
-            own = own[:, torch.randperm(units, generator=draw)]
-        return take_from(donor, own)
+            draw = random.Random(f"{self.seed}:{round_}").getrandbits(32)
+            generator = torch.Generator().manual_seed(draw)
+            own_share = own_share[:, torch.randperm(units, generator=generator)]
+        return mixing_with_donor(donor, own_share)

@@ -1,1 +1,1 @@
-"""One round: agreement, exchange, blending, record."""
+"""Parts of a round: agreement, exchange, application of the mixing, record."""

@@ -1,4 +1,4 @@
-"""Before anything large moves, every process learns whether all hold the same and may go on."""
+"""Agreement before a round: all ranks learn whether they hold the same model and may proceed."""
 
 from __future__ import annotations
 
@@ -14,69 +14,81 @@ from torch import Tensor
 from dist_graft.errors import (
     DisagreementError,
     NonFiniteError,
-    RoundPostponedError,
     RoundStoppedError,
 )
 from dist_graft.grafting.memory_layout import memory_order
 
-PROTOCOL = 3
-SOUND = -1
-LOSS = -2
-RATE_UNIT = 2**53
+PROTOCOL = 4
+FINITE = -1
+"""Header.diverged of a network whose weights and loss are finite."""
+LOSS_NOT_FINITE = -2
+"""Header.diverged of a network whose weights are finite, but not its loss."""
+RATE_SCALE = 2**53
+
+Gather = Callable[[Tensor], Tensor]
+"""Gathers one vector from each rank: [n] -> [ranks, n]."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What each network says first; the same size for every model."""
+    """The first message of a network in a round; its size does not depend on the model."""
 
     protocol: int
     network: int
     round: int
     digest: int
-    """Of the schema, 63 bits."""
+    """Digest of the schema, 63 bits."""
     schema_bytes: int
+    """Length of the schema's JSON."""
     diverged: int
-    """Index of the first tensor that is not finite; LOSS when it is the loss; else SOUND."""
+    """Index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE."""
     units: int
+    """Number of graft units."""
     measured: int
-    """Numbers that the network will tell the others; -1 when it has none to tell."""
+    """Length of the network's information; -1 if it has none."""
     rate: int
-    """What the donors' shares are multiplied with, in units of 1 / RATE_UNIT."""
+    """Factor for the donors' shares, in units of 1 / RATE_SCALE."""
     stop: int
-    """1 when this network wants to stop before the round."""
-    saves: int
-    """Checkpoint sets at which the network took part on request."""
+    """1 if the network wants to stop before the round."""
+
+    def to_tensor(self) -> Tensor:
+        """Return the fields as int64 [fields]."""
+        return torch.tensor(astuple(self), dtype=torch.int64)
 
 
-def of_one_network(headers: Sequence[Header]) -> Header:
-    """What a network says whose processes said this: one that stops or diverged, so do all.
+def merge_replica_headers(rows: Tensor) -> Header:
+    """Merge the headers of one network's replicas: if one stops or diverged, the network does.
 
-    Raises: DisagreementError when they do not hold the same network.
+    Args:
+        rows: headers, int64 [replicas, fields].
+
+    Raises: DisagreementError if the replicas do not hold the same network.
     """
+    headers = [Header(*row) for row in rows.tolist()]
     first = headers[0]
-    for name in ("protocol", "network", "round", "digest", "units", "rate", "saves"):
+    for name in ("protocol", "network", "round", "digest", "units", "rate"):
         values = [getattr(header, name) for header in headers]
         if len(set(values)) > 1:
             raise DisagreementError(
-                f"the processes of network {first.network} differ in {name} ({values}): each must "
-                "hold the same network and call graft() as often"
+                f"the replicas of network {first.network} differ in {name} ({values}): every "
+                "replica must hold the same network and call graft() equally often"
             )
-    lost = [header.diverged for header in headers if header.diverged != SOUND]
+    diverged = [header.diverged for header in headers if header.diverged != FINITE]
     return replace(
         first,
-        diverged=lost[0] if lost else SOUND,
+        diverged=diverged[0] if diverged else FINITE,
         measured=max(header.measured for header in headers),
         stop=max(header.stop for header in headers),
     )
 
 
 class Schema:
-    """What all networks must have in common, as JSON and as a digest.
+    """Everything that all networks must have in common, as JSON and as a digest.
 
     Args:
-        tensors: by key, in order.
+        tensors: the model's tensors by state-dict key, in order.
         units: name of each graft unit, in order.
-        options: whatever else must agree, by name.
+        options: options that must agree, by name.
     """
 
     def __init__(
@@ -101,59 +113,50 @@ def _visible_order(tensor: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all networks know once they agree to go on."""
+    """What every rank knows about the networks once they agree to proceed."""
 
     diverged: dict[int, str]
-    """What is not finite, by network."""
+    """Description of what is not finite, by network."""
     measured: int
-    """Numbers that each network tells."""
+    """Length of each network's information."""
 
 
 def agree(
-    header: Header,
-    schema: Schema,
-    keys: Sequence[str],
-    *,
-    gather: Callable[[Tensor], Tensor],
-    tolerant: bool,
+    header: Header, schema: Schema, keys: Sequence[str], *, gather: Gather, tolerant: bool
 ) -> Agreement:
-    """Compare all networks' headers; every rank of the group must call this.
+    """Compare the headers of all networks; every rank of the group must call this.
 
-    All ranks see the same headers, so all return or all raise.
+    All ranks receive the same headers, so either all return or all raise.
 
     Args:
-        header: of this network.
-        schema: of this network.
-        keys: of the tensors, in order.
-        gather: everyone's vectors of one length, [n] -> [networks, n].
-        tolerant: go on without the networks that diverged, while there are others.
+        header: header of this network.
+        schema: schema of this network; gathered only if the digests differ.
+        keys: state-dict keys of the tensors, in order.
+        gather: collective over the networks.
+        tolerant: whether to proceed without diverged networks as long as one is finite.
 
-    Raises: RoundStoppedError naming the networks that want to stop; RoundPostponedError when some
-        took part in fewer requested checkpoint sets; DisagreementError naming the ranks and the
-        first difference; NonFiniteError naming the networks that diverged and their
+    Raises: RoundStoppedError naming the networks that want to stop; DisagreementError naming the
+        ranks and their first difference; NonFiniteError naming the diverged networks and their
         first tensor that is not finite.
     """
-    everyone = gather(torch.tensor(astuple(header), dtype=torch.int64))
-    headers = [Header(*row) for row in everyone.tolist()]
+    headers = [Header(*row) for row in gather(header.to_tensor()).tolist()]
 
-    for name in ("protocol", "stop", "saves", "round", "digest", "units", "rate"):
+    for name in ("protocol", "stop", "round", "digest", "units", "rate"):
         if name == "stop" and (stopping := [other.network for other in headers if other.stop]):
-            who = ", ".join(map(str, stopping))
-            raise RoundStoppedError(f"network {who} stops before round {header.round}")
+            names = ", ".join(map(str, stopping))
+            raise RoundStoppedError(f"network {names} stops before round {header.round}")
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue
-        if name == "saves":
-            raise RoundPostponedError(max(values))
         if name in ("digest", "units"):
             schemas = _gather_bytes(schema.json, [other.schema_bytes for other in headers], gather)
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))
         rank = next(rank for rank, value in enumerate(values) if value != values[0])
         if name == "rate":
-            values = [value / RATE_UNIT for value in values]
+            values = [value / RATE_SCALE for value in values]
         raise DisagreementError(
             f"rank 0 is in {name} {values[0]} and rank {rank} in {name} {values[rank]}: every rank "
-            "must run the same program and call graft() as often"
+            "must run the same program and call graft() equally often"
         )
 
     diverged = {
@@ -161,19 +164,18 @@ def agree(
         if other.diverged >= 0
         else "a training loss or gradient that is not finite"
         for other in headers
-        if other.diverged != SOUND
+        if other.diverged != FINITE
     }
     if diverged and not (tolerant and len(diverged) < len(headers)):
         raise NonFiniteError(
             "; ".join(f"network {network} has {what}" for network, what in diverged.items())
-            + f" (round {header.round}): a lower learning rate, warm-up or clipping may help"
+            + f" (round {header.round}): try a lower learning rate, warm-up or gradient clipping"
         )
     return Agreement(diverged, max(other.measured for other in headers))
 
 
-def _gather_bytes(
-    data: bytes, lengths: list[int], gather: Callable[[Tensor], Tensor]
-) -> list[bytes]:
+def _gather_bytes(data: bytes, lengths: list[int], gather: Gather) -> list[bytes]:
+    """Gather byte strings of known lengths; every rank of the group must call this."""
     padded = torch.frombuffer(bytearray(data.ljust(max(lengths), b" ")), dtype=torch.uint8)
     return [
         bytes(row[:length].tolist()) for row, length in zip(gather(padded), lengths, strict=True)
@@ -185,21 +187,21 @@ def _first_difference(schemas: list[dict[str, Any]]) -> str:
     first, other = schemas[0], schemas[rank]
     who = f"networks 0 and {rank} (ranks 0 and {rank})"
     for name in sorted({*first["options"], *other["options"]}):
-        ours, theirs = first["options"].get(name), other["options"].get(name)
-        if ours != theirs:
+        one, two = first["options"].get(name), other["options"].get(name)
+        if one != two:
             return (
-                f"{who} do not graft alike: {name} is {ours} in network 0 and {theirs} in network "
+                f"{who} have different options: {name} is {one} in network 0 and {two} in network "
                 f"{rank}; give every rank the same options"
             )
     for what in ("tensors", "units"):
         for index in range(max(len(first[what]), len(other[what]))):
-            ours, theirs = (
+            one, two = (
                 schema[what][index] if index < len(schema[what]) else "missing"
                 for schema in (first, other)
             )
-            if ours != theirs:
+            if one != two:
                 return (
-                    f"{who} differ in architecture: of the {what} number {index} is {ours} in "
-                    f"network 0 and {theirs} in network {rank}; give every rank the same model"
+                    f"{who} have different models: {what} number {index} is {one} in network 0 and "
+                    f"{two} in network {rank}; give every rank the same model"
                 )
     return f"{who} differ"

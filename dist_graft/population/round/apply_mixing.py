@@ -1,4 +1,4 @@
-"""Carries a Mixing out: moves what must travel, and blends it into this network in place."""
+"""Application of a Mixing: exchanges the weights it needs and blends them in place."""
 
 from __future__ import annotations
 
@@ -11,154 +11,120 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.grafting.memory_layout import flat, memory_order
-from dist_graft.grafting.mixing import Mixing, blend_, blend_finely_
-from dist_graft.grafting.rules.wash import Shuffle
+from dist_graft.grafting.mixing import Mixing, blend_, blend_elementwise_
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.collectives import gather_vectors
 from dist_graft.population.round.buckets import Bucket, Piece, cut_buckets, pack_, unpack_
 from dist_graft.population.round.exchange import (
     EXCHANGES,
-    BufferPool,
-    Exchange,
-    Phase,
+    Transport,
     bucket_limit,
-    put_together,
+    gather_replica_parts,
 )
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What carrying out a Mixing took."""
+    """What applying a Mixing measured."""
 
     distance: list[float]
-    """Per unit, to the donors before the round; empty where single scalars travelled."""
+    """Distance to the donors before the round, per unit; empty if only scalars traveled."""
     bytes_received: int
-    """Weights of other networks."""
+    """Bytes of other networks' weights."""
 
 
-def apply_mixing(
+def blend_tensors(
     tensors: Mapping[str, Tensor],
     units: Sequence[GraftUnit],
     mixing: Mixing,
-    *,
-    exchange: Exchange,
-    bucket_bytes: int,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    pool: BufferPool,
-    phase: Phase,
-    seconds: float | None = None,
-    replicas: dist.ProcessGroup | None = None,
+    transport: Transport,
 ) -> Applied:
-    """Change this rank's tensors as the mixing says; every rank of the group must call this.
+    """Exchange the donors' tensors and blend them in place, bucket by bucket.
 
-    Where several processes hold this network, each blends an equal share of its elements, and then
-    they give each other theirs: every element of a donor comes to the network once.
+    Every rank of the transport's groups must call this. Replicas each exchange and blend an equal
+    part of the elements and then gather the other parts, so every element of a donor is received
+    once for each network.
 
     Args:
-        tensors: of this network, by key; changed in place.
-        units: of the common architecture.
-        mixing: the same on every rank.
-        exchange: how whole tensors travel.
-        bucket_bytes: size of one network's part of a buffer.
-        group: whose ranks are the networks.
-        device: where buffers must lie to travel.
-        pool: of the buffers.
-        phase: adds the time of a block to a named phase.
-        seconds: after which a transfer over gloo is given up; None: the group's own time-out.
-        replicas: the processes that hold this network, in order; None: this one alone.
+        tensors: this network's tensors by state-dict key; changed in place.
+        units: graft units of the common architecture.
+        mixing: identical on every rank.
+        transport: how the weights travel.
     """
-    if isinstance(mixing, Shuffle):
-        return _swap_scalars(
-            *(tensors, units, mixing),
-            group=group,
-            device=device,
-            phase=phase,
-            seconds=seconds,
-            replicas=replicas,
-        )
-    rank = dist.get_rank(group)
+    rank, replicas = dist.get_rank(transport.group), transport.replicas
+    views = [flat(tensor.detach()) for tensor in tensors.values()]
+
+    def pack(buffer: Tensor, bucket: Bucket) -> None:
+        pack_(buffer, bucket, views)
+
+    def unpack(buffer: Tensor, bucket: Bucket) -> None:
+        unpack_(views, bucket, buffer)
+
+    # Cut the tensors into buckets, the same for every network.
     index = {key: number for number, key in enumerate(tensors)}
     unit_of = {index[key]: number for number, unit in enumerate(units) for key in unit.tensors}
-    views = [flat(tensor.detach()) for tensor in tensors.values()]
-    donors = mixing.donors[rank]
-    fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
-    fine = _FineFractions(mixing, rank, tensors, units)
+    on_host = transport.device.type == "cpu"
     shares = dist.get_world_size(replicas) if replicas else 1
     cuts = [
         cut_buckets(
             [view.numel() for view in views],
             [view.dtype for view in views],
-            bucket_bytes=bucket_limit(exchange, bucket_bytes, on_host=device.type == "cpu"),
+            bucket_bytes=bucket_limit(transport.exchange, transport.bucket_bytes, on_host=on_host),
             share=share,
             shares=shares,
         )
         for share in range(shares)
     ]
-    buckets = cuts[dist.get_rank(replicas) if replicas else 0]
+    buckets = cuts[dist.get_rank(replicas) if replicas else 0] if mixing.networks > 1 else []
 
-    def pack(buffer: Tensor, bucket: Bucket) -> None:
-        pack_(buffer, bucket, views)
-
+    # Exchange and blend.
+    donors = mixing.donors[rank]
+    senders = len(donors) if transport.exchange == "p2p" else mixing.networks - 1
+    fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
+    by_element = _ElementFractions(mixing, rank, tensors, units)
     squares: list[list[Tensor]] = [[] for _ in units]
-    received = 0
-    for bucket, parts in EXCHANGES[exchange](
-        buckets if mixing.networks > 1 else [],
-        pack,
-        mixing.donors,
-        group=group,
-        device=device,
-        pool=pool,
-        phase=phase,
-        seconds=seconds,
-    ):
-        received += (len(parts) if exchange == "p2p" else mixing.networks - 1) * bucket.bytes
+    exchange = EXCHANGES[transport.exchange]
+    for bucket, parts in exchange(buckets, pack, mixing.donors, transport):
         for piece in bucket.pieces:
             unit = unit_of[piece.tensor]
-            own = views[piece.tensor][piece.start : piece.start + piece.length]
-            theirs = {
-                donor: part[piece.offset : piece.offset + piece.length].to(own.device)
+            recipient = views[piece.tensor][piece.start : piece.start + piece.length]
+            received = {
+                donor: part[piece.offset : piece.offset + piece.length].to(recipient.device)
                 for donor, part in parts.items()
             }
-            with phase("distance"):
-                squares[unit].extend(_squared_distance(own, part) for part in theirs.values())
-            with phase("blend"):
-                for donor, part in theirs.items():
-                    fraction = fine.of(piece, donor)
+            with transport.phase("distance"):
+                squares[unit].extend(
+                    _squared_distance(recipient, part) for part in received.values()
+                )
+            with transport.phase("blend"):
+                for donor, part in received.items():
+                    fraction = by_element.of_piece(piece, donor)
                     if fraction is None:
-                        blend_(own, part, fractions[donor][unit])
+                        blend_(recipient, part, fractions[donor][unit])
                     else:
-                        blend_finely_(own, part, fraction)
-    with phase("distance"):
+                        blend_elementwise_(recipient, part, fraction)
+    bytes_received = senders * sum(bucket.bytes for bucket in buckets)
+    with transport.phase("distance"):
         sums = [sum(torch.stack(parts).tolist()) if parts else 0.0 for parts in squares]
+
+    # Gather what the other replicas of this network blended.
     if replicas:
-        with phase("exchange"):
-            *sums, total = _sum_over(replicas, [*sums, float(received)], device, seconds)
-            received = round(total)
-        put_together(
-            cuts,
-            pack,
-            lambda buffer, bucket: unpack_(views, bucket, buffer),
-            group=replicas,
-            device=device,
-            pool=pool,
-            phase=phase,
-            seconds=seconds,
-        )
-    return Applied([math.sqrt(total / max(1, len(donors))) for total in sums], received)
+        with transport.phase("exchange"):
+            local = torch.tensor([*sums, float(bytes_received)], dtype=torch.float64)
+            gathered = gather_vectors(
+                local, group=replicas, device=transport.device, seconds=transport.seconds
+            )
+            *sums, total_bytes = gathered.sum(dim=0).tolist()
+            bytes_received = round(total_bytes)
+        gather_replica_parts(cuts, pack, unpack, transport)
+    return Applied([math.sqrt(total / max(1, len(donors))) for total in sums], bytes_received)
 
 
-def _sum_over(
-    group: dist.ProcessGroup, values: list[float], device: torch.device, seconds: float | None
-) -> list[float]:
-    rows = gather_vectors(
-        torch.tensor(values, dtype=torch.float64), group=group, device=device, seconds=seconds
-    )
-    return [float(value) for value in rows.sum(dim=0)]
+class _ElementFractions:
+    """Interpolation weights that differ inside a tensor, in memory order.
 
-
-class _FineFractions:
-    """Fractions that differ inside a tensor, in memory order, for one tensor at a time."""
+    Keeps those of one tensor at a time.
+    """
 
     def __init__(
         self,
@@ -175,8 +141,8 @@ class _FineFractions:
         self._tensor = -1
         self._fractions: dict[int, Tensor | None] = {}
 
-    def of(self, piece: Piece, donor: int) -> Tensor | None:
-        """The fractions of one piece; None where the unit's holds."""
+    def of_piece(self, piece: Piece, donor: int) -> Tensor | None:
+        """Return the weights of one piece; None where the unit's fraction applies."""
         if piece.tensor != self._tensor:
             self._tensor, self._fractions = piece.tensor, {}
         if donor not in self._fractions:
@@ -197,54 +163,65 @@ class _FineFractions:
         return None if whole is None else whole[piece.start : piece.start + piece.length]
 
 
-def _swap_scalars(
+def swap_scalars(
     tensors: Mapping[str, Tensor],
     units: Sequence[GraftUnit],
-    mixing: Shuffle,
-    *,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    phase: Phase,
-    seconds: float | None,
-    replicas: dist.ProcessGroup | None,
+    mixing: Mixing,
+    transport: Transport,
 ) -> Applied:
-    """Only the chosen scalars travel, type by type: every rank chooses the same ones."""
-    rank = dist.get_rank(group)
+    """Exchange the scalars that the mixing chooses and write them in place, dtype by dtype.
+
+    Every rank of the transport's groups must call this. Replicas each exchange an equal part of the
+    scalars and then gather the other parts.
+
+    Args: as `blend_tensors`; `mixing.swaps_scalars` is true.
+    """
+    rank, replicas = dist.get_rank(transport.group), transport.replicas
     shares = dist.get_world_size(replicas) if replicas else 1
     share = dist.get_rank(replicas) if replicas else 0
-    received = 0
+    device, seconds = transport.device, transport.seconds
+    bytes_received = 0
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
-        with phase("pack"):
-            moving = [
-                (tensors[key].detach(), *mixing.chosen(number, key, tensors[key].numel()))
+        # Choose the scalars and cut them into equal parts for the replicas.
+        with transport.phase("pack"):
+            chosen = [
+                (tensors[key].detach(), *mixing.chosen_scalars(number, key, tensors[key].numel()))
                 for number, unit in enumerate(units)
                 for key in unit.tensors
                 if tensors[key].dtype == dtype and key not in unit.buffers
             ]
-            taken_from = [tensor.take(where.to(tensor.device)) for tensor, where, _ in moving]
-            mine = torch.cat(taken_from) if taken_from else torch.empty(0, dtype=dtype)
-        if mixing.networks == 1 or mine.numel() == 0:
+            values = [tensor.take(positions.to(tensor.device)) for tensor, positions, _ in chosen]
+            local = torch.cat(values) if values else torch.empty(0, dtype=dtype)
+        if mixing.networks == 1 or local.numel() == 0:
             continue
-        length = -(-len(mine) // shares)  # the last share is filled up
-        padded = torch.nn.functional.pad(mine, (0, shares * length - len(mine)))
-        source = torch.cat([sources[:, rank] for _, _, sources in moving])
-        source = torch.nn.functional.pad(source, (0, len(padded) - len(mine)))
+        length = math.ceil(len(local) / shares)
+        padding = (0, shares * length - len(local))
+        padded = torch.nn.functional.pad(local, padding)
+        source = torch.cat([sources[:, rank] for _, _, sources in chosen])
+        source = torch.nn.functional.pad(source, padding)
         part = slice(share * length, (share + 1) * length)
-        with phase("exchange"):
-            everyone = gather_vectors(padded[part], group=group, device=device, seconds=seconds)
-            taken = everyone[source[part], torch.arange(length)]
+
+        # Exchange.
+        with transport.phase("exchange"):
+            gathered = gather_vectors(
+                padded[part], group=transport.group, device=device, seconds=seconds
+            )
+            received = gathered[source[part], torch.arange(length)]
             if replicas:
-                taken = gather_vectors(taken, group=replicas, device=device, seconds=seconds)
-        received += (mixing.networks - 1) * mine.numel() * mine.element_size()
-        with phase("blend"):
-            values = taken.flatten()[: len(mine)].split([len(where) for _, where, _ in moving])
-            for (tensor, where, _), new in zip(moving, values, strict=True):
-                whole = tensor if tensor.dim() else tensor.view(1)
-                places = torch.unravel_index(where.to(tensor.device), whole.shape)
-                whole[places] = new.to(tensor.device)  # put_ has no deterministic form
-    return Applied([], received)
+                received = gather_vectors(received, group=replicas, device=device, seconds=seconds)
+        bytes_received += (mixing.networks - 1) * local.numel() * local.element_size()
+
+        # Write.
+        with transport.phase("blend"):
+            lengths = [len(positions) for _, positions, _ in chosen]
+            news = received.flatten()[: len(local)].split(lengths)
+            for (tensor, positions, _), new in zip(chosen, news, strict=True):
+                target = tensor if tensor.dim() else tensor.view(1)
+                index = torch.unravel_index(positions.to(tensor.device), target.shape)
+                target[index] = new.to(tensor.device)  # put_ is not deterministic
+    return Applied([], bytes_received)
 
 
-def _squared_distance(own: Tensor, other: Tensor) -> Tensor:
-    kind = torch.promote_types(own.dtype, torch.float32)
-    return torch.dist(own.to(kind), other.to(kind)).double().square()
+def _squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    dtype = torch.promote_types(one.dtype, torch.float32)
+    return torch.dist(one.to(dtype), other.to(dtype)).double().square()

@@ -1,4 +1,4 @@
-"""How a list of tensors is cut into flat buffers of bounded size."""
+"""Buckets: tensors cut into flat buffers of bounded size."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 17  # elements that stay in a core's cache between measuring and blending
+_PIECE = 1 << 17  # elements; fits in a core's cache between distance and blending
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one tensor's elements inside a bucket."""
+    """Contiguous elements of one tensor inside a bucket."""
 
     tensor: int
-    """Index in the list of tensors."""
+    """Index of the tensor."""
     start: int
     """First element, in the tensor's memory order."""
     offset: int
-    """Where it starts in the bucket."""
+    """First element in the bucket."""
     length: int
-    """Elements."""
+    """Number of elements."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Elements of one type that travel together."""
+    """Elements of one dtype that travel together."""
 
     dtype: torch.dtype
     length: int
-    """Elements."""
+    """Number of elements."""
     pieces: tuple[Piece, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of one network's part."""
+        """Size of one network's part in bytes."""
         return self.length * self.dtype.itemsize
 
 
@@ -48,23 +48,23 @@ def cut_buckets(
     share: int = 0,
     shares: int = 1,
 ) -> list[Bucket]:
-    """Cut tensors into buckets: type by type, in order, every element in exactly one piece.
+    """Cut tensors into buckets, dtype by dtype and in order.
 
     Args:
-        sizes: elements of each tensor; empty ones get no piece.
-        dtypes: of each tensor.
+        sizes: number of elements of each tensor; empty tensors get no piece.
+        dtypes: dtype of each tensor.
         bucket_bytes: largest size of a bucket; a bucket holds at least one element.
-        share: which of the equal stretches, of the elements of each type, is cut.
-        shares: how many of them there are; the buckets of all together hold every element once.
+        share: index of the share to cut, when the elements of each dtype are divided equally.
+        shares: number of shares. The buckets of all shares together hold every element once.
     """
     buckets = []
     for dtype in dict.fromkeys(dtypes):
         room = max(1, bucket_bytes // dtype.itemsize)
-        mine = [size if kind == dtype else 0 for size, kind in zip(sizes, dtypes, strict=True)]
-        begin, end = (sum(mine) * edge // shares for edge in (share, share + 1))
+        matching = [size if kind == dtype else 0 for size, kind in zip(sizes, dtypes, strict=True)]
+        begin, end = (sum(matching) * edge // shares for edge in (share, share + 1))
         pieces: list[Piece] = []
         filled = before = 0
-        for index, size in enumerate(mine):
+        for index, size in enumerate(matching):
             start, stop = max(0, begin - before), min(size, end - before)
             before += size
             while start < stop:
@@ -81,12 +81,12 @@ def cut_buckets(
 
 
 def pack_(buffer: Tensor, bucket: Bucket, views: Sequence[Tensor]) -> None:
-    """Copy a bucket's pieces out of the tensors.
+    """Copy a bucket's pieces from the tensors into a buffer.
 
     Args:
-        buffer: [bucket.length], of the bucket's type, on any device; written to.
-        bucket: what to copy.
-        views: all tensors, each as one dimension.
+        buffer: [bucket.length], of the bucket's dtype, on any device; overwritten.
+        bucket: the pieces to copy.
+        views: one-dimensional views of all tensors.
     """
     for piece in _runs(bucket):
         source = views[piece.tensor][piece.start : piece.start + piece.length]
@@ -94,12 +94,12 @@ def pack_(buffer: Tensor, bucket: Bucket, views: Sequence[Tensor]) -> None:
 
 
 def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
-    """Copy a bucket's pieces into the tensors: what `pack_` does, backwards.
+    """Copy a bucket's pieces from a buffer into the tensors; the inverse of `pack_`.
 
     Args:
-        views: all tensors, each as one dimension; written to.
-        bucket: what to copy.
-        buffer: [bucket.length], of the bucket's type, on any device.
+        views: one-dimensional views of all tensors; overwritten.
+        bucket: the pieces to copy.
+        buffer: [bucket.length], of the bucket's dtype, on any device.
     """
     for piece in _runs(bucket):
         target = views[piece.tensor][piece.start : piece.start + piece.length]
@@ -107,7 +107,7 @@ def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
 
 
 def _runs(bucket: Bucket) -> Iterator[Piece]:
-    """The bucket's pieces with neighbouring pieces of one tensor joined."""
+    """Yield the bucket's pieces, with adjacent pieces of one tensor merged."""
     run: Piece | None = None
     for piece in bucket.pieces:
         if run and run.tensor == piece.tensor:

@@ -1,10 +1,11 @@
-"""Moves flat buffers between networks; the Mixing says which must travel."""
+"""Exchange of the networks' weights in flat buffers, as the donors of a Mixing require."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Literal
@@ -17,26 +18,27 @@ from dist_graft.population.collectives import communicating
 from dist_graft.population.round.buckets import Bucket
 
 Exchange = Literal["all_gather", "p2p"]
-Phase = Callable[[str], AbstractContextManager[None]]
 Pack = Callable[[Tensor, Bucket], None]
-IN_FLIGHT = 2
-"""Buckets of `p2p` that travel at once: one is packed and blended while another is under way."""
-_HOST_BUCKET_BYTES = 16 << 20  # larger ones are slower there, though fewer
+"""Copies between a flat buffer [bucket.length] and the tensors of a bucket."""
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
+"""Buckets with the flat elements of each donor."""
+IN_FLIGHT = 2
+"""Buckets that `p2p` transfers at once: one is packed and blended while the other travels."""
+_HOST_BUCKET_BYTES = 16 << 20  # larger buckets are slower in host memory
 
 
 class BufferPool:
-    """Flat memory that buckets travel in.
+    """Flat buffers for buckets.
 
-    On the CPU it is kept from round to round: the first touch of a page costs more than the copy
-    that fills it. A GPU's allocator keeps memory by itself.
+    CPU buffers are kept from round to round, because the first access to a page costs more than the
+    copy into it. A GPU's caching allocator needs no pool.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def take(self, slot: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory, [length]; what was taken for the slot before is taken back."""
+        """Return uninitialized memory [length]; invalidates the slot's previous buffer."""
         if device.type != "cpu":
             return torch.empty(length, dtype=dtype, device=device)
         kept = self._kept.get((slot, dtype))
@@ -45,193 +47,187 @@ class BufferPool:
         return kept[:length]
 
 
-def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """Where buffers must lie to travel in this group, for tensors that live on `device`.
+@dataclass(frozen=True)
+class Transport:
+    """How the weights travel in one round."""
 
-    The device itself when a backend of the group serves it and is not gloo, which moves host
-    memory; else the CPU.
+    exchange: Exchange
+    group: dist.ProcessGroup
+    """Group with one rank for each network."""
+    replicas: dist.ProcessGroup | None
+    """Group of the processes that hold this network, in order; None: this process alone."""
+    device: torch.device
+    """Device of the buffers; see `communication_device`."""
+    bucket_bytes: int
+    """Largest size of one network's part of a buffer."""
+    pool: BufferPool
+    phase: Callable[[str], AbstractContextManager[None]]
+    """Adds the time of a block to a named phase."""
+    seconds: float | None
+    """Timeout of transfers over gloo; None: the group's own timeout."""
+
+
+def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Return the device on which the group can transfer buffers of tensors on `device`.
+
+    This is the device itself if the group has a backend other than gloo for it (gloo transfers host
+    memory), otherwise the CPU.
     """
-    served = dict(
+    backends = dict(
         pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair
     )
-    if device.type != "cpu" and served.get(device.type, "gloo") != "gloo":
+    if device.type != "cpu" and backends.get(device.type, "gloo") != "gloo":
         return device
     return torch.device("cpu")
 
 
 def header_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """Where short vectors travel: the CPU when a backend of the group serves it.
+    """Return the device on which short vectors travel: the CPU if the group has a backend for it.
 
-    Over gloo a process that waits sees at once that a peer died, serves signals, and can say whom
-    it waits for; NCCL does none of this.
+    While waiting over gloo, a process notices a dead peer at once, handles signals and can report
+    which network it waits for. NCCL supports none of this.
     """
     cpu = torch.device("cpu")
     return cpu if "cpu:" in dist.get_backend_config(group) else communication_device(group, device)
 
 
 def world() -> dist.ProcessGroup:
-    """The default group; init_process_group has been called."""
+    """Return the default group; requires init_process_group."""
     group = dist.group.WORLD
     assert group is not None
     return group
 
 
 def all_gather(
-    buckets: Sequence[Bucket],
-    pack: Pack,
-    donors: Sequence[Sequence[int]],
-    *,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    pool: BufferPool,
-    phase: Phase,
-    seconds: float | None = None,
+    buckets: Sequence[Bucket], pack: Pack, donors: Sequence[Sequence[int]], transport: Transport
 ) -> Received:
-    """Every rank of the group sees every network, bucket by bucket.
+    """Gather every network on every rank, bucket by bucket.
 
-    Holds networks x bucket on `device`; the part that is sent lies inside the receive buffer.
+    Holds networks x bucket on the transport's device. The sent part lies inside the receive buffer.
     Every rank of the group must iterate to the end.
 
-    Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
+    Args:
+        buckets: this network's buckets.
+        pack: copies a bucket of this network into a buffer.
+        donors: donors of each network.
+        transport: how the buckets travel.
+
+    Yields: (bucket, {donor: its elements}). The elements are valid until the next iteration.
     """
-    rank, networks = dist.get_rank(group), dist.get_world_size(group)
-    for bucket, space in _spaces(buckets, networks, device, pool):
-        parts = list(space.split(bucket.length))
-        with phase("pack"):
+    rank, networks = dist.get_rank(transport.group), dist.get_world_size(transport.group)
+    for bucket, buffer in _with_buffers(buckets, networks, transport):
+        parts = list(buffer.split(bucket.length))
+        with transport.phase("pack"):
             pack(parts[rank], bucket)
-        with phase("exchange"), communicating():
-            _gather_in_place(space, parts, rank, group, device, seconds)
+        with transport.phase("exchange"), communicating():
+            _all_gather_in_place(buffer, parts, transport.group, transport)
         yield bucket, {donor: parts[donor] for donor in donors[rank]}
 
 
-def put_together(
-    cuts: Sequence[Sequence[Bucket]],
-    pack: Pack,
-    unpack: Pack,
-    *,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    pool: BufferPool,
-    phase: Phase,
-    seconds: float | None = None,
-) -> None:
-    """Give every rank of the group the shares of all others, bucket by bucket.
-
-    Holds ranks x bucket on `device`. Every rank of the group must call this.
-
-    Args:
-        cuts: the buckets of each rank's share, in the order of the ranks.
-        pack: copies a bucket of this rank's share into memory.
-        unpack: copies a bucket of another rank's out of memory.
-        group: whose ranks hold the shares.
-        device: where buffers must lie to travel.
-        pool: of the buffers.
-        phase: adds the time of a block to a named phase.
-        seconds: after which a transfer over gloo is given up; None: the group's own time-out.
-    """
-    rank = dist.get_rank(group)
-    for dtype in dict.fromkeys(bucket.dtype for cut in cuts for bucket in cut):
-        of_type = [[bucket for bucket in cut if bucket.dtype == dtype] for cut in cuts]
-        for buckets in zip_longest(*of_type):  # their lengths differ by an element at most
-            longest = max(bucket.length for bucket in buckets if bucket)
-            space = pool.take(0, len(cuts) * longest, dtype, device)
-            parts = space.split(longest)
-            with phase("pack"):
-                if own := buckets[rank]:
-                    pack(parts[rank][: own.length], own)
-            with phase("exchange"), communicating():
-                _gather_in_place(space, parts, rank, group, device, seconds)
-            with phase("blend"):
-                for other, bucket in enumerate(buckets):
-                    if bucket and other != rank:
-                        unpack(parts[other][: bucket.length], bucket)
-
-
-def _gather_in_place(
-    space: Tensor,
-    parts: Sequence[Tensor],
-    rank: int,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    seconds: float | None,
-) -> None:
-    if device.type == "cpu":  # gloo's own all-gather holds everything twice
-        _to_everyone(parts, rank, group, seconds)
-    else:
-        dist.all_gather_single(space, parts[rank], group=group)
-
-
-def _to_everyone(
-    parts: Sequence[Tensor], rank: int, group: dist.ProcessGroup, seconds: float | None
-) -> None:
-    """Send this rank's part to all others, and receive theirs into place."""
-    others = [peer for peer in range(len(parts)) if peer != rank]
-    moves = [dist.P2POp(dist.isend, parts[rank], group=group, group_peer=peer) for peer in others]
-    moves += [dist.P2POp(dist.irecv, parts[peer], group=group, group_peer=peer) for peer in others]
-    for work in dist.batch_isend_irecv(moves) if moves else ():
-        _finish(work, seconds)
-
-
-def _finish(work: dist.Work, seconds: float | None) -> None:
-    """Wait for one transfer; without a limit of its own the group's time-out holds."""
-    work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
-
-
 def p2p(
-    buckets: Sequence[Bucket],
-    pack: Pack,
-    donors: Sequence[Sequence[int]],
-    *,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    pool: BufferPool,
-    phase: Phase,
-    seconds: float | None = None,
+    buckets: Sequence[Bucket], pack: Pack, donors: Sequence[Sequence[int]], transport: Transport
 ) -> Received:
-    """Only the donors' weights travel, bucket by bucket.
+    """Transfer only the donors' weights, bucket by bucket.
 
-    Holds IN_FLIGHT times a bucket to send and one for each donor on `device`. A bucket is packed
-    while the one before it travels, so a bucket that was yielded may only change its own elements.
-    Every rank of the group must iterate to the end.
+    Holds IN_FLIGHT buckets to send, and as many for each donor, on the transport's device. Each
+    bucket is packed while the previous one travels, so the caller may only change the elements of a
+    bucket that was yielded. Every rank of the group must iterate to the end.
 
-    Yields: (bucket, {donor: its elements}); the buffers are valid until the next step.
+    Args and yields: as `all_gather`.
     """
-    rank = dist.get_rank(group)
+    group, rank = transport.group, dist.get_rank(transport.group)
     recipients = [network for network, givers in enumerate(donors) if rank in givers]
-    under_way: deque[tuple[Bucket, Sequence[Tensor], list[dist.Work]]] = deque()
+    in_flight: deque[tuple[Bucket, Sequence[Tensor], list[dist.Work]]] = deque()
+    seconds = transport.seconds if transport.device.type == "cpu" else None
 
     def arrived() -> tuple[Bucket, dict[int, Tensor]]:
-        bucket, parts, moves = under_way.popleft()
-        with phase("exchange"), communicating():
-            for move in moves:
-                _finish(move, seconds if device.type == "cpu" else None)
+        bucket, parts, transfers = in_flight.popleft()
+        with transport.phase("exchange"), communicating():
+            for transfer in transfers:
+                _wait(transfer, seconds)
         return bucket, dict(zip(donors[rank], parts, strict=True))
 
-    for bucket, space in _spaces(buckets, 1 + len(donors[rank]), device, pool, slots=IN_FLIGHT):
-        if len(under_way) == IN_FLIGHT:
+    slots = 1 + len(donors[rank])
+    for bucket, buffer in _with_buffers(buckets, slots, transport, alternating=IN_FLIGHT):
+        if len(in_flight) == IN_FLIGHT:
             yield arrived()
-        own, *parts = space.split(bucket.length)
-        with phase("pack"):
+        own, *parts = buffer.split(bucket.length)
+        with transport.phase("pack"):
             pack(own, bucket)
-        with phase("exchange"), communicating():
-            moves = [
+        with transport.phase("exchange"), communicating():
+            operations = [
                 dist.P2POp(dist.isend, own, group=group, group_peer=peer) for peer in recipients
             ] + [
                 dist.P2POp(dist.irecv, part, group=group, group_peer=peer)
                 for peer, part in zip(donors[rank], parts, strict=True)
             ]
-            under_way.append((bucket, parts, dist.batch_isend_irecv(moves) if moves else []))
-    while under_way:
+            transfers = dist.batch_isend_irecv(operations) if operations else []
+            in_flight.append((bucket, parts, transfers))
+    while in_flight:
         yield arrived()
 
 
 EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
 
 
-def bucket_limit(exchange: Exchange, bucket_bytes: int, *, on_host: bool) -> int:
-    """Largest size of a bucket, in bytes, of an exchange that may take `bucket_bytes` for one.
+def gather_replica_parts(
+    cuts: Sequence[Sequence[Bucket]], pack: Pack, unpack: Pack, transport: Transport
+) -> None:
+    """Give every replica of this network the parts that the other replicas blended.
 
-    The buckets of `p2p` that are under way at once share the allowance.
+    Holds replicas x bucket on the transport's device. Every rank of the replica group must call
+    this.
+
+    Args:
+        cuts: buckets of each replica's part, in the order of the ranks.
+        pack: copies a bucket of this replica's part into a buffer.
+        unpack: copies a buffer into a bucket of another replica's part.
+        transport: how the buckets travel.
+    """
+    assert transport.replicas is not None
+    rank = dist.get_rank(transport.replicas)
+    for dtype in dict.fromkeys(bucket.dtype for cut in cuts for bucket in cut):
+        same_dtype = [[bucket for bucket in cut if bucket.dtype == dtype] for cut in cuts]
+        for buckets in zip_longest(*same_dtype):  # lengths differ by at most one element
+            longest = max(bucket.length for bucket in buckets if bucket)
+            buffer = transport.pool.take(0, len(cuts) * longest, dtype, transport.device)
+            parts = buffer.split(longest)
+            with transport.phase("pack"):
+                if own := buckets[rank]:
+                    pack(parts[rank][: own.length], own)
+            with transport.phase("exchange"), communicating():
+                _all_gather_in_place(buffer, parts, transport.replicas, transport)
+            with transport.phase("blend"):
+                for other, bucket in enumerate(buckets):
+                    if bucket and other != rank:
+                        unpack(parts[other][: bucket.length], bucket)
+
+
+def _all_gather_in_place(
+    buffer: Tensor, parts: Sequence[Tensor], group: dist.ProcessGroup, transport: Transport
+) -> None:
+    """Gather into a buffer that already holds this rank's part."""
+    rank = dist.get_rank(group)
+    if transport.device.type != "cpu":
+        dist.all_gather_single(buffer, parts[rank], group=group)
+        return
+    # Point to point, because gloo's all-gather allocates a second copy of everything.
+    peers = [peer for peer in range(len(parts)) if peer != rank]
+    sends = [dist.P2POp(dist.isend, parts[rank], group=group, group_peer=peer) for peer in peers]
+    receives = [dist.P2POp(dist.irecv, parts[peer], group=group, group_peer=peer) for peer in peers]
+    for transfer in dist.batch_isend_irecv(sends + receives) if peers else ():
+        _wait(transfer, transport.seconds)
+
+
+def _wait(transfer: dist.Work, seconds: float | None) -> None:
+    """Wait for one transfer; without a timeout the group's own timeout applies."""
+    transfer.wait() if seconds is None else transfer.wait(timedelta(seconds=seconds))
+
+
+def bucket_limit(exchange: Exchange, bucket_bytes: int, *, on_host: bool) -> int:
+    """Return the largest bucket in bytes if one network's part of a buffer may be `bucket_bytes`.
+
+    The buckets of `p2p` that are in flight at once share the allowance.
     """
     if exchange == "p2p":
         bucket_bytes = max(1, bucket_bytes // IN_FLIGHT)
@@ -247,37 +243,42 @@ def held_bytes(
     on_host: bool,
     replicas: int = 1,
 ) -> int:
-    """Most memory that an exchange holds for its buffers in one process, in bytes.
+    """Return the peak size of an exchange's buffers in one process, in bytes.
 
     Args:
-        buckets: that travel.
-        exchange: how.
-        networks: of the group.
-        donors: of this network.
-        on_host: buffers in host memory are kept from one type of elements to the next; on a GPU
-            they are given back.
-        replicas: processes that put the network together afterwards.
+        buckets: buckets of this process.
+        exchange: how they travel.
+        networks: number of networks.
+        donors: number of this network's donors.
+        on_host: host buffers are kept for every dtype, GPU buffers are released between dtypes.
+        replicas: processes that hold this network.
     """
     parts, slots = (networks, 1) if exchange == "all_gather" else (1 + donors, IN_FLIGHT)
-    each = []
+    by_dtype = []
     for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
-        mine = [bucket.bytes for bucket in buckets if bucket.dtype == dtype]
-        taken = [parts * max(mine)] * min(slots, len(mine))
-        joining = replicas * max(mine) if replicas > 1 else 0
-        if on_host:  # in the memory of the first slot
-            taken[0] = max(taken[0], joining)
-        each.append(max(sum(taken), joining))
-    return sum(each) if on_host else max(each, default=0)
+        sizes = [bucket.bytes for bucket in buckets if bucket.dtype == dtype]
+        held = [parts * max(sizes)] * min(slots, len(sizes))
+        gathered = replicas * max(sizes) if replicas > 1 else 0
+        if on_host:  # the replicas' parts reuse the first slot
+            held[0] = max(held[0], gathered)
+        by_dtype.append(max(sum(held), gathered))
+    return sum(by_dtype) if on_host else max(by_dtype, default=0)
 
 
-def _spaces(
-    buckets: Sequence[Bucket], parts: int, device: torch.device, pool: BufferPool, *, slots: int = 1
+def _with_buffers(
+    buckets: Sequence[Bucket], parts: int, transport: Transport, *, alternating: int = 1
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """Each bucket with room for `parts` copies of it; the room is used again `slots` buckets on."""
+    """Yield each bucket with a buffer for `parts` copies of it.
+
+    A buffer is used again after `alternating` buckets.
+    """
     for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
-        mine = [bucket for bucket in buckets if bucket.dtype == dtype]
-        most = parts * max(bucket.length for bucket in mine)
-        spaces = [pool.take(slot, most, dtype, device) for slot in range(min(slots, len(mine)))]
-        for number, bucket in enumerate(mine):
-            yield bucket, spaces[number % slots][: parts * bucket.length]
-        del spaces
+        same_dtype = [bucket for bucket in buckets if bucket.dtype == dtype]
+        length = parts * max(bucket.length for bucket in same_dtype)
+        buffers = [
+            transport.pool.take(slot, length, dtype, transport.device)
+            for slot in range(min(alternating, len(same_dtype)))
+        ]
+        for number, bucket in enumerate(same_dtype):
+            yield bucket, buffers[number % alternating][: parts * bucket.length]
+        del buffers

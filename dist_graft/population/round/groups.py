@@ -1,4 +1,4 @@
-"""The process groups of a round: across the networks, and across the replicas of one network."""
+"""Process groups of a round: across the networks, and across the replicas of one network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dist_graft.population.runtime.timeouts import Timeouts
 
 
 class RoundGroups:
-    """The processes that one process meets in a round, and how long it waits for them.
+    """The process groups that a process belongs to in a round, and their timeouts.
 
     Args:
-        group: whose ranks are the networks; None: the default group.
-        replicas: the processes that hold this network; None: this one alone.
-        peers: lets errors name the network that is missing.
-        timeouts: how long to wait for the others; None: the groups' own time-outs.
+        group: group with one rank for each network; None: the default group.
+        replicas: group of the processes that hold this network; None: this process alone.
+        peers: lets errors name the missing network.
+        timeouts: timeouts of the collectives; None: the groups' own timeouts.
     """
 
     def __init__(
@@ -34,13 +34,15 @@ class RoundGroups:
     ) -> None:
         self._group = group
         self.replicas = replicas
-        self._roll_call = peers
-        self._patience = timeouts
+        self._peers = peers
+        self._timeouts = timeouts
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Looked up each time: a default group that is held cannot be destroyed, and its threads
-        abort an interpreter that finalizes under them.
+        """Group across the networks.
+
+        The default group is looked up on every access: a reference to it would keep its threads
+        alive after destroy_process_group, and they abort an interpreter that shuts down.
         """
         return self._group or world()
 
@@ -51,44 +53,53 @@ class RoundGroups:
 
     @property
     def seconds(self) -> float | None:
-        """After which to give up waiting now; None: the groups' own time-outs."""
-        return self._patience.seconds if self._patience else None
+        """Current timeout; None: the groups' own timeouts."""
+        return self._timeouts.seconds if self._timeouts else None
 
-    def arrive(self, round_: int) -> None:
-        """Say that this process has reached a round."""
-        if self._roll_call:
-            self._roll_call.arrive(round_)
+    def enter_round(self, round_: int) -> None:
+        """Publish that this process has reached a round."""
+        if self._peers:
+            self._peers.enter_round(round_)
 
-    def of_networks(
-        self, vector: Tensor, home: torch.device, *, what: str = "", arriving_at: int | None = None
+    def gather_networks(
+        self, vector: Tensor, device: torch.device, *, what: str = "", round_: int | None = None
     ) -> Tensor:
-        """The networks' vectors of one agreed length, [n] -> [networks, n]: a collective.
+        """Gather one vector from each network: [n] -> [networks, n], on the CPU.
+
+        Every rank of the group must call this with the same n.
 
         Args:
-            vector: of this network.
-            home: where the network lives.
-            what: is waited for.
-            arriving_at: the round in which to look for those who are waited for.
+            vector: this network's vector.
+            device: the network's device.
+            what: name of the step, for a warning while waiting.
+            round_: a warning names the networks that have not reached this round; None: no warning.
         """
         waiting = {}
-        if self._patience and self._roll_call and arriving_at is not None:
-            absent = partial(self._roll_call.absent, arriving_at)
-            waiting["on_wait"] = self._patience.remark(what, absent)
+        if self._timeouts and self._peers and round_ is not None:
+            missing = partial(self._peers.missing_from_round, round_)
+            waiting["on_wait"] = self._timeouts.warn_when_slow(what, missing)
         return gather_vectors(
             vector,
             group=self.group,
-            device=header_device(self.group, home),
+            device=header_device(self.group, device),
             seconds=self.seconds,
             **waiting,
         )
 
-    def of_replicas(self, vector: Tensor, home: torch.device) -> Tensor:
-        """The vectors of the processes of this network, [n] -> [processes, n]: a collective."""
+    def gather_replicas(self, vector: Tensor, device: torch.device) -> Tensor:
+        """Gather one vector from each replica of this network: [n] -> [replicas, n], on the CPU.
+
+        Every rank of the replica group must call this with the same n.
+        """
         if self.replicas is None:
             return vector.cpu()[None]
-        device = header_device(self.replicas, home)
-        return gather_vectors(vector, group=self.replicas, device=device, seconds=self.seconds)
+        return gather_vectors(
+            vector,
+            group=self.replicas,
+            device=header_device(self.replicas, device),
+            seconds=self.seconds,
+        )
 
     def naming_missing_peers(self, round_: int, what: str) -> AbstractContextManager[None]:
-        """Turn the failure of a collective into a PeerError that says who is missing."""
-        return naming_missing_peers(self._roll_call, round_, what)
+        """Convert a failed collective into a PeerError that names the missing networks."""
+        return naming_missing_peers(self._peers, round_, what)

@@ -1,4 +1,4 @@
-"""What a round did to one network."""
+"""Record of a round, as seen by one network."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from dist_graft.grafting.mixing import Mixing
 
 @dataclass(frozen=True)
 class GraftRecord:
-    """What one round did to this network; dictionaries are by graft unit name."""
+    """Result of a round for one network. Dictionaries are keyed by graft unit name."""
 
     round: int
-    """Number of the round, from 0."""
+    """Number of the round, 0-based."""
     network: int
-    """Index in the group of this network."""
+    """Index of this network in the group."""
     donor: int
-    """Index in the group of the network whose weights were mixed in; the first of several."""
+    """Index of the donor in the group; the first one if there are several."""
     coefficient: dict[str, float]
     """Share that the network kept of itself."""
     information: dict[str, float]
-    """Of this network before the round, in the criterion's unit (nats for entropy); empty for a
-    rule that has no criterion."""
+    """Information of this network before the round, in the criterion's unit (nats for entropy);
+    empty for rules without a criterion."""
     distance: dict[str, float]
-    """Euclidean distance to the donor (root mean square over several) before the round, over all
-    tensors of the unit; empty where single scalars travel."""
+    """Euclidean distance to the donor before the round (root mean square over several donors), over
+    all tensors of the unit; empty if only scalars travel."""
     seconds: float
-    """Of the whole round, waiting for the others included."""
+    """Duration of the round, including the wait for other networks."""
     phase_seconds: dict[str, float]
-    """Of measure (finite check, information), agree (with the waiting), pack, exchange, distance
-    and blend."""
+    """Seconds by phase: measure (finiteness check, information), agree (including the wait), pack,
+    exchange, distance and blend."""
     bytes_received: int
-    """Weights received from other networks, by all processes that hold this one together."""
+    """Bytes of other networks' weights, summed over this network's replicas."""
     diverged: dict[int, str]
-    """What was not finite, by network; empty in an ordinary round. The same in every process."""
+    """Description of what was not finite, by network; identical on every rank."""
     mixing: Mixing
-    """What flowed where, of all networks; the same in every process."""
+    """Shares of all networks; identical on every rank."""
     healed: dict[int, int]
-    """Whose weights a diverged network took whole, by network; the same in every process."""
+    """Network whose weights a diverged network copied, by network; identical on every rank."""

@@ -34,7 +34,7 @@ def choose_device(name: str, process: ProcessInfo) -> torch.device:
     return torch.device("cuda", index)
 
 
-def nccl_serves(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
+def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
     """Whether every process has NCCL, and a GPU that is no other's; all hear the same.
 
     Every process of the run must call this.
@@ -42,7 +42,7 @@ def nccl_serves(device: torch.device, peers: PeerRegistry, seconds: float) -> bo
     mine = ""
     if device.type == "cuda" and dist.is_nccl_available():
         mine = str(torch.cuda.get_device_properties(device).uuid)
-    peers.post("the GPU", mine)
+    peers.publish("the GPU", mine)
     return all_different(peers.collect("the GPU", seconds))
 
 
@@ -51,7 +51,7 @@ def all_different(gpus: Sequence[str]) -> bool:
     return "" not in gpus and len(set(gpus)) == len(gpus)
 
 
-def no_nccl(device: torch.device) -> ConfigError:
+def nccl_unavailable(device: torch.device) -> ConfigError:
     """What is wrong when NCCL is asked for and cannot be had."""
     return ConfigError(
         "runtime.backend nccl needs a GPU of its own for every process of the run, and a torch "

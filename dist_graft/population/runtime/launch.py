@@ -1,160 +1,373 @@
-"""torchrun, whose failures end with one line that says what to do: python -m of this module."""
+"""Start a function in several processes on this machine, one or more for each network."""
 
 from __future__ import annotations
 
+import atexit
+import json
+import logging
+import multiprocessing
 import os
-import queue
+import pickle
+import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dist_graft.population.runtime.process import leave
-from dist_graft.printing import tell
+from dist_graft.errors import (
+    ConfigError,
+    DistGraftError,
+    NetworkFailedError,
+    PeerError,
+    StoppedEarlyError,
+    StoppedError,
+)
+from dist_graft.population.collectives import raised_by_backend
+from dist_graft.population.runtime.process import (
+    SIGNALS,
+    die_with_launcher,
+    leave,
+    report_failure,
+)
+from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 
-_ANSWER_SECONDS = 5.0  # for a store that is there
-_JOIN_SECONDS = 600.0  # torchrun's own default
-_PARTING_SECONDS = 15.0  # from the end of the processes to that of their launcher
+StartMethod = Literal["spawn", "fork", "forkserver"]
+_Result = TypeVar("_Result")
+
+_LOOPBACK = "127.0.0.1"
+_RENDEZVOUS = "dist_graft_loopback"
+_FORWARDED_SIGNALS = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+_CAUSE_SECONDS = 2.0  # for the process that failed first to report and end
+_INTERRUPTED = 128 + signal.SIGINT
+_STORE_TIMEOUT = timedelta(minutes=5)
 
 
-def launch(argv: list[str]) -> int:
-    """Run torchrun with its options, no restarts; returns the exit status, or ends the process.
+def launch(
+    function: Callable[..., _Result],
+    *args: Any,
+    networks: int,
+    replicas: int = 1,
+    start_method: StartMethod | None = None,
+    shutdown_timeout: int = 30,
+) -> list[_Result]:
+    """Run ``function(*args)`` in ``networks * replicas`` processes on this machine.
 
-    What became of the processes is shown in torchrun's table, without its traceback.
+    The processes are started by torch's elastic launcher, which sets ``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as ``torchrun`` does. All sockets listen on
+    the loopback interface. In a script, call this under ``if __name__ == "__main__":``. Signals
+    that ask a run to stop (SIGINT, SIGTERM, SIGUSR1) are forwarded to the processes.
+
+    Args:
+        function: called in each process. With ``"spawn"`` it must be defined at the top level of
+            a module or script.
+        args: passed to the function; must be picklable with ``"spawn"``.
+        networks: size of the population.
+        replicas: processes that train each network (``runtime.replicas``).
+        start_method: of ``multiprocessing``. Default: ``"spawn"``, except ``"fork"`` in an
+            interactive session that has not used CUDA.
+        shutdown_timeout: seconds between forwarding a signal and killing the processes.
+
+    Returns: what the function returned in each process, by rank. The values are pickled; None when
+        the function called ``sys.exit(0)``.
+
+    Raises:
+        NetworkFailedError: a process failed. Its text is that of the first failure, and the
+            remaining processes have been stopped.
+        StoppedEarlyError: the run was asked to stop, and has saved a checkpoint.
+        StoppedError: a signal stopped the processes; KeyboardInterrupt for SIGINT.
+        ConfigError: an argument is out of range, or the function cannot be sent to the processes.
     """
-    options = parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which tells of it at length
-    head = options.rdzv_endpoint
-    conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
-    if head:
-        refuse_wrong_address(head)
-        threading.Thread(target=watch, args=(head, conf), daemon=True).start()
-    try:
-        run(options)
-    except ChildFailedError as error:
-        tell(error)
-        return 1
-    except SignalException as error:
-        tell(f"the launcher got {error.sigval.name} and ended its processes", sys.stdout)
-        return 128 + error.sigval
-    except (RendezvousConnectionError, RendezvousTimeoutError) as error:
-        give_up(_lonely(head, conf), error.__cause__ or error)
-    return 0
-
-
-def refuse_wrong_address(head: str) -> None:
-    """End the process at once where the machines cannot meet at this address."""
-    host, _, port = head.rpartition(":")
-    here = socket.gethostname()
-    for name in (host, here):
+    processes = _check_call(networks, replicas)
+    method = _choose_start_method(function, start_method)
+    with tempfile.TemporaryDirectory(prefix="dist_graft_") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id="dist_graft",
+            rdzv_backend=_RENDEZVOUS,
+            max_restarts=0,
+            start_method=method,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            local_addr=_LOOPBACK,
+            signals_to_handle=",".join(number.name for number in _FORWARDED_SIGNALS),
+            shutdown_timeout=shutdown_timeout,
+        )
         try:
-            socket.getaddrinfo(name, port)
-        except OSError as error:
-            give_up(
-                f"the name {name} leads to no address on {here}: set HEAD to the name of one of "
-                "the machines, and let DNS or /etc/hosts of each know the names of all",
-                error,
-            )
+            with _silent_launcher(), _restored_signal_handlers(), _no_process_left():
+                results = elastic_launch(config, _run)(function, args, os.getpid())
+        except (ChildFailedError, SignalException) as error:
+            failure = _first_failure(error, _read_reports(Path(folder)), processes, replicas)
+        else:
+            return [pickle.loads(results[rank]) for rank in range(processes)]
+    raise failure
+
+
+def _check_call(networks: int, replicas: int) -> int:
+    """Check the sizes and the calling process; returns the number of processes."""
+    for name, value in (("networks", networks), ("replicas", replicas)):
+        if value < 1:
+            raise ConfigError(f"launch: {name} must be at least 1, got {value}")
+    if read_process_info().launched:
+        raise ConfigError(
+            "launch: this process was itself started by a launcher (RANK is set); call the "
+            "function directly, or start the script without torchrun"
+        )
+    if multiprocessing.parent_process() or "--multiprocessing-fork" in sys.orig_argv:
+        raise ConfigError(
+            "launch: called in a process that multiprocessing started; in a script, call it under "
+            'if __name__ == "__main__":, because a new process imports the script'
+        )
+    return networks * replicas
+
+
+def _choose_start_method(function: Callable[..., Any], requested: StartMethod | None) -> str:
+    is_interactive = not Path(getattr(sys.modules["__main__"], "__file__", "")).is_file()
+    uses_cuda = torch.cuda.is_initialized()
+    method = requested or ("fork" if is_interactive and not uses_cuda else "spawn")
+    if method == "fork":
+        return method
+    name = getattr(function, "__qualname__", repr(function))
+    if is_interactive and getattr(function, "__module__", "__main__") == "__main__":
+        raise ConfigError(
+            f"launch: {name} is defined in an interactive session, which a new process cannot "
+            "import: define it in a module, or restart the session and call launch before CUDA is "
+            "used"
+        )
     try:
-        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
-    except OSError:
-        return  # not there yet
-    if not _keeps_a_store(host, int(port)):
-        give_up(
-            f"port {port} of {host} belongs to another program: set PORT to a free one, the same "
-            "on all machines"
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"launch: {name} cannot be sent to a new process ({error}): define it at the top level "
+            'of a module, or pass start_method="fork"'
+        ) from error
+    return method
+
+
+# In the started processes
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], launcher: int) -> bytes:
+    """Run the function in one process; returns its pickled result."""
+    die_with_launcher(launcher)
+    _restore_default_signals()
+    has_returned = threading.Event()
+    # Leaves without finalizing the interpreter: see `leave`.
+    atexit.register(lambda: leave(0 if has_returned.is_set() else 1))
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    torch.set_num_threads(read_process_info().cpu_share())
+    try:
+        result = pickle.dumps(function(*args))
+    except KeyboardInterrupt:
+        leave(_INTERRUPTED)
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            _report_and_leave(error)
+        result = pickle.dumps(None)
+    except Exception as error:  # noqa: BLE001  the caller of launch raises it
+        _report_and_leave(error)
+    has_returned.set()
+    return result
+
+
+def _restore_default_signals() -> None:
+    """Drop the launcher's handlers, which a forked process inherits."""
+    for number in _FORWARDED_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _report_and_leave(error: BaseException) -> NoReturn:
+    for number in _FORWARDED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if isinstance(error, DistGraftError):
+        text, status, trace = str(error), error.exit_status, ""
+    else:
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        code = error.code if isinstance(error, SystemExit) else 1
+        status = code if isinstance(code, int) else 1
+        above = error.__traceback__.tb_next if error.__traceback__ else None
+        trace = "".join(traceback.format_exception(type(error), error, above))
+    is_consequence = isinstance(error, PeerError | StoppedError) or raised_by_backend(error)
+    report_failure(
+        " ".join(text.split()),
+        exit_status=status,
+        type=type(error).__name__,
+        traceback=trace,
+        is_consequence=is_consequence,
+    )
+    if is_consequence and not isinstance(error, StoppedError):
+        # The launcher ends this process as soon as it sees the one that failed first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_CAUSE_SECONDS)
+    leave(status)
+
+
+# In the launcher
+
+
+def _read_reports(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """The failures that the processes reported, by rank."""
+    files = folder.glob("*/attempt_0/*/error.json")
+    return {int(file.parent.name): json.loads(file.read_text()) for file in files}
+
+
+def _first_failure(
+    error: ChildFailedError | SignalException,
+    reports: Mapping[int, Mapping[str, Any]],
+    processes: int,
+    replicas: int,
+) -> BaseException:
+    """The exception that the caller of `launch` gets."""
+    if isinstance(error, SignalException) and not reports:
+        if error.sigval == signal.SIGINT:
+            return KeyboardInterrupt()
+        return StoppedError(f"stopped by {error.sigval.name}")
+    if isinstance(error, ChildFailedError):
+        rank, failure = error.get_first_failure()
+        if rank not in reports:
+            process = _describe(rank, processes, replicas)
+            return NetworkFailedError(
+                f"{process} {_cause(failure.exitcode)}", network=process.network, rank=rank
+            )
+    # What another process's failure caused comes last, whoever reported first.
+    rank = min(reports, key=lambda rank: (reports[rank]["is_consequence"], reports[rank]["time"]))
+    report = reports[rank]
+    text, trace = report["message"]["message"], report["traceback"]
+    for kind in (StoppedEarlyError, StoppedError):
+        if report["type"] == kind.__name__:
+            return kind(text)
+    process = _describe(rank, processes, replicas)
+    return NetworkFailedError(
+        f"{process}: {text}",
+        network=process.network,
+        rank=rank,
+        exit_status=report["message"]["errorCode"],
+        traceback=trace,
+    )
+
+
+def _describe(rank: int, processes: int, replicas: int) -> ProcessInfo:
+    return ProcessInfo(rank, processes, rank, processes, replicas=replicas)
+
+
+def _cause(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    if status == _INTERRUPTED:
+        return "was interrupted by SIGINT"
+    return (
+        f"ended with status {status} before it ran the function or without a Python exception; its "
+        'output says why (in a script, call launch under if __name__ == "__main__":)'
+    )
+
+
+@contextmanager
+def _silent_launcher() -> Iterator[None]:
+    """Suppress the launcher's own log lines: the exception says what failed."""
+    silent = logging.NullHandler()
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("distributed.elastic", "multiprocessing")
+    ]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(silent)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(silent)
+            logger.propagate = propagate
+
+
+@contextmanager
+def _restored_signal_handlers() -> Iterator[None]:
+    """Undo the launcher's changes of signal handlers, which only a main thread can make."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if is_main_thread else ():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _no_process_left() -> Iterator[None]:
+    """Kill the processes that a signal during their start would leave behind."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+
+
+class _LoopbackRendezvous(RendezvousHandler):
+    """Rendezvous of one machine, whose store listens on the loopback interface only."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+        listener = socket.create_server((_LOOPBACK, 0))
+        port = listener.getsockname()[1]
+        self._address = RendezvousStoreInfo(_LOOPBACK, port)
+        self._store = dist.TCPStore(
+            _LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_STORE_TIMEOUT,
+            master_listen_fd=listener.detach(),
         )
 
+    use_agent_store = True
 
-def watch(head: str, conf: Mapping[str, str]) -> None:
-    """End the process when the machines do not meet, or when it outlives its processes.
+    def next_rendezvous(self) -> RendezvousInfo:
+        store = dist.PrefixStore("launcher", self._store)
+        return RendezvousInfo(store, 0, 1, self._address)
 
-    torchrun waits without end for a store that was cut off.
-    """
-    began = time.monotonic()
-    while not _processes():
-        if time.monotonic() > began + _patience(conf) + _ANSWER_SECONDS:
-            give_up(_lonely(head, conf))
-        time.sleep(1)
-    last = time.monotonic()
-    while time.monotonic() < last + _PARTING_SECONDS:
-        time.sleep(1)
-        if _processes():
-            last = time.monotonic()
-    give_up(
-        f"{socket.gethostname()} lost {head}, and its processes have ended: their own output says "
-        "why; the same command goes on from the newest checkpoint"
-    )
+    def get_backend(self) -> str:
+        return _RENDEZVOUS
 
+    def get_run_id(self) -> str:
+        return self._run_id
 
-def give_up(line: str, error: BaseException | None = None) -> None:
-    """End the process with one line."""
-    reason = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
-    tell(f"dist-graft: error: {line}{reason}")
-    leave(1)
-
-
-def _lonely(head: str, conf: Mapping[str, str]) -> str:
-    return (
-        f"{socket.gethostname()} did not meet the other machines at {head} within "
-        f"{_patience(conf):g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be "
-        "the name of one of them, and PORT open between them"
-    )
-
-
-def _patience(conf: Mapping[str, str]) -> float:
-    return float(conf.get("join_timeout", _JOIN_SECONDS))
-
-
-def _keeps_a_store(host: str, port: int) -> bool:
-    """Whether a store answers; asked in a thread, because nothing bounds that wait."""
-    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    seconds = timedelta(seconds=_ANSWER_SECONDS)
-
-    def ask() -> None:
-        try:
-            store = dist.TCPStore(host, port, wait_for_workers=False, timeout=seconds)
-            store.check([""])
-        except RuntimeError:
-            answers.put(False)
-        else:
-            answers.put(True)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answers.get(timeout=_ANSWER_SECONDS)
-    except queue.Empty:
+    def is_closed(self) -> bool:
         return False
 
+    def set_closed(self) -> None:
+        pass
 
-def _processes() -> list[str]:
-    """Process ids of the children that run."""
-    found = []
-    for children in Path("/proc/self/task").glob("*/children"):
-        try:
-            pids = children.read_text().split()
-            found += [pid for pid in pids if _runs(pid)]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
 
 
-def _runs(pid: str) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+rendezvous_handler_registry.register(_RENDEZVOUS, _LoopbackRendezvous)

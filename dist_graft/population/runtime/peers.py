@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
 from dist_graft.population.collectives import CommunicationError
+from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 
 _LOOK_AGAIN = timedelta(seconds=1)
@@ -42,7 +42,7 @@ class PeerRegistry:
         """The process of each network that writes its files."""
         return self._processes[:: self._replicas]
 
-    def apart(self) -> PeerRegistry:
+    def clone(self) -> PeerRegistry:
         """The same over a connection of its own, for another thread, as a wait blocks one."""
         return PeerRegistry(self._store.clone(), self.rank, len(self._processes), self._replicas)
 
@@ -66,11 +66,11 @@ class PeerRegistry:
                 "MASTER_ADDR and MASTER_PORT"
             )
 
-    def arrive(self, round_: int) -> None:
+    def enter_round(self, round_: int) -> None:
         """Say that this process has reached a round."""
         self._store.set(f"round/{self.rank}", str(round_))
 
-    def absent(self, round_: int) -> list[str]:
+    def missing_from_round(self, round_: int) -> list[str]:
         """The networks that have not reached a round, each with rank and host.
 
         Empty when the store does not answer either: its host is then gone.
@@ -80,7 +80,7 @@ class PeerRegistry:
         except RuntimeError:
             return []
 
-    def silent(self, what: str) -> list[str]:
+    def missing(self, what: str) -> list[str]:
         """The networks that have not left a text, each with rank and host."""
         try:
             missing = [k for k in self._processes if not self._store.check([f"{what}/{k}"])]
@@ -88,14 +88,14 @@ class PeerRegistry:
         except RuntimeError:
             return []
 
-    def gone(self) -> list[str]:
+    def dead_peers(self) -> list[str]:
         """The networks of this machine whose process is no more, each with rank and host."""
         try:
             return [self.describe(k) for k in self._processes if self._is_gone(k)]
         except RuntimeError:
             return []
 
-    def not_answering(self, what: str, ranks: Sequence[int], seconds: float) -> list[str]:
+    def unresponsive(self, what: str, ranks: Sequence[int], seconds: float) -> list[str]:
         """Those of the processes that do not say this within so many seconds; says it, too."""
         try:
             self._store.set(f"{what}/{self.rank}", "")
@@ -114,7 +114,7 @@ class PeerRegistry:
         """Of all processes, in their order; waits for those that did not check in."""
         return [self._host(rank) for rank in self._processes]
 
-    def ask_to_stop(self, why: str) -> None:
+    def request_stop(self, why: str) -> None:
         """Leave word for all networks that the run is to stop.
 
         Nobody hears it when the store is gone: so is who kept it, and the next meeting says so.
@@ -128,7 +128,7 @@ class PeerRegistry:
         except dist.DistNetworkError:
             return
 
-    def asked_to_stop(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why the run is to stop, if any network was asked to.
 
         Nobody, when the store is gone: so is who kept it, and the next meeting says so.
@@ -142,7 +142,7 @@ class PeerRegistry:
         except dist.DistNetworkError:
             return None
 
-    def post(self, what: str, value: str) -> None:
+    def publish(self, what: str, value: str) -> None:
         """Leave a text for the other networks to read.
 
         Raises: PeerError when the store is gone.
@@ -150,7 +150,7 @@ class PeerRegistry:
         with self._reachable(what):
             self._store.set(f"{what}/{self.rank}", value)
 
-    def hear(self, what: str, rank: int, timeout_seconds: float) -> str:
+    def read(self, what: str, rank: int, timeout_seconds: float) -> str:
         """What one process has left, once it has.
 
         Raises: PeerError naming it, when it died or after the time-out.
@@ -162,24 +162,24 @@ class PeerRegistry:
         what: str,
         timeout_seconds: float,
         *,
-        of: Sequence[int] | None = None,
-        given_up: Callable[[], bool] = lambda: False,
+        ranks: Sequence[int] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """Everyone's text, in the order of their ranks, once all have left theirs.
 
         Args:
             what: they were to leave.
             timeout_seconds: to wait for it.
-            of: ranks; None: of all processes.
-            given_up: whether to wait no more.
+            ranks: ranks; None: of all processes.
+            cancelled: whether to wait no more.
 
         Raises: PeerError naming those that did not, when one died, after the time-out, or
-            about a second after `given_up`.
+            about a second after `cancelled`.
         """
-        ranks = self._processes if of is None else of
-        return self._answers(what, ranks, timeout_seconds, given_up)
+        ranks = self._processes if ranks is None else ranks
+        return self._answers(what, ranks, timeout_seconds, cancelled)
 
-    def heard(self, what: str, rank: int) -> bool:
+    def is_published(self, what: str, rank: int) -> bool:
         """Whether a process has left a text; no, when the store is gone.
 
         Raises: PeerError when the store does not answer in time.
@@ -196,7 +196,7 @@ class PeerRegistry:
         what: str,
         ranks: Sequence[int],
         timeout_seconds: float,
-        given_up: Callable[[], bool] = lambda: False,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         keys = {rank: f"{what}/{rank}" for rank in ranks}
         deadline = time.monotonic() + timeout_seconds
@@ -209,7 +209,7 @@ class PeerRegistry:
                 silent = [rank for rank, key in keys.items() if key in missing]
                 dead = [rank for rank in silent if self._is_gone(rank)]
                 late = time.monotonic() >= deadline
-                if dead or late or given_up():
+                if dead or late or cancelled():
                     who = "; ".join(self.describe(rank) for rank in dead or silent)
                     within = f" within {timeout_seconds:g} s" if late else ""
                     why = "died" if dead else f"did not answer{within}"
@@ -252,26 +252,11 @@ class PeerRegistry:
     def _is_gone(self, rank: int) -> bool:
         if self._host(rank) != socket.gethostname():
             return False
-        pid = int(self._store.get(f"process/{rank}"))
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # alive, and somebody else's by now
-            return True
-        return _has_ended(pid)
+        return has_ended(int(self._store.get(f"process/{rank}")))
 
     def _reached(self, rank: int, round_: int) -> bool:
         key = f"round/{rank}"
         return self._store.check([key]) and int(self._store.get(key)) >= round_
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a process is but waiting for its launcher to notice its end (Linux)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -286,7 +271,7 @@ def naming_missing_peers(peers: PeerRegistry | None, round_: int, what: str) -> 
     try:
         yield
     except CommunicationError as error:
-        absent = (peers.gone() or peers.absent(round_)) if peers else []
+        absent = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
         who = "; ".join(absent) or "a network that had reached it"
         raise PeerError(
             f"{what} failed, a peer died or did not answer: {who}; its own output says why "

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from dist_graft.errors import StoppedError
 from dist_graft.printing import flush_all
@@ -22,16 +23,33 @@ _NEVER = 2**31 - 1
 _LARGEST = 32 << 20  # that malloc takes
 
 
-def die_with_launcher() -> None:
-    """Have the kernel kill this process when the launcher dies (Linux), so that none is orphaned.
+def die_with_launcher(launcher: int | None = None) -> None:
+    """Have the kernel kill this process when its launcher dies (Linux), so that none is orphaned.
 
-    A run that is started again after its launcher was killed thus never meets the old processes.
+    A run that is started again after its launcher was killed then never meets the old processes.
+
+    Args:
+        launcher: process id; None: the current parent.
     """
-    launcher = os.getppid()
+    launcher = launcher or os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the line above
+    if os.getppid() != launcher:  # the launcher died before the line above
         os._exit(1)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process of this user has ended; also when its parent has not noticed yet."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # reused by another user's process
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:  # no /proc, or the process has just ended
+        return False
 
 
 def keep_freed_memory() -> None:
@@ -64,7 +82,7 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def end_launcher() -> None:
+def terminate_launcher() -> None:
     """Ask a torchrun that would start the processes again to end: the run was asked to stop."""
     allowed, used = (
         int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
@@ -74,15 +92,33 @@ def end_launcher() -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 
 
-def report_failure(line: str) -> None:
-    """Tell torchrun why this process ends, so that its table of failures shows the line."""
+def report_failure(
+    message: str, *, exit_status: int = 1, traceback: str = "", **details: object
+) -> None:
+    """Write the launcher's error file, if it asked for one (``TORCHELASTIC_ERROR_FILE``).
+
+    torchrun shows the message in its table of failures; `launch` raises it.
+
+    Args:
+        message: one line.
+        exit_status: of this process.
+        traceback: formatted.
+        details: further entries of the file, which must be serializable as JSON.
+    """
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if place:
-        message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
-        Path(place).write_text(json.dumps({"message": message}))
+    if not place:
+        return
+    now = time.time()
+    extra = {"timestamp": int(now), "py_callstack": traceback or message}
+    shown = {"message": message, "extraInfo": extra, "errorCode": exit_status}
+    partial = Path(f"{place}.partial")
+    partial.write_text(
+        json.dumps({"message": shown, "time": now, "traceback": traceback, **details})
+    )
+    partial.replace(place)
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """End the process now, without tearing anything down.
 
     A process group whose peers are gone can hang, and a thread that still drops a tensor (of gloo,

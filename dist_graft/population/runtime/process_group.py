@@ -25,10 +25,10 @@ from dist_graft.population.collectives import (
     wait_for,
 )
 from dist_graft.population.round.exchange import world
-from dist_graft.population.runtime.devices import choose_device, nccl_serves, no_nccl
+from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process import keep_freed_memory
-from dist_graft.population.runtime.process_info import ProcessInfo, uneven
+from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient
 from dist_graft.population.runtime.timeouts import Timeouts
@@ -53,25 +53,25 @@ class Runtime:
     """The processes of this network."""
 
     @property
-    def across(self) -> dist.ProcessGroup | None:
+    def group_across_networks(self) -> dist.ProcessGroup | None:
         """The process of each network that has this one's place in it; None: all processes."""
         return self.mesh.get_group("network") if self.mesh else None
 
-    def learn(self, epoch_seconds: float) -> None:
+    def observe_epoch(self, epoch_seconds: float) -> None:
         """An epoch of some network took so long: peers are waited for accordingly from now on."""
-        self.timeouts.learn(epoch_seconds)
-        self._allow_for_waiting()
+        self.timeouts.observe_epoch(epoch_seconds)
+        self._extend_group_timeouts()
 
-    def learn_own(self, epoch_seconds: float) -> None:
-        """As `learn`, of this process's epoch, before it meets the others."""
-        self.timeouts.learn_own(epoch_seconds)
-        self._allow_for_waiting()
+    def observe_local_epoch(self, epoch_seconds: float) -> None:
+        """As `observe_epoch`, of this process's epoch, before it meets the others."""
+        self.timeouts.observe_local_epoch(epoch_seconds)
+        self._extend_group_timeouts()
 
-    def _allow_for_waiting(self) -> None:
+    def _extend_group_timeouts(self) -> None:
         """A backend ends a collective by the time-out of its group, whoever would wait longer."""
         if self.process.world_size > 1:
             limit = timedelta(seconds=self.timeouts.longest_wait)
-            for group in {world(), self.across or world()}:
+            for group in {world(), self.group_across_networks or world()}:
                 dist.set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
@@ -81,9 +81,9 @@ class Runtime:
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
         """
-        return self.gather_all(values, what)[:: self.process.replicas]
+        return self.gather_all_ranks(values, what)[:: self.process.replicas]
 
-    def gather_all(self, values: list[float], what: str) -> list[list[float]]:
+    def gather_all_ranks(self, values: list[float], what: str) -> list[list[float]]:
         """As `gather`, a row for each process."""
         if self.process.world_size == 1:
             return [values]
@@ -94,13 +94,13 @@ class Runtime:
                 group=world(),
                 device=torch.device("cpu"),
                 seconds=self.timeouts.seconds,
-                on_wait=self._arrive(what),
+                on_wait=self._announce(what),
             )
         except CommunicationError as error:
             raise self._lost(what, error) from error
         return [list(map(float, row)) for row in everyone.tolist()]
 
-    def from_first(self, what: str, text: str) -> str:
+    def broadcast_text(self, what: str, text: str) -> str:
         """What rank 0 says, to everyone; the text of the others does not count.
 
         Raises: PeerError when it says nothing in time.
@@ -108,24 +108,24 @@ class Runtime:
         if self.peers is None:
             return text
         if self.process.rank == 0:
-            self.peers.post(what, text)
-        return self.peers.hear(what, 0, self.timeouts.seconds)
+            self.peers.publish(what, text)
+        return self.peers.read(what, 0, self.timeouts.seconds)
 
     def hosts(self) -> list[str]:
         """Where the processes run, in their order."""
         return self.peers.hosts() if self.peers else [socket.gethostname()]
 
-    def everyone(self, what: str, text: str) -> list[str]:
+    def gather_texts(self, what: str, text: str) -> list[str]:
         """Everyone's text, in the order of their ranks; every process must call this.
 
         Raises: PeerError when one leaves none in time.
         """
         if self.peers is None:
             return [text]
-        self.peers.post(what, text)
+        self.peers.publish(what, text)
         return self.peers.collect(what, self.timeouts.seconds)
 
-    def sum(self, tensor: Tensor, what: str) -> Tensor:
+    def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of the networks' tensors of one shape, on the CPU: a collective.
 
         Raises: PeerError, saying during what, when a peer died or did not answer.
@@ -133,32 +133,32 @@ class Runtime:
         if self.process.networks == 1:
             return tensor.cpu()
         total = tensor.cpu().clone()
-        on_wait = self._arrive(what)
+        on_wait = self._announce(what)
         try:
             with communicating():
-                work = dist.all_reduce(total, group=self.across, async_op=True)
+                work = dist.all_reduce(total, group=self.group_across_networks, async_op=True)
                 assert work is not None
                 wait_for(work, self.timeouts.seconds, on_wait)
         except CommunicationError as error:
             raise self._lost(what, error) from error
         return total
 
-    def finish(self) -> None:
+    def shutdown(self) -> None:
         """Part from the peers after a run that went well: a collective."""
         if self.process.world_size > 1:
             self.gather([0.0], "the end of the run")
             dist.destroy_process_group()
 
-    def _arrive(self, what: str) -> Callable[[float], None]:
+    def _announce(self, what: str) -> Callable[[float], None]:
         """Say that this process is there; returns what to call while it waits for the others."""
         if self.peers is None:
             return lambda waited: None
-        self.peers.post(what, "")
-        return self.timeouts.remark(what, partial(self.peers.silent, what))
+        self.peers.publish(what, "")
+        return self.timeouts.warn_when_slow(what, partial(self.peers.missing, what))
 
     def _lost(self, what: str, error: CommunicationError) -> PeerError:
         peers = self.peers
-        who = "; ".join(peers.gone() or peers.silent(what)) if peers else ""
+        who = "; ".join(peers.dead_peers() or peers.missing(what)) if peers else ""
         return PeerError(
             f"lost {who or 'another network'} during {what}: it died or did not answer, and its "
             f"own output says why ({error})"
@@ -188,7 +188,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.backend == "nccl":
-        raise no_nccl(device)
+        raise nccl_unavailable(device)
     timeouts = Timeouts(config.timeout_seconds, epochs=config.timeout_epochs)
     if process.world_size == 1:
         return Runtime(process, device, "none", timeouts, None)
@@ -199,9 +199,9 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     peers.check_in(config.timeout_seconds)
     if process.replicas > 1:
         _refuse_uneven_machines(process, peers, config.timeout_seconds)
-    nccl = nccl_serves(device, peers, config.timeout_seconds)
+    nccl = can_use_nccl(device, peers, config.timeout_seconds)
     if config.backend == "nccl" and not nccl:
-        raise no_nccl(device)
+        raise nccl_unavailable(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo have their own
@@ -227,10 +227,12 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
 
 def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
     """Raise ConfigError in every process where the machines have different numbers of them."""
-    peers.post("processes here", str(process.local_world_size))
+    peers.publish("processes here", str(process.local_world_size))
     sizes = sorted({int(size) for size in peers.collect("processes here", seconds)})
     if len(sizes) > 1:
-        raise uneven(process.replicas, f"machines of {' and '.join(map(str, sizes))} processes")
+        raise uneven_machines(
+            process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
+        )
 
 
 def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:

@@ -46,12 +46,17 @@ class ProcessInfo:
         """Whether the process writes the files of its network."""
         return self.replica == 0
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the files of the whole run."""
+        return self.rank == 0
+
     def __str__(self) -> str:
         """Network, replica where there are several, and rank."""
         replica = f"replica {self.replica}, " if self.replicas > 1 else ""
         return f"network {self.network} ({replica}rank {self.rank} on {socket.gethostname()})"
 
-    def shared(self, replicas: int) -> ProcessInfo:
+    def with_replicas(self, replicas: int) -> ProcessInfo:
         """The same place where `replicas` processes train each network.
 
         Raises: ConfigError when the processes cannot be shared out, naming numbers that work.
@@ -66,7 +71,9 @@ class ProcessInfo:
             )
         torn = here % replicas and replicas % here
         if replicas > 1 and (torn or self.world_size % here):
-            raise uneven(replicas, f"{here} of {self.world_size} processes on this machine")
+            raise uneven_machines(
+                replicas, f"{here} of {self.world_size} processes on this machine"
+            )
         return replace(self, replicas=replicas)
 
     def cpu_share(self) -> int:
@@ -82,7 +89,7 @@ class ProcessInfo:
         return max(1, cores // self.local_world_size)
 
 
-def uneven(replicas: int, found: str) -> ConfigError:
+def uneven_machines(replicas: int, found: str) -> ConfigError:
     """The error of machines whose numbers of processes do not fit."""
     fill = [str(size) for size in range(1, replicas) if replicas % size == 0]
     smaller = f", or {' or '.join(fill)} where a network fills several machines" if fill else ""

@@ -48,11 +48,11 @@ class Replicas:
         self._wrapped: DistributedDataParallel | None = None
 
     @property
-    def number(self) -> int:
+    def index(self) -> int:
         """Which of the processes this is."""
         return dist.get_rank(self.group) if self.group else 0
 
-    def with_common_statistics(self, model: nn.Module) -> nn.Module:
+    def convert_sync_batchnorm(self, model: nn.Module) -> nn.Module:
         """The model with batch statistics over all processes, its tensors the same (GPUs only)."""
         synced = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
         return cast(nn.Module, synced)
@@ -109,7 +109,7 @@ class Replicas:
         """The processes' matrices below each other: a collective.
 
         Args:
-            rows: of this process, [counts[number], columns].
+            rows: of this process, [counts[index], columns].
             counts: rows of each process.
         """
         if self.group is None:
@@ -124,16 +124,16 @@ class Replicas:
         if self.group is not None:
             average_buffers(model, lambda vector: self._gather(vector, "the running statistics"))
 
-    def all_buffers(self, model: nn.Module) -> Tensor | None:
+    def gather_buffers(self, model: nn.Module) -> Tensor | None:
         """Every process's floating buffers, float64 [processes, elements]: a collective."""
         if self.group is None:
             return None
         return self._gather(_packed(model), "a checkpoint set")
 
-    def take_buffers(self, model: nn.Module, everyone: Tensor | None) -> None:
-        """Take this process's own out of what `all_buffers` has returned."""
+    def restore_buffers(self, model: nn.Module, everyone: Tensor | None) -> None:
+        """Take this process's own out of what `gather_buffers` has returned."""
         if everyone is not None:
-            _unpack(everyone[self.number], model)
+            _unpack(everyone[self.index], model)
 
     def _gather(self, vector: Tensor, what: str) -> Tensor:
         assert self.group is not None
@@ -161,7 +161,7 @@ class Replicas:
         if self._roll_call is None or self.group is None:
             return []
         ranks = dist.get_process_group_ranks(self.group)
-        return self._roll_call.gone() or self._roll_call.not_answering(
+        return self._roll_call.dead_peers() or self._roll_call.unresponsive(
             f"lost during {what}", ranks, _ANSWER_SECONDS
         )
 

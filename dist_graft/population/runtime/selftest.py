@@ -16,7 +16,7 @@ _NETWORKS = 2
 _LEAVE_SECONDS = 10.0
 
 
-def try_round(backend: str, *, seconds: float) -> tuple[bool, str]:
+def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
     """Let two new processes meet and graft, and compare the result with `mix`.
 
     Args:
@@ -138,7 +138,7 @@ def _meet_and_graft(network: int, backend: str, seconds: float) -> str:
     received = graft_tensors(models[network])
     same = torch.equal if backend == "gloo" else torch.allclose
     wrong = [key for key in expected if not same(expected[key], received[key])]
-    runtime.finish()
+    runtime.shutdown()
     if wrong:
         raise DisagreementError(f"a round over {backend} gave other weights than mix in {wrong[0]}")
     return f"a round took {1000 * took:.0f} ms, and gave the weights that it must"

@@ -24,8 +24,8 @@ class StopRequests:
     Args:
         file: a file of this name asks, too.
         peers: of the run; None for a network alone.
-        grace_seconds: after which `late` is called, when the process is still there.
-        late: must end the process; called from another thread.
+        grace_seconds: after which `on_grace_expired` is called, when the process is still there.
+        on_grace_expired: must end the process; called from another thread.
     """
 
     def __init__(
@@ -34,23 +34,23 @@ class StopRequests:
         peers: PeerRegistry | None,
         *,
         grace_seconds: float,
-        late: Callable[[], object],
+        on_grace_expired: Callable[[], object],
     ) -> None:
         self._file = file
         self._roll_call = peers
-        self._grace = threading.Timer(grace_seconds, late)
+        self._grace = threading.Timer(grace_seconds, on_grace_expired)
         self._grace.daemon = True
         self._signal: int | None = None
         self._looked = -_LOOK_EVERY
         self.reason: str | None = None
         """Why the run is to stop; None while it is not."""
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Take the signals from now on."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether the run is to stop; costs next to nothing but once a second."""
         if self.reason is None:
             self.reason = self._look()
@@ -58,9 +58,9 @@ class StopRequests:
                 self._grace.start()
         return self.reason is not None
 
-    def heard(self) -> str:
+    def peer_reason(self) -> str:
         """Why the run stops, for a network that its peers told so."""
-        return (self._roll_call and self._roll_call.asked_to_stop()) or "another network"
+        return (self._roll_call and self._roll_call.stop_reason()) or "another network"
 
     def _look(self) -> str | None:
         now = time.monotonic()
@@ -72,9 +72,9 @@ class StopRequests:
         elif self._file.exists():
             reason = f"the file {self._file}"
         else:
-            return self._roll_call.asked_to_stop() if self._roll_call else None
+            return self._roll_call.stop_reason() if self._roll_call else None
         if self._roll_call:
-            self._roll_call.ask_to_stop(reason)
+            self._roll_call.request_stop(reason)
         return reason
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -37,15 +37,15 @@ class Timeouts:
         """No collective between networks so far, or from now on, is waited for longer."""
         return max(self._at_first, self.seconds)
 
-    def learn(self, epoch_seconds: float) -> None:
+    def observe_epoch(self, epoch_seconds: float) -> None:
         """An epoch of some network took so long, from its first step to the next one's."""
         self._longest = max(self._longest, epoch_seconds)
 
-    def learn_own(self, epoch_seconds: float) -> None:
+    def observe_local_epoch(self, epoch_seconds: float) -> None:
         """This process's epoch took so long; nothing is known of the others' yet."""
         self._own = max(self._own, epoch_seconds)
 
-    def remark(self, what: str, absent: Callable[[], list[str]]) -> Callable[[float], None]:
+    def warn_when_slow(self, what: str, absent: Callable[[], list[str]]) -> Callable[[float], None]:
         """What to call while waiting, with the seconds waited: says once who is waited for."""
         said = False
 

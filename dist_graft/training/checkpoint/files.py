@@ -1,12 +1,10 @@
-"""Sets of per-network files that are complete or invisible."""
+"""Checkpoint files on disk: one per network, and COMPLETE.json, which is written last."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.run_directory import write_atomically
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 COMPLETE = "COMPLETE.json"
@@ -22,7 +21,7 @@ COMPLETE = "COMPLETE.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete set: what COMPLETE.json says."""
+    """A checkpoint as its COMPLETE.json describes it."""
 
     path: Path
     epoch: int
@@ -30,61 +29,35 @@ class Checkpoint:
     round: int
     """Rounds finished."""
     networks: int
+    """0 when COMPLETE.json is damaged."""
     sha256: dict[str, str]
     """Of each file, by name."""
 
 
-def set_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
-    """Where a set lies.
+def network_file(network: int) -> str:
+    """Name of the file that holds one network's state."""
+    return f"network{network:02d}.pt"
+
+
+def checkpoint_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
+    """Folder of a checkpoint.
 
     Args:
-        folder: of the sets.
+        folder: of all checkpoints.
         epoch: epochs finished.
-        round_: rounds finished, for a set inside the epoch after them.
-        again: counts further sets between the same two rounds.
+        round_: rounds finished, for a checkpoint inside the epoch that follows.
+        again: number of earlier checkpoints between the same two rounds.
     """
     inside = "" if round_ is None else f"_round_{round_:04d}"
     return folder / f"epoch_{epoch:04d}{inside}{f'_again_{again}' if again else ''}"
 
 
 def path_after(folder: Path, epoch: int, round_: int, newest: str | None) -> Path:
-    """Where a set inside an epoch lies that follows the set `newest`, which it must not replace."""
+    """Folder of a checkpoint inside an epoch that does not replace `newest`."""
     match = _NAME.fullmatch(newest or "")
     same = match and match[2] and (int(match[1]), int(match[2])) == (epoch, round_)
-    return set_path(folder, epoch, round_, again=int(match[3] or 0) + 1 if match and same else 0)
-
-
-def _order(name: str) -> tuple[int, int, int]:
-    """Sorts the names of sets from old to new."""
-    match = _NAME.fullmatch(name)
-    assert match
-    return int(match[1]), int(match[2] or -1), int(match[3] or 0)
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole and durable, or not at all.
-
-    Raises: RunDirectoryError naming the file, when the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunDirectoryError(
-            f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
-        ) from error
+    again = int(match[3] or 0) + 1 if match and same else 0
+    return checkpoint_path(folder, epoch, round_, again=again)
 
 
 def save_network(path: Path, state: Mapping[str, Any]) -> str:
@@ -99,9 +72,9 @@ def save_network(path: Path, state: Mapping[str, Any]) -> str:
 
 
 def load_network(path: Path, sha256: str) -> dict[str, Any]:
-    """Load one network's state to the CPU; nothing but tensors and plain values is unpickled.
+    """Load one network's state to the CPU. Only tensors and plain values are unpickled.
 
-    Raises: RunDirectoryError when the file is not the one that was saved.
+    Raises: RunDirectoryError when the file is missing or its checksum differs.
     """
     import torch
 
@@ -112,49 +85,68 @@ def load_network(path: Path, sha256: str) -> dict[str, Any]:
     return state
 
 
-def complete_set(
+def mark_complete(
     path: Path,
     *,
     epoch: int,
     round_: int,
-    sha256: list[str],
+    sha256: Sequence[str],
     positions: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Declare a set complete, once every network's file is durable.
+    """Write COMPLETE.json. Every network's file must be durable by then.
 
     Args:
-        path: of the set.
-        epoch: epochs that all networks finished.
-        round_: rounds that all networks finished.
+        path: of the checkpoint.
+        epoch: epochs that all networks have finished.
+        round_: rounds that all networks have finished.
         sha256: of each network's file.
-        positions: epochs and steps that each network finished; None: no step of another epoch.
+        positions: epochs and steps that each network has finished; None: whole epochs only.
     """
-    files = {f"network{k:02d}.pt": digest for k, digest in enumerate(sha256)}
-    places = positions or [(epoch, 0)] * len(sha256)
     content = {
         "epoch": epoch,
         "round": round_,
         "networks": len(sha256),
-        "positions": [{"epoch": finished, "step": step} for finished, step in places],
-        "sha256": files,
+        "positions": [
+            {"epoch": finished, "step": step}
+            for finished, step in positions or [(epoch, 0)] * len(sha256)
+        ],
+        "sha256": {network_file(k): digest for k, digest in enumerate(sha256)},
     }
     write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def complete_sets(folder: Path) -> list[Checkpoint]:
-    """All complete sets, the newest last; the networks' files are not read."""
-    return [checkpoint for checkpoint in declared_sets(folder) if checkpoint.networks]
+def complete_checkpoints(folder: Path) -> list[Checkpoint]:
+    """All complete checkpoints, the newest last. The networks' files are not read."""
+    return [checkpoint for checkpoint in all_checkpoints(folder) if checkpoint.networks]
 
 
-def declared_sets(folder: Path) -> list[Checkpoint]:
-    """As `complete_sets`, with those whose COMPLETE.json is damaged: they have no networks."""
-    paths = [path for path in _folders(folder) if _NAME.fullmatch(path.name)]
-    found = [_read_set(path) for path in paths if (path / COMPLETE).is_file()]
+def all_checkpoints(folder: Path) -> list[Checkpoint]:
+    """All checkpoints that have a COMPLETE.json, damaged ones included, the newest last."""
+    found = [_read(path) for path in _folders(folder) if (path / COMPLETE).is_file()]
     return sorted(found, key=lambda checkpoint: _order(checkpoint.path.name))
 
 
-def damage(checkpoint: Checkpoint) -> Path | None:
-    """The first file of a set that is missing or not as it was saved; None when all are well."""
+def newest_usable(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest checkpoint whose files are intact, and the damaged files of newer ones.
+
+    Raises: RunDirectoryError when there are checkpoints and all are damaged.
+    """
+    damaged: list[Path] = []
+    for checkpoint in reversed(all_checkpoints(folder)):
+        path = damaged_file(checkpoint)
+        if path is None:
+            return checkpoint, damaged
+        damaged.append(path)
+    if damaged:
+        raise RunDirectoryError(
+            f"no checkpoint in {folder} is usable: {damaged[0]} is missing or damaged; restore "
+            "it, or choose another run_dir"
+        )
+    return None, []
+
+
+def damaged_file(checkpoint: Checkpoint) -> Path | None:
+    """The first file that is missing or whose checksum differs; None when all are intact."""
     if not checkpoint.networks:
         return checkpoint.path / COMPLETE
     for name, digest in checkpoint.sha256.items():
@@ -164,13 +156,13 @@ def damage(checkpoint: Checkpoint) -> Path | None:
     return None
 
 
-def clear_after(folder: Path, chosen: Checkpoint | None) -> None:
-    """Make room for newer sets than the chosen one: damaged ones are renamed, not deleted."""
+def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
+    """Make room for checkpoints newer than the chosen one.
+
+    Incomplete ones are deleted. Damaged ones are renamed to NAME.damaged.
+    """
     for path in _folders(folder):
-        newer = chosen is None or (
-            _NAME.fullmatch(path.name) and _order(path.name) > _order(chosen.path.name)
-        )
-        if not _NAME.fullmatch(path.name) or not newer:
+        if chosen is not None and _order(path.name) <= _order(chosen.path.name):
             continue
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
@@ -181,38 +173,48 @@ def clear_after(folder: Path, chosen: Checkpoint | None) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all complete sets but the newest `keep`, and what was left of incomplete ones."""
-    complete = complete_sets(folder)
+    """Delete all complete checkpoints but the newest `keep`, and older incomplete ones."""
+    complete = complete_checkpoints(folder)
     for checkpoint in complete[:-keep]:
         (checkpoint.path / COMPLETE).unlink()
         shutil.rmtree(checkpoint.path)
-    newest = complete[-1].path.name if complete else ""
-    for path in _folders(folder):
-        if newest and _NAME.fullmatch(path.name) and _order(path.name) < _order(newest):
-            discard(path)
+    for path in _folders(folder) if complete else ():
+        if _order(path.name) < _order(complete[-1].path.name):
+            discard_incomplete(path)
 
 
-def discard(path: Path) -> None:
-    """Remove what was written of a set that is not complete."""
+def discard_incomplete(path: Path) -> None:
+    """Delete a checkpoint's folder unless the checkpoint is complete."""
     if not (path / COMPLETE).exists():
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[Path]:
-    return list(folder.glob("epoch_*")) if folder.is_dir() else []
+    """Folders that are named like a checkpoint."""
+    paths = folder.glob("epoch_*") if folder.is_dir() else ()
+    return [path for path in paths if _NAME.fullmatch(path.name)]
 
 
-def _read_set(path: Path) -> Checkpoint:
-    """What COMPLETE.json says, if that can be: it must fit the folder's name and itself."""
+def _order(name: str) -> tuple[int, int, int]:
+    """Sort key of checkpoint names, from old to new."""
+    match = _NAME.fullmatch(name)
+    assert match
+    return int(match[1]), int(match[2] or -1), int(match[3] or 0)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read COMPLETE.json. Its content must be consistent and match the folder's name."""
     try:
         content = json.loads((path / COMPLETE).read_text())
         epoch, round_, networks = (int(content[key]) for key in ("epoch", "round", "networks"))
         sha256 = {str(name): str(digest) for name, digest in content["sha256"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Checkpoint(path=path, epoch=0, round=0, networks=0, sha256={})
-    fits = set(sha256) == {f"network{k:02d}.pt" for k in range(networks)} and path.name.startswith(
-        (set_path(path.parent, epoch).name, set_path(path.parent, epoch, round_).name)
+    names = (
+        checkpoint_path(path.parent, epoch).name,
+        checkpoint_path(path.parent, epoch, round_).name,
     )
-    return Checkpoint(
-        path=path, epoch=epoch, round=round_, networks=networks if fits else 0, sha256=sha256
-    )
+    files = {network_file(k) for k in range(networks)}
+    if set(sha256) != files or not path.name.startswith(names):
+        networks = 0
+    return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)

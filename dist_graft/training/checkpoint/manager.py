@@ -1,230 +1,265 @@
-"""Where a network stands, saved and taken up again, together with the other networks."""
+"""Saves and restores one network's progress, together with the other networks.
+
+The trainer makes the networks agree (which checkpoint to load, what the next one is called);
+nothing here is a collective.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, RunDirectoryError, StoppedEarlyError
+from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
-    Checkpoint,
-    clear_after,
+    checkpoint_path,
+    clear_newer,
+    complete_checkpoints,
     load_network,
+    network_file,
+    newest_usable,
     path_after,
-    set_path,
-    write_atomically,
 )
 from dist_graft.training.checkpoint.writer import CheckpointWriter
-from dist_graft.training.loop import TrainResult, TrainState
-from dist_graft.training.run_directory import RunDirectory
 from dist_graft.training.schedule import Position
+from dist_graft.training.step import TrainResult
 
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside the weights and the optimizer's state."""
+    """What a checkpoint holds besides the training state."""
 
     position: Position = field(default_factory=Position)
     seconds: float = 0.0
-    """Spent on the run so far."""
+    """Spent on the run so far, interruptions not counted."""
     lr: float | None = None
-    """At the start of the epoch that is under way; None between two epochs."""
+    """Learning rate at the start of the current epoch; None between two epochs."""
     trained: TrainResult | None = None
-    """Of the epoch that is under way."""
+    """Results of the current epoch so far."""
     rounds: dict[str, Any] | None = None
-    """Those inside the epoch that is under way, as metrics.jsonl tells of them."""
+    """Rounds inside the current epoch, as in metrics.jsonl."""
     diverged: bool = False
-    """Whether training has failed since the last round: a loss, or fp16 gradients, not finite."""
+    """Whether a loss or an fp16 gradient has been NaN or Inf since the last round."""
     buffers: Tensor | None = None
-    """What each of several processes of the network has in its floating buffers."""
+    """Floating-point buffers of each replica, [replicas, elements]."""
 
+    def count_round(self) -> None:
+        """Count one more round."""
+        self.position = replace(self.position, round=self.position.round + 1)
 
-class CheckpointManager:
-    """The checkpoint sets of a run, as one network's process sees them.
+    def add_round(self, record: GraftRecord) -> None:
+        """Count a round, and add it to the rounds of the epoch.
 
-    Args:
-        config: of the run.
-        runtime: of this process.
-        directory: of the run.
-        trainee: whose state is saved.
-        log: of this process.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        directory: RunDirectory,
-        trainee: TrainState,
-        log: logging.Logger,
-    ) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self._trainee = trainee
-        self._log = log
-        self.loaded: Path | None = None
-        """The set that the run goes on from."""
-        self._newest: str | None = None
-        self._max_failures = config.checkpoint.max_failures
-        self._failures = 0
-        self._writer = CheckpointWriter(
-            runtime.process.network,
-            runtime.peers,
-            leads=runtime.process.is_leader,
-            seconds=lambda: runtime.timeouts.seconds,
-            keep=config.checkpoint.keep,
-        )
-        self._file = f"network{runtime.process.network:02d}.pt"
-
-    def resume(self) -> Progress:
-        """Load the newest usable set, if there is one: a collective.
-
-        Raises: ConfigError when this process does not see the set that rank 0 chose.
+        metrics.jsonl shows the last round of an epoch, with time and bytes of all its rounds.
         """
-        folder = self._directory.checkpoints
-        chosen: Checkpoint | None = None
-        if self._runtime.process.rank == 0:
-            chosen, damaged = self._directory.newest_usable()
-            for path in damaged:
-                self._log.warning("%s is missing or damaged: going on from an older set", path)
-            clear_after(folder, chosen)
-        name = self._runtime.from_first(
-            "the choice of a checkpoint set", chosen.path.name if chosen else ""
-        )
-        if not name:
-            return Progress()
-        chosen, _ = self._directory.newest_usable()
-        if chosen is None or chosen.path.name != name:
-            raise ConfigError(
-                f"this process does not see the checkpoint set {name} in {folder}: all processes "
-                "need the same run_dir on a shared disk"
-            )
-        state = load_network(chosen.path / self._file, chosen.sha256[self._file])
-        if state["network"] != self._runtime.process.network:
-            raise RunDirectoryError(
-                f"{chosen.path / self._file} holds network {state['network']}, not network "
-                f"{self._runtime.process.network}: give the files of {chosen.path} their names back"
-            )
-        trainee = self._trainee
-        trainee.model.load_state_dict(state["model"])
-        trainee.replicas.take_buffers(trainee.model, state.get("buffers"))
-        trainee.optimizer.load_state_dict(state["optimizer"])
-        trainee.scheduler.load_state_dict(state["scheduler"])
-        trainee.scaler.load_state_dict(state["scaler"])
-        self._log.info(
-            "going on from %s: epoch %d, step %d, round %d",
-            *(chosen.path, state["epoch"], state["step"], state["round"]),
-        )
-        self._newest, self.loaded = name, chosen.path
-        trained = state["trained"]
-        return Progress(
+        self.count_round()
+        before = self.rounds or {"rounds": 0, "seconds": 0.0, "phase_seconds": {}, "bytes": 0}
+        self.rounds = {
+            "round": record.round,
+            "rounds": before["rounds"] + 1,
+            "donor": record.donor,
+            "seconds": before["seconds"] + record.seconds,
+            "phase_seconds": {
+                phase: before["phase_seconds"].get(phase, 0.0) + seconds
+                for phase, seconds in record.phase_seconds.items()
+            },
+            "bytes": before["bytes"] + record.bytes_received,
+            "coefficient": record.coefficient,
+            "information": record.information,
+            "distance": record.distance,
+            "healed_from": record.healed.get(record.network, before.get("healed_from")),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for `torch.save`."""
+        return {
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "round": self.position.round,
+            "seconds": self.seconds,
+            "lr": self.lr,
+            "trained": asdict(self.trained) if self.trained else None,
+            "rounds": self.rounds,
+            "diverged": self.diverged,
+            "buffers": self.buffers,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
+        """Restore what `state_dict` returned, also in checkpoints of version 0.1.0."""
+        trained = dict(state["trained"] or {})
+        if "accuracy" in trained:  # 0.1.0 knew no other metric
+            trained["metrics"] = {"accuracy": trained.pop("accuracy")}
+            trained["counts"] = {"accuracy": float(trained["images"])}
+        return cls(
             position=Position(state["epoch"], state["step"], state["round"]),
             seconds=float(state["seconds"]),
             lr=state["lr"],
             trained=TrainResult(**trained) if trained else None,
             rounds=state["rounds"],
             diverged=bool(state["diverged"]),
+            buffers=state.get("buffers"),
         )
+
+
+class CheckpointManager:
+    """The checkpoints of a run, as one process sees them.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        directory: of the run.
+        log: of this process.
+    """
+
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, directory: RunDirectory, log: logging.Logger
+    ) -> None:
+        self._process = runtime.process
+        self._folder = directory.checkpoints
+        self._directory = directory
+        self._log = log
+        self._must_resume = config.resume == "must"
+        self._newest: str | None = None
+        self._max_failures = config.checkpoint.max_failures
+        self._failures = 0
+        self._reported: Path | None = None
+        self._writer = CheckpointWriter(
+            runtime.process.network,
+            runtime.peers,
+            is_leader=runtime.process.is_leader,
+            seconds=lambda: runtime.timeouts.seconds,
+            keep=config.checkpoint.keep,
+        )
+        self._file = network_file(runtime.process.network)
 
     @property
     def busy(self) -> bool:
-        """Whether a set is still being written."""
+        """Whether a checkpoint is still being written."""
         return self._writer.busy
 
-    def save(self, progress: Progress, name: str | None = None) -> None:
-        """Save where the run stands, in the background; every network must call this.
+    def check_must_resume(self) -> None:
+        """Raise RunDirectoryError when `--resume must` finds no complete checkpoint."""
+        if self._must_resume and not complete_checkpoints(self._folder):
+            raise RunDirectoryError(
+                f"{self._folder.parent} holds no complete checkpoint to resume from (--resume must)"
+            )
 
-        All networks must have finished as many rounds. The set before is waited for first. Its
-        name follows from where the run stands, when all networks stand alike.
+    def choose(self) -> str:
+        """Name of the newest intact checkpoint, or "" when there is none; for rank 0.
 
-        Raises: RunDirectoryError when too many sets in a row could not be written, in every network
-            alike; PeerError when another network died or did not answer.
+        Damaged newer checkpoints are renamed, and incomplete ones are deleted.
         """
-        self._settle()
-        self._newest = name = name or self.path(progress).name
-        self._writer.start(
-            name, self._directory.checkpoints / name, progress.position, self._state(progress)
-        )
+        chosen, damaged = newest_usable(self._folder)
+        for path in damaged:
+            self._log.warning("%s is missing or damaged: using an older checkpoint", path)
+        clear_newer(self._folder, chosen)
+        return chosen.path.name if chosen else ""
+
+    def load(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """Load this network's state from a checkpoint; returns its folder and the state.
+
+        Raises: ConfigError when this process does not see the checkpoint.
+        """
+        chosen, _ = newest_usable(self._folder)
+        if chosen is None or chosen.path.name != name:
+            raise ConfigError(
+                f"this process does not see the checkpoint {name} in {self._folder}: all "
+                "processes need the same run_dir on a shared disk"
+            )
+        path = chosen.path / self._file
+        state = load_network(path, chosen.sha256[self._file])
+        if state["network"] != self._process.network:
+            raise RunDirectoryError(
+                f"{path} holds network {state['network']}, not network {self._process.network}: "
+                f"restore the original file names in {chosen.path}"
+            )
+        self._newest = name
+        return chosen.path, state
+
+    def save(self, progress: Progress, state: Mapping[str, Any]) -> Path:
+        """Start saving in the background; all networks must call this at the same position.
+
+        Waits for the previous checkpoint first.
+
+        Raises: RunDirectoryError when too many checkpoints in a row could not be written, on all
+            ranks; PeerError when another network died or did not answer.
+        """
+        self.settle()
+        path = self.next_path(progress)
+        self._newest = path.name
+        self._start(path.name, path, progress, state)
+        return path
+
+    def save_and_wait(self, name: str, progress: Progress, state: Mapping[str, Any]) -> Path:
+        """Save and wait until the checkpoint is complete, before the run stops early.
+
+        Raises: RunDirectoryError when the checkpoint could not be written.
+        """
+        path = self._folder / name
+        self._start(f"{name} at the stop", path, progress, state)
+        if failure := self.settle(last=True):
+            raise RunDirectoryError(f"the run stops, but its state was not saved: {failure}")
+        return path
 
     def finish(self) -> None:
-        """Wait for the last set; every network must call this.
+        """Wait for the last checkpoint.
 
         Raises: RunDirectoryError when it could not be written; PeerError as `save` does.
         """
-        if failure := self._settle(last=True):
-            raise RunDirectoryError(f"the last checkpoint set is not complete: {failure}")
+        if failure := self.settle(last=True):
+            raise RunDirectoryError(f"the last checkpoint is not complete: {failure}")
 
-    def leave(self, progress: Progress, reason: str) -> NoReturn:
-        """Save where the run stands and end it early; every network must call this.
+    def newly_completed(self) -> Path | None:
+        """A checkpoint that is complete since the last call; None if there is none."""
+        path = self._writer.completed
+        if path == self._reported:
+            return None
+        self._reported = path
+        return path
 
-        Raises: StoppedEarlyError when the set is complete; RunDirectoryError when it could not be
-            written; PeerError when another network did not save in time.
-        """
-        self._writer.give_up()
-        self._settle(last=True)
-        name = self._runtime.from_first("the name of the last set", self.path(progress).name)
-        path = self._directory.checkpoints / name
-        self._writer.start(f"{name} at the stop", path, progress.position, self._state(progress))
-        failure = self._settle(last=True)
-        if failure:
-            raise RunDirectoryError(f"stopped by {reason}, but the state was not saved: {failure}")
-        if self._runtime.process.rank == 0:
-            text = f"stopped early by {reason}: the same command goes on from {path}\n"
-            write_atomically(self._directory.stopped, text.encode())
-        # Together, since a launcher ends those that stay behind the first that leaves.
-        self._runtime.from_first("the end of the stop", reason)
-        raise StoppedEarlyError(
-            f"stopped early by {reason}; everything is in {path}, and the same command goes on "
-            "from there"
-        )
+    def abandon(self) -> None:
+        """Stop waiting for the files of networks that may never write theirs."""
+        self._writer.abandon()
 
-    def _settle(self, *, last: bool = False) -> str:
-        """Wait for the set under way; returns why it is not complete, if so."""
+    def settle(self, *, last: bool = False) -> str:
+        """Wait for the checkpoint that is being written; returns why it failed, or ""."""
         outcome = self._writer.result()
         if outcome is None or not outcome.failure:
             self._failures = 0
             return ""
         self._failures += 1
-        endured = self._failures <= self._max_failures
-        if not endured and not last:
+        if self._failures > self._max_failures and not last:
             raise RunDirectoryError(
-                f"{self._failures} checkpoint sets in a row could not be written "
+                f"{self._failures} checkpoints in a row could not be written "
                 f"(--checkpoint.max_failures {self._max_failures}): {outcome.failure}"
             )
         self._log.warning(
-            "checkpoint set %s is not complete: %s; %swhat was saved before stays",
-            *(outcome.path, outcome.failure, "" if last else "training goes on, and "),
+            "checkpoint %s is not complete: %s; %searlier checkpoints are kept",
+            *(outcome.path, outcome.failure, "" if last else "training continues, and "),
         )
         return outcome.failure
 
-    def path(self, progress: Progress) -> Path:
-        """Where the next set will lie."""
-        position, folder = progress.position, self._directory.checkpoints
+    def next_path(self, progress: Progress) -> Path:
+        """Folder of the next checkpoint."""
+        position = progress.position
         if progress.lr is None:
-            return set_path(folder, position.epoch)
-        return path_after(folder, position.epoch, position.round, self._newest)
+            return checkpoint_path(self._folder, position.epoch)
+        return path_after(self._folder, position.epoch, position.round, self._newest)
 
-    def _state(self, progress: Progress) -> dict[str, Any]:
-        position, trainee = progress.position, self._trainee
-        return {
-            "network": self._runtime.process.network,
-            "epoch": position.epoch,
-            "step": position.step,
-            "round": position.round,
-            "model": trainee.model.state_dict(),
-            "optimizer": trainee.optimizer.state_dict(),
-            "scheduler": trainee.scheduler.state_dict(),
-            "scaler": trainee.scaler.state_dict(),
-            "seconds": progress.seconds,
-            "lr": progress.lr,
-            "trained": asdict(progress.trained) if progress.trained else None,
-            "rounds": progress.rounds,
-            "diverged": progress.diverged,
-            "buffers": progress.buffers,
-        }
+    def mark_stopped(self, reason: str, path: Path) -> None:
+        """Write the marker of a run that stopped early; for rank 0."""
+        text = f"stopped early by {reason}: rerun the command to resume from {path}\n"
+        write_atomically(self._directory.stopped, text.encode())
+
+    def _start(self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]) -> None:
+        content = {"network": self._process.network, **progress.state_dict(), **state}
+        self._writer.start(label, path, progress.position, content)

@@ -1,4 +1,4 @@
-"""Writes checkpoint sets beside the training: one thread, one set at a time."""
+"""Writes checkpoints in the background: one thread, one checkpoint at a time."""
 
 from __future__ import annotations
 
@@ -15,34 +15,42 @@ import torch
 from torch import Tensor
 
 from dist_graft.errors import DistGraftError, RunDirectoryError
-from dist_graft.grafting.units import place_of
+from dist_graft.grafting.units import storage_key
 from dist_graft.population.runtime.peers import PeerRegistry
-from dist_graft.training.checkpoint.files import complete_set, discard, prune, save_network
+from dist_graft.training.checkpoint.files import (
+    discard_incomplete,
+    mark_complete,
+    network_file,
+    prune,
+    save_network,
+)
 from dist_graft.training.schedule import Position
 
-_WRITTEN = "complete"
+_COMPLETE = "complete"
+_FAILED = "failed "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a set, the same for every network."""
+    """Result of writing one checkpoint, identical on all ranks."""
 
     path: Path
     failure: str = ""
-    """Why it is not complete; empty when it is."""
+    """Why it is not complete; empty on success."""
 
 
 class CheckpointWriter:
-    """Writes one network's file of each set; the first process completes a set.
+    """Writes one network's file of each checkpoint; rank 0 marks the checkpoint complete.
 
-    The sums travel through the run's key-value store, over a connection of the thread's own.
+    Checksums travel through the run's key-value store, on a connection that only the writer's
+    thread uses.
 
     Args:
-        network: of this process.
-        peers: of the run; None for a process alone.
-        leads: whether this process writes the file, among those that train the network.
-        seconds: how long to wait for the other networks' files, asked when it matters.
-        keep: newest sets that stay.
+        network: index of this process's network.
+        peers: registry of the run; None for a process alone.
+        is_leader: whether this process writes its network's file.
+        seconds: returns how long to wait for the files of the other networks.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(
@@ -50,43 +58,45 @@ class CheckpointWriter:
         network: int,
         peers: PeerRegistry | None,
         *,
-        leads: bool = True,
+        is_leader: bool = True,
         seconds: Callable[[], float],
         keep: int,
     ) -> None:
         self._network = network
-        self._leads = leads
-        self._roll_call = peers.apart() if peers else None
+        self._is_leader = is_leader
+        self._peers = peers.clone() if peers else None
         self._seconds = seconds
         self._keep = keep
-        self._given_up = threading.Event()
-        self._under_way: Future[Outcome] | None = None
+        self._abandoned = threading.Event()
+        self.completed: Path | None = None
+        """Newest checkpoint that is complete."""
+        self._pending: Future[Outcome] | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, label: str, path: Path, position: Position, state: Mapping[str, Any]) -> None:
-        """Copy the state to host memory, and write it in the background.
+        """Copy the state to host memory, and start writing it.
 
         Args:
-            label: of the set, the same for every network and of no other set of the process.
-            path: of the set.
+            label: unique per checkpoint, identical on all ranks.
+            path: folder of the checkpoint.
             position: of this network.
-            state: what torch.save can write; it may change as soon as this returns.
+            state: what torch.save can write; the caller may change it once this returns.
         """
-        assert self._under_way is None
-        copied = in_host_memory(state) if self._leads else {}
-        under_way: Future[Outcome] = Future()
-        self._given_up.clear()
+        assert self._pending is None
+        copied = to_host_memory(state) if self._is_leader else {}
+        pending: Future[Outcome] = Future()
+        self._abandoned.clear()
         returning = threading.Event()
 
         def write() -> None:
-            returning.wait()  # else the interpreter may serve this thread first for a while
+            returning.wait()  # otherwise the interpreter may run this thread first for a while
             try:
-                under_way.set_result(self._write(label, path, position, copied))
-            except BaseException as error:  # noqa: BLE001  told to who waits for it
-                under_way.set_exception(error)
+                pending.set_result(self._write(label, path, position, copied))
+            except BaseException as error:  # noqa: BLE001  re-raised by `result`
+                pending.set_exception(error)
 
         self._thread = threading.Thread(target=write, name=f"checkpoint {label}", daemon=True)
-        self._under_way = under_way
+        self._pending = pending
         try:
             self._thread.start()
         finally:
@@ -94,62 +104,65 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a set is under way."""
-        return self._under_way is not None and not self._under_way.done()
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
 
-    def give_up(self) -> None:
-        """Do not wait for the files of networks that may never write theirs."""
-        self._given_up.set()
+    def abandon(self) -> None:
+        """Stop waiting for the files of networks that may never write theirs."""
+        self._abandoned.set()
 
     def result(self) -> Outcome | None:
-        """What became of the set under way, once that is known; None when there is none.
+        """Wait for the checkpoint that is being written; None when there is none.
 
         Raises: PeerError when another network died or did not answer.
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way is None or self._thread is None:
+        pending, self._pending = self._pending, None
+        if pending is None or self._thread is None:
             return None
-        self._thread.join()  # whose last act is to free the copies
-        return under_way.result()
+        self._thread.join()  # its last act is to free the copies
+        return pending.result()
 
     def _write(
         self, label: str, path: Path, position: Position, state: Mapping[str, Any]
     ) -> Outcome:
-        told = self._save(path, position, state) if self._leads else ""
-        peers = self._roll_call
+        written = self._save(path, position, state) if self._is_leader else ""
+        peers = self._peers
         if peers:
-            peers.post(f"{label} written", told)
+            peers.publish(f"{label} written", written)
         if peers and peers.rank != 0:
-            # Longer than the first process waits for everyone's files, for it to say who is late.
-            verdict = peers.hear(f"{label} complete", 0, 2 * self._seconds())
+            # Longer than rank 0 waits for the files, so that rank 0 can name who is late.
+            verdict = peers.read(f"{label} complete", 0, 2 * self._seconds())
         else:
-            verdict = self._complete(label, path, position, told)
+            verdict = self._complete(label, path, position, written)
             if peers:
-                peers.post(f"{label} complete", verdict)
-        return Outcome(path=path, failure="" if verdict == _WRITTEN else verdict)
+                peers.publish(f"{label} complete", verdict)
+        if verdict == _COMPLETE:
+            self.completed = path
+            return Outcome(path=path)
+        return Outcome(path=path, failure=verdict)
 
     def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
         try:
-            digest = save_network(path / f"network{self._network:02d}.pt", state)
+            digest = save_network(path / network_file(self._network), state)
         except RunDirectoryError as error:
-            return f"failed {error}"
+            return f"{_FAILED}{error}"
         return f"{digest} {position.epoch} {position.step}"
 
-    def _complete(self, label: str, path: Path, position: Position, told: str) -> str:
+    def _complete(self, label: str, path: Path, position: Position, written: str) -> str:
         try:
-            texts = [told]
-            if self._roll_call:
-                texts = self._roll_call.collect(
+            texts = [written]
+            if self._peers:
+                texts = self._peers.collect(
                     f"{label} written",
                     self._seconds(),
-                    of=self._roll_call.leaders,
-                    given_up=self._given_up.is_set,
+                    ranks=self._peers.leaders,
+                    cancelled=self._abandoned.is_set,
                 )
-            failed = [text.removeprefix("failed ") for text in texts if text.startswith("failed ")]
-            if failed:
-                raise RunDirectoryError(failed[0])
+            for text in texts:
+                if text.startswith(_FAILED):
+                    raise RunDirectoryError(text.removeprefix(_FAILED))
             saved = [text.split() for text in texts]
-            complete_set(
+            mark_complete(
                 path,
                 epoch=position.epoch,
                 round_=position.round,
@@ -157,29 +170,29 @@ class CheckpointWriter:
                 positions=[(int(epoch), int(step)) for _, epoch, step in saved],
             )
         except DistGraftError as error:
-            discard(path)
+            discard_incomplete(path)
             return str(error)
-        with contextlib.suppress(OSError):  # more sets than wanted are no harm
+        with contextlib.suppress(OSError):  # a leftover checkpoint does no harm
             prune(path.parent, self._keep)
-        return _WRITTEN
+        return _COMPLETE
 
 
 @torch.no_grad()
-def in_host_memory(value: Any) -> Any:
-    """A copy whose tensors are on the CPU; those that are the same stay the same one."""
-    return _copied(value, {})
+def to_host_memory(value: Any) -> Any:
+    """Copy a nested structure to the CPU. Tensors that share storage share their copy."""
+    return _copy(value, {})
 
 
-def _copied(part: Any, copies: dict[Hashable, Tensor]) -> Any:
+def _copy(part: Any, copies: dict[Hashable, Tensor]) -> Any:
     if isinstance(part, Tensor):
-        place = (place_of(part), part.shape, part.stride())
-        if place not in copies:
-            copies[place] = part.to("cpu", copy=True)
-        return copies[place]
+        key = (storage_key(part), part.shape, part.stride())
+        if key not in copies:
+            copies[key] = part.to("cpu", copy=True)
+        return copies[key]
     if isinstance(part, dict):
-        whole = copy(part)  # with what a state dict holds beside its keys
-        whole.update((key, _copied(inner, copies)) for key, inner in part.items())
+        whole = copy(part)  # keeps what a state dict holds besides its keys
+        whole.update((key, _copy(inner, copies)) for key, inner in part.items())
         return whole
     if isinstance(part, list | tuple):
-        return type(part)(_copied(inner, copies) for inner in part)
+        return type(part)(_copy(inner, copies) for inner in part)
     return part

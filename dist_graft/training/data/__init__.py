@@ -1,12 +1,13 @@
-"""Data sets: what a network sees in each step of each epoch, as a pure function of the seed.
+"""Datasets: the batches of every epoch, as a pure function of the seed.
 
-Importing this package imports neither torch nor torchvision: an unknown name is found early.
+Importing this package imports neither torch nor torchvision, so that an unknown name is reported
+at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from dist_graft.training.data.names import check_dataset_name, dataset_names
 
@@ -17,67 +18,89 @@ if TYPE_CHECKING:
     from dist_graft.config import DataConfig
     from dist_graft.training.data.order import Part
 
-__all__ = ["Data", "check_dataset_name", "dataset_names", "ensure_available", "load_data"]
+__all__ = [
+    "Data",
+    "ImageData",
+    "check_dataset_name",
+    "dataset_names",
+    "ensure_available",
+    "load_data",
+]
 
 
 class Data(Protocol):
-    """One network's view of a data set, or that of one of the processes that train it."""
+    """Batches of a dataset for one network, or for one of the processes that train it."""
+
+    train_size: int
+    """Training samples, without the validation split."""
+    steps_per_epoch: int
+    """Training batches per epoch; the last one may be smaller."""
+    has_validation: bool
+
+    def part(self, step: int) -> Part:
+        """Part of a step's batch that this process trains on."""
+        ...
+
+    def train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]:
+        """Batches of steps first … last - 1 of an epoch, shuffled and augmented.
+
+        If several processes train the network, each gets its part of every batch. Order and
+        augmentation depend on the seed, the network, the epoch and the position in the epoch only:
+        neither `first` nor the number of processes changes a sample.
+
+        Call it once per epoch, because it starts the loader workers. `close()` of the iterator
+        stops them early.
+
+        Returns: (inputs, targets) pairs on the device.
+        Raises: ValueError unless 0 ≤ first ≤ last ≤ steps_per_epoch; DataError if a sample cannot
+        be loaded.
+        """
+        ...
+
+    def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Any, Any]]:
+        """All samples of a split in a fixed order; pairs as in training.
+
+        If several processes train the network, each gets a contiguous range of the split.
+
+        Raises: ConfigError if there is no validation split, or the split has fewer samples than the
+        network has processes; DataError if a sample cannot be loaded.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageData(Data, Protocol):
+    """Batches for image classification.
+
+    Inputs are normalized images, float32 [batch, channels, image_size, image_size]; targets are
+    classes, int64 [batch]. With data.skip_broken, broken images are missing from their batch: a
+    training batch may be empty, an evaluation batch is never empty.
+    """
 
     num_classes: int
     channels: int
-    """1 or 3, as the batches have them."""
+    """1 or 3."""
     image_size: int
-    """Height and width of the batches' images, in pixels."""
-    train_size: int
-    """Training images, those kept for validation not counted."""
-    steps_per_epoch: int
-    """Training batches in an epoch; the last one may be smaller."""
-    has_validation: bool
+    """Height and width in pixels."""
     skipped: dict[str, str]
-    """Paths of the broken images that were left out so far, each with the reason, in the order in
-    which they were met; empty unless data.skip_broken."""
+    """Reason by path, for each broken image skipped so far."""
 
-    def part(self, step: int) -> Part:
-        """What this process trains on of a step's batch."""
-        ...
-
-    def train_batches(self, epoch: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the steps first … last − 1 of an epoch, shuffled and augmented.
-
-        Where several processes train the network, this one's part of each. Order, crops and flips
-        belong to a position in the network's epoch: the number of processes does not change them.
-
-        They are the same whether the epoch is walked through at once or in parts. A broken image
-        that is left out (data.skip_broken) is missing from its batch, which may become empty, and
-        changes nothing else.
-
-        Returns: pairs of normalised images (float32 [batch, channels, size, size]) and labels
-        (int64 [batch]), both on the device.
-        Raises: ValueError when not 0 ≤ first ≤ last ≤ steps_per_epoch; DataError naming the file
-        when an image cannot be read and is not to be left out, or all were left out.
-        """
+    def train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Tensor, Tensor]]:
+        """See `Data.train_batches`."""
         ...
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a split once, in a fixed order, not augmented; pairs as in training.
-
-        Images that are left out are missing, and no batch is empty. Where several processes train
-        the network, this one's stretch of the split.
-
-        Raises: ConfigError when "val" is asked for and no images are kept for validation, or a
-        split has fewer images than the network has processes;
-        DataError as in training.
-        """
+        """See `Data.eval_batches`."""
         ...
 
 
 def ensure_available(config: DataConfig) -> None:
-    """Download the data set when it can be downloaded and is missing; otherwise do nothing.
+    """Download the dataset if it is missing and can be downloaded.
 
-    To be called by one process of a machine while the others wait.
+    Call this in one process per machine while the others wait.
 
-    Raises: ConfigError for an unknown name; DataError when the data set is missing and
-    data.download is off, or the download fails.
+    Raises: ConfigError for an unknown name; DataError if the dataset is missing and data.download
+    is false, or if the download fails.
     """
     check_dataset_name(config.name)
     if config.name in ("cifar10", "cifar100"):
@@ -95,14 +118,14 @@ def load_data(
     channels_last: bool,
     replica: int = 0,
     replicas: int = 1,
-) -> Data:
-    """Open the data set for one network.
+) -> ImageData:
+    """Open the image dataset that the configuration names.
 
-    Args: seed: of the whole run; network: index of the network, which has an order and
-    augmentation of its own. channels_last: memory format of the batches' images. replica: of the
-    `replicas` processes that train the network, each on its part of every batch.
-    Raises: ConfigError for an unknown name, an image size below the data set's or a validation
-    split that leaves nothing; DataError when the data is missing or damaged.
+    Args: seed: of the run. network: index of the network, which determines order and augmentation.
+    channels_last: memory format of the images. replica: index of this process among the `replicas`
+    processes that train the network; each gets its part of every batch.
+    Raises: ConfigError for an unknown name, an image size below the dataset's, or an empty split;
+    DataError if the dataset is missing or damaged.
     """
     check_dataset_name(config.name)
     from dist_graft.training.data.order import Share
@@ -122,11 +145,11 @@ def load_data(
     from dist_graft.training.data.images import ResidentImages
     from dist_graft.training.data.sources import read_small
 
-    train, test, facts = read_small(config.name, config.root)
+    train, test, info = read_small(config.name, config.root)
     return ResidentImages(
         train,
         test,
-        facts,
+        info,
         config,
         seed=seed,
         network=network,

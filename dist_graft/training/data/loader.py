@@ -1,4 +1,4 @@
-"""Loader workers that only the trainer ends."""
+"""DataLoader workers that ignore signals to the process group, so that a run can stop in order."""
 
 from __future__ import annotations
 
@@ -6,20 +6,41 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dist_graft.population.runtime.process import SIGNALS
 
 
-def start_loading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the loader's workers, which must have `shield_worker`, and iterate over its batches.
+def start_loading(
+    dataset: Dataset[Any],
+    batches: Iterable[list[Any]],
+    *,
+    workers: int,
+    device: torch.device,
+    collate: Callable[[Any], Any],
+) -> Iterator[Any]:
+    """Start the loader workers and return an iterator over the collated batches.
 
-    The signals wait meanwhile: a worker inherits that, so that it is never open to one, not even
-    before it runs `shield_worker`.
+    The workers exit when the iterator is exhausted or garbage collected; a generator that holds
+    the only reference stops them in its `close()`. The global random state is left unchanged.
+
+    Args: batches: what the dataset is indexed with, one list per batch. workers: 0 loads in this
+    process. device: pinned memory is used if it is a GPU.
     """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_shield_worker,
+        generator=torch.Generator(),  # the loader draws a base seed
+    )
+    # Workers inherit the signal mask, so that signals are blocked before _shield_worker runs.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)
@@ -27,19 +48,19 @@ def start_loading(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def shield_worker(_: int) -> None:
-    """Let only the trainer end this loader worker; for worker_init_fn.
+def _shield_worker(_: int) -> None:
+    """Make a worker exit on SIGTERM from the trainer only.
 
-    Ctrl-C and job schedulers signal all processes; the trainer needs its workers until the step
-    at which it stops. Its own SIGTERM, at exit, must get through, or it would wait forever.
+    Ctrl-C and job schedulers signal every process, but the trainer needs its workers until the step
+    at which it stops. The trainer itself sends SIGTERM at exit and then waits for the worker.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
-    threading.Thread(target=_obey, args=(trainer.pid,), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=(trainer.pid,), daemon=True).start()
 
 
-def _obey(trainer: int) -> None:
+def _exit_on_sigterm_from(trainer: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The names of the data sets, checkable before anything heavy is imported."""
+"""Names of the datasets, checked without importing torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DATASETS = ("fashion-mini", "fashion-mnist", "cifar10", "cifar100", "imagefolder
 
 
 def dataset_names() -> list[str]:
-    """Names that data.name may have, the shipped set first."""
+    """Built-in values of data.name; the first one ships with the package."""
     return list(DATASETS)
 
 
 def check_dataset_name(name: str) -> None:
-    """Raise ConfigError, with near names and all legal ones, when no data set has this name.
+    """Raise ConfigError with similar and legal names if no dataset has this name.
 
-    A reference to a function of the user's is looked up later.
+    A "package.module:name" passes; it is imported later.
     """
     if name in DATASETS or is_reference(name):
         return

@@ -1,4 +1,4 @@
-"""Which images are trained on, in which order: pure functions of the seed."""
+"""Splits, epoch order and parts of a batch, as pure functions of the seed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from dist_graft.seeding import stream_seed
 
 @dataclass(frozen=True)
 class Part:
-    """What one process trains on of a batch that its network sees."""
+    """The part of a network's batch that one process trains on."""
 
     positions: slice
-    """Of the batch."""
+    """Positions in the batch."""
     weight: float
-    """What the mean loss over these is multiplied with, so that the mean over the processes is the
-    mean over the batch."""
+    """Factor of the mean loss over this part: the mean of the weighted losses over all processes is
+    the mean loss over the batch."""
     counts: bool
-    """Whether these images are this process's to count."""
+    """Whether this process includes the part in its metrics (another one may have it too)."""
     smallest: int
-    """Images of the smallest part of this batch."""
+    """Samples in the smallest part of this batch."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A process among those that train one network together."""
+    """Index of a process among the processes that train one network."""
 
     replica: int = 0
     replicas: int = 1
 
     def of_batch(self, size: int) -> Part:
-        """Neighbouring positions, as many for each process; all of a batch that is too small.
+        """This process's part of a batch: contiguous, of nearly equal size for all processes.
 
-        Args: size: images of the batch.
+        If the batch has fewer samples than there are processes, every process gets all of it.
         """
         if size < self.replicas:
             return Part(slice(0, size), 1.0, counts=self.replica == 0, smallest=size)
@@ -50,13 +50,13 @@ class Share:
         )
 
 
-ALONE = Share()
-"""A process that trains its network by itself."""
+SINGLE = Share()
+"""The share of a process that trains its network alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subsets:
-    """Indices of the images of each split, int64 vectors in rising order.
+    """Ascending indices (int64 vectors) of each split.
 
     train and val index the training set, test the test set.
     """
@@ -66,59 +66,45 @@ class Subsets:
     test: Tensor
 
     def evaluated(self, split: str, share: Share) -> Tensor:
-        """Indices of the split "test" or "val" that a process evaluates, neighbours.
+        """Indices of "test" or "val" that one process evaluates: a contiguous range.
 
-        Raises: ConfigError when no images are kept for it, or fewer than there are processes.
+        Raises: ConfigError if the split is empty or has fewer samples than there are processes.
         """
         indices = self.test if split == "test" else self.val
         if not len(indices):
             raise ConfigError("there is no validation split: data.val_fraction is 0")
         if len(indices) < share.replicas:
             raise ConfigError(
-                f"the {split} split has {len(indices)} images for {share.replicas} processes of a "
+                f"the {split} split has {len(indices)} samples for {share.replicas} processes per "
                 "network: lower runtime.replicas"
             )
         return indices[share.of_batch(len(indices)).positions]
 
 
-def batch_size_at(step: int, train_size: int, batch_size: int) -> int:
-    """Images of the batch of a step; the last one of an epoch may be smaller."""
-    return min(batch_size, train_size - step * batch_size)
-
-
 def generator(purpose: str, *coordinates: int) -> torch.Generator:
-    """CPU generator of one stream of draws (see stream_seed)."""
+    """CPU generator seeded with `stream_seed`."""
     return torch.Generator().manual_seed(stream_seed(purpose, *coordinates))
 
 
 def choose_subsets(config: DataConfig, *, seed: int, train_total: int, test_total: int) -> Subsets:
-    """Take the first N images, then a validation split that is the same for every network.
+    """Take the first N samples, then split off the same validation samples for every network.
 
-    Args: train_total, test_total: images that there are; asking for more takes them all.
-    Raises: ConfigError when a validation split is asked for and it would be empty, or would
-    leave no image to train on.
+    Args: train_total, test_total: sizes of the datasets; a larger N takes them whole.
+    Raises: ConfigError if data.val_fraction leaves the training or the validation split empty.
     """
     size = min(config.train_samples or train_total, train_total)
     test = torch.arange(min(config.test_samples or test_total, test_total))
-    kept = round(size * config.val_fraction)
-    if config.val_fraction > 0 and not 0 < kept < size:
+    held_out = round(size * config.val_fraction)
+    if config.val_fraction > 0 and not 0 < held_out < size:
         raise ConfigError(
-            f"data.val_fraction must leave images on both sides of the split, "
-            f"got {config.val_fraction!r} of {size} training images"
+            f"data.val_fraction must leave samples on both sides of the split, "
+            f"got {config.val_fraction!r} of {size} training samples"
         )
     shuffled = torch.randperm(size, generator=generator("validation", seed))
-    val, train = shuffled[:kept].sort().values, shuffled[kept:].sort().values
+    val, train = shuffled[:held_out].sort().values, shuffled[held_out:].sort().values
     return Subsets(train=train, val=val, test=test)
 
 
 def epoch_order(size: int, *, seed: int, network: int, epoch: int) -> Tensor:
-    """Permutation of size positions (int64) in which one network sees its images."""
+    """Permutation (int64 [size]) in which a network sees its training samples in an epoch."""
     return torch.randperm(size, generator=generator("order", seed, network, epoch))
-
-
-def check_steps(first: int, last: int, steps_per_epoch: int) -> None:
-    """Raise ValueError when first … last − 1 are not steps of an epoch."""
-    if not 0 <= first <= last <= steps_per_epoch:
-        raise ValueError(
-            f"steps must be within [0, {steps_per_epoch}], got first {first} and last {last}"
-        )

@@ -1,4 +1,4 @@
-"""Put a data set where training looks for it."""
+"""The `prepare` command: unpack or download a dataset into data.root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_graft.training.data.sources import (
 )
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist has the gzipped files."""
+"""Gzipped files of Debian's package dataset-fashion-mnist."""
 
 FASHION_COUNTS = {"train": 60_000, "t10k": 10_000}
 FASHION_FILES = tuple(
@@ -29,25 +29,25 @@ FASHION_FILES = tuple(
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
 )
 
-_ADVICE = "install Debian's package dataset-fashion-mnist, or give --source DIR"
+_ADVICE = "install Debian's package dataset-fashion-mnist, or pass --source DIR"
 
 
 def prepare(name: str, *, root: str, source: str | None = None) -> str:
-    """Bring a data set into root; what is there and whole stays untouched.
+    """Install a dataset in root, unless it is already there and intact.
 
-    Args: source: folder with Fashion-MNIST's four idx files, gzipped or not; unset: Debian's
-    dataset-fashion-mnist when installed, else a download.
-    Returns: a line that says what is where.
-    Raises: ConfigError for an unknown name; DataError when there is no source, the download
-    fails, or a file is damaged.
+    Args: source: folder with Fashion-MNIST's four idx files, gzipped or not. None: Debian's
+    dataset-fashion-mnist if installed, otherwise a download.
+    Returns: one line for the user.
+    Raises: ConfigError for an unknown name; DataError if there is no source, the download fails, or
+    a file is damaged.
     """
     check_dataset_name(name)
     if is_reference(name):
-        return f"{name} is your own: it is called with {root} when training starts"
+        return f"{name} is user-defined: training calls it with {root}"
     if name == "fashion-mini":
-        return f"fashion-mini is shipped with dist_graft: {FASHION_MINI}"
+        return f"fashion-mini ships with dist_graft: {FASHION_MINI}"
     if name == "imagefolder":
-        return f"imagefolder reads your own images: {root}/train/CLASS/* and {root}/val/CLASS/*"
+        return f"imagefolder reads your images from {root}/train/CLASS/* and {root}/val/CLASS/*"
     if name == "fashion-mnist":
         return _prepare_fashion_mnist(root, source)
     open_cifar(name, root, train=True, download=True)
@@ -58,7 +58,7 @@ def _prepare_fashion_mnist(root: str, source: str | None) -> str:
     folder = fashion_folder(root)
     try:
         _verify(folder)
-    except DataError:  # missing or damaged: bring it
+    except DataError:  # missing or damaged
         if source is None and not DEBIAN_FASHION.is_dir():
             _download(root)
         else:
@@ -68,15 +68,15 @@ def _prepare_fashion_mnist(root: str, source: str | None) -> str:
 
 
 def _verify(folder: Path) -> None:
-    """Raise DataError when a file is missing, damaged, or has fewer images than it should."""
+    """Raise DataError if a file is missing, damaged, or has the wrong number of images."""
     for prefix, count in FASHION_COUNTS.items():
         split = read_fashion_split(folder, prefix)
         if split is None:
-            raise DataError(f"{folder} does not hold Fashion-MNIST's four idx files: {_ADVICE}")
+            raise DataError(f"{folder} does not contain Fashion-MNIST's four idx files: {_ADVICE}")
         if len(split.images) != count:
             raise DataError(
-                f"{folder} must hold {count} images in {prefix}-images-idx3-ubyte, "
-                f"has {len(split.images)}"
+                f"{folder} must contain {count} images in {prefix}-images-idx3-ubyte, "
+                f"got {len(split.images)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Reading the small data sets into arrays of bytes."""
+"""Read the small image datasets into uint8 arrays."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ from dist_graft.errors import DataError
 from dist_graft.references import is_reference
 
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in the brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in the luma (ITU-R BT.601)."""
 
 FASHION_MINI = Path(__file__).parent / "fashion_mini" / "fashion_mini.npz"
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-"""Where torchvision keeps CIFAR inside data.root."""
+"""Folders of CIFAR in data.root, as torchvision names them."""
 
 _NPZ_ERRORS = (
     *(OSError, EOFError, ValueError, KeyError, RuntimeError),
     *(TypeError, zipfile.BadZipFile, zlib.error),
 )
-"""What numpy and zipfile raise for a file that is no npz, or a damaged one."""
+"""Errors of numpy and zipfile for a damaged npz file."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 [n, channels, side, side]; labels: int64 [n], 0-based classes."""
+    """Images (uint8 [n, channels, side, side]) and their classes (int64 [n], from 0)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What is known of a data set; mean and deviation a channel, of pixels in [0, 1]."""
+class DatasetInfo:
+    """Number of classes, and mean and standard deviation per channel of pixels in [0, 1]."""
 
     num_classes: int
     mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    std: tuple[float, ...]
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation for images turned grey (1) or into colour (3).
+        """Mean and standard deviation after conversion to 1 or 3 channels.
 
-        A grey image's deviation is taken as the luma of the colours', as if these moved together.
+        For grayscale both are the luma of the RGB values, which is exact for the standard deviation
+        only if the channels are perfectly correlated.
         """
-        return _as_channels(self.mean, channels), _as_channels(self.deviation, channels)
+        return _as_channels(self.mean, channels), _as_channels(self.std, channels)
 
 
-_FASHION = Facts(num_classes=10, mean=(0.2860,), deviation=(0.3530,))
-FACTS = {
+_FASHION = DatasetInfo(num_classes=10, mean=(0.2860,), std=(0.3530,))
+DATASET_INFO = {
     "fashion-mini": _FASHION,
     "fashion-mnist": _FASHION,
-    "cifar10": Facts(
-        num_classes=10, mean=(0.4914, 0.4822, 0.4465), deviation=(0.2470, 0.2435, 0.2616)
+    "cifar10": DatasetInfo(
+        num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
-    "cifar100": Facts(
-        num_classes=100, mean=(0.5071, 0.4865, 0.4409), deviation=(0.2673, 0.2564, 0.2762)
+    "cifar100": DatasetInfo(
+        num_classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
 }
 
@@ -79,27 +80,27 @@ def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (sum(value * weight for value, weight in zip(values, LUMA, strict=True)),)
 
 
-def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet, Facts]:
-    """Training and test set of a small data set, whole, and what is known of it.
+def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet, DatasetInfo]:
+    """Training and test images of a small dataset, and its statistics.
 
-    Raises: DataError when it is missing or damaged; ConfigError for a function of the user's that
-        is not there.
+    Raises: DataError if it is missing or damaged; ConfigError if a user-defined function does not
+        exist.
     """
     if is_reference(name):
-        from dist_graft.training.data.own import read_own
+        from dist_graft.training.data.custom import read_custom
 
-        return read_own(name, root)
+        return read_custom(name, root)
     if name == "fashion-mini":
-        return *read_fashion_mini(FASHION_MINI), FACTS[name]
+        return *read_fashion_mini(FASHION_MINI), DATASET_INFO[name]
     if name == "fashion-mnist":
-        return *_read_fashion_mnist(root), FACTS[name]
+        return *_read_fashion_mnist(root), DATASET_INFO[name]
     train, test = (_read_cifar(name, root, train=train) for train in (True, False))
-    return train, test, FACTS[name]
+    return train, test, DATASET_INFO[name]
 
 
 @contextlib.contextmanager
 def _advising(advice: str) -> Iterator[None]:
-    """Add to a DataError's text what to do."""
+    """Append advice to the message of a DataError."""
     try:
         yield
     except DataError as error:
@@ -107,12 +108,12 @@ def _advising(advice: str) -> Iterator[None]:
 
 
 def fashion_folder(root: str) -> Path:
-    """Where Fashion-MNIST's idx files lie inside data.root (torchvision's layout)."""
+    """Folder of Fashion-MNIST's idx files in data.root (torchvision's layout)."""
     return Path(root) / "FashionMNIST" / "raw"
 
 
 def read_bytes(path: Path) -> bytes:
-    """Content of a file, unpacked when its name ends in .gz; DataError when it cannot be read."""
+    """Read a file, decompressed if its name ends in .gz; DataError if that fails."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
@@ -121,10 +122,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Array of bytes in an idx file, gzipped when its name ends in .gz.
+    """Read an idx file of bytes, decompressed if its name ends in .gz.
 
-    Raises: DataError naming the file when it cannot be read, or its length is not what its header
-    says.
+    Raises: DataError naming the file if it cannot be read or its length contradicts its header.
     """
     content = read_bytes(path)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
@@ -133,21 +133,21 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
     if len(content) - start != math.prod(shape):
         raise DataError(
-            f"{path} is damaged: its header announces {math.prod(shape)} bytes of data, "
-            f"it has {len(content) - start}"
+            f"{path} is damaged: its header says {math.prod(shape)} bytes of data, "
+            f"got {len(content) - start}"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
 def find_idx(folder: Path, name: str) -> Path | None:
-    """The idx file of this name in a folder, plain or else gzipped; None when there is neither."""
+    """Path of an idx file in a folder, plain or gzipped; None if there is neither."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_fashion_split(folder: Path, prefix: str) -> ImageSet | None:
-    """Images and labels of Fashion-MNIST's "train" or "t10k"; None when a file is missing.
+    """Images and labels of Fashion-MNIST's "train" or "t10k"; None if a file is missing.
 
-    Raises: DataError naming the file when one is damaged, or images and labels do not match.
+    Raises: DataError naming the file if one is damaged or the two do not match.
     """
     image_path = find_idx(folder, f"{prefix}-images-idx3-ubyte")
     label_path = find_idx(folder, f"{prefix}-labels-idx1-ubyte")
@@ -159,27 +159,27 @@ def read_fashion_split(folder: Path, prefix: str) -> ImageSet | None:
 def _fashion_set(
     images: NDArray[Any], labels: NDArray[Any], image_path: Path, label_path: Path
 ) -> ImageSet:
-    """Images and labels of Fashion-MNIST; DataError naming the file in which they are not that."""
+    """Validate the arrays of a Fashion-MNIST split; DataError naming the invalid file."""
     if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
         raise DataError(
-            f"{image_path} must hold images of 28 x 28 pixels, has {images.shape} of {images.dtype}"
+            f"{image_path} must contain uint8 images of 28 x 28 pixels, got {images.dtype} "
+            f"{images.shape}"
         )
     if labels.shape != images.shape[:1] or not len(labels) or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{label_path} must hold a class for each of {len(images)} images, "
-            f"has {labels.shape} of {labels.dtype}"
+            f"{label_path} must contain a class for each of {len(images)} images, "
+            f"got {labels.dtype} {labels.shape}"
         )
     if labels.min() < 0 or labels.max() >= 10:
-        odd = int(np.argmax((labels < 0) | (labels >= 10)))
+        index = int(np.argmax((labels < 0) | (labels >= 10)))
         raise DataError(
-            f"{label_path} must hold a class in 0 ... 9 for each image, "
-            f"has {labels[odd]} for image {odd}"
+            f"{label_path} must contain classes in 0 ... 9, got {labels[index]} for image {index}"
         )
     return ImageSet(images[:, None], labels.astype(np.int64))
 
 
 def read_fashion_mini(path: Path) -> tuple[ImageSet, ImageSet]:
-    """The shipped part of Fashion-MNIST; DataError naming the file when it is damaged."""
+    """Read the shipped subset of Fashion-MNIST; DataError naming the file if it is damaged."""
     with _advising("reinstall dist_graft"):
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -198,15 +198,15 @@ def _read_fashion_mnist(root: str) -> tuple[ImageSet, ImageSet]:
     with _advising(f"remove it and {command}"):
         train, test = read_fashion_split(folder, "train"), read_fashion_split(folder, "t10k")
     if train is None or test is None:
-        raise DataError(f"{folder} does not hold Fashion-MNIST: {command}")
+        raise DataError(f"{folder} does not contain Fashion-MNIST: {command}")
     return train, test
 
 
 def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:
-    """Open torchvision's data set object of cifar10 or cifar100.
+    """Open cifar10 or cifar100 as a torchvision dataset.
 
-    Raises: DataError naming the folder or the file in it that is missing or damaged and is not,
-    or cannot be, downloaded.
+    Raises: DataError naming the missing or damaged folder or file, if it is not or cannot be
+    downloaded.
     """
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
@@ -215,7 +215,7 @@ def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:
     folder = Path(root) / CIFAR_FOLDERS[name]
     try:
         with warnings.catch_warnings():
-            # the published pickles spell a dtype in a way that numpy 2.4 deprecates
+            # The published pickles use a dtype spelling that NumPy 2.4 deprecates.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             return kind(root, train=train, download=download)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:

@@ -1,4 +1,4 @@
-"""The networks that can be trained: a small zoo for small images, and torchvision's classifiers."""
+"""Image classifiers: networks for small images, and those of torchvision.models."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ _OTHERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def model_names() -> list[str]:
-    """Names of the small-image networks; build_model knows those of torchvision.models too."""
+    """Names of the networks for small images; `build_model` also accepts torchvision's."""
     return [*_RESNET_DEPTHS, *_OTHERS]
 
 
 def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
-    """Build the network that config names, with first weights from torch's global generator.
+    """Build an image classifier, initialized from torch's global generator.
 
-    It turns images [N, channels, H, W] into logits [N, num_classes]. A name of model_names()
-    means that network, any other one of torchvision.models, without pretrained weights;
-    "torchvision/NAME" means torchvision's where both have the name. torchvision is imported only
-    for its own networks and for unknown names. "package.module:name" names a function of the user's
-    that is called with num_classes and channels.
+    The name is one of `model_names()`, a classifier of torchvision.models (without pretrained
+    weights; "torchvision/NAME" if both have the name), or "package.module:name" of a user-defined
+    function that is called with num_classes and channels. torchvision is not imported for
+    `model_names()`.
+
+    Returns: a module from images [N, channels, H, W] to logits [N, num_classes].
 
     Raises:
-        ConfigError: the name is unknown (the message has the nearest ones) or is no image
-            classifier, or config.activation is set for a network that has no such choice.
+        ConfigError: the name is unknown (the message suggests similar ones) or not an image
+            classifier, or config.activation is set for a network without that option.
     """
     name = config.name
     if is_reference(name):
-        return _build_own(config, num_classes=num_classes, channels=channels)
+        return _build_custom(config, num_classes=num_classes, channels=channels)
     if name in _RESNET_DEPTHS:
         return ResNet(
             _RESNET_DEPTHS[name],
@@ -56,7 +57,7 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
         )
     if config.activation != "relu":
         raise ConfigError(
-            f"model.activation {config.activation!r} needs one of {', '.join(_RESNET_DEPTHS)}; "
+            f"model.activation {config.activation!r} requires one of {', '.join(_RESNET_DEPTHS)}; "
             f"model.name is {name!r}"
         )
     if name in _OTHERS:
@@ -69,10 +70,13 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     )
 
 
-def _build_own(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
+def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
     if config.activation != "relu":
-        raise ConfigError("model.activation is for our own ResNets: give it to your function")
+        raise ConfigError(
+            f"model.activation {config.activation!r} does not apply to the user-defined model "
+            f"{config.name!r}: leave it unset"
+        )
     model = own("model.name", config.name)(num_classes=num_classes, channels=channels)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model.name {config.name!r} must return a torch module, got {model!r}")
+        raise ConfigError(f"model.name {config.name!r} must return an nn.Module, got {model!r}")
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_graft.training.models.initialisation import he_normal_
+from dist_graft.training.models.initialization import he_normal_
 
 _STAGES = (
     (1, 16, 1, 1),
@@ -15,11 +15,11 @@ _STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-"""Expansion, width, blocks and stride of the first block: table 2, its second stride made 1."""
+"""Expansion, width, blocks, stride of the first block: table 2 with stride 1 in the second row."""
 
 
 class _Block(nn.Module):
-    """Inverted residual: expand (1x1), filter each channel (3x3), project without activation."""
+    """Inverted residual: expand (1x1), depthwise convolution (3x3), project (1x1, linear)."""
 
     def __init__(self, inputs: int, width: int, expansion: int, stride: int) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class _Block(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 with stride 1 in the stem and the second stage, as is common for CIFAR.
 
-    Images [N, channels, H, W] of any size become logits [N, num_classes]. Every block of stride
-    1 is residual; the four of them that change the width have a 1x1 convolution and batch norm as
-    shortcut. 17,544 filters, 17,088 without those four; with 10 classes and 3 channels 2,296,922
-    parameters. ReLU where the paper, for arithmetic of low precision, has ReLU6; no dropout. He
-    initialisation over fan_in, because torch's fan_out takes a depthwise filter for a dense one.
+    Images may have any size. Every block with stride 1 is residual; the four of them that change
+    the width use a 1x1 convolution and batch norm as shortcut. 17,544 filters, 17,088 without these
+    four; 2,296,922 parameters with 10 classes and 3 channels. ReLU instead of the paper's ReLU6,
+    which is meant for low-precision arithmetic; no dropout. He initialization over fan_in, because
+    torch computes fan_out of a depthwise convolution as if it were dense.
     """
 
     def __init__(self, *, num_classes: int, channels: int) -> None:

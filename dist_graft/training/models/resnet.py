@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dist_graft.training.models.initialisation import he_normal_
+from dist_graft.training.models.initialization import he_normal_
 
 Activation = Literal["relu", "leaky_relu"]
 
@@ -17,7 +17,7 @@ def _activation(name: Activation) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions; where the width grows the shortcut is option A, without weights."""
+    """Basic block; the shortcut is option A (without parameters) if the width grows."""
 
     def __init__(self, inputs: int, width: int, stride: int, activation: Activation) -> None:
         super().__init__()
@@ -40,12 +40,11 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of depth 6n + 2: three stages of n blocks, 16, 32 and 64 filters wide.
+    """ResNet of depth 6n + 2: three stages of n blocks with 16, 32 and 64 filters.
 
-    Images [N, channels, H, W] of any size become logits [N, num_classes]. Shortcuts across a
-    change of width subsample and pad with zero channels (option A). ResNet-32 with 10 classes and
-    3 channels has 464,154 parameters and 1,136 filters. The leaky slope is 0.01. He
-    initialisation over fan_in.
+    Images may have any size. A shortcut between stages subsamples and pads with zero channels
+    (option A). ResNet-32 has 464,154 parameters and 1,136 filters with 10 classes and 3 channels.
+    The negative slope of leaky_relu is 0.01. He initialization over fan_in.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Image classifiers of torchvision by name; importing this module imports torchvision."""
+"""Image classifiers of torchvision by name. Importing this module imports torchvision."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": _WITHOUT_AUXILIARY,
     "inception_v3": _WITHOUT_AUXILIARY,
 }
-"""What makes a network return one tensor in training too, and build without a warning."""
+"""Arguments that disable auxiliary outputs and a warning."""
 
 
 def build(name: str, *, num_classes: int, channels: int, own_names: Sequence[str]) -> nn.Module:
     """Build "NAME" or "torchvision/NAME" without pretrained weights, for 1 or 3 channels.
 
-    The first convolution of a network for grey images holds the sum of the three channels'
-    weights, so the network computes what the colour one does when all three channels are equal.
+    For one channel, the weights of the first convolution are summed over its three channels: the
+    output is that of the RGB network for three equal channels.
+
+    For an unknown name, own_names (the networks of this package) are among the suggestions.
 
     Raises:
-        ConfigError: torchvision has no image classifier of that name; own_names (those of this
-            package) are among what the message offers.
+        ConfigError: torchvision has no image classifier of this name.
     """
     assert channels in (1, 3)
     bare = name.removeprefix("torchvision/")
     if bare not in torchvision.models.list_models(module=torchvision.models):
-        raise ConfigError(_refusal(name, bare, own_names))
+        raise ConfigError(_unknown_name(name, bare, own_names))
     model: nn.Module = torchvision.models.get_model(
         bare, num_classes=num_classes, **_OPTIONS.get(bare, {})
     )
     if channels == 1:
-        _take_grey_images(model)
+        _convert_to_grayscale(model)
     return model
 
 
-def _refusal(name: str, bare: str, own_names: Sequence[str]) -> str:
+def _unknown_name(name: str, bare: str, own_names: Sequence[str]) -> str:
     if bare in torchvision.models.list_models():
         return (
-            f"model.name {name!r} is torchvision's, but no image classifier "
-            "(detection, segmentation, video, optical flow and quantized models are not supported)"
+            f"model.name {name!r} is a torchvision model, but not an image classifier: detection, "
+            "segmentation, video, optical flow and quantized models are not supported"
         )
     classifiers = torchvision.models.list_models(module=torchvision.models)
     candidates = list(dict.fromkeys([*own_names, *classifiers]))
@@ -58,7 +59,7 @@ def _refusal(name: str, bare: str, own_names: Sequence[str]) -> str:
     )
 
 
-def _take_grey_images(model: nn.Module) -> None:
+def _convert_to_grayscale(model: nn.Module) -> None:
     first = next(
         module
         for module in model.modules()

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_graft.training.models.initialisation import he_normal_
+from dist_graft.training.models.initialization import he_normal_
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class VGG16(nn.Module):
-    """VGG-16 with batch norm and one linear layer in place of the three of the paper.
+    """VGG-16 with batch norm and one linear layer instead of the paper's three.
 
-    Images [N, channels, H, W] of any size become logits [N, num_classes]: the five poolings round
-    sizes up, and what they leave (one pixel of 32 and of 28) is averaged. 4,224 filters; with 10
-    classes and 3 channels 14,724,042 parameters (no bias before a batch norm, which would cancel
-    it). He initialisation over fan_out.
+    Images may have any size: the five poolings round up, and the remaining pixels (one for sizes 28
+    and 32) are averaged. 4,224 filters; 14,724,042 parameters with 10 classes and 3 channels.
+    Convolutions have no bias, which batch norm would cancel. He initialization over fan_out.
     """
 
     def __init__(self, *, num_classes: int, channels: int) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_graft.training.models.initialisation import he_normal_
+from dist_graft.training.models.initialization import he_normal_
 
 
 class _Block(nn.Module):
-    """Pre-activation block; where the width changes, the shortcut starts after the activation.
+    """Pre-activation block; if the width changes, the shortcut starts after the activation.
 
-    The order of the layers is the order in which they are computed, so that in a state dict each
-    batch norm follows the 3x3 convolution that it normalises.
+    Modules are registered in the order of computation, so that in the state dict each batch norm
+    follows the 3x3 convolution that it normalizes.
     """
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
@@ -36,8 +36,8 @@ class _Block(nn.Module):
 class WideResNet(nn.Module):
     """Wide ResNet of depth 6n + 4: three stages of n blocks, 16, 32 and 64 times factor wide.
 
-    Images [N, channels, H, W] of any size become logits [N, num_classes]. WRN-28-10 with 10
-    classes and 3 channels has 36,479,194 parameters. No dropout. He initialisation over fan_out.
+    Images may have any size. WRN-28-10 has 36,479,194 parameters with 10 classes and 3 channels. No
+    dropout. He initialization over fan_out.
     """
 
     def __init__(self, depth: int, factor: int, *, num_classes: int, channels: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_graft.config import DataConfig
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import Facts, ImageSet
+from dist_graft.training.data.sources import DatasetInfo, ImageSet
 
 MakeResident = Callable[..., ResidentImages]
 
@@ -34,18 +34,18 @@ def make_resident() -> MakeResident:
         native_channels: int = 3,
         channels_last: bool = False,
         mean: float = 0.0,
-        deviation: float = 1 / 255,
+        std: float = 1 / 255,
         **options: object,
     ) -> ResidentImages:
-        facts = Facts(
+        info = DatasetInfo(
             num_classes=200,
             mean=(mean,) * native_channels,
-            deviation=(deviation,) * native_channels,
+            std=(std,) * native_channels,
         )
         return ResidentImages(
             numbered(30, native_channels, 12),
             numbered(11, native_channels, 12, first=100),
-            facts,
+            info,
             DataConfig(**{"batch_size": 8, **options}),  # type: ignore[arg-type]
             seed=seed,
             network=network,

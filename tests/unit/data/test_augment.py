@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dist_graft.training.data.augment import (
     CROP_MARGIN,
-    Normalise,
+    Normalize,
     crop_and_flip,
     epoch_draws,
     pad_to,
@@ -46,11 +46,11 @@ def test_crop_and_flip_equals_the_reference(batch, channels, side, extra, seed):
         np.testing.assert_array_equal(result.numpy(), reference(image.numpy(), draw, size))
 
 
-def test_expanded_grey_images_are_cut_alike_in_all_channels():
+def test_expanded_grayscale_images_are_cropped_alike_in_all_channels():
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     draws = epoch_draws(5, seed=3, network=0, epoch=0)
-    colour = crop_and_flip(images.expand(-1, 3, -1, -1), draws, 10)
-    assert torch.equal(colour, crop_and_flip(images, draws, 10).expand(-1, 3, -1, -1))
+    rgb = crop_and_flip(images.expand(-1, 3, -1, -1), draws, 10)
+    assert torch.equal(rgb, crop_and_flip(images, draws, 10).expand(-1, 3, -1, -1))
 
 
 def test_draws_cover_their_range_and_differ_between_samples():
@@ -64,11 +64,11 @@ def test_draws_are_a_pure_function_of_seed_network_and_epoch():
     first = epoch_draws(50, seed=0, network=0, epoch=0)
     assert torch.equal(first, epoch_draws(50, seed=0, network=0, epoch=0))
     for other in ({"seed": 1}, {"network": 1}, {"epoch": 1}):
-        place = {"seed": 0, "network": 0, "epoch": 0, **other}
-        assert not torch.equal(first, epoch_draws(50, **place))
+        stream = {"seed": 0, "network": 0, "epoch": 0, **other}
+        assert not torch.equal(first, epoch_draws(50, **stream))
 
 
-def test_padding_is_centred_and_black():
+def test_padding_is_centered_and_black():
     padded = pad_to(torch.full((1, 1, 3, 3), 7, dtype=torch.uint8), 6)
     assert padded.shape == (1, 1, 6, 6)
     assert torch.equal(padded[0, 0, 1:4, 1:4], torch.full((3, 3), 7, dtype=torch.uint8))
@@ -76,12 +76,12 @@ def test_padding_is_centred_and_black():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_normalise(channels_last):
+def test_normalize(channels_last):
     images = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
-    mean, deviation = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    normalise = Normalise(mean, deviation, device=torch.device("cpu"), channels_last=channels_last)
-    result = normalise(images)
-    centre, spread = torch.tensor(mean).view(3, 1, 1), torch.tensor(deviation).view(3, 1, 1)
-    torch.testing.assert_close(result, (images / 255 - centre) / spread)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    normalize = Normalize(mean, std, device=torch.device("cpu"), channels_last=channels_last)
+    result = normalize(images)
+    center, spread = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(result, (images / 255 - center) / spread)
     wanted = torch.channels_last if channels_last else torch.contiguous_format
     assert result.is_contiguous(memory_format=wanted)

@@ -12,55 +12,59 @@ from dist_graft.config import DataConfig
 from dist_graft.training.data import load_data
 from dist_graft.training.data.decoding import Unreadable, read_image
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-GREYS = np.random.default_rng(1).integers(0, 256, (20, 30), dtype=np.uint8)
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+GRAY = np.random.default_rng(1).integers(0, 256, (20, 30), dtype=np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (20, 30), dtype=np.uint16)
 CLEAR = np.arange(600, dtype=np.uint16).reshape(20, 30).astype(np.uint8)
 
 
-def in_three(greys):
-    return np.repeat(greys[:, :, None], 3, axis=2)
+def three_channels(gray):
+    return np.repeat(gray[:, :, None], 3, axis=2)
 
 
-def of_palette():
-    image = Image.fromarray(GREYS % 64, "P")
-    image.putpalette(COLOURS.reshape(-1)[: 3 * 64].tobytes())
+def palette_image():
+    image = Image.fromarray(GRAY % 64, "P")
+    image.putpalette(RGB.reshape(-1)[: 3 * 64].tobytes())
     return image
 
 
-PALETTE = COLOURS.reshape(-1, 3)[GREYS % 64]
-CMYK = np.dstack([255 - COLOURS, np.zeros_like(GREYS)])
-BLACK_AND_WHITE = np.where(GREYS < 128, 0, 255).astype(np.uint8)
+PALETTE = RGB.reshape(-1, 3)[GRAY % 64]
+CMYK = np.dstack([255 - RGB, np.zeros_like(GRAY)])
+BLACK_AND_WHITE = np.where(GRAY < 128, 0, 255).astype(np.uint8)
 FILES = {
-    "RGB.png": (Image.fromarray(COLOURS), {}, COLOURS),
-    "L.png": (Image.fromarray(GREYS), {}, in_three(GREYS)),
-    "L transparent.png": (Image.fromarray(GREYS), {"transparency": 7}, in_three(GREYS)),
-    "RGB transparent.png": (Image.fromarray(COLOURS), {"transparency": (1, 2, 3)}, COLOURS),
-    "1.png": (Image.fromarray(GREYS >= 128), {}, in_three(BLACK_AND_WHITE)),
-    "P.png": (of_palette(), {}, PALETTE),
-    "P one transparent.png": (of_palette(), {"transparency": 3}, PALETTE),
-    "P transparent.png": (of_palette(), {"transparency": bytes(range(64))}, PALETTE),
-    "LA.png": (Image.fromarray(np.dstack([GREYS, CLEAR])), {}, in_three(GREYS)),
-    "RGBA.png": (Image.fromarray(np.dstack([COLOURS, CLEAR])), {}, COLOURS),
-    "PA.tiff": (Image.fromarray(np.dstack([GREYS, CLEAR])).convert("PA"), {}, in_three(GREYS)),
-    "CMYK.tiff": (Image.fromarray(CMYK, "CMYK"), {}, COLOURS),
-    "I;16.png": (Image.fromarray(DEEP), {}, in_three(DEEP >> 8)),
-    "I;16.tiff": (Image.fromarray(DEEP), {}, in_three(DEEP >> 8)),
-    "I;16.pgm": (Image.fromarray(DEEP), {}, in_three(DEEP >> 8)),
-    "deep for 8 bits.png": (Image.fromarray(GREYS * np.uint16(257)), {}, in_three(GREYS)),
+    "RGB.png": (Image.fromarray(RGB), {}, RGB),
+    "L.png": (Image.fromarray(GRAY), {}, three_channels(GRAY)),
+    "L transparent.png": (Image.fromarray(GRAY), {"transparency": 7}, three_channels(GRAY)),
+    "RGB transparent.png": (Image.fromarray(RGB), {"transparency": (1, 2, 3)}, RGB),
+    "1.png": (Image.fromarray(GRAY >= 128), {}, three_channels(BLACK_AND_WHITE)),
+    "P.png": (palette_image(), {}, PALETTE),
+    "P one transparent.png": (palette_image(), {"transparency": 3}, PALETTE),
+    "P transparent.png": (palette_image(), {"transparency": bytes(range(64))}, PALETTE),
+    "LA.png": (Image.fromarray(np.dstack([GRAY, CLEAR])), {}, three_channels(GRAY)),
+    "RGBA.png": (Image.fromarray(np.dstack([RGB, CLEAR])), {}, RGB),
+    "PA.tiff": (
+        Image.fromarray(np.dstack([GRAY, CLEAR])).convert("PA"),
+        {},
+        three_channels(GRAY),
+    ),
+    "CMYK.tiff": (Image.fromarray(CMYK, "CMYK"), {}, RGB),
+    "I;16.png": (Image.fromarray(DEEP), {}, three_channels(DEEP >> 8)),
+    "I;16.tiff": (Image.fromarray(DEEP), {}, three_channels(DEEP >> 8)),
+    "I;16.pgm": (Image.fromarray(DEEP), {}, three_channels(DEEP >> 8)),
+    "deep for 8 bits.png": (Image.fromarray(GRAY * np.uint16(257)), {}, three_channels(GRAY)),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_mode_becomes_the_same_colours(name, tmp_path):
-    image, options, colours = FILES[name]
+def test_every_mode_decodes_to_rgb(name, tmp_path):
+    image, options, rgb = FILES[name]
     image.save(tmp_path / name, **options)
     read = read_image(str(tmp_path / name))
     assert read.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(read), colours)
+    np.testing.assert_array_equal(np.asarray(read), rgb)
 
 
-def test_the_files_have_the_modes_they_are_meant_to(tmp_path):
+def test_the_files_cover_the_modes(tmp_path):
     modes = set()
     for name, (image, options, _) in FILES.items():
         image.save(tmp_path / name, **options)
@@ -69,7 +73,7 @@ def test_the_files_have_the_modes_they_are_meant_to(tmp_path):
     assert modes >= {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I"}
 
 
-def test_cmyk_of_a_jpeg(tmp_path):
+def test_cmyk_jpeg(tmp_path):
     path = tmp_path / "image.jpg"
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path)
     red, green, blue = np.asarray(read_image(str(path))).reshape(-1, 3).mean(axis=0)
@@ -77,12 +81,12 @@ def test_cmyk_of_a_jpeg(tmp_path):
     assert max(green, blue) < 5
 
 
-def test_orientation_is_left_as_it_is(tmp_path):
+def test_orientation_is_ignored(tmp_path):
     path = tmp_path / "image.png"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(COLOURS).save(path, exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_image(str(path))), COLOURS)
+    Image.fromarray(RGB).save(path, exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(str(path))), RGB)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -106,7 +110,7 @@ def test_all_modes_in_one_batch(channels, workers, tmp_path):
 @pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 0.9])
 def test_truncated_files_are_broken(kind, part, tmp_path):
     path = tmp_path / f"image.{kind}"
-    Image.fromarray(COLOURS).save(path)
+    Image.fromarray(RGB).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
     read = read_image(str(path))
@@ -130,15 +134,15 @@ def png_of(width, height):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "it is empty"),
-        (b"<html>not found</html>", "it is no image of a known format"),
-        (bytes(1000), "it is no image of a known format"),
+        (b"", "file is empty"),
+        (b"<html>not found</html>", "unknown image format"),
+        (bytes(1000), "unknown image format"),
         (png_of(60_000, 60_000), "exceeds limit"),
         (png_of(20, 20), "truncated"),
     ],
     ids=["empty", "text", "zeros", "too large", "no pixels"],
 )
-def test_what_is_no_image_says_why(content, reason, tmp_path):
+def test_the_reason_of_an_unreadable_file(content, reason, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(content)
     read = read_image(str(path))
@@ -148,12 +152,12 @@ def test_what_is_no_image_says_why(content, reason, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_pixels_of_unknown_range_are_refused(kind, tmp_path):
+def test_pixels_of_unknown_range_are_rejected(kind, tmp_path):
     path = tmp_path / "image.tiff"
-    Image.fromarray(GREYS.astype(kind)).save(path)
-    assert "32 bits" in read_image(str(path)).reason
+    Image.fromarray(GRAY.astype(kind)).save(path)
+    assert "32-bit" in read_image(str(path)).reason
 
 
-def test_a_file_that_is_gone_is_not_broken(tmp_path):
+def test_a_missing_file_is_not_broken(tmp_path):
     path = str(tmp_path / "gone.png")
     assert read_image(path) == Unreadable(path, "No such file or directory", broken=False)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from comparing import same, targets
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -24,18 +25,6 @@ def make(image_root):
     return make
 
 
-def same(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(a, b)
-        for x, y in zip(one, other, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-
-
-def labels(batches):
-    return torch.cat([batch[1] for batch in batches]).tolist()
-
-
 def test_shapes_types_and_sizes(make):
     data = make()
     assert (data.num_classes, data.channels, data.image_size) == (3, 3, 16)
@@ -48,28 +37,28 @@ def test_shapes_types_and_sizes(make):
     assert make(image_size=None).image_size == 224
 
 
-def test_number_of_workers_changes_nothing(make):
-    alone, helped = make(workers=0), make(workers=2)
-    assert same(list(alone.train_batches(1, 0, 3)), list(helped.train_batches(1, 0, 3)))
-    assert same(list(alone.eval_batches("test")), list(helped.eval_batches("test")))
+def test_batches_do_not_depend_on_workers(make):
+    none, two = make(workers=0), make(workers=2)
+    assert same(list(none.train_batches(1, 0, 3)), list(two.train_batches(1, 0, 3)))
+    assert same(list(none.eval_batches("test")), list(two.eval_batches("test")))
 
 
-def test_starting_within_an_epoch_equals_going_straight_through(make):
+def test_starting_within_an_epoch_gives_the_same_batches(make):
     whole = list(make().train_batches(0, 0, 3))
     assert same(whole[1:], list(make().train_batches(0, 1, 3)))
     assert same(whole[1:2], list(make().train_batches(0, 1, 2)))
 
 
-def test_networks_epochs_and_seeds_differ(make):
+def test_batches_depend_on_network_epoch_and_seed(make):
     base = list(make().train_batches(0, 0, 3))
     for other in (make(network=1), make(seed=1)):
         assert not same(base, list(other.train_batches(0, 0, 3)))
     assert not same(base, list(make().train_batches(1, 0, 3)))
-    assert sorted(labels(base)) == [0] * 7 + [1] * 4 + [2]
+    assert sorted(targets(base)) == [0] * 7 + [1] * 4 + [2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_leave_the_global_stream_alone(make, workers):
+def test_the_global_generator_is_left_unchanged(make, workers):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     data = make(workers=workers)
@@ -88,7 +77,7 @@ def test_evaluation_resizes_and_crops_the_centre(make, image_root):
     torch.testing.assert_close(images[0], (pixels - mean) / deviation, atol=0.05, rtol=0)
 
 
-def test_unaugmented_training_images_are_cut_like_test_images(make):
+def test_without_augmentation_training_images_are_transformed_like_test_images(make):
     data = make(augment=False, batch_size=12)
     assert same(list(data.train_batches(0, 0, 1)), list(data.train_batches(0, 0, 1)))
     first, second = (next(data.train_batches(epoch, 0, 1)) for epoch in (0, 1))
@@ -97,11 +86,11 @@ def test_unaugmented_training_images_are_cut_like_test_images(make):
     assert abs(float(first[0].sum() - second[0].sum())) > 1
 
 
-def test_classes_take_turns_so_that_the_first_images_are_balanced(make):
+def test_classes_alternate_so_that_the_first_images_are_balanced(make):
     data = make(train_samples=3, test_samples=5)
-    assert sorted(labels(data.train_batches(0, 0, 1))) == [0, 1, 2]
-    assert labels(data.eval_batches("test")) == [0, 1, 2, 0, 1]
-    assert labels(make().eval_batches("test")) == [0, 1, 2, 0, 1, 0]
+    assert sorted(targets(data.train_batches(0, 0, 1))) == [0, 1, 2]
+    assert targets(data.eval_batches("test")) == [0, 1, 2, 0, 1]
+    assert targets(make().eval_batches("test")) == [0, 1, 2, 0, 1, 0]
 
 
 def test_validation_is_taken_from_train(make):
@@ -109,13 +98,13 @@ def test_validation_is_taken_from_train(make):
     assert one.has_validation
     assert one.train_size == 9
     assert same(list(one.eval_batches("val")), list(other.eval_batches("val")))
-    everything = labels(one.eval_batches("val")) + labels(one.train_batches(0, 0, 3))
+    everything = targets(one.eval_batches("val")) + targets(one.train_batches(0, 0, 3))
     assert sorted(everything) == [0] * 7 + [1] * 4 + [2]
     with pytest.raises(ConfigError, match="validation"):
         make().eval_batches("val")
 
 
-def test_grey(make):
+def test_grayscale(make):
     data = make(channels=1)
     assert data.channels == 1
     assert next(data.train_batches(0, 0, 1))[0].shape == (4, 1, 16, 16)
@@ -139,11 +128,11 @@ def test_folder_without_classes(make, image_root):
 
 def test_class_without_images(make, image_root):
     (image_root / "val" / "eel" / "0.png").rename(image_root / "val" / "eel" / "0.txt")
-    with pytest.raises(DataError, match=f"{image_root}/val/eel holds no images .*jpg.*remove"):
+    with pytest.raises(DataError, match=f"{image_root}/val/eel has no images .*jpg.*remove"):
         make()
     shutil.rmtree(image_root / "train" / "dog")
     (image_root / "train" / "dog").mkdir()
-    with pytest.raises(DataError, match=f"{image_root}/train/dog holds no images"):
+    with pytest.raises(DataError, match=f"{image_root}/train/dog has no images"):
         make()
 
 
@@ -157,7 +146,7 @@ def test_classes_that_differ(make, image_root):
         make()
 
 
-def cut(path, size=100):
+def truncate(path, size=100):
     path.write_bytes(path.read_bytes()[:size])
 
 
@@ -166,7 +155,7 @@ def cut(path, size=100):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_unreadable_image_is_named_in_one_line(make, image_root, workers, size, split):
     broken = image_root / split / "dog" / "1.png"
-    cut(broken, size)
+    truncate(broken, size)
     data = make(workers=workers)
     with pytest.raises(DataError, match=f"^{broken} cannot be read as an image: ") as caught:
         list(data.train_batches(0, 0, 3) if split == "train" else data.eval_batches("test"))
@@ -178,7 +167,7 @@ def test_unreadable_image_is_named_in_one_line(make, image_root, workers, size, 
 
 @pytest.mark.parametrize("skip_broken", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_gone_is_never_left_out(make, image_root, workers, skip_broken):
+def test_a_missing_image_is_never_skipped(make, image_root, workers, skip_broken):
     data = make(workers=workers, skip_broken=skip_broken)
     gone = image_root / "train" / "dog" / "2.png"
     gone.unlink()
@@ -198,10 +187,10 @@ class TestSkipBroken:
         return [*paths, image_root / "val/cat/1.png"]
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_the_others_stay_as_they_are(self, make, broken, workers):
+    def test_other_images_are_unchanged(self, make, broken, workers):
         whole, whole_test = rows(make().train_batches(1, 0, 3)), rows(make().eval_batches("test"))
         for path in broken:
-            cut(path)
+            truncate(path)
         data = make(workers=workers, skip_broken=True)
         assert (data.train_size, data.steps_per_epoch) == (12, 3)
         left, left_test = rows(data.train_batches(1, 0, 3)), rows(data.eval_batches("test"))
@@ -214,26 +203,26 @@ class TestSkipBroken:
             for image, label in after:
                 assert any(torch.equal(image, other) and label == same for other, same in rest)
 
-    def test_workers_change_nothing(self, make, broken):
+    def test_batches_do_not_depend_on_workers(self, make, broken):
         for path in broken:
-            cut(path)
-        alone, helped = make(skip_broken=True), make(skip_broken=True, workers=2)
-        assert same(list(alone.train_batches(1, 0, 3)), list(helped.train_batches(1, 0, 3)))
-        assert same(list(alone.eval_batches("test")), list(helped.eval_batches("test")))
-        assert list(alone.skipped.items()) == list(helped.skipped.items())
+            truncate(path)
+        none, two = make(skip_broken=True), make(skip_broken=True, workers=2)
+        assert same(list(none.train_batches(1, 0, 3)), list(two.train_batches(1, 0, 3)))
+        assert same(list(none.eval_batches("test")), list(two.eval_batches("test")))
+        assert list(none.skipped.items()) == list(two.skipped.items())
 
     def test_each_is_counted_once(self, make, broken):
-        cut(broken[0], 0)
+        truncate(broken[0], 0)
         data = make(skip_broken=True)
         for epoch in (0, 1):
             list(data.train_batches(epoch, 0, 3))
-        assert data.skipped == {str(broken[0]): "it is empty"}
+        assert data.skipped == {str(broken[0]): "file is empty"}
         assert make(skip_broken=True).skipped == {}
 
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_a_batch_of_nothing_else_is_empty(self, make, broken, channels):
-        cut(broken[0])
-        cut(broken[2])
+    def test_a_batch_of_broken_images_is_empty(self, make, broken, channels):
+        truncate(broken[0])
+        truncate(broken[2])
         data = make(skip_broken=True, batch_size=1, channels=channels)
         sizes = [len(labels) for _, labels in data.train_batches(0, 0, 12)]
         assert sorted(sizes) == [0] + [1] * 11
@@ -243,10 +232,10 @@ class TestSkipBroken:
         assert [len(classes) for _, classes in data.eval_batches("test")] == [1] * 5
 
     @pytest.mark.parametrize("split", ["train", "val"])
-    def test_nothing_left_is_an_error(self, make, image_root, split):
+    def test_all_images_broken_is_an_error(self, make, image_root, split):
         data = make(skip_broken=True, workers=1)
         for path in (image_root / split).glob("*/*.png"):
-            cut(path)
+            truncate(path)
         with pytest.raises(
             DataError, match=f"^none of .* {image_root}/{split}/cat/0.png"
         ) as caught:

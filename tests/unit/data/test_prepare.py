@@ -8,7 +8,7 @@ import pytest
 from torchvision import datasets
 
 from dist_graft.errors import ConfigError, DataError
-from dist_graft.training.data import prepare as room
+from dist_graft.training.data import prepare as module
 from dist_graft.training.data.prepare import FASHION_FILES, prepare
 from dist_graft.training.data.sources import fashion_folder, read_small
 
@@ -23,8 +23,8 @@ def idx(*shape):
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder of gzipped files with as many images as prepare expects, here few."""
-    monkeypatch.setattr(room, "FASHION_COUNTS", COUNTS)
-    monkeypatch.setattr(room, "DEBIAN_FASHION", tmp_path / "debian")
+    monkeypatch.setattr(module, "FASHION_COUNTS", COUNTS)
+    monkeypatch.setattr(module, "DEBIAN_FASHION", tmp_path / "debian")
     folder = tmp_path / "debian"
     folder.mkdir()
     for prefix, count in COUNTS.items():
@@ -42,7 +42,7 @@ def no_network(monkeypatch):
         monkeypatch.setattr(kind, "download", unreachable)
 
 
-def test_unpacks_what_debian_ships(source, tmp_path):
+def test_unpacks_debians_package(source, tmp_path):
     root = str(tmp_path / "data")
     line = prepare("fashion-mnist", root=root)
     assert str(fashion_folder(root)) in line
@@ -52,7 +52,7 @@ def test_unpacks_what_debian_ships(source, tmp_path):
     assert (len(train.images), len(test.images)) == (30, 10)
 
 
-def test_twice_is_once(source, tmp_path):
+def test_a_second_call_changes_nothing(source, tmp_path):
     root = str(tmp_path / "data")
     first = prepare("fashion-mnist", root=root, source=str(source))
     times = [p.stat().st_mtime_ns for p in fashion_folder(root).iterdir()]
@@ -82,7 +82,7 @@ def test_damaged_source_is_named_and_nothing_is_written(source, tmp_path):
 def test_source_with_too_few_images(source, tmp_path):
     for name, shape in (("images-idx3", (5, 28, 28)), ("labels-idx1", (5,))):
         (source / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(idx(*shape)))
-    with pytest.raises(DataError, match=r"must hold 30 images .* has 5"):
+    with pytest.raises(DataError, match=r"must contain 30 images .* got 5"):
         prepare("fashion-mnist", root=str(tmp_path / "data"))
 
 
@@ -93,8 +93,8 @@ def test_missing_source_says_what_to_do(source, tmp_path):
         assert part in str(caught.value)
 
 
-def test_neither_package_nor_network(source, tmp_path, monkeypatch, no_network):
-    monkeypatch.setattr(room, "DEBIAN_FASHION", tmp_path / "none")
+def test_no_package_and_no_network(source, tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr(module, "DEBIAN_FASHION", tmp_path / "none")
     with pytest.raises(DataError) as caught:
         prepare("fashion-mnist", root=str(tmp_path / "data"))
     for part in ("no route to host", "dataset-fashion-mnist", "--source DIR"):
@@ -102,7 +102,7 @@ def test_neither_package_nor_network(source, tmp_path, monkeypatch, no_network):
     assert "\n" not in str(caught.value)
 
 
-def test_folder_that_cannot_be_written(source, tmp_path):
+def test_unwritable_folder(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         prepare("fashion-mnist", root=str(tmp_path / "file"))
@@ -113,8 +113,8 @@ def test_cifar_is_downloaded(tmp_path, no_network):
         prepare("cifar10", root=str(tmp_path))
 
 
-def test_names_without_work(tmp_path):
-    assert "shipped" in prepare("fashion-mini", root=str(tmp_path))
+def test_names_with_nothing_to_prepare(tmp_path):
+    assert "ships with" in prepare("fashion-mini", root=str(tmp_path))
     assert "train/CLASS" in prepare("imagefolder", root=str(tmp_path))
     with pytest.raises(ConfigError, match="did you mean fashion-mnist"):
         prepare("fashion-mnst", root=str(tmp_path))

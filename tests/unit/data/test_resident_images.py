@@ -3,22 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from comparing import same, targets
 from PIL import Image
 
 from dist_graft.errors import ConfigError
-from dist_graft.training.data.images import grey
-
-
-def same(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(a, b)
-        for x, y in zip(one, other, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-
-
-def labels(batches):
-    return torch.cat([batch[1] for batch in batches]).tolist()
+from dist_graft.training.data.images import grayscale
 
 
 def test_shapes_types_and_sizes(make_resident):
@@ -35,10 +24,10 @@ def test_shapes_types_and_sizes(make_resident):
 
 
 def test_an_epoch_has_every_training_image_once(make_resident):
-    assert sorted(labels(make_resident().train_batches(0, 0, 4))) == list(range(30))
+    assert sorted(targets(make_resident().train_batches(0, 0, 4))) == list(range(30))
 
 
-def test_starting_within_an_epoch_equals_going_straight_through(make_resident):
+def test_starting_within_an_epoch_gives_the_same_batches(make_resident):
     whole = list(make_resident().train_batches(2, 0, 4))
     data = make_resident()
     parts = [
@@ -50,14 +39,14 @@ def test_starting_within_an_epoch_equals_going_straight_through(make_resident):
     assert same(whole[3:], list(make_resident().train_batches(2, 3, 4)))
 
 
-def test_networks_epochs_and_seeds_see_different_orders(make_resident):
-    base = labels(make_resident().train_batches(0, 0, 4))
-    assert labels(make_resident(network=1).train_batches(0, 0, 4)) != base
-    assert labels(make_resident(seed=1).train_batches(0, 0, 4)) != base
-    assert labels(make_resident().train_batches(1, 0, 4)) != base
+def test_order_depends_on_network_epoch_and_seed(make_resident):
+    base = targets(make_resident().train_batches(0, 0, 4))
+    assert targets(make_resident(network=1).train_batches(0, 0, 4)) != base
+    assert targets(make_resident(seed=1).train_batches(0, 0, 4)) != base
+    assert targets(make_resident().train_batches(1, 0, 4)) != base
 
 
-def test_loading_and_batches_leave_the_global_stream_alone(make_resident):
+def test_the_global_generator_is_left_unchanged(make_resident):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     data = make_resident(val_fraction=0.2)
@@ -69,7 +58,7 @@ def test_loading_and_batches_leave_the_global_stream_alone(make_resident):
 def test_unaugmented_images_are_the_originals(make_resident):
     data = make_resident(augment=False)
     [*tested] = data.eval_batches("test")
-    assert labels(tested) == list(range(100, 111))
+    assert targets(tested) == list(range(100, 111))
     images = {
         int(y): x for batch in data.train_batches(0, 0, 4) for x, y in zip(*batch, strict=True)
     }
@@ -78,7 +67,7 @@ def test_unaugmented_images_are_the_originals(make_resident):
         torch.testing.assert_close(images[number], torch.from_numpy(pixels).float())
 
 
-def test_samples_of_a_batch_are_augmented_one_by_one(make_resident):
+def test_each_sample_has_its_own_augmentation(make_resident):
     plain = next(make_resident(augment=False).train_batches(0, 0, 1))[0]
     augmented = next(make_resident().train_batches(0, 0, 1))[0]
     corners = set()
@@ -101,7 +90,7 @@ def test_samples_of_a_batch_are_augmented_one_by_one(make_resident):
 def test_every_test_image_once_in_fixed_order(make_resident):
     data = make_resident(batch_size=4, test_samples=10)
     first, second = list(data.eval_batches("test")), list(data.eval_batches("test"))
-    assert labels(first) == list(range(100, 110))
+    assert targets(first) == list(range(100, 110))
     assert same(first, second)
 
 
@@ -110,42 +99,43 @@ def test_validation_is_disjoint_and_the_same_for_every_network(make_resident):
     one, other = make_resident(**options), make_resident(network=1, **options)
     assert one.has_validation
     assert one.train_size == 16
-    kept = labels(one.eval_batches("val"))
+    kept = targets(one.eval_batches("val"))
     assert len(kept) == 4
-    assert sorted(kept + labels(one.train_batches(0, 0, 2))) == list(range(20))
-    assert labels(other.eval_batches("val")) == kept
-    assert labels(one.eval_batches("test")) == list(range(100, 111))
+    assert sorted(kept + targets(one.train_batches(0, 0, 2))) == list(range(20))
+    assert targets(other.eval_batches("val")) == kept
+    assert targets(one.eval_batches("test")) == list(range(100, 111))
 
 
-def test_asking_for_validation_without_one(make_resident):
+def test_no_validation_split(make_resident):
     with pytest.raises(ConfigError, match=r"data\.val_fraction is 0"):
         make_resident().eval_batches("val")
 
 
-def test_steps_are_checked_at_the_call(make_resident):
-    with pytest.raises(ValueError, match="steps"):
-        make_resident().train_batches(0, 0, 5)
+@pytest.mark.parametrize(("first", "last"), [(-1, 2), (2, 1), (0, 5)])
+def test_steps_are_checked_at_the_call(make_resident, first, last):
+    with pytest.raises(ValueError, match=r"within \[0, 4\]"):
+        make_resident().train_batches(0, first, last)
 
 
 def test_image_size_pads_with_normalised_black(make_resident):
-    data = make_resident(image_size=17, mean=0.5, deviation=0.25)
+    data = make_resident(image_size=17, mean=0.5, std=0.25)
     assert data.image_size == 17
     images = next(data.eval_batches("test"))[0]
     assert images.shape == (8, 3, 17, 17)
     inside = torch.zeros(17, 17, dtype=torch.bool)
     inside[2:14, 2:14] = True
     assert torch.all(images[:, :, ~inside] == -2.0)
-    original = next(make_resident(mean=0.5, deviation=0.25).eval_batches("test"))[0]
+    original = next(make_resident(mean=0.5, std=0.25).eval_batches("test"))[0]
     assert torch.equal(images[:, :, 2:14, 2:14], original)
     assert next(data.train_batches(0, 0, 1))[0].shape == (8, 3, 17, 17)
 
 
-def test_image_size_below_the_data_sets(make_resident):
+def test_image_size_below_the_datasets(make_resident):
     with pytest.raises(ConfigError, match=r"data\.image_size must be at least 12.*got 11"):
         make_resident(image_size=11)
 
 
-def test_grey_images_in_colour(make_resident):
+def test_grayscale_images_as_rgb(make_resident):
     data = make_resident(native_channels=1, channels=3)
     assert data.channels == 3
     images = next(data.train_batches(0, 0, 1))[0]
@@ -155,19 +145,19 @@ def test_grey_images_in_colour(make_resident):
     assert torch.equal(images[:, :1], single)
 
 
-def test_colour_images_in_grey(make_resident):
+def test_rgb_images_as_grayscale(make_resident):
     data = make_resident(channels=1)
     assert data.channels == 1
     images = next(data.eval_batches("test"))[0]
-    colour = next(make_resident().eval_batches("test"))[0]
-    luma = (colour * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    rgb = next(make_resident().eval_batches("test"))[0]
+    luma = (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
     torch.testing.assert_close(images, luma, atol=0.51, rtol=0)
 
 
-def test_grey_is_what_pil_makes():
+def test_grayscale_equals_pil():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 20, 20), dtype=np.uint8)
     pixels[0] = 255
-    result = grey(torch.from_numpy(pixels)).numpy()
+    result = grayscale(torch.from_numpy(pixels)).numpy()
     for image, luma in zip(pixels, result, strict=True):
         expected = np.asarray(Image.fromarray(image.transpose(1, 2, 0)).convert("L"))
         np.testing.assert_array_equal(luma[0], expected)

@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import hashlib
 import pickle
+import subprocess
+import sys
 import urllib.error
 
 import numpy as np
@@ -12,10 +14,15 @@ import torch
 from torchvision import datasets
 
 from dist_graft.config import DataConfig
-from dist_graft.errors import DataError
-from dist_graft.training.data import ensure_available, load_data
+from dist_graft.errors import ConfigError, DataError
+from dist_graft.training.data import (
+    check_dataset_name,
+    dataset_names,
+    ensure_available,
+    load_data,
+)
 from dist_graft.training.data.sources import (
-    FACTS,
+    DATASET_INFO,
     fashion_folder,
     read_fashion_mini,
     read_idx,
@@ -57,7 +64,7 @@ def test_idx(tmp_path):
         (b"\x00\x00\x08", "not an idx file"),
         (b"\x00\x00\x08\x03\x00", "not an idx file"),
         (b"\x00\x00\x0d\x01\x00\x00\x00\x01abcd", "not an idx file"),
-        (idx(np.zeros((4, 5)))[:-1], "damaged: .* 20 bytes of data, it has 19"),
+        (idx(np.zeros((4, 5)))[:-1], "damaged: .* 20 bytes of data, got 19"),
         (idx(np.zeros((4, 5))) + b"x", "damaged"),
     ],
 )
@@ -102,13 +109,15 @@ def test_missing_fashion_mnist_says_what_to_run(tmp_path):
     assert "\n" not in text
 
 
-def test_fashion_mnist_files_that_do_not_match(fashion_root):
+def test_inconsistent_fashion_mnist_files(fashion_root):
     folder = fashion_folder(str(fashion_root))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(19)))
     with pytest.raises(DataError, match=r"train-labels-idx1-ubyte .* 20 images"):
         read_small("fashion-mnist", str(fashion_root))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.full(20, 10)))
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte .* 0 \.\.\. 9 .* 10 for image 0"):
+    with pytest.raises(
+        DataError, match=r"train-labels-idx1-ubyte .* 0 \.\.\. 9, got 10 for image 0"
+    ):
         read_small("fashion-mnist", str(fashion_root))
     (folder / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((20, 27, 28))))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte .* 28 x 28"):
@@ -134,17 +143,21 @@ MINI = {
 @pytest.mark.parametrize(
     ("part", "array", "reason"),
     [
-        ("train_images", np.zeros((3, 27, 28), np.uint8), r"28 x 28 pixels, has \(3, 27, 28\)"),
+        (
+            "train_images",
+            np.zeros((3, 27, 28), np.uint8),
+            r"28 pixels, got uint8 \(3, 27, 28\)",
+        ),
         ("train_images", np.zeros(3, np.uint8), "28 x 28 pixels"),
-        ("train_images", np.zeros((3, 28, 28), np.float32), "28 x 28 pixels, .* of float32"),
-        ("test_labels", np.array([1, 2, 3]), "a class for each of 2 images, has"),
-        ("test_labels", np.array([1.0, 2.0]), "a class for each of 2 images, has .* of float64"),
-        ("test_labels", np.array([1, 10]), "has 10 for image 1"),
-        ("train_labels", np.array([0, -1, 0]), "has -1 for image 1"),
+        ("train_images", np.zeros((3, 28, 28), np.float32), "28 x 28 pixels, got float32"),
+        ("test_labels", np.array([1, 2, 3]), "a class for each of 2 images, got"),
+        ("test_labels", np.array([1.0, 2.0]), "a class for each of 2 images, got float64"),
+        ("test_labels", np.array([1, 10]), "got 10 for image 1"),
+        ("train_labels", np.array([0, -1, 0]), "got -1 for image 1"),
         ("train_labels", np.array([{}, 1, 0]), "cannot be read"),
     ],
 )
-def test_what_a_damaged_fashion_mini_holds_is_named(tmp_path, part, array, reason):
+def test_invalid_arrays_in_fashion_mini_are_named(tmp_path, part, array, reason):
     path = tmp_path / "mini.npz"
     np.savez(path, **MINI)
     assert len(read_fashion_mini(path)[0].images) == 3
@@ -153,7 +166,7 @@ def test_what_a_damaged_fashion_mini_holds_is_named(tmp_path, part, array, reaso
         read_fashion_mini(path)
 
 
-def test_an_array_without_names_is_no_fashion_mini(tmp_path):
+def test_a_single_array_is_not_fashion_mini(tmp_path):
     with (tmp_path / "mini.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(DataError, match=r"mini.npz cannot be read: .*; reinstall dist_graft$"):
@@ -161,7 +174,7 @@ def test_an_array_without_names_is_no_fashion_mini(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_no_damage_of_an_npz_goes_unexplained(tmp_path, compressed):
+def test_every_damage_of_an_npz_raises_data_error(tmp_path, compressed):
     path = tmp_path / "mini.npz"
     (np.savez_compressed if compressed else np.savez)(path, **MINI)
     whole, random = path.read_bytes(), np.random.default_rng(0)
@@ -250,7 +263,7 @@ def test_missing_cifar_without_download(tmp_path):
     assert "\n" not in text
 
 
-def test_failing_download_names_folder_and_cause(tmp_path, monkeypatch):
+def test_a_failed_download_names_folder_and_cause(tmp_path, monkeypatch):
     def unreachable(self):
         raise urllib.error.URLError("no route to host")
 
@@ -261,9 +274,46 @@ def test_failing_download_names_folder_and_cause(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_statistics_follow_the_channels():
-    assert FACTS["fashion-mnist"].statistics(3)[0] == (0.2860,) * 3
-    (mean,), (deviation,) = FACTS["cifar10"].statistics(1)
+def test_statistics_by_number_of_channels():
+    assert DATASET_INFO["fashion-mnist"].statistics(3)[0] == (0.2860,) * 3
+    (mean,), (std,) = DATASET_INFO["cifar10"].statistics(1)
     assert mean == pytest.approx(0.299 * 0.4914 + 0.587 * 0.4822 + 0.114 * 0.4465)
-    assert 0.24 < deviation < 0.25
-    assert FACTS["cifar10"].statistics(3) == (FACTS["cifar10"].mean, FACTS["cifar10"].deviation)
+    assert 0.24 < std < 0.25
+    cifar = DATASET_INFO["cifar10"]
+    assert cifar.statistics(3) == (cifar.mean, cifar.std)
+
+
+def test_dataset_names_are_legal():
+    for name in dataset_names():
+        check_dataset_name(name)
+
+
+def test_an_unknown_name_lists_similar_and_legal_ones():
+    with pytest.raises(ConfigError, match=r"got 'cifar1' \(did you mean cifar10.*\?\)") as caught:
+        check_dataset_name("cifar1")
+    assert all(name in str(caught.value) for name in dataset_names())
+    assert "\n" not in str(caught.value)
+
+
+def test_no_hint_without_a_similar_name():
+    with pytest.raises(ConfigError, match=r"got 'zzzz'$"):
+        check_dataset_name("zzzz")
+
+
+def test_ensure_available_rejects_unknown_names_and_writes_nothing_for_the_others(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.name"):
+        ensure_available(DataConfig(name="nothing"))
+    for name in ("fashion-mini", "fashion-mnist", "imagefolder"):
+        ensure_available(DataConfig(name=name, root=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_checked_without_heavy_imports():
+    program = (
+        "import sys; from dist_graft.training.data import dataset_names; dataset_names(); "
+        "print([m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"

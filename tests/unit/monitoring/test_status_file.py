@@ -37,7 +37,7 @@ def test_who_is_there_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_a_thread_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.01)
     path = tmp_path / "status.json"
     with a_live(path) as running:
         running.prepare(epochs=3, steps_per_epoch=4, batch_size=10, rounds=2)

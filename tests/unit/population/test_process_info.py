@@ -14,7 +14,7 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 
 
 def test_the_processes_of_a_network_are_neighbours() -> None:
-    places = [ProcessInfo(rank, 6, rank % 3, 3).shared(3) for rank in range(6)]
+    places = [ProcessInfo(rank, 6, rank % 3, 3).with_replicas(3) for rank in range(6)]
     assert [place.network for place in places] == [0, 0, 0, 1, 1, 1]
     assert [place.replica for place in places] == [0, 1, 2, 0, 1, 2]
     assert [place.is_leader for place in places] == [True, False, False] * 2
@@ -40,7 +40,9 @@ def test_cores_are_those_of_the_job(
     [(1, 1, 1), (3, 2, 1), (3, 1, 1), (4, 4, 2), (8, 4, 2), (8, 4, 8), (8, 2, 4), (3, 3, 3)],
 )
 def test_numbers_that_fit(processes: int, here: int, replicas: int) -> None:
-    assert ProcessInfo(0, processes, 0, here).shared(replicas).networks == processes // replicas
+    assert (
+        ProcessInfo(0, processes, 0, here).with_replicas(replicas).networks == processes // replicas
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_numbers_that_fit(processes: int, here: int, replicas: int) -> None:
 )
 def test_numbers_that_do_not(processes: int, here: int, replicas: int, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ProcessInfo(0, processes, 0, here).shared(replicas)
+        ProcessInfo(0, processes, 0, here).with_replicas(replicas)
     assert said in str(caught.value)
 
 

@@ -38,13 +38,13 @@ def store() -> dist.HashStore:
 def requests(
     folder: Path, late: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
 ) -> StopRequests:
-    return StopRequests(folder / "STOP", peers, grace_seconds=grace, late=late.set)
+    return StopRequests(folder / "STOP", peers, grace_seconds=grace, on_grace_expired=late.set)
 
 
 def test_nobody_asks(tmp_path: Path, late: threading.Event) -> None:
     here = requests(tmp_path, late)
-    here.listen()
-    assert not here.asked()
+    here.install_handlers()
+    assert not here.requested()
     assert here.reason is None
 
 
@@ -53,19 +53,19 @@ def test_a_signal_asks_and_a_second_one_changes_nothing(
     number: signal.Signals, tmp_path: Path, late: threading.Event
 ) -> None:
     here = requests(tmp_path, late)
-    here.listen()
+    here.install_handlers()
     os.kill(os.getpid(), number)
-    assert here.asked()
+    assert here.requested()
     for other in SIGNALS:
         os.kill(os.getpid(), other)
-    assert here.asked()
+    assert here.requested()
     assert here.reason == number.name
 
 
 def test_a_file_asks(tmp_path: Path, late: threading.Event) -> None:
     (tmp_path / "STOP").touch()
     here = requests(tmp_path, late)
-    assert here.asked()
+    assert here.requested()
     assert str(tmp_path / "STOP") in str(here.reason)
 
 
@@ -73,11 +73,11 @@ def test_a_signal_to_one_is_known_to_all(
     tmp_path: Path, late: threading.Event, store: dist.HashStore
 ) -> None:
     here, there = (requests(tmp_path, late, PeerRegistry(store, k, 2)) for k in (0, 1))
-    here.listen()
+    here.install_handlers()
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert here.asked()
-    assert there.heard() == "SIGUSR1"
-    assert there.asked()
+    assert here.requested()
+    assert there.peer_reason() == "SIGUSR1"
+    assert there.requested()
     assert there.reason == "SIGUSR1"
 
 
@@ -86,14 +86,14 @@ def test_the_store_is_asked_once_a_second_at_most(
 ) -> None:
     peers = PeerRegistry(store, 0, 1)
     here = requests(tmp_path, late, peers)
-    assert not here.asked()
-    peers.ask_to_stop("somebody")
-    assert not here.asked()
+    assert not here.requested()
+    peers.request_stop("somebody")
+    assert not here.requested()
 
 
 def test_who_does_not_stop_in_time_is_ended(tmp_path: Path, late: threading.Event) -> None:
     (tmp_path / "STOP").touch()
     here = requests(tmp_path, late, grace=0.01)
     assert not late.is_set()
-    assert here.asked()
+    assert here.requested()
     assert late.wait(10)

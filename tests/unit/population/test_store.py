@@ -45,11 +45,11 @@ def test_a_network_that_the_store_does_not_answer_is_told_what_may_be_wrong(
     with pytest.raises(StoreTimeoutError):
         answering.get("nobody sets this")
     for ask in (
-        peers.asked_to_stop,
-        lambda: peers.heard("save 1", 0),
-        lambda: peers.post("the report", ""),
-        lambda: peers.hear("the report", 0, 5),
+        peers.stop_reason,
+        lambda: peers.is_published("save 1", 0),
+        lambda: peers.publish("the report", ""),
+        lambda: peers.read("the report", 0, 5),
     ):
         with pytest.raises(PeerError, match="hangs, or the link to it is cut"):
             ask()
-    assert peers.silent("the report") == []
+    assert peers.missing("the report") == []

@@ -49,21 +49,21 @@ def test_it_follows_the_longest_epoch(
 ) -> None:
     timeouts = Timeouts(first, epochs=epochs)
     for length in lengths:
-        timeouts.learn(length)
+        timeouts.observe_epoch(length)
     assert timeouts.seconds == expected
 
 
 def test_until_all_told_of_an_epoch_ones_own_only_lengthens_it() -> None:
     timeouts = Timeouts(600, epochs=5)
-    timeouts.learn_own(2.0)
+    timeouts.observe_local_epoch(2.0)
     assert timeouts.seconds == 600
-    timeouts.learn_own(1000.0)
+    timeouts.observe_local_epoch(1000.0)
     assert timeouts.seconds == 5000
-    timeouts.learn(1200.0)
+    timeouts.observe_epoch(1200.0)
     assert timeouts.seconds == 6000
     timeouts = Timeouts(600, epochs=5)
-    timeouts.learn_own(2.0)
-    timeouts.learn(3.0)
+    timeouts.observe_local_epoch(2.0)
+    timeouts.observe_epoch(3.0)
     assert timeouts.seconds == 60
 
 
@@ -72,8 +72,10 @@ def test_a_remark_is_made_once_and_not_before_its_time(
     said: list[str], longest: float, from_then: float
 ) -> None:
     timeouts, asked = Timeouts(600, epochs=5), []
-    timeouts.learn(longest)
-    waited = timeouts.remark("round 3", lambda: asked.append(1) or ["network 1", "network 4"])
+    timeouts.observe_epoch(longest)
+    waited = timeouts.warn_when_slow(
+        "round 3", lambda: asked.append(1) or ["network 1", "network 4"]
+    )
     waited(from_then - 0.1)
     assert not said
     assert not asked
@@ -89,7 +91,7 @@ def test_a_remark_is_made_once_and_not_before_its_time(
 def test_each_wait_has_a_remark_of_its_own(said: list[str]) -> None:
     timeouts = Timeouts(600, epochs=5)
     for what in ("round 3", "round 4"):
-        timeouts.remark(what, list)(40)
+        timeouts.warn_when_slow(what, list)(40)
     assert [text.partition(":")[0] for text in said] == ["round 3", "round 4"]
     assert "waiting for the other networks since 40 s" in said[0]
 
@@ -99,7 +101,9 @@ def test_it_names_those_who_have_not_come(said: list[str]) -> None:
     for network in range(3):
         store.set(f"host/{network}", f"host{network}")
     peers = PeerRegistry(store, 1, 3)
-    peers.post("the report", "")
-    waited = Timeouts(600, epochs=5).remark("the report", partial(peers.silent, "the report"))
+    peers.publish("the report", "")
+    waited = Timeouts(600, epochs=5).warn_when_slow(
+        "the report", partial(peers.missing, "the report")
+    )
     waited(50)
     assert "waiting for network 0 (rank 0 on host0); network 2 (rank 2 on host2) since" in said[0]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from dist_graft.training.loop import TrainState
 from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
 from torch import nn
 
@@ -12,8 +13,7 @@ from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import Facts
-from dist_graft.training.loop import TrainState
+from dist_graft.training.data.sources import DatasetInfo
 from dist_graft.training.optim import build_optimizer, build_scheduler
 
 
@@ -34,7 +34,7 @@ def make_data() -> MakeData:
         return ResidentImages(
             images(29),
             images(10),
-            Facts(num_classes=4, mean=(0.5,), deviation=(0.29,)),
+            DatasetInfo(num_classes=4, mean=(0.5,), std=(0.29,)),
             DataConfig(**{"batch_size": 8, "augment": False, **options}),  # type: ignore[arg-type]
             seed=0,
             network=network,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dist_graft.training.loop import TrainState
 from torch import nn
 
 from dist_graft.population.runtime.process_group import Runtime
-from dist_graft.training.checkpoint.files import complete_set, save_network, set_path
+from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import ImageSet
-from dist_graft.training.loop import TrainState
 
 CPU = torch.device("cpu")
 
@@ -43,10 +43,10 @@ def small_model(*, batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
 
 def write_set(folder: Path, epoch: int, *, networks: int = 2, round_: int | None = None) -> Path:
     """A complete set with small files."""
-    path = set_path(folder, epoch)
+    path = checkpoint_path(folder, epoch)
     digests = []
     for k in range(networks):
         state = {"network": k, "epoch": epoch, "w": torch.ones(3)}
         digests.append(save_network(path / f"network{k:02d}.pt", state))
-    complete_set(path, epoch=epoch, round_=epoch if round_ is None else round_, sha256=digests)
+    mark_complete(path, epoch=epoch, round_=epoch if round_ is None else round_, sha256=digests)
     return path

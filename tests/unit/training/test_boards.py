@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 
 import pytest
+from dist_graft.training.boards import Boards, session_options
 from reading import layout, texts
 
 from dist_graft.config import GraftConfig, MonitorConfig, TrainConfig
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.training.boards import Boards, session_options
-from dist_graft.training.run_directory import RunDirectory
+from dist_graft.run_directory import RunDirectory
 
 
 def opened(folder: Path, config: TrainConfig, place: ProcessInfo) -> Boards:

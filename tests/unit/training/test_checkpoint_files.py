@@ -13,19 +13,18 @@ from reading import contents
 from small import write_set
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
-    clear_after,
-    complete_set,
-    complete_sets,
-    damage,
+    checkpoint_path,
+    clear_newer,
+    complete_checkpoints,
+    damaged_file,
     load_network,
+    mark_complete,
     path_after,
     prune,
     save_network,
-    set_path,
-    write_atomically,
 )
-from dist_graft.training.run_directory import RunDirectory
 
 
 class TestWritingOneFile:
@@ -143,16 +142,16 @@ def test_the_newest_set_that_is_complete_and_whole_is_chosen(
 
 class TestSets:
     def test_a_set_is_invisible_until_it_is_complete(self, tmp_path: Path) -> None:
-        path = set_path(tmp_path, 3)
+        path = checkpoint_path(tmp_path, 3)
         digests = []
         for network in range(2):
-            assert complete_sets(tmp_path) == []
+            assert complete_checkpoints(tmp_path) == []
             digests.append(save_network(path / f"network{network:02d}.pt", {"network": network}))
-        assert complete_sets(tmp_path) == []
-        complete_set(path, epoch=3, round_=2, sha256=digests)
-        (found,) = complete_sets(tmp_path)
+        assert complete_checkpoints(tmp_path) == []
+        mark_complete(path, epoch=3, round_=2, sha256=digests)
+        (found,) = complete_checkpoints(tmp_path)
         assert (found.path, found.epoch, found.round, found.networks) == (path, 3, 2, 2)
-        assert damage(found) is None
+        assert damaged_file(found) is None
 
     def test_what_is_written_last(self, tmp_path: Path) -> None:
         path = write_set(tmp_path, 3)
@@ -170,8 +169,8 @@ class TestSets:
         assert len(hashes) == 2
 
     def test_no_folder_no_sets(self, tmp_path: Path) -> None:
-        assert complete_sets(tmp_path / "none") == []
-        clear_after(tmp_path / "none", None)
+        assert complete_checkpoints(tmp_path / "none") == []
+        clear_newer(tmp_path / "none", None)
         prune(tmp_path / "none", 1)
 
     def test_sets_inside_an_epoch_follow_the_one_before_it(self, tmp_path: Path) -> None:
@@ -186,39 +185,39 @@ class TestSets:
         newest = None
         for epoch, round_ in ((1, None), (1, 2), (1, 2), (1, 2), (1, 10), (2, None)):
             if round_ is None:
-                path = set_path(tmp_path, epoch)
+                path = checkpoint_path(tmp_path, epoch)
             else:
                 path = path_after(tmp_path, epoch, round_, newest)
             newest = path.name
             digest = save_network(path / "network00.pt", {})
-            complete_set(path, epoch=epoch, round_=round_ or 0, sha256=[digest])
-        assert [found.path.name for found in complete_sets(tmp_path)] == names
-        clear_after(tmp_path, complete_sets(tmp_path)[2])
-        assert [found.path.name for found in complete_sets(tmp_path)] == names[:3]
+            mark_complete(path, epoch=epoch, round_=round_ or 0, sha256=[digest])
+        assert [found.path.name for found in complete_checkpoints(tmp_path)] == names
+        clear_newer(tmp_path, complete_checkpoints(tmp_path)[2])
+        assert [found.path.name for found in complete_checkpoints(tmp_path)] == names[:3]
 
     def test_they_are_ordered_by_number_not_by_name(self, tmp_path: Path) -> None:
         for epoch in (10000, 9999, 2):
             write_set(tmp_path, epoch)
         (tmp_path / "epoch_other").mkdir()
-        assert [found.epoch for found in complete_sets(tmp_path)] == [2, 9999, 10000]
-        assert set_path(tmp_path, 10000).name == "epoch_10000"
+        assert [found.epoch for found in complete_checkpoints(tmp_path)] == [2, 9999, 10000]
+        assert checkpoint_path(tmp_path, 10000).name == "epoch_10000"
 
     @pytest.mark.parametrize("keep", [1, 2, 3, 5])
     def test_the_newest_are_kept(self, tmp_path: Path, keep: int) -> None:
         for epoch in (1, 2, 3):
             write_set(tmp_path, epoch)
         prune(tmp_path, keep)
-        assert [found.epoch for found in complete_sets(tmp_path)] == [1, 2, 3][-keep:]
+        assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2, 3][-keep:]
         assert len(list(tmp_path.iterdir())) == min(keep, 3)
 
     def test_room_is_made_for_the_epochs_that_follow(self, tmp_path: Path) -> None:
         """Unfinished sets go; complete ones, then damaged, are put aside and not lost."""
         for epoch in (1, 2, 3, 4):
             write_set(tmp_path, epoch)
-        (set_path(tmp_path, 3) / "COMPLETE.json").unlink()
-        hurt_file(set_path(tmp_path, 4) / "network00.pt", "flipped", place=0.5)
+        (checkpoint_path(tmp_path, 3) / "COMPLETE.json").unlink()
+        hurt_file(checkpoint_path(tmp_path, 4) / "network00.pt", "flipped", place=0.5)
         before = contents(tmp_path)
-        clear_after(tmp_path, complete_sets(tmp_path)[1])
+        clear_newer(tmp_path, complete_checkpoints(tmp_path)[1])
         after = contents(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "epoch_0001",
@@ -228,10 +227,10 @@ class TestSets:
         assert sorted(after.values()) == sorted(
             digest for name, digest in before.items() if not name.startswith("epoch_0003")
         )
-        assert [found.epoch for found in complete_sets(tmp_path)] == [1, 2]
+        assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2]
 
     def test_a_set_is_put_aside_again_after_a_second_damage(self, tmp_path: Path) -> None:
         for _ in range(2):
             write_set(tmp_path, 4)
-            clear_after(tmp_path, None)
+            clear_newer(tmp_path, None)
         assert [path.name for path in tmp_path.iterdir()] == ["epoch_0004.damaged"]

@@ -23,8 +23,13 @@ from torch import nn
 
 from dist_graft.errors import PeerError
 from dist_graft.population.runtime.peers import PeerRegistry
-from dist_graft.training.checkpoint.files import complete_sets, damage, load_network, set_path
-from dist_graft.training.checkpoint.writer import CheckpointWriter, Outcome, in_host_memory
+from dist_graft.training.checkpoint.files import (
+    checkpoint_path,
+    complete_checkpoints,
+    damaged_file,
+    load_network,
+)
+from dist_graft.training.checkpoint.writer import CheckpointWriter, Outcome, to_host_memory
 from dist_graft.training.schedule import Position
 
 MakeWriters = Callable[..., list[CheckpointWriter]]
@@ -70,13 +75,13 @@ def save(
 
 
 def test_a_set_of_all_networks(tmp_path: Path, make_writers: MakeWriters) -> None:
-    writers, path = make_writers(3), set_path(tmp_path, 2, 5)
+    writers, path = make_writers(3), checkpoint_path(tmp_path, 2, 5)
     for network, writer in enumerate(writers):
         writer.start("label", path, Position(2, 10 + network, 5), state_of(network))
     assert [writer.result() for writer in writers] == [Outcome(path=path)] * 3
-    (found,) = complete_sets(tmp_path)
+    (found,) = complete_checkpoints(tmp_path)
     assert (found.path, found.epoch, found.round, found.networks) == (path, 2, 5, 3)
-    assert damage(found) is None
+    assert damaged_file(found) is None
     text = (path / "COMPLETE.json").read_text()
     assert all(f'"step": {10 + network}' in text for network in range(3))
     for network in range(3):
@@ -92,17 +97,17 @@ def test_a_network_alone_needs_nobody(tmp_path: Path) -> None:
     assert writer.result() is None
     assert not writer.busy
     for epoch in (1, 2):
-        writer.start("a", set_path(tmp_path, epoch), Position(epoch, 0, epoch), state_of(0))
-        assert writer.result() == Outcome(path=set_path(tmp_path, epoch))
+        writer.start("a", checkpoint_path(tmp_path, epoch), Position(epoch, 0, epoch), state_of(0))
+        assert writer.result() == Outcome(path=checkpoint_path(tmp_path, epoch))
         assert writer.result() is None
-    assert [found.epoch for found in complete_sets(tmp_path)] == [2]
+    assert [found.epoch for found in complete_checkpoints(tmp_path)] == [2]
 
 
 def test_it_is_busy_until_the_set_is_complete(tmp_path: Path, make_writers: MakeWriters) -> None:
     first, second = make_writers()
     second.start("label", tmp_path / "epoch_0001", Position(1, 0, 1), state_of(1))
     assert second.busy
-    assert complete_sets(tmp_path) == []
+    assert complete_checkpoints(tmp_path) == []
     first.start("label", tmp_path / "epoch_0001", Position(1, 0, 1), state_of(0))
     assert first.result() == second.result() == Outcome(path=tmp_path / "epoch_0001")
     assert not first.busy
@@ -112,7 +117,7 @@ def test_it_is_busy_until_the_set_is_complete(tmp_path: Path, make_writers: Make
 def test_what_changes_after_the_start_is_not_saved(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
-    writers, path = make_writers(), set_path(tmp_path, 1)
+    writers, path = make_writers(), checkpoint_path(tmp_path, 1)
     for network, writer in enumerate(writers):
         state = state_of(network)
         writer.start("label", path, Position(1, 0, 1), state)
@@ -133,7 +138,7 @@ def test_where_one_network_fails_the_set_is_incomplete_for_all(
     """For the same reason; nothing is left of it, older sets stay, and the next one goes well."""
     write_set(tmp_path, 1, networks=networks)
     before, writers = contents(tmp_path), make_writers(networks, keep=1)
-    path = set_path(tmp_path, 2)
+    path = checkpoint_path(tmp_path, 2)
     (path / f"network{failing:02d}.pt" / "in the way").mkdir(parents=True)
     outcomes = save(writers, path)
     assert len(set(outcomes)) == 1
@@ -141,31 +146,31 @@ def test_where_one_network_fails_the_set_is_incomplete_for_all(
     assert f"network{failing:02d}.pt cannot be written: Is a directory" in outcomes[0].failure
     assert contents(tmp_path) == before
     assert not path.exists()
-    later = set_path(tmp_path, 3)
+    later = checkpoint_path(tmp_path, 3)
     assert save(writers, later, Position(3, 0, 3)) == [Outcome(path=later)] * networks
-    assert [found.epoch for found in complete_sets(tmp_path)] == [3]
+    assert [found.epoch for found in complete_checkpoints(tmp_path)] == [3]
 
 
 def test_a_set_that_cannot_be_declared_complete_is_not(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
     write_set(tmp_path, 1)
-    before, path = contents(tmp_path), set_path(tmp_path, 2)
+    before, path = contents(tmp_path), checkpoint_path(tmp_path, 2)
     (path / f".COMPLETE.json.{os.getpid()}").mkdir(parents=True)
     first, second = save(make_writers(), path)
     assert first == second
     assert "COMPLETE.json cannot be written" in first.failure
-    assert [found.epoch for found in complete_sets(tmp_path)] == [1]
+    assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1]
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_the_newest_sets_are_kept(tmp_path: Path, make_writers: MakeWriters, keep: int) -> None:
     """What was left of an older incomplete one goes, too."""
-    (set_path(tmp_path, 1, 3) / "half").mkdir(parents=True)
+    (checkpoint_path(tmp_path, 1, 3) / "half").mkdir(parents=True)
     writers = make_writers(keep=keep)
     for epoch in (2, 3, 4):
-        outcomes = save(writers, set_path(tmp_path, epoch), Position(epoch, 0, epoch))
+        outcomes = save(writers, checkpoint_path(tmp_path, epoch), Position(epoch, 0, epoch))
         assert not any(outcome.failure for outcome in outcomes)
     assert (
         sorted(path.name for path in tmp_path.iterdir())
@@ -179,15 +184,15 @@ def test_whoever_gives_up_does_not_wait_for_the_others(
     """Nor is an older set lost; the set after it is waited for again."""
     write_set(tmp_path, 1)
     first, second = make_writers()
-    path = set_path(tmp_path, 2)
+    path = checkpoint_path(tmp_path, 2)
     first.start("lost", path, Position(2, 0, 2), state_of(0))
     first.give_up()
     outcome = first.result()
     assert outcome
     assert "network 1 (rank 1 on" in outcome.failure
     assert "did not answer" in outcome.failure
-    assert [found.epoch for found in complete_sets(tmp_path)] == [1]
-    later = set_path(tmp_path, 3)
+    assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1]
+    later = checkpoint_path(tmp_path, 3)
     assert save([first, second], later) == [Outcome(path=later)] * 2
 
 
@@ -195,28 +200,28 @@ def test_a_network_that_does_not_write_is_named_after_the_time_out(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
     first, second = make_writers(seconds=0.05)
-    first.start("one", set_path(tmp_path, 1), Position(1, 0, 1), state_of(0))
+    first.start("one", checkpoint_path(tmp_path, 1), Position(1, 0, 1), state_of(0))
     outcome = first.result()
     assert outcome
     assert "network 1 (rank 1 on" in outcome.failure
-    second.start("two", set_path(tmp_path, 2), Position(2, 0, 1), state_of(1))
+    second.start("two", checkpoint_path(tmp_path, 2), Position(2, 0, 1), state_of(1))
     with pytest.raises(PeerError, match=r"network 0 \(rank 0 on .*did not answer within"):
         second.result()
-    assert complete_sets(tmp_path) == []
+    assert complete_checkpoints(tmp_path) == []
 
 
 def test_what_is_no_matter_of_the_disk_is_raised(tmp_path: Path) -> None:
     writer = CheckpointWriter(0, None, seconds=lambda: 0.0, keep=1)
-    writer.start("a", set_path(tmp_path, 1), Position(), {"state": lambda: None})
+    writer.start("a", checkpoint_path(tmp_path, 1), Position(), {"state": lambda: None})
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         writer.result()
-    assert complete_sets(tmp_path) == []
+    assert complete_checkpoints(tmp_path) == []
 
 
 def test_with_the_result_the_thread_is_over(make_writers: MakeWriters, tmp_path: Path) -> None:
     """A thread that still frees its copies aborts an interpreter that ends."""
     (writer,) = make_writers(1)
-    writer.start("a", set_path(tmp_path, 1), Position(1), {"weight": torch.rand(1000, 1000)})
+    writer.start("a", checkpoint_path(tmp_path, 1), Position(1), {"weight": torch.rand(1000, 1000)})
     writer.result()
     assert not [one for one in threading.enumerate() if one.name.startswith("checkpoint ")]
 
@@ -224,7 +229,7 @@ def test_with_the_result_the_thread_is_over(make_writers: MakeWriters, tmp_path:
 class TestInHostMemory:
     def test_tensors_that_are_the_same_stay_the_same_one(self) -> None:
         weight = nn.Parameter(torch.rand(3, 4))
-        copied = in_host_memory({"a": weight, "b": [weight.detach(), torch.rand(3, 4)]})
+        copied = to_host_memory({"a": weight, "b": [weight.detach(), torch.rand(3, 4)]})
         assert copied["a"] is copied["b"][0]
         assert copied["b"][1] is not copied["a"]
         assert torch.equal(copied["a"], weight)
@@ -243,7 +248,7 @@ class TestInHostMemory:
             "none": weight[:0],
             "of another type": weight[:0].int(),
         }
-        copied = in_host_memory(views)
+        copied = to_host_memory(views)
         for name, view in views.items():
             assert copied[name].dtype == view.dtype, name
             assert torch.equal(copied[name], view), name
@@ -252,7 +257,7 @@ class TestInHostMemory:
     def test_memory_order_and_bits_stay(self) -> None:
         image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
         odd = torch.tensor([float("nan"), -0.0, 1e-45])
-        copied = in_host_memory([image, odd, torch.tensor(2**60), torch.tensor(True)])
+        copied = to_host_memory([image, odd, torch.tensor(2**60), torch.tensor(True)])
         assert copied[0].stride() == image.stride()
         assert torch.equal(copied[1].view(torch.int32), odd.view(torch.int32))
         assert copied[2].item() == 2**60
@@ -260,7 +265,7 @@ class TestInHostMemory:
 
     def test_the_copies_go_with_the_last_that_needs_them(self) -> None:
         """At once, so that the next set finds their memory free; not when garbage is collected."""
-        copied = in_host_memory({"model": [torch.rand(3, 4)]})
+        copied = to_host_memory({"model": [torch.rand(3, 4)]})
         copy = weakref.ref(copied["model"][0])
         gc.disable()
         try:
@@ -272,7 +277,7 @@ class TestInHostMemory:
     def test_a_state_dict_stays_one(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
         state = model.state_dict()
-        copied = in_host_memory(state)
+        copied = to_host_memory(state)
         assert isinstance(copied, OrderedDict)
         assert list(copied) == list(state)
         assert copied._metadata == state._metadata
@@ -285,7 +290,7 @@ class TestInHostMemory:
         model(torch.rand(1, 1, 3, 3)).sum().backward()
         optimizer.step()
         whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "at": (1, 2.5)}
-        copied = in_host_memory(whole)
+        copied = to_host_memory(whole)
         weight = model.weight.detach().clone()
         momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
         with torch.no_grad():

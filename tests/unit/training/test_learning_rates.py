@@ -21,14 +21,14 @@ from dist_graft.training.learning_rates import learning_rates, schedule
         (4, [0.146, 0.5, 0.854, 1.0]),
     ],
 )
-def test_diversity_as_published(networks: int, shares: list[float]) -> None:
+def test_cosine_diversity_as_published(networks: int, shares: list[float]) -> None:
     rates = learning_rates(OptimConfig(lr=0.2, lr_diversity="cosine"), networks)
     assert rates == pytest.approx([0.2 * share for share in shares], abs=1e-4)
     assert rates[-1] == 0.2
 
 
 @given(st.integers(1, 64), st.floats(1e-6, 10))
-def test_diversity_rises_strictly_up_to_the_largest_rate(networks: int, lr: float) -> None:
+def test_cosine_diversity_increases_strictly_up_to_lr(networks: int, lr: float) -> None:
     rates = learning_rates(OptimConfig(lr=lr, lr_diversity="cosine"), networks)
     assert len(rates) == networks
     assert rates[-1] == lr
@@ -36,22 +36,21 @@ def test_diversity_rises_strictly_up_to_the_largest_rate(networks: int, lr: floa
     assert all(low < high for low, high in pairwise(rates))
 
 
-def test_without_diversity_all_rates_are_alike() -> None:
+def test_no_diversity() -> None:
     assert learning_rates(OptimConfig(lr=0.3), 3) == [0.3, 0.3, 0.3]
 
 
-def test_rates_one_by_one() -> None:
+def test_one_rate_per_network() -> None:
     assert learning_rates(OptimConfig(lrs=[0.3, 0.1]), 2) == [0.3, 0.1]
 
 
 @pytest.mark.parametrize("networks", [1, 3])
-def test_as_many_rates_as_networks(networks: int) -> None:
+def test_a_wrong_number_of_rates_is_rejected(networks: int) -> None:
     with pytest.raises(ConfigError) as caught:
         learning_rates(OptimConfig(lrs=[0.3, 0.1]), networks)
     text = str(caught.value)
-    assert "optim.lrs names 2 learning rates" in text
-    assert f"for {networks} networks" in text
-    assert "one for each process" in text
+    assert f"optim.lrs has 2 learning rates for {networks} networks" in text
+    assert "one per network" in text
 
 
 def factors(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> list[float]:
@@ -59,31 +58,31 @@ def factors(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> list[f
     return [factor(step) for step in range(epochs * steps_per_epoch)]
 
 
-def test_cosine_falls_at_the_start_of_an_epoch() -> None:
+def test_cosine_is_updated_at_the_start_of_an_epoch() -> None:
     found = factors(OptimConfig(), epochs=4, steps_per_epoch=2)
     expected = [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
     assert found == [value for value in expected for _ in range(2)]
     assert found[0] == 1.0
 
 
-def test_step_falls_every_few_epochs() -> None:
+def test_step_decays_every_step_epochs() -> None:
     config = OptimConfig(schedule="step", step_epochs=2, step_factor=0.5)
     assert factors(config, epochs=5, steps_per_epoch=2) == [1.0] * 4 + [0.5] * 4 + [0.25] * 2
 
 
-def test_constant_does_not_fall() -> None:
+def test_constant() -> None:
     assert factors(OptimConfig(schedule="constant"), epochs=3, steps_per_epoch=3) == [1.0] * 9
 
 
 @pytest.mark.parametrize("epochs", [0.5, 1.0, 1.5])
-def test_warm_up_rises_linearly_step_by_step(epochs: float) -> None:
+def test_warmup_is_linear_in_steps(epochs: float) -> None:
     config = OptimConfig(schedule="constant", warmup_epochs=epochs)
     found = factors(config, epochs=2, steps_per_epoch=4)
     rising = int(4 * epochs)
     assert found == [(step + 1) / rising for step in range(rising)] + [1.0] * (8 - rising)
 
 
-def test_warm_up_and_cosine_are_multiplied() -> None:
+def test_warmup_and_cosine_are_multiplied() -> None:
     with_warmup = factors(OptimConfig(warmup_epochs=2.0), epochs=4, steps_per_epoch=2)
     without = factors(OptimConfig(), epochs=4, steps_per_epoch=2)
     ratios = [a / b for a, b in zip(with_warmup, without, strict=True)]
@@ -96,15 +95,13 @@ def test_warm_up_and_cosine_are_multiplied() -> None:
     st.integers(1, 12),
     st.integers(1, 7),
 )
-def test_a_rate_is_never_negative_zero_or_above_the_largest(
-    name: str, warmup: float, epochs: int, steps: int
-) -> None:
+def test_factors_are_in_0_to_1(name: str, warmup: float, epochs: int, steps: int) -> None:
     config = OptimConfig(schedule=name, warmup_epochs=warmup, step_epochs=2)  # type: ignore[arg-type]
     assert all(0 < value <= 1 for value in factors(config, epochs=epochs, steps_per_epoch=steps))
 
 
 @pytest.mark.parametrize("name", ["step", "constant"])
-def test_what_may_be_extended_does_not_depend_on_the_total(name: str) -> None:
+def test_schedules_without_an_end_do_not_depend_on_epochs(name: str) -> None:
     config = OptimConfig(schedule=name, step_epochs=2, warmup_epochs=1.5)  # type: ignore[arg-type]
     short = factors(config, epochs=3, steps_per_epoch=2)
     assert factors(config, epochs=9, steps_per_epoch=2)[: len(short)] == short

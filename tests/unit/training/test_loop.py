@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from dist_graft.training.loop import TrainState, accuracy, current_lr, evaluate, train_steps
 from small import MakeData, MakeTrainee, small_model
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
-from dist_graft.training.loop import TrainState, accuracy, current_lr, evaluate, train_steps
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 

@@ -1,4 +1,4 @@
-"""The distillation loss against plain numpy."""
+"""The distillation loss against plain NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def example() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
-def test_the_loss_is_the_published_sum(temperature: float) -> None:
+def test_the_published_sum(temperature: float) -> None:
     logits, teaching = example()
     expected = 0.0
     student = softmax(logits / temperature)
@@ -32,8 +32,8 @@ def test_the_loss_is_the_published_sum(temperature: float) -> None:
     assert float(loss) == pytest.approx(expected / 6, rel=1e-5)
 
 
-def test_the_gradient_pulls_the_student_to_the_teacher() -> None:
-    """tau (q - p) / images, which is nothing where they are equal."""
+def test_the_gradient_is_the_difference_of_the_probabilities() -> None:
+    """tau (q - p) / batch, and zero for equal probabilities."""
     logits, teaching = example()
     student = torch.tensor(logits, requires_grad=True)
     distillation_loss(student, torch.tensor(teaching), temperature=2.0).backward()
@@ -47,7 +47,7 @@ def test_the_gradient_pulls_the_student_to_the_teacher() -> None:
     assert float(same.grad.abs().max()) < 1e-6
 
 
-def test_half_precision_logits_are_computed_in_full() -> None:
+def test_half_precision_logits_are_computed_in_float32() -> None:
     logits, teaching = (torch.tensor(value, dtype=torch.float32) for value in example())
     half = logits.bfloat16()
     loss = distillation_loss(half, teaching, temperature=2.0)

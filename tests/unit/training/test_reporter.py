@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from dist_graft.training.reporting import slow_networks
 from reading import metrics, scalars
 
 from dist_graft.monitoring.console import NetworkRow
-from dist_graft.training.reporting import slow_networks
 
 ROW = NetworkRow(*[1.0] * 9, busy_seconds=10.0, epoch_seconds=20.0, sound=1.0)
 
@@ -59,7 +59,7 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.round.record import GraftRecord
 from dist_graft.training.schedule import Position
 from dist_graft.training.reporting import Reporter
-from dist_graft.training.run_directory import RunDirectory
+from dist_graft.run_directory import RunDirectory
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
 directory = RunDirectory(sys.argv[1])

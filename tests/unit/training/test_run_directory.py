@@ -18,7 +18,7 @@ from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.config.validation import from_nested
 from dist_graft.errors import RunDirectoryError
-from dist_graft.training.run_directory import RunDirectory, git_commit, network_folder
+from dist_graft.run_directory import RunDirectory, git_commit, network_folder
 
 FREE = {
     "run_dir",

@@ -3,9 +3,9 @@ from __future__ import annotations
 import math
 
 import torch
+from dist_graft.training.loop import EvalResult, accuracy
 from small import MakeRuntime
 
-from dist_graft.training.loop import EvalResult, accuracy
 from dist_graft.training.summary import summarise
 
 

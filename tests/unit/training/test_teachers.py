@@ -1,4 +1,4 @@
-"""Frozen teachers: what they answer, and what is said of a file that is none."""
+"""Distillation teachers: probabilities, loss, and errors about their files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from small import CPU, MakeData, small_model
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, RuntimeConfig, TrainConfig
-from dist_graft.config.methods import DistillConfig
+from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model
 from dist_graft.training.teachers import Teachers, load_teachers
 
+NOT_A_CHECKPOINT = "is not a checkpoint of a network"
 
-class Answers(nn.Module):
-    """The same logits for every image."""
+
+class Constant(nn.Module):
+    """Returns the same logits for every image."""
 
     def __init__(self, *logits: float) -> None:
         super().__init__()
@@ -31,12 +33,12 @@ class Answers(nn.Module):
         return self.logits.expand(len(images), -1) + 0 * images.mean()
 
 
-def network_of_a_run(run: Path, *, num_classes: int = 4, seed: int = 0) -> Path:
-    """A file as a finished run leaves it."""
+def checkpoint_of_a_run(run: Path, *, num_classes: int = 4, seed: int = 0) -> Path:
+    """A network file in the layout of a run directory."""
     torch.manual_seed(seed)
     config = ModelConfig(name="resnet20", activation="leaky_relu")
     model = build_model(config, num_classes=num_classes, channels=1)
-    with torch.no_grad():  # statistics that evaluation mode must use
+    with torch.no_grad():  # running statistics for evaluation mode
         for key, value in model.state_dict().items():
             if key.endswith(("running_mean", "running_var")):
                 value.add_(0.5)
@@ -47,7 +49,7 @@ def network_of_a_run(run: Path, *, num_classes: int = 4, seed: int = 0) -> Path:
     return path
 
 
-def asks(*paths: Path, **runtime: bool) -> TrainConfig:
+def config_with(*paths: Path, **runtime: bool) -> TrainConfig:
     return TrainConfig(
         distill=DistillConfig(teachers=[str(path) for path in paths]),
         runtime=RuntimeConfig(**runtime),  # type: ignore[arg-type]
@@ -55,25 +57,25 @@ def asks(*paths: Path, **runtime: bool) -> TrainConfig:
 
 
 def refusal(make_data: MakeData, path: Path) -> str:
-    with pytest.raises(ConfigError) as told:
-        load_teachers(asks(path), make_data(), CPU)
-    text = str(told.value)
+    with pytest.raises(ConfigError) as caught:
+        load_teachers(config_with(path), make_data(), CPU)
+    text = str(caught.value)
     assert f"distill.teachers: {path}" in text
     return text
 
 
-def test_teachers_answer_with_the_mean_of_their_softened_probabilities() -> None:
+def test_probabilities_are_the_mean_of_the_softened_probabilities() -> None:
     rows = np.array([[1.0, 2.0, -1.0], [0.0, -3.0, 4.0]])
-    teachers = Teachers([Answers(*row) for row in rows], DistillConfig(temperature=2.0))
-    answer = teachers.probabilities(torch.rand(5, 1, 2, 2), contextlib.nullcontext())
+    teachers = Teachers([Constant(*row) for row in rows], DistillConfig(temperature=2.0))
+    result = teachers.probabilities(torch.rand(5, 1, 2, 2), contextlib.nullcontext())
     soft = np.exp(rows / 2) / np.exp(rows / 2).sum(axis=1, keepdims=True)
-    assert answer.dtype == torch.float32
-    np.testing.assert_allclose(answer.numpy(), np.tile(soft.mean(axis=0), (5, 1)), atol=1e-6)
-    assert not answer.requires_grad
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), np.tile(soft.mean(axis=0), (5, 1)), atol=1e-6)
+    assert not result.requires_grad
 
 
-def test_the_loss_is_weighted_and_reaches_the_student_alone() -> None:
-    models = [Answers(1.0, 2.0), Answers(0.5, -1.0)]
+def test_the_loss_is_weighted_and_has_gradients_for_the_student_only() -> None:
+    models = [Constant(1.0, 2.0), Constant(0.5, -1.0)]
     images, nothing = torch.rand(3, 1, 2, 2), contextlib.nullcontext()
     logits = torch.tensor([[0.3, -0.2]] * 3, requires_grad=True)
     losses = [
@@ -87,9 +89,9 @@ def test_the_loss_is_weighted_and_reaches_the_student_alone() -> None:
     assert all(model.logits.grad is None for model in models)
 
 
-def test_a_network_of_a_run_is_loaded_frozen(make_data: MakeData, tmp_path: Path) -> None:
-    paths = [network_of_a_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
-    teachers = load_teachers(asks(*paths, channels_last=True), make_data(), CPU)
+def test_a_checkpoint_is_loaded_frozen(make_data: MakeData, tmp_path: Path) -> None:
+    paths = [checkpoint_of_a_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    teachers = load_teachers(config_with(*paths, channels_last=True), make_data(), CPU)
     assert teachers is not None
     images = torch.rand(3, 1, 8, 8)
     singles = []
@@ -103,57 +105,58 @@ def test_a_network_of_a_run_is_loaded_frozen(make_data: MakeData, tmp_path: Path
     before = [{key: value.clone() for key, value in model.state_dict().items()}
               for model in teachers._models]  # fmt: skip
     for _ in range(2):
-        answer = teachers.probabilities(images, contextlib.nullcontext())
-        torch.testing.assert_close(answer, torch.stack(singles).mean(dim=0))
+        result = teachers.probabilities(images, contextlib.nullcontext())
+        torch.testing.assert_close(result, torch.stack(singles).mean(dim=0))
     for model, state in zip(teachers._models, before, strict=True):
         assert not any(part.training for part in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_no_teachers_are_none(make_data: MakeData) -> None:
+def test_no_teachers(make_data: MakeData) -> None:
     assert load_teachers(TrainConfig(), make_data(), CPU) is None
 
 
-@pytest.mark.parametrize("path", ["network00.pt", "run/checkpoints/epoch_0001/network00.pt"])
-def test_a_file_that_is_not_there_is_named(
+@pytest.mark.parametrize(
+    "path",
+    [
+        "network00.pt",
+        "run/checkpoints/epoch_0001/network00.pt",
+        "run/checkpoints/epoch_0002/network07.pt",
+    ],
+)
+def test_a_missing_file_is_named(
     make_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    checkpoint_of_a_run(Path("run"))
     text = refusal(make_data, Path(path))
-    assert "is no network of a run" in text
+    assert NOT_A_CHECKPOINT in text
     assert "RUN/checkpoints/epoch_0200/network00.pt" in text
 
 
-def test_a_missing_network_beside_others_is_named(make_data: MakeData, tmp_path: Path) -> None:
-    path = network_of_a_run(tmp_path / "run").with_name("network07.pt")
-    assert "is no network of a run" in refusal(make_data, path)
-
-
 @pytest.mark.parametrize("content", [b"", b"no network", b"PK\x03\x04 cut"])
-def test_a_file_that_is_no_network_is_named(
-    make_data: MakeData, tmp_path: Path, content: bytes
-) -> None:
-    path = network_of_a_run(tmp_path / "run")
+def test_a_damaged_file_is_named(make_data: MakeData, tmp_path: Path, content: bytes) -> None:
+    path = checkpoint_of_a_run(tmp_path / "run")
     path.write_bytes(content)
-    assert "is no network of a run" in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(make_data, path)
 
 
 @pytest.mark.parametrize("content", ["[1, 2", "text", "model: {shape: 3}", "epochs: 2"])
-def test_a_configuration_that_is_none_of_ours_is_named(
+def test_a_file_beside_an_invalid_configuration_is_named(
     make_data: MakeData, tmp_path: Path, content: str
 ) -> None:
-    path = network_of_a_run(tmp_path / "run")
+    path = checkpoint_of_a_run(tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text(content)
-    assert "is no network of a run" in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(make_data, path)
 
 
-def test_a_file_without_a_network_in_it_is_named(make_data: MakeData, tmp_path: Path) -> None:
-    path = network_of_a_run(tmp_path / "run")
+def test_a_file_without_a_model_is_named(make_data: MakeData, tmp_path: Path) -> None:
+    path = checkpoint_of_a_run(tmp_path / "run")
     torch.save({"weights": small_model().state_dict()}, path)
-    assert "is no network of a run" in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(make_data, path)
 
 
 def test_a_teacher_of_other_classes_is_named(make_data: MakeData, tmp_path: Path) -> None:
-    text = refusal(make_data, network_of_a_run(tmp_path / "run", num_classes=10))
-    assert "does not answer 4 classes of images with 1 channels" in text
+    text = refusal(make_data, checkpoint_of_a_run(tmp_path / "run", num_classes=10))
+    assert "does not fit 4 classes and 1 channels" in text

@@ -1,0 +1,225 @@
+"""Paths of a run directory, its configuration file, and whether a run may start or resume in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_graft.config import TrainConfig
+from dist_graft.config.validation import from_nested
+from dist_graft.errors import RunDirectoryError
+from dist_graft.version import versions
+
+_CHANGEABLE = (
+    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor.", "runtime.timeout_"),
+    "data.skip_broken",  # without it the run ends at the first broken image
+)
+"""Options that may differ when a run is resumed: names and prefixes of names."""
+_OPEN_ENDED_SCHEDULES = ("constant", "step")
+"""Schedules that do not depend on the number of epochs."""
+
+
+class RunDirectory:
+    """Paths of a run, and the checks before a run starts or resumes there."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, versions, git commit."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def population(self) -> Path:
+        """Rank 0's view of all networks."""
+        return self.path / "population"
+
+    @property
+    def summary(self) -> Path:
+        """Final accuracies."""
+        return self.path / "summary.json"
+
+    @property
+    def events(self) -> Path:
+        """Notable events, one JSON line per event."""
+        return self.population / "events.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Creating this file asks the run to stop."""
+        return self.path / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        """Marker of a run that stopped early and can be resumed."""
+        return self.path / "STOPPED_EARLY"
+
+    def network(self, network: int) -> Path:
+        """Folder of one network: log, metrics, events, status."""
+        return self.path / f"network{network:02d}"
+
+    def metrics(self, network: int) -> Path:
+        """Metrics of one network, one JSON line per epoch."""
+        return self.network(network) / "metrics.jsonl"
+
+    def status(self, network: int) -> Path:
+        """Current state of one network."""
+        return self.network(network) / "status.json"
+
+    def check(self, config: TrainConfig, networks: int) -> None:
+        """Refuse to start when the folder holds another run, or when `resume` forbids it.
+
+        Raises: RunDirectoryError that lists the differences and says what to do.
+        """
+        try:
+            started = self.config.exists()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} cannot be read: {error.strerror}; choose another run_dir"
+            ) from error
+        if config.resume == "never" and started:
+            raise RunDirectoryError(
+                f"{self.path} already holds a run (--resume never): choose another run_dir"
+            )
+        if not started:
+            return
+        try:
+            stored = yaml.safe_load(self.config.read_text())
+            before = _defaults() | dict(_flat({key: stored[key] for key in stored if key != "run"}))
+            before_networks = stored["run"]["networks"]
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            raise RunDirectoryError(
+                f"{self.config} cannot be read ({error}): choose another run_dir"
+            ) from error
+        if before_networks != networks:
+            replicas = int(before.get("runtime.replicas", 1))
+            option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
+            raise RunDirectoryError(
+                f"{self.path} holds a run of {before_networks} networks, but "
+                f"{networks * config.runtime.replicas} processes were started: start "
+                f"{before_networks * replicas}{option}, or choose another run_dir"
+            )
+        differences = [
+            f"{name} was {before.get(name)!r} and is now {value!r}"
+            for name, value in _flat(_as_yaml(config))
+            if before.get(name) != value and not name.startswith(_CHANGEABLE) and name != "epochs"
+        ]
+        if differences:
+            raise RunDirectoryError(
+                f"{self.path} holds a run with a different configuration: "
+                f"{'; '.join(differences)}; pass the same options, or choose another run_dir"
+            )
+        self._check_epochs(int(before["epochs"]), config)
+
+    def clear_stop(self) -> None:
+        """Remove stop requests and markers that an earlier start left behind."""
+        for path in (self.stop, self.stopped):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def write_config(self, config: TrainConfig, networks: int) -> None:
+        """Write config.yaml."""
+        run = {"networks": networks, "versions": versions(), "git_commit": git_commit()}
+        text = yaml.safe_dump(_as_yaml(config) | {"run": run}, sort_keys=False)
+        write_atomically(self.config, text.encode())
+
+    def read_config(self) -> tuple[TrainConfig, int]:
+        """Return the configuration and the number of networks of the run.
+
+        Raises: RunDirectoryError when there is no run here, or config.yaml is not valid.
+        """
+        if not self.config.is_file():
+            raise RunDirectoryError(f"{self.path} is not a run directory: it has no config.yaml")
+        try:
+            stored = yaml.safe_load(self.config.read_text())
+            networks = int(stored.pop("run")["networks"])
+            return from_nested(TrainConfig, stored), networks
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
+
+    def _check_epochs(self, before: int, config: TrainConfig) -> None:
+        if config.epochs < before:
+            raise RunDirectoryError(
+                f"{self.path} holds a run of {before} epochs, more than --epochs {config.epochs}: "
+                "choose another run_dir"
+            )
+        if config.epochs > before and config.optim.schedule not in _OPEN_ENDED_SCHEDULES:
+            raise RunDirectoryError(
+                f"{self.path} holds a run of {before} epochs, and the {config.optim.schedule} "
+                f"schedule depends on the number of epochs: --epochs {config.epochs} needs "
+                "another run_dir"
+            )
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is either complete and durable, or absent.
+
+    Raises: RunDirectoryError naming the file, when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
+        ) from error
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree that this package was imported from; None without git."""
+    describe = ("describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *describe],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # an image without git
+        return None
+    return answer.stdout.strip() or None
+
+
+def _as_yaml(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as YAML can hold it: tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def _defaults() -> dict[str, Any]:
+    """Values of options that a run of an older version did not have."""
+    return dict(_flat(_as_yaml(TrainConfig())))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,63 @@
+"""``dist-graft train``: train a population of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from dist_graft.command import Command, Options
+from dist_graft.config import TrainConfig
+from dist_graft.config.validation import from_nested
+from dist_graft.population.runtime.process_info import ProcessInfo
+
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build a parser with an option for every field of `TrainConfig`."""
+    parser = ArgumentParser(
+        description="Train one network per process. Start with torchrun to train more than one.",
+        **settings,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with options. A section may name another YAML file, relative to this one.",
+    )
+    parser.add_class_arguments(TrainConfig, nested_key=None, sub_configs=True)
+    return parser
+
+
+def assign(options: Options, process: ProcessInfo) -> ProcessInfo:
+    """Assign the process to a network, ``runtime.replicas`` processes each."""
+    return process.with_replicas(from_nested(TrainConfig, options).runtime.replicas)
+
+
+def run(options: Options, process: ProcessInfo) -> Iterable[str]:
+    """Train this process's network. Every rank must call this."""
+    config: TrainConfig = from_nested(TrainConfig, options)
+
+    # Report what can be checked, and handle signals, before torch is imported.
+    from dist_graft.population.runtime.process import leave, stop_on_signals
+    from dist_graft.training.data import check_dataset_name
+    from dist_graft.training.learning_rates import learning_rates
+
+    check_dataset_name(config.data.name)
+    learning_rates(config.optim, process.networks)
+    stop_on_signals()
+
+    from dist_graft.training.trainer import Trainer
+
+    Trainer(config).fit()
+    if process.launched:
+        leave(0)
+    return ()
+
+
+COMMAND = Command(
+    name="train",
+    help="train a population of networks",
+    build_parser=build_parser,
+    run=run,
+    assign=assign,
+)

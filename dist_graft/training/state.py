@@ -1,0 +1,110 @@
+"""The state of one network in training, and how its module is run."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dist_graft.training.teachers import Teachers
+
+Precision = Literal["fp32", "bf16", "fp16"]
+MIN_LOSS_SCALE = 1e-4
+"""Loss scale below which fp16 gradients underflow; it starts at 65,536."""
+
+
+@dataclass
+class Predictor:
+    """A module, and how its forward pass runs."""
+
+    model: nn.Module
+    """The plain module, whose weights are grafted and saved."""
+    forward: nn.Module
+    """The module itself, or its compiled form."""
+    precision: Precision
+    device: torch.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Context of a forward pass in the configured precision."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+
+@dataclass
+class TrainState(Predictor):
+    """Everything about one network that training changes and a checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16; disabled otherwise."""
+    seed: int
+    network: int
+    train_forward: nn.Module
+    """Forward pass in training: `forward`, or its data-parallel wrapper."""
+    teachers: Teachers | None = None
+    """Frozen networks to distill from."""
+    ema: AveragedModel | None = None
+    """Exponential moving average of the weights; None without `optim.ema_decay`."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def loss_scale_collapsed(self) -> bool:
+        """Whether so many steps were skipped in a row that fp16 gradients underflow."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
+
+    @property
+    def averaged(self) -> Predictor | None:
+        """The moving average of the weights as a predictor; None without one."""
+        if self.ema is None:
+            return None
+        module = self.ema.module
+        assert isinstance(module, nn.Module)
+        return Predictor(module, module, self.precision, self.device)
+
+    def reset_optimizer(self) -> None:
+        """Forget optimizer state, loss scale and moving average: the weights were replaced."""
+        self.optimizer.state.clear()
+        fresh = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(fresh.state_dict())
+        if self.ema is not None:
+            self.ema.module.load_state_dict(self.model.state_dict())
+
+    def modules(self) -> nn.Module:
+        """The model together with its moving average, for what concerns the buffers of both."""
+        return self.model if self.ema is None else nn.ModuleList([self.model, self.ema.module])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of model, optimizer, scheduler, loss scaler and moving average."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; other keys are ignored."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of parameters and buffers, updated once per optimizer step."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,128 @@
+"""Console output of a run: on a terminal, in a batch log, and with closed pipes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import termios
+from pathlib import Path
+
+import pytest
+from documents import ROOT
+from launching import environment, finish, program, torchrun
+
+SHORT = ("--epochs", "2", "--model.name", "resnet8")
+MODEL_WITH_WARNING = """
+import warnings
+
+from torch import nn
+
+
+def network(num_classes, channels):
+    warnings.warn("this network is odd", stacklevel=1)
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
+"""
+
+
+def run_on_terminal(command: list[str]) -> str:
+    """Run a program on a terminal with 120 columns; returns its output."""
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 120))
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        close_fds=True,
+    )
+    os.close(terminal)
+    output = b""
+    try:
+        while part := _read(controller):
+            output += part
+        assert process.wait(60) == 0, output.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+    return output.decode()
+
+
+def _read(controller: int) -> bytes:
+    try:
+        return os.read(controller, 65536)
+    except OSError:  # raised by Linux after the last process has exited
+        return b""
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    output = run_on_terminal(torchrun(2, tmp_path / "run", *SHORT))
+    for epoch in (1, 2):
+        assert output.count(f"epoch {epoch}/2   0%") == 1, "one bar per machine, not per network"
+        assert re.search(rf"epoch {epoch}/2 100% \|█+\| 2/2 steps, +\S+step/s, \d+ s left", output)
+    assert re.search(r"epoch 2/2 \(\d", output), "the table of the epoch is missing"
+
+
+def test_batch_log_has_plain_lines_and_each_warning_once(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(MODEL_WITH_WARNING)
+    run = tmp_path / "run"
+    command = torchrun(2, run, "--epochs", "1", "--model.name", "odd:network")
+    done = finish(command, timeout=150, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.status == 0, done
+    output = done.output + done.errors
+    assert "\r" not in output
+    assert "\x1b" not in output
+    assert output.count("this network is odd") == 1
+    for network in (0, 1):
+        log = (run / f"network{network:02d}/log.txt").read_text()
+        assert log.count("WARNING UserWarning: this network is odd") == 1
+
+
+def test_first_lines_describe_the_run(pair: Path) -> None:
+    first, *lines = (pair.parent / "output.txt").read_text().splitlines()[:5]
+    assert first.startswith("2 x resnet20 (")
+    assert f"epochs 1 to 3, in {pair}" in first
+    fields = dict(re.match(r"(to stop|to look|\w+) +(.*)", line).groups() for line in lines)
+    assert fields["data"].startswith("fashion-mini: 64 images of 1 x 28 x 28, 10 classes")
+    assert fields["where"].startswith("2 of 2 networks on ")
+    assert "cpu over gloo, fp32, 1 threads each" in fields["where"]
+    assert f"touch {pair}/STOP" in fields["to stop"]
+    assert fields["to look"] == f"dist-graft status {pair}; tensorboard --logdir {pair}"
+
+
+def run_with_closed_pipes(command: list[str], *streams: str) -> tuple[int, str]:
+    """Run a program with closed output streams; returns exit status and standard error."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:
+        try:
+            for stream in streams:
+                getattr(process, stream).close()
+            errors = "" if "stderr" in streams else process.communicate(timeout=120)[1]
+            return process.wait(120), errors
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")])
+def test_run_completes_with_closed_pipes(streams: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = program(run, "--epochs", "1", "--monitor.progress", "bar")
+    status, errors = run_with_closed_pipes(command, *streams)
+    assert status == 0
+    assert "Error" not in errors
+    assert (run / "summary.json").is_file()
+    assert "results in" in (run / "network00/log.txt").read_text()
+
+
+def test_errors_with_closed_pipes_keep_status_and_log_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, _ = run_with_closed_pipes(
+        program(run, "--runtime.precision", "fp16"), "stdout", "stderr"
+    )
+    assert status == 2
+    assert "ERROR runtime.precision fp16 needs a GPU" in (run / "network00/log.txt").read_text()

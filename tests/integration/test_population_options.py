@@ -1,0 +1,87 @@
+"""Options whose effect shows only in a population of real processes, tested in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import together
+from reading import checkpoint, metrics, scalars
+
+NETWORKS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs with one round, after the second."""
+    folder = tmp_path_factory.mktemp("options") / "run"
+    options = (
+        *("--epochs", "3", "--graft.every", "2", "--checkpoint.every", "2"),
+        *("--graft.reset_momentum", "true", "--graft.criterion", "l1"),
+        *("--graft.lead", "conv+linear", "--graft.amplitude", "1", "--graft.sensitivity", "0"),
+        *("--data.val_fraction", "0.25", "--data.channels", "3", "--data.image_size", "32"),
+        *("--optim.lrs", "[0.02, 0.3]", "--optim.schedule", "step", "--optim.step_epochs", "1"),
+        *("--monitor.progress", "lines"),
+    )
+    together(2, folder, *options)
+    return folder
+
+
+def test_round_after_every_second_epoch(run: Path) -> None:
+    for network in NETWORKS:
+        rounds = [line["graft"] and line["graft"]["round"] for line in metrics(run, network)]
+        assert rounds == [None, 0, None]
+
+
+def test_zero_sensitivity_gives_coefficients_of_one_half(run: Path) -> None:
+    for network in NETWORKS:
+        assert set(metrics(run, network)[1]["graft"]["coefficient"].values()) == {0.5}
+
+
+def test_linear_lead_and_l1_information(run: Path) -> None:
+    graft = metrics(run, 0)[1]["graft"]
+    assert list(graft["information"])[-1] == "linear"
+    assert all(0 < value < 1 for value in graft["information"].values())
+    tags = scalars(run / "network00")
+    assert {"l1/linear", "l1/conv1", "invalid_0.1/linear"} <= set(tags)
+    assert not [tag for tag in tags if tag.startswith("entropy/")]
+
+
+def test_checkpoints_every_second_epoch_and_after_the_last(run: Path) -> None:
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == ["epoch_0002", "epoch_0003"]
+    assert [checkpoint(run, epoch, 0)["round"] for epoch in (2, 3)] == [1, 1]
+
+
+def test_reset_momentum(run: Path) -> None:
+    for network in NETWORKS:
+        assert checkpoint(run, 2, network)["optimizer"]["state"] == {}
+        assert checkpoint(run, 3, network)["optimizer"]["state"]
+
+
+def test_validation_split_is_evaluated(run: Path) -> None:
+    for network in NETWORKS:
+        for line in metrics(run, network):
+            assert line["val_loss"] > 0
+            hits = line["val_accuracy"] * 16 / 100
+            assert hits == pytest.approx(round(hits))
+        board = scalars(run / f"network{network:02d}")
+        assert list(board["accuracy/val"]) == list(board["loss/val"]) == [0, 1, 2]
+
+
+def test_given_learning_rates(run: Path) -> None:
+    for network, initial in enumerate((0.02, 0.3)):
+        rates = [line["lr"] for line in metrics(run, network)]
+        assert rates == pytest.approx([initial, initial / 10, initial / 100])
+    summary = json.loads((run / "summary.json").read_text())
+    assert [row["lr"] for row in summary["networks"]] == [0.02, 0.3]
+
+
+def test_images_have_three_channels(run: Path) -> None:
+    assert checkpoint(run, 3, 0)["model"]["conv1.weight"].shape == (16, 3, 3, 3)
+
+
+def test_accuracies_are_equal_if_the_last_epoch_has_no_round(run: Path) -> None:
+    for row in json.loads((run / "summary.json").read_text())["networks"]:
+        assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from launching import is_alive, told_by_kernel
 
-# A shared machine is slow at times: no example has a deadline, and no speed is a failure.
+# No deadlines: a shared machine may be slow, and slowness is not a failure.
 settings.register_profile(
     "suite",
     deadline=None,
@@ -17,7 +17,7 @@ settings.register_profile(
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
 )
-# Looks for what the suite has not found: pytest tests/property --hypothesis-profile explore
+# Searches further than the suite: pytest tests/property --hypothesis-profile explore
 settings.register_profile(
     "explore", settings.get_profile("suite"), derandomize=False, max_examples=2000
 )
@@ -33,7 +33,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End without finalizing: threads that still wait in a silent store would abort it (ADR 20)."""
+    """Exit without finalizing, which threads waiting in a dead store would abort (ADR 20)."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _status in config.stash:
@@ -41,8 +41,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that may take longest first: else they come last, and the other cores wait for them."""
-    items.sort(key=_longest, reverse=True)  # keeps the order of equals
+    """Run the longest tests first; otherwise the other cores wait for them at the end."""
+    items.sort(key=_longest, reverse=True)  # stable
 
 
 def _longest(item: pytest.Item) -> float:
@@ -52,7 +52,7 @@ def _longest(item: pytest.Item) -> float:
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks():
-    """A test that leaves a process group or a child process behind fails."""
+    """Fail a test that leaks a process group or a child process."""
     before = _children()
     yield
     if "torch.distributed" in sys.modules:
@@ -64,7 +64,7 @@ def _nothing_leaks():
 
 
 def _children() -> set[str]:
-    """Running child processes, without multiprocessing's own servers, which live on."""
+    """Return the running child processes, except for multiprocessing's own servers."""
     children = {f"{child.pid} {child.name}" for child in multiprocessing.active_children()}
     for listing in Path("/proc/self/task").glob("*/children"):
         for pid in told_by_kernel(listing).split():
@@ -75,8 +75,8 @@ def _children() -> set[str]:
 
 
 def _command(process: Path) -> str:
-    """Command line of a process; nothing when it has ended, waited for or not."""
-    while not (command := told_by_kernel(process / "cmdline")):  # empty also while it starts
+    """Return the command line of a process; empty if it has exited or is a zombie."""
+    while not (command := told_by_kernel(process / "cmdline")):  # also empty while it starts
         if not is_alive(int(process.name)):
             break
     return command.replace("\0", " ").strip()

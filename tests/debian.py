@@ -1,4 +1,4 @@
-"""Programs of Debian that a test needs, and what cannot be had on this machine."""
+"""Installs Debian packages that a test needs, or skips the test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 
 def need(programs: Sequence[str], packages: Sequence[str]) -> None:
-    """Install the packages that bring the programs, where that is possible and one is missing."""
+    """Install the packages if one of their programs is missing and apt-get is available."""
     if all(map(shutil.which, programs)):
         return
     if os.geteuid() or not shutil.which("apt-get"):
-        cannot(f"{' '.join(packages)} must be installed, which only root can, with apt-get")
+        cannot(f"{' '.join(packages)} must be installed as root with apt-get")
     for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         done = subprocess.run(
             ["apt-get", "--quiet", "-o", "DPkg::Lock::Timeout=200", *words],
@@ -32,7 +32,7 @@ def need(programs: Sequence[str], packages: Sequence[str]) -> None:
 
 
 def cannot(why: str) -> NoReturn:
-    """Fail in CI, whose machine must have it all; skip elsewhere."""
+    """Fail in CI, where everything must be installed; skip elsewhere."""
     if os.environ.get("CI"):
         pytest.fail(why)
     pytest.skip(why)

@@ -1,8 +1,8 @@
-"""Runs a function in K real processes that form one gloo process group, or the program in some.
+"""Runs a function, or the command line, in real processes that form a gloo process group.
 
-The processes are forked from a server that has imported torch once (multiprocessing's forkserver),
-so that one more costs milliseconds instead of the seconds of an import; each is as fresh as one
-from the command line. Their key-value store lives in the test's process and outlives every rank.
+The processes are forked from a server that has imported torch (multiprocessing's forkserver), so a
+process starts in milliseconds instead of the seconds of an import, in as clean a state as one from
+the command line. Their key-value store lives in the test process and outlives every rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PRELOAD = [
 
 @dataclass(frozen=True)
 class Done:
-    """How a program ended."""
+    """Exit status and output of a program."""
 
     status: int
     output: str
@@ -42,12 +42,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank finds itself."""
+    """Rank, number of networks, and store of a process."""
 
     rank: int
     networks: int
     store: dist.Store
-    """The run's, which outlives every rank."""
+    """Lives in the test process."""
 
 
 def run(
@@ -58,19 +58,19 @@ def run(
     group_timeout: float = 60,
     limit: float = 120,
 ) -> list[Any]:
-    """Run `function(place, *arguments)` in every rank of a gloo group of its own.
+    """Run `function(place, *arguments)` in every rank of a new gloo group.
 
     Args:
-        function: of a module's top level, so that a process can find it by name.
+        function: defined at the top level of a module, so that it can be pickled.
         networks: number of ranks.
-        arguments: what pickle takes.
-        ending: ranks that are expected to end their process inside the function.
-        group_timeout: of the collectives, in seconds.
-        limit: of all together, in seconds; ranks that still run then are ended.
+        arguments: picklable.
+        ending: ranks expected to exit inside the function.
+        group_timeout: timeout of the collectives, in seconds.
+        limit: timeout of the whole call, in seconds; ranks still running then are killed.
 
-    Returns: what the function returned, by rank; None for the ranks in `ending`.
+    Returns: the function's results by rank; None for the ranks in `ending`.
 
-    Raises: AssertionError with the text of every rank that failed or did not end.
+    Raises: AssertionError with the traceback of every rank that failed or did not exit.
     """
     context = _context()
     store = dist.TCPStore(
@@ -99,19 +99,19 @@ def run(
 def programs(
     arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, limit: float
 ) -> list[Done]:
-    """Run `dist-graft` with the same arguments in several processes at once, to their ends.
+    """Run `dist-graft` with the same arguments in concurrent processes until all have exited.
 
     Args:
         arguments: of the command line.
-        environments: of each process.
-        limit: of all together, in seconds; processes that still run then are killed.
+        environments: one per process.
+        limit: timeout of the whole call, in seconds; processes still running then are killed.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
         files = [(f"{folder}/{k}.out", f"{folder}/{k}.err") for k in range(len(environments))]
         processes = [
-            context.Process(target=_program, args=(list(arguments), dict(environment), *said))
-            for environment, said in zip(environments, files, strict=True)
+            context.Process(target=_program, args=(list(arguments), dict(environment), *paths))
+            for environment, paths in zip(environments, files, strict=True)
         ]
         for process in processes:
             process.start()
@@ -123,19 +123,19 @@ def programs(
                     process.kill()
                 process.join()
         return [
-            Done(process.exitcode or 0, *(Path(file).read_text() for file in said))
-            for process, said in zip(processes, files, strict=True)
+            Done(process.exitcode or 0, *(Path(path).read_text() for path in paths))
+            for process, paths in zip(processes, files, strict=True)
         ]
 
 
 def _program(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """What one process of `programs` does."""
+    """Run the command line in one process of `programs`."""
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     for number, file in ((1, output), (2, errors)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
-        os.dup2(opened, number)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, number)
     from dist_graft.cli import run
 
     status = run(arguments)
@@ -151,7 +151,7 @@ def _context() -> Any:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the error that it raises as (type's name, text)."""
+    """Call a function; returns its result, or the error as (name of its type, message)."""
     try:
         return function()
     except Exception as error:  # noqa: BLE001 - the error is the result
@@ -159,7 +159,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 def _join(ranks: list[Any], limit: float) -> list[int]:
-    """Wait for all; returns the ranks that still run after the limit."""
+    """Wait for all processes; returns the ranks still running after the limit."""
     deadline = time.monotonic() + limit
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running:
@@ -175,18 +175,18 @@ def _results(
     ranks: list[Any], folder: Path, ending: Collection[int], late: list[int], limit: float
 ) -> list[Any]:
     results: list[Any] = []
-    failures = [f"rank {rank} still ran after {limit:g} s" for rank in late]
+    failures = [f"rank {rank} was still running after {limit:g} s" for rank in late]
     for rank, process in enumerate(ranks):
         result, failure = folder / f"{rank}.pt", folder / f"{rank}.txt"
         if failure.exists():
             failures.append(f"rank {rank}:\n{failure.read_text()}")
         elif rank in ending:
             if result.exists():
-                failures.append(f"rank {rank} was to end its process and returned")
+                failures.append(f"rank {rank} returned instead of exiting")
         elif not result.exists() and rank not in late:
-            failures.append(f"rank {rank} ended with exit code {process.exitcode}")
-        whole = result.exists() and not failures
-        results.append(torch.load(result, weights_only=False) if whole else None)
+            failures.append(f"rank {rank} exited with code {process.exitcode}")
+        complete = result.exists() and not failures
+        results.append(torch.load(result, weights_only=False) if complete else None)
     assert not failures, "\n".join(failures)
     return results
 
@@ -200,7 +200,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    """What one process does; it leaves its result or its error in the folder."""
+    """Run one rank; saves its result or its traceback in the folder."""
     try:
         torch.set_num_threads(1)
         warnings.simplefilter("error")

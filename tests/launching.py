@@ -1,4 +1,4 @@
-"""Real processes, started as a user starts them, on data small enough for seconds."""
+"""Starts real training processes, as a user does, on data that takes seconds."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ SMALL = (
     *("--model.name", "resnet20", "--runtime.device", "cpu", "--runtime.threads", "1"),
 )
 PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
-"""What the run of two networks is given that most tests look at."""
+"""Options of the run of two networks that most tests read."""
 PROMPTLY = 20
-"""Seconds within which an error must have ended a process."""
+"""Seconds within which a process with an error must exit."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ERROR = "dist-graft: error: "
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without what a launcher says, and without GPUs."""
+    """Return this environment without a launcher's variables and without GPUs."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return kept | {"CUDA_VISIBLE_DEVICES": ""} | more
 
 
 def program(run: Path, *options: str) -> list[str]:
-    """One process of a training run."""
+    """Return the command of one training process."""
     return [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(run), *SMALL, *options]
 
 
 def torchrun(networks: int, run: Path, *options: str) -> list[str]:
-    """A training run of several networks."""
+    """Return the command of a training run under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={networks}"]
     return [sys.executable, *launcher, *program(run, *options)[1:]]
 
 
 def finish(command: Sequence[str], *, timeout: float, cwd: Path | None = None, **more: str) -> Done:
-    """Run a program to its end."""
+    """Run a program until it exits."""
     with background([command], cwd=cwd, **more) as (process,):
         return end_of(process, timeout)
 
 
 def together(networks: int, run: Path, *options: str) -> list[Done]:
-    """A whole run without a launcher; each process is told its place by hand.
+    """Train in several forked processes without a launcher; asserts that all succeed.
 
-    The processes are forked, and so cost no import of torch.
+    Forked processes need not import torch.
     """
-    ends = programs(program(run, *options)[3:], _by_hand(networks), limit=150)
+    ends = programs(program(run, *options)[3:], _environments(networks), limit=150)
     assert not any(end.status for end in ends), ends
     return ends
 
 
 def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
-    """Wait for a program and read what it said."""
+    """Wait for a program to exit and read its output."""
     output, errors = process.communicate(timeout=timeout)
     return Done(process.returncode, output, errors)
 
@@ -69,14 +69,14 @@ def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
 def background(
     commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Programs that run meanwhile, with RANK, … when there are several; none outlives the block."""
+    """Run programs during the block, with RANK etc. if there are several; kill them at its end."""
     processes: list[subprocess.Popen[str]] = []
     try:
-        for command, place in zip(commands, _by_hand(len(commands)), strict=True):
+        for command, variables in zip(commands, _environments(len(commands)), strict=True):
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=place | more,
+                    env=variables | more,
                     cwd=cwd,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -91,17 +91,17 @@ def background(
             process.communicate()
 
 
-def _by_hand(processes: int) -> list[dict[str, str]]:
-    """The environment of each process; one alone is told nothing."""
+def _environments(processes: int) -> list[dict[str, str]]:
+    """Return the environment of each process; a single one gets no launcher variables."""
     if processes == 1:
         return [environment()]
-    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    place |= {"MASTER_PORT": str(free_port())}
-    return [environment(**place, RANK=str(rank)) for rank in range(processes)]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port())}
+    return [environment(**common, RANK=str(rank)) for rank in range(processes)]
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -115,23 +115,23 @@ def wait_until(
     seconds: float = 90,
     meanwhile: Sequence[subprocess.Popen[str]] = (),
 ) -> None:
-    """Look again and again; fails after so many seconds, or when a program has ended."""
+    """Poll a condition; fails on a timeout, or when one of the programs has exited."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in meanwhile:
             ended = process.poll() is not None
-            assert not ended, f"the program ended before {what}: {process.communicate()}"
+            assert not ended, f"the program exited before {what}: {process.communicate()}"
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
         time.sleep(0.01)
 
 
 def saved(run: Path, epochs: int) -> Callable[[], bool]:
-    """Asks whether the checkpoint set of so many finished epochs is complete."""
+    """Return a function that tells whether the checkpoint after an epoch is complete."""
     return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of a launcher's workers, in the order of their ranks."""
+    """Return the process ids of a launcher's workers by rank."""
     lists = map(told_by_kernel, Path(f"/proc/{process.pid}/task").glob("*/children"))
     workers = {}
     for pid in (int(child) for pids in lists for child in pids.split()):
@@ -148,7 +148,7 @@ def is_alive(pid: int) -> bool:
 
 
 def told_by_kernel(path: Path) -> str:
-    """A file below /proc; nothing when its process or thread has ended since."""
+    """Read a file below /proc; empty if its process or thread no longer exists."""
     try:
         return path.read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -156,13 +156,13 @@ def told_by_kernel(path: Path) -> str:
 
 
 def told(done: Done, *parts: str, log: Path | None = None) -> str:
-    """The one line that a program which failed says, checked for what it must name.
+    """Return the error line of a failed program; asserts that it contains all parts.
 
-    There is no traceback of ours beside it, and the network's log has it too.
+    Also asserts that there is no traceback of this package, and that the log contains the line.
     """
     assert done.status != 0, done
     ours = re.findall(r'File ".*[/\\]dist_graft[/\\].*', done.errors + done.output)
-    assert not ours, f"a traceback of ours: {done.errors}"
+    assert not ours, f"a traceback of this package: {done.errors}"
     lines = [line for line in done.errors.splitlines() if line.startswith(ERROR)]
     assert lines, done
     first = lines[0].removeprefix(ERROR)

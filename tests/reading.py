@@ -1,4 +1,4 @@
-"""What a run left behind, read with other programs than those that wrote it."""
+"""Reads the files of a run, independently of the code that wrote them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """TensorBoard's values by tag and step; an assertion fails when a step is there twice."""
+    """Return TensorBoard's scalars by tag and step; asserts that no step occurs twice."""
     events = _reloaded(folder)
     found = {}
     for tag in events.Tags()["scalars"]:
@@ -29,7 +29,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def texts(folder: Path) -> dict[str, dict[int, str]]:
-    """TensorBoard's texts by tag and step."""
+    """Return TensorBoard's texts by tag and step."""
     events = _reloaded(folder)
     suffix = "/text_summary"
     return {
@@ -42,7 +42,7 @@ def texts(folder: Path) -> dict[str, dict[int, str]]:
 
 
 def pictures(folder: Path) -> dict[str, dict[int, Image.Image]]:
-    """TensorBoard's pictures by tag and step; an assertion fails when a step is there twice."""
+    """Return TensorBoard's images by tag and step; asserts that no step occurs twice."""
     events = _reloaded(folder)
     found = {}
     for tag in events.Tags()["images"]:
@@ -56,7 +56,7 @@ def pictures(folder: Path) -> dict[str, dict[int, Image.Image]]:
 
 
 def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """The custom scalars' tags by category and title."""
+    """Return the tags of the custom scalars by category and title."""
     (event,) = _reloaded(folder).Tensors(CONFIG_SUMMARY_TAG)
     read = Layout.FromString(event.tensor_proto.string_val[0])
     return {
@@ -72,7 +72,7 @@ def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def session(folder: Path) -> tuple[dict[str, Any], bool]:
-    """A network's row of the hyperparameters' tab, and whether its run has ended."""
+    """Return a network's hyperparameters, and whether its run has ended."""
     events = _reloaded(folder)
     known = events.Tags()["tensors"] + list(events.summary_metadata)
 
@@ -90,19 +90,19 @@ def _reloaded(folder: Path) -> EventAccumulator:
 
 
 def metrics(run: Path, network: int) -> list[dict[str, Any]]:
-    """The lines of a network's metrics.jsonl."""
+    """Return the lines of a network's metrics.jsonl."""
     text = (run / f"network{network:02d}" / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def checkpoint(run: Path, epoch: int, network: int) -> dict[str, Any]:
-    """One network's file of the set of so many finished epochs."""
+    """Load one network's file of the checkpoint after an epoch."""
     path = run / "checkpoints" / f"epoch_{epoch:04d}" / f"network{network:02d}.pt"
     return torch.load(path, weights_only=True)
 
 
 def contents(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """sha256 of every file below a folder, by path; those of some names left out."""
+    """Return the sha256 of every file below a folder by path, except for the names in `without`."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -111,7 +111,7 @@ def contents(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """Two state dicts hold the same keys and the same bits."""
+    """Assert that two state dicts have the same keys and are bitwise equal."""
     assert list(first) == list(second)
     differing = [key for key in first if not torch.equal(first[key], second[key])]
-    assert not differing, f"{len(differing)} tensors differ, the first is {differing[0]}"
+    assert not differing, f"{len(differing)} tensors differ, first {differing[0]}"

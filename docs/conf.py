@@ -22,11 +22,11 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dist_graft {VERSION}"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 suppress_warnings = ["myst.header"]  # generated reports start some tables below a smaller heading
 
 default_role = "code"
@@ -35,25 +35,29 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 
-_ENTRY = re.compile(r"    (\*{0,2}\w+(?:, \w+)*): (.*)")
-_SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):(?: +(.*))?$")
+_CODE = re.compile(r"(``.*?``|`.*?`)")
+_ENTRY = re.compile(r"    ([*\w]+(?:, [*\w]+)*)(?: \((.*?)\))?: (.*)")
+_FIELDS = {"Args": "param", "Attributes": "var", "Raises": "raises"}
+_SECTION = re.compile(r"(Args|Attributes|Returns|Raises):(?: +(.*))?")
 
 
 def _to_rst(lines: list[str]) -> Iterator[str]:
-    """Translate a docstring: plain text, code in single backticks, Args/Returns/Raises sections."""
+    """Translate a docstring: plain text, code in backticks, Args/Returns/Raises sections."""
     section = ""
     for line in lines:
-        if match := _SECTION.match(line):
+        if match := _SECTION.fullmatch(line):
             section, text = match[1], _escape(match[2] or "")
             yield ""
-            if section in ("Returns", "Yields"):
-                yield f":{section.lower()}: {text}"
-            elif section == "Raises":
-                error, _, when = text.partition(" ")
+            if section == "Returns":
+                yield f":returns: {text}"
+            elif section == "Raises" and text:
+                error, when = re.split(r",? ", text, maxsplit=1)
                 yield f":raises {error}: {when}"
-        elif section in ("Args", "Attributes") and (match := _ENTRY.match(line)):
-            names, text = match.groups()
-            yield f":param {_escape(names)}: {_escape(text)}"
+        elif section in _FIELDS and (match := _ENTRY.fullmatch(line)):
+            names, type_, text = match.groups()
+            yield f":{_FIELDS[section]} {_escape(names)}: {_escape(text)}"
+            if type_:
+                yield f":vartype {names}: {type_}"
         elif line and not line.startswith(" "):
             if section:
                 yield ""
@@ -64,10 +68,10 @@ def _to_rst(lines: list[str]) -> Iterator[str]:
 
 
 def _escape(text: str) -> str:
-    """Escape reStructuredText's markup outside of backticks."""
-    parts = text.split("`")
+    """Escape the markup of reStructuredText outside of code."""
+    parts = _CODE.split(text)
     parts[::2] = [re.sub(r"([*|]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
-    return "`".join(parts)
+    return "".join(parts)
 
 
 def _translate_docstring(

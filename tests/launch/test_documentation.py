@@ -44,6 +44,7 @@ NOT_PARSED = {
         "pip, needs a network"
     ),
     "pip install -e .": "pip, run by launch/test.sh",
+    "pip install 'dist_graft[studies]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
     "tensorboard --logdir runs/first": "TensorBoard",
     "touch runs/first/STOP": "tests/integration/test_status_of_a_run.py",
@@ -200,7 +201,7 @@ def run_python(folder: Path, *words: str) -> str:
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -144,8 +144,6 @@ class Trainer:
         resumed_from (Path | None): checkpoint that was restored.
     """
 
-    process: ProcessInfo
-
     def __init__(
         self,
         config: TrainConfig | None = None,
@@ -158,6 +156,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or TrainConfig()
+        self.process = ProcessInfo()
         self.directory = RunDirectory(self.config.run_dir)
         self.task = build_task(self.config, loss, metrics)
         self._make_model = model
@@ -231,8 +230,18 @@ class Trainer:
             answer in time; another DistGraftError that says what to do. No finished work is lost.
         """
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self._start_process()
-        self._open_run()
+        try:
+            self._start_process()
+            self._open_run()
+            self._fit()
+        finally:
+            close_log()
+            if not self.process.launched:  # a launcher may still signal a process that ends
+                for number, handler in handlers.items():
+                    signal.signal(number, handler or signal.SIG_DFL)
+
+    def _fit(self) -> None:
+        """Train, and tell the callbacks how the run ended."""
         try:
             self.callbacks.setup(self)
             self._build()
@@ -255,10 +264,6 @@ class Trainer:
             raise explained from error
         finally:
             self.callbacks.teardown(self)
-            close_log()
-            if not self.process.launched:  # a launcher may still signal a process that ends
-                for number, handler in handlers.items():
-                    signal.signal(number, handler or signal.SIG_DFL)
 
     def train_epoch(self, epoch: int) -> None:
         """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""

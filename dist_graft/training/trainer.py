@@ -68,6 +68,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.data import check_dataset_name, ensure_available
+from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
 from dist_graft.training.layer_stats import (
     check_finite,
@@ -103,7 +104,7 @@ from dist_graft.training.summary import (
     headline,
     summarize,
 )
-from dist_graft.training.task import LossFunction, MetricFunction, batch_length
+from dist_graft.training.task import LossFunction, MetricFunction
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
@@ -361,7 +362,7 @@ class Trainer:
             # ---- Step; replicas average their gradients in the backward pass ----
             self._seed_step(segment.epoch, step)
             with profiler_label("step"):
-                if batch_length(targets):
+                if batch_size(targets):
                     train_step(
                         *(self.state, self.task, inputs, targets),
                         config=self.config.optim,

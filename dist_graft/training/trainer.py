@@ -48,7 +48,7 @@ from dist_graft.population.runtime.process_group import Runtime, start
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.stop_requests import StopRequests
-from dist_graft.printing import format_table, tell
+from dist_graft.printing import format_table, print_line
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.seeding import stream_seed
 from dist_graft.training.builders import (
@@ -799,7 +799,7 @@ class Trainer:
 
 def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
     """End a process that was asked to stop while its peers did not agree in time."""
-    tell(
+    print_line(
         f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
         "(--checkpoint.grace_seconds); rerun the command to resume from the newest checkpoint"
     )

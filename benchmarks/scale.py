@@ -5,7 +5,7 @@ For each K and exchange, in the same processes and in turn:
 - a round: wall time, CPU time of a network, bytes that each process receives;
 - the bare collective that moves the same bytes in one flat call (see round.py), and the bare work:
   finite check, information, one copy, one distance and one interpolation of all numbers at once;
-- what `dist-graft plan` estimates for the round from the bare ring's bandwidth and the bare work;
+- what the round should take: the plan's bytes at the bare ring's bandwidth, and the bare work;
 - in processes of their own, the most resident memory that a round adds, beside the buckets that
   the plan foresees; seconds from the start of the processes until their first round may begin.
 
@@ -32,9 +32,7 @@ from round import BARE, MEMORY_ROUNDS, Plan, in_processes, mean, meet, peak_of_r
 from torch import Tensor, nn
 
 from dist_graft import Graft, Grafter
-from dist_graft.analysis.planning.estimate import Estimate, Rates, estimate
-from dist_graft.analysis.planning.layout import Layout
-from dist_graft.analysis.planning.sizes import build, sizes_of
+from dist_graft.analysis.plan import Layout, Round, build, plan_round, size_of
 from dist_graft.grafting.information import is_finite
 from dist_graft.grafting.units import graft_tensors, graft_units
 
@@ -143,14 +141,11 @@ class Row:
     start_up: float
 
 
-def planned(plan: Population, exchange: str, bare_ring: float, work: float) -> Estimate:
-    """The plan's estimate with rates that were measured."""
-    sizes = sizes_of(build(plan.model, 1000))
-    size = sizes.round_bytes
-    return estimate(
+def planned(plan: Population, exchange: str) -> Round:
+    """The plan of a round."""
+    return plan_round(
         Layout(plan.networks, 1, plan.networks),
-        sizes,
-        Rates(inside=size / bare_ring, node=1.0, local=size / work, latency=0.0),
+        size_of(build(plan.model)),
         exchange=exchange,
         topology="ring",
         on_host=True,
@@ -168,9 +163,8 @@ def look(plan: Population) -> list[Row]:
     rows = []
     for name in BARE:
         ring = mean(timed, lambda seen: seen.bare["p2p"]) if plan.networks > 1 else []
-        guesses = (
-            [planned(plan, name, *rates) for rates in zip(ring, work, strict=True)] if ring else []
-        )
+        round_ = planned(plan, name) if ring else None
+        networks_moved = round_.exchanged.gpu / planned(plan, "p2p").exchanged.gpu if round_ else 0
         peaks = zip(*(seen.memory[name] for seen in weighed), strict=True)
         rows.append(
             Row(
@@ -181,9 +175,11 @@ def look(plan: Population) -> list[Row]:
                 moving=mean(timed, lambda seen, n=name: seen.moving[n]),
                 bare=mean(timed, lambda seen, n=name: seen.bare[n]) if ring else [],
                 cpu=mean(timed, lambda seen, n=name: seen.cpu[n]),
-                planned=[guess.seconds for guess in guesses] or work,
+                planned=[networks_moved * a + b for a, b in zip(ring, work, strict=True)]
+                if ring
+                else work,
                 memory=[max(peak) for peak in peaks],
-                buckets=guesses[0].buffers / 2**20 if guesses else 0.0,
+                buckets=round_.buffers / 2**20 if round_ else 0.0,
                 start_up=max(seen.start_up for seen in timed),
             )
         )

@@ -1,4 +1,4 @@
-"""The program: python -m dist_graft, and the console script dist-graft."""
+"""Entry point: ``python -m dist_graft`` and the console script ``dist-graft``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and end the process with its status."""
+    """Run the command line and exit with its status."""
     from dist_graft.cli import run
 
     status = run(sys.argv[1:])

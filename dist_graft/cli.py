@@ -1,7 +1,8 @@
-"""The command line: parses, validates, calls one function for each command.
+"""Command line: parses the arguments, runs one command, reports errors in one line.
 
-Nothing here or above the functions that run a command imports torch, so that help and mistakes
-are answered at once.
+To add a command, define a `dist_graft.command.Command` in a module of its own and list it in
+`COMMANDS`. Nothing here imports torch, so that ``--help`` and invalid options are answered
+immediately.
 """
 
 from __future__ import annotations
@@ -11,52 +12,65 @@ import re
 import sys
 import traceback
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from dist_graft.analysis import commands as analysis
-from dist_graft.config import TrainConfig
+from dist_graft.analysis import doctor, evaluate, export, inspect_filters, plan, status
+from dist_graft.command import Command
 from dist_graft.config.parsing import PARSER_SETTINGS, did_you_mean, prepare_parsing
-from dist_graft.config.validation import from_nested
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
-    PeerError,
+    StartError,
     StoppedEarlyError,
     StoppedError,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
-from dist_graft.printing import tell
+from dist_graft.printing import print_line
+from dist_graft.studies import command as compare
+from dist_graft.training import command as train
+from dist_graft.training.data import command as prepare
 from dist_graft.version import versions
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        train.COMMAND,
+        prepare.COMMAND,
+        evaluate.COMMAND,
+        inspect_filters.COMMAND,
+        export.COMMAND,
+        compare.COMMAND,
+        status.COMMAND,
+        doctor.COMMAND,
+        plan.COMMAND,
+    )
+}
+"""Subcommands by name, in the order of ``dist-graft --help``."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit status.
+    """Run one command and return the exit status.
 
-    An error of the user's making ends with one line that says what to do: on standard error, in
-    the network's log.txt when a run directory is known, and in torchrun's table of failures.
+    A user error is reported in one line: on standard error, in the network's log.txt if a run
+    directory is named, and in torchrun's summary of failures.
     """
     process = ProcessInfo()
     try:
         process = read_process_info()
-        command, options = _parse(argv)
-        if command == "prepare":
-            from dist_graft.training.data.prepare import prepare
-
-            print(prepare(options["name"], root=options["root"], source=options["source"]))
-            return 0
-        if command in analysis.COMMANDS:
-            told = analysis.COMMANDS[command](options, process)
-            for text in [told] if isinstance(told, str) else told:
-                _show(text)
-            return 0
-        config = from_nested(TrainConfig, options)
-        process = process.shared(config.runtime.replicas)
-        return _train(config, process)
+        name, options = _parse(argv)
+        command = COMMANDS[name]
+        if command.assign:
+            process = command.assign(options, process)
+        elif process.networks > 1:
+            raise StartError(f"{name} runs in one process: start it without torchrun")
+        for text in command.run(options, process):
+            _print(text)
+        return 0
     except StoppedEarlyError as error:
         if process.launched and process.local_rank == 0:
             from dist_graft.population.runtime.process import end_launcher
@@ -67,65 +81,18 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
         return _fail(str(error), error.exit_status, process, argv)
-    except KeyboardInterrupt:  # of a command that needs no farewell
+    except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001  a defect of ours: told in full, and left at once
+    except Exception as error:  # noqa: BLE001  a bug: print the traceback, but fail like the others
         traceback.print_exc()
         return _fail(f"unexpected {type(error).__name__}: {error}", 1, process, argv)
 
 
-def _show(text: str) -> None:
+def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _train(config: TrainConfig, process: ProcessInfo) -> int:
-    from dist_graft.monitoring.log import hold_warnings
-    from dist_graft.population.runtime.process import die_with_launcher, leave, stop_on_signals
-    from dist_graft.training.data import check_dataset_name
-    from dist_graft.training.learning_rates import learning_rates
-
-    check_dataset_name(config.data.name)
-    learning_rates(config.optim, process.networks)
-    stopped = Path(config.run_dir) / "STOPPED_EARLY"
-    if process.restarts and stopped.exists():
-        raise StoppedEarlyError(
-            f"{config.run_dir} was asked to stop, and the launcher started it again: left as it is"
-        )
-    stop_on_signals()
-    if process.launched:
-        die_with_launcher()
-    hold_warnings()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what went wrong
-
-    import torch
-
-    from dist_graft.population.runtime.process_group import start
-    from dist_graft.training.trainer import fit
-
-    runtime = start(config.runtime, process)
-    try:
-        fit(config, runtime)
-    except StoppedEarlyError:
-        raise
-    except StoppedError as error:
-        gone = runtime.peers.gone() if runtime.peers else []
-        if gone:
-            raise PeerError(
-                f"{'; '.join(gone)} ended; its own line, if it left one, says why, and the "
-                "same command goes on from the newest checkpoint"
-            ) from error
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"out of GPU memory ({str(error).splitlines()[0]}): lower data.batch_size, or cut the "
-            "batch with optim.accumulation"
-        ) from error
-    if process.launched:
-        leave(0)
-    return 0
 
 
 def _fail(
@@ -134,8 +101,8 @@ def _fail(
     line = " ".join(message.split())
     if process.world_size > 1:
         line = f"{process}: {line}"
-    tell(f"dist-graft: error: {line}")
-    run_dir = _mentioned(argv, "--run_dir") or _run_dir_in_file(_mentioned(argv, "--config"))
+    print_line(f"dist-graft: error: {line}")
+    run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
     if run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line
 
@@ -143,89 +110,83 @@ def _fail(
     if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure
 
-        if root_cause:  # else the line of whoever failed first is the one to show
+        if root_cause:  # otherwise torchrun shows the message of the process that failed first
             report_failure(line)
         leave(status)
     return status
 
 
 def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    parser = _parser()
+    """Name and options of the command."""
+    parser = _build_parser()
     try:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error), argv)) from error
-    command = parsed.command
-    options = parsed[command].clone(with_meta=False).as_dict()
+        raise ConfigError(_explain(str(error), argv, _subparsers(parser))) from error
+    options = parsed[parsed.command].clone(with_meta=False).as_dict()
     options.pop("config", None)
-    return command, options
+    return parsed.command, options
 
 
-class _Versions(Action):
-    """Looks the versions up only when they are asked for: that imports torch."""
+class _VersionAction(Action):
+    """Prints the versions on demand, because finding them imports torch."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, **settings)
 
     def __call__(self, parser: Any, *_: Any) -> None:
-        _show("\n".join(f"{name} {version}" for name, version in versions().items()))
+        _print("\n".join(f"{name} {version}" for name, version in versions().items()))
         parser.exit()
 
 
 def command_parsers() -> dict[str, ArgumentParser]:
-    """The parser of each command, by its name."""
-    subcommands: Any = next(a for a in _parser()._actions if a.dest == "command")
-    return dict(subcommands._name_parser_map)
+    """Parser of each command, by the command's name."""
+    return _subparsers(_build_parser())
 
 
-def _parser() -> ArgumentParser:
+def _build_parser() -> ArgumentParser:
     prepare_parsing()
-    settings = PARSER_SETTINGS
     parser = ArgumentParser(
         prog="dist-graft",
         description="Train a population of networks that graft each other.",
-        **settings,
+        **PARSER_SETTINGS,
     )
-    parser.add_argument("--version", action=_Versions, help="print all versions that matter")
-    commands = parser.add_subcommands(dest="command", required=True)
-
-    train = ArgumentParser(
-        description="Train one network a process; start with torchrun for more than one.",
-        **settings,
-    )
-    train.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with options; a section may be the name of a YAML file beside it.",
-    )
-    train.add_class_arguments(TrainConfig, nested_key=None, sub_configs=True)
-    commands.add_subcommand("train", train, help="train a population")
-
-    prepare = ArgumentParser(description="Put a data set where training finds it.", **settings)
-    prepare.add_argument("name", type=str, help="fashion-mnist, cifar10 or cifar100")
-    prepare.add_argument("--root", type=str, default="data", help="folder that holds data sets")
-    prepare.add_argument(
-        "--source", type=str | None, default=None, help="folder with the original files"
-    )
-    commands.add_subcommand("prepare", prepare, help="put a data set where training finds it")
-    analysis.add_parsers(commands, settings)
+    parser.add_argument("--version", action=_VersionAction, help="print all relevant versions")
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for command in COMMANDS.values():
+        subparser = command.build_parser(PARSER_SETTINGS)
+        subcommands.add_subcommand(command.name, subparser, help=command.help)
     return parser
 
 
-def _explain(message: str, argv: Sequence[str]) -> str:
+def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    subcommands: Any = next(a for a in parser._actions if a.dest == "command")
+    return dict(subcommands._name_parser_map)
+
+
+def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParser]) -> str:
     """The parser's message, with the option that was probably meant."""
-    if argv and argv[0] in ("prepare", *analysis.COMMANDS):
-        return f"{message}; dist-graft {argv[0]} --help lists all options"
+    name = argv[0] if argv and argv[0] in COMMANDS else "train"
+    for word in argv:
+        option = word.partition("=")[0]
+        if option in COMMANDS[name].removed:
+            return f"{option} was removed: {COMMANDS[name].removed[option]}"
     section = re.match(r'Parser key "(\w+)":\s+Unable to load config (\S+)\s+- (.*)', message, re.S)
     if section:
-        name, file, why = section.groups()
-        unread = f"there is no file of options {file}: its options are --{name}.NAME VALUE"
-        message = f"section {name}: {unread if 'Unable to load' in why else f'{file}: {why}'}"
-    return f"{message}{did_you_mean(message)}; dist-graft train --help lists all options"
+        key, file, cause = section.groups()
+        missing = f"there is no YAML file {file}; set its options with --{key}.NAME VALUE"
+        message = f"section {key}: {missing if 'Unable to load' in cause else f'{file}: {cause}'}"
+    hint = did_you_mean(message, _option_names(parsers[name]))
+    return f"{message}{hint}; dist-graft {name} --help lists all options"
 
 
-def _mentioned(argv: Sequence[str], option: str) -> str | None:
-    """An option's value, read without the parser, for errors that the parser itself finds."""
+def _option_names(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option.removeprefix("--") for option in action.option_strings)
+
+
+def _find_option(argv: Sequence[str], option: str) -> str | None:
+    """Value of an option, found without the parser so that parser errors can be logged."""
     for index, word in enumerate(argv):
         if word == option and index + 1 < len(argv):
             return argv[index + 1]
@@ -235,7 +196,7 @@ def _mentioned(argv: Sequence[str], option: str) -> str | None:
 
 
 def _run_dir_in_file(path: str | None) -> str | None:
-    """The run directory that a configuration file names, if it can be read at all."""
+    """Run directory named in a configuration file, or None if the file cannot be read."""
     try:
         options = yaml.safe_load(Path(path).read_text()) if path else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -1,16 +1,16 @@
-"""What ends a run: each error's text is the one line that the user reads."""
+"""Errors that end a run. The message is the one line that the user reads."""
 
 from __future__ import annotations
 
 
 class DistGraftError(Exception):
-    """Base of the errors whose text alone is shown: it names the thing and says what to do."""
+    """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
 
 
 class ConfigError(DistGraftError, ValueError):
-    """An option is unknown, out of range, or does not go with another."""
+    """An option is unknown, out of range, or incompatible with another."""
 
     exit_status = 2
 
@@ -20,11 +20,11 @@ class DataError(DistGraftError):
 
 
 class RunDirectoryError(DistGraftError):
-    """The run directory cannot be written, or holds something else than this run."""
+    """The run directory cannot be written, or holds another run."""
 
 
 class DisagreementError(DistGraftError):
-    """The networks of a population do not have the same tensors, graft units or options."""
+    """The networks of a population differ in tensors, graft units or options."""
 
 
 class NonFiniteError(DistGraftError):
@@ -32,23 +32,23 @@ class NonFiniteError(DistGraftError):
 
 
 class PeerError(DistGraftError):
-    """Another process of the population died, or did not answer in time."""
+    """Another process of the population exited, or did not respond in time."""
 
 
 class StoppedError(DistGraftError):
-    """A signal told the process to stop."""
+    """A signal stopped the process."""
 
     exit_status = 143
 
 
 class StoppedEarlyError(StoppedError):
-    """The run was asked to stop, and everything is saved: the same command goes on."""
+    """The run stopped on request after a checkpoint and can be resumed."""
 
     exit_status = 75
 
 
 class RoundStoppedError(DistGraftError):
-    """A network asked to stop instead of taking part in a round; no weight was changed."""
+    """A network requested a stop instead of joining a round. No weight was changed."""
 
 
 class RoundPostponedError(DistGraftError):
@@ -64,4 +64,4 @@ class RoundPostponedError(DistGraftError):
 
 
 class StartError(DistGraftError):
-    """The processes cannot find each other, or a device or backend is not there."""
+    """The processes cannot connect, or a device or backend is unavailable."""

@@ -1,23 +1,36 @@
-"""Words on a standard stream whose reader may be gone: that is no reason to end a run."""
+"""Printing that tolerates closed pipes, and tables as text."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 
-def tell(text: object, stream: TextIO | None = None) -> None:
-    """Print a line at once, on standard error if no stream is named; or nowhere.
+def print_line(text: object, stream: TextIO | None = None) -> None:
+    """Print a line and flush it, by default to standard error.
 
-    A closed pipe, a terminal that has hung up and a full disk are passed over.
+    A closed pipe, a terminal that was closed and a full disk are ignored.
     """
     with contextlib.suppress(OSError):
         print(text, file=stream or sys.stderr, flush=True)
 
 
+tell = print_line  # former name
+
+
 def flush_all() -> None:
-    """Write out what both streams hold back, as far as that is possible."""
+    """Flush standard output and standard error, ignoring what cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table with right-aligned columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    )

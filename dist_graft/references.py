@@ -1,4 +1,4 @@
-"""What users add without editing this package: "package.module:name" names an object of theirs."""
+"""References package.module:name to objects of the user's own."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ def is_reference(name: str) -> bool:
 
 
 def resolve(reference: str) -> Callable[..., Any]:
-    """The function or class that package.module:name names.
+    """Import the function or class package.module:name.
 
-    Modules are found as Python finds them, and then from the working directory, too.
+    The working directory is appended to `sys.path`.
 
-    Raises: ValueError saying what is not there.
+    Raises: ValueError if the module does not exist or has no such function or class.
     """
     module_name, _, name = reference.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # a module of the user's imports something that is missing
+            raise  # the user's module imports something that is missing
         raise ValueError(
-            f"{reference!r}: there is no module {error.name}; it is looked for in the working "
-            "directory and on PYTHONPATH"
+            f"{reference!r}: there is no module {error.name} in the working directory or on "
+            "PYTHONPATH"
         ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ValueError(f"{reference!r}: {module.__name__} has no function or class {name!r}")
-    function: Callable[..., Any] = found
-    return function
+    resolved: Callable[..., Any] = function
+    return resolved
 
 
 def check_name(name: str, known: Collection[str]) -> None:
-    """Raise ValueError unless a name is known or a reference, which may still lead nowhere."""
+    """Raise ValueError unless a name is known or a reference. References are not resolved."""
     if name not in known and not is_reference(name):
-        ours = f"one of {', '.join(known)}, or " if known else ""
-        raise ValueError(f"must be {ours}package.module:name of your own, got {name!r}")
+        names = f"one of {', '.join(known)}, or " if known else ""
+        raise ValueError(f"must be {names}package.module:name of your own, got {name!r}")

@@ -1,4 +1,4 @@
-"""Whether this machine can train: what is there, what works, and what to do about the rest."""
+"""``dist-graft doctor``: check whether this machine can train, and say how to fix what cannot."""
 
 from __future__ import annotations
 
@@ -7,131 +7,149 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
+from jsonargparse import ArgumentParser
 
+from dist_graft.command import Command, Options
+from dist_graft.config import TrainConfig
+from dist_graft.config.validation import above_zero
 from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.population.runtime.selftest import try_round
 from dist_graft.version import versions
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SMALL_SHARED_MEMORY = 512 * 2**20
-_LITTLE_SPACE = 2**30
-_WRITTEN = 32 * 2**20
-_SLOW_WRITING = 10 * 2**20
-_PORT = 29500  # torchrun's own when it is not told another
+_SMALL_DISK = 2**30
+_TEST_FILE_BYTES = 32 * 2**20
+_SLOW_DISK = 10 * 2**20  # bytes per second
+_PORT = 29500  # torchrun's default
+
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options."""
+    parser = ArgumentParser(
+        description="Check whether this machine can train: GPUs, ports, shared memory, disk, and a "
+        "round between two processes. Fails if something is broken, and says how to fix it.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("--run_dir", type=str, default=TrainConfig.run_dir, help="folder whose disk is checked")
+    add(
+        "--timeout_seconds",
+        type=float,
+        default=120.0,
+        help="limit for starting two processes and one round between them",
+    )
+    return parser
+
+
+def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+    """Make all checks. Yields a line per check, then advice.
+
+    Raises: StartError, at the end, if something is broken.
+    """
+    del process
+    seconds, run_dir = options["timeout_seconds"], options["run_dir"]
+    above_zero("timeout_seconds", seconds)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    backends = ["gloo", "nccl"] if gpus > 1 else ["gloo"]
+    checks: dict[str, Callable[[], Finding]] = {
+        "versions": check_versions,
+        "processors": check_processors,
+        "GPUs": check_gpus,
+        "ports": check_ports,
+        "shared memory": check_shared_memory,
+        "run directory": partial(check_disk, Path(run_dir)),
+        **{f"round over {name}": partial(check_round, name, seconds) for name in backends},
+    }
+    findings = {}
+    for name, check in checks.items():
+        findings[name] = finding = check()
+        yield f"{finding.state:<6}  {name:<16}  {finding.text}"
+    yield ""
+    yield from (f"{name}: {finding.advice}" for name, finding in findings.items() if finding.advice)
+    broken = [name for name, finding in findings.items() if finding.state == "broken"]
+    if broken:
+        raise StartError(f"broken: {', '.join(broken)}; see the advice above")
+    yield (
+        "This machine can train: torchrun --standalone "
+        f"--nproc-per-node={max(2, gpus)} -m dist_graft train --run_dir {run_dir}"
+    )
+
+
+COMMAND = Command(
+    name="doctor",
+    help="check whether this machine can train",
+    build_parser=build_parser,
+    run=run,
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """Result of one check."""
 
-    name: str
     state: Literal["ok", "note", "broken"]
-    """note: works, and there is something to know."""
+    """note: works, with a limitation."""
     text: str
     advice: str = ""
 
-    def line(self) -> str:
-        """As it is printed."""
-        return f"{self.state:<6}  {self.name:<16}  {self.text}"
-
-
-def examine(run_dir: str, *, seconds: float) -> Iterator[str]:
-    """Check one thing after the other; yields lines, the last of which say what to do.
-
-    Args:
-        run_dir: folder whose disk is tried; nothing stays there.
-        seconds: that a round between two processes may take.
-
-    Raises: StartError, at the end, when something is broken.
-    """
-    findings = []
-    checks: tuple[Callable[[], Finding], ...] = (
-        check_versions,
-        check_processors,
-        check_gpus,
-        check_ports,
-        check_shared_memory,
-        lambda: check_disk(Path(run_dir)),
-        *(lambda backend=backend: check_round(backend, seconds) for backend in backends()),
-    )
-    for check in checks:
-        finding = check()
-        findings.append(finding)
-        yield finding.line()
-    yield ""
-    yield from (f"{finding.name}: {finding.advice}" for finding in findings if finding.advice)
-    broken = [finding.name for finding in findings if finding.state == "broken"]
-    if broken:
-        raise StartError(f"broken: {', '.join(broken)}; what to do is said above")
-    networks = max(2, torch.cuda.device_count())
-    yield (
-        "All is well. To train: torchrun --standalone "
-        f"--nproc-per-node={networks} -m dist_graft train --run_dir {run_dir}"
-    )
-
-
-def backends() -> list[str]:
-    """Those that two processes can use here."""
-    return ["gloo", "nccl"] if torch.cuda.device_count() > 1 else ["gloo"]
-
 
 def check_versions() -> Finding:
-    """What is installed."""
-    return Finding("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    """Report the installed versions."""
+    return Finding("ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
 
 
 def check_processors() -> Finding:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     cores = ProcessInfo().cpu_share()
     if cores == 1:
         return Finding(
-            "processors",
             "note",
             "1 core",
-            "one core is shared by all networks of the machine: more than one trains no faster",
+            "all networks share one core, so several train no faster than one after the other",
         )
-    return Finding("processors", "ok", f"{cores} cores for this process")
+    return Finding("ok", f"{cores} cores for this process")
 
 
 def check_gpus() -> Finding:
-    """GPUs that torch sees, each tried with one sum."""
+    """Compute a sum on each GPU that torch sees."""
+    import torch
+
     count = torch.cuda.device_count()
     if not count:
         if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
             return Finding(
-                "GPUs",
                 "broken",
-                f"there is a driver, and torch {torch.__version__} sees no GPU",
-                "check CUDA_VISIBLE_DEVICES and nvidia-smi; torch may need another build, or the "
-                "driver be older than its CUDA; with --runtime.device cpu it trains without",
+                f"a driver is installed, but torch {torch.__version__} sees no GPU",
+                "check CUDA_VISIBLE_DEVICES and nvidia-smi; the driver may be too old for this "
+                "build of torch; to train without a GPU, use --runtime.device cpu",
             )
-        return Finding("GPUs", "note", "none", "training runs on the CPU, over gloo")
+        return Finding("note", "none", "training runs on the CPU with gloo")
     names = []
     for index in range(count):
         try:
-            total = torch.ones(1000, device=f"cuda:{index}").sum().item()
+            torch.ones(1000, device=f"cuda:{index}").sum().item()
             free, _ = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
             return Finding(
-                "GPUs",
                 "broken",
-                f"cuda:{index} does not compute: {str(error).splitlines()[0]}",
-                "see what nvidia-smi says of it, or leave it out with CUDA_VISIBLE_DEVICES",
+                f"cuda:{index} fails: {str(error).splitlines()[0]}",
+                "check the GPU with nvidia-smi, or exclude it with CUDA_VISIBLE_DEVICES",
             )
-        assert total == 1000
         names.append(f"{torch.cuda.get_device_name(index)} ({free / 2**30:.0f} GiB free)")
-    return Finding("GPUs", "ok", ", ".join(names))
+    return Finding("ok", ", ".join(names))
 
 
 def check_ports() -> Finding:
-    """Whether processes of this machine reach each other, and the host its own name."""
+    """Connect to a port of this machine, resolve its host name, and look for torchrun's port."""
     with socket.socket() as listener, socket.socket() as caller:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
@@ -140,61 +158,56 @@ def check_ports() -> Finding:
             caller.connect(listener.getsockname())
         except OSError as error:
             return Finding(
-                "ports",
                 "broken",
-                f"a port of 127.0.0.1 that is open cannot be reached: {error}",
-                "a firewall or container forbids connections to the machine itself: allow them",
+                f"cannot connect to an open port of 127.0.0.1: {error}",
+                "allow local connections in the firewall or container",
             )
     host = socket.gethostname()
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
         return Finding(
-            "ports",
             "note",
-            f"open; the host's name {host} has no address ({error})",
-            f"for runs over several machines add {host} to /etc/hosts, or name the network "
-            "interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+            f"open; the host name {host} cannot be resolved ({error})",
+            f"to train on several machines, add {host} to /etc/hosts, or set GLOO_SOCKET_IFNAME "
+            "and NCCL_SOCKET_IFNAME to the network interface",
         )
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", _PORT)) == 0
     if taken:
         return Finding(
-            "ports",
             "note",
-            f"open; {_PORT} is taken",
+            f"open; {_PORT} is in use",
             "start torchrun with --standalone, or with another --master-port",
         )
-    return Finding("ports", "ok", f"open; {host} has an address")
+    return Finding("ok", f"open; {host} can be resolved")
 
 
 def check_shared_memory() -> Finding:
-    """Room for what processes of one machine share: NCCL, and images from loader processes."""
+    """Measure the free shared memory, which NCCL and data loader workers need."""
     try:
         with tempfile.TemporaryFile(dir=_SHARED_MEMORY) as file:
             file.write(b"x")
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError as error:
         return Finding(
-            "shared memory",
             "broken",
             f"{_SHARED_MEMORY} cannot be written: {error.strerror}",
-            "mount a tmpfs there; a container needs --ipc=host or --shm-size=8g",
+            "mount a tmpfs there; start containers with --ipc=host or --shm-size=8g",
         )
-    size = f"{_SHARED_MEMORY} has {_bytes(free)} free"
+    text = f"{_SHARED_MEMORY} has {_bytes(free)} free"
     if free < _SMALL_SHARED_MEMORY:
         return Finding(
-            "shared memory",
             "note",
-            size,
-            "little for loader processes and NCCL: a container gets more with --shm-size=8g, and "
-            "--data.workers 0 needs none",
+            text,
+            "little for data loader workers and NCCL: start containers with --shm-size=8g, or use "
+            "--data.workers 0, which needs none",
         )
-    return Finding("shared memory", "ok", size)
+    return Finding("ok", text)
 
 
 def check_disk(run_dir: Path) -> Finding:
-    """Whether the run directory's disk can be written, how fast, and how much is free."""
+    """Write to the run directory's disk. Nothing is left behind."""
     folder = run_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -204,54 +217,50 @@ def check_disk(run_dir: Path) -> Finding:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return Finding(
-            "run directory",
             "broken",
             f"{folder} cannot be written: {error.strerror}",
             "choose another --run_dir, or free space there",
         )
     text = f"{folder.resolve()}: {_bytes(speed)}/s, {_bytes(free)} free"
-    if free < _LITTLE_SPACE:
+    if free < _SMALL_DISK:
+        return Finding("note", text, "little space: free some, or lower --checkpoint.keep")
+    if speed < _SLOW_DISK:
         return Finding(
-            "run directory", "note", text, "little space: free some, or lower --checkpoint.keep"
-        )
-    if speed < _SLOW_WRITING:
-        return Finding(
-            "run directory",
             "note",
             text,
-            "a slow disk: sets are written beside the training, but a larger --checkpoint.every "
-            "helps",
+            "a slow disk: checkpoints are written in the background, but a larger "
+            "--checkpoint.every helps",
         )
-    return Finding("run directory", "ok", text)
+    return Finding("ok", text)
 
 
 def _write_speed(folder: Path) -> float:
-    """Bytes a second, durable and renamed as a checkpoint file is."""
+    """Bytes per second of a file that is synced and renamed, as checkpoints are."""
     content = os.urandom(2**20)
     began = time.perf_counter()
     with (folder / "written").open("wb") as file:
-        for _ in range(_WRITTEN // len(content)):
+        for _ in range(_TEST_FILE_BYTES // len(content)):
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
     (folder / "written").rename(folder / "renamed")
-    return _WRITTEN / (time.perf_counter() - began)
+    return _TEST_FILE_BYTES / (time.perf_counter() - began)
 
 
 def check_round(backend: str, seconds: float) -> Finding:
-    """A real round between two processes."""
-    well, text = try_round(backend, seconds=seconds)
-    name = f"round over {backend}"
-    if well:
-        return Finding(name, "ok", text)
+    """Run a round between two processes of this machine."""
+    from dist_graft.population.runtime.selftest import try_round
+
+    works, text = try_round(backend, seconds=seconds)
+    if works:
+        return Finding("ok", text)
     interface = f"{backend.upper()}_SOCKET_IFNAME"
     return Finding(
-        name,
         "broken",
         text,
-        f"two processes of this machine could not graft: if they do not connect, name a network "
-        f"interface in {interface} (lo always works on one machine); if they are slow, allow "
-        "more --timeout_seconds",
+        f"two processes of this machine cannot graft: if they do not connect, set {interface} to a "
+        "network interface (lo always works on one machine); if they are slow, raise "
+        "--timeout_seconds",
     )
 
 

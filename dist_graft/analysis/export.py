@@ -1,60 +1,92 @@
-"""Final weights as plain state dicts, for programs that know nothing of this package."""
+"""``dist-graft export``: write the networks of a run as plain state dicts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from dist_graft.analysis.soups import uniform_soup
-from dist_graft.analysis.stored_run import State, architecture, open_run
-from dist_graft.training.checkpoint.files import save_network, write_atomically
+from jsonargparse import ArgumentParser
+
+from dist_graft.command import Command, Options, add_run_arguments
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.version import VERSION
 
-DESCRIPTION = "export.json"
-"""Beside the exported files: what they are, and the names of the files."""
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options."""
+    parser = ArgumentParser(
+        description="Write plain state dicts: networkNN.pt for each network, and uniform_soup.pt, "
+        "the average of their weights.",
+        **settings,
+    )
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="output folder; unset: RUN/export"
+    )
+    return parser
+
+
+def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+    """Export a run and print the files."""
+    del process
+    out = Path(options["out"]) if options["out"] else None
+    yield export_run(options["run"], checkpoint=options["checkpoint"], out=out)
+
+
+COMMAND = Command(
+    name="export",
+    help="write the networks of a run as plain state dicts",
+    build_parser=build_parser,
+    run=run,
+)
 
 
 def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = None) -> str:
     """Write networkNN.pt for each network of a run, and uniform_soup.pt, the mean of their weights.
 
-    Each file holds a plain state dict of contiguous tensors on the CPU:
-    `model.load_state_dict(torch.load(path, weights_only=True))`. Of the soup, batch norm's running
-    statistics are means too. export.json says what the files are.
+    Each file holds a plain state dict of contiguous CPU tensors:
+    ``model.load_state_dict(torch.load(path, weights_only=True))``. The batch norm statistics of the
+    soup are means, too. export.json describes the files.
 
     Args:
-        run: the run directory.
-        checkpoint: name of a set; None: the newest complete one.
-        out: folder that is written to; None: RUN/export.
+        run: run directory.
+        checkpoint: name of a checkpoint; None: the latest complete one.
+        out: output folder; None: RUN/export.
 
-    Returns: the files, and the line that loads one.
+    Returns: the files and how to load them.
 
-    Raises: RunDirectoryError or ConfigError whose text says what to do.
+    Raises: RunDirectoryError; ConfigError if the weights do not fit the run's architecture.
     """
+    from dist_graft.analysis.soups import uniform_soup
+    from dist_graft.analysis.stored_weights import EXPORT_DESCRIPTION, architecture, open_run
+    from dist_graft.training.checkpoint.files import save_network, write_atomically
+
     stored = open_run(Path(run), checkpoint)
-    folder = out or stored.path / "export"
+    folder, model = out or stored.path / "export", stored.config.model
     states = list(stored.states())
-    for state in states:  # before anything is written
-        architecture(stored.config.model, state, stored.checkpoint.path)
+    for state in states:  # refuse before anything is written
+        architecture(model, state, stored.checkpoint.path)
     files = {f"network{network:02d}.pt": state for network, state in enumerate(states)}
     files["uniform_soup.pt"] = uniform_soup(states)
+    sha256 = {}
+    for name, state in files.items():
+        contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+        sha256[name] = save_network(folder / name, contiguous)
     description = {
         "run_dir": str(stored.path),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,
-        "model": stored.config.model.name,
+        "model": model.name,
         "lead": stored.config.graft.lead,
-        "sha256": {
-            name: save_network(folder / name, _plain(state)) for name, state in files.items()
-        },
+        "sha256": sha256,
         "dist_graft": VERSION,
     }
-    write_atomically(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+    content = (json.dumps(description, indent=1) + "\n").encode()
+    write_atomically(folder / EXPORT_DESCRIPTION, content)
     names = "\n".join(str(folder / name) for name in files)
     return (
-        f"{names}\n{stored.config.model.name} of {stored.checkpoint.epoch} epochs; to load one: "
+        f"{names}\n{model.name} after {stored.checkpoint.epoch} epochs; load it with "
         "model.load_state_dict(torch.load(path, weights_only=True))"
     )
-
-
-def _plain(state: State) -> State:
-    return {key: tensor.contiguous() for key, tensor in state.items()}

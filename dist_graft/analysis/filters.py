@@ -1,4 +1,4 @@
-"""What the filters of networks hold, as numbers."""
+"""Norms and entropies of the filters of networks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_graft.analysis.sources import Source
-from dist_graft.analysis.stored_run import architecture, fill
+from dist_graft.analysis.stored_weights import Source, architecture, load_state
 from dist_graft.errors import ConfigError, NonFiniteError
 from dist_graft.grafting.information import entropies, entropy, filter_norms, l1
 from dist_graft.grafting.units import Lead, graft_tensors, graft_units
@@ -19,15 +18,15 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The lead of one graft unit in one network."""
+    """Lead tensor of one graft unit in one network."""
 
     unit: str
     weights: int
-    """Of each filter."""
+    """Number of weights per filter."""
     entropy: float
-    """Of all weights together (eq. 6), in nats."""
+    """Entropy of all weights together (eq. 6), in nats."""
     mean_absolute: float
-    """Mean absolute weight: what the L1 criterion compares."""
+    """Mean absolute weight, the information of the L1 criterion."""
     norms: Numbers
     """[filters]: L1 norm of each filter."""
     entropies: Numbers
@@ -36,18 +35,18 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """The layers of all networks of one source; every network has the same ones."""
+    """Layers of all networks of one source, the same in every network."""
 
     label: str
     networks: dict[str, list[Layer]]
 
     @property
     def units(self) -> list[tuple[str, int]]:
-        """Name of each graft unit and number of its filters, from the input to the output."""
+        """Name and number of filters of each graft unit, from input to output."""
         return [(layer.unit, len(layer.norms)) for layer in next(iter(self.networks.values()))]
 
     def below(self, threshold: float) -> NDArray[np.int64]:
-        """[networks, units]: number of filters with a smaller L1 norm."""
+        """Number of filters with a smaller L1 norm, [networks, units]."""
         return np.array(
             [
                 [int((layer.norms < threshold).sum()) for layer in layers]
@@ -56,16 +55,21 @@ class Inspected:
         )
 
     def layer_entropies(self) -> Numbers:
-        """[networks, units]: entropy of each layer, in nats."""
+        """Entropy of each layer in nats, [networks, units]."""
         return np.array([[layer.entropy for layer in layers] for layers in self.networks.values()])
 
 
 def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | None) -> Inspected:
     """Measure every filter of every network.
 
-    Args: lead: layers that are looked at; None: those that the source's run grafts.
-    Raises: ConfigError when the weights do not fit the architecture, or nothing leads;
-        NonFiniteError naming the network and layer.
+    Args:
+        source: networks to measure.
+        label: name of the source in tables and plots.
+        num_bins: histogram bins of the entropy.
+        lead: layers to inspect; None: those that the source's run grafts.
+
+    Raises: ConfigError if the weights do not fit the architecture or no layer can lead a unit;
+        NonFiniteError naming network and layer.
     """
     first = next(iter(source.states.values()))
     model = architecture(source.model, first, source.path)
@@ -75,7 +79,7 @@ def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | No
         raise ConfigError(f"{source.path}: {error}") from error
     networks = {}
     for name, state in source.states.items():
-        fill(model, state, source.path)
+        load_state(model, state, source.path)
         tensors = graft_tensors(model)
         layers = []
         for unit in units:
@@ -98,11 +102,11 @@ def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | No
     return Inspected(label=label, networks=networks)
 
 
-def check_alike(inspected: Sequence[Inspected]) -> None:
-    """Raise ConfigError unless all sources have the same layers, so that they can be compared."""
+def check_same_layers(inspected: Sequence[Inspected]) -> None:
+    """Raise ConfigError unless all sources have the same layers."""
     for other in inspected[1:]:
         if other.units != inspected[0].units:
             raise ConfigError(
                 f"{inspected[0].label} and {other.label} do not have the same layers: inspect them "
-                "one by one"
+                "separately"
             )

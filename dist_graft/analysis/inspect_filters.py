@@ -1,20 +1,24 @@
-"""Invalid filters, entropy and L1 norms of several sources: a table, a CSV file, pictures."""
+"""``dist-graft inspect``: invalid filters, entropy and L1 norms as tables, CSV and plots."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+from jsonargparse import ArgumentParser
 
-from dist_graft.analysis.filter_plots import draw
-from dist_graft.analysis.filters import Inspected, Numbers, check_alike, inspect_source
-from dist_graft.analysis.sources import labels, read_source
-from dist_graft.grafting.units import Lead
-from dist_graft.monitoring.console import table
-from dist_graft.training.checkpoint.files import write_atomically
+from dist_graft.command import Command, Options
+from dist_graft.config.validation import above_zero, at_least
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.printing import format_table
+
+if TYPE_CHECKING:
+    from dist_graft.analysis.filters import Inspected
+    from dist_graft.grafting.units import Lead
 
 _COLUMNS = (
     "source",
@@ -33,6 +37,67 @@ _NOTE = (
 )
 
 
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options."""
+    parser = ArgumentParser(
+        description="Measure the filters of networks. Writes inspect.csv and three plots.",
+        **settings,
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        type=str,
+        nargs="+",
+        help="run directories, checkpoints, exported folders or .pt files to compare",
+    )
+    add(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.01, 0.001],
+        help="L1 norms below which a filter counts as invalid",
+    )
+    add("--num_bins", type=int, default=10, help="histogram bins of the entropy")
+    add("--out", type=str, default="inspect", help="output folder")
+    add(
+        "--model.name",
+        type=str | None,
+        default=None,
+        help="architecture of .pt files outside of runs and exported folders",
+    )
+    add(
+        "--graft.lead",
+        type=Literal["conv", "conv+linear"] | None,
+        default=None,
+        help="layers to inspect; unset: those that the run grafts",
+    )
+    return parser
+
+
+def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+    """Inspect the sources and print tables."""
+    del process
+    at_least("num_bins", options["num_bins"], 1)
+    for threshold in options["thresholds"]:
+        above_zero("thresholds", threshold)
+    yield inspect_sources(
+        [Path(source) for source in options["sources"]],
+        thresholds=sorted(set(options["thresholds"]), reverse=True),
+        num_bins=options["num_bins"],
+        out=Path(options["out"]),
+        model_name=options["model"]["name"],
+        lead=options["graft"]["lead"],
+    )
+
+
+COMMAND = Command(
+    name="inspect",
+    help="measure and plot invalid filters, entropy and L1 norms",
+    build_parser=build_parser,
+    run=run,
+)
+
+
 def inspect_sources(
     paths: Sequence[Path],
     *,
@@ -42,53 +107,58 @@ def inspect_sources(
     model_name: str | None = None,
     lead: Lead | None = None,
 ) -> str:
-    """Measure the filters of runs, checkpoint sets or files; write inspect.csv and three pictures.
+    """Measure the filters of runs, checkpoints or files; write inspect.csv and three plots.
 
     Args:
-        paths: see `read_source`; all of one architecture.
-        thresholds: L1 norms, falling; a filter below one is invalid.
-        num_bins: of the entropy's histogram.
-        out: folder that is written to.
-        model_name: architecture of files that lie in no run and no exported folder.
-        lead: layers that are looked at; None: those that the run grafts.
+        paths: as for `read_source`, all of one architecture.
+        thresholds: L1 norms in decreasing order; a filter below one is invalid.
+        num_bins: histogram bins of the entropy.
+        out: output folder.
+        model_name: architecture of files outside of runs and exported folders.
+        lead: layers to inspect; None: those that the run grafts.
 
-    Returns: tables of totals and layers, and the files that were written.
+    Returns: tables of networks and layers, and the files that were written.
 
-    Raises: a DistGraftError whose text says what to do.
+    Raises: DistGraftError.
     """
+    from dist_graft.analysis.filter_plots import draw
+    from dist_graft.analysis.filters import check_same_layers, inspect_source
+    from dist_graft.analysis.stored_weights import labels, read_source
+    from dist_graft.training.checkpoint.files import write_atomically
+
     inspected = [
         inspect_source(read_source(path, model_name), label, num_bins=num_bins, lead=lead)
         for path, label in zip(paths, labels(paths), strict=True)
     ]
-    check_alike(inspected)
+    check_same_layers(inspected)
     files = {"inspect.csv": csv_text(inspected).encode(), **draw(inspected, thresholds, num_bins)}
     for name, content in files.items():
         write_atomically(out / name, content)
     written = ", ".join(str(out / name) for name in files)
     return (
-        f"{totals_text(inspected, thresholds)}\n\n{layers_text(inspected, thresholds)}\n{_NOTE}\n\n"
-        f"written: {written}"
+        f"{network_table(inspected, thresholds)}\n\n{layer_table(inspected, thresholds)}\n{_NOTE}\n"
+        f"\nwritten: {written}"
     )
 
 
 def csv_text(inspected: Sequence[Inspected]) -> str:
-    """A line for each source, network, unit and filter; the unit's own values are repeated."""
+    """One line per source, network, unit and filter. Values of a unit are repeated."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for source in inspected:
         for network, layers in source.networks.items():
             for layer in layers:
-                own = (f"{layer.mean_absolute:.9g}", f"{layer.entropy:.9g}")
+                unit = (f"{layer.mean_absolute:.9g}", f"{layer.entropy:.9g}")
                 for number, (norm, entropy) in enumerate(
                     zip(layer.norms, layer.entropies, strict=True)
                 ):
                     line = (source.label, network, layer.unit, number, layer.weights)
-                    writer.writerow((*line, f"{norm:.9g}", f"{entropy:.9g}", *own))
+                    writer.writerow((*line, f"{norm:.9g}", f"{entropy:.9g}", *unit))
     return buffer.getvalue()
 
 
-def totals_text(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> str:
+def network_table(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> str:
     """Filters of each network below each threshold."""
     header = ("source", "network", "filters", *(f"L1 < {value:g}" for value in thresholds))
     rows = []
@@ -98,17 +168,17 @@ def totals_text(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> 
         for row, network in enumerate(source.networks):
             shares = (f"{counts[row]} ({100 * counts[row] / filters:.1f}%)" for counts in below)
             rows.append((source.label, network, str(filters), *shares))
-    return table(header, rows)
+    return format_table(header, rows)
 
 
-def layers_text(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> str:
-    """Each layer of each source; means over the networks of a source that has several."""
+def layer_table(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> str:
+    """Each layer of each source, averaged over the networks of the source."""
     header = (
         *("layer", "name", "filters", "source"),
         *(f"L1 < {value:g}" for value in thresholds),
         *("entropy", "of a filter", "|w|", "norm"),
     )
-    counts = [[_mean(source.below(value)) for value in thresholds] for source in inspected]
+    counts = [[source.below(value).mean(0) for value in thresholds] for source in inspected]
     rows = []
     for unit, (name, filters) in enumerate(inspected[0].units):
         for column, source in enumerate(inspected):
@@ -119,15 +189,10 @@ def layers_text(inspected: Sequence[Inspected], thresholds: Sequence[float]) -> 
                     *((str(unit + 1), name, str(filters)) if column == 0 else ("", "", "")),
                     source.label,
                     *(f"{below[unit]:.{digits}f}" for below in counts[column]),
-                    f"{np.mean([layer.entropy for layer in layers]):.3f}",
-                    f"{np.mean([layer.entropies.mean() for layer in layers]):.3f}",
-                    f"{np.mean([layer.mean_absolute for layer in layers]):.2g}",
-                    f"{np.mean([layer.norms.mean() for layer in layers]):.3g}",
+                    f"{fmean(layer.entropy for layer in layers):.3f}",
+                    f"{fmean(layer.entropies.mean() for layer in layers):.3f}",
+                    f"{fmean(layer.mean_absolute for layer in layers):.2g}",
+                    f"{fmean(layer.norms.mean() for layer in layers):.3g}",
                 )
             )
-    return table(header, rows)
-
-
-def _mean(counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Numbers:
-    mean: Numbers = counts.mean(0, dtype=np.float64)
-    return mean
+    return format_table(header, rows)

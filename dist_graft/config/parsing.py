@@ -1,4 +1,4 @@
-"""Options from YAML into the configuration dataclasses, strictly."""
+"""Strict parsing of options and YAML files into configuration dataclasses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import re
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -19,28 +19,31 @@ from dist_graft.config.validation import from_nested
 from dist_graft.errors import ConfigError
 
 PARSER_SETTINGS: Mapping[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+"""Settings of every parser."""
 
 SECTIONS = tuple(
     field.name
     for field in dataclasses.fields(TrainConfig)
     if dataclasses.is_dataclass(field.default_factory)
 )
-"""Of TrainConfig; in a YAML file each may be the name of another file, beside it."""
+"""Sections of TrainConfig. In a YAML file each may be the name of another YAML file."""
 
 _yaml_load = get_loader("yaml")
 
 
 def prepare_parsing() -> None:
-    """Have jsonargparse read field texts as help, and YAML strictly."""
+    """Make jsonargparse read YAML strictly and use the docstrings of fields as help."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_strictly, (yaml.YAMLError,))
 
 
 def load_strictly(text: str) -> Any:
-    """YAML as jsonargparse reads it, but a key given twice is an error (yaml.YAMLError).
+    """Load YAML as jsonargparse does, but refuse duplicate keys.
 
-    The section `run` that a run directory's config.yaml adds is left out, so that the file can be
-    used as a configuration.
+    The section `run` that is added to a run directory's config.yaml is removed, so that the file
+    can be used with ``--config``.
+
+    Raises: yaml.YAMLError.
     """
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None:
@@ -67,15 +70,16 @@ def _refuse_duplicates(node: yaml.Node) -> None:
 
 
 def from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from what a YAML file holds, names and types checked.
+    """Create a configuration dataclass from the content of a YAML file, checking names and types.
 
-    Raises: ConfigError for a name that is unknown, or a value of another type or out of range.
+    Raises: ConfigError for an unknown name, a wrong type or a value out of range.
     """
     try:
         parsed = _parser(typing.cast("Callable[..., Any]", kind)).parse_object(dict(values))
     except ArgumentError as error:
         message = " ".join(str(error).replace("typing.", "").split())
-        raise ConfigError(message + did_you_mean(message, kind).replace("--", "")) from error
+        hint = did_you_mean(message, option_names(kind)).replace("--", "")
+        raise ConfigError(message + hint) from error
     return from_nested(kind, parsed.as_dict())
 
 
@@ -88,7 +92,7 @@ def _parser(kind: Callable[..., Any]) -> ArgumentParser:
 
 
 def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """All options of a configuration, as they are written after the two dashes."""
+    """Yield all options of a configuration, such as ``graft.amplitude``."""
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(types[field.name]):
@@ -98,11 +102,11 @@ def option_names(kind: type[Any] = TrainConfig, prefix: str = "") -> Iterator[st
             yield f"{prefix}{field.name}"
 
 
-def did_you_mean(message: str, kind: type[Any] = TrainConfig) -> str:
-    """What to add to the parser's message: the option that was probably meant, or nothing."""
-    unknown = re.search(r"(?:arguments?: --|[Oo]ption ')([\w.]+)", message)
+def did_you_mean(message: str, options: Iterable[str]) -> str:
+    """Suggest an option for the unknown one in a parser's message, or return an empty string."""
+    unknown = re.search(r"(?:arguments?: --|[Oo]ption ')([\w.-]+)", message)
     if unknown:
-        near = difflib.get_close_matches(unknown.group(1), list(option_names(kind)), n=1)
+        near = difflib.get_close_matches(unknown.group(1), list(options), n=1)
         if near and near[0] != unknown.group(1):
             return f"; did you mean --{near[0]}?"
     return ""

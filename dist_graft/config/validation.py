@@ -1,4 +1,4 @@
-"""How options become configurations, and how one that is out of range is refused."""
+"""Validation of option values, and configurations from nested dictionaries."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from dist_graft.references import check_name, resolve
 
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
-    """Raise ConfigError naming option, value and legal range, unless ok."""
+    """Raise ConfigError with the option's name, value and legal range, unless ok."""
     if not ok:
         raise ConfigError(f"{name} must be {legal}, got {value!r}")
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Require a finite number not below the least; None stands for unset."""
+    """Require a finite number of at least `least`. None, for unset, is accepted."""
     if value is not None:
         require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
 
 
 def above_zero(name: str, value: float) -> None:
-    """Require a finite number above 0."""
+    """Require a finite number greater than 0."""
     require(math.isfinite(value) and value > 0, name, value, "above 0")
 
 
 def step_range(name: str, value: str) -> tuple[int, int]:
-    """The two numbers of A:B, 0 <= A < B; a ConfigError that names the option otherwise."""
+    """Parse a range of steps A:B with 0 <= A < B.
+
+    Raises: ConfigError naming the option.
+    """
     first, colon, last = value.partition(":")
     legal = bool(colon) and all(
         number.isascii() and number.isdigit() and len(number) < 16 for number in (first, last)
@@ -39,13 +42,13 @@ def step_range(name: str, value: str) -> tuple[int, int]:
         legal and int(first) < int(last),
         name,
         value,
-        "A:B with whole numbers 0 <= A < B (the steps A to B - 1 of the run, from 0)",
+        "A:B with integers 0 <= A < B (steps A to B - 1 of the run, counted from 0)",
     )
     return int(first), int(last)
 
 
 def known_or_own(option: str, name: str, known: Collection[str]) -> None:
-    """Require one of our names, or package.module:name."""
+    """Require a known name or a reference package.module:name."""
     try:
         check_name(name, known)
     except ValueError as error:
@@ -53,7 +56,10 @@ def known_or_own(option: str, name: str, known: Collection[str]) -> None:
 
 
 def own(option: str, reference: str) -> Callable[..., Any]:
-    """What an option's package.module:name names; ConfigError when it is not there."""
+    """Import the object of an option's reference package.module:name.
+
+    Raises: ConfigError if it does not exist.
+    """
     try:
         return resolve(reference)
     except ValueError as error:
@@ -61,9 +67,9 @@ def own(option: str, reference: str) -> Callable[..., Any]:
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A configuration dataclass from nested dictionaries, as YAML holds them.
+    """Create a configuration dataclass from nested dictionaries.
 
-    Raises: ConfigError for a value out of range; TypeError for a name that is no field.
+    Raises: ConfigError for a value out of range; TypeError for an unknown name.
     """
     types = typing.get_type_hints(kind)
     return kind(**{name: _as_field(types.get(name), value) for name, value in values.items()})

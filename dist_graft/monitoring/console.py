@@ -10,16 +10,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-Row = Sequence[str]
+from dist_graft.printing import format_table as table
 
-
-def table(header: Row, rows: Sequence[Row]) -> str:
-    """Columns aligned to the right, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    )
+__all__ = ["NetworkRow", "ProgressBar", "duration", "epoch_text", "summary_text", "table"]
 
 
 def duration(seconds: float) -> str:

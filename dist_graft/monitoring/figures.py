@@ -1,6 +1,6 @@
-"""Pictures for TensorBoard: readable at the size of its cards, and with any colour vision.
+"""Figures for TensorBoard, sized for its cards.
 
-matplotlib is imported with the first picture, as it takes as long as some epochs.
+matplotlib is imported with the first figure, because that takes as long as some epochs.
 """
 
 from __future__ import annotations
@@ -12,33 +12,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dist_graft.plot_style import BLUE, ORANGE, plot_style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure, FigureBase
 
 Pixels = npt.NDArray[np.uint8]
-"""[height, width, 3]"""
+"""RGB image, [height, width, 3]."""
 Numbers = npt.NDArray[np.float64]
 
-MOST_COLUMNS = 240
-MOST_NAMES = 24
-MOST_ARROWS = 24
-MOST_NUMBERS = 10
+MAX_COLUMNS = 240
+MAX_NAMES = 24
+MAX_ARROWS = 24
+MAX_NUMBERS = 10
 _DPI = 100
 _MISSING = "#bbbbbb"
-_BEND = 0.22
-_BESIDE: dict[int, Literal["left", "center", "right"]] = {-1: "right", 0: "center", 1: "left"}
-_ABOVE: dict[int, Literal["top", "center", "bottom"]] = {-1: "top", 0: "center", 1: "bottom"}
+_FONT_SIZE = 11
+_CURVATURE = 0.22
+_HORIZONTAL: dict[int, Literal["left", "center", "right"]] = {-1: "right", 0: "center", 1: "left"}
+_VERTICAL: dict[int, Literal["top", "center", "bottom"]] = {-1: "top", 0: "center", 1: "bottom"}
 _WIDTH = 4.6  # inches; a card is about 350 pixels wide
-_SETTINGS: dict[Any, Any] = {
-    "font.size": 11,
-    "figure.titlesize": 11,
-    "xtick.labelsize": 11,
-    "ytick.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def layers_over_epochs(
@@ -49,25 +44,27 @@ def layers_over_epochs(
     *,
     middle: float | None = None,
 ) -> Pixels:
-    """A heat map: a row a layer, from the input above to the output below, a column an epoch.
+    """Draw a heat map with a row per layer, input on top, and a column per epoch.
 
     Args:
-        title: what the values are.
-        epochs: of the columns, ascending; a column reaches to the next one.
+        title: name of the values.
+        epochs: epoch of each column, ascending. A column extends to the next one.
         names: of the layers.
-        values: [layers, epochs]; those that are not finite are drawn grey.
-        middle: value that gets white, with two colours on its sides; unset: one scale of colours.
+        values: [layers, epochs]. Non-finite values are grey.
+        middle: center of a diverging color map, drawn white; None: a sequential color map.
+
+    Returns: the figure as an RGB image.
     """
-    edges, shown = _columns(np.asarray(epochs, dtype=np.float64), values)
-    with _style():
+    edges, averaged = _columns(np.asarray(epochs, dtype=np.float64), values)
+    with plot_style(_FONT_SIZE):
         figure = _figure(_rows_inches(names))
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
             edges,
             np.arange(len(names) + 1) - 0.5,
-            np.ma.masked_invalid(shown),
-            cmap=_colours("viridis" if middle is None else "PuOr"),
-            norm=_range(shown, middle),
+            np.ma.masked_invalid(averaged),
+            cmap=_color_map("viridis" if middle is None else "PuOr"),
+            norm=_normalize(averaged, middle),
         )
         _title(figure, title)
         axes.set_xlabel("epoch, from 0")
@@ -78,39 +75,41 @@ def layers_over_epochs(
         return _pixels(figure)
 
 
-def who_gave_to_whom(
+def flow_of_round(
     title: str, names: Sequence[str], shares: Numbers, donors: Sequence[Sequence[int]]
 ) -> Pixels:
-    """A round: the networks with arrows from their donors, and what each took, layer by layer.
+    """Draw a round: arrows from donors to recipients, and the share that each layer received.
 
     Args:
-        title: which round.
+        title: name of the round.
         names: of the layers.
-        shares: [layers, networks, networks]: how much of the last one flowed into the other.
+        shares: [layers, recipients, donors], share of the donor in the recipient's weights.
         donors: of each network.
+
+    Returns: the figure as an RGB image.
     """
     networks = len(donors)
-    taken = 1 - np.stack([shares[:, one, one] for one in range(networks)], axis=1)
+    taken = 1 - np.diagonal(shares, axis1=1, axis2=2)
     heights = (3.4, _rows_inches(names))
-    with _style():
+    with plot_style(_FONT_SIZE):
         figure = _figure(sum(heights))
         upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
         above, below = upper.add_subplot(), lower.add_subplot()
         flow = shares.mean(axis=0)
-        simple = networks <= 3 or (networks <= MOST_ARROWS and max(map(len, donors)) <= 1)
-        if simple:
+        few = networks <= 3 or (networks <= MAX_ARROWS and max(map(len, donors)) <= 1)
+        if few:
             _draw_arrows(above, flow, donors)
         else:
             _draw_matrix(above, flow)
-        _title(upper, f"{title}: % taken, mean of the layers")
+        _title(upper, f"{title}: % taken, mean over layers")
         mesh = below.pcolormesh(
             np.arange(networks + 1) - 0.5,
             np.arange(len(names) + 1) - 0.5,
             100 * taken,
-            cmap=_colours("viridis"),
-            norm=_range(100 * taken, None, least=2.0),
+            cmap=_color_map("viridis"),
+            norm=_normalize(100 * taken, None, least=2.0),
         )
-        _title(lower, f"{title}: % taken, layer by layer")
+        _title(lower, f"{title}: % taken, by layer")
         below.set_xlabel("recipient")
         below.invert_yaxis()
         _name_rows(below, names)
@@ -119,64 +118,75 @@ def who_gave_to_whom(
         return _pixels(figure)
 
 
+who_gave_to_whom = flow_of_round  # former name
+
+
 def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> None:
-    """Networks on a circle, the first one on top; arrows from donors, as wide as what they gave."""
+    """Networks on a circle, network 0 on top, with arrows as wide as the donors' shares."""
     networks = len(donors)
-    turns = [math.tau * one / networks for one in range(networks)]
-    places = [np.array([math.sin(turn), math.cos(turn)]) for turn in turns]
-    gifts = [(donor, one, flow[one, donor]) for one, list_ in enumerate(donors) for donor in list_]
-    largest = max((share for *_, share in gifts), default=1.0) or 1.0
+    angles = [math.tau * network / networks for network in range(networks)]
+    positions = [np.array([math.sin(angle), math.cos(angle)]) for angle in angles]
+    arrows = [
+        (donor, recipient, flow[recipient, donor])
+        for recipient, its_donors in enumerate(donors)
+        for donor in its_donors
+    ]
+    largest = max((share for *_, share in arrows), default=1.0) or 1.0
     radius = max(9.0, 19.0 - networks)  # in points
-    for donor, recipient, share in gifts:
+    for donor, recipient, share in arrows:
         axes.annotate(
             "",
-            xy=tuple(places[recipient]),
-            xytext=tuple(places[donor]),
+            xy=tuple(positions[recipient]),
+            xytext=tuple(positions[donor]),
             arrowprops={
                 "arrowstyle": "-|>,head_length=0.6,head_width=0.3",
                 "mutation_scale": max(8, 22 - networks),
                 "linewidth": 0.8 + 3.2 * share / largest,
-                "color": "#0072B2",
+                "color": BLUE,
                 "shrinkA": radius,
                 "shrinkB": radius + 1,
-                "connectionstyle": f"arc3,rad={-_BEND}",
+                "connectionstyle": f"arc3,rad={-_CURVATURE}",
             },
         )
-        along = places[recipient] - places[donor]
-        aside = np.array([-along[1], along[0]]) / np.hypot(*along)
-        spot = places[donor] + 0.5 * along + aside * (_BEND / 2 * np.hypot(*along) + 0.07)
-        axes.text(
-            float(spot[0]),
-            float(spot[1]),
-            f"{100 * share:.2g}%",
-            ha=_BESIDE[round(aside[0])],
-            va=_ABOVE[round(aside[1])],
-            fontsize=11,
+        direction = positions[recipient] - positions[donor]
+        normal = np.array([-direction[1], direction[0]]) / np.hypot(*direction)
+        label = (
+            positions[donor]
+            + 0.5 * direction
+            + normal * (_CURVATURE / 2 * np.hypot(*direction) + 0.07)
         )
-    for one, (x, y) in enumerate(places):
-        axes.scatter([x], [y], s=(2 * radius) ** 2, color="#E69F00", edgecolors="black", zorder=3)
-        axes.text(x, y, str(one), ha="center", va="center", fontsize=radius, zorder=4)
+        axes.text(
+            float(label[0]),
+            float(label[1]),
+            f"{100 * share:.2g}%",
+            ha=_HORIZONTAL[round(normal[0])],
+            va=_VERTICAL[round(normal[1])],
+            fontsize=_FONT_SIZE,
+        )
+    for network, (x, y) in enumerate(positions):
+        axes.scatter([x], [y], s=(2 * radius) ** 2, color=ORANGE, edgecolors="black", zorder=3)
+        axes.text(x, y, str(network), ha="center", va="center", fontsize=radius, zorder=4)
     axes.set(xlim=(-1.4, 1.4), ylim=(-1.25, 1.25), aspect="equal")
     axes.axis("off")
 
 
 def _draw_matrix(axes: Axes, flow: Numbers) -> None:
-    """For more arrows than an eye can follow: row of the recipient, column of the donor."""
-    given = 100 * flow
-    np.fill_diagonal(given, np.nan)
+    """Many arrows as a matrix: a row per recipient, a column per donor."""
+    percent = 100 * flow
+    np.fill_diagonal(percent, np.nan)
     mesh = axes.pcolormesh(
-        np.arange(len(given) + 1) - 0.5,
-        np.arange(len(given) + 1) - 0.5,
-        np.ma.masked_invalid(given),
-        cmap=_colours("cividis"),
-        norm=_range(given, None, least=2.0),
+        np.arange(len(percent) + 1) - 0.5,
+        np.arange(len(percent) + 1) - 0.5,
+        np.ma.masked_invalid(percent),
+        cmap=_color_map("cividis"),
+        norm=_normalize(percent, None, least=2.0),
     )
-    if len(given) <= MOST_NUMBERS:
+    if len(percent) <= MAX_NUMBERS:
         middle = float(np.mean(mesh.get_clim()))
-        for (recipient, donor), share in np.ndenumerate(given):
+        for (recipient, donor), share in np.ndenumerate(percent):
             if recipient != donor:
-                ink = "white" if share < middle else "black"
-                axes.text(donor, recipient, f"{share:.2g}", ha="center", va="center", color=ink)
+                color = "white" if share < middle else "black"
+                axes.text(donor, recipient, f"{share:.2g}", ha="center", va="center", color=color)
     axes.set_xlabel("donor")
     axes.set_ylabel("recipient")
     axes.invert_yaxis()
@@ -185,10 +195,10 @@ def _draw_matrix(axes: Axes, flow: Numbers) -> None:
 
 
 def _columns(epochs: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
-    """Edges of the columns, and their values; many columns are drawn as the means of several."""
-    together = -(-len(epochs) // MOST_COLUMNS)
-    starts = np.arange(0, len(epochs), together)
-    if together > 1:
+    """Edges and values of the columns, averaged if there are more than MAX_COLUMNS."""
+    group = -(-len(epochs) // MAX_COLUMNS)
+    starts = np.arange(0, len(epochs), group)
+    if group > 1:
         known = np.isfinite(values)
         count = np.add.reduceat(known, starts, axis=1, dtype=np.float64)
         total = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
@@ -197,8 +207,8 @@ def _columns(epochs: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
     return np.append(epochs[starts], epochs[-1] + width) - 0.5, values
 
 
-def _range(values: Numbers, middle: float | None, *, least: float = 1e-3) -> Normalize:
-    """From the smallest to the largest value, or as far on both sides of the middle."""
+def _normalize(values: Numbers, middle: float | None, *, least: float = 1e-3) -> Normalize:
+    """Range of the values, symmetric around the middle if there is one."""
     from matplotlib.colors import Normalize
 
     known = values[np.isfinite(values)]
@@ -210,11 +220,11 @@ def _range(values: Numbers, middle: float | None, *, least: float = 1e-3) -> Nor
 
 
 def _rows_inches(names: Sequence[str]) -> float:
-    return 1.1 + 0.17 * max(8, min(len(names), MOST_NAMES))
+    return 1.1 + 0.17 * max(8, min(len(names), MAX_NAMES))
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    every = -(-len(names) // MOST_NAMES)
+    every = -(-len(names) // MAX_NAMES)
     axes.set_yticks(range(0, len(names), every), names[::every])
 
 
@@ -226,30 +236,24 @@ def _whole_ticks(axes: Axes, which: Literal["x", "both"] = "x") -> None:
 
 
 def _title(figure: FigureBase, title: str) -> None:
-    """From the left edge, so that the names of the rows leave it its room."""
+    """Align the title with the left edge, to have room beside long row names."""
     figure.suptitle(title, x=0.02, ha="left")
 
 
-def _colours(name: str) -> Any:
+def _color_map(name: str) -> Any:
     from matplotlib import colormaps
 
     return colormaps[name].with_extremes(bad=_MISSING)
 
 
 def _figure(height: float) -> Figure:
-    """Of a height in inches, of 100 pixels each."""
+    """Create a figure of a height in inches, with 100 pixels per inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _style() -> Any:
-    from matplotlib import rc_context
-
-    return rc_context(_SETTINGS)
 
 
 def _pixels(figure: Figure) -> Pixels:

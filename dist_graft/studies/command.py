@@ -1,4 +1,4 @@
-"""The command ``dist-graft compare``."""
+"""``dist-graft compare``: compare methods with their controls over several seeds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from dist_graft.command import Command, Options
 from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
 
-EXTRA = ("pandas", "scipy", "statsmodels", "jinja2")
+EXTRA = ("jinja2", "pandas", "scipy", "statsmodels")
 """Packages of the extra ``studies``."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
-    """Build the parser of the command's options from the settings that all parsers share."""
+    """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Run the methods and controls of a plan, or what remains of them, and write a "
-        "report.",
+        description="Train the runs of a plan that have no results yet, and write a report.",
         **settings,
     )
     add = parser.add_argument
@@ -35,18 +35,17 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--report_only",
         type=bool,
         default=False,
-        help="report on the existing results without running anything",
+        help="report on the existing results without training, also during a comparison",
     )
     return parser
 
 
-def run(options: Mapping[str, Any], process: ProcessInfo) -> Iterator[str]:
+def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     """Run the comparison and yield its conclusions.
 
-    Raises: StartError under torchrun, or if the extra ``studies`` is not installed.
+    Raises: StartError if the extra ``studies`` is not installed.
     """
-    if process.networks > 1:
-        raise StartError("compare runs in one process: start it without torchrun")
+    del process
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise StartError(f"compare needs {', '.join(missing)}: pip install dist_graft[studies]")
@@ -56,3 +55,11 @@ def run(options: Mapping[str, Any], process: ProcessInfo) -> Iterator[str]:
     plan = load_plan(Path(options["plan"]))
     out = options["out"] or plan.out or f"comparisons/{plan.name}"
     yield compare(plan, Path(out), report_only=options["report_only"])
+
+
+COMMAND = Command(
+    name="compare",
+    help="compare methods with their controls over several seeds",
+    build_parser=build_parser,
+    run=run,
+)

@@ -321,7 +321,7 @@ def count_filters(run: Path, network: int) -> Row:
 
     Raises: RunDirectoryError without a checkpoint; ConfigError if it does not fit the model.
     """
-    from dist_graft.analysis.stored_run import architecture, open_run
+    from dist_graft.analysis.stored_weights import architecture, open_run
     from dist_graft.grafting.information import invalid_filters
     from dist_graft.grafting.units import graft_units
 

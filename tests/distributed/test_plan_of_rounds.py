@@ -1,4 +1,4 @@
-"""What the plan says of bytes and buffers against real rounds."""
+"""Bytes and buffers of `dist-graft plan`, compared with real rounds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from architectures import build
 from harness import Place, run
 
 from dist_graft import Graft, Grafter
-from dist_graft.analysis.planning.estimate import Rates, estimate
-from dist_graft.analysis.planning.layout import Layout
-from dist_graft.analysis.planning.sizes import sizes_of
+from dist_graft.analysis.plan import Layout, plan_round, size_of
 
 NETWORKS, ROUNDS = 3, 2
 CASES = [
@@ -22,7 +20,7 @@ CASES = [
 
 
 def play(place: Place) -> list[list[tuple[int, int]]]:
-    """Of every case and round: bytes received, and bytes of the buffers that are held after it."""
+    """Bytes received, and bytes of the buffers held afterwards, in each round of each case."""
     return [[*_rounds(place, *case)] for case in CASES]
 
 
@@ -39,23 +37,22 @@ def _rounds(place: Place, architecture: str, exchange: str, topology: str, bucke
 
 
 @pytest.fixture(scope="module")
-def seen() -> list[list[list[tuple[int, int]]]]:
+def measured() -> list[list[list[tuple[int, int]]]]:
     return run(play, NETWORKS)
 
 
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number]))
 )
-def test_bytes_and_buffers_are_those_of_real_rounds(seen, number: int) -> None:
+def test_bytes_and_buffers_equal_real_rounds(measured, number: int) -> None:
     architecture, exchange, topology, bucket_bytes = CASES[number]
-    planned = estimate(
+    planned = plan_round(
         Layout(NETWORKS, 1, NETWORKS),
-        sizes_of(build(architecture, 0)),
-        Rates(1.0, 1.0, 1.0, 0.0),
+        size_of(build(architecture, 0)),
         exchange=exchange,
         topology=topology,
         on_host=True,
         bucket_bytes=bucket_bytes,
     )
-    for process in seen:
+    for process in measured:
         assert process[number] == [(planned.received, planned.buffers)] * ROUNDS

@@ -1,4 +1,4 @@
-"""What the commands for afterwards say of a run that really was one."""
+"""Commands on real runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_graft.training.models import build_model
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two networks over two epochs, with a validation split."""
+    """Run of two networks over two epochs with a validation split."""
     run = tmp_path_factory.mktemp("validated") / "run"
     options = ("--epochs", "2", "--data.val_fraction", "0.5", "--monitor.tensorboard", "false")
     done = finish(torchrun(2, run, *options, "--data.batch_size", "16"), timeout=150)
@@ -29,7 +29,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _threads_stay() -> Any:
+def _restore_threads() -> Any:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def test_evaluate_gives_what_the_last_round_left(
+def test_evaluate_equals_the_summary_after_the_last_round(
     validated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["evaluate", str(validated)]) == 0
@@ -57,19 +57,19 @@ def test_evaluate_gives_what_the_last_round_left(
     assert "greedy soup of" in output
 
 
-def test_without_a_round_evaluate_gives_what_training_left(
+def test_evaluate_without_rounds_equals_the_summary(
     independent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = shutil.copytree(independent, tmp_path / "run")  # others look at the folder too
+    run = shutil.copytree(independent, tmp_path / "run")  # the fixture is shared
     assert cli.run(["evaluate", str(run), "--batch_norm_batches", "1"]) == 0
-    assert "no greedy soup: the run keeps no validation split" in capsys.readouterr().out
+    assert "no greedy soup: the run has no validation split" in capsys.readouterr().out
     result, summary = read(run / "evaluation.json"), read(run / "summary.json")
     for member, network in zip(result["members"], summary["networks"], strict=True):
         assert member["test_accuracy"] == network["accuracy_after_last_round"]
     assert result["ensemble_test_accuracy"] == summary["ensemble_accuracy_after_last_round"]
 
 
-def test_what_is_exported_are_the_weights_of_the_checkpoint(
+def test_export_writes_the_weights_of_the_checkpoint(
     validated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["export", str(validated)]) == 0
@@ -82,7 +82,7 @@ def test_what_is_exported_are_the_weights_of_the_checkpoint(
         assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
 
 
-def test_inspect_shows_two_runs_side_by_side(
+def test_inspect_two_runs(
     validated: Path, independent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = (str(validated), str(independent))

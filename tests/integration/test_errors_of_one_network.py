@@ -1,4 +1,4 @@
-"""What one process finds wrong by itself: one clear line, an exit code, nothing overwritten."""
+"""Errors of a single process: one line, an exit status, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ONE = ("--epochs", "1")
         (["--resume", "must"], ["no complete checkpoint set", "--resume must"]),
     ],
 )
-def test_an_option_that_cannot_be_had_here(
+def test_unavailable_option(
     alone: Alone, tmp_path: Path, options: list[str], says: list[str]
 ) -> None:
     done = alone(tmp_path / "run", *ONE, *options)
@@ -57,7 +57,7 @@ def test_an_option_that_cannot_be_had_here(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_where_there_is_none(alone: Alone, tmp_path: Path) -> None:
+def test_no_gpu(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", *ONE, "--runtime.device", "cuda")
     told(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
 
@@ -74,7 +74,7 @@ def test_a_gpu_where_there_is_none(alone: Alone, tmp_path: Path) -> None:
         ("cifar100", ["cifar-100-python"], ["cifar-100-python", "dist-graft prepare cifar100"]),
     ],
 )
-def test_a_data_folder_that_is_missing_or_empty(
+def test_missing_or_empty_data_folder(
     alone: Alone, tmp_path: Path, name: str, folders: list[str], says: list[str]
 ) -> None:
     root = tmp_path / "images"
@@ -85,7 +85,7 @@ def test_a_data_folder_that_is_missing_or_empty(
     told(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
 
 
-def test_broken_images_are_named_and_left_out_when_asked_to(alone: Alone, tmp_path: Path) -> None:
+def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> None:
     root, run = tmp_path / "images", tmp_path / "run"
     random = np.random.default_rng(0)
     for split, name in itertools.product(("train", "val"), ("cat", "dog")):
@@ -114,7 +114,7 @@ def test_broken_images_are_named_and_left_out_when_asked_to(alone: Alone, tmp_pa
     assert hits == pytest.approx([round(hit) for hit in hits])
 
 
-def test_a_weight_that_is_not_finite(alone: Alone, tmp_path: Path) -> None:
+def test_non_finite_weight(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", *ONE, "--optim.lr", "1e30")
     line = told(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
     assert ".weight" in line
@@ -124,16 +124,18 @@ def test_a_weight_that_is_not_finite(alone: Alone, tmp_path: Path) -> None:
 
 class TestRunDirectory:
     @pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
-    def test_a_file_in_the_way(self, alone: Alone, tmp_path: Path, place: str) -> None:
+    def test_file_in_place_of_the_run_directory(
+        self, alone: Alone, tmp_path: Path, place: str
+    ) -> None:
         (tmp_path / "file").write_text("here")
         told(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
         assert (tmp_path / "file").read_text() == "here"
 
-    def test_a_folder_that_takes_no_files(self, alone: Alone) -> None:
+    def test_folder_is_not_writable(self, alone: Alone) -> None:
         told(alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir")
 
     @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])
-    def test_a_file_under_a_name_of_ours(self, alone: Alone, tmp_path: Path, part: str) -> None:
+    def test_file_in_place_of_a_folder(self, alone: Alone, tmp_path: Path, part: str) -> None:
         path = tmp_path / "run" / part
         path.parent.mkdir(parents=True)
         path.write_text("here")
@@ -157,7 +159,7 @@ class TestRunDirectory:
             (["--epochs", "2"], ["run of 1 epochs", "cosine schedule", "--epochs 2"]),
         ],
     )
-    def test_another_run_is_there(
+    def test_different_options(
         self, alone: Alone, finished: Path, options: list[str], says: list[str]
     ) -> None:
         before = contents(finished, without=("log.txt",))
@@ -168,25 +170,22 @@ class TestRunDirectory:
         assert contents(finished, without=("log.txt",)) == before
         assert log.read_text() == f"{written}ERROR {line}\n"
 
-    def test_a_run_of_more_networks_is_there(
-        self, alone: Alone, pair: Path, tmp_path: Path
-    ) -> None:
+    def test_different_number_of_networks(self, alone: Alone, pair: Path, tmp_path: Path) -> None:
         shutil.copytree(pair, tmp_path / "run")
         before = contents(tmp_path / "run", without=("log.txt",))
         done = alone(tmp_path / "run", *PAIR)
         told(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
         assert contents(tmp_path / "run", without=("log.txt",)) == before
 
-    def test_no_set_is_whole(self, alone: Alone, finished: Path) -> None:
+    def test_no_complete_checkpoint(self, alone: Alone, finished: Path) -> None:
         (finished / "checkpoints/epoch_0001/network00.pt").write_bytes(b"damaged")
         before = contents(finished, without=("log.txt", "status.json"))
         told(alone(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir")
         assert contents(finished, without=("log.txt", "status.json")) == before
 
-    def test_the_line_is_in_the_log_when_a_file_names_the_folder(
+    def test_error_is_logged_if_only_the_config_file_names_the_folder(
         self, alone: Alone, finished: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The option is given nowhere else: not on the command line."""
         monkeypatch.chdir(finished.parent)
         config = finished.parent / "options.yaml"
         config.write_text((finished / "config.yaml").read_text())
@@ -196,38 +195,36 @@ class TestRunDirectory:
 
 
 class TestFullDisk:
-    """A limit on the size of a file stands in for it."""
+    """A limit on file sizes imitates a full disk."""
 
     def limited(self, run: Path, kilobytes: int, *options: str) -> Done:
         limit = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited"]
         return finish([*limit, *program(run, *options)], timeout=60)
 
-    def test_a_checkpoint_that_does_not_fit(self, alone: Alone, tmp_path: Path) -> None:
-        """The run says so, the sets before stay, and it goes on when there is room again."""
+    def test_checkpoint_does_not_fit(self, alone: Alone, tmp_path: Path) -> None:
+        """Earlier checkpoints remain, and the run resumes when there is space again."""
         run, schedule = tmp_path / "run", ("--optim.schedule", "constant")
         assert alone(run, "--epochs", "1", *schedule).status == 0
         before = contents(run / "checkpoints")
         done = self.limited(run, 1000, "--epochs", "2", *schedule)
         log = run / "network00/log.txt"
         told(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
-        whole = {name: value for name, value in contents(run / "checkpoints").items()
+        complete = {name: value for name, value in contents(run / "checkpoints").items()
                  if name.startswith("epoch_0001")}  # fmt: skip
-        assert whole == before
+        assert complete == before
         assert alone(run, "--epochs", "2", *schedule).status == 0
         assert checkpoint(run, 2, 0)["epoch"] == 2
         assert [line["epoch"] for line in metrics(run, 0)] == [0, 1]
 
-    def test_events_that_do_not_fit(self, tmp_path: Path) -> None:
+    def test_events_do_not_fit(self, tmp_path: Path) -> None:
         done = self.limited(tmp_path / "run", 2, *ONE)
         told(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
 
 
-def test_a_signal_stops_it_with_one_line_and_the_same_command_goes_on(
-    alone: Alone, tmp_path: Path
-) -> None:
+def test_run_is_stopped_by_a_signal_and_resumed(alone: Alone, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ("--epochs", "300", "--optim.schedule", "constant")
     with background([program(run, *options)]) as (process,):
-        wait_until(saved(run, 1), "the first set", meanwhile=[process])
+        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[process])
         process.send_signal(signal.SIGTERM)
         done = end_of(process, PROMPTLY)
     assert done.status == 75
@@ -242,8 +239,8 @@ def test_a_signal_stops_it_with_one_line_and_the_same_command_goes_on(
     assert [line["epoch"] for line in metrics(run, 0)] == list(range(epochs))
 
 
-def test_a_mistake_is_answered_before_anything_is_imported(tmp_path: Path) -> None:
-    """Also in a process of several, which names its network."""
+def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    """Each process of several names its network."""
     with background([program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2) as processes:
         ends = [end_of(process, PROMPTLY) for process in processes]
     for network, done in enumerate(ends):

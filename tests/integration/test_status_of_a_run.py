@@ -1,4 +1,4 @@
-"""`dist-graft status` of real runs: while they go on, and after each way to end."""
+"""`dist-graft status` of real runs, while they train and after they end."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from typing import Any
 
 from launching import background, children, end_of, torchrun, wait_until
 
-from dist_graft.analysis.status.judging import judge
-from dist_graft.analysis.status.reading import read_run
-from dist_graft.analysis.status.showing import as_json
+from dist_graft.analysis.run_files import read_run
+from dist_graft.analysis.status import json_text, judge
 from dist_graft.errors import RunDirectoryError
 
 LONG = ("--epochs", "2000", "--optim.schedule", "constant", "--model.name", "resnet8")
 
 
-def told(path: Path) -> dict[str, Any]:
+def status_of(path: Path) -> dict[str, Any]:
     try:
         run, now = read_run(path), time.time()
     except RunDirectoryError:
         return {"state": "nothing", "networks": []}
-    content: dict[str, Any] = json.loads(as_json(run, judge(run, now), now, indent=None))
+    content: dict[str, Any] = json.loads(json_text(run, judge(run, now), now, indent=None))
     assert not content["problems"]
     return content
 
 
-def test_a_run_that_finished(pair: Path) -> None:
-    seen = told(pair)
+def test_finished_run(pair: Path) -> None:
+    seen = status_of(pair)
     assert seen["state"] == "finished"
     assert [row["epochs_finished"] for row in seen["networks"]] == [3, 3]
     assert [row["round"] for row in seen["networks"]] == [2, 2]
@@ -40,47 +39,50 @@ def test_a_run_that_finished(pair: Path) -> None:
     assert [row["test_accuracy"] for row in seen["networks"]] == accuracies
 
 
-def test_a_run_that_goes_on_is_stopped_goes_on_again_and_is_killed(tmp_path: Path) -> None:
+def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
     path = tmp_path / "run"
 
-    def goes_on() -> bool:
-        seen = told(path)
+    def is_training() -> bool:
+        seen = status_of(path)
         rows = seen["networks"]
         steps = [row["phase"] != "starting" and row["epochs_finished"] for row in rows]
         return seen["state"] == "running" and len(rows) == 2 and all(steps)
 
     with background([torchrun(2, path, *LONG)]) as (launcher,):
-        wait_until(goes_on, "two networks that train", meanwhile=[launcher])
-        assert told(path)["seconds_left"] > 0
+        wait_until(is_training, "two networks that train", meanwhile=[launcher])
+        assert status_of(path)["seconds_left"] > 0
         (path / "STOP").touch()
         end_of(launcher, 60)
-    seen = told(path)
+    seen = status_of(path)
     assert seen["state"] == "stopped"
     assert "the same command goes on from" in seen["words"]
     assert [row["phase"] for row in seen["networks"]] == ["stopped", "stopped"]
 
     with background([torchrun(2, path, *LONG)]) as (launcher,):
-        wait_until(goes_on, "the same two", meanwhile=[launcher])
-        before = told(path)
+        wait_until(is_training, "the same two", meanwhile=[launcher])
+        before = status_of(path)
         pids = children(launcher)
-        for pid in pids:  # else one may see the launcher's store go, and still say so
+        for pid in pids:  # else one may report that the launcher's store is gone
             os.kill(pid, signal.SIGSTOP)
         launcher.kill()
-        wait_until(lambda: told(path)["state"] == "died", "the news of their death")
-    assert told(path)["words"].startswith("died: networks 0, 1 gave the last sign of life")
+        wait_until(lambda: status_of(path)["state"] == "died", "their death to be noticed")
+    assert status_of(path)["words"].startswith("died: last sign of life of networks 0, 1")
     assert before["newest_set"]
     assert len(pids) == 2
 
 
-def test_a_run_that_failed_says_which_network_did(tmp_path: Path) -> None:
+def test_failed_run_names_the_network(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with background([torchrun(2, path, *LONG)]) as (launcher,):
         wait_until(
-            lambda: bool(told(path)["networks"]) and told(path)["networks"][0]["epochs_finished"],
+            lambda: (
+                bool(status_of(path)["networks"])
+                and status_of(path)["networks"][0]["epochs_finished"]
+            ),
             "an epoch",
             meanwhile=[launcher],
         )
         os.kill(children(launcher)[1], signal.SIGKILL)
         end_of(launcher, 90)
-        wait_until(lambda: told(path)["state"] in ("failed", "died"), "an end")
-    assert "network 1" in told(path)["words"]
+        wait_until(lambda: status_of(path)["state"] in ("failed", "died"), "an end")
+    assert "network 1" in status_of(path)["words"]

@@ -1,4 +1,4 @@
-"""The shape of the house: what may import what, what loads torch."""
+"""Only `population` communicates, and light modules do not import torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 COMMUNICATES = ("torch.distributed", "torch.nn.parallel")
 
 
-def name_of(path: Path) -> str:
+def relative_name(path: Path) -> str:
     return str(path.relative_to(PACKAGE.parent))
 
 
-def touched(source: str) -> set[str]:
-    """Dotted names that a file imports or reaches through attributes of an imported name."""
+def imported_names(source: str) -> set[str]:
+    """Dotted names that a file imports, or uses as attributes of an imported name."""
     names: dict[str, str] = {}
     found = set()
     tree = ast.parse(source)
@@ -47,9 +47,9 @@ def touched(source: str) -> set[str]:
 
 def communicates(source: str) -> bool:
     return any(
-        name == room or name.startswith(f"{room}.")
-        for name in touched(source)
-        for room in COMMUNICATES
+        name == module or name.startswith(f"{module}.")
+        for name in imported_names(source)
+        for module in COMMUNICATES
     )
 
 
@@ -70,18 +70,18 @@ def communicates(source: str) -> bool:
         "__import__('torch.distributed')",
     ],
 )
-def test_every_way_to_communicate_is_seen(source):
+def test_communication_is_detected(source):
     assert communicates(source)
 
 
-def test_what_does_not_communicate_is_not_seen():
+def test_other_code_is_not_detected():
     assert not communicates("import torch\nfrom torch import nn\ntorch.rand(2)\nnn.Linear(1, 1)")
     assert not communicates("import distributed\ndistributed.barrier()")
     assert not communicates("command = ['python', '-m', 'torch.distributed.run']")
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if "population" not in path.parts], ids=name_of
+    "path", [path for path in FILES if "population" not in path.parts], ids=relative_name
 )
 def test_only_population_communicates(path):
     assert not communicates(path.read_text())
@@ -92,7 +92,7 @@ def test_population_communicates():
 
 
 def modules_after(statement: str) -> set[str]:
-    """What a fresh interpreter has loaded after a statement."""
+    """Modules loaded in a new interpreter after a statement."""
     program = f"import sys\n{statement}\nprint(*sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", program],
@@ -114,19 +114,19 @@ def modules_after(statement: str) -> set[str]:
         "from dist_graft import ConfigError, DisagreementError, NonFiniteError, PeerError",
     ],
 )
-def test_what_says_no_more_than_names_loads_no_torch(statement):
+def test_light_imports_load_no_torch(statement):
     loaded = modules_after(statement)
     assert "dist_graft" in loaded
     assert not loaded & {"torch", "torchvision", "numpy", "tensorboard"}
 
 
-def test_grafting_in_one_process_loads_no_population():
+def test_grafting_does_not_load_population():
     loaded = modules_after("from dist_graft import entropy, graft_units, mix, Graft")
     assert "torch" in loaded
     assert not any(name.startswith("dist_graft.population") for name in loaded)
 
 
-def test_every_public_name_is_there_and_an_unknown_one_is_not():
+def test_public_names():
     import dist_graft
 
     assert set(dir(dist_graft)) >= set(dist_graft.__all__)

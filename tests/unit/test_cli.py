@@ -3,37 +3,42 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from dist_graft import cli
+from dist_graft.command import Command, Options
 from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.config.validation import from_nested
+from dist_graft.population.runtime.process_info import ProcessInfo
 
 PREFIX = "dist-graft: error: "
-BRIEFLY = ("--data.train_samples=8", "--data.test_samples=8", "--model.name=none")
-"""So that what is not refused, though it should be, does not go on to train for long."""
+UNKNOWN_MODEL = "--model.name=none"
+"""Ends training at once if an error that is expected earlier is not raised."""
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a command line which asks for something wrong is answered with."""
-    assert cli.run([*argv, *(BRIEFLY if argv[:1] == ("train",) else ())]) == 2
+    """The error message of an invalid command line."""
+    assert cli.run([*argv, *([UNKNOWN_MODEL] if argv[:1] == ("train",) else [])]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith(PREFIX)
     assert captured.out == ""
-    assert "model.name 'none'" not in lines[0], "it was not refused"
+    assert "model.name 'none'" not in lines[0], "not refused"
     return lines[0].removeprefix(PREFIX)
 
 
@@ -45,13 +50,13 @@ def parsed(*argv: str) -> TrainConfig:
     return config
 
 
-def in_file(text: str, name: str = "options.yaml") -> str:
+def write_file(text: str, name: str = "options.yaml") -> str:
     Path(name).write_text(text)
     return name
 
 
-class TestWhatIsUnderstood:
-    def test_nothing_given_means_the_defaults(self) -> None:
+class TestValidOptions:
+    def test_defaults(self) -> None:
         assert parsed() == TrainConfig()
 
     def test_options_of_every_type(self) -> None:
@@ -67,33 +72,33 @@ class TestWhatIsUnderstood:
             data=type(config.data)(channels=3),
         )
 
-    def test_a_file_and_options_that_overrule_it(self) -> None:
-        path = in_file("epochs: 7\ngraft:\n  amplitude: 0.1\n  sensitivity: 2\n")
+    def test_options_override_the_file(self) -> None:
+        path = write_file("epochs: 7\ngraft:\n  amplitude: 0.1\n  sensitivity: 2\n")
         config = parsed("--config", path, "--graft.amplitude", "0.2")
         assert config.epochs == 7
         assert config.graft == GraftConfig(amplitude=0.2, sensitivity=2.0)
 
-    def test_what_print_config_prints_can_be_read_again(
+    def test_output_of_print_config_is_a_valid_file(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = ("--optim.lrs", "[0.1, 0.2]", "--seed", "5", "--data.train_samples", "64")
         with pytest.raises(SystemExit) as left:
             cli.run(["train", *options, "--print_config"])
         assert not left.value.code
-        path = in_file(capsys.readouterr().out)
+        path = write_file(capsys.readouterr().out)
         assert parsed("--config", path) == parsed(*options)
 
-    def test_the_section_that_a_run_directory_adds_is_left_out(self) -> None:
-        path = in_file("run_dir: somewhere\nepochs: 2\nrun:\n  networks: 4\n")
+    def test_section_run_of_a_run_directory_is_ignored(self) -> None:
+        path = write_file("run_dir: somewhere\nepochs: 2\nrun:\n  networks: 4\n")
         assert parsed("--config", path) == TrainConfig(run_dir="somewhere", epochs=2)
 
-    def test_a_section_named_run_in_any_other_file_is_unknown(
+    def test_section_run_is_unknown_in_other_files(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert "'run" in refused(capsys, "train", "--config", in_file("run:\n  networks: 4\n"))
+        assert "'run" in refused(capsys, "train", "--config", write_file("run:\n  networks: 4\n"))
 
 
-class TestWhatIsRefused:
+class TestInvalidOptions:
     @pytest.mark.parametrize(
         ("argv", "names", "meant"),
         [
@@ -107,7 +112,7 @@ class TestWhatIsRefused:
             (["surplus"], "surplus", None),
         ],
     )
-    def test_an_unknown_option_or_an_abbreviation(
+    def test_unknown_or_abbreviated_option(
         self, capsys: pytest.CaptureFixture[str], argv: list[str], names: str, meant: str | None
     ) -> None:
         line = refused(capsys, "train", *argv)
@@ -130,10 +135,13 @@ class TestWhatIsRefused:
             (["--graft.exchange", "p2q"], "'all_gather', 'p2p'"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--epochs"], "--epochs"),
-            (["--data", "cifar10"], "section data: there is no file of options 'cifar10': "),
+            (
+                ["--data", "cifar10"],
+                "section data: there is no YAML file 'cifar10'; set its options with --data.NAME",
+            ),
         ],
     )
-    def test_a_value_that_is_not_legal(
+    def test_invalid_value(
         self, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
     ) -> None:
         assert says in refused(capsys, "train", *argv)
@@ -154,38 +162,36 @@ class TestWhatIsRefused:
             ("- a\n- b\n", "config"),
         ],
     )
-    def test_a_file_that_is_not_legal(
-        self, capsys: pytest.CaptureFixture[str], text: str, says: str
-    ) -> None:
-        assert says in refused(capsys, "train", "--config", in_file(text))
+    def test_invalid_file(self, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
+        assert says in refused(capsys, "train", "--config", write_file(text))
 
     @pytest.mark.parametrize("argv", [[], ["trian"], ["prepare"], ["prepare", "mnist"]])
-    def test_a_command_that_is_not_there(
+    def test_missing_or_unknown_command(
         self, capsys: pytest.CaptureFixture[str], argv: list[str]
     ) -> None:
         refused(capsys, *argv)
 
 
-class TestWhereAnErrorIsTold:
-    def test_in_the_log_of_the_network(self, capsys: pytest.CaptureFixture[str]) -> None:
+class TestErrorLog:
+    def test_error_is_in_the_log_of_the_network(self, capsys: pytest.CaptureFixture[str]) -> None:
         line = refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")
         assert Path("run/network00/log.txt").read_text() == f"ERROR {line}\n"
 
-    def test_in_the_log_when_a_file_names_the_run_directory(
+    def test_run_directory_is_found_in_the_config_file(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = in_file("run_dir: run\ngraft:\n  amplitude: 2\n")
+        path = write_file("run_dir: run\ngraft:\n  amplitude: 2\n")
         line = refused(capsys, "train", "--config", path)
         assert line in Path("run/network00/log.txt").read_text()
 
-    def test_after_what_the_log_already_holds(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_error_is_appended_to_the_log(self, capsys: pytest.CaptureFixture[str]) -> None:
         log = Path("run/network00/log.txt")
         log.parent.mkdir(parents=True)
         log.write_text("before\n")
         refused(capsys, "train", "--run_dir=run", "--graft.amplitude", "2")
         assert log.read_text().startswith("before\nERROR graft.amplitude")
 
-    def test_on_standard_error_when_the_log_cannot_be_written(
+    def test_error_is_printed_if_the_log_cannot_be_written(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         Path("run").write_text("in the way")
@@ -200,7 +206,7 @@ class TestWhereAnErrorIsTold:
             ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of WORLD_SIZE 2"),
         ],
     )
-    def test_an_environment_that_makes_no_sense(
+    def test_invalid_environment(
         self,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
@@ -216,24 +222,74 @@ class TestWhereAnErrorIsTold:
         assert "torchrun" in captured.err
 
 
-def test_help_lists_every_option_and_loads_no_torch() -> None:
+@pytest.mark.parametrize("command", [command for command in cli.COMMANDS if command != "train"])
+def test_commands_in_one_process_are_refused_under_torchrun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(cli, "read_process_info", lambda: ProcessInfo(rank=1, world_size=2))
+    arguments = {"doctor": [], "plan": ["--networks", "2", "--model", "resnet8"]}
+    assert cli.run([command, *arguments.get(command, ["fashion-mini"])]) == 1
+    assert f"{command} runs in one process: start it without torchrun" in capsys.readouterr().err
+
+
+def test_command_is_added_by_listing_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+        parser = ArgumentParser(description="Say hello.", **settings)
+        parser.add_argument("--times", type=int, default=1)
+        return parser
+
+    def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+        yield from [f"hello {process.rank}"] * options["times"]
+
+    command = Command(name="hello", help="say hello", build_parser=build_parser, run=run)
+    monkeypatch.setitem(cli.COMMANDS, "hello", command)
+    assert cli.run(["hello", "--times", "2"]) == 0
+    assert capsys.readouterr().out == "hello 0\nhello 0\n"
+    with pytest.raises(SystemExit):
+        cli.run(["--help"])
+    assert "say hello" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [("--tflops", "5"), ("--tflops=5",)])
+def test_removed_option_says_what_to_use(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
+) -> None:
+    line = refused(capsys, "plan", "--networks", "2", "--model", "resnet8", *argv)
+    assert line.startswith("--tflops was removed: plan reports bytes and their time")
+
+
+def test_help_and_errors_of_all_commands_load_no_torch() -> None:
     program = (
         "import sys\n"
-        "from dist_graft.cli import run\n"
-        "try:\n"
-        "    run(['train', '--help'])\n"
-        "finally:\n"
-        "    assert not {'torch', 'torchvision', 'numpy', 'tensorboard'} & set(sys.modules)\n"
+        "from dist_graft import cli\n"
+        "for command in ([], *([name] for name in cli.COMMANDS)):\n"
+        "    try:\n"
+        "        cli.run([*command, '--help'])\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "assert cli.run(['inspect', 'x', '--num_bins', '0']) == 2\n"
+        "assert cli.run(['plan', '--networks', '0', '--model', 'resnet50']) == 2\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'tensorboard', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    listed = set(re.findall(r"--([\w.]+)", done.stdout))
+    for option in ("--data.root", "--thresholds", "--bandwidth-inter", "--watch", "--out"):
+        assert option in done.stdout
+
+
+def test_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["train", "--help"])
+    listed = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
     assert set(option_names()) <= listed
 
 
-def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
+def test_exit_status(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dist_graft", "train", "--graft.amplitude", "2"],
         capture_output=True,
@@ -246,14 +302,14 @@ def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
     assert done.stderr == f"{PREFIX}graft.amplitude must be in [0, 1], got 2.0\n"
 
 
-class TestASectionInAFileOfItsOwn:
+class TestSectionInSeparateFile:
     def write(self, **files: str) -> None:
         Path("sections").mkdir()
         for name, text in files.items():
             Path("sections", f"{name}.yaml").write_text(text)
         Path("all.yaml").write_text("optim: sections/optim.yaml\n")
 
-    def test_is_found_from_the_file_that_names_it(self) -> None:
+    def test_path_is_relative_to_the_config_file(self) -> None:
         self.write(optim="lr: 0.5\nmomentum: 0.5\n")
         config = parsed("--config", "all.yaml", "--optim.momentum", "0.25")
         assert (config.optim.lr, config.optim.momentum) == (0.5, 0.25)
@@ -266,23 +322,23 @@ class TestASectionInAFileOfItsOwn:
             ("lr: 0\n", "optim.lr must be above 0"),
         ],
     )
-    def test_is_read_as_strictly(
+    def test_separate_file_is_validated(
         self, capsys: pytest.CaptureFixture[str], text: str, says: str
     ) -> None:
         self.write(optim=text)
         assert says in refused(capsys, "train", "--config", "all.yaml")
 
-    def test_is_missing(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_missing_separate_file(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.write()
         line = refused(capsys, "train", "--config", "all.yaml")
-        assert line.startswith("section optim: there is no file of options 'sections/optim.yaml'")
+        assert line.startswith("section optim: there is no YAML file 'sections/optim.yaml'")
 
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_legal(path: Path) -> None:
+def test_shipped_configurations_are_valid(path: Path) -> None:
     config = parsed("--config", str(path))
     given = yaml.safe_load(path.read_text())
     assert given

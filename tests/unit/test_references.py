@@ -1,4 +1,4 @@
-"""What a user gives by package.module:name, and what is said when it is not what it should be."""
+"""Objects of the user by package.module:name, and the errors if they are unsuitable."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def no_rule(): return object()
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "given", raising=False)
@@ -57,24 +57,24 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("nonesuch.inner:f", "there is no module nonesuch; it is looked for in the working"),
+        ("nonesuch.inner:f", "there is no module nonesuch in the working directory"),
         ("given:f", "given has no function or class 'f'"),
         ("given:SIZES", "given has no function or class 'SIZES'"),
         ("given:", "given has no function or class ''"),
     ],
 )
-def test_what_is_not_there(reference: str, says: str) -> None:
+def test_reference_that_cannot_be_resolved(reference: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         resolve(reference)
 
 
-def test_a_module_that_misses_another_is_shown_as_it_fails() -> None:
+def test_missing_import_inside_the_module_is_raised() -> None:
     Path("needs_more.py").write_text("import a_package_that_is_not_installed\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         resolve("needs_more:f")
 
 
-def test_images_of_one_s_own() -> None:
+def test_data_set() -> None:
     train, test, facts = read_own("given:rgb", "anywhere")
     assert train.images.shape == (6, 3, 5, 5)
     assert train.labels.dtype == np.int64
@@ -97,12 +97,12 @@ def test_images_of_one_s_own() -> None:
         ("nothing", r"must return \(\(images, labels\), \(images, labels\)\)"),
     ],
 )
-def test_images_that_are_none(name: str, says: str) -> None:
+def test_invalid_data_set(name: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         read_own(f"given:{name}", "anywhere")
 
 
-def test_a_model_of_one_s_own() -> None:
+def test_model() -> None:
     model = build_model(ModelConfig(name="given:linear"), num_classes=4, channels=3)
     assert isinstance(model, nn.Linear)
     for name, says in (("text", "must return a torch module"), ("nope", "no function or class")):
@@ -111,12 +111,12 @@ def test_a_model_of_one_s_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["few", "far"])
-def test_donors_that_are_not_there(name: str) -> None:
+def test_invalid_donors(name: str) -> None:
     with pytest.raises(ValueError, match=rf"given:{name} must name a donor in 0 ... 2"):
         donors_of(f"given:{name}", 3, 0, 0)
 
 
-def test_what_a_criterion_of_one_s_own_is_called() -> None:
+def test_name_of_a_criterion() -> None:
     assert Graft(criterion="given:linear").measured == "linear"
 
 
@@ -132,12 +132,12 @@ def test_what_a_criterion_of_one_s_own_is_called() -> None:
         (GraftConfig(topology="nope:f"), "graft.topology 'nope:f': there is no module nope"),
     ],
 )
-def test_a_rule_that_is_none(graft: GraftConfig, says: str) -> None:
+def test_invalid_rule(graft: GraftConfig, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_rule(TrainConfig(graft=graft), None, [])
 
 
-def test_a_rule_that_would_not_be_used_is_refused() -> None:
+def test_unused_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"graft\.rule needs method graft"):
         TrainConfig(method="papa", graft=GraftConfig(rule="given:no_rule"))
     with pytest.raises(ConfigError, match=r"graft\.rule must be package\.module:name of your own"):

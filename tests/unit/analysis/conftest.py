@@ -18,7 +18,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three related networks with a validation split and two checkpoint sets."""
+    """Run of three related networks with a validation split and two checkpoints."""
     return write_run(
         tmp_path_factory.mktemp("trio") / "run",
         related_states(3),

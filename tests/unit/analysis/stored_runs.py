@@ -1,8 +1,7 @@
-"""Run directories of networks that were never trained: quick to make, and no two are alike."""
+"""Run directories with untrained networks, all different."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +12,11 @@ from dist_graft.training.checkpoint.files import complete_set, save_network, set
 from dist_graft.training.models import build_model
 from dist_graft.training.run_directory import RunDirectory
 
-MakeRun = Callable[..., Path]
-
 SMALL = {"train_samples": 60, "test_samples": 48, "batch_size": 20}
 
 
 def network(seed: int, *, name: str = "resnet20", channels: int = 1) -> nn.Module:
-    """A network with weights and running statistics of its own."""
+    """A network with random weights and running statistics."""
     torch.manual_seed(seed)
     model = build_model(ModelConfig(name=name), num_classes=10, channels=channels)
     for module in model.modules():
@@ -31,9 +28,9 @@ def network(seed: int, *, name: str = "resnet20", channels: int = 1) -> nn.Modul
 
 
 def related_states(count: int) -> list[dict[str, Tensor]]:
-    """Weights around those of one network, so that their means are not worthless.
+    """State dicts around the weights of one network, so that their average is meaningful.
 
-    Of three, the greedy soup refuses one and takes a later one.
+    Of three, the greedy soup skips one and takes a later one.
     """
     first = network(0).state_dict()
     states = []
@@ -60,7 +57,7 @@ def write_run(
     lrs: list[float] | None = None,
     **data: object,
 ) -> Path:
-    """A run directory with a complete set for each number of epochs, all of the same weights."""
+    """Write a run directory with a checkpoint of the same weights for each number of epochs."""
     config = TrainConfig(
         run_dir=str(folder),
         model=ModelConfig(name=model),

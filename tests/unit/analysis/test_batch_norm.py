@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_graft.analysis.batch_norm import reestimate
+from dist_graft.analysis.soups import reestimate_batch_norm
 from dist_graft.training.loop import Predictor
 
 Batch = tuple[Tensor, Tensor]
@@ -30,8 +30,8 @@ def model() -> nn.Sequential:
     )
 
 
-def test_the_statistics_are_means_over_the_batches(model: nn.Sequential) -> None:
-    """Every batch is normalised by its own statistics, as in training; computed with numpy."""
+def test_statistics_are_means_over_batches(model: nn.Sequential) -> None:
+    """Reference in numpy: each batch is normalized by its own statistics, as in training."""
     given = batches()
     expected: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for images, _ in given:
@@ -45,7 +45,7 @@ def test_the_statistics_are_means_over_the_batches(model: nn.Sequential) -> None
             expected[layer].append((mean, hidden.var(0, ddof=1)))
             hidden = np.tanh((hidden - mean) / np.sqrt(variance + 1e-5))
 
-    reestimate(predictor(model), given)
+    reestimate_batch_norm(predictor(model), given)
 
     for layer, place in enumerate((1, 4)):
         means, variances = (
@@ -56,28 +56,28 @@ def test_the_statistics_are_means_over_the_batches(model: nn.Sequential) -> None
         assert model[place].num_batches_tracked.item() == len(given)
 
 
-def test_an_empty_batch_weighs_nothing(model: nn.Sequential) -> None:
+def test_empty_batch_is_skipped(model: nn.Sequential) -> None:
     given = batches()
-    reestimate(predictor(model), given)
+    reestimate_batch_norm(predictor(model), given)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reestimate(predictor(model), [*given[:1], *batches((0,)), *given[1:]])
+    reestimate_batch_norm(predictor(model), [*given[:1], *batches((0,)), *given[1:]])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name])
 
 
-def test_what_was_there_before_does_not_matter(model: nn.Sequential) -> None:
-    reestimate(predictor(model), batches())
+def test_previous_statistics_do_not_matter(model: nn.Sequential) -> None:
+    reestimate_batch_norm(predictor(model), batches())
     first = [model[place].running_var.clone() for place in (1, 4)]
     model[1].running_var.fill_(100.0)
     model[4].running_mean.fill_(7.0)
-    reestimate(predictor(model), batches())
+    reestimate_batch_norm(predictor(model), batches())
     assert all(torch.equal(model[place].running_var, first[i]) for i, place in enumerate((1, 4)))
 
 
-def test_nothing_else_changes(model: nn.Sequential) -> None:
+def test_nothing_else_is_modified(model: nn.Sequential) -> None:
     model[1].momentum = 0.3
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    reestimate(predictor(model), batches())
+    reestimate_batch_norm(predictor(model), batches())
     assert model[1].momentum == 0.3
     assert model[4].momentum == 0.1
     assert not any(module.training for module in model.modules())
@@ -86,20 +86,20 @@ def test_nothing_else_changes(model: nn.Sequential) -> None:
         assert parameter.grad is None
 
 
-def test_dropout_is_off_and_nothing_is_drawn() -> None:
+def test_dropout_is_off_and_draws_nothing() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(5))
     given = batches((16,))
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    reestimate(predictor(model), given)
+    reestimate_batch_norm(predictor(model), given)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(model[1].running_mean, given[0][0].mean(0))
 
 
-def test_without_batch_norm_no_batch_is_asked_for() -> None:
-    def none() -> Iterator[Batch]:
-        pytest.fail("a batch was asked for")
+def test_no_batch_is_read_without_batch_norm() -> None:
+    def unread() -> Iterator[Batch]:
+        pytest.fail("a batch was read")
         yield from ()
 
     model = nn.Sequential(nn.Linear(5, 2), nn.BatchNorm1d(2, track_running_stats=False))
-    reestimate(predictor(model), none())
+    reestimate_batch_norm(predictor(model), unread())

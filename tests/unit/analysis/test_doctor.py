@@ -19,21 +19,21 @@ def examined(run: Path, *options: str, **environment: str) -> Done:
 
 
 def states(done: Done) -> dict[str, str]:
-    """What was found, by the name of the check."""
+    """State of each check by name."""
     found = re.findall(r"(?m)^(ok|note|broken) +(\S+(?: \S+)*)  +", done.output)
     return {name: state for state, name in found}
 
 
-def test_a_machine_that_can_train(tmp_path: Path) -> None:
+def test_working_machine(tmp_path: Path) -> None:
     done = examined(tmp_path / "runs" / "run")
     assert done.status == 0, done
     assert states(done)["run directory"] == states(done)["round over gloo"] == "ok"
-    assert done.output.splitlines()[-1].startswith("All is well. To train: torchrun")
-    assert not list(tmp_path.iterdir()), "something was left behind"
+    assert done.output.splitlines()[-1].startswith("This machine can train: torchrun")
+    assert not list(tmp_path.iterdir()), "files were left behind"
 
 
-def test_what_is_broken_ends_in_advice_and_an_error(tmp_path: Path) -> None:
-    """Neither the disk nor the network interface is there; the other checks are made as well."""
+def test_broken_machine(tmp_path: Path) -> None:
+    """Disk and network interface are unusable; all checks are made, and the command fails."""
     (tmp_path / "file").write_text("")
     done = examined(tmp_path / "file", GLOO_SOCKET_IFNAME="nonesuch0")
     assert done.status == 1
@@ -42,17 +42,17 @@ def test_what_is_broken_ends_in_advice_and_an_error(tmp_path: Path) -> None:
     assert "run directory: choose another --run_dir" in done.output
     assert "GLOO_SOCKET_IFNAME" in done.output
     assert done.errors.splitlines() == [
-        f"{ERROR}broken: run directory, round over gloo; what to do is said above"
+        f"{ERROR}broken: run directory, round over gloo; see the advice above"
     ]
 
 
-def test_a_round_that_takes_too_long_is_ended() -> None:
+def test_round_times_out() -> None:
     well, text = try_round("gloo", seconds=0.01)
     assert not well
     assert text == "process 0 did not end within 0.01 s"
 
 
-def test_a_port_that_torchrun_would_want(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_of_torchrun_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen(1)
@@ -62,7 +62,7 @@ def test_a_port_that_torchrun_would_want(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--master-port" in found.advice
 
 
-def test_what_is_installed_is_printed() -> None:
+def test_version_prints_all_versions() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dist_graft", "--version"],
         capture_output=True,
@@ -70,6 +70,6 @@ def test_what_is_installed_is_printed() -> None:
         timeout=60,
         check=True,
     )
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert list(told) == ["dist_graft", "torch", "python", "cuda", "nccl"]
-    assert all(re.match(r"\d+\.\d+|none", version) for version in told.values()), told
+    installed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert list(installed) == ["dist_graft", "torch", "python", "cuda", "nccl"]
+    assert all(re.match(r"\d+\.\d+|none", version) for version in installed.values()), installed

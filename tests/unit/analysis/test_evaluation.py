@@ -12,7 +12,8 @@ from stored_runs import damage_file, network, related_states, write_run
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from dist_graft.analysis.evaluate import evaluate_run
+from dist_graft.analysis.evaluate import evaluation_text
+from dist_graft.analysis.evaluation import evaluate_run
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.training.data import load_data
 from dist_graft.training.run_directory import RunDirectory
@@ -22,16 +23,16 @@ Scores = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 class Reference:
-    """The same numbers by other means: plain loops, and torch's own update_bn."""
+    """Reference implementation: plain loops and torch's update_bn."""
 
     def __init__(self, run: Path) -> None:
         config, _ = RunDirectory(str(run)).read()
         self.data = load_data(config.data, seed=0, network=0, device=CPU, channels_last=True)
 
-    def logits(self, state: dict[str, Tensor], split: str, *, anew: bool = False) -> Scores:
+    def logits(self, state: dict[str, Tensor], split: str, *, reestimated: bool = False) -> Scores:
         model = network(0)
         model.load_state_dict(state)
-        if anew:
+        if reestimated:
             steps = self.data.steps_per_epoch
             update_bn((images for images, _ in self.data.train_batches(0, 0, steps)), model)
         model.eval()
@@ -40,8 +41,8 @@ class Reference:
         logits = torch.cat([part for part, _ in parts]).double().numpy()
         return logits, torch.cat([labels for _, labels in parts]).numpy()
 
-    def accuracy(self, state: dict[str, Tensor], split: str, *, anew: bool = False) -> float:
-        logits, labels = self.logits(state, split, anew=anew)
+    def accuracy(self, state: dict[str, Tensor], split: str, *, reestimated: bool = False) -> float:
+        logits, labels = self.logits(state, split, reestimated=reestimated)
         return 100 * float((logits.argmax(1) == labels).mean())
 
     def loss(self, state: dict[str, Tensor], split: str) -> float:
@@ -61,10 +62,11 @@ def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(trio: Path) -> tuple[dict[str, Any], str]:
-    """What evaluation.json holds, and what is printed."""
-    text = evaluate_run(str(trio))
-    return json.loads((trio / "evaluation.json").read_text()), text
+def evaluated(trio: Path) -> dict[str, Any]:
+    """Content of evaluation.json."""
+    result = evaluate_run(str(trio))
+    assert json.loads((trio / "evaluation.json").read_text()) == result
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -73,44 +75,42 @@ def reference(trio: Path) -> Reference:
 
 
 class TestNumbers:
-    def test_members(self, evaluated: tuple[dict[str, Any], str], reference: Reference) -> None:
-        for member, state in zip(evaluated[0]["members"], related_states(3), strict=True):
+    def test_members(self, evaluated: dict[str, Any], reference: Reference) -> None:
+        for member, state in zip(evaluated["members"], related_states(3), strict=True):
             assert member["test_accuracy"] == reference.accuracy(state, "test")
-            anew = reference.accuracy(state, "test", anew=True)
-            assert member["test_accuracy_reestimated"] == anew
+            reestimated = reference.accuracy(state, "test", reestimated=True)
+            assert member["test_accuracy_reestimated"] == reestimated
             assert member["val_accuracy"] == reference.accuracy(state, "val")
             assert member["test_loss"] == pytest.approx(reference.loss(state, "test"), rel=1e-5)
-        assert [member["network"] for member in evaluated[0]["members"]] == [0, 1, 2]
-        assert [member["lr"] for member in evaluated[0]["members"]] == [0.1, 0.2, 0.3]
+        assert [member["network"] for member in evaluated["members"]] == [0, 1, 2]
+        assert [member["lr"] for member in evaluated["members"]] == [0.1, 0.2, 0.3]
 
-    def test_mean(self, evaluated: tuple[dict[str, Any], str]) -> None:
+    def test_mean(self, evaluated: dict[str, Any]) -> None:
         for how in ("", "_reestimated"):
-            mean = np.mean([member[f"test_accuracy{how}"] for member in evaluated[0]["members"]])
-            assert evaluated[0][f"mean_test_accuracy{how}"] == pytest.approx(mean, rel=1e-12)
+            mean = np.mean([member[f"test_accuracy{how}"] for member in evaluated["members"]])
+            assert evaluated[f"mean_test_accuracy{how}"] == pytest.approx(mean, rel=1e-12)
 
-    def test_ensemble_answers_with_the_mean_probability(
-        self, evaluated: tuple[dict[str, Any], str], reference: Reference
+    def test_ensemble_averages_probabilities(
+        self, evaluated: dict[str, Any], reference: Reference
     ) -> None:
         for how in ("", "_reestimated"):
             total = np.zeros(())
             for state in related_states(3):
-                logits, labels = reference.logits(state, "test", anew=bool(how))
+                logits, labels = reference.logits(state, "test", reestimated=bool(how))
                 raised = np.exp(logits - logits.max(1, keepdims=True))
                 total = total + raised / raised.sum(1, keepdims=True) / 3
             expected = 100 * float((total.argmax(1) == labels).mean())
-            assert evaluated[0][f"ensemble_test_accuracy{how}"] == expected
+            assert evaluated[f"ensemble_test_accuracy{how}"] == expected
 
-    def test_uniform_soup(
-        self, evaluated: tuple[dict[str, Any], str], reference: Reference
-    ) -> None:
+    def test_uniform_soup(self, evaluated: dict[str, Any], reference: Reference) -> None:
         soup = mean_of(related_states(3))
-        assert evaluated[0]["uniform_soup"] == {
+        assert evaluated["uniform_soup"] == {
             "batch_norm_as_is": reference.accuracy(soup, "test"),
-            "batch_norm_reestimated": reference.accuracy(soup, "test", anew=True),
+            "batch_norm_reestimated": reference.accuracy(soup, "test", reestimated=True),
         }
 
     def test_greedy_soup_is_chosen_on_the_validation_split(
-        self, evaluated: tuple[dict[str, Any], str], reference: Reference
+        self, evaluated: dict[str, Any], reference: Reference
     ) -> None:
         states = related_states(3)
         alone = [reference.accuracy(state, "val") for state in states]
@@ -122,24 +122,20 @@ class TestNumbers:
             if value >= reached:
                 members, reached = tried, value
         soup = mean_of([states[k] for k in members])
-        assert evaluated[0]["greedy_soup"] == {
+        assert evaluated["greedy_soup"] == {
             "members": members,
             "batch_norm_as_is": reference.accuracy(soup, "test"),
-            "batch_norm_reestimated": reference.accuracy(soup, "test", anew=True),
+            "batch_norm_reestimated": reference.accuracy(soup, "test", reestimated=True),
         }
 
-    def test_the_numbers_above_are_not_all_alike(
-        self, evaluated: tuple[dict[str, Any], str]
-    ) -> None:
-        result = evaluated[0]
+    def test_numbers_above_differ(self, evaluated: dict[str, Any]) -> None:
+        result = evaluated
         values = [member["test_accuracy"] for member in result["members"]]
         assert len({*values, *result["uniform_soup"].values()}) >= 4
         assert result["greedy_soup"]["members"] == [1, 0]
 
-    def test_the_rest_of_the_contract(
-        self, evaluated: tuple[dict[str, Any], str], trio: Path
-    ) -> None:
-        result = evaluated[0]
+    def test_keys(self, evaluated: dict[str, Any], trio: Path) -> None:
+        result = evaluated
         assert list(result) == [
             *("protocol", "run_dir", "epoch", "round", "members"),
             *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
@@ -149,9 +145,9 @@ class TestNumbers:
         assert (result["protocol"], result["epoch"], result["round"]) == (1, 2, 2)
         assert result["run_dir"] == str(trio)
 
-    def test_the_table_says_the_same(self, evaluated: tuple[dict[str, Any], str]) -> None:
-        result, text = evaluated
-        lines = text.splitlines()
+    def test_table(self, evaluated: dict[str, Any]) -> None:
+        result = evaluated
+        lines = evaluation_text(result).splitlines()
         for member in result["members"]:
             line = next(line for line in lines if f"network {member['network']} (lr" in line)
             for name in ("test_accuracy", "test_accuracy_reestimated", "val_accuracy"):
@@ -161,14 +157,13 @@ class TestNumbers:
         chosen = "+".join(map(str, result["greedy_soup"]["members"]))
         soup = next(line for line in lines if f"greedy soup of {chosen}" in line)
         assert f" {result['greedy_soup']['batch_norm_reestimated']:.2f}" in soup
-        assert "evaluation.json" in lines[-1]
 
 
 class TestWithoutValidation:
-    def test_there_is_no_greedy_soup_and_the_table_says_why(self, tmp_path: Path) -> None:
+    def test_no_greedy_soup(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
-        text = evaluate_run(str(run), batch_norm_batches=1)
-        result = json.loads((run / "evaluation.json").read_text())
+        result = evaluate_run(str(run), batch_norm_batches=1)
+        text = evaluation_text(result)
         assert result["greedy_soup"] is None
         assert result["members"][0]["val_accuracy"] is None
         assert "no validation split (data.val_fraction is 0)" in text
@@ -176,8 +171,7 @@ class TestWithoutValidation:
 
     def test_one_network_is_its_own_soup_and_ensemble(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
-        evaluate_run(str(run), batch_norm_batches=1)
-        result = json.loads((run / "evaluation.json").read_text())
+        result = evaluate_run(str(run), batch_norm_batches=1)
         alone = result["members"][0]["test_accuracy"]
         assert result["mean_test_accuracy"] == alone
         assert result["ensemble_test_accuracy"] == alone
@@ -186,25 +180,25 @@ class TestWithoutValidation:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one network with two checkpoint sets."""
+    """Run of one network with two checkpoints."""
     folder = tmp_path_factory.mktemp("options") / "run"
     return write_run(folder, [network(0).state_dict()], epochs=(1, 3))
 
 
 class TestOptions:
-    def test_an_older_set(self, run: Path) -> None:
-        evaluate_run(str(run), checkpoint="epoch_0001", batch_norm_batches=1)
-        assert json.loads((run / "evaluation.json").read_text())["epoch"] == 1
+    def test_older_checkpoint(self, run: Path) -> None:
+        result = evaluate_run(str(run), checkpoint="epoch_0001", batch_norm_batches=1)
+        assert result["epoch"] == 1
 
-    def test_a_set_that_is_not_there(self, run: Path) -> None:
-        with pytest.raises(RunDirectoryError, match=r"'epoch_0002'; it holds epoch_0001, epoch_00"):
+    def test_missing_checkpoint(self, run: Path) -> None:
+        with pytest.raises(RunDirectoryError, match=r"'epoch_0002', only epoch_0001, epoch_00"):
             evaluate_run(str(run), checkpoint="epoch_0002")
 
-    def test_the_batch_size_changes_no_accuracy(self, run: Path) -> None:
+    def test_batch_size_does_not_change_accuracies(self, run: Path) -> None:
         accuracies = []
         for batch_size in (None, 7):
-            evaluate_run(str(run), batch_size=batch_size, batch_norm_batches=1)
-            accuracies.append(json.loads((run / "evaluation.json").read_text())["members"])
+            result = evaluate_run(str(run), batch_size=batch_size, batch_norm_batches=1)
+            accuracies.append(result["members"])
         assert accuracies[0][0]["test_accuracy"] == accuracies[1][0]["test_accuracy"]
 
     def test_fp16_needs_a_gpu(self, run: Path) -> None:
@@ -217,23 +211,23 @@ class TestOptions:
             evaluate_run(str(run), data_root=str(tmp_path / "elsewhere"))
 
 
-class TestWhatIsRefused:
-    def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
+class TestErrors:
+    def test_not_a_run_directory(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run directory"):
             evaluate_run(str(tmp_path))
 
-    def test_a_run_without_a_complete_set(self, tmp_path: Path) -> None:
+    def test_no_complete_checkpoint(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()], epochs=())
-        with pytest.raises(RunDirectoryError, match="no complete checkpoint set"):
+        with pytest.raises(RunDirectoryError, match="no complete checkpoint"):
             evaluate_run(str(run))
 
-    def test_a_configuration_that_is_not_ours(self, tmp_path: Path) -> None:
+    def test_invalid_config(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
         (run / "config.yaml").write_text("epochs: 3\n")
         with pytest.raises(RunDirectoryError, match=r"config\.yaml cannot be read"):
             evaluate_run(str(run))
 
-    def test_a_flipped_bit_is_noticed_and_nothing_is_written(self, tmp_path: Path) -> None:
+    def test_damaged_checkpoint(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
         path = run / "checkpoints/epoch_0002/network00.pt"
         damage_file(path)
@@ -243,7 +237,7 @@ class TestWhatIsRefused:
             evaluate_run(str(run))
         assert not (run / "evaluation.json").exists()
 
-    def test_weights_of_another_architecture(self, tmp_path: Path) -> None:
+    def test_wrong_architecture(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()], model="resnet32")
         with pytest.raises(ConfigError, match="does not hold the weights of this architecture"):
             evaluate_run(str(run))

@@ -15,7 +15,7 @@ from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model
 
 
-def test_into_our_own_architecture(trio: Path) -> None:
+def test_load_into_a_built_in_model(trio: Path) -> None:
     text = export_run(str(trio))
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
     for number, state in enumerate(related_states(3)):
@@ -26,7 +26,7 @@ def test_into_our_own_architecture(trio: Path) -> None:
             assert torch.equal(tensor, state[key])
 
 
-def test_into_torchvisions_own_architecture(tmp_path: Path) -> None:
+def test_load_into_a_model_of_torchvision(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trained = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     run = write_run(tmp_path / "run", [trained.state_dict()], model="resnet18", channels=3)
@@ -42,7 +42,7 @@ def test_into_torchvisions_own_architecture(tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() for tensor in torch.load(path, weights_only=True).values())
 
 
-def test_the_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
+def test_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
     export_run(str(trio), out=tmp_path)
     soup = torch.load(tmp_path / "uniform_soup.pt", weights_only=True)
     states = related_states(3)
@@ -54,7 +54,7 @@ def test_the_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor, states[0][key])
 
 
-def test_the_description_names_the_files(trio: Path, tmp_path: Path) -> None:
+def test_description(trio: Path, tmp_path: Path) -> None:
     export_run(str(trio), out=tmp_path, checkpoint="epoch_0001")
     description = json.loads((tmp_path / "export.json").read_text())
     assert (description["epoch"], description["model"], description["lead"]) == (
@@ -67,7 +67,7 @@ def test_the_description_names_the_files(trio: Path, tmp_path: Path) -> None:
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
 
 
-def test_weights_of_another_architecture_are_refused_before_anything_is_written(
+def test_wrong_architecture_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     run = write_run(tmp_path / "run", [network(0).state_dict()], model="resnet32")

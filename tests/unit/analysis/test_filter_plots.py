@@ -11,15 +11,16 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from dist_graft.analysis import filter_plots
 from dist_graft.analysis.filter_plots import draw
 from dist_graft.analysis.filters import Inspected, Layer
-from dist_graft.analysis.plot_style import COLOURS, Picture, line_styles
+from dist_graft.plot_style import COLORS, line_styles
 
 NAMES = {"invalid_filters.png", "entropy.png", "norms.png"}
 
 
 def source(label: str, *, networks: int = 1, layers: int = 19, invalid: float = 0.3) -> Inspected:
-    """Networks some of whose filters are invalid, and some exactly zero."""
+    """Networks with some invalid filters, some of them exactly zero."""
     random = np.random.default_rng(len(label))
 
     def layer(number: int) -> Layer:
@@ -51,10 +52,10 @@ POPULATIONS = {
 
 
 @pytest.mark.parametrize("name", ["one", "deep", "long"])
-def test_pictures_are_as_wide_as_a_column(name: str) -> None:
-    pictures = draw(POPULATIONS[name], [0.1, 0.01, 0.001], 10)
-    assert set(pictures) == NAMES
-    for content in pictures.values():
+def test_plots_have_column_width(name: str) -> None:
+    plots = draw(POPULATIONS[name], [0.1, 0.01, 0.001], 10)
+    assert set(plots) == NAMES
+    for content in plots.values():
         image = Image.open(io.BytesIO(content))
         assert image.format == "PNG"
         assert 3.3 * 300 < image.width < 3.7 * 300
@@ -62,9 +63,9 @@ def test_pictures_are_as_wide_as_a_column(name: str) -> None:
 
 
 def shown(figure: Figure) -> list[tuple[str, Bbox]]:
-    """What is written in a figure, and where."""
+    """Visible texts of a figure and their boxes."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # lays the figure out
+    canvas.draw()  # applies the layout
     renderer = canvas.get_renderer()
     hidden = set()
     for axes in figure.axes:
@@ -85,18 +86,18 @@ def shown(figure: Figure) -> list[tuple[str, Bbox]]:
     ("name", "thresholds"),
     [*((name, [0.1, 0.01, 0.001]) for name in POPULATIONS), ("two", [30.0]), ("two", [0.5, 0.3])],
 )
-def test_no_text_overlaps_another(
+def test_texts_do_not_overlap(
     name: str, thresholds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overlapping = []
 
-    def look(picture: Picture) -> bytes:
-        for (first, box), (second, other) in combinations(shown(picture.figure), 2):
+    def record(figure: Figure) -> bytes:
+        for (first, box), (second, other) in combinations(shown(figure), 2):
             if box.overlaps(other):
                 overlapping.append((first, second))
         return b""
 
-    monkeypatch.setattr(Picture, "png", look)
+    monkeypatch.setattr(filter_plots, "png", record)
     draw(POPULATIONS[name], thresholds, 10)
     assert not overlapping
 
@@ -104,11 +105,11 @@ def test_no_text_overlaps_another(
 def test_axes_have_labels_and_units(monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def look(picture: Picture) -> bytes:
-        written.append(" | ".join(text for text, _ in shown(picture.figure)))
+    def record(figure: Figure) -> bytes:
+        written.append(" | ".join(text for text, _ in shown(figure)))
         return b""
 
-    monkeypatch.setattr(Picture, "png", look)
+    monkeypatch.setattr(filter_plots, "png", record)
     draw(POPULATIONS["two"], [0.1], 10)
     invalid, entropy, norms = written
     assert "invalid filters (% of the layer)" in invalid
@@ -120,14 +121,14 @@ def test_axes_have_labels_and_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layer, from input to output" in entropy
 
 
-def test_sources_can_be_told_apart_without_colour() -> None:
+def test_line_styles_are_distinct_without_color() -> None:
     styles = line_styles(9)
     assert len({(style["color"], style["linestyle"], style["marker"]) for style in styles}) == 9
     assert len({(style["linestyle"], style["marker"]) for style in styles[:7]}) == 7
-    assert len({style["color"] for style in styles[:7]}) == len(COLOURS)
+    assert len({style["color"] for style in styles[:7]}) == len(COLORS)
 
 
-def test_a_users_settings_of_matplotlib_stay() -> None:
+def test_matplotlib_settings_are_restored() -> None:
     import matplotlib as mpl
 
     with mpl.rc_context({"font.size": 31.0}):

@@ -12,7 +12,7 @@ from stored_runs import network, related_states, write_run
 
 from dist_graft.analysis.export import export_run
 from dist_graft.analysis.inspect_filters import inspect_sources
-from dist_graft.analysis.sources import labels, read_source
+from dist_graft.analysis.stored_weights import labels, read_source
 from dist_graft.errors import ConfigError, NonFiniteError, RunDirectoryError
 
 THRESHOLDS = [20.0, 10.0]
@@ -28,7 +28,7 @@ def lines_of(folder: Path) -> list[dict[str, str]]:
 
 
 def plain_entropy(values: np.ndarray) -> float:
-    """Eq. 4 with ten bins, the last one closed, in a loop."""
+    """Eq. 4 with ten bins, the last one closed, in a plain loop."""
     low, high = np.float32(values.min()), np.float32(values.max())
     counts = [0] * 10
     for value in values.ravel():
@@ -38,7 +38,7 @@ def plain_entropy(values: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def folder(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is written of a run, and in text.txt what is printed."""
+    """Output folder of a run, with the printed text in text.txt."""
     folder = tmp_path_factory.mktemp("inspected")
     (folder / "text.txt").write_text(inspect(trio, out=folder))
     return folder
@@ -51,8 +51,8 @@ def exported(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class TestNumbers:
-    def test_a_line_for_each_filter_in_order(self, folder: Path) -> None:
+class TestOutput:
+    def test_csv_has_a_line_per_filter_in_order(self, folder: Path) -> None:
         lines = lines_of(folder)
         assert len(lines) == 3 * 688
         assert {line["source"] for line in lines} == {"run"}
@@ -65,7 +65,7 @@ class TestNumbers:
         ] * 3
 
     @pytest.mark.parametrize("unit", ["conv1", "layer2.0.conv1"])
-    def test_the_values_are_those_of_plain_loops(self, folder: Path, unit: str) -> None:
+    def test_values_equal_plain_loops(self, folder: Path, unit: str) -> None:
         for number, state in enumerate(related_states(3)[:2]):
             weight = state[f"{unit}.weight"].numpy()
             lines = [
@@ -84,7 +84,7 @@ class TestNumbers:
                     np.abs(weight).mean(), rel=1e-5
                 )
 
-    def test_totals(self, folder: Path) -> None:
+    def test_network_table(self, folder: Path) -> None:
         text = (folder / "text.txt").read_text().splitlines()
         for number, state in enumerate(related_states(3)):
             norms = torch.cat(
@@ -99,62 +99,62 @@ class TestNumbers:
                 *" ".join(shares).split(),
             ]
 
-    def test_a_row_for_each_layer(self, folder: Path) -> None:
+    def test_layer_table(self, folder: Path) -> None:
         text = (folder / "text.txt").read_text()
         for name in ("conv1", "layer1.0.conv1", "layer3.2.conv2"):
             assert f" {name} " in text
         assert "written:" in text
 
-    def test_pictures(self, folder: Path) -> None:
+    def test_plots(self, folder: Path) -> None:
         for name in ("invalid_filters.png", "entropy.png", "norms.png"):
             assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
 class TestSources:
-    def test_a_run_is_its_newest_set(self, trio: Path) -> None:
-        assert list(read_source(trio).states) == ["0", "1", "2"]
+    @pytest.mark.parametrize("path", [".", "checkpoints/epoch_0001"])
+    def test_run_and_checkpoint(self, trio: Path, path: str) -> None:
+        assert list(read_source(trio / path).states) == ["0", "1", "2"]
 
-    def test_a_set(self, trio: Path) -> None:
-        assert list(read_source(trio / "checkpoints/epoch_0001").states) == ["0", "1", "2"]
-
-    def test_a_set_from_inside_its_run(self, trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_relative_path(self, trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(trio / "checkpoints")
         assert list(read_source(Path("epoch_0001")).states) == ["0", "1", "2"]
 
-    def test_one_file_of_a_set(self, trio: Path) -> None:
+    def test_file_of_a_checkpoint(self, trio: Path) -> None:
         source = read_source(trio / "checkpoints/epoch_0002/network01.pt")
         assert list(source.states) == ["1"]
         expected = related_states(3)[1]["conv1.weight"]
         assert torch.equal(source.states["1"]["conv1.weight"], expected)
 
-    def test_what_was_exported(self, exported: Path) -> None:
+    def test_exported_folder(self, exported: Path) -> None:
         assert list(read_source(exported).states) == ["0", "1", "2"]
         soup = read_source(exported / "uniform_soup.pt")
         assert list(soup.states) == ["uniform_soup"]
         assert soup.model.name == "resnet20"
 
-    def test_a_file_alone(self, tmp_path: Path) -> None:
+    def test_single_file(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.pt"
         torch.save(network(0).state_dict(), path)
-        with pytest.raises(ConfigError, match=r"mine\.pt lies in no run .*: pass --model\.name"):
+        with pytest.raises(
+            ConfigError, match=r"mine\.pt is neither in a run .*: give --model\.name"
+        ):
             read_source(path)
         inspect(path, out=tmp_path, model_name="resnet20")
         assert {line["network"] for line in lines_of(tmp_path)} == {"mine"}
 
-    def test_torchvisions_own_weights(self, tmp_path: Path) -> None:
+    def test_weights_of_torchvision(self, tmp_path: Path) -> None:
         path = tmp_path / "theirs.pt"
         torch.save(network(0, name="squeezenet1_1", channels=3).state_dict(), path)
         inspect(path, out=tmp_path, model_name="squeezenet1_1")
         assert lines_of(tmp_path)[0]["unit"] == "features.0"
 
-    def test_side_by_side(self, trio: Path, exported: Path, tmp_path: Path) -> None:
+    def test_several_sources(self, trio: Path, exported: Path, tmp_path: Path) -> None:
         text = inspect(trio, exported, exported / "uniform_soup.pt", out=tmp_path)
         sources = list(dict.fromkeys(line["source"] for line in lines_of(tmp_path)))
         assert len(sources) == 3
         assert text.count(" layer1.0.conv1 ") == 1
         assert all(text.count(f" {source} ") >= 19 for source in sources)
 
-    def test_linear_layers_too(self, trio: Path, tmp_path: Path) -> None:
+    def test_linear_layers(self, trio: Path, tmp_path: Path) -> None:
         inspect(trio, out=tmp_path, lead="conv+linear")
         assert lines_of(tmp_path)[-1]["unit"] == "linear"
 
@@ -175,46 +175,44 @@ class TestLabels:
             (["a/checkpoints/epoch_0001/network01.pt"], ["network01.pt"]),
         ],
     )
-    def test_they_are_what_the_paths_do_not_share(
-        self, paths: list[str], expected: list[str]
-    ) -> None:
+    def test_common_parent_is_removed(self, paths: list[str], expected: list[str]) -> None:
         assert labels([Path(path) for path in paths]) == expected
 
-    def test_twice_the_same(self) -> None:
+    def test_same_path_twice(self) -> None:
         with pytest.raises(ConfigError, match="runs/a is given twice"):
             labels([Path("runs/b"), Path("runs/a"), Path("runs/../runs/a")])
 
 
-class TestWhatIsRefused:
-    def test_what_is_not_there(self, tmp_path: Path) -> None:
+class TestErrors:
+    def test_missing_path(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match="nowhere does not exist"):
             read_source(tmp_path / "nowhere")
 
-    def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
+    def test_not_a_run_directory(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match="is no run directory"):
             read_source(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 broken"])
-    def test_a_file_that_is_not_weights(self, tmp_path: Path, content: bytes) -> None:
+    def test_unreadable_file(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "file.pt"
         path.write_bytes(content)
         with pytest.raises(RunDirectoryError, match=r"file\.pt cannot be read as weights"):
             read_source(path, "resnet20")
 
     @pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"a": 1}, torch.zeros(2)])
-    def test_a_file_that_holds_something_else(self, tmp_path: Path, content: object) -> None:
+    def test_no_state_dict(self, tmp_path: Path, content: object) -> None:
         path = tmp_path / "file.pt"
         torch.save(content, path)
         with pytest.raises(RunDirectoryError, match=r"file\.pt holds no state dict"):
             read_source(path, "resnet20")
 
-    def test_weights_that_no_classifier_of_images_has(self, tmp_path: Path) -> None:
+    def test_no_image_classifier(self, tmp_path: Path) -> None:
         path = tmp_path / "file.pt"
         torch.save({"weight": torch.zeros(3, 4)}, path)
-        with pytest.raises(ConfigError, match="no classifier of grey or colour images"):
+        with pytest.raises(ConfigError, match="no classifier of images with 1 or 3 channels"):
             inspect(path, out=tmp_path, model_name="resnet20")
 
-    def test_an_architecture_that_it_is_not(self, tmp_path: Path) -> None:
+    def test_wrong_architecture(self, tmp_path: Path) -> None:
         path = tmp_path / "file.pt"
         torch.save(network(0).state_dict(), path)
         with pytest.raises(
@@ -222,19 +220,21 @@ class TestWhatIsRefused:
         ):
             inspect(path, out=tmp_path, model_name="resnet32")
 
-    def test_layers_that_differ(self, trio: Path, tmp_path: Path) -> None:
+    def test_different_layers(self, trio: Path, tmp_path: Path) -> None:
         path = tmp_path / "file.pt"
         torch.save(network(0, name="resnet32").state_dict(), path)
-        with pytest.raises(ConfigError, match="do not have the same layers: inspect them one by"):
+        with pytest.raises(
+            ConfigError, match="do not have the same layers: inspect them separately"
+        ):
             inspect(trio, path, out=tmp_path, model_name="resnet32")
 
-    def test_a_weight_that_is_not_finite(self, tmp_path: Path) -> None:
+    def test_non_finite_weight(self, tmp_path: Path) -> None:
         state = network(0).state_dict()
         state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
         run = write_run(tmp_path / "run", [state])
         with pytest.raises(NonFiniteError, match=r"layer layer1\.0\.conv1 of network 0"):
             inspect(run, out=tmp_path)
 
-    def test_a_file_that_is_no_network_of_its_set(self, trio: Path) -> None:
-        with pytest.raises(RunDirectoryError, match=r"COMPLETE\.json is no network of"):
+    def test_other_file_of_a_checkpoint(self, trio: Path) -> None:
+        with pytest.raises(RunDirectoryError, match=r"COMPLETE\.json is not a network of"):
             read_source(trio / "checkpoints/epoch_0002/COMPLETE.json")

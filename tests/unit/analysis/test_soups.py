@@ -16,9 +16,9 @@ def small(seed: int) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
-class TestUniform:
+class TestUniformSoup:
     @pytest.mark.parametrize("count", [1, 2, 3, 7])
-    def test_it_is_numpys_mean(self, count: int) -> None:
+    def test_equals_the_mean_of_numpy(self, count: int) -> None:
         states = [small(seed) for seed in range(count)]
         soup = uniform_soup(states)
         assert list(soup) == list(states[0])
@@ -28,11 +28,11 @@ class TestUniform:
                 values = np.stack([state[key].numpy().astype(np.float64) for state in states])
                 np.testing.assert_array_equal(tensor.numpy(), values.mean(0).astype(np.float32))
 
-    def test_integers_are_those_of_the_first(self) -> None:
+    def test_integers_are_those_of_the_first_network(self) -> None:
         soup = uniform_soup([small(5), small(9)])
         assert soup["1.num_batches_tracked"].item() == 5
 
-    def test_the_networks_are_left_alone(self) -> None:
+    def test_networks_are_not_modified(self) -> None:
         states = [small(0), small(1)]
         for tensor in uniform_soup(states).values():
             tensor.zero_()
@@ -40,7 +40,7 @@ class TestUniform:
             for key, tensor in small(seed).items():
                 assert torch.equal(state[key], tensor)
 
-    def test_the_type_of_each_tensor_is_kept(self) -> None:
+    def test_types_are_kept(self) -> None:
         states = [
             {"half": torch.tensor([x], dtype=torch.bfloat16), "double": torch.tensor([x]).double()}
             for x in (1.0, 2.0)
@@ -72,14 +72,21 @@ def plain_greedy(
     return ingredients
 
 
-class TestGreedy:
+def linear_classifiers(
+    seed: int,
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64], NDArray[np.int64]]:
+    """Weights of five classifiers, and inputs with the labels of a sixth."""
+    random = np.random.default_rng(seed)
+    truth = random.normal(size=(4, 6))
+    inputs = random.normal(size=(60, 6))
+    weights = [truth + random.normal(size=truth.shape) * spread for spread in (0.5, 1, 2, 3, 1)]
+    return weights, inputs, (inputs @ truth.T).argmax(1)
+
+
+class TestGreedySoup:
     @pytest.mark.parametrize("seed", range(12))
-    def test_it_is_the_papers_recipe_on_linear_classifiers(self, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        truth = random.normal(size=(4, 6))
-        inputs = random.normal(size=(60, 6))
-        labels = (inputs @ truth.T).argmax(1)
-        weights = [truth + random.normal(size=truth.shape) * spread for spread in (0.5, 1, 2, 3, 1)]
+    def test_equals_recipe_1_on_linear_classifiers(self, seed: int) -> None:
+        weights, inputs, labels = linear_classifiers(seed)
         states = [{"weight": torch.from_numpy(weight)} for weight in weights]
 
         def accuracy_of(state: dict[str, Tensor]) -> float:
@@ -88,18 +95,10 @@ class TestGreedy:
         members = greedy_soup(states, [accuracy_of(state) for state in states], accuracy_of)
         assert members == plain_greedy(weights, inputs, labels)
 
-    def test_the_seeds_above_make_soups_of_several_sizes(self) -> None:
-        sizes = set()
-        for seed in range(12):
-            random = np.random.default_rng(seed)
-            truth = random.normal(size=(4, 6))
-            inputs = random.normal(size=(60, 6))
-            labels = (inputs @ truth.T).argmax(1)
-            weights = [truth + random.normal(size=truth.shape) * s for s in (0.5, 1, 2, 3, 1)]
-            sizes.add(len(plain_greedy(weights, inputs, labels)))
-        assert len(sizes) >= 3
+    def test_seeds_above_give_soups_of_several_sizes(self) -> None:
+        assert len({len(plain_greedy(*linear_classifiers(seed))) for seed in range(12)}) >= 3
 
-    def test_who_makes_it_worse_stays_out_and_later_ones_are_still_tried(self) -> None:
+    def test_worse_network_is_skipped_and_later_ones_are_tried(self) -> None:
         states = [{"w": torch.tensor([float(value)])} for value in (1, 2, 4)]
         tried = []
 
@@ -110,9 +109,9 @@ class TestGreedy:
         assert greedy_soup(states, [10.0, 30.0, 50.0], accuracy_of) == [2, 0]
         assert tried == [3.0, 2.5]
 
-    def test_who_changes_nothing_joins(self) -> None:
+    def test_network_that_changes_nothing_joins(self) -> None:
         states = [{"w": torch.tensor([1.0])}] * 3
         assert greedy_soup(states, [50.0, 50.0, 50.0], lambda _: 50.0) == [0, 1, 2]
 
-    def test_one_network_is_its_own_soup(self) -> None:
+    def test_one_network(self) -> None:
         assert greedy_soup([small(0)], [10.0], lambda _: 0.0) == [0]

@@ -1,0 +1,189 @@
+"""Accuracies of a run's networks, their mean, their ensemble and their soups."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
+from dist_graft.analysis.stored_weights import State, StoredRun, load_state, open_run
+from dist_graft.config import TrainConfig
+from dist_graft.errors import ConfigError
+from dist_graft.population.runtime.process_group import start
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.checkpoint.files import write_atomically
+from dist_graft.training.data import Data, ensure_available, load_data
+from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.loop import EvalResult, Precision, Predictor, accuracy, evaluate
+from dist_graft.training.models import build_model
+
+PROTOCOL = 1
+"""Version of evaluation.json."""
+
+
+def evaluate_run(
+    run: str,
+    *,
+    checkpoint: str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    precision: Precision | None = None,
+    batch_size: int | None = None,
+    batch_norm_batches: int | None = None,
+) -> dict[str, Any]:
+    """Test the networks of a run one at a time and write RUN/evaluation.json.
+
+    Args:
+        run: run directory.
+        checkpoint: name of a checkpoint; None: the latest complete one.
+        data_root: folder of the data sets; None: the run's.
+        device: auto, cpu, cuda or cuda:N; None: the run's.
+        precision: of the forward passes; None: the run's.
+        batch_size: images per batch, also for re-estimating batch norm; None: the run's.
+        batch_norm_batches: training batches for re-estimating batch norm; None: one epoch.
+
+    Returns: content of evaluation.json.
+
+    Raises: DistGraftError.
+    """
+    stored = open_run(Path(run), checkpoint)
+    config = stored.config
+    data_config = replace(
+        config.data,
+        root=data_root or config.data.root,
+        batch_size=batch_size or config.data.batch_size,
+    )
+    runtime_config = replace(
+        config.runtime,
+        device=device or config.runtime.device,
+        precision=precision or config.runtime.precision,
+        backend="auto",
+    )
+    config = replace(config, data=data_config, runtime=runtime_config)
+    runtime = start(runtime_config, ProcessInfo())
+    ensure_available(data_config)
+    data = load_data(
+        data_config,
+        seed=config.seed,
+        network=0,
+        device=runtime.device,
+        channels_last=runtime_config.channels_last,
+    )
+    states = list(stored.states())
+    try:
+        with tqdm(desc="evaluating", unit=" passes", leave=False, disable=None) as bar:
+            evaluator = _Evaluator(config, data, runtime.device, stored, batch_norm_batches, bar)
+            result = _evaluate(stored, states, evaluator)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch_size"
+        ) from error
+    content = (json.dumps(result, indent=1) + "\n").encode()
+    write_atomically(stored.path / "evaluation.json", content)
+    return result
+
+
+class _Evaluator:
+    """One module on the device, into which the weights of each network are loaded in turn."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        device: torch.device,
+        stored: StoredRun,
+        batch_norm_batches: int | None,
+        bar: tqdm[Any],
+    ) -> None:
+        model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
+        model.to(device)
+        if config.runtime.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self._predictor = Predictor(
+            model=model,
+            forward=torch.compile(model) if config.runtime.compile else model,
+            precision=config.runtime.precision,
+            device=device,
+        )
+        self.data = data
+        self._source = stored.checkpoint.path
+        self._bar = bar
+        self._batches = min(batch_norm_batches or data.steps_per_epoch, data.steps_per_epoch)
+
+    def evaluate(
+        self, state: State, split: Literal["test", "val"], *, reestimated: bool = False
+    ) -> EvalResult:
+        """Evaluate weights on a split, with stored or re-estimated batch norm statistics."""
+        load_state(self._predictor.model, state, self._source)
+        if reestimated:
+            reestimate_batch_norm(self._predictor, self.data.train_batches(0, 0, self._batches))
+        result = evaluate(self._predictor, self.data, split)
+        self._bar.update()
+        return result
+
+    def evaluate_soup(self, state: State) -> dict[str, float]:
+        """Test accuracies of a soup, in percent."""
+        return {
+            "batch_norm_as_is": self.evaluate(state, "test").accuracy,
+            "batch_norm_reestimated": self.evaluate(state, "test", reestimated=True).accuracy,
+        }
+
+
+def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
+    """Content of evaluation.json."""
+    rates = learning_rates(stored.config.optim, len(states))
+    tested = [evaluator.evaluate(state, "test") for state in states]
+    reestimated = [evaluator.evaluate(state, "test", reestimated=True) for state in states]
+    validated: list[float] = []
+    if evaluator.data.has_validation:
+        validated = [evaluator.evaluate(state, "val").accuracy for state in states]
+    uniform = evaluator.evaluate_soup(uniform_soup(states))
+    greedy: dict[str, Any] | None = None
+    if validated:
+
+        def validation_accuracy(soup: dict[str, Tensor]) -> float:
+            return evaluator.evaluate(soup, "val").accuracy
+
+        members = greedy_soup(states, validated, validation_accuracy)
+        soup = uniform_soup([states[member] for member in sorted(members)])
+        greedy = {"members": members, **evaluator.evaluate_soup(soup)}
+    return {
+        "protocol": PROTOCOL,
+        "run_dir": str(stored.path),
+        "epoch": stored.checkpoint.epoch,
+        "round": stored.checkpoint.round,
+        "members": [
+            {
+                "network": network,
+                "lr": rates[network],
+                "test_accuracy": result.accuracy,
+                "test_accuracy_reestimated": reestimated[network].accuracy,
+                "test_loss": result.loss if math.isfinite(result.loss) else None,
+                "val_accuracy": validated[network] if validated else None,
+            }
+            for network, result in enumerate(tested)
+        ],
+        "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
+        "mean_test_accuracy_reestimated": statistics.fmean(r.accuracy for r in reestimated),
+        "ensemble_test_accuracy": ensemble_accuracy(tested),
+        "ensemble_test_accuracy_reestimated": ensemble_accuracy(reestimated),
+        "uniform_soup": uniform,
+        "greedy_soup": greedy,
+    }
+
+
+def ensemble_accuracy(members: Sequence[EvalResult]) -> float:
+    """Accuracy of the networks' mean probability, in percent."""
+    total = members[0].probabilities.clone()
+    for member in members[1:]:
+        total += member.probabilities
+    return accuracy(total, members[0].labels)

@@ -1,1 +1,0 @@
-"""What rounds of many networks will cost, before the machines are asked for."""

@@ -1,0 +1,171 @@
+"""Reads the files of a run directory without torch. Damaged files are listed, never raised."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_graft.errors import RunDirectoryError
+from dist_graft.training.checkpoint.files import complete_sets
+from dist_graft.training.run_directory import RunDirectory
+
+_TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
+
+Fields = dict[str, Any]
+"""A JSON object. Empty if its file is missing or unreadable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFiles:
+    """Files of one network."""
+
+    network: int
+    status: Fields
+    """status.json."""
+    last_epoch: Fields
+    """Last line of metrics.jsonl."""
+    last_round: Fields
+    """`graft` of the last epoch that had a round."""
+    error: str | None
+    """Last line of log.txt, if it is an error."""
+
+    @property
+    def phase(self) -> str | None:
+        """What the process was doing when it last wrote status.json."""
+        phase = self.status.get("phase")
+        return phase if isinstance(phase, str) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Files of a run."""
+
+    path: Path
+    config: Fields
+    """config.yaml, nested."""
+    networks: list[NetworkFiles]
+    events: list[Fields]
+    """Lines of population/events.jsonl, in order."""
+    summary: Fields
+    """summary.json."""
+    stopped: str | None
+    """Content of STOPPED_EARLY."""
+    checkpoint: str | None
+    """Name of the latest complete checkpoint."""
+    checkpoint_epoch: int
+    """Epochs finished at the latest complete checkpoint."""
+    problems: list[str] = field(default_factory=list)
+    """Files that exist but cannot be read completely."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run; 0 if unknown."""
+        epochs = self.config.get("epochs")
+        return epochs if isinstance(epochs, int) else 0
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises: RunDirectoryError if the path is not a run directory.
+    """
+    directory = RunDirectory(str(path))
+    matches = (re.fullmatch(r"network(\d{2,})", folder.name) for folder in path.glob("network*"))
+    found = {int(match[1]) for match in matches if match}
+    if not found and not directory.config.is_file():
+        raise RunDirectoryError(
+            f"{path} is not a run directory: it has neither config.yaml nor network00"
+        )
+    problems: list[str] = []
+    config = _read_config(directory.config, problems)
+    count = config.get("run", {}).get("networks")
+    networks = sorted(found | set(range(count if isinstance(count, int) else 0)))
+    checkpoints = complete_sets(directory.checkpoints)
+    return RunFiles(
+        path=path,
+        config=config,
+        networks=[_read_network(directory, network, problems) for network in networks],
+        events=_read_lines(directory.events, problems),
+        summary=_read_object(directory.summary, problems),
+        stopped=_read_text(directory.stopped, problems),
+        checkpoint=checkpoints[-1].path.name if checkpoints else None,
+        checkpoint_epoch=checkpoints[-1].epoch if checkpoints else 0,
+        problems=problems,
+    )
+
+
+def _read_network(directory: RunDirectory, network: int, problems: list[str]) -> NetworkFiles:
+    folder = directory.network(network)
+    lines = _read_lines(folder / "metrics.jsonl", problems)
+    epochs = [line for line in lines if isinstance(line.get("epoch"), int)]
+    rounds = [line["graft"] for line in epochs if isinstance(line.get("graft"), dict)]
+    log = (_read_text(folder / "log.txt", problems, tail=True) or "").splitlines()
+    last = next((line for line in reversed(log) if line.strip()), "")
+    return NetworkFiles(
+        network=network,
+        status=_read_object(directory.status(network), problems),
+        last_epoch=epochs[-1] if epochs else {},
+        last_round=rounds[-1] if rounds else {},
+        error=last.removeprefix("ERROR ") if last.startswith("ERROR ") else None,
+    )
+
+
+def _read_config(path: Path, problems: list[str]) -> Fields:
+    text = _read_text(path, problems)
+    if text is None:
+        return {}
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("run", {}), dict):
+        problems.append(f"{path} cannot be read")
+        return {}
+    return config
+
+
+def _read_object(path: Path, problems: list[str]) -> Fields:
+    text = _read_text(path, problems)
+    content = None if text is None else _parse(text)
+    if text is not None and content is None:
+        problems.append(f"{path} cannot be read")
+    return content or {}
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Fields]:
+    """Objects at the end of a JSON-lines file. An unfinished last line is ignored."""
+    text = _read_text(path, problems, tail=True) or ""
+    lines = [_parse(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if damaged := lines.count(None):
+        problems.append(f"{path}: {damaged} of the last {len(lines)} lines cannot be read")
+    return [line for line in lines if line is not None]
+
+
+def _parse(text: str) -> Fields | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_text(path: Path, problems: list[str], *, tail: bool = False) -> str | None:
+    """A file or, with `tail`, the complete lines at its end; None if there is no file."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, 2) - _TAIL_BYTES) if tail else 0
+            file.seek(start)
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path} cannot be read: {error.strerror}")
+        return None
+    if start:
+        content = content.partition(b"\n")[2]
+    return content.decode(errors="replace")

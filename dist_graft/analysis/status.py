@@ -1,0 +1,336 @@
+"""``dist-graft status``: progress of a run, or how it ended, from the files in its directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run
+from dist_graft.command import Command, Options
+from dist_graft.config.validation import above_zero
+from dist_graft.monitoring.console import duration
+from dist_graft.monitoring.status_file import BEAT_SECONDS, ENDED
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.printing import format_table
+
+State = Literal["starting", "running", "finished", "stopped", "failed", "died"]
+ACTIVE: tuple[State, ...] = ("starting", "running")
+
+_DEAD_AFTER_SECONDS = 90.0  # shared filesystems may show an old version of a file for a minute
+_ALIVE_WITHIN_SECONDS = 2 * BEAT_SECONDS + 1
+_STOPPED_BY_LAUNCHER = "stopped by "  # message of processes ended after another one failed
+_EVENTS_SHOWN = 5
+_SILENCE_SHOWN_SECONDS = 30.0
+_CLEAR_SCREEN = "\x1b[H\x1b[2J"
+_HEADER = (
+    *("network", "host", "phase", "epoch", "step", "test %", "lr", "images/s"),
+    *("last round", "events"),
+)
+
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options."""
+    parser = ArgumentParser(
+        description="Show the progress of a run, or how it ended, from the files it wrote.",
+        **settings,
+    )
+    add = parser.add_argument
+    add("run", type=str, help="run directory")
+    add("--watch", action="store_true", help="repeat until the run has ended")
+    add("--every", type=float, default=5.0, help="seconds between repetitions")
+    add("--json", action="store_true", help="print one JSON object per repetition, for scripts")
+    return parser
+
+
+def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+    """Show the status once, or repeatedly until the run has ended.
+
+    Raises: RunDirectoryError if there is no run.
+    """
+    del process
+    above_zero("every", options["every"])
+    path, watch, as_json = Path(options["run"]), options["watch"], options["json"]
+    clear = _CLEAR_SCREEN if watch and not as_json and sys.stdout.isatty() else ""
+    while True:
+        files, now = read_run(path), time.time()
+        verdict = judge(files, now)
+        if as_json:
+            yield json_text(files, verdict, now, indent=None if watch else 1)
+        else:
+            yield clear + status_text(files, verdict, now)
+        if not watch or verdict.state not in ACTIVE:
+            return
+        time.sleep(options["every"])
+
+
+COMMAND = Command(
+    name="status", help="show the progress of a run", build_parser=build_parser, run=run
+)
+
+# ------------------------------------------------------------------------------------------------
+# State of a run
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """State of a run as a whole."""
+
+    state: State
+    words: str
+    """The state in one line, with its cause and what to do."""
+    alive: frozenset[int]
+    """Networks whose processes are running."""
+
+
+def judge(run: RunFiles, now: float) -> Verdict:
+    """Determine the state of a run at a time in seconds since 1970."""
+    alive = frozenset(files.network for files in run.networks if _is_alive(files, now))
+    died = [
+        files
+        for files in run.networks
+        if files.phase is not None and files.phase not in ENDED and files.network not in alive
+    ]
+    errors = {files.network: error for files in run.networks if (error := _error(files))}
+    state, words = _state(run, alive, died, errors, now)
+    return Verdict(state=state, words=words, alive=alive)
+
+
+def _state(
+    run: RunFiles,
+    alive: Collection[int],
+    died: list[NetworkFiles],
+    errors: Mapping[int, str],
+    now: float,
+) -> tuple[State, str]:
+    resume = (
+        f"rerun the same command to resume from {run.checkpoint}"
+        if run.checkpoint
+        else "there is no checkpoint to resume from"
+    )
+    if alive:
+        lost = [*(files.network for files in died), *(k for k in errors if k not in alive)]
+        without = f", but without {_names(lost)}" if lost else ""
+        phases = {files.phase for files in run.networks if files.network in alive}
+        if phases == {"starting"}:
+            return "starting", f"starting: loading data and connecting the networks{without}"
+        return "running", f"running{without}"
+
+    finished = [files.last_epoch["epoch"] + 1 for files in run.networks if files.last_epoch]
+    if run.summary and max([*finished, run.checkpoint_epoch]) >= max(1, run.epochs):
+        return "finished", "finished: all epochs are done; see summary.json for the results"
+    if run.stopped is not None and not died:
+        return "stopped", " ".join(run.stopped.split()) or f"stopped early; {resume}"
+
+    # The launcher ends all processes after one has failed: show the cause, not its consequences.
+    causes = {k: error for k, error in errors.items() if _STOPPED_BY_LAUNCHER not in error}
+    if causes or (errors and not died):
+        network, error = next(iter((causes or errors).items()))
+        return "failed", f"failed: network {network}: {error}; {resume}"
+    if died:
+        silent = [seconds for files in died if (seconds := _silent_seconds(files, now)) is not None]
+        return "died", (
+            f"died: last sign of life of {_names([files.network for files in died])} "
+            f"{duration(min(silent, default=0))} ago, without an error message (killed, out of "
+            f"memory, or the machine failed); {resume}"
+        )
+    return "died", f"not running and not finished, for an unknown reason; {resume}"
+
+
+def _is_alive(files: NetworkFiles, now: float) -> bool:
+    silent = _silent_seconds(files, now)
+    if silent is None or files.phase in ENDED:
+        return False
+    return silent < _ALIVE_WITHIN_SECONDS or (silent < _DEAD_AFTER_SECONDS and not _is_gone(files))
+
+
+def _silent_seconds(files: NetworkFiles, now: float) -> float | None:
+    """Seconds since the network's process wrote status.json; None if it never did."""
+    written = files.status.get("time")
+    return max(0.0, now - written) if isinstance(written, (int, float)) else None
+
+
+def _is_gone(files: NetworkFiles) -> bool:
+    """Whether the process ran on this host and no longer exists."""
+    pid = files.status.get("pid")
+    if files.status.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def _error(files: NetworkFiles) -> str | None:
+    """Why a network's process failed, from its log or from status.json."""
+    if files.phase == "finished":  # the log's error is of a later start that was refused
+        return None
+    if files.error or files.phase != "failed":
+        return files.error
+    return str(files.status.get("reason") or "no reason given")
+
+
+def _names(networks: Collection[int]) -> str:
+    plural = "s" if len(networks) > 1 else ""
+    return f"network{plural} {', '.join(map(str, sorted(networks)))}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Output
+# ------------------------------------------------------------------------------------------------
+
+
+def json_text(run: RunFiles, verdict: Verdict, now: float, *, indent: int | None) -> str:
+    """Everything that is known about a run as one JSON object."""
+    return json.dumps(_facts(run, verdict, now), indent=indent)
+
+
+def status_text(run: RunFiles, verdict: Verdict, now: float) -> str:
+    """State, table of the networks, final accuracies, latest events and unreadable files."""
+    facts = _facts(run, verdict, now)
+    left = facts["seconds_left"]
+    lines = [
+        f"{run.path}: {verdict.words}{'' if left is None else f', {duration(left)} left'}",
+        f"{len(run.networks)} x {facts['model'] or '?'} on {facts['data'] or '?'}, method "
+        f"{facts['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
+        format_table(_HEADER, [_row(row, facts["epochs"] or "?") for row in facts["networks"]]),
+    ]
+    final = {k: v for k, v in facts["final"].items() if k.endswith("after_last_round")}
+    if final and verdict.state == "finished":
+        lines.append(", ".join(f"{k.replace('_', ' ')} {_fixed(v, 2)}" for k, v in final.items()))
+    for event in run.events[-_EVENTS_SHOWN:]:
+        epoch = _as_int(event.get("epoch"))
+        when = f"epoch {epoch + 1}" if epoch is not None else "unknown epoch"
+        lines.append(f"{when}: {event.get('text', event.get('kind'))}")
+    lines += [f"! {problem}" for problem in run.problems]
+    if verdict.state in ACTIVE:
+        lines.append(f"to stop the run after a checkpoint: touch {run.path / 'STOP'}")
+    return "\n".join(lines)
+
+
+def _facts(run: RunFiles, verdict: Verdict, now: float) -> dict[str, Any]:
+    """What both outputs show. Values that are unknown are None."""
+    networks = [_network_facts(run, verdict, files, now) for files in run.networks]
+    left = [row["seconds_left"] for row in networks if row["seconds_left"] is not None]
+    return {
+        "run": str(run.path),
+        "state": verdict.state,
+        "words": verdict.words,
+        "epochs": run.epochs or None,
+        "model": _name_in(run.config, "model"),
+        "data": _name_in(run.config, "data"),
+        "method": run.config.get("method"),
+        "seconds_left": max(left) if left and verdict.state in ACTIVE else None,
+        "newest_set": run.checkpoint,
+        "networks": networks,
+        "final": {k: v for k, v in run.summary.items() if k.startswith(("mean_", "ensemble_"))},
+        "events": run.events,
+        "problems": run.problems,
+    }
+
+
+def _network_facts(
+    run: RunFiles, verdict: Verdict, files: NetworkFiles, now: float
+) -> dict[str, Any]:
+    status, last, graft = files.status, files.last_epoch, files.last_round
+    alive = files.network in verdict.alive
+    by_unit = graft.get("coefficient")
+    values = by_unit.values() if isinstance(by_unit, dict) else ()
+    coefficients = [value for value in map(_as_float, values) if value is not None]
+    rounds = _as_int(status.get("rounds"))
+    own_events = [event for event in run.events if event.get("network") == files.network]
+    finished = last["epoch"] + 1 if last else 0
+    return {
+        "network": files.network,
+        "host": status.get("host"),
+        "phase": files.phase,
+        "alive": alive,
+        "silent_seconds": None if files.phase in ENDED else _silent_seconds(files, now),
+        "epochs_finished": finished,
+        "epoch": status.get("epoch", max(0, finished - 1)),
+        "step": status.get("step"),
+        "steps_per_epoch": status.get("steps_per_epoch") or None,
+        "test_accuracy": _as_float(last.get("test_accuracy")),
+        "lr": _as_float(last.get("lr")),
+        "images_per_second": _as_float(status.get("images_per_second") if alive else None)
+        or _as_float(last.get("images_per_second")),
+        "round": rounds - 1 if rounds else _as_int(graft.get("round")),
+        "donor": _as_int(graft.get("donor")),
+        "smallest_coefficient": min(coefficients, default=None),
+        "largest_coefficient": max(coefficients, default=None),
+        "seconds_left": _as_float(status.get("seconds_left")) if alive else None,
+        "events": dict(Counter(str(event.get("kind")) for event in own_events)),
+    }
+
+
+def _row(row: dict[str, Any], epochs: object) -> tuple[str, ...]:
+    ended = row["phase"] in ENDED or row["phase"] is None
+    current = row["epoch"] + 1 if isinstance(row["epoch"], int) else "?"
+    return (
+        str(row["network"]),
+        str(row["host"] or "-"),
+        _phase_text(row),
+        f"{row['epochs_finished'] if ended else current}/{epochs}",
+        f"{row['step']}/{row['steps_per_epoch']}" if row["steps_per_epoch"] else "-",
+        _fixed(row["test_accuracy"], 2),
+        "-" if row["lr"] is None else f"{row['lr']:.4g}",
+        _fixed(row["images_per_second"], 0),
+        _round_text(row),
+        ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in row["events"].items()) or "-",
+    )
+
+
+def _phase_text(row: dict[str, Any]) -> str:
+    silent = row["silent_seconds"]
+    if row["phase"] in ENDED or row["phase"] is None:
+        return row["phase"] or "?"
+    if not row["alive"]:
+        return "dead"
+    if silent is not None and silent > _SILENCE_SHOWN_SECONDS:
+        return f"silent {duration(silent)}"
+    return str(row["phase"])
+
+
+def _round_text(row: dict[str, Any]) -> str:
+    if row["round"] is None:
+        return "-"
+    if row["smallest_coefficient"] is None:
+        return str(row["round"])
+    low, high = row["smallest_coefficient"], row["largest_coefficient"]
+    donor = "?" if row["donor"] is None else row["donor"]
+    return f"{row['round']}: kept {low:.2f}-{high:.2f}, rest of {donor}"
+
+
+def _fixed(value: object, digits: int) -> str:
+    number = _as_float(value)
+    return "-" if number is None else f"{number:.{digits}f}"
+
+
+def _as_float(value: object) -> float | None:
+    """A finite number, or None for anything else that the file may hold."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _as_int(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _name_in(config: Mapping[str, Any], section: str) -> Any:
+    values = config.get(section)
+    return values.get("name") if isinstance(values, dict) else None

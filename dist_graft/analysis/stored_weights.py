@@ -1,0 +1,217 @@
+"""Reads weights from disk: runs, checkpoints, exported folders and single files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_graft.config import ModelConfig, TrainConfig
+from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.grafting.units import Lead
+from dist_graft.training.checkpoint.files import COMPLETE, Checkpoint, complete_sets, load_network
+from dist_graft.training.models import build_model
+from dist_graft.training.run_directory import RunDirectory
+
+State = Mapping[str, Tensor]
+"""A model's state dict."""
+
+EXPORT_DESCRIPTION = "export.json"
+"""File beside exported weights that describes them."""
+
+_NETWORK = re.compile(r"network(\d+)")
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run directory and one of its complete checkpoints."""
+
+    path: Path
+    config: TrainConfig
+    checkpoint: Checkpoint
+
+    def state(self, network: int) -> State:
+        """Load the weights of one network onto the CPU.
+
+        Raises: RunDirectoryError if the file is missing or damaged.
+        """
+        name = f"network{network:02d}.pt"
+        path = self.checkpoint.path / name
+        try:
+            saved = load_network(path, self.checkpoint.sha256[name])
+        except RunDirectoryError as error:
+            raise RunDirectoryError(
+                f"{path} is missing or damaged: restore it, or choose another checkpoint with "
+                "--checkpoint"
+            ) from error
+        state: State = saved["model"]
+        return state
+
+    def states(self) -> Iterator[State]:
+        """Load the weights of all networks, one at a time."""
+        return (self.state(network) for network in range(self.checkpoint.networks))
+
+
+def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
+    """Open a run at a checkpoint, by default the latest complete one.
+
+    Raises: RunDirectoryError if there is no run or no such checkpoint.
+    """
+    directory = RunDirectory(str(path))
+    config, _ = directory.read()
+    complete = {stored.path.name: stored for stored in complete_sets(directory.checkpoints)}
+    if not complete:
+        raise RunDirectoryError(f"{path} holds no complete checkpoint")
+    name = checkpoint or list(complete)[-1]
+    if name not in complete:
+        raise RunDirectoryError(
+            f"{path} holds no complete checkpoint {name!r}, only {', '.join(complete)}"
+        )
+    return StoredRun(path, config, complete[name])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Networks of one architecture that are inspected together."""
+
+    path: Path
+    model: ModelConfig
+    lead: Lead
+    states: Mapping[str, State]
+    """By the network's number, or by the file's name if that has none."""
+
+
+def read_source(path: Path, model_name: str | None = None) -> Source:
+    """Read all weights at a path.
+
+    A run directory stands for its latest complete checkpoint. The architecture is that of the run,
+    or of the export.json beside the file.
+
+    Args: model_name: architecture of a file that has neither.
+    Raises: RunDirectoryError if there is nothing to read; ConfigError if a file's architecture is
+        unknown.
+    """
+    if (path / COMPLETE).is_file():
+        return _from_checkpoint(path, path)
+    if (path / EXPORT_DESCRIPTION).is_file():
+        return _from_export(path, path, sorted(path.glob("network*.pt")))
+    if path.is_dir():
+        return _from_run(path, open_run(path))
+    if not path.is_file():
+        raise RunDirectoryError(f"{path} does not exist")
+    if (path.parent / COMPLETE).is_file():
+        return _from_checkpoint(path, path.parent)
+    if (path.parent / EXPORT_DESCRIPTION).is_file():
+        return _from_export(path, path.parent, [path])
+    if model_name is None:
+        raise ConfigError(
+            f"{path} is neither in a run nor in an exported folder, so its architecture is "
+            "unknown: give --model.name"
+        )
+    return Source(path, ModelConfig(name=model_name), "conv", {_name(path): read_weights(path)})
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Short unique names of the paths, without their common parent.
+
+    Raises: ConfigError if a path is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path, absolute in zip(paths, resolved, strict=True):
+        if resolved.count(absolute) > 1:
+            raise ConfigError(f"{path} is given twice")
+    shared = os.path.commonpath([path.parent for path in resolved])
+    return [
+        "/".join(part for part in path.relative_to(shared).parts if part != "checkpoints")
+        for path in resolved
+    ]
+
+
+def read_weights(path: Path) -> State:
+    """Read a state dict, plain or inside a checkpoint, without unpickling anything but tensors.
+
+    Raises: RunDirectoryError if the file holds none.
+    """
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[:1] or [type(error).__name__]
+        raise RunDirectoryError(f"{path} cannot be read as weights: {first[0]}") from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise RunDirectoryError(f"{path} holds no state dict")
+    return state
+
+
+def architecture(config: ModelConfig, state: State, source: Path) -> nn.Module:
+    """Build the module of a state dict, with the classes and channels that its weights have.
+
+    Args:
+        config: of the model.
+        state: copied into the module.
+        source: file of the state dict, for errors.
+
+    Raises: ConfigError if the weights do not fit the architecture.
+    """
+    weights = [tensor for tensor in state.values() if tensor.dim() >= 2]
+    images = [tensor for tensor in weights if tensor.dim() == 4]
+    if not images or images[0].shape[1] not in (1, 3):
+        raise ConfigError(f"{source} holds no classifier of images with 1 or 3 channels")
+    model = build_model(config, num_classes=len(weights[-1]), channels=images[0].shape[1])
+    load_state(model, state, source)
+    return model
+
+
+def load_state(model: nn.Module, state: State, source: Path) -> None:
+    """Copy weights into a module in place.
+
+    Raises: ConfigError naming the first tensor that does not fit.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise ConfigError(
+            f"{source} does not hold the weights of this architecture: {first[0].strip()}"
+        ) from error
+
+
+def _from_checkpoint(path: Path, folder: Path) -> Source:
+    """All networks of a checkpoint, or the one with the file `path`."""
+    folder = folder.resolve()
+    run = open_run(folder.parents[1], folder.name)
+    if path.resolve() == folder:
+        return _from_run(path, run)
+    if path.name not in run.checkpoint.sha256:
+        raise RunDirectoryError(f"{path} is not a network of {folder}")
+    return _from_run(path, run, [int(_name(path))])
+
+
+def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None) -> Source:
+    chosen = range(run.checkpoint.networks) if networks is None else networks
+    states = {str(network): run.state(network) for network in chosen}
+    return Source(path, run.config.model, run.config.graft.lead, states)
+
+
+def _from_export(path: Path, folder: Path, files: Sequence[Path]) -> Source:
+    try:
+        description = json.loads((folder / EXPORT_DESCRIPTION).read_text())
+        model, lead = ModelConfig(name=description["model"]), description["lead"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
+    if not files:
+        raise RunDirectoryError(f"{folder} holds no networkNN.pt")
+    return Source(path, model, lead, {_name(file): read_weights(file) for file in files})
+
+
+def _name(path: Path) -> str:
+    number = _NETWORK.fullmatch(path.stem)
+    return str(int(number.group(1))) if number else path.stem

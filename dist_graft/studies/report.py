@@ -526,8 +526,8 @@ def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> li
     blocks += [
         Heading(2, "All runs"),
         Paragraph(
-            "Accuracies in percent on the split in the column on. results.csv has the same runs "
-            "with more columns, curves.csv their learning curves."
+            "Accuracies are in percent; the column 'on' names the split. results.csv has the same "
+            "runs with more columns, and curves.csv has their learning curves."
         ),
         Table(
             ("arm", "K", "seed", "on", "largest lr", "each member", "ensemble", "core-s", "run"),

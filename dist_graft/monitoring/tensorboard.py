@@ -251,7 +251,7 @@ class NetworkBoard:
             drawn = layers_over_epochs(
                 title, history.epochs, history.names, history.numbers(), middle=middle
             )
-            self._events.picture(f"heat_map/{name}", drawn, history.epochs[-1])
+            self._events.image(f"heat_map/{name}", drawn, history.epochs[-1])
             self._events.flush()
 
     def end(self, finals: Mapping[str, float], epoch: int) -> None:
@@ -311,7 +311,7 @@ class PopulationBoard:
             mixing.shares.numpy().astype(np.float64),
             mixing.donors,
         )
-        self._events.picture("round/who_gave_what_to_whom", drawn, epoch)
+        self._events.image("round/who_gave_what_to_whom", drawn, epoch)
         self._events.flush()
 
     def events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:

@@ -95,7 +95,7 @@ class EventFile:
             self._writer.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

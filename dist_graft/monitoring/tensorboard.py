@@ -16,7 +16,7 @@ from dist_graft.grafting.mixing import Mixing
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import Layout, custom_scalars, with_unit
 from dist_graft.monitoring.event_file import EventFile
-from dist_graft.monitoring.figures import layers_over_epochs, who_gave_to_whom
+from dist_graft.monitoring.figures import flow_of_round, layers_over_epochs
 from dist_graft.monitoring.jsonl import read_json_lines
 from dist_graft.monitoring.layer_history import (
     LayerHistory,
@@ -251,7 +251,7 @@ class NetworkBoard:
             drawn = layers_over_epochs(
                 title, history.epochs, history.names, history.numbers(), middle=middle
             )
-            self._events.picture(f"heat_map/{name}", drawn, history.epochs[-1])
+            self._events.image(f"heat_map/{name}", drawn, history.epochs[-1])
             self._events.flush()
 
     def end(self, finals: Mapping[str, float], epoch: int) -> None:
@@ -305,13 +305,13 @@ class PopulationBoard:
 
     def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
         """Draw which network gave how much to which in a round."""
-        drawn = who_gave_to_whom(
+        drawn = flow_of_round(
             f"round {number}",
             names,
             mixing.shares.numpy().astype(np.float64),
             mixing.donors,
         )
-        self._events.picture("round/who_gave_what_to_whom", drawn, epoch)
+        self._events.image("round/who_gave_what_to_whom", drawn, epoch)
         self._events.flush()
 
     def events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:

@@ -39,11 +39,7 @@ NOT_PARSED = {
     "dist-graft COMMAND --help": "placeholder",
     "dist-graft --version": "tests/unit/analysis/test_doctor.py",
     ".venv/bin/python -m pytest tests/unit -k entropy": "pytest",
-    "python3 -m venv .venv": "Python",
-    ".venv/bin/pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu": (
-        "pip, needs a network"
-    ),
-    "pip install -e .": "pip, run by launch/test.sh",
+    "pip install .": "tests/launch/test_packaging.py installs the wheel",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
     "tensorboard --logdir runs/first": "TensorBoard",
@@ -108,6 +104,10 @@ def test_readme_is_short_and_names_both_scripts() -> None:
     readme = Path("README.md")
     assert len(text_of(readme).splitlines()) <= 130
     assert {"launch/quickstart.sh", "launch/test.sh"} <= set(commands(readme))
+
+
+def test_the_citation_names_this_version() -> None:
+    assert yaml.safe_load(text_of(Path("CITATION.cff")))["version"] == dist_graft.__version__
 
 
 def test_option_pages_are_up_to_date() -> None:

@@ -175,7 +175,8 @@ class TensorBoard(Callback):
         if self._failed_epoch == epoch:
             return
         try:
-            if self._failed_epoch is not None or not self._folder.exists():
+            has_files = any(self._folder.glob("events.out.tfevents.*"))
+            if self._failed_epoch is not None or not has_files:
                 self._open(trainer, epoch)
                 self._failed_epoch = None
             write()

@@ -255,6 +255,7 @@ class Trainer:
             raise explained from error
         finally:
             self.callbacks.teardown(self)
+            self.stop_requests.close()
             close_log()
             if not self.process.launched:  # a launcher may still signal a process that ends
                 for number, handler in handlers.items():
@@ -482,7 +483,7 @@ class Trainer:
         self.replicas: Replicas = self.runtime.replicas
 
     def _open_run(self) -> None:
-        """Check the run directory, open the log, and create the callbacks."""
+        """Check the run directory, open the log, and create what watches the run."""
         self._start_time = self._last_checkpoint = time.monotonic()
         if self.process.is_main:
             self.directory.check(self.config, self.process.networks)
@@ -495,6 +496,13 @@ class Trainer:
         if self.process.is_main:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
+        grace = self.config.checkpoint.grace_seconds
+        self.stop_requests = StopRequests(
+            self.directory.stop,
+            self.runtime.peers,
+            grace_seconds=grace,
+            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+        )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)
@@ -555,13 +563,6 @@ class Trainer:
             config.on_divergence == "heal" and self.grafter is not None
         )
         self.checkpoints = CheckpointManager(config, runtime, self.directory, self.log)
-        grace = config.checkpoint.grace_seconds
-        self.stop_requests = StopRequests(
-            self.directory.stop,
-            runtime.peers,
-            grace_seconds=grace,
-            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
-        )
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if there is one; all networks load the same one."""

@@ -50,6 +50,10 @@ class StopRequests:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
+    def close(self) -> None:
+        """Cancel the time limit: the run has ended."""
+        self._grace.cancel()
+
     def requested(self) -> bool:
         """Whether the run is to stop; costs next to nothing but once a second."""
         if self.reason is None:

@@ -106,7 +106,7 @@ from dist_graft.training.summary import (
 from dist_graft.training.task import LossFunction, MetricFunction, batch_length
 
 _VOTES_PER_EPOCH = 19
-"""Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
+"""Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
 
 
 class Trainer:

@@ -89,16 +89,17 @@ class CallbackList:
         for callback in self._user:
             try:
                 getattr(callback, hook)(trainer, *arguments)
-            except DistGraftError:
-                raise
             except Exception as error:
                 text = (
                     f"callback {type(callback).__name__} failed in {hook}: "
                     f"{type(error).__name__}: {error}"
                 )
-                if hook not in _AFTER_THE_RUN:
+                if hook in _AFTER_THE_RUN:
+                    trainer.log.warning("%s", text)
+                elif isinstance(error, DistGraftError):
+                    raise
+                else:
                     raise CallbackError(text) from error
-                trainer.log.warning("%s", text)
 
 
 def load_callbacks(references: Sequence[str]) -> list[Callback]:

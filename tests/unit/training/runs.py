@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -172,6 +173,18 @@ class Recorder(Callback):
 
 def make_recorder() -> Recorder:
     return Recorder()
+
+
+class RecordToFile(Recorder):
+    """Writes the calls, with rounds finished and types of arguments, to the network's folder."""
+
+    def _record(self, hook: str, trainer: Trainer, *arguments: Any) -> None:
+        kinds = tuple(type(argument).__name__ for argument in arguments)
+        self.calls.append((hook, trainer.epoch, trainer.step, (trainer.round, kinds)))
+        if hook == "teardown":
+            rows = [(*call[:3], *call[3]) for call in self.calls]
+            path = trainer.directory.network(trainer.process.network) / "hooks.json"
+            path.write_text(json.dumps(rows))
 
 
 class StopAfter(Callback):

@@ -210,7 +210,7 @@ class TestConfigFile:
     def test_it_is_read_without_the_command_line(self, tmp_path: Path) -> None:
         config = TrainConfig(seed=3, optim=OptimConfig(lrs=[0.3, 0.1], betas=(0.8, 0.9)))
         assert started(tmp_path, config).read_config() == (config, 2)
-        with pytest.raises(RunDirectoryError, match="it has no config.yaml"):
+        with pytest.raises(RunDirectoryError, match=r"it has no config\.yaml"):
             RunDirectory(tmp_path / "none").read_config()
 
 
@@ -309,8 +309,6 @@ class TestCheck:
             RunDirectory(tmp_path / ("n" * 300)).check(TrainConfig(), 2)
 
 
-def test_without_git_the_commit_is_unknown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit() is None

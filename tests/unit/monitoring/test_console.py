@@ -23,9 +23,7 @@ ROW = network_row()
 
 
 def test_one_line_per_network_after_an_epoch() -> None:
-    grafted = dataclasses.replace(
-        ROW, donor=0.0, min_coefficient=0.304, max_coefficient=0.696
-    )
+    grafted = dataclasses.replace(ROW, donor=0.0, min_coefficient=0.304, max_coefficient=0.696)
     title, header, first, second = epoch_text(2, 10, 3.21, [ROW, grafted]).splitlines()
     assert title == "epoch 3/10 (3.2 s)"
     assert " ".join(header.split()) == (

@@ -16,7 +16,6 @@ from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.profiler import Profiler
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,7 @@ def test_a_run_past_these_steps_profiles_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("trace*"))
 
 
-def test_the_table_of_times(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_table_of_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         profiled(tmp_path, 3, 6)
     (message,) = caplog.messages

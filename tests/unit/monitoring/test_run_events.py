@@ -140,7 +140,13 @@ class TestRunEvents:
         fake, callback = FakeTrainer(tmp_path), RunEvents()
         callback.on_fit_start(fake.trainer)
         for round_, (diverged, healed) in enumerate(
-            [({1: "NaN"}, {}), ({1: "NaN"}, {}), ({}, {}), ({1: "Inf"}, {}), *[({0: "x"}, {0: 1})] * 2]
+            [
+                ({1: "NaN"}, {}),
+                ({1: "NaN"}, {}),
+                ({}, {}),
+                ({1: "Inf"}, {}),
+                *[({0: "x"}, {0: 1})] * 2,
+            ]
         ):
             callback.on_round_end(
                 fake.trainer, graft_record(round_, diverged=diverged, healed=healed)

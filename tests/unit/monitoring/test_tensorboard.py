@@ -19,10 +19,9 @@ from tensorboard.summary.writer import event_file_writer
 
 from dist_graft import Graft
 from dist_graft.config import GraftConfig, TrainConfig
-
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
-from dist_graft.monitoring.layer_history import LayerHistory, informations
 from dist_graft.monitoring.jsonl import MetricsJsonl
+from dist_graft.monitoring.layer_history import LayerHistory, informations
 from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.monitoring.tensorboard import NetworkBoard, PopulationBoard, TensorBoard, hparams
 from dist_graft.population.runtime.process_info import ProcessInfo
@@ -304,9 +303,7 @@ class TestCallback:
         for fake.epoch in range(2):
             callback.on_round_end(fake.trainer, graft_record(fake.epoch))
             metrics = epoch_metrics(fake.epoch, graft=GRAFT)
-            callback.on_epoch_end(
-                fake.trainer, epoch_report(metrics, networks=rows, ensemble=40.0)
-            )
+            callback.on_epoch_end(fake.trainer, epoch_report(metrics, networks=rows, ensemble=40.0))
         finals = {f"accuracy_{when}": value for when, value in FINALS.items()}
         fake.summary = {
             "networks": [finals] * 2,

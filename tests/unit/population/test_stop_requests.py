@@ -97,3 +97,11 @@ def test_who_does_not_stop_in_time_is_ended(tmp_path: Path, late: threading.Even
     assert not late.is_set()
     assert here.requested()
     assert late.wait(10)
+
+
+def test_the_time_limit_ends_with_the_run(tmp_path: Path, late: threading.Event) -> None:
+    (tmp_path / "STOP").touch()
+    here = requests(tmp_path, late, grace=0.1)
+    assert here.requested()
+    here.close()
+    assert not late.wait(0.3)

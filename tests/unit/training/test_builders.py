@@ -40,16 +40,12 @@ from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task
 
 
-def first_weights(
-    make_data: MakeData, network: int, config: TrainConfig
-) -> torch.Tensor:
+def first_weights(make_data: MakeData, network: int, config: TrainConfig) -> torch.Tensor:
     state = build_state(config, make_data(network=network), make_runtime(network, 2), lr=0.1)
     return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
 
-def test_each_network_starts_from_its_own_weights(
-    make_data: MakeData
-) -> None:
+def test_each_network_starts_from_its_own_weights(make_data: MakeData) -> None:
     first, again, second, other_seed = (
         first_weights(make_data, network, TrainConfig(seed=seed))
         for network, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
@@ -59,18 +55,14 @@ def test_each_network_starts_from_its_own_weights(
     assert not torch.equal(first, other_seed)
 
 
-def test_shared_init_starts_all_from_the_weights_of_the_first(
-    make_data: MakeData
-) -> None:
+def test_shared_init_starts_all_from_the_weights_of_the_first(make_data: MakeData) -> None:
     shared = TrainConfig(model=ModelConfig(shared_init=True))
     own = first_weights(make_data, 0, TrainConfig())
     for network in (0, 1):
         assert torch.equal(own, first_weights(make_data, network, shared))
 
 
-def test_the_state_follows_the_configuration(
-    make_data: MakeData
-) -> None:
+def test_the_state_follows_the_configuration(make_data: MakeData) -> None:
     config = TrainConfig(
         seed=7,
         model=ModelConfig(name="resnet20", activation="leaky_relu"),
@@ -179,7 +171,9 @@ def test_a_model_that_cannot_be_grafted_is_an_error(make_state: MakeState) -> No
         ("wash", 3, 1, Cadence()),
     ],
 )
-def test_the_interval_between_rounds(method: str, every: int, networks: int, expected: Cadence) -> None:
+def test_the_interval_between_rounds(
+    method: str, every: int, networks: int, expected: Cadence
+) -> None:
     config = TrainConfig(method=method, graft=GraftConfig(every=every))  # type: ignore[arg-type]
     assert build_cadence(config, networks) == expected
 

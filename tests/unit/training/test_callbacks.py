@@ -36,8 +36,6 @@ from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.population.runtime import stop_requests
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 
-
-
 TESTS = Path(__file__).parents[2]
 
 

@@ -103,7 +103,9 @@ def test_a_network_alone(tmp_path: Path) -> None:
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [2]
 
 
-def test_it_is_busy_until_the_checkpoint_is_complete(tmp_path: Path, make_writers: MakeWriters) -> None:
+def test_it_is_busy_until_the_checkpoint_is_complete(
+    tmp_path: Path, make_writers: MakeWriters
+) -> None:
     first, second = make_writers()
     second.start("label", tmp_path / "epoch_0001", Position(1, 0, 1), state_of(1))
     assert second.busy
@@ -114,9 +116,7 @@ def test_it_is_busy_until_the_checkpoint_is_complete(tmp_path: Path, make_writer
     assert not second.busy
 
 
-def test_later_changes_are_not_saved(
-    tmp_path: Path, make_writers: MakeWriters
-) -> None:
+def test_later_changes_are_not_saved(tmp_path: Path, make_writers: MakeWriters) -> None:
     writers, path = make_writers(), checkpoint_path(tmp_path, 1)
     for network, writer in enumerate(writers):
         state = state_of(network)
@@ -151,9 +151,7 @@ def test_one_failure_makes_the_checkpoint_incomplete_for_all(
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [3]
 
 
-def test_complete_json_that_cannot_be_written(
-    tmp_path: Path, make_writers: MakeWriters
-) -> None:
+def test_complete_json_that_cannot_be_written(tmp_path: Path, make_writers: MakeWriters) -> None:
     write_checkpoint(tmp_path, 1)
     before, path = contents(tmp_path), checkpoint_path(tmp_path, 2)
     (path / f".COMPLETE.json.{os.getpid()}").mkdir(parents=True)
@@ -165,7 +163,9 @@ def test_complete_json_that_cannot_be_written(
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_newest_checkpoints_are_kept(tmp_path: Path, make_writers: MakeWriters, keep: int) -> None:
+def test_the_newest_checkpoints_are_kept(
+    tmp_path: Path, make_writers: MakeWriters, keep: int
+) -> None:
     """An older incomplete one is deleted."""
     (checkpoint_path(tmp_path, 1, 3) / "half").mkdir(parents=True)
     writers = make_writers(keep=keep)
@@ -218,7 +218,9 @@ def test_errors_other_than_of_the_disk_are_raised(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
 
 
-def test_the_thread_has_ended_when_the_result_is_there(make_writers: MakeWriters, tmp_path: Path) -> None:
+def test_the_thread_has_ended_when_the_result_is_there(
+    make_writers: MakeWriters, tmp_path: Path
+) -> None:
     """A thread that still frees its copies aborts an interpreter that exits."""
     (writer,) = make_writers(1)
     writer.start("a", checkpoint_path(tmp_path, 1), Position(1), {"weight": torch.rand(1000, 1000)})

@@ -15,9 +15,7 @@ from dist_graft.training.layer_stats import check_finite, layer_stats, non_finit
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["0.weight", "1.running_var", "5.bias"])
-def test_a_non_finite_weight_is_named(
-    make_state: MakeState, key: str, value: float
-) -> None:
+def test_a_non_finite_weight_is_named(make_state: MakeState, key: str, value: float) -> None:
     state = make_state(OptimConfig(), model=small_model(batch_norm=True), network=3)
     assert not non_finite_part(state, loss=False)
     state.model.state_dict()[key].view(-1)[-1] = value

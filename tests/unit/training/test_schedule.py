@@ -58,9 +58,7 @@ def test_every_step_of_every_epoch_once_in_order(run: dict[str, Any]) -> None:
 
 
 @given(RUNS, st.data())
-def test_a_resumed_run_has_the_remaining_segments(
-    run: dict[str, Any], data: st.DataObject
-) -> None:
+def test_a_resumed_run_has_the_remaining_segments(run: dict[str, Any], data: st.DataObject) -> None:
     whole = of(run)
     saved = [segment.epoch + 1 for segment in whole if segment.save]
     start = data.draw(st.sampled_from([0, *saved]))
@@ -69,9 +67,7 @@ def test_a_resumed_run_has_the_remaining_segments(
 
 
 @given(RUNS, st.lists(st.floats(0, 1), max_size=5))
-def test_interruptions_anywhere_change_nothing(
-    run: dict[str, Any], cuts: list[float]
-) -> None:
+def test_interruptions_anywhere_change_nothing(run: dict[str, Any], cuts: list[float]) -> None:
     """A run can stop after a step, before what follows it, or after a round inside an epoch."""
     whole = events(run)
     done: list[tuple[Any, ...]] = []
@@ -156,7 +152,9 @@ def test_a_resumed_epoch_has_the_remaining_votes(run: dict[str, Any], step: int)
 
 
 @given(RUNS, st.integers(1, 30))
-def test_more_epochs_change_only_the_checkpoint_at_the_former_end(run: dict[str, Any], more: int) -> None:
+def test_more_epochs_change_only_the_checkpoint_at_the_former_end(
+    run: dict[str, Any], more: int
+) -> None:
     before, after = of(run), of(run | {"epochs": run["epochs"] + more})
     assert after[: len(before) - 1] == before[:-1]
     assert after[len(before) - 1] == dataclasses.replace(

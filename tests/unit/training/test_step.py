@@ -137,9 +137,7 @@ class TestOneStep:
         assert torch.equal(clipped, self.change(make_data, make_state, plain()))
 
 
-def test_every_step_follows_its_own_gradient(
-    make_data: MakeData, make_state: MakeState
-) -> None:
+def test_every_step_follows_its_own_gradient(make_data: MakeData, make_state: MakeState) -> None:
     state, reference = make_state(plain()), small_model()
     train_steps(state, make_data(), plain(), epoch=0, first=0, last=4)
     for batch in make_data().train_batches(0, 0, 4):

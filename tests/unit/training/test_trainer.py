@@ -16,7 +16,6 @@ from runs import (
     EPOCHS,
     REGRESSION,
     SEGMENTATION,
-    STEPS,
     Example,
     Recorder,
     StopAfter,
@@ -148,7 +147,9 @@ class TestMovingAverage:
             if value.is_floating_point():
                 torch.testing.assert_close(found[key], value)
             assert torch.equal(saved[f"module.{key}"], found[key])
-        assert not torch.equal(found["body.0.weight"], final_state(tmp_path / "run")["body.0.weight"])
+        assert not torch.equal(
+            found["body.0.weight"], final_state(tmp_path / "run")["body.0.weight"]
+        )
 
     def test_it_is_evaluated_after_each_epoch(self, tmp_path: Path) -> None:
         expected: list[tuple[float, float]] = []

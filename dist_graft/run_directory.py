@@ -102,8 +102,8 @@ class RunDirectory:
         try:
             stored = yaml.safe_load(self.config.read_text())
             before = _defaults() | dict(_flat({key: stored[key] for key in stored if key != "run"}))
-            before_networks = stored["run"]["networks"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            before_networks, before_epochs = stored["run"]["networks"], int(stored["epochs"])
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise RunDirectoryError(
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
@@ -125,7 +125,7 @@ class RunDirectory:
                 f"{self.path} holds a run with a different configuration: "
                 f"{'; '.join(differences)}; pass the same options, or choose another run_dir"
             )
-        self._check_epochs(int(before["epochs"]), config)
+        self._check_epochs(before_epochs, config)
 
     def clear_stop(self) -> None:
         """Remove stop requests and markers that an earlier start left behind."""

@@ -125,8 +125,11 @@ class TensorBoard(Callback):
     def _show_events(self, trainer: Trainer, epoch: int) -> None:
         events = self._run_events.events
         if self._population and len(events) > self._events_shown:
-            population = self._population
-            self._write(trainer, epoch, lambda: population.events(events, epoch))
+            self._write(trainer, epoch, lambda: self._write_events(events, epoch))
+
+    def _write_events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        if self._population:
+            self._population.events(events, epoch)
             self._events_shown = len(events)
 
     def _draw(self, epoch: int, board: NetworkBoard) -> None:

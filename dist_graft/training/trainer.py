@@ -108,7 +108,7 @@ from dist_graft.training.summary import (
 from dist_graft.training.task import LossFunction, MetricFunction
 
 _VOTES_PER_EPOCH = 19
-"""Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
+"""Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
 
 
 class Trainer:
@@ -536,6 +536,13 @@ class Trainer:
         if self.process.is_main:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
+        grace = self.config.checkpoint.grace_seconds
+        self.stop_requests = StopRequests(
+            self.directory.stop,
+            self.runtime.peers,
+            grace_seconds=grace,
+            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+        )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)

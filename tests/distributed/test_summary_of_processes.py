@@ -1,51 +1,81 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import harness
 import pytest
 import torch
-from dist_graft.training.loop import EvalResult
 
+from dist_graft import Trainer
+from dist_graft.config import TrainConfig
 from dist_graft.errors import DataError
+from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
+from dist_graft.training.step import EvalResult
+from dist_graft.training.summary import MAX_ENSEMBLE_NUMBERS
 
 
-def summary_of(here: harness.ProcessInfo, tested: list[int]) -> str:
-    """What a network says that was tested on tested[rank] images."""
-    labels = torch.zeros(tested[here.rank], dtype=torch.int64)
-    result = EvalResult(
-        loss=0.0, accuracy=0.0, probabilities=torch.zeros(len(labels), 2), labels=labels
+def trainer_of(place: harness.Place, run_dir: str = "run") -> Trainer:
+    """A trainer of one network that can communicate, without data or model."""
+    trainer = Trainer(TrainConfig(run_dir=run_dir))
+    trainer.process = ProcessInfo(place.rank, place.networks, place.rank, place.networks)
+    timeouts = Timeouts(60.0, epochs=5.0)
+    trainer.runtime = Runtime(trainer.process, torch.device("cpu"), "gloo", timeouts, None)
+    trainer.run_events, trainer.max_lr = RunEvents(), 0.1 + place.rank
+    return trainer
+
+
+def classified(images: int, certain: float) -> EvalResult:
+    """The result of a network that gives the right class of all images this probability."""
+    right = 100.0 if certain > 0.5 else 0.0
+    return EvalResult(
+        loss=0.0,
+        samples=images,
+        metrics={"accuracy": right},
+        probabilities=torch.tensor([certain, 1 - certain]).expand(images, 2),
+        labels=torch.zeros(images, dtype=torch.int64),
     )
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
+
+
+def summary_of(place: harness.Place, tested: list[int], run_dir: str) -> Any:
+    """The summary on this rank, or the text of its error."""
+    trainer = trainer_of(place, run_dir)
+    before, after = (classified(tested[place.rank], 0.9 - place.rank * by) for by in (0.6, 0.85))
     try:
-        summarise(runtime, 0.1, result, result, 1.0, sound=True)
+        trainer._summarize(before, after, finite=place.rank == 0)
     except DataError as error:
         return str(error)
-    return "summarised"
+    return trainer.summary
 
 
-@pytest.mark.parametrize(
-    ("tested", "says"), [([5, 5], "summarised"), ([5, 4], "numbers of images ([5, 4])")]
-)
-def test_other_numbers_of_test_images_are_an_error_of_all(tested: list[int], says: str) -> None:
-    told = harness.run(summary_of, 2, tested)
-    assert told[0] == told[1]
-    assert says in told[0]
+def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
+    first, second = harness.run(summary_of, 2, [5, 5], str(tmp_path))
+    assert first.pop("events") == []
+    for summary in (first, second):
+        assert summary.pop("wall_seconds") >= 0
+    assert first == second
+    assert [network["lr"] for network in first["networks"]] == [0.1, 1.1]
+    assert first["mean_accuracy_before_last_round"] == 50.0
+    assert first["ensemble_accuracy_before_last_round"] == 100.0
+    assert first["ensemble_accuracy_after_last_round"] == 0.0
+    assert first["diverged"] == [1]
+    stored = json.loads((tmp_path / "summary.json").read_text())
+    assert {key: stored[key] for key in first} == first
 
 
-def ensemble_of(here: harness.ProcessInfo, certain: list[float], images: list[int]) -> float | None:
-    """What a network hears whose probability of the right answer is certain[rank]."""
-    labels = torch.zeros(images[here.rank], dtype=torch.int64)
-    own = torch.tensor([certain[here.rank], 1 - certain[here.rank]])
-    result = EvalResult(
-        loss=0.0, accuracy=0.0, probabilities=own.expand(len(labels), 2), labels=labels
-    )
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
-    return ensemble_accuracy(runtime, result, 0)
+def test_different_numbers_of_test_images_are_an_error_on_all_ranks(tmp_path: Path) -> None:
+    first, second = harness.run(summary_of, 2, [5, 4], str(tmp_path))
+    assert first == second
+    assert "numbers of images ([5, 4])" in first
+
+
+def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -> float | None:
+    result = classified(images[place.rank], certain[place.rank])
+    return trainer_of(place)._epoch_ensemble(result, 0)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +85,10 @@ def ensemble_of(here: harness.ProcessInfo, certain: list[float], images: list[in
         ([0.6, 0.3], [5, 5], 0.0),
         ([float("nan"), 0.6], [5, 5], 100.0),
         ([0.9, 0.3], [5, 4], None),
-        ([0.9, 0.3], [LARGEST_ENSEMBLE, LARGEST_ENSEMBLE], None),
+        ([0.9, 0.3], [MAX_ENSEMBLE_NUMBERS, MAX_ENSEMBLE_NUMBERS], None),
     ],
 )
-def test_the_ensemble_of_an_epoch_is_known_to_all_where_it_is_cheap(
+def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
     assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]

@@ -233,7 +233,9 @@ class CheckpointManager:
     def settle(self, *, last: bool = False) -> str:
         """Wait for the checkpoint that is being written; returns why it failed, or ""."""
         outcome = self._writer.result()
-        if outcome is None or not outcome.failure:
+        if outcome is None:
+            return ""
+        if not outcome.failure:
             self._failures = 0
             return ""
         self._failures += 1

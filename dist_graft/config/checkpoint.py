@@ -14,8 +14,8 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between checkpoints; 0: checkpoint after the last epoch only."""
     every_minutes: float | None = None
-    """Also checkpoint at the first step that all networks share (a round, an end of epoch, or one
-    of the evenly spaced points of a long epoch) after this many minutes."""
+    """Also checkpoint after this many minutes, at the next of 20 evenly spaced points of an epoch,
+    which all networks share."""
     keep: int = 2
     """Number of latest complete checkpoints to keep."""
     max_failures: int = 3

@@ -271,6 +271,7 @@ class Trainer:
 
         tests: dict[str, EvalResult] = {}
         layers = None
+        by_clock = self.config.checkpoint.every_minutes is not None
         batches = self.data.train_batches(epoch, first, self.steps_per_epoch)
         with closing(batches):
             for segment in epoch_segments(
@@ -279,7 +280,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 cadence=self.cadence,
                 save_every=self.config.checkpoint.every,
-                votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
+                votes=_VOTES_PER_EPOCH if by_clock else 0,
                 first=first,
                 rounds=self.round,
             ):
@@ -296,7 +297,8 @@ class Trainer:
                 self.graft_round(segment)
 
                 # ---- Checkpoint, if rank 0's clock says that one is due ----
-                due = segment.vote and self._vote(f"a checkpoint in epoch {epoch}")
+                votes = segment.vote or (by_clock and segment.evaluate and not segment.save)
+                due = votes and self._vote(f"a checkpoint in epoch {epoch}")
                 if due and not segment.evaluate:
                     self.save()
 

@@ -1,64 +1,85 @@
+"""Final results and ensembles that the trainer gathers from several processes."""
+
 from __future__ import annotations
 
-import harness
+from pathlib import Path
+
 import pytest
 import torch
-from dist_graft.training.loop import EvalResult
+from harness import Place, run
 
+from dist_graft import TrainConfig, Trainer
 from dist_graft.errors import DataError
+from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.summary import LARGEST_ENSEMBLE, ensemble_accuracy, summarise
+from dist_graft.training.step import EvalResult
+from dist_graft.training.summary import MAX_ENSEMBLE_NUMBERS
 
 
-def summary_of(here: harness.ProcessInfo, tested: list[int]) -> str:
-    """What a network says that was tested on tested[rank] images."""
-    labels = torch.zeros(tested[here.rank], dtype=torch.int64)
-    result = EvalResult(
-        loss=0.0, accuracy=0.0, probabilities=torch.zeros(len(labels), 2), labels=labels
+def evaluation(certainty: float, images: int) -> EvalResult:
+    """Result of a network that gives the right one of two classes this probability."""
+    return EvalResult(
+        loss=0.0,
+        samples=images,
+        metrics={"accuracy": 0.0},
+        probabilities=torch.tensor([certainty, 1 - certainty]).expand(images, 2),
+        labels=torch.zeros(images, dtype=torch.int64),
     )
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
+
+
+def trainer_of(place: Place, folder: Path) -> Trainer:
+    """Trainer of one of the processes, before its first epoch."""
+    trainer = Trainer(TrainConfig(run_dir=str(folder)))
+    trainer.process = ProcessInfo(place.rank, place.networks, place.rank, place.networks)
+    timeouts = Timeouts(60.0, epochs=5.0)
+    trainer.runtime = Runtime(trainer.process, torch.device("cpu"), "gloo", timeouts, None)
+    trainer.max_lr, trainer.run_events = 0.1, RunEvents()
+    return trainer
+
+
+def summary_of(place: Place, folder: Path, images: list[int]) -> str:
+    """Summary, or the error, of a network that was tested on images[rank] images."""
+    trainer = trainer_of(place, folder)
+    result = evaluation(0.9, images[place.rank])
     try:
-        summarise(runtime, 0.1, result, result, 1.0, sound=True)
+        trainer._summarize(result, result, finite=True)
     except DataError as error:
         return str(error)
-    return "summarised"
+    return f"ensemble {trainer.summary['ensemble_accuracy_after_last_round']:g}"
 
 
 @pytest.mark.parametrize(
-    ("tested", "says"), [([5, 5], "summarised"), ([5, 4], "numbers of images ([5, 4])")]
+    ("images", "text"), [([5, 5], "ensemble 100"), ([5, 4], "numbers of images ([5, 4])")]
 )
-def test_other_numbers_of_test_images_are_an_error_of_all(tested: list[int], says: str) -> None:
-    told = harness.run(summary_of, 2, tested)
-    assert told[0] == told[1]
-    assert says in told[0]
+def test_unequal_numbers_of_test_images_are_an_error_on_all_ranks(
+    images: list[int], text: str, tmp_path: Path
+) -> None:
+    first, second = run(summary_of, 2, tmp_path, images)
+    assert first == second
+    assert text in first
 
 
-def ensemble_of(here: harness.ProcessInfo, certain: list[float], images: list[int]) -> float | None:
-    """What a network hears whose probability of the right answer is certain[rank]."""
-    labels = torch.zeros(images[here.rank], dtype=torch.int64)
-    own = torch.tensor([certain[here.rank], 1 - certain[here.rank]])
-    result = EvalResult(
-        loss=0.0, accuracy=0.0, probabilities=own.expand(len(labels), 2), labels=labels
-    )
-    place = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
-    runtime = Runtime(place, torch.device("cpu"), "gloo", Timeouts(60.0, epochs=5.0), None)
-    return ensemble_accuracy(runtime, result, 0)
+def ensemble_of(
+    place: Place, folder: Path, certainty: list[float], images: list[int]
+) -> float | None:
+    """Accuracy of the ensemble as one network knows it."""
+    trainer = trainer_of(place, folder)
+    return trainer._epoch_ensemble(evaluation(certainty[place.rank], images[place.rank]), 0)
 
 
 @pytest.mark.parametrize(
-    ("certain", "images", "expected"),
+    ("certainty", "images", "expected"),
     [
         ([0.9, 0.3], [5, 5], 100.0),
         ([0.6, 0.3], [5, 5], 0.0),
         ([float("nan"), 0.6], [5, 5], 100.0),
         ([0.9, 0.3], [5, 4], None),
-        ([0.9, 0.3], [LARGEST_ENSEMBLE, LARGEST_ENSEMBLE], None),
+        ([0.9, 0.3], [MAX_ENSEMBLE_NUMBERS, MAX_ENSEMBLE_NUMBERS], None),
     ],
 )
-def test_the_ensemble_of_an_epoch_is_known_to_all_where_it_is_cheap(
-    certain: list[float], images: list[int], expected: float | None
+def test_all_ranks_know_the_ensemble_of_an_epoch_if_it_is_cheap(
+    certainty: list[float], images: list[int], expected: float | None, tmp_path: Path
 ) -> None:
-    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]
+    assert run(ensemble_of, 2, tmp_path, certainty, images) == [expected, expected]

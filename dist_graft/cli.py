@@ -33,6 +33,7 @@ from dist_graft.errors import (
     StartError,
     StoppedEarlyError,
     StoppedError,
+    UserCodeError,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.printing import print_line
@@ -85,6 +86,8 @@ def run(argv: Sequence[str]) -> int:
     except StoppedError as error:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
+        if isinstance(error, UserCodeError):
+            print_line(error.user_traceback())
         return _fail(str(error), error.exit_status, process, argv)
     except KeyboardInterrupt:
         return 130

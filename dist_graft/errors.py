@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class DistGraftError(Exception):
     """Base class of errors shown without traceback. The message names the cause and what to do."""
@@ -82,5 +84,17 @@ class StartError(DistGraftError):
     """The processes cannot connect, or a device or backend is unavailable."""
 
 
-class CallbackError(DistGraftError):
-    """A user's callback raised an exception."""
+class UserCodeError(DistGraftError):
+    """Code of the user raised an exception, which is the cause of this error."""
+
+    def user_traceback(self) -> str:
+        """The traceback of the user's exception."""
+        return "".join(traceback.format_exception(self.__cause__)).rstrip()
+
+
+class CallbackError(UserCodeError):
+    """A callback of the user raised an exception."""
+
+
+class SampleError(DataError, UserCodeError):
+    """A dataset of the user raised an exception."""

@@ -17,9 +17,6 @@ def print_line(text: object, stream: TextIO | None = None) -> None:
         print(text, file=stream or sys.stderr, flush=True)
 
 
-tell = print_line  # former name
-
-
 def flush_all() -> None:
     """Flush standard output and standard error, ignoring what cannot be written."""
     for stream in (sys.stdout, sys.stderr):

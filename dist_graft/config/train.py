@@ -17,11 +17,11 @@ from dist_graft.config.validation import at_least, known_or_own, require
 from dist_graft.errors import ConfigError
 from dist_graft.grafting.rules import RULES
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 
 
-def _with_method_sections(config: type[Config]) -> type[Config]:
-    """Add a field for every method with options of its own, after the section graft."""
+def _with_method_sections(config: type[_Config]) -> type[_Config]:
+    """Add a field for every method that has its own options, after the section graft."""
     annotations: dict[str, Any] = {}
     for name, kind in config.__annotations__.items():
         annotations[name] = kind

@@ -118,9 +118,6 @@ def flow_of_round(
         return _pixels(figure)
 
 
-who_gave_to_whom = flow_of_round  # former name
-
-
 def _draw_arrows(axes: Axes, flow: Numbers, donors: Sequence[Sequence[int]]) -> None:
     """Networks on a circle, network 0 on top, with arrows as wide as the donors' shares."""
     networks = len(donors)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.printing import tell
+from dist_graft.printing import print_line
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")
@@ -51,7 +51,9 @@ class _File(WatchedFileHandler):
             super().handleError(record)
         elif not self._told:
             self._told = True
-            tell(f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}")
+            print_line(
+                f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}"
+            )
 
 
 def hold_warnings() -> None:

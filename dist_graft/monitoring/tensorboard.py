@@ -16,7 +16,7 @@ from dist_graft.grafting.mixing import Mixing
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import Layout, custom_scalars, with_unit
 from dist_graft.monitoring.event_file import EventFile
-from dist_graft.monitoring.figures import layers_over_epochs, who_gave_to_whom
+from dist_graft.monitoring.figures import flow_of_round, layers_over_epochs
 from dist_graft.monitoring.jsonl import read_json_lines
 from dist_graft.monitoring.layer_history import (
     LayerHistory,
@@ -305,7 +305,7 @@ class PopulationBoard:
 
     def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
         """Draw which network gave how much to which in a round."""
-        drawn = who_gave_to_whom(
+        drawn = flow_of_round(
             f"round {number}",
             names,
             mixing.shares.numpy().astype(np.float64),

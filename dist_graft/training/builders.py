@@ -50,6 +50,8 @@ def build_task(
         return default
     if config.distill.teachers:
         raise ConfigError("distill.teachers needs image classification: leave out loss and metrics")
+    if "loss" in (metrics or {}):
+        raise ConfigError("metrics= must not contain the name 'loss', which is always reported")
     return Task(loss or default.loss, metrics or {})
 
 
@@ -99,6 +101,8 @@ def build_state(
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
     if make_model is not None:
         model = make_model()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model= must return an nn.Module, got {model!r}")
     elif isinstance(data, ImageData):
         model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     else:

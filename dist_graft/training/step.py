@@ -13,15 +13,14 @@ from torch import Tensor
 
 from dist_graft.config import OptimConfig
 from dist_graft.training.data import Data
+from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
 from dist_graft.training.state import Predictor, TrainState
 from dist_graft.training.task import (
     Task,
     accuracy,
     as_float,
-    batch_length,
     classification,
-    split_batch,
 )
 
 Backward = Callable[..., AbstractContextManager[object]]
@@ -92,7 +91,7 @@ class RunningSums:
     @torch.no_grad()
     def add(self, loss: Tensor, output: Any, targets: Any) -> None:
         """Add one batch: its mean loss, weighted by its size, and its metrics."""
-        size = batch_length(targets)
+        size = batch_size(targets)
         self._images += size
         self._sums[0] += loss.detach() * size
         for index, name in enumerate(self._names):
@@ -141,7 +140,7 @@ def train_step(
         sums: of the segment; changed.
         backward: context of each forward and backward pass; None: a process alone.
     """
-    length = batch_length(targets)
+    length = batch_size(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
     size = -(-part.smallest // config.accumulation)
     chunks = min(-(-part.smallest // size), length)
@@ -154,7 +153,7 @@ def train_step(
                 loss = task.loss(output, target)
             if state.teachers is not None:
                 loss = loss + state.teachers.loss(chunk, output, state.autocast())
-            share = part.weight * batch_length(target) / length
+            share = part.weight * batch_size(target) / length
             state.scaler.scale(loss * share if share != 1 else loss).backward()
         if part.counts:
             sums.add(loss, output, target)
@@ -192,7 +191,7 @@ def evaluate(
         with predictor.autocast():
             output = predictor.forward(inputs)
             mean = task.loss(output, targets)
-        size = batch_length(targets)
+        size = batch_size(targets)
         samples += size
         loss += mean.double() * size
         for name, metric in task.metrics.items():

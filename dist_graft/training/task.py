@@ -58,29 +58,6 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return 100 * float((scores.argmax(1) == labels).double().mean())
 
 
-def batch_length(batch: Any) -> int:
-    """Number of samples in a nested structure of tensors."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    return batch_length(next(iter(parts)))
-
-
-def split_batch(batch: Any, chunks: int) -> list[Any]:
-    """Cut a nested structure of tensors into chunks along the first dimension."""
-    if chunks == 1:
-        return [batch]
-    if isinstance(batch, Tensor):
-        return list(batch.tensor_split(chunks))
-    if isinstance(batch, Mapping):
-        split = {key: split_batch(part, chunks) for key, part in batch.items()}
-        return [{key: parts[i] for key, parts in split.items()} for i in range(chunks)]
-    columns = [split_batch(part, chunks) for part in batch]
-    if hasattr(batch, "_fields"):  # a named tuple
-        return [type(batch)(*row) for row in zip(*columns, strict=True)]
-    return [type(batch)(row) for row in zip(*columns, strict=True)]
-
-
 def as_float(value: Tensor | float, device: torch.device) -> Tensor:
     """The value as a float64 scalar on the device."""
     return torch.as_tensor(value, dtype=torch.float64, device=device)

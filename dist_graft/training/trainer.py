@@ -48,7 +48,7 @@ from dist_graft.population.runtime.process_group import Runtime, start
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.stop_requests import StopRequests
-from dist_graft.printing import format_table, tell
+from dist_graft.printing import format_table, print_line
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.seeding import stream_seed
 from dist_graft.training.builders import (
@@ -68,6 +68,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.data import check_dataset_name, ensure_available
+from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
 from dist_graft.training.layer_stats import (
     check_finite,
@@ -103,7 +104,7 @@ from dist_graft.training.summary import (
     headline,
     summarize,
 )
-from dist_graft.training.task import LossFunction, MetricFunction, batch_length
+from dist_graft.training.task import LossFunction, MetricFunction
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
@@ -144,8 +145,6 @@ class Trainer:
         resumed_from (Path | None): checkpoint that was restored.
     """
 
-    process: ProcessInfo
-
     def __init__(
         self,
         config: TrainConfig | None = None,
@@ -158,6 +157,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or TrainConfig()
+        self.process = ProcessInfo()
         self.directory = RunDirectory(self.config.run_dir)
         self.task = build_task(self.config, loss, metrics)
         self._make_model = model
@@ -231,8 +231,18 @@ class Trainer:
             answer in time; another DistGraftError that says what to do. No finished work is lost.
         """
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self._start_process()
-        self._open_run()
+        try:
+            self._start_process()
+            self._open_run()
+            self._fit()
+        finally:
+            close_log()
+            if not self.process.launched:  # a launcher may still signal a process that ends
+                for number, handler in handlers.items():
+                    signal.signal(number, handler or signal.SIG_DFL)
+
+    def _fit(self) -> None:
+        """Train, and tell the callbacks how the run ended."""
         try:
             self.callbacks.setup(self)
             self._build()
@@ -255,10 +265,6 @@ class Trainer:
             raise explained from error
         finally:
             self.callbacks.teardown(self)
-            close_log()
-            if not self.process.launched:  # a launcher may still signal a process that ends
-                for number, handler in handlers.items():
-                    signal.signal(number, handler or signal.SIG_DFL)
 
     def train_epoch(self, epoch: int) -> None:
         """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""
@@ -358,7 +364,7 @@ class Trainer:
             # ---- Step; replicas average their gradients in the backward pass ----
             self._seed_step(segment.epoch, step)
             with profiler_label("step"):
-                if batch_length(targets):
+                if batch_size(targets):
                     train_step(
                         *(self.state, self.task, inputs, targets),
                         config=self.config.optim,
@@ -795,7 +801,7 @@ class Trainer:
 
 def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
     """End a process that was asked to stop while its peers did not agree in time."""
-    tell(
+    print_line(
         f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
         "(--checkpoint.grace_seconds); rerun the command to resume from the newest checkpoint"
     )

@@ -13,13 +13,12 @@ from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig
 from dist_graft.population.runtime.store import StoreClient
 from dist_graft.training.callbacks import CallbackList
 
-COLLECTIVES = [
-    name
-    for name in dist.distributed_c10d.__all__
-    if inspect.isfunction(getattr(dist, name, None))
-    and name.startswith(("all_", "barrier", "batch_", "broadcast", "gather", "i", "monitored"))
-    and not name.startswith(("is_", "init_", "in_"))
-] + ["send", "recv", "reduce", "reduce_scatter", "scatter", "new_group"]
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_gather_single"),
+    *("all_reduce", "all_to_all", "barrier", "batch_isend_irecv", "broadcast", "gather"),
+    *("broadcast_object_list", "monitored_barrier", "new_group", "recv"),
+    *("reduce", "reduce_scatter", "reduce_scatter_single", "scatter", "send"),
+)
 
 
 class ReadsProperties(dist_graft.Callback):
@@ -30,7 +29,7 @@ class ReadsProperties(dist_graft.Callback):
         parts += (trainer.runtime, trainer.replicas, trainer.runtime.timeouts, trainer.process)
         for part in parts:
             for name, member in inspect.getmembers(type(part)):
-                if isinstance(member, property):
+                if isinstance(member, property) and not name.startswith("_"):
                     getattr(part, name)
 
     def on_epoch_end(self, trainer: dist_graft.Trainer, report: dist_graft.EpochReport) -> None:
@@ -58,7 +57,7 @@ def train(run_dir: str, kind: type[dist_graft.Callback]) -> int:
 
     for name in COLLECTIVES:
         setattr(dist, name, refuse(name, getattr(dist, name)))
-    StoreClient._answer = refuse("the store", StoreClient._answer)
+    StoreClient._request = refuse("the store", StoreClient._request)
     call = CallbackList._call
 
     def flagged(self, *args):

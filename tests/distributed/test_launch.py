@@ -86,6 +86,8 @@ def wait(saves):
 if __name__ == "__main__":
     {main}
 """
+LIMIT = 150
+"""Seconds for a script, which imports torch in up to five processes."""
 SILENT = ("torch/distributed", "multiprocessing", "OMP_NUM_THREADS", "Warning", "FAILED", "elastic")
 """What a launcher that says nothing itself does not print."""
 
@@ -112,7 +114,7 @@ def test_results_are_returned_by_rank_and_sockets_listen_on_loopback(script, met
             f"                 start_method={method!r})\n"
             "for result in results: print(*result, sep='|')"
         ),
-        timeout=60,
+        timeout=LIMIT,
     )
     assert done.status == 0, done
     assert not done.errors
@@ -127,7 +129,7 @@ def test_results_are_returned_by_rank_and_sockets_listen_on_loopback(script, met
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_traceback_of_the_network_that_failed_reaches_the_caller(script, rank: int) -> None:
     done = finish(
-        script(f"launch(fail, {rank}, LookupError('no such key'), networks=2)"), timeout=60
+        script(f"launch(fail, {rank}, LookupError('no such key'), networks=2)"), timeout=LIMIT
     )
     assert done.status == 1
     assert f"NetworkFailedError: network {rank} (rank {rank} on " in done.errors
@@ -140,7 +142,7 @@ def test_the_traceback_of_the_network_that_failed_reaches_the_caller(script, ran
 
 REPORT = """
 try:
-    launch({call}, networks=2)
+    launch({call}, networks=2, start_method="fork")
 except NetworkFailedError as error:
     print(error, error.network, error.rank, error.exit_status, bool(error.traceback), sep="|")
 """
@@ -159,7 +161,7 @@ except NetworkFailedError as error:
 def test_one_line_names_network_and_rank(
     script, call: str, text: str, status: str, has_traceback: str
 ) -> None:
-    done = finish(script(REPORT.format(call=call)), timeout=60)
+    done = finish(script(REPORT.format(call=call)), timeout=LIMIT)
     (line,) = lines(done.output)
     message, *rest = line.split("|")
     assert message.startswith("network 1 (rank 1 on ")
@@ -170,19 +172,22 @@ def test_one_line_names_network_and_rank(
 def test_a_script_without_a_guard_is_told_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import os, dist_graft\ndist_graft.launch(os.getpid, networks=1)\n")
-    done = finish([sys.executable, str(path)], timeout=60)
+    done = finish([sys.executable, str(path)], timeout=LIMIT)
     assert done.status == 1
     assert 'call launch under if __name__ == "__main__":' in lines(done.errors)[-1]
 
 
 @pytest.fixture
 def waiting(script, tmp_path: Path, request) -> Iterator[subprocess.Popen[str]]:
-    """A script whose two networks wait for a signal."""
-    with background([script(f"launch(wait, {request.param}, networks=2)")]) as (process,):
+    """A script with two networks that wait for a signal, and may then save."""
+    saves, method = request.param
+    command = script(f"launch(wait, {saves}, networks=2, start_method={method!r})")
+    with background([command]) as (process,):
         pids = [tmp_path / f"pid{rank}" for rank in (0, 1)]
         wait_until(
             lambda: all(pid.exists() and pid.read_text() for pid in pids),
             "the start of both networks",
+            seconds=LIMIT,
             meanwhile=[process],
         )
         yield process
@@ -192,8 +197,11 @@ def children_of(folder: Path) -> list[int]:
     return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("waiting", [True], indirect=True)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("waiting", "number"),
+    [((True, "spawn"), signal.SIGTERM), ((True, "fork"), signal.SIGINT)],
+    indirect=["waiting"],
+)
 def test_a_signal_lets_the_networks_save_and_end(
     waiting: subprocess.Popen[str], number: int, tmp_path: Path
 ) -> None:
@@ -204,7 +212,7 @@ def test_a_signal_lets_the_networks_save_and_end(
     assert not any(map(is_alive, children_of(tmp_path)))
 
 
-@pytest.mark.parametrize("waiting", [False], indirect=True)
+@pytest.mark.parametrize("waiting", [(False, "fork")], indirect=True)
 @pytest.mark.parametrize(
     ("number", "last"),
     [
@@ -253,7 +261,7 @@ print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
         input=session,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert lines(done.stdout) == ["[1, 4]", "True", "True"], done.stderr
     assert not done.stderr

@@ -119,7 +119,7 @@ def same_bits(first: State, second: State) -> bool:
 def check_donors(planned: Mixing, mixing: Mixing, diverged: set[int], *, heal: bool) -> None:
     """Check that no network takes from a diverged one and that the others follow the rule."""
     assert mixing.networks == planned.networks
-    np.testing.assert_allccorrupt(mixing.shares.sum(dim=2).numpy(), 1.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(mixing.shares.sum(dim=2).numpy(), 1.0, rtol=0, atol=1e-12)
     for network, donors in enumerate(mixing.donors):
         assert not diverged & set(donors)
         lost = [other for other in diverged if other != network]
@@ -146,7 +146,7 @@ def check_states(
         reference = expected(shares[network], before, diverged, network)
         for key in KEYS:
             assert after[network][key].isfinite().all(), key
-            np.testing.assert_allccorrupt(after[network][key], reference[key], rtol=0, atol=2e-6)
+            np.testing.assert_allclose(after[network][key], reference[key], rtol=0, atol=2e-6)
 
 
 @given(rounds(), st.booleans())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:  # command-line help reads the rules' options and must not wait for torch
     from torch import Tensor
@@ -74,13 +74,9 @@ class Rule(Schedule, ABC):
         Raises: ValueError for a model or option that the method does not support.
         """
         del units, tensors
-        return cls._from_fields({**vars(options), "seed": seed})
-
-    @classmethod
-    def _from_fields(cls, values: Mapping[str, Any]) -> Self:
-        assert dataclasses.is_dataclass(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: values[name] for name in names if name in values})
+        values = {**vars(options), "seed": seed}
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in fields})
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         """Return this network's information, which is gathered from all networks before a round.

@@ -41,6 +41,7 @@ from dist_graft.errors import (
     PeerError,
     StoppedEarlyError,
     StoppedError,
+    UserCodeError,
 )
 from dist_graft.population.collectives import raised_by_backend
 from dist_graft.population.runtime.process import (
@@ -217,7 +218,8 @@ def _report_and_leave(error: BaseException) -> NoReturn:
     for number in _FORWARDED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if isinstance(error, DistGraftError):
-        text, status, trace = str(error), error.exit_status, ""
+        text, status = str(error), error.exit_status
+        trace = error.user_traceback() if isinstance(error, UserCodeError) else ""
     else:
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         code = error.code if isinstance(error, SystemExit) else 1

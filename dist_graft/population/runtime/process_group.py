@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import socket
@@ -33,6 +34,8 @@ from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient
 from dist_graft.population.runtime.timeouts import Timeouts
 
+_RUNS = itertools.count()
+"""Numbers the runs of this process; every process of a run starts equally many."""
 _RESPONSE_SECONDS = 2.0  # lets the store report its own timeout first
 
 
@@ -277,6 +280,7 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
                 is_master=is_server,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=timeout_seconds),
+                multi_tenant=True,  # a second run of this process finds its own server again
             )
         except RuntimeError as error:
             connected.put(error)
@@ -295,8 +299,9 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
             f"port {port} of {host} could not be {what}: {_first_line(store)}; choose a free "
             "MASTER_PORT that all hosts can reach"
         ) from store
+    # Keys of an earlier attempt, or of an earlier run of this process, must not be read again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    return dist.PrefixStore(f"attempt_{attempt}/run_{next(_RUNS)}", store)
 
 
 def _first_line(error: Exception) -> str:

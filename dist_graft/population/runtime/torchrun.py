@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.run import parse_args, run
 
 from dist_graft.population.runtime.process import has_ended, leave
-from dist_graft.printing import tell
+from dist_graft.printing import print_line
 
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 600.0  # torchrun's default
@@ -41,10 +41,12 @@ def main(argv: list[str]) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        tell(error)  # torchrun's table of failures
+        print_line(error)  # torchrun's table of failures
         return 1
     except SignalException as error:
-        tell(f"the launcher received {error.sigval.name} and stopped its processes", sys.stdout)
+        print_line(
+            f"the launcher received {error.sigval.name} and stopped its processes", sys.stdout
+        )
         return 128 + error.sigval
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
         conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
@@ -135,7 +137,7 @@ def _has_processes() -> bool:
 def _fail(line: str, error: BaseException | None = None) -> NoReturn:
     """Print one line and end the process, whatever its threads wait for."""
     cause = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
-    tell(f"dist-graft: error: {line}{cause}")
+    print_line(f"dist-graft: error: {line}{cause}")
     leave(1)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from dist_graft.config import DataConfig
-from dist_graft.errors import ConfigError, DataError, StoppedError
+from dist_graft.errors import ConfigError, DataError, SampleError, StoppedError
 from dist_graft.seeding import stream_seed
 from dist_graft.training.data.base import BaseData, SampleKey
 from dist_graft.training.data.batches import map_tensors
@@ -146,12 +146,12 @@ class DatasetData(BaseData):
             collate=_identity,
         ):
             if isinstance(batch, _Failure):
-                raise DataError(batch.message) from WorkerError(batch.traceback)
+                raise SampleError(batch.message) from WorkerError(batch.traceback)
             yield map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
 
 
 class WorkerError(Exception):
-    """Cause of a DataError that occurred in a loader worker: its traceback as text."""
+    """Cause of a SampleError that occurred in a loader worker: its traceback as text."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -198,7 +198,7 @@ class _Samples(Dataset[Any]):
         except Exception as error:  # user code may raise anything
             message = " ".join(f"{context}: {type(error).__name__}: {error}".split())
             if get_worker_info() is None:
-                raise DataError(message) from error
+                raise SampleError(message) from error
             return _Failure(message, "".join(traceback.format_exception(error)))
 
 

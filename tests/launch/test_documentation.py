@@ -33,7 +33,7 @@ from reading import metrics
 import dist_graft
 from dist_graft.cli import _parse, command_parsers
 from dist_graft.studies.plan import read_plan
-from dist_graft.studies.state import state_of
+from dist_graft.studies.selection import study_state
 
 NOT_PARSED = {
     "dist-graft COMMAND --help": "placeholder",
@@ -142,7 +142,7 @@ def test_shipped_configurations_parse(config: Path) -> None:
     "plan", sorted((ROOT / "launch/plans").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shipped_plans_can_be_run(plan: Path) -> None:
-    state = state_of(read_plan(plan), {})
+    state = study_state(read_plan(plan))
     assert state.search_runs or state.lr_runs or state.comparison_runs
 
 

@@ -14,8 +14,7 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between checkpoints; 0: checkpoint after the last epoch only."""
     every_minutes: float | None = None
-    """Also checkpoint after this many minutes, at the next of 20 evenly spaced points of an epoch,
-    which all networks share."""
+    """Also checkpoint at the first of 20 evenly spaced points per epoch after this many minutes."""
     keep: int = 2
     """Number of latest complete checkpoints to keep."""
     max_failures: int = 3

@@ -76,7 +76,7 @@ class Segment:
     """True at the end of an epoch."""
     round: bool = False
     vote: bool = False
-    """Whether the networks agree here on a checkpoint inside the epoch."""
+    """Whether the networks agree here on a checkpoint."""
     save: bool = False
     """Whether a checkpoint is due at the end of the epoch."""
 
@@ -101,7 +101,7 @@ def epoch_segments(
         cadence: when rounds happen, counted from the start of the run.
         save_every: epochs between two checkpoints; 0: only after the last epoch.
         votes: evenly spaced points inside the epoch at which the networks agree whether to save a
-            checkpoint; 0: none.
+            checkpoint, besides the end of the epoch; 0: none.
         first: step at which a resumed epoch continues. A round that is due there comes first, in
             a segment without steps.
         rounds: rounds finished when a resumed epoch continues.
@@ -124,6 +124,7 @@ def epoch_segments(
         last=steps_per_epoch,
         evaluate=True,
         round=cadence.after_epoch(epoch, steps_per_epoch),
+        vote=votes > 0,
         save=finished == epochs or (save_every > 0 and finished % save_every == 0),
     )
 

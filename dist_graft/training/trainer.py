@@ -107,7 +107,7 @@ from dist_graft.training.summary import (
 from dist_graft.training.task import LossFunction, MetricFunction
 
 _VOTES_PER_EPOCH = 19
-"""Points inside an epoch at which the networks agree on a checkpoint (checkpoint.every_minutes)."""
+"""Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
 
 
 class Trainer:
@@ -277,7 +277,6 @@ class Trainer:
 
         tests: dict[str, EvalResult] = {}
         layers = None
-        by_clock = self.config.checkpoint.every_minutes is not None
         batches = self.data.train_batches(epoch, first, self.steps_per_epoch)
         with closing(batches):
             for segment in epoch_segments(
@@ -286,7 +285,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 cadence=self.cadence,
                 save_every=self.config.checkpoint.every,
-                votes=_VOTES_PER_EPOCH if by_clock else 0,
+                votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
                 first=first,
                 rounds=self.round,
             ):
@@ -303,8 +302,7 @@ class Trainer:
                 self.graft_round(segment)
 
                 # ---- Checkpoint, if rank 0's clock says that one is due ----
-                votes = segment.vote or (by_clock and segment.evaluate and not segment.save)
-                due = votes and self._vote(f"a checkpoint in epoch {epoch}")
+                due = segment.vote and self._vote(f"a checkpoint in epoch {epoch}")
                 if due and not segment.evaluate:
                     self.save()
 

@@ -27,10 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from reporting import machine, spread, table
+from reporting import machine, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from launching import children, environment, is_alive, torchrun
+
+from dist_graft.printing import format_table
 
 KINDS = {"kill": 3, "corrupt": 3, "preempt": 2, "launcher": 1, "stop": 1}
 """Kinds of ten faults; a stop takes by far the longest."""
@@ -41,9 +43,7 @@ SHUTDOWN_SECONDS = 3
 HANG_SECONDS = 300
 """Time without an exit, or without training, that counts as a hang."""
 TRAINING = re.compile(r"epochs \d+ to \d+,")
-RESUMED = re.compile(
-    r"(?:going on|resum(?:ed|ing)) from (\S+): epoch (\d+), step (\d+), round (\d+)"
-)
+RESUMED = re.compile(r"resumed from (\S+): epoch (\d+), step (\d+), round (\d+)")
 
 Progress = tuple[int, int, int]
 """Epoch, round and step of a checkpoint."""
@@ -313,7 +313,7 @@ def main() -> None:
         f"{options.networks} x resnet8 on 512 images of fashion-mini, processes per network: "
         f"{options.replicas}, method {options.method}, "
         f"{options.epochs} epochs of 32 steps, rounds every 10 steps, checkpoints at the first "
-        f"round after 1.2 s and every epoch; a fault 0 to {options.pause:g} s after training "
+        f"shared step after 1.2 s and every epoch; a fault 0 to {options.pause:g} s after training "
         f"starts; seed {options.seed}",
         flush=True,
     )
@@ -335,7 +335,7 @@ def main() -> None:
             equal.append(bitwise_equal(expected, run.weights()))
             print(f"run {len(equal)}: {len(chaos.pending)} faults left", file=sys.stderr)
     print(
-        table(
+        format_table(
             ("", "injected", "recovered", "work lost, s", "recovery, s"),
             [
                 (

@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from reporting import machine, spread, table, verdict
+from reporting import machine, spread, verdict
+
+from dist_graft.printing import format_table
 
 TARGET_SECONDS = 1.0
 
@@ -47,7 +49,7 @@ def main() -> None:
             wall = seconds(command)
             if repetition:
                 taken[name].append(wall)
-    print(table(("", "seconds"), [(name, spread(walls)) for name, walls in taken.items()]))
+    print(format_table(("", "seconds"), [(name, spread(walls)) for name, walls in taken.items()]))
     print(verdict("seconds help", taken["dist-graft --help"], at_most=TARGET_SECONDS))
 
 

@@ -23,7 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reporting import machine, ratios, spread, table, verdict
+from reporting import machine, ratios, spread, verdict
+
+from dist_graft.printing import format_table
 
 ORIGINAL_SECONDS = 53.7
 ORIGINAL_TARGETS = {"fp32": 0.6, "bf16": 0.4}
@@ -136,7 +138,7 @@ def main() -> None:
         for kind in precisions
         for name, side in (("job", jobs), ("two bare programs", bares))
     ]
-    print(table(("", "wall", "CPU"), rows))
+    print(format_table(("", "wall", "CPU"), rows))
     for kind in precisions:
         to_original = [wall / ORIGINAL_SECONDS for wall in jobs[kind].wall]
         print(

@@ -20,8 +20,7 @@ from multiprocessing import get_context
 
 import torch
 import torch.distributed as dist
-from dist_graft.training.loop import train_steps
-from reporting import machine, ratios, spread, table, verdict
+from reporting import machine, ratios, spread, verdict
 
 from dist_graft import Grafter, Papa
 from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
@@ -29,8 +28,12 @@ from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.builders import build_train_state
-from dist_graft.training.data import load_data
+from dist_graft.printing import format_table
+from dist_graft.training.builders import build_state
+from dist_graft.training.data import ImageData, load_data
+from dist_graft.training.state import TrainState
+from dist_graft.training.step import RunningSums, train_step
+from dist_graft.training.task import classification
 
 DEVICE = torch.device("cpu")
 MAX_EXCHANGE_SHARE, MIN_THROUGHPUT = 0.01, 0.95
@@ -44,6 +47,20 @@ class Timings:
     steps: list[float] = field(default_factory=list)
     waiting: list[float] = field(default_factory=list)
     exchange: list[float] = field(default_factory=list)
+
+
+def train_steps(
+    state: TrainState, data: ImageData, config: TrainConfig, epoch: int, first: int, last: int
+) -> None:
+    """Take some steps of an epoch, as the trainer does between two rounds."""
+    task = classification()
+    sums = RunningSums(task, DEVICE)
+    state.model.train()
+    for step, (inputs, targets) in enumerate(data.train_batches(epoch, first, last), start=first):
+        part = data.part(step)
+        train_step(state, task, inputs, targets, config=config.optim, part=part, sums=sums)
+        state.scheduler.step()
+    sums.result(steps=last - first, seconds=0.0, data_seconds=0.0)
 
 
 def measure(rank: int, options: argparse.Namespace, folder: str) -> Timings:
@@ -68,7 +85,8 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> Timings:
     runtime = Runtime(
         ProcessInfo(rank, options.networks), DEVICE, "gloo", Timeouts(300, epochs=5), None
     )
-    independent, papa = (build_train_state(config, data, runtime) for _ in range(2))
+    lr = config.optim.lr
+    independent, papa = (build_state(config, data, runtime, lr=lr) for _ in range(2))
     grafter = Grafter(papa.model, rule=Papa(), exchange=options.exchange)
     timings = Timings()
     for epoch in range(options.repetitions + 1):
@@ -77,15 +95,13 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> Timings:
         dist.barrier()
         clock = time.perf_counter()
         for first in range(0, steps, every):
-            train_steps(
-                independent, data, config.optim, epoch=epoch, first=first, last=first + every
-            )
+            train_steps(independent, data, config, epoch, first, first + every)
         timings.independent.append(time.perf_counter() - clock)
         dist.barrier()
         steps_seconds = waiting = exchange = 0.0
         clock = time.perf_counter()
         for first in range(0, steps, every):
-            train_steps(papa, data, config.optim, epoch=epoch, first=first, last=first + every)
+            train_steps(papa, data, config, epoch, first, first + every)
             trained = time.perf_counter()
             dist.barrier()
             met = time.perf_counter()
@@ -132,7 +148,7 @@ def main() -> None:
         by_rank = list(pool.map(measure, ranks, [options] * len(ranks), [folder] * len(ranks)))
     names = ("independent", "steps", "waiting", "exchange")
     print(
-        table(
+        format_table(
             ("", *names),
             [
                 (f"network {rank}", *(spread(getattr(timings, name), 3) for name in names))

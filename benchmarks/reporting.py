@@ -1,4 +1,4 @@
-"""Output shared by all benchmarks: hardware and versions, tables, one line per target."""
+"""Output shared by all benchmarks: hardware and versions, spreads, one line per target."""
 
 from __future__ import annotations
 
@@ -32,18 +32,6 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Format median and range: "1.12 (1.08..1.31)"."""
     median, low, high = statistics.median(values), min(values), max(values)
     return f"{median:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table whose first column is left-aligned and the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )
 
 
 def verdict(

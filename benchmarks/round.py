@@ -32,13 +32,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from reporting import machine, ratios, spread, table, verdict
+from reporting import machine, ratios, spread, verdict
 from torch import Tensor, nn
 
 from dist_graft import Grafter
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
 from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.printing import format_table
 from dist_graft.training.models import build_model
 
 EXCHANGE_TARGETS = {"all_gather": 1.3, "p2p": 1.9}
@@ -300,7 +301,7 @@ def main() -> None:
         new_rows, new_verdicts = compare(setup)
         rows += new_rows
         verdicts += new_verdicts
-    print(table(["", *PHASES, "bare collective", "histc", "masked passes", "memory"], rows))
+    print(format_table(["", *PHASES, "bare collective", "histc", "masked passes", "memory"], rows))
     print("\n".join(verdicts))
 
 

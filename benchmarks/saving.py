@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from reporting import machine, ratios, spread, table, verdict
+from reporting import machine, ratios, spread, verdict
 from torch import nn
 
 from dist_graft.config import ModelConfig
 from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.printing import format_table
 from dist_graft.training.checkpoint.writer import CheckpointWriter
 from dist_graft.training.models import build_model
 from dist_graft.training.schedule import Position
@@ -127,7 +128,7 @@ def main() -> None:
         f"n = {options.repetitions} of each, interleaved, after one warm-up of each; seconds"
     )
     rows = [(title, spread(getattr(timings, name), 3)) for name, title in TITLES.items()]
-    print(table(("", "median (range)"), rows))
+    print(format_table(("", "median (range)"), rows))
     print(verdict("stall / copy", ratios(timings.stall, timings.copy), at_most=STALL_TARGET))
     slower = ratios(timings.step_during, timings.step_alone)
     print(f"step during the write / step alone: {spread(slower, 3)}")

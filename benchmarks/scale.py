@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from reporting import machine, ratios, spread, table, verdict
+from reporting import machine, ratios, spread, verdict
 from round import (
     BARE,
     MEMORY_ROUNDS,
@@ -50,6 +50,7 @@ from dist_graft.grafting.information import is_finite
 from dist_graft.grafting.units import graft_tensors, graft_units
 from dist_graft.population.round.buckets import cut_buckets
 from dist_graft.population.round.exchange import bucket_limit, held_bytes
+from dist_graft.printing import format_table
 
 BUCKET_MB = 32.0  # the default; in host memory a bucket has at most 16 MiB
 COLORS = {"all_gather": ("#D55E00", "s"), "p2p": ("#0072B2", "o")}  # of Okabe and Ito
@@ -208,7 +209,7 @@ def table_of(rows: list[Row]) -> str:
         *("", "received, MB", "round, ms", "estimated, ms", "CPU of a network, ms"),
         *("pack + exchange / bare", "memory, MiB", "buckets, MiB", "start-up, s"),
     )
-    return table(
+    return format_table(
         header,
         [
             (

@@ -1,9 +1,9 @@
 """Images per second of the trainer's loop relative to a bare loop.
 
-The trainer's loop (`train_steps` on images that live on the device: order, crops and flips,
-normalization, metrics, schedule) runs a whole epoch. The bare loop runs forward, backward, and
-optimizer step on one batch in memory. Both use the same network, memory format, precision, and
-threads, interleaved in one process.
+The trainer runs whole epochs on images that live on the device: order, crops and flips,
+normalization, metrics, schedule, callbacks. After each of them, a bare loop takes as many steps,
+forward, backward and optimizer, on one batch in memory. Both use the same network, memory format,
+precision and threads.
 
     python benchmarks/train.py
 """
@@ -11,107 +11,105 @@ threads, interleaved in one process.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import tempfile
 import time
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F  # noqa: N812
-from dist_graft.training.loop import TrainState, train_steps
-from reporting import machine, ratios, spread, table, verdict
+from numpy.typing import NDArray
+from reporting import machine, ratios, spread, verdict
 
-from dist_graft.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig
-from dist_graft.population.runtime.process import keep_freed_memory
-from dist_graft.population.runtime.process_group import Runtime
-from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.builders import build_train_state
-from dist_graft.training.data import Data, load_data
-from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import DatasetInfo, ImageSet
+from dist_graft import Callback, Trainer
+from dist_graft.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from dist_graft.printing import format_table
+from dist_graft.training.builders import build_state
 
 TARGET = 0.95
-DEVICE = torch.device("cpu")
+DATA = {"fashion-mini": "fashion-mini", "random": "train:random_images"}
+Images = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """Images per second of each repetition."""
-
-    trainer: list[float]
-    bare: list[float]
-
-
-def random_images(count: int) -> ImageSet:
-    """Draw noise in the format of CIFAR: uint8 [count, 3, 32, 32], ten classes."""
+def random_images(root: str) -> tuple[Images, Images]:
+    """Noise in the format of CIFAR, as `data.name` expects it: 5,000 and 1,000 images."""
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    return ImageSet(images, generator.integers(0, 10, count))
-
-
-def load(name: str, config: TrainConfig) -> Data:
-    if name == "fashion-mini":
-        return load_data(config.data, seed=0, network=0, device=DEVICE, channels_last=True)
-    facts = DatasetInfo(num_classes=10, mean=(0.5,) * 3, std=(0.29,) * 3)
-    assert config.data.train_samples
-    return ResidentImages(
-        random_images(config.data.train_samples),
-        random_images(config.data.batch_size),
-        facts,
-        config.data,
-        seed=0,
-        network=0,
-        device=DEVICE,
-        channels_last=True,
+    train, test = (
+        (
+            generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8),
+            generator.integers(0, 10, count),
+        )
+        for count in (5000, 1000)
     )
+    return train, test
 
 
-def bare_loop(state: TrainState, data: Data, steps: int) -> float:
-    """Take `steps` steps on the first batch of an epoch; returns their seconds."""
-    model, optimizer = state.model, state.optimizer
-    inputs, labels = next(data.train_batches(0, 0, 1))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=state.precision == "bf16")
-    model.train()
-    start = time.perf_counter()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        with autocast:
-            loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        optimizer.step()
-    return time.perf_counter() - start
+class BareLoop(Callback):
+    """Times each epoch's steps, and as many steps of a bare loop after them."""
+
+    def __init__(self) -> None:
+        self.trainer_speeds: list[float] = []
+        """Images per second, by epoch."""
+        self.bare_speeds: list[float] = []
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self._bare = build_state(trainer.config, trainer.data, trainer.runtime, lr=trainer.max_lr)
+        self._batch = next(trainer.data.train_batches(0, 0, 1))
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        self._start = time.perf_counter()
+
+    def on_evaluate_start(self, trainer: Trainer) -> None:
+        images = trainer.steps_per_epoch * trainer.config.data.batch_size
+        self.trainer_speeds.append(images / (time.perf_counter() - self._start))
+        trained = trainer.progress.trained
+        assert trained is not None
+        assert trained.images == images
+        self.bare_speeds.append(images / self._seconds(trainer.steps_per_epoch))
+
+    def _seconds(self, steps: int) -> float:
+        model, optimizer = self._bare.model, self._bare.optimizer
+        inputs, labels = self._batch
+        model.train()
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with self._bare.autocast():
+                loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+        return time.perf_counter() - start
 
 
-def compare(precision: str, options: argparse.Namespace) -> Throughput:
-    """Interleave epochs of the trainer with as many bare steps, after one warm-up of each."""
+def compare(precision: str, options: argparse.Namespace, run_dir: str) -> BareLoop:
+    """Run both loops, including one warm-up epoch of each."""
     config = TrainConfig(
+        run_dir=run_dir,
         epochs=options.repetitions + 1,
         data=DataConfig(
+            name=DATA[options.data],
             batch_size=options.batch_size,
             train_samples=options.steps * options.batch_size,
+            test_samples=options.batch_size,
             image_size=32,
             channels=3,
         ),
         model=ModelConfig(name=options.model),
-        runtime=RuntimeConfig(precision=precision, threads=options.threads),
+        runtime=RuntimeConfig(device="cpu", precision=precision, threads=options.threads),
+        checkpoint=CheckpointConfig(every=0),
+        monitor=MonitorConfig(tensorboard=False, progress="lines"),
     )
-    data = load(options.data, config)
-    runtime = Runtime(ProcessInfo(), DEVICE, "none", Timeouts(60, epochs=5), None)
-    state, bare_state = (build_train_state(config, data, runtime) for _ in range(2))
-    images = data.steps_per_epoch * options.batch_size
-    throughput = Throughput([], [])
-    for epoch in range(options.repetitions + 1):
-        start = time.perf_counter()
-        trained = train_steps(
-            state, data, config.optim, epoch=epoch, first=0, last=data.steps_per_epoch
-        )
-        seconds = time.perf_counter() - start
-        assert trained.images == images
-        bare_seconds = bare_loop(bare_state, data, data.steps_per_epoch)
-        if epoch:
-            throughput.trainer.append(images / seconds)
-            throughput.bare.append(images / bare_seconds)
-    return throughput
+    loops = BareLoop()
+    with contextlib.redirect_stdout(io.StringIO()):
+        Trainer(config, callbacks=[loops]).fit()
+    return loops
 
 
 def main() -> None:
@@ -119,15 +117,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--data", choices=("fashion-mini", "random"), default="fashion-mini")
+    parser.add_argument("--data", choices=tuple(DATA), default="fashion-mini")
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="*")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=16, help="per epoch, at most 39")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    keep_freed_memory()  # as a training run on the CPU does; for both loops
-    torch.set_num_threads(options.threads)
 
     print(machine())
     print(
@@ -135,14 +131,15 @@ def main() -> None:
         f"{options.steps} steps per epoch, channels_last, {options.threads} threads; "
         f"n = {options.repetitions} epochs of each, interleaved, after one warm-up of each"
     )
-    results = {kind: compare(kind, options) for kind in options.precision or ("fp32", "bf16")}
-    rows = [
-        (precision, spread(throughput.trainer, 0), spread(throughput.bare, 0))
-        for precision, throughput in results.items()
-    ]
-    print(table(("", "trainer, images/s", "bare loop, images/s"), rows))
-    for precision, throughput in results.items():
-        relative = ratios(throughput.trainer, throughput.bare)
+    results: dict[str, tuple[list[float], list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in options.precision or ("fp32", "bf16"):
+            loops = compare(precision, options, f"{folder}/{precision}")
+            results[precision] = loops.trainer_speeds[1:], loops.bare_speeds[1:]
+    rows = [(name, *(spread(speeds, 0) for speeds in both)) for name, both in results.items()]
+    print(format_table(("", "trainer, images/s", "bare loop, images/s"), rows))
+    for precision, (trainer, bare) in results.items():
+        relative = ratios(trainer, bare)
         print(verdict(f"trainer / bare loop, {precision}", relative, at_least=TARGET))
 
 

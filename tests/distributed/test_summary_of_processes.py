@@ -1,3 +1,5 @@
+"""Final results and ensembles that the trainer gathers from several processes."""
+
 from __future__ import annotations
 
 import json
@@ -79,7 +81,7 @@ def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -
 
 
 @pytest.mark.parametrize(
-    ("certain", "images", "expected"),
+    ("certainty", "images", "expected"),
     [
         ([0.9, 0.3], [5, 5], 100.0),
         ([0.6, 0.3], [5, 5], 0.0),
@@ -91,4 +93,4 @@ def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -
 def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
-    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]
+    assert run(ensemble_of, 2, tmp_path, certainty, images) == [expected, expected]

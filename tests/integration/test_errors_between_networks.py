@@ -53,8 +53,10 @@ def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
     with background([program(run, *SHORT) for run in runs]) as processes:
         ends = [end_of(process, 60) for process in processes]
     for network, (run, done) in enumerate(zip(runs, ends, strict=True)):
-        line = told(done, f"{run} is not one folder for all", "on a disk that all machines share")
-        assert f": network 1 on {socket.gethostname()} cannot see" in line
+        line = told(
+            done, f"{run} is not shared by all processes", "on a disk that all machines mount"
+        )
+        assert f": network 1 on {socket.gethostname()} did not see" in line
         assert list(contents(run)) == [f"network{network:02d}/log.txt"]
 
 

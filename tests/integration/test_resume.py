@@ -68,7 +68,7 @@ def test_workers_die_with_their_launcher(runs: Runs) -> None:
 
 def test_resumes_from_the_newest_checkpoint(runs: Runs) -> None:
     assert 1 <= runs.epochs_before < EPOCHS
-    assert f"going on from {runs.resumed}/checkpoints/epoch_000{runs.epochs_before}" in runs.log
+    assert f"resumed from {runs.resumed}/checkpoints/epoch_000{runs.epochs_before}" in runs.log
     assert f"epoch {runs.epochs_before + 1}/{EPOCHS}" in runs.log
     assert f"epoch {runs.epochs_before}/{EPOCHS}" not in runs.log
 
@@ -120,9 +120,9 @@ def test_last_figures_are_equal(runs: Runs, folder: str) -> None:
 
 
 def test_events_contain_the_resume(runs: Runs) -> None:
-    (events,) = texts(runs.resumed / "population")["run/story"].values()
-    assert "| resumed | went on from" in events
-    assert "run/story" not in texts(runs.uninterrupted / "population")
+    (events,) = texts(runs.resumed / "population")["run/events"].values()
+    assert "| resumed | resumed from" in events
+    assert "run/events" not in texts(runs.uninterrupted / "population")
 
 
 def test_summaries_are_equal(runs: Runs) -> None:

@@ -108,7 +108,7 @@ def test_damaged_checkpoint_falls_back_to_previous(
         file.unlink()
     done = alone(run, "--epochs", "2")
     assert done.status == 0, done
-    assert f"going on from {run}/checkpoints/epoch_0001" in done.output
+    assert f"resumed from {run}/checkpoints/epoch_0001" in done.output
     if damage != "incomplete":
         assert f"{file} is missing or damaged" in done.output
     assert_same_bits(checkpoint(run, 2, 0)["model"], expected)
@@ -131,14 +131,14 @@ def test_profiling_changes_no_weights(alone: Alone, tmp_path: Path) -> None:
     assert done.status == 0, done
     (profiled / "network00/trace.json.gz").unlink()
     done = alone(profiled, "--epochs", "2", *steady, "--monitor.profile_steps", "1:3")
-    assert "profile of the steps 2 to 2" in done.output
+    assert "profile of steps 2 to 2" in done.output
     assert (profiled / "network00/trace.json.gz").stat().st_size > 1000
     assert_same_bits(checkpoint(profiled, 2, 0)["model"], checkpoint(plain, 2, 0)["model"])
 
 
 def test_profile_steps_past_the_run_are_refused(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", "--epochs", "1", "--monitor.profile_steps", "2:4")
-    told(done, "monitor.profile_steps begins at step 2", "steps 0 to 1")
+    told(done, "monitor.profile_steps starts at step 2", "steps 0 to 1")
 
 
 @pytest.mark.parametrize(("every", "keep", "epochs"), [(0, 2, [3]), (2, 5, [2, 3]), (1, 1, [3])])
@@ -149,3 +149,21 @@ def test_kept_checkpoints(
     assert alone(tmp_path / "run", "--epochs", "3", *options).status == 0
     found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert found == [f"epoch_{epoch:04d}" for epoch in epochs]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "name", "position"),
+    [("64", "epoch_0001", (1, 0)), ("32", "epoch_0000_round_0000", (0, 1))],
+)
+def test_checkpoints_by_the_clock(
+    alone: Alone, tmp_path: Path, batch_size: str, name: str, position: tuple[int, int]
+) -> None:
+    """At the end of an epoch, and at steps inside it."""
+    run = tmp_path / "run"
+    options = ("--checkpoint.every", "0", "--checkpoint.every_minutes", "1e-6")
+    options += ("--checkpoint.keep", "9", "--data.batch_size", batch_size)
+    assert alone(run, "--epochs", "2", *options).status == 0
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert (saved[0], saved[-1]) == (name, "epoch_0002")
+    state = torch.load(run / "checkpoints" / name / "network00.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == position

@@ -55,7 +55,7 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
         end_of(launcher, 60)
     seen = status_of(path)
     assert seen["state"] == "stopped"
-    assert "the same command goes on from" in seen["words"]
+    assert "rerun the command to resume from" in seen["words"]
     assert [row["phase"] for row in seen["networks"]] == ["stopped", "stopped"]
 
     with background([torchrun(2, path, *LONG)]) as (launcher,):

@@ -82,7 +82,7 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
         (line,) = (run / f"network{network:02d}/log.txt").read_text().splitlines()[-1:]
         assert "stopped early by " in line
         assert name in line
-        assert "the same command goes on" in line
+        assert "rerun the command to resume" in line
     assert name in (run / "STOPPED_EARLY").read_text()
     (newest,) = run.glob("checkpoints/epoch_0001_round_*/COMPLETE.json")
     content = json.loads(newest.read_text())
@@ -94,7 +94,7 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
     assert not (run / "summary.json").exists()
 
     together(2, run, *OPTIONS)
-    assert f"going on from {newest.parent}" in (run / "network00/log.txt").read_text()
+    assert f"resumed from {newest.parent}" in (run / "network00/log.txt").read_text()
     assert not (run / "STOPPED_EARLY").exists()
     assert not (run / "STOP").exists()
     for network in (0, 1):

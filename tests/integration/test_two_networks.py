@@ -387,7 +387,7 @@ class TestTensorBoard:
         assert f"| torch | {torch.__version__} |" in found["run/versions"][0]
         rows = [f"| {network} | {socket.gethostname()} |" for network in NETWORKS]
         assert found["run/hosts"][0].splitlines()[2:] == rows
-        assert "run/story" not in found
+        assert "run/events" not in found
 
     def test_layout(self, pair: Path) -> None:
         expected = custom_scalars("entropy", validation=False, rounds=True)

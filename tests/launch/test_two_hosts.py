@@ -104,4 +104,4 @@ def test_a_separate_disk_on_each_host(pair: hosts.TwoHosts, tmp_path: Path) -> N
         ends = [end_of(launcher, 90) for launcher in launchers]
     for done in ends:
         assert done.status == 1
-        assert "is not one folder for all: network 1 on beta cannot see" in error_of(done)
+        assert "is not shared by all processes: network 1 on beta did not see" in error_of(done)

@@ -1,7 +1,7 @@
 """PAPA: population parameter averaging (arXiv 2304.03094)."""
 
-from __future__ import annotations
-
+# Annotations are evaluated: to resolve postponed ones of a class with options, jsonargparse would
+# execute the block under TYPE_CHECKING and import torch.
 import itertools
 import random
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Papa(PapaConfig, Rule):
     seed: int = 0
     """Seed of the random pairs."""
 
-    def decide(self, information: Tensor, round_: int) -> Mixing:
+    def decide(self, information: "Tensor", round_: int) -> "Mixing":
         """Pull toward the mean, or replace the weights by a mean."""
         import torch
 

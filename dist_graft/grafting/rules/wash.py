@@ -1,7 +1,7 @@
 """WASH: train an ensemble with communication-efficient weight shuffling (arXiv 2405.17517)."""
 
-from __future__ import annotations
-
+# Annotations are evaluated: to resolve postponed ones of a class with options, jsonargparse would
+# execute the block under TYPE_CHECKING and import torch.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ class Wash(WashConfig, Rule):
 
     seed: int = 0
 
-    def decide(self, information: Tensor, round_: int) -> Mixing:
+    def decide(self, information: "Tensor", round_: int) -> "Mixing":
         """Choose the scalars of this round."""
         import torch
 

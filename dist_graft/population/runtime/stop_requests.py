@@ -54,10 +54,6 @@ class StopRequests:
         """Cancel the grace period: the run has ended."""
         self._grace.cancel()
 
-    def close(self) -> None:
-        """Cancel the time limit: the run has ended."""
-        self._grace.cancel()
-
     def requested(self) -> bool:
         """Whether the run should stop; polls the file and the store at most once a second."""
         if self.reason is None:

@@ -93,4 +93,4 @@ def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -
 def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
-    assert run(ensemble_of, 2, tmp_path, certainty, images) == [expected, expected]
+    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]

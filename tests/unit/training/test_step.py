@@ -13,6 +13,7 @@ from dist_graft import Callback, Trainer
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import Data
+from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part, Share
 from dist_graft.training.state import TrainState
 from dist_graft.training.step import (
@@ -24,7 +25,7 @@ from dist_graft.training.step import (
     merge_train_results,
     result_row,
 )
-from dist_graft.training.task import Task, accuracy, batch_length, classification, split_batch
+from dist_graft.training.task import Task, accuracy, classification
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 
@@ -547,10 +548,10 @@ class TestTasks:
     def test_batches_of_any_structure_are_measured_and_split(self) -> None:
         tensor = torch.arange(10).view(5, 2)
         batch = {"a": tensor, "b": [tensor[:, 0], (tensor[:, 1], tensor)]}
-        assert batch_length(batch) == batch_length(batch["b"]) == 5
+        assert batch_size(batch) == batch_size(batch["b"]) == 5
         assert split_batch(batch, 1)[0] is batch
         first, second = split_batch(batch, 2)
-        assert [batch_length(first), batch_length(second)] == [3, 2]
+        assert [batch_size(first), batch_size(second)] == [3, 2]
         assert torch.equal(second["b"][1][1], tensor[3:])
         assert isinstance(second["b"][1], tuple)
 

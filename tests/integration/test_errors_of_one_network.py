@@ -45,7 +45,7 @@ ONE = ("--epochs", "1")
         (["--runtime.backend", "nccl"], ["runtime.backend nccl needs a GPU", "gloo"]),
         (["--runtime.device", "cuda:99"], ["runtime.device cuda:99", "use cpu or auto"]),
         (["--runtime.device", "tpu"], ["runtime.device must be auto, cpu, cuda", "'tpu'"]),
-        (["--resume", "must"], ["no complete checkpoint set", "--resume must"]),
+        (["--resume", "must"], ["no complete checkpoint to resume from", "--resume must"]),
     ],
 )
 def test_unavailable_option(

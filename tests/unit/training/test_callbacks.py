@@ -41,7 +41,7 @@ TESTS = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _notice_the_stop_file_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_requests, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(stop_requests, "_POLL_SECONDS", 0.0)
 
 
 def epoch_hooks(epoch: int, first: int = 0) -> list[tuple[str, int, int]]:

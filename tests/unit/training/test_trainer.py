@@ -40,7 +40,7 @@ after step 4, before the round that follows it."""
 
 @pytest.fixture(autouse=True)
 def _notice_the_stop_file_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_requests, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(stop_requests, "_POLL_SECONDS", 0.0)
 
 
 def final_state(run: Path) -> dict[str, Tensor]:

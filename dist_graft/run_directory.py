@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,8 @@ class RunDirectory:
         try:
             stored = yaml.safe_load(self.config.read_text())
             before = _defaults() | dict(_flat({key: stored[key] for key in stored if key != "run"}))
-            before_networks = stored["run"]["networks"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            before_networks, before_epochs = stored["run"]["networks"], int(stored["epochs"])
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise RunDirectoryError(
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
@@ -125,7 +125,7 @@ class RunDirectory:
                 f"{self.path} holds a run with a different configuration: "
                 f"{'; '.join(differences)}; pass the same options, or choose another run_dir"
             )
-        self._check_epochs(int(before["epochs"]), config)
+        self._check_epochs(before_epochs, config)
 
     def clear_stop(self) -> None:
         """Remove stop requests and markers that an earlier start left behind."""
@@ -133,9 +133,22 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def write_config(self, config: TrainConfig, networks: int) -> None:
-        """Write config.yaml."""
-        run = {"networks": networks, "versions": versions(), "git_commit": git_commit()}
+    def write_config(
+        self, config: TrainConfig, networks: int, custom: Collection[str] = ()
+    ) -> None:
+        """Write config.yaml.
+
+        Args:
+            config: of the run.
+            networks: size of the population.
+            custom: what the run was given in Python instead: "model", "data", "loss", ...
+        """
+        run = {
+            "networks": networks,
+            "custom": list(custom),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
         text = yaml.safe_dump(_as_yaml(config) | {"run": run}, sort_keys=False)
         write_atomically(self.config, text.encode())
 
@@ -151,6 +164,13 @@ class RunDirectory:
             networks = int(stored.pop("run")["networks"])
             return from_nested(TrainConfig, stored), networks
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
+
+    def read_custom(self) -> list[str]:
+        """What the run was given in Python; empty for a run of the command line."""
+        try:
+            return list(yaml.safe_load(self.config.read_text())["run"].get("custom", ()))
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
             raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
 
     def _check_epochs(self, before: int, config: TrainConfig) -> None:

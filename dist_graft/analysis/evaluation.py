@@ -58,6 +58,7 @@ def evaluate_run(
     Raises: DistGraftError.
     """
     stored = open_run(Path(run), checkpoint)
+    stored.require_configured("model", "data", "loss", "metrics")
     config = stored.config
     data_config = replace(
         config.data,

@@ -17,8 +17,9 @@ from dist_graft.version import VERSION
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Write plain state dicts: networkNN.pt for each network, and uniform_soup.pt, "
-        "the average of their weights.",
+        description="Write plain state dicts: networkNN.pt for each network, networkNN_ema.pt with "
+        "the moving average of its weights if the run has one, and uniform_soup.pt, the average of "
+        "the networks' weights.",
         **settings,
     )
     add_run_arguments(parser)
@@ -46,6 +47,8 @@ COMMAND = Command(
 def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = None) -> str:
     """Write networkNN.pt for each network of a run, and uniform_soup.pt, the mean of their weights.
 
+    A run with optim.ema_decay also gets networkNN_ema.pt, the moving average of the weights.
+
     Each file holds a plain state dict of contiguous CPU tensors:
     ``model.load_state_dict(torch.load(path, weights_only=True))``. The batch norm statistics of the
     soup are means, too. export.json describes the files.
@@ -67,9 +70,13 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
     stored = open_run(Path(run), checkpoint)
     folder, model = out or stored.path / "export", stored.config.model
     states = list(stored.states())
-    for state in states:  # refuse before anything is written
-        architecture(model, state, stored.checkpoint.path)
+    if "model" not in stored.custom:
+        for state in states:  # refuse before anything is written
+            architecture(model, state, stored.checkpoint.path)
     files = {f"network{network:02d}.pt": state for network, state in enumerate(states)}
+    for network in range(len(states)):
+        if averaged := stored.averaged_state(network):
+            files[f"network{network:02d}_ema.pt"] = averaged
     files["uniform_soup.pt"] = uniform_soup(states)
     sha256 = {}
     for name, state in files.items():
@@ -79,7 +86,7 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
         "run_dir": str(stored.path),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,
-        "model": model.name,
+        "model": None if "model" in stored.custom else model.name,
         "lead": stored.config.graft.lead,
         "sha256": sha256,
         "dist_graft": VERSION,
@@ -87,7 +94,6 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
     content = (json.dumps(description, indent=1) + "\n").encode()
     write_atomically(folder / EXPORT_DESCRIPTION, content)
     names = "\n".join(str(folder / name) for name in files)
-    return (
-        f"{names}\n{model.name} after {stored.checkpoint.epoch} epochs; load it with "
-        "model.load_state_dict(torch.load(path, weights_only=True))"
-    )
+    trained = f"{description['model'] or 'custom model'} after {stored.checkpoint.epoch} epochs"
+    how = "model.load_state_dict(torch.load(path, weights_only=True))"
+    return f"{names}\n{trained}; load it with {how}"

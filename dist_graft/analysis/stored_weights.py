@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +42,48 @@ class StoredRun:
     path: Path
     config: TrainConfig
     checkpoint: Checkpoint
+    custom: Collection[str] = ()
+    """What the run was given in Python instead of by its configuration."""
+
+    def require_configured(self, *parts: str) -> None:
+        """Raise ConfigError if one of these parts of the run was given in Python."""
+        custom = [part for part in parts if part in self.custom]
+        if custom:
+            raise ConfigError(
+                f"{self.path} was trained in Python with a custom {' and '.join(custom)}, which "
+                "this command cannot build: use `dist-graft export`, and load the weights there"
+            )
 
     def state(self, network: int) -> State:
         """Load the weights of one network onto the CPU.
 
         Raises: RunDirectoryError if the file is missing or damaged.
         """
+        state: State = self._load(network)["model"]
+        return state
+
+    def averaged_state(self, network: int) -> State | None:
+        """Load the moving average of one network's weights; None if the run has none."""
+        saved = self._load(network).get("ema")
+        if saved is None:
+            return None
+        prefix = "module."  # of torch.optim.swa_utils.AveragedModel
+        return {
+            key.removeprefix(prefix): value
+            for key, value in saved.items()
+            if key.startswith(prefix)
+        }
+
+    def _load(self, network: int) -> dict[str, Any]:
         name = f"network{network:02d}.pt"
         path = self.checkpoint.path / name
         try:
-            saved = load_network(path, self.checkpoint.sha256[name])
+            return load_network(path, self.checkpoint.sha256[name])
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{path} is missing or damaged: restore it, or choose another checkpoint with "
                 "--checkpoint"
             ) from error
-        state: State = saved["model"]
-        return state
 
     def states(self) -> Iterator[State]:
         """Load the weights of all networks, one at a time."""
@@ -80,7 +105,7 @@ def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
         raise RunDirectoryError(
             f"{path} holds no complete checkpoint {name!r}, only {', '.join(complete)}"
         )
-    return StoredRun(path, config, complete[name])
+    return StoredRun(path, config, complete[name], directory.read_custom())
 
 
 @dataclass(frozen=True)

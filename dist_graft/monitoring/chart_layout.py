@@ -41,7 +41,7 @@ def custom_scalars(
         charts["validation, every network"] = _lines(f"{metric}/val")
         loss["validation"] = _lines("loss/val")
     layout: Layout = {
-        "accuracy, %" if metric == "accuracy" else metric: charts,
+        "accuracy, %" if metric == "accuracy" else f"{metric}, all networks": charts,
         "loss": loss,
         "learning rate": {"every network": _lines("learning_rate")},
     }

@@ -1,4 +1,4 @@
-"""An event file of TensorBoard that says what it could not write."""
+"""TensorBoard event file that reports disk errors."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ from dist_graft.monitoring.chart_layout import Layout
 from dist_graft.monitoring.figures import Pixels
 
 
-def _told_by_the_main_thread(failure: threading.ExceptHookArgs) -> None:
-    """The event writer's thread hands a disk's error on; only what is not one is printed."""
+def _ignore_disk_errors(failure: threading.ExceptHookArgs) -> None:
+    """Print an exception of the event writer's thread unless the main thread raises it, too."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 
 class EventFile:
-    """Takes numbers, texts and pictures; they may reach the disk later.
+    """Writes scalars, texts and images, which may reach the disk later.
 
-    Every method raises RunDirectoryError when the disk refuses, also what was written before.
+    Every method raises RunDirectoryError when the disk refuses, also for earlier writes.
 
     Args:
-        folder: that the file is made in.
-        start_epoch: what older files of the folder hold from there on is dropped by readers.
+        folder: folder of the file.
+        start_epoch: TensorBoard drops what older files in the folder hold from there on.
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         self._folder = folder
-        threading.excepthook = _told_by_the_main_thread
-        with self._told():
+        threading.excepthook = _ignore_disk_errors
+        with self._disk_errors():
             self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Write one number."""
-        with self._told():
+        """Write a scalar."""
+        with self._disk_errors():
             self._writer.add_scalar(tag, value, step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Write a text, in Markdown."""
-        with self._told():
+        """Write a text in Markdown."""
+        with self._disk_errors():
             self._writer.add_text(tag, text, step)
 
-    def picture(self, tag: str, pixels: Pixels, step: int) -> None:
-        """Write a picture."""
-        with self._told():
+    def image(self, tag: str, pixels: Pixels, step: int) -> None:
+        """Write an image."""
+        with self._disk_errors():
             self._writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def layout(self, layout: Layout) -> None:
-        """Write what the custom scalars' tab shows, of all runs beside this one."""
-        with self._told():
+        """Write the layout of the Custom Scalars tab, for all runs in the parent folder."""
+        with self._disk_errors():
             self._writer.add_custom_scalars(layout)
 
     def begin_session(
         self, options: Mapping[str, float | str], *, first: Sequence[str], results: Sequence[str]
     ) -> None:
-        """Write this run's row of the hyperparameters' tab.
+        """Write this run's row in the HParams tab.
 
         Args:
-            options: its columns.
-            first: names of those that come first.
-            results: tags of the numbers that are its results, written or to be written.
+            options: columns of the row.
+            first: names of the columns that come first.
+            results: tags of the scalars that are results, written now or later.
         """
         experiment, start, _ = hparams(dict(options), dict.fromkeys(results, 0.0))
         plugin = experiment.value[0].metadata.plugin_data
@@ -74,28 +74,28 @@ class EventFile:
         for column in content.experiment.hparam_infos:
             column.differs = column.name in first
         plugin.content = content.SerializeToString()
-        with self._told():
+        with self._disk_errors():
             for part in (experiment, start):
                 self._writer._get_file_writer().add_summary(part)
 
     def end_session(self) -> None:
-        """Write that the run of `begin_session` came to its end."""
+        """Write that the run of `begin_session` has ended."""
         _, _, end = hparams({}, {})
-        with self._told():
+        with self._disk_errors():
             self._writer._get_file_writer().add_summary(end)
 
     def flush(self) -> None:
-        """Have all that was written reach the disk."""
-        with self._told():
+        """Write everything to disk."""
+        with self._disk_errors():
             self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
-        with self._told():
+        with self._disk_errors():
             self._writer.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -86,7 +86,9 @@ class MetricsJsonl(Callback):
                 trainer.directory.path,
             )
             if trainer.process.is_main:
-                trainer.directory.write_config(trainer.config, trainer.process.networks)
+                trainer.directory.write_config(
+                    trainer.config, trainer.process.networks, trainer.custom
+                )
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What pictures over all epochs are drawn from, and how often they may be."""
+"""Values of the layers over all epochs, and how often figures of them are drawn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 from dist_graft.monitoring.figures import Numbers
 
-SHARE = 0.003
-"""Of a run's time that pictures may take, those of its last epoch not counted."""
-MOST_TIMES = 30
-"""That the pictures of a run are drawn."""
+MAX_SHARE = 0.003
+"""Share of a run's time that figures may take, those of the last epoch not counted."""
+MAX_DRAWINGS = 30
+"""How often the figures of a run are drawn at most."""
 _FIRST_SECONDS = 1.0
 
 
 class LayerHistory:
-    """A number for each layer in each epoch that had one.
+    """One value per layer and epoch.
 
     Args:
-        lines: of metrics.jsonl, of an earlier start of the run.
-        read: the layers' numbers of a line; empty when it has none.
+        lines: lines of metrics.jsonl from an earlier start of the run.
+        read: returns the values of the layers in a line; empty if there are none.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LayerHistory:
             self.add(line)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add the numbers of one more epoch, if it has any."""
+        """Add the values of an epoch, if it has any."""
         numbers = self._read(line)
         if numbers:
             self.epochs.append(line["epoch"])
@@ -47,28 +47,28 @@ class LayerHistory:
             self.names = list(numbers) if len(numbers) > len(self.names) else self.names
 
     def numbers(self) -> Numbers:
-        """[layers, epochs]; NaN where a layer had none."""
+        """The values, [layers, epochs]; NaN where a layer has none."""
         rows = [[column.get(name) for column in self._columns] for name in self.names]
         return np.array(rows, dtype=np.float64)
 
 
 def coefficients(line: Mapping[str, Any]) -> Mapping[str, float | None]:
-    """Of the last round of an epoch, from its line in metrics.jsonl."""
+    """Coefficients of the last round of an epoch, from its line in metrics.jsonl."""
     rounds: Mapping[str, Mapping[str, float | None]] = line.get("graft") or {}
     return rounds.get("coefficient", {})
 
 
 def informations(line: Mapping[str, Any]) -> Mapping[str, float | None]:
-    """At the end of an epoch, from its line in metrics.jsonl."""
+    """Information at the end of an epoch, from its line in metrics.jsonl."""
     return line.get("information") or {}
 
 
 class Pacing:
-    """Keeps pictures to a small share of the time.
+    """Limits figures to a small share of the time.
 
     Args:
-        epochs: of the whole run; its last one is always drawn.
-        clock: seconds.
+        epochs: of the whole run; the last one is always drawn.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,13 +82,13 @@ class Pacing:
         """Whether to draw after this epoch (0-based)."""
         if epoch == self.epochs - 1:
             return True
-        apart = -(-self.epochs // MOST_TIMES)
-        room = SHARE * (self._clock() - self._began)
+        apart = -(-self.epochs // MAX_DRAWINGS)
+        room = MAX_SHARE * (self._clock() - self._began)
         return (epoch + 1) % apart == 0 and self._spent + self._last <= room
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Count the time of the block, in which all pictures of an epoch are drawn."""
+        """Count the time of the block, in which all figures of an epoch are drawn."""
         began = self._clock()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The run's log: every network into its own file, the first also onto the console."""
+"""Log of a run: one file per network; rank 0 also logs to the console."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dist_graft.printing import print_line
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")
-_shown_by_python = warnings.showwarning
-_held: list[str] = []
+_default_showwarning = warnings.showwarning
+_pending: list[str] = []
 
 
 class _Console(logging.Handler):
-    """Writes around a progress bar; where nobody reads any more, the run goes on."""
+    """Writes around a progress bar. A closed pipe never interrupts the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
@@ -31,12 +31,12 @@ class _Console(logging.Handler):
 
 
 class _File(WatchedFileHandler):
-    """A log file whose disk may be full: said once on standard error, and the run goes on.
+    """A log file that survives a full disk, which is reported once on standard error.
 
-    A file that vanishes begins again, with its folder.
+    A file that vanishes is created again, together with its folder.
     """
 
-    _told = False
+    _reported = False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -49,30 +49,30 @@ class _File(WatchedFileHandler):
         error = sys.exception()
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._told:
-            self._told = True
+        elif not self._reported:
+            self._reported = True
             print_line(
                 f"dist-graft: warning: {self.baseFilename} cannot be written: {error.strerror}"
             )
 
 
 def hold_warnings() -> None:
-    """Keep Python's warnings for the log, so that the console has them once, not once a rank."""
+    """Send Python's warnings to the log, so that the console shows them once, not once per rank."""
 
     def hold(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = f"{category.__name__}: {message}"
         if _logger.handlers:
             _logger.warning("%s", text)
         else:
-            _held.append(text)
+            _pending.append(text)
 
     warnings.showwarning = hold
 
 
 def open_log(*folders: Path, console: bool) -> logging.Logger:
-    """Start appending to log.txt in each folder, and to standard output when `console`.
+    """Start appending to log.txt in each folder and, if `console`, to standard output.
 
-    Python's warnings go there, too.
+    Python's warnings are logged, too.
 
     Raises: RunDirectoryError when a folder cannot be written.
     """
@@ -91,8 +91,8 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
     hold_warnings()
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
-    while _held:
-        _logger.warning("%s", _held.pop(0))
+    while _pending:
+        _logger.warning("%s", _pending.pop(0))
     return _logger
 
 
@@ -103,15 +103,15 @@ def _attach(handler: logging.Handler) -> None:
 
 
 def close_log() -> None:
-    """Detach all handlers, and leave warnings to Python again."""
-    warnings.showwarning = _shown_by_python
+    """Detach all handlers, and restore Python's default for warnings."""
+    warnings.showwarning = _default_showwarning
     for handler in list(_logger.handlers):
         _logger.removeHandler(handler)
         handler.close()
 
 
 def append_line(folder: Path, line: str) -> None:
-    """Add an error's line to a network's log when it can be; the console has it in any case."""
+    """Append an error to a network's log if possible; the console shows it in any case."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a") as file:

@@ -135,6 +135,7 @@ class StatusFile(Callback):
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._status.phase, self._status.step = "training", trainer.step
+        self._status.rounds = trainer.round
 
     def on_evaluate_start(self, trainer: Trainer) -> None:
         self._status.images_per_second = self._speed()

@@ -125,8 +125,11 @@ class TensorBoard(Callback):
     def _show_events(self, trainer: Trainer, epoch: int) -> None:
         events = self._run_events.events
         if self._population and len(events) > self._events_shown:
-            population = self._population
-            self._write(trainer, epoch, lambda: population.events(events, epoch))
+            self._write(trainer, epoch, lambda: self._write_events(events, epoch))
+
+    def _write_events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        if self._population:
+            self._population.events(events, epoch)
             self._events_shown = len(events)
 
     def _draw(self, epoch: int, board: NetworkBoard) -> None:
@@ -175,7 +178,8 @@ class TensorBoard(Callback):
         if self._failed_epoch == epoch:
             return
         try:
-            if self._failed_epoch is not None or not self._folder.exists():
+            has_files = any(self._folder.glob("events.out.tfevents.*"))
+            if self._failed_epoch is not None or not has_files:
                 self._open(trainer, epoch)
                 self._failed_epoch = None
             write()
@@ -251,7 +255,7 @@ class NetworkBoard:
             drawn = layers_over_epochs(
                 title, history.epochs, history.names, history.numbers(), middle=middle
             )
-            self._events.picture(f"heat_map/{name}", drawn, history.epochs[-1])
+            self._events.image(f"heat_map/{name}", drawn, history.epochs[-1])
             self._events.flush()
 
     def end(self, finals: Mapping[str, float], epoch: int) -> None:
@@ -311,7 +315,7 @@ class PopulationBoard:
             mixing.shares.numpy().astype(np.float64),
             mixing.donors,
         )
-        self._events.picture("round/who_gave_what_to_whom", drawn, epoch)
+        self._events.image("round/who_gave_what_to_whom", drawn, epoch)
         self._events.flush()
 
     def events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:

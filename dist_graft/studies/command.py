@@ -1,4 +1,4 @@
-"""The command ``dist-graft compare``."""
+"""``dist-graft compare``: compare methods with their controls over several seeds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from dist_graft.command import Command, Options
 from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
 
-EXTRA = ("pandas", "scipy", "statsmodels", "jinja2")
+EXTRA = ("jinja2", "pandas", "scipy", "statsmodels")
 """Packages of the extra ``studies``."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
-    """Build the parser of the command's options from the settings that all parsers share."""
+    """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Run the methods and controls of a plan, or what remains of them, and write a "
-        "report.",
+        description="Train the runs of a plan that have no results yet, and write a report.",
         **settings,
     )
     add = parser.add_argument
@@ -36,7 +35,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--report_only",
         type=bool,
         default=False,
-        help="report on the existing results without running anything",
+        help="report on the existing results without training, also during a comparison",
     )
     return parser
 

@@ -1,33 +1,32 @@
-"""Plots of a report as PNG: distinguishable with color vision deficiency and in print."""
+"""Plots of a report, as matplotlib figures."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dist_graft.plot_style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    LINE_STYLES,
+    ORANGE,
+    PAGE_INCHES,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Style,
+    plot_style,
+)
 from dist_graft.studies.statistics import ArmResult, ContrastResult, mean_and_deviation
 
-# Okabe and Ito's colors (jfly.uni-koeln.de/color) without yellow, which is too pale on white
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-GRAY = "#767676"
-CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-WIDTH = 7.2  # inches: the text width of A4
-DPI = 140
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DPI = 140  # several plots are embedded in one HTML file
 SPREAD = 0.16  # of the dots around their row, in rows
 
 OUTCOME_STYLES = {
@@ -40,23 +39,25 @@ OUTCOME_STYLES = {
 """Label, color and marker of each outcome that is plotted."""
 
 
-def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> bytes:
+@plot_style(grid="x")
+def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> Figure:
     """Plot each seed as a dot, and mean and standard deviation as a bar, one row per arm."""
     figure, axes = _arm_rows(arms)
     for row, arm in enumerate(arms):
         values = arm.values(outcome).tolist()
-        color = BLUE if arm.arm.role == "method" else GRAY
+        color = BLUE if arm.arm.role == "method" else GREY
         axes.plot(values, _spread_rows(row, len(values)), "o", color=color, ms=4.5, alpha=0.75)
         if spread := mean_and_deviation(values):
             mean, deviation = spread
-            bar: dict[str, Any] = {"fmt": "|", "ms": 14, "mew": 2, "capsize": 3, "elinewidth": 1.2}
+            bar: Style = {"fmt": "|", "ms": 14, "mew": 2, "capsize": 3, "elinewidth": 1.2}
             axes.errorbar(mean, row, xerr=deviation or 0.0, color=BLACK, **bar)
     axes.set_xlabel(label)
     _annotate(axes, "dots: seeds (blue: methods, gray: controls); bars: mean ± standard deviation")
-    return _png(figure)
+    return figure
 
 
-def differences(results: Sequence[ContrastResult]) -> bytes:
+@plot_style(grid="x")
+def differences(results: Sequence[ContrastResult]) -> Figure:
     """Plot each seed's difference to the control as a dot, and the confidence interval as a bar."""
     names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
     figure, axes = _rows(names, height=0.55)
@@ -82,16 +83,17 @@ def differences(results: Sequence[ContrastResult]) -> bytes:
         "dots: seeds; diamonds and bars: mean and t-interval with Holm's correction; red: a "
         "difference is shown",
     )
-    return _png(figure)
+    return figure
 
 
-def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str) -> bytes:
+@plot_style(grid="x")
+def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str) -> Figure:
     """Plot the mean over the seeds of each epoch's accuracy, for all epochs and the second half.
 
     Bands are one standard deviation.
     """
     height = 3.1 + 0.2 * -(-len(arms) // 3)
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, height), dpi=DPI, layout="constrained")
     whole, end = figure.subplots(1, 2)
     limits: list[float] = []
     epochs = 0
@@ -113,8 +115,7 @@ def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str)
     for axes in (whole, end):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#dddddd", lw=0.6)
-        _hide_box(axes)
+        axes.grid(visible=True)
     whole.set_ylabel(label)
     if limits:
         margin = 0.05 * (max(limits) - min(limits)) or 1.0
@@ -123,10 +124,11 @@ def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str)
     _annotate(whole, "all epochs")
     _annotate(end, "second half")
     _add_legend(figure, end, columns=3)
-    return _png(figure)
+    return figure
 
 
-def outcomes(arms: Sequence[ArmResult], label: str) -> bytes:
+@plot_style(grid="x")
+def outcomes(arms: Sequence[ArmResult], label: str) -> Figure:
     """Plot the means of single networks, ensembles and soups, one row per population.
 
     Networks and ensembles determine the axis. A soup far below is printed at the left edge.
@@ -146,7 +148,7 @@ def outcomes(arms: Sequence[ArmResult], label: str) -> bytes:
         offset = SPREAD * 1.4 * (2 * number / max(len(shown) - 1, 1) - 1)
         rows = {row: spread for (key, row), spread in spreads.items() if key == name}
         near = {row: spread for row, spread in rows.items() if spread[0] >= left}
-        style: dict[str, Any] = {"fmt": marker, "ms": 5.5, "mec": "white", "mew": 0.5}
+        style: Style = {"fmt": marker, "ms": 5.5, "mec": "white", "mew": 0.5}
         axes.errorbar(
             [mean for mean, _ in near.values()],
             [row + offset for row in near],
@@ -162,10 +164,11 @@ def outcomes(arms: Sequence[ArmResult], label: str) -> bytes:
     axes.set_xlim(left=left)
     axes.set_xlabel(label)
     _add_legend(figure, axes)
-    return _png(figure)
+    return figure
 
 
-def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> bytes:
+@plot_style(grid="x")
+def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> Figure:
     """Plot the share of invalid filters, each seed a dot; `names` maps columns to labels."""
     values = {
         text: [(100 * arm.rows[name] / arm.rows["filters"]).dropna().tolist() for arm in arms]
@@ -175,7 +178,8 @@ def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> byte
     return _dots_from_zero(arms, values, label)
 
 
-def costs(arms: Sequence[ArmResult]) -> bytes:
+@plot_style(grid="x")
+def costs(arms: Sequence[ArmResult]) -> Figure:
     """Plot wall time and CPU time of a training, each seed a dot."""
     values = {
         "CPU time, all cores": [arm.rows["core_seconds"].tolist() for arm in arms],
@@ -186,32 +190,32 @@ def costs(arms: Sequence[ArmResult]) -> bytes:
 
 def _dots_from_zero(
     arms: Sequence[ArmResult], values: Mapping[str, Sequence[Sequence[float]]], label: str
-) -> bytes:
+) -> Figure:
     """Plot quantities from zero, each seed a dot; `values` has one list per arm by legend text."""
     figure, axes = _arm_rows(arms)
     for number, (text, by_arm) in enumerate(values.items()):
         xs = [x for of_arm in by_arm for x in of_arm]
         ys = [y for row, of_arm in enumerate(by_arm) for y in _spread_rows(row, len(of_arm))]
-        style: dict[str, Any] = {"color": CYCLE[number], "ms": 4.5, "alpha": 0.75}
+        style: Style = {"color": COLORS[number], "ms": 4.5, "alpha": 0.75}
         axes.plot(xs, ys, "os^"[number % 3], label=text, clip_on=False, **style)
     axes.set_xlabel(label)
     any_above_zero = any(any(of_arm) for by_arm in values.values() for of_arm in by_arm)
     axes.set_xlim(0.0, None if any_above_zero else 1.0)
     _add_legend(figure, axes)
-    return _png(figure)
+    return figure
 
 
-def _line_styles(arms: Sequence[ArmResult]) -> Iterator[dict[str, Any]]:
+def _line_styles(arms: Sequence[ArmResult]) -> Iterator[Style]:
     """Yield colors for methods, and black and gray dashes for controls."""
     methods = controls = 0
     for arm in arms:
         if arm.arm.role == "method":
-            dashes = DASHES[methods // len(CYCLE) % len(DASHES)]
-            yield {"color": CYCLE[methods % len(CYCLE)], "ls": dashes}
+            dashes = LINE_STYLES[methods // len(COLORS) % len(LINE_STYLES)]
+            yield {"color": COLORS[methods % len(COLORS)], "ls": dashes}
             methods += 1
         else:
-            color = (BLACK, GRAY)[controls // len(DASHES) % 2]
-            yield {"color": color, "ls": DASHES[(controls + 1) % len(DASHES)]}
+            color = (BLACK, GREY)[controls // len(LINE_STYLES) % 2]
+            yield {"color": color, "ls": LINE_STYLES[(controls + 1) % len(LINE_STYLES)]}
             controls += 1
 
 
@@ -226,15 +230,13 @@ def _arm_rows(arms: Sequence[ArmResult], height: float = 0.34) -> tuple[Figure, 
 
 def _rows(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
     """Create a figure with one row per name, from the top."""
-    size = (WIDTH, height * max(len(names), 2) + 1.2)
+    size = (PAGE_INCHES, height * max(len(names), 2) + 1.2)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", lw=0.6)
-    axes.set_axisbelow(True)
-    _hide_box(axes)
+    axes.spines.left.set_visible(False)
     return figure, axes
 
 
@@ -253,15 +255,4 @@ def _add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """Add a legend below the axes."""
     handles, texts = axes.get_legend_handles_labels()
     if handles:
-        style: dict[str, Any] = {"frameon": False, "fontsize": 8, "numpoints": 1}
-        figure.legend(handles, texts, loc="outside lower center", ncols=columns, **style)
-
-
-def _hide_box(axes: Axes) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns)

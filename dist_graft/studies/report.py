@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dist_graft.plot_style import png
 from dist_graft.run_directory import write_atomically
 from dist_graft.studies import plots
 from dist_graft.studies.controls import Design
@@ -45,12 +46,6 @@ PRIMARY_TEXTS = {
     "mean_of_members": "mean test accuracy of the members",
     "ensemble": "test accuracy of the members' ensemble",
     "uniform_soup": "test accuracy of the members' uniform soup",
-}
-_AXIS_LABELS = {
-    "largest_lr_member": "test accuracy, member with the largest learning rate (%)",
-    "mean_of_members": "test accuracy, mean of members (%)",
-    "ensemble": "test accuracy, ensemble (%)",
-    "uniform_soup": "test accuracy, uniform soup (%)",
 }
 _OUTCOME_HEADERS = {
     "largest_lr_member": "largest lr",
@@ -300,11 +295,13 @@ def _primary_outcome(
             "the half-width of their confidence interval."
         ),
         _contrast_table(primary),
-        Picture("differences", plots.differences(primary), f"Difference to the control, {text}."),
+        Picture(
+            "differences", png(plots.differences(primary)), f"Difference to the control, {text}."
+        ),
         table,
         Picture(
             "primary",
-            plots.seeds(arms, outcome, _AXIS_LABELS[outcome]),
+            png(plots.seeds(arms, outcome, f"{text} (%)")),
             f"{text.capitalize()}, after the last round.",
         ),
     ]
@@ -351,7 +348,7 @@ def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Resu
             pictures.append(
                 Picture(
                     f"curves_{networks}_networks",
-                    plots.learning_curves(shown, results.curves, "test accuracy (%)"),
+                    png(plots.learning_curves(shown, results.curves, "test accuracy (%)")),
                     f"Learning curves, population size {networks}.",
                 )
             )
@@ -389,7 +386,7 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
         ),
         Picture(
             "outcomes",
-            plots.outcomes(populations, "test accuracy (%)"),
+            png(plots.outcomes(populations, "test accuracy (%)")),
             "Single networks, ensembles and soups; bars are one standard deviation. A number at "
             "the left edge is the accuracy of a soup far below the axis.",
         ),
@@ -417,7 +414,7 @@ def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
         Table(("arm", *_FILTER_HEADERS.values(), "filters"), table),
         Picture(
             "filters",
-            plots.invalid_filters([arm for arm, _ in counted], _FILTER_HEADERS),
+            png(plots.invalid_filters([arm for arm, _ in counted], _FILTER_HEADERS)),
             "Share of invalid filters.",
         ),
     ]
@@ -441,7 +438,7 @@ def _costs(arms: Sequence[ArmResult]) -> list[Block]:
                 for arm in trained
             ],
         ),
-        Picture("cost", plots.costs(trained), "Time to train the whole population once."),
+        Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
     ]
 
 
@@ -529,8 +526,8 @@ def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> li
     blocks += [
         Heading(2, "All runs"),
         Paragraph(
-            "Accuracies in percent on the split in the column on. results.csv has the same runs "
-            "with more columns, curves.csv their learning curves."
+            "Accuracies are in percent; the column 'on' names the split. results.csv has the same "
+            "runs with more columns, and curves.csv has their learning curves."
         ),
         Table(
             ("arm", "K", "seed", "on", "largest lr", "each member", "ensemble", "core-s", "run"),

@@ -1,4 +1,4 @@
-"""Puts one network's parts together: model, optimizer, graft units, the rule of the rounds."""
+"""Builds the parts of a run: task, data, model and optimizer, graft units, rule, callbacks."""
 
 from __future__ import annotations
 
@@ -108,10 +108,12 @@ def build_state(
     else:
         raise ConfigError("Trainer(data=...) needs model=, a function that returns the module")
     model.to(runtime.device)
-    if config.runtime.sync_bn:
-        model = runtime.replicas.convert_sync_batchnorm(model)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
+    decay = config.optim.ema_decay
+    ema = None if decay is None else moving_average(model, decay)  # SyncBatchNorm is not copyable
+    if config.runtime.sync_bn:
+        model = runtime.replicas.convert_sync_batchnorm(model)
     if make_optimizer is None:
         optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr)
     else:
@@ -119,7 +121,6 @@ def build_state(
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
-    decay = config.optim.ema_decay
     return TrainState(
         model=model,
         forward=forward,
@@ -141,7 +142,7 @@ def build_state(
         teachers=(
             load_teachers(config, data, runtime.device) if isinstance(data, ImageData) else None
         ),
-        ema=None if decay is None else moving_average(model, decay),
+        ema=ema,
     )
 
 
@@ -244,7 +245,7 @@ def build_cadence(config: TrainConfig, networks: int) -> Cadence:
     A single network has rounds only if it grafts itself. Methods without an interval of their own
     follow graft.every, graft.every_steps and graft.start.
     """
-    if config.method == "none" or (networks == 1 and not grafts_itself(config)):
+    if config.method == "none" or (networks == 1 and not is_self_grafting(config)):
         return Cadence()
     if interval := _method_schedule(config).interval:
         return Cadence(every_epochs=interval.epochs, every_steps=interval.steps)
@@ -255,7 +256,7 @@ def build_cadence(config: TrainConfig, networks: int) -> Cadence:
     )
 
 
-def grafts_itself(config: TrainConfig) -> bool:
+def is_self_grafting(config: TrainConfig) -> bool:
     """Whether rounds take place inside each network, without an exchange."""
     return config.method == "graft" and config.graft.source != "external"
 

@@ -16,9 +16,9 @@ from dist_graft.population.round.record import GraftRecord
 if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
-_MAY_END_THE_RUN = ("setup", "on_fit_start")
+_FATAL_HOOKS = ("setup", "on_fit_start")
 """Hooks in which a user error found by a built-in callback ends the run: nothing is lost yet."""
-_AFTER_THE_RUN = ("on_exception", "teardown")
+_FINAL_HOOKS = ("on_exception", "teardown")
 """Hooks whose failures never hide how the run ended."""
 
 
@@ -79,26 +79,29 @@ class CallbackList:
                 getattr(callback, hook)(trainer, *arguments)
             except Exception as error:
                 if isinstance(error, StoppedError) or (
-                    isinstance(error, DistGraftError) and hook in _MAY_END_THE_RUN
+                    isinstance(error, DistGraftError) and hook in _FATAL_HOOKS
                 ):
                     raise
                 trainer.log.warning(
-                    "%s.%s failed (%s: %s); training continues",
-                    *(type(callback).__name__, hook, type(error).__name__, error),
+                    "%s.%s failed: %s: %s", _name(callback), hook, type(error).__name__, error
                 )
         for callback in self._user:
             try:
                 getattr(callback, hook)(trainer, *arguments)
-            except DistGraftError:
-                raise
             except Exception as error:
                 text = (
-                    f"callback {type(callback).__name__} failed in {hook}: "
-                    f"{type(error).__name__}: {error}"
+                    f"callback {_name(callback)} failed in {hook}: {type(error).__name__}: {error}"
                 )
-                if hook not in _AFTER_THE_RUN:
+                if hook in _FINAL_HOOKS:
+                    trainer.log.warning("%s", text)
+                elif isinstance(error, DistGraftError):
+                    raise
+                else:
                     raise CallbackError(text) from error
-                trainer.log.warning("%s", text)
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__
 
 
 def load_callbacks(references: Sequence[str]) -> list[Callback]:
@@ -112,7 +115,12 @@ def load_callbacks(references: Sequence[str]) -> list[Callback]:
         factory = own("callbacks", reference)
         if inspect.isclass(factory) and not issubclass(factory, Callback):
             raise ConfigError(f"callbacks {reference!r} must be a subclass of dist_graft.Callback")
-        callback = factory()
+        try:
+            callback = factory()
+        except Exception as error:
+            raise CallbackError(
+                f"callbacks {reference!r} cannot be created: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(callback, Callback):
             raise ConfigError(
                 f"callbacks {reference!r} must return a dist_graft.Callback, got {callback!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,18 +38,31 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
     """Train this process's network. Every rank must call this."""
     config: TrainConfig = from_nested(TrainConfig, options)
 
-    # Report what can be checked, and handle signals, before torch is imported.
-    from dist_graft.population.runtime.process import leave, stop_on_signals
+    # Before torch is imported: check what can be checked, and prepare the process.
+    from dist_graft.monitoring.log import hold_warnings
+    from dist_graft.population.runtime.process import (
+        die_with_launcher,
+        ignore_signals,
+        leave,
+        stop_on_signals,
+    )
     from dist_graft.training.data import check_dataset_name
     from dist_graft.training.learning_rates import learning_rates
 
     check_dataset_name(config.data.name)
     learning_rates(config.optim, process.networks)
     stop_on_signals()
+    if process.launched:
+        die_with_launcher()
+    hold_warnings()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
 
     from dist_graft.training.trainer import Trainer
 
-    Trainer(config).fit()
+    try:
+        Trainer(config).fit()
+    finally:
+        ignore_signals()  # the run has ended; the error message is still to be printed
     if process.launched:
         leave(0)
     return ()

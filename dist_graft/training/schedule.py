@@ -76,7 +76,7 @@ class Segment:
     """True at the end of an epoch."""
     round: bool = False
     vote: bool = False
-    """Whether the networks agree here on a checkpoint."""
+    """Whether the networks agree here whether a checkpoint is due by the clock."""
     save: bool = False
     """Whether a checkpoint is due at the end of the epoch."""
 
@@ -89,6 +89,7 @@ def epoch_segments(
     cadence: Cadence,
     save_every: int,
     votes: int = 0,
+    votes_after: int = 0,
     first: int = 0,
     rounds: int = 0,
 ) -> Iterator[Segment]:
@@ -102,6 +103,8 @@ def epoch_segments(
         save_every: epochs between two checkpoints; 0: only after the last epoch.
         votes: evenly spaced points inside the epoch at which the networks agree whether to save a
             checkpoint, besides the end of the epoch; 0: none.
+        votes_after: step after which the networks vote. When they resume at different steps of an
+            epoch, it must be the largest of these, so that all take part in the same votes.
         first: step at which a resumed epoch continues. A round that is due there comes first, in
             a segment without steps.
         rounds: rounds finished when a resumed epoch continues.
@@ -112,7 +115,7 @@ def epoch_segments(
     vote_steps = _evenly_spaced(steps_per_epoch, votes)
     for step in sorted(round_steps | vote_steps):
         has_round = step in round_steps and not (step == first and round_done)
-        has_vote = step in vote_steps and step > first
+        has_vote = step in vote_steps and step > votes_after
         if step < first or not (has_round or has_vote):
             continue
         yield Segment(epoch, first, step, round=has_round, vote=has_vote)

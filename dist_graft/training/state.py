@@ -81,8 +81,8 @@ class TrainState(Predictor):
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
 
-    def modules(self) -> nn.Module:
-        """The model together with its moving average, for what concerns the buffers of both."""
+    def model_and_average(self) -> nn.Module:
+        """One module that holds the model and its moving average, if there is one."""
         return self.model if self.ema is None else nn.ModuleList([self.model, self.ema.module])
 
     def state_dict(self) -> dict[str, Any]:

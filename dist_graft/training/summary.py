@@ -31,7 +31,7 @@ def ensemble_accuracy(total: Tensor, result: EvalResult) -> float:
     return accuracy(total, result.labels)
 
 
-def headline(result: EvalResult) -> tuple[str, float]:
+def primary_metric(result: EvalResult) -> tuple[str, float]:
     """Name and value of the first metric; the loss when there is none."""
     return next(iter(result.metrics.items()), ("loss", result.loss))
 

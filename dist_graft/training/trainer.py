@@ -1,8 +1,8 @@
 """The training loop of one network in a population.
 
-Read `Trainer.fit`, then `train_epoch`, and the methods that it calls, in order. Every collective of
-a run stands in this file, in `population/grafter.py` (a round) or in
-`population/runtime/replicas.py` (the processes of one network).
+`Trainer.fit` calls `train_epoch`, which calls the methods below it in order. Once the processes are
+connected, every collective is a visible line in this file, in `population/grafter.py` (a round) or
+in `population/runtime/replicas.py` (the processes of one network).
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ from dist_graft.training.builders import (
     built_in_callbacks,
     criterion_name,
     describe_data,
-    grafts_itself,
+    is_self_grafting,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
+from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.data import check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
@@ -101,7 +102,7 @@ from dist_graft.training.summary import (
     check_equal_samples,
     ensemble_accuracy,
     finite_probabilities,
-    headline,
+    primary_metric,
     summarize,
 )
 from dist_graft.training.task import LossFunction, MetricFunction
@@ -164,16 +165,23 @@ class Trainer:
         self._datasets = data
         self._make_optimizer = optimizer
         self._user_callbacks = callbacks
+        given: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
+        given["optimizer"] = optimizer
+        self.custom = [name for name, value in given.items() if value is not None]
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget an earlier call of `fit`."""
         self.progress = Progress()
         self.stopping = False
         self.summary: dict[str, Any] = {}
-        self._summary_error: RunDirectoryError | None = None
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
-        self._start_time = time.monotonic()
-        self._last_checkpoint = time.monotonic()
+        self._summary_error: RunDirectoryError | None = None
+        self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
         self._busy_seconds = 0.0
+        self._votes_after = 0
 
     @property
     def model_name(self) -> str:
@@ -231,10 +239,17 @@ class Trainer:
             answer in time; another DistGraftError that says what to do. No finished work is lost.
         """
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._reset()
         try:
             self._start_process()
-            self._open_run()
-            self._fit()
+            try:
+                self._open_run()
+                self._fit()
+            except BaseException as error:
+                explained = self._explain(error)
+                if explained is error:
+                    raise
+                raise explained from error
         finally:
             close_log()
             if not self.process.launched:  # a launcher may still signal a process that ends
@@ -256,14 +271,20 @@ class Trainer:
                 self._finish()
             else:
                 self.log.info("%s is complete: %d epochs", self.directory.path, self.epoch)
+                if self.process.is_main and not self.directory.summary.exists():
+                    self.log.warning(
+                        "%s is missing; dist-graft evaluate %s computes the accuracies again",
+                        self.directory.summary,
+                        self.directory.path,
+                    )
             self.runtime.shutdown()
         except BaseException as error:
-            explained = self._explain(error)
-            self.callbacks.on_exception(self, explained)
-            if explained is error:
-                raise
-            raise explained from error
+            self.callbacks.on_exception(self, self._explain(error))
+            raise
         finally:
+            self.stop_requests.close()
+            if not self.process.launched:  # a launched process is about to end
+                self.checkpoints.close()
             self.callbacks.teardown(self)
 
     def train_epoch(self, epoch: int) -> None:
@@ -286,6 +307,7 @@ class Trainer:
                 cadence=self.cadence,
                 save_every=self.config.checkpoint.every,
                 votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
+                votes_after=self._votes_after,
                 first=first,
                 rounds=self.round,
             ):
@@ -302,7 +324,9 @@ class Trainer:
                 self.graft_round(segment)
 
                 # ---- Checkpoint, if rank 0's clock says that one is due ----
-                due = segment.vote and self._vote(f"a checkpoint in epoch {epoch}")
+                due = segment.vote and self._vote(
+                    f"a checkpoint at step {segment.last} of epoch {epoch}"
+                )
                 if due and not segment.evaluate:
                     self.save()
 
@@ -311,7 +335,7 @@ class Trainer:
         metrics = self._epoch_metrics(epoch, tests, layers.information)
         self._warn_of_skipped_images(epoch)
         lost = non_finite_part(self.state, loss=self.progress.diverged)
-        metric, _ = headline(tests["test"])
+        metric, _ = primary_metric(tests["test"])
         row = network_row(
             metrics,
             metric=metric if self.task.metrics else None,
@@ -340,6 +364,7 @@ class Trainer:
             self._summarize(tests["test"], after, finite=not lost)
 
         # ---- Checkpoint ----
+        self._votes_after = 0
         self.progress = Progress(
             Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
         )
@@ -364,7 +389,10 @@ class Trainer:
             with profiler_label("step"):
                 if batch_size(targets):
                     train_step(
-                        *(self.state, self.task, inputs, targets),
+                        self.state,
+                        self.task,
+                        inputs,
+                        targets,
                         config=self.config.optim,
                         part=self.data.part(step),
                         sums=sums,
@@ -396,7 +424,8 @@ class Trainer:
 
         Raises: StoppedEarlyError, on all ranks, once everything is saved.
         """
-        self.callbacks.on_round_start(self)
+        if segment.round or segment.evaluate:
+            self.callbacks.on_round_start(self)
         if not self.stopping:  # a request that came during the evaluation
             (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
         record: GraftRecord | None = None
@@ -435,7 +464,7 @@ class Trainer:
         start = time.monotonic()
         self.callbacks.on_evaluate_start(self)
         with self.timer.phase("evaluation"):
-            self.replicas.average_buffers(self.state.modules())
+            self.replicas.average_buffers(self.state.model_and_average())
             results = {"test": self._evaluate_split("test")}
             if self.data.has_validation:
                 results["val"] = self._evaluate_split("val")
@@ -460,7 +489,7 @@ class Trainer:
         self._report_checkpoint()
         self.progress.seconds = time.monotonic() - self._start_time
         if self.step:
-            self.progress.buffers = self.replicas.gather_buffers(self.state.modules())
+            self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         with self.timer.phase("checkpoint"):
             self.checkpoints.save(self.progress, self.state.state_dict())
         self._last_checkpoint = time.monotonic()
@@ -489,9 +518,15 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
-        self._start_time = self._last_checkpoint = time.monotonic()
         if self.process.is_main:
             self.directory.check(self.config, self.process.networks)
+            if self.config.resume == "must" and not complete_checkpoints(
+                self.directory.checkpoints
+            ):
+                raise RunDirectoryError(
+                    f"{self.directory.path} holds no complete checkpoint to resume from "
+                    "(--resume must)"
+                )
             if not self.process.restarts:
                 self.directory.clear_stop()
         self._check_shared_directory()
@@ -501,9 +536,24 @@ class Trainer:
         if self.process.is_main:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
+        grace = self.config.checkpoint.grace_seconds
+        self.stop_requests = StopRequests(
+            self.directory.stop,
+            self.runtime.peers,
+            grace_seconds=grace,
+            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+        )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)
+        self.checkpoints = CheckpointManager(self.config, self.runtime, self.directory, self.log)
+        grace = self.config.checkpoint.grace_seconds
+        self.stop_requests = StopRequests(
+            self.directory.stop,
+            self.runtime.peers,
+            grace_seconds=grace,
+            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+        )
 
     def _check_shared_directory(self) -> None:
         """Check that all processes see the same run directory.
@@ -553,38 +603,33 @@ class Trainer:
         self.cadence = build_cadence(config, self.process.networks)
         self.rate = build_rate(config, self.steps_per_epoch)
         self.grafter: Grafter | None = None
-        if not self.cadence.never and not grafts_itself(config):
+        if not self.cadence.never and not is_self_grafting(config):
             self.grafter = build_grafter(
                 config, self.state, build_rule(config, self.state, self.units), runtime
             )
         self._tolerant = config.on_divergence == "exclude" or (
             config.on_divergence == "heal" and self.grafter is not None
         )
-        self.checkpoints = CheckpointManager(config, runtime, self.directory, self.log)
-        grace = config.checkpoint.grace_seconds
-        self.stop_requests = StopRequests(
-            self.directory.stop,
-            runtime.peers,
-            grace_seconds=grace,
-            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
-        )
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if there is one; all networks load the same one."""
-        name = ""
-        if self.process.is_main:
-            self.checkpoints.check_must_resume()
-            name = self.checkpoints.choose()
+        name = self.checkpoints.choose() if self.process.is_main else ""
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
             path, state = self.checkpoints.load(name)
             self.progress = Progress.from_state_dict(state)
             self.state.load_state_dict(state)
-            self.replicas.restore_buffers(self.state.modules(), self.progress.buffers)
+            self.replicas.restore_buffers(self.state.model_and_average(), self.progress.buffers)
             self.resumed_from = path
+            # Networks that stopped at different steps take part in the same votes.
+            steps = self.runtime.gather([float(self.step)], "the steps of the networks")
+            self._votes_after = int(max(step for (step,) in steps))
             self.log.info(
                 "resumed from %s: epoch %d, step %d, round %d",
-                *(path, self.epoch, self.step, self.round),
+                path,
+                self.epoch,
+                self.step,
+                self.round,
             )
         self._start_time -= self.progress.seconds
         if self.grafter:
@@ -594,7 +639,7 @@ class Trainer:
     def _announce(self) -> None:
         """Write config.yaml, and log what runs where."""
         if self.process.is_main:
-            self.directory.write_config(self.config, self.process.networks)
+            self.directory.write_config(self.config, self.process.networks, self.custom)
         self.log.info("%s", _opening(self))
         self.hosts = self.runtime.hosts()[:: self.process.replicas]
         if self.process.world_size > 1:
@@ -706,7 +751,10 @@ class Trainer:
             path, reason = next(iter(skipped.items()))
             self.log.warning(
                 "epoch %d: broken images skipped so far: %d, the first is %s (%s)",
-                *(epoch, len(skipped), path, reason),
+                epoch,
+                len(skipped),
+                path,
+                reason,
             )
 
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
@@ -717,8 +765,14 @@ class Trainer:
             after: likewise after it.
             finite: whether the network's weights and loss are finite.
         """
-        metric, value = headline(before)
-        numbers = [self.max_lr, value, headline(after)[1], float(finite), float(before.samples)]
+        metric, value = primary_metric(before)
+        numbers = [
+            self.max_lr,
+            value,
+            primary_metric(after)[1],
+            float(finite),
+            float(before.samples),
+        ]
         rows = self.runtime.gather(numbers, "the summary")
         check_equal_samples(rows)
         ensembles = None
@@ -745,26 +799,32 @@ class Trainer:
     # ---- End of the run --------------------------------------------------------------------------
 
     def _report_checkpoint(self) -> None:
-        """Tell the callbacks of a checkpoint that is complete by now."""
-        if path := self.checkpoints.newly_completed():
+        """Tell the callbacks which checkpoints are complete by now."""
+        for path in self.checkpoints.newly_completed():
             self.callbacks.on_checkpoint(self, path)
 
     def _finish(self) -> None:
         """Wait for the last checkpoint, and report the end of the run."""
-        self.checkpoints.finish()
+        failure = self._summary_error
+        try:
+            self.checkpoints.finish()
+        except RunDirectoryError as error:
+            failure = error
         self._report_checkpoint()
         self.callbacks.on_fit_end(self)
-        if self._summary_error:
-            raise self._summary_error
+        if failure:
+            raise failure
         if self.process.is_main:
             self.log.info(
-                "results in %s; to view them: tensorboard --logdir %s", *[self.directory.path] * 2
+                "results in %s; to view them: tensorboard --logdir %s",
+                self.directory.path,
+                self.directory.path,
             )
 
     def _stop_early(self) -> NoReturn:
         """Save the current position and end the run, together with all other networks."""
         self.progress.seconds = time.monotonic() - self._start_time
-        self.progress.buffers = self.replicas.gather_buffers(self.state.modules())
+        self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()
         self.checkpoints.settle(last=True)
         name = self.runtime.broadcast_text(
@@ -776,6 +836,7 @@ class Trainer:
             self.checkpoints.mark_stopped(reason, path)
         # Leave together: a launcher ends the processes that stay behind the first one.
         self.runtime.broadcast_text("the end of the stop", reason)
+        self._report_checkpoint()
         raise StoppedEarlyError(
             f"stopped early by {reason}; everything is saved in {path}: rerun the command to resume"
         )

@@ -41,13 +41,13 @@ def main() -> None:
     config = dist_graft.TrainConfig(
         run_dir="runs/regression",
         epochs=10,
-        optim=OptimConfig(lr=0.01),
+        optim=OptimConfig(lr=0.02),
         graft=GraftConfig(lead="conv+linear"),
     )
     dist_graft.Trainer(
         config,
         model=make_model,
-        data=dist_graft.Datasets(train=make_dataset(1024, seed=0), test=make_dataset(256, seed=1)),
+        data=dist_graft.Datasets(train=make_dataset(2048, seed=0), test=make_dataset(256, seed=1)),
         loss=nn.functional.mse_loss,
         metrics={"absolute_error": absolute_error},
         optimizer=make_optimizer,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import harness
 import pytest
 import torch
-from harness import Place, run
 
-from dist_graft import TrainConfig, Trainer
+from dist_graft import Trainer
+from dist_graft.config import TrainConfig
 from dist_graft.errors import DataError
 from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.population.runtime.process_group import Runtime
@@ -18,55 +21,63 @@ from dist_graft.training.step import EvalResult
 from dist_graft.training.summary import MAX_ENSEMBLE_NUMBERS
 
 
-def evaluation(certainty: float, images: int) -> EvalResult:
-    """Result of a network that gives the right one of two classes this probability."""
+def trainer_of(place: harness.Place, run_dir: str = "run") -> Trainer:
+    """A trainer of one network that can communicate, without data or model."""
+    trainer = Trainer(TrainConfig(run_dir=run_dir))
+    trainer.process = ProcessInfo(place.rank, place.networks, place.rank, place.networks)
+    timeouts = Timeouts(60.0, epochs=5.0)
+    trainer.runtime = Runtime(trainer.process, torch.device("cpu"), "gloo", timeouts, None)
+    trainer.run_events, trainer.max_lr = RunEvents(), 0.1 + place.rank
+    return trainer
+
+
+def classified(images: int, certain: float) -> EvalResult:
+    """The result of a network that gives the right class of all images this probability."""
+    right = 100.0 if certain > 0.5 else 0.0
     return EvalResult(
         loss=0.0,
         samples=images,
-        metrics={"accuracy": 0.0},
-        probabilities=torch.tensor([certainty, 1 - certainty]).expand(images, 2),
+        metrics={"accuracy": right},
+        probabilities=torch.tensor([certain, 1 - certain]).expand(images, 2),
         labels=torch.zeros(images, dtype=torch.int64),
     )
 
 
-def trainer_of(place: Place, folder: Path) -> Trainer:
-    """Trainer of one of the processes, before its first epoch."""
-    trainer = Trainer(TrainConfig(run_dir=str(folder)))
-    trainer.process = ProcessInfo(place.rank, place.networks, place.rank, place.networks)
-    timeouts = Timeouts(60.0, epochs=5.0)
-    trainer.runtime = Runtime(trainer.process, torch.device("cpu"), "gloo", timeouts, None)
-    trainer.max_lr, trainer.run_events = 0.1, RunEvents()
-    return trainer
-
-
-def summary_of(place: Place, folder: Path, images: list[int]) -> str:
-    """Summary, or the error, of a network that was tested on images[rank] images."""
-    trainer = trainer_of(place, folder)
-    result = evaluation(0.9, images[place.rank])
+def summary_of(place: harness.Place, tested: list[int], run_dir: str) -> Any:
+    """The summary on this rank, or the text of its error."""
+    trainer = trainer_of(place, run_dir)
+    before, after = (classified(tested[place.rank], 0.9 - place.rank * by) for by in (0.6, 0.85))
     try:
-        trainer._summarize(result, result, finite=True)
+        trainer._summarize(before, after, finite=place.rank == 0)
     except DataError as error:
         return str(error)
-    return f"ensemble {trainer.summary['ensemble_accuracy_after_last_round']:g}"
+    return trainer.summary
 
 
-@pytest.mark.parametrize(
-    ("images", "text"), [([5, 5], "ensemble 100"), ([5, 4], "numbers of images ([5, 4])")]
-)
-def test_unequal_numbers_of_test_images_are_an_error_on_all_ranks(
-    images: list[int], text: str, tmp_path: Path
-) -> None:
-    first, second = run(summary_of, 2, tmp_path, images)
+def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
+    first, second = harness.run(summary_of, 2, [5, 5], str(tmp_path))
+    assert first.pop("events") == []
+    for summary in (first, second):
+        assert summary.pop("wall_seconds") >= 0
     assert first == second
-    assert text in first
+    assert [network["lr"] for network in first["networks"]] == [0.1, 1.1]
+    assert first["mean_accuracy_before_last_round"] == 50.0
+    assert first["ensemble_accuracy_before_last_round"] == 100.0
+    assert first["ensemble_accuracy_after_last_round"] == 0.0
+    assert first["diverged"] == [1]
+    stored = json.loads((tmp_path / "summary.json").read_text())
+    assert {key: stored[key] for key in first} == first
 
 
-def ensemble_of(
-    place: Place, folder: Path, certainty: list[float], images: list[int]
-) -> float | None:
-    """Accuracy of the ensemble as one network knows it."""
-    trainer = trainer_of(place, folder)
-    return trainer._epoch_ensemble(evaluation(certainty[place.rank], images[place.rank]), 0)
+def test_different_numbers_of_test_images_are_an_error_on_all_ranks(tmp_path: Path) -> None:
+    first, second = harness.run(summary_of, 2, [5, 4], str(tmp_path))
+    assert first == second
+    assert "numbers of images ([5, 4])" in first
+
+
+def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -> float | None:
+    result = classified(images[place.rank], certain[place.rank])
+    return trainer_of(place)._epoch_ensemble(result, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,7 @@ def ensemble_of(
         ([0.9, 0.3], [MAX_ENSEMBLE_NUMBERS, MAX_ENSEMBLE_NUMBERS], None),
     ],
 )
-def test_all_ranks_know_the_ensemble_of_an_epoch_if_it_is_cheap(
-    certainty: list[float], images: list[int], expected: float | None, tmp_path: Path
+def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
+    certain: list[float], images: list[int], expected: float | None
 ) -> None:
-    assert run(ensemble_of, 2, tmp_path, certainty, images) == [expected, expected]
+    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]

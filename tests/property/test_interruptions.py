@@ -32,10 +32,8 @@ from dist_graft.config import (
     TrainConfig,
 )
 from dist_graft.errors import StoppedEarlyError
-from dist_graft.population.runtime.process_group import start
-from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.checkpoint.files import COMPLETE, complete_checkpoints
-from dist_graft.training.trainer import fit
+from dist_graft.training.trainer import Trainer
 
 EPOCHS, STEPS = 3, 4
 Interruption = Literal["die", "stop", "die and damage", "die and lose COMPLETE.json"]
@@ -60,7 +58,7 @@ def config(folder: Path, *, every_steps: int, every: int) -> TrainConfig:
         graft=GraftConfig(source="noise", threshold=4.0, every_steps=every_steps),
         runtime=RuntimeConfig(device="cpu", threads=1),
         checkpoint=CheckpointConfig(every=every, grace_seconds=3600),
-        monitor=MonitorConfig(tensorboard=False, progress="none"),
+        monitor=MonitorConfig(tensorboard=False, progress="lines"),
     )
 
 
@@ -90,7 +88,7 @@ def die() -> None:
     raise DiedError
 
 
-def damaged_file(folder: Path, kind: Interruption) -> None:
+def damage(folder: Path, kind: Interruption) -> None:
     """Corrupt the newest checkpoint or make it incomplete, depending on the kind."""
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if not checkpoints:
@@ -108,11 +106,11 @@ def train(run: TrainConfig, interruptions: Sequence[tuple[Interruption, int]]) -
         action = die if kind != "stop" else lambda: os.kill(os.getpid(), signal.SIGTERM)
         try:
             with after_step(step, action):
-                fit(run, start(run.runtime, ProcessInfo()))
+                Trainer(run).fit()
         except (DiedError, StoppedEarlyError):
-            damaged_file(Path(run.run_dir), kind)
+            damage(Path(run.run_dir), kind)
     with after_step(0, die):
-        fit(run, start(run.runtime, ProcessInfo()))
+        Trainer(run).fit()
     weights: dict[str, Tensor] = checkpoint(Path(run.run_dir), EPOCHS, 0)["model"]
     return weights
 

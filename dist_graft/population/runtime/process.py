@@ -82,6 +82,12 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
+def ignore_signals() -> None:
+    """Ignore the signals that ask a run to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def terminate_launcher() -> None:
     """Send SIGTERM to a torchrun that would otherwise restart a run that was asked to stop."""
     allowed, used = (

@@ -182,6 +182,11 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     Raises: ConfigError for a device or backend that is not available; StartError naming the
         processes that did not start in time.
     """
+    if dist.is_initialized():
+        raise StartError(
+            "torch.distributed is already initialized in this process: a run creates its own "
+            "process group, and cannot follow a run that failed in the same process"
+        )
     device = choose_device(config.device, process)
     torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":

@@ -50,6 +50,10 @@ class StopRequests:
         for number in SIGNALS:
             signal.signal(number, self._record_signal)
 
+    def close(self) -> None:
+        """Cancel the grace period: the run has ended."""
+        self._grace.cancel()
+
     def requested(self) -> bool:
         """Whether the run should stop; polls the file and the store at most once a second."""
         if self.reason is None:

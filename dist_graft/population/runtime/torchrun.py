@@ -35,9 +35,11 @@ def main(argv: list[str]) -> int:
     options = parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
     endpoint = options.rdzv_endpoint
+    conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
+    join_seconds = float(conf.get("join_timeout", _JOIN_SECONDS))
     if endpoint:
         check_endpoint(endpoint)
-        threading.Thread(target=_exit_after_processes, args=(endpoint,), daemon=True).start()
+        threading.Thread(target=_watch, args=(endpoint, join_seconds), daemon=True).start()
     try:
         run(options)
     except ChildFailedError as error:
@@ -49,14 +51,7 @@ def main(argv: list[str]) -> int:
         )
         return 128 + error.sigval
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
-        conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
-        seconds = float(conf.get("join_timeout", _JOIN_SECONDS))
-        _fail(
-            f"{socket.gethostname()} did not meet the other machines at {endpoint} within "
-            f"{seconds:g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be the "
-            "name of one of them, and PORT open between them",
-            error.__cause__ or error,
-        )
+        _fail(_not_met(endpoint, join_seconds), error.__cause__ or error)
     return 0
 
 
@@ -104,12 +99,23 @@ def _is_store(host: str, port: int) -> bool:
         return False
 
 
-def _exit_after_processes(endpoint: str) -> None:
-    """End this launcher soon after its processes.
+def _not_met(endpoint: str, seconds: float) -> str:
+    return (
+        f"{socket.gethostname()} did not meet the other machines at {endpoint} within "
+        f"{seconds:g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be the name "
+        "of one of them, and PORT open between them"
+    )
+
+
+def _watch(endpoint: str, join_seconds: float) -> None:
+    """End this launcher when the machines do not meet, and soon after its processes.
 
     torchrun waits without a timeout for a rendezvous store whose link was cut.
     """
+    began = time.monotonic()
     while not _has_processes():
+        if time.monotonic() > began + join_seconds + _CONNECT_SECONDS:
+            _fail(_not_met(endpoint, join_seconds))
         time.sleep(1)
     last_seen = time.monotonic()
     while time.monotonic() < last_seen + _EXIT_SECONDS:

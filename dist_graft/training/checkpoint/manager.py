@@ -1,7 +1,7 @@
 """Saves and restores one network's progress, together with the other networks.
 
-The trainer makes the networks agree (which checkpoint to load, what the next one is called);
-nothing here is a collective.
+The trainer makes the networks agree (which checkpoint to load, what the next one is called). Here
+they only wait for each other's files, through the run's key-value store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
     checkpoint_path,
     clear_newer,
-    complete_checkpoints,
     load_network,
     network_file,
     newest_usable,
@@ -127,11 +126,10 @@ class CheckpointManager:
         self._folder = directory.checkpoints
         self._directory = directory
         self._log = log
-        self._must_resume = config.resume == "must"
         self._newest: str | None = None
         self._max_failures = config.checkpoint.max_failures
         self._failures = 0
-        self._reported: Path | None = None
+        self._reported = 0
         self._writer = CheckpointWriter(
             runtime.process.network,
             runtime.peers,
@@ -145,13 +143,6 @@ class CheckpointManager:
     def busy(self) -> bool:
         """Whether a checkpoint is still being written."""
         return self._writer.busy
-
-    def check_must_resume(self) -> None:
-        """Raise RunDirectoryError when `--resume must` finds no complete checkpoint."""
-        if self._must_resume and not complete_checkpoints(self._folder):
-            raise RunDirectoryError(
-                f"{self._folder.parent} holds no complete checkpoint to resume from (--resume must)"
-            )
 
     def choose(self) -> str:
         """Name of the newest intact checkpoint, or "" when there is none; for rank 0.
@@ -185,7 +176,7 @@ class CheckpointManager:
         self._newest = name
         return chosen.path, state
 
-    def save(self, progress: Progress, state: Mapping[str, Any]) -> Path:
+    def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
         """Start saving in the background; all networks must call this at the same position.
 
         Waits for the previous checkpoint first.
@@ -197,7 +188,6 @@ class CheckpointManager:
         path = self.next_path(progress)
         self._newest = path.name
         self._start(path.name, path, progress, state)
-        return path
 
     def save_and_wait(self, name: str, progress: Progress, state: Mapping[str, Any]) -> Path:
         """Save and wait until the checkpoint is complete, before the run stops early.
@@ -218,17 +208,19 @@ class CheckpointManager:
         if failure := self.settle(last=True):
             raise RunDirectoryError(f"the last checkpoint is not complete: {failure}")
 
-    def newly_completed(self) -> Path | None:
-        """A checkpoint that is complete since the last call; None if there is none."""
-        path = self._writer.completed
-        if path == self._reported:
-            return None
-        self._reported = path
-        return path
+    def newly_completed(self) -> list[Path]:
+        """Checkpoints that were completed since the last call."""
+        paths = self._writer.completed[self._reported :]
+        self._reported += len(paths)
+        return paths
 
     def abandon(self) -> None:
         """Stop waiting for the files of networks that may never write theirs."""
         self._writer.abandon()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written finish for a moment, and abandon it otherwise."""
+        self._writer.close()
 
     def settle(self, *, last: bool = False) -> str:
         """Wait for the checkpoint that is being written; returns why it failed, or ""."""
@@ -246,7 +238,9 @@ class CheckpointManager:
             )
         self._log.warning(
             "checkpoint %s is not complete: %s; %searlier checkpoints are kept",
-            *(outcome.path, outcome.failure, "" if last else "training continues, and "),
+            outcome.path,
+            outcome.failure,
+            "" if last else "training continues, and ",
         )
         return outcome.failure
 

@@ -28,6 +28,7 @@ from dist_graft.training.schedule import Position
 
 _COMPLETE = "complete"
 _FAILED = "failed "
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,8 @@ class CheckpointWriter:
         self._seconds = seconds
         self._keep = keep
         self._abandoned = threading.Event()
-        self.completed: Path | None = None
-        """Newest checkpoint that is complete."""
+        self.completed: list[Path] = []
+        """Checkpoints that are complete, in order."""
         self._pending: Future[Outcome] | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,6 +112,12 @@ class CheckpointWriter:
         """Stop waiting for the files of networks that may never write theirs."""
         self._abandoned.set()
 
+    def close(self) -> None:
+        """Abandon the checkpoint that is being written, and wait a few seconds for its thread."""
+        self.abandon()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_SECONDS)
+
     def result(self) -> Outcome | None:
         """Wait for the checkpoint that is being written; None when there is none.
 
@@ -137,7 +144,7 @@ class CheckpointWriter:
             if peers:
                 peers.publish(f"{label} complete", verdict)
         if verdict == _COMPLETE:
-            self.completed = path
+            self.completed.append(path)
             return Outcome(path=path)
         return Outcome(path=path, failure=verdict)
 

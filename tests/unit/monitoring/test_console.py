@@ -1,50 +1,29 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from pathlib import Path
 from typing import Literal
 
 import pytest
+from fake_trainer import FakeTrainer, epoch_metrics, epoch_report, network_row
 
+from dist_graft.config import TrainConfig
 from dist_graft.monitoring.console import (
-    NetworkRow,
+    EpochLog,
     ProgressBar,
+    duration,
     epoch_text,
     summary_text,
-    table,
 )
+from dist_graft.population.runtime.process_info import ProcessInfo
 
-ROW = NetworkRow(
-    lr=0.05,
-    train_loss=1.23456,
-    train_accuracy=45.678,
-    test_loss=2.5,
-    test_accuracy=40.0,
-    images_per_second=1234.5,
-    donor=-1,
-    smallest_coefficient=1.0,
-    largest_coefficient=1.0,
-    busy_seconds=7.5,
-    epoch_seconds=8.25,
-    sound=1.0,
-)
+ROW = network_row()
 
 
-def test_columns_are_aligned_to_the_right() -> None:
-    assert table(("a", "long name"), [("123", "4"), ("5", "67")]) == (
-        "  a  long name\n123          4\n  5         67"
-    )
-
-
-def test_a_row_survives_being_sent_as_numbers() -> None:
-    assert NetworkRow(*ROW.numbers()) == ROW
-    assert all(isinstance(number, (int, float)) for number in ROW.numbers())
-
-
-def test_one_line_a_network_after_an_epoch() -> None:
-    grafted = dataclasses.replace(
-        ROW, donor=0.0, smallest_coefficient=0.304, largest_coefficient=0.696
-    )
+def test_one_line_per_network_after_an_epoch() -> None:
+    grafted = dataclasses.replace(ROW, donor=0.0, min_coefficient=0.304, max_coefficient=0.696)
     title, header, first, second = epoch_text(2, 10, 3.21, [ROW, grafted]).splitlines()
     assert title == "epoch 3/10 (3.2 s)"
     assert " ".join(header.split()) == (
@@ -54,13 +33,13 @@ def test_one_line_a_network_after_an_epoch() -> None:
     assert second.split()[-4:] == ["0.30-0.70,", "rest", "of", "0"]
 
 
-def test_the_line_of_a_network_that_diverged_says_so() -> None:
-    lost = dataclasses.replace(ROW, train_loss=math.nan, donor=1.0, sound=0.0)
+def test_the_line_of_a_diverged_network() -> None:
+    lost = dataclasses.replace(ROW, train_loss=math.nan, donor=1.0, finite=0.0)
     line = epoch_text(0, 1, 1.0, [ROW, lost]).splitlines()[-1]
     assert line.split() == ["1", "0.05", "nan", "45.68", "2.5000", "40.00", "1234", "diverged"]
 
 
-def test_the_closing_table() -> None:
+def test_the_table_of_final_results() -> None:
     summary = {
         "networks": [
             {
@@ -86,23 +65,83 @@ def test_the_closing_table() -> None:
     ]
 
 
+def test_other_metrics_have_four_digits_and_their_name() -> None:
+    _, header, row = epoch_text(0, 1, 1.0, [ROW], metric="iou").splitlines()
+    assert "train iou" in header
+    assert "45.6780" in row.split()
+    _, header, row = epoch_text(0, 1, 1.0, [ROW], metric=None).splitlines()
+    assert " ".join(header.split()) == "network lr train loss test loss images/s keeps"
+    assert row.split() == ["0", "0.05", "1.2346", "2.5000", "1234", "all"]
+    summary = {
+        "metric": "iou",
+        "networks": [
+            {"network": 0, "lr": 0.1, "iou_before_last_round": 0.5, "iou_after_last_round": None}
+        ],
+        "mean_iou_before_last_round": 0.5,
+        "mean_iou_after_last_round": math.nan,
+    }
+    rows = [line.split() for line in summary_text(summary).splitlines()]
+    assert rows[0][:2] == ["test", "iou"]
+    assert rows[1:] == [
+        ["network", "0", "(lr", "0.1)", "0.5000", "nan"],
+        ["mean", "0.5000", "nan"],
+    ]
+
+
+def test_the_epoch_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    fake, callback = FakeTrainer(tmp_path, config=TrainConfig(epochs=10)), EpochLog()
+    callback.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(2), networks=[ROW, ROW]))
+    callback.on_fit_end(fake.trainer)
+    assert caplog.messages == [epoch_text(2, 10, 3.21, [ROW, ROW])]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (61, "1 min 1 s"),
+        (3599.6, "1 h 0 min"),
+        (3 * 3600 + 120, "3 h 2 min"),
+        (90_000, "1 d 1 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
 class TestProgressBar:
-    @pytest.mark.parametrize(("mode", "show"), [("lines", True), ("auto", True), ("bar", False)])
-    def test_nothing_where_it_is_not_wanted(
-        self, capfd: pytest.CaptureFixture[str], mode: Literal["auto", "bar", "lines"], show: bool
+    def run(self, fake: FakeTrainer, mode: Literal["auto", "bar", "lines"]) -> None:
+        bar = ProgressBar(mode)
+        bar.on_fit_start(fake.trainer)
+        bar.on_epoch_start(fake.trainer)
+        fake.step += 1
+        bar.on_step_end(fake.trainer)
+        bar.on_evaluate_start(fake.trainer)
+        bar.teardown(fake.trainer)
+
+    @pytest.mark.parametrize(
+        ("mode", "process"),
+        [("lines", ProcessInfo()), ("auto", ProcessInfo()), ("bar", ProcessInfo(1, 2, 1, 2))],
+    )
+    def test_there_is_none(
+        self,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+        mode: Literal["auto", "bar", "lines"],
+        process: ProcessInfo,
     ) -> None:
-        """Auto shows none here: the output is captured, and no terminal."""
-        bar = ProgressBar(mode, show=show)
-        bar.start(steps=3, epoch=0, epochs=2)
-        bar.step()
-        bar.stop()
+        """With auto, because the output is captured and so not a terminal."""
+        self.run(FakeTrainer(tmp_path, process=process), mode)
         assert capfd.readouterr().err == ""
 
-    def test_counts_the_steps_of_the_epoch(self, capfd: pytest.CaptureFixture[str]) -> None:
-        bar = ProgressBar("bar", show=True)
-        bar.start(steps=1, epoch=1, epochs=4)
-        bar.step()
-        bar.stop()
+    def test_it_counts_the_steps_of_the_epoch(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        config = TrainConfig(epochs=4)
+        self.run(FakeTrainer(tmp_path, config=config, epoch=1, step=1, steps_per_epoch=3), "bar")
         shown = capfd.readouterr().err
         assert "epoch 2/4" in shown
-        assert "0/1" in shown
+        assert "1/3" in shown
+        assert "2/3" in shown
+        assert "left" in shown

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dist_graft.monitoring.layer_history import (
-    MOST_TIMES,
+    MAX_DRAWINGS,
     SHARE,
     LayerHistory,
     Pacing,
@@ -41,7 +41,7 @@ def drawn(epochs: int, *, epoch_seconds: float, picture_seconds: float) -> tuple
 def test_pictures_are_rare_and_the_last_epoch_has_them(epochs: int, epoch_seconds: float) -> None:
     found, share = drawn(epochs, epoch_seconds=epoch_seconds, picture_seconds=0.5)
     assert found[-1] == epochs - 1
-    assert len(found) <= MOST_TIMES + 1
+    assert len(found) <= MAX_DRAWINGS + 1
     assert share <= SHARE
 
 

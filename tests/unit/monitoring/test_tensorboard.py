@@ -6,20 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from fake_trainer import (
+    LAYERS,
+    FakeTrainer,
+    epoch_metrics,
+    epoch_report,
+    graft_record,
+    network_row,
+)
 from reading import layout, pictures, scalars, session, texts
 from tensorboard.summary.writer import event_file_writer
 
-from dist_graft.grafting.mixing import mixing_with_donor
+from dist_graft import Graft
+from dist_graft.config import GraftConfig, TrainConfig
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
+from dist_graft.monitoring.jsonl import MetricsJsonl
 from dist_graft.monitoring.layer_history import LayerHistory, informations
-from dist_graft.monitoring.metrics import EpochMetrics
-from dist_graft.monitoring.tensorboard import RESULTS, LayerView, NetworkBoard, PopulationBoard
+from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.monitoring.tensorboard import NetworkBoard, PopulationBoard, TensorBoard, hparams
+from dist_graft.population.runtime.process_info import ProcessInfo
 
-LAYERS = LayerView(
-    criterion="entropy",
-    information={"conv1": 1.5, "conv2": 2.0},
-    invalid={0.1: {"conv1": 3, "conv2": 4}, 0.01: {"conv1": 1, "conv2": 0}},
-)
 GRAFT = {
     "round": 0,
     "donor": 1,
@@ -63,29 +69,17 @@ WITH_A_ROUND = {
 }
 OPTIONS: dict[str, float | str] = {"network": 1, "lr": 0.25, "method": "graft", "every": 1}
 WITH_VALIDATION = {"loss/val": 2.0, "accuracy/val": 50.0}
+WITH_AVERAGE = {"loss/ema_test": 2.0, "accuracy/ema_test": 50.0}
+OTHER_SPLIT = {"loss": 2.0, "accuracy": 50.0}
+
+
+FINALS = {"before_last_round": 60.0, "after_last_round": 62.0}
 
 
 @pytest.fixture(autouse=True)
 def _in_the_order_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readers sort files by name, which ends in a count: within one second, 10 is before 9."""
+    """Readers sort files by name, which ends in a counter: within one second, 10 precedes 9."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
-def of_epoch(epoch: int, **values: Any) -> EpochMetrics:
-    fields: dict[str, Any] = {
-        "lr": 0.5,
-        "train_loss": 2.5,
-        "train_accuracy": 12.5,
-        "test_loss": 2.25,
-        "test_accuracy": 25.0,
-        "val_loss": None,
-        "val_accuracy": None,
-        "images_per_second": 100.0,
-        "phase_seconds": {"step": 3.0, "other": 1.0},
-        "information": LAYERS.information,
-        "graft": None,
-    }
-    return EpochMetrics(epoch=epoch, **{**fields, **values})
 
 
 def write(
@@ -93,7 +87,7 @@ def write(
 ) -> None:
     board = NetworkBoard(folder, start_epoch=start_epoch, options=OPTIONS)
     for epoch in epochs:
-        board.epoch(of_epoch(epoch, test_accuracy=test_accuracy), LAYERS)
+        board.epoch(epoch_metrics(epoch, test={"loss": 1.0, "accuracy": test_accuracy}), LAYERS)
     board.close()
 
 
@@ -102,28 +96,29 @@ def write(
     [
         ({}, ALWAYS),
         ({"graft": GRAFT}, ALWAYS | WITH_A_ROUND),
-        ({"val_loss": 2.0, "val_accuracy": 50.0}, ALWAYS | WITH_VALIDATION),
+        ({"val": OTHER_SPLIT}, ALWAYS | WITH_VALIDATION),
+        ({"ema_test": OTHER_SPLIT}, ALWAYS | WITH_AVERAGE),
     ],
 )
 def test_the_tags_and_values_of_an_epoch(
     tmp_path: Path, values: dict[str, Any], expected: dict[str, float]
 ) -> None:
     board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
-    board.epoch(of_epoch(4, **values), LAYERS)
+    board.epoch(epoch_metrics(4, **values), LAYERS)
     board.close()
     assert scalars(tmp_path) == {tag: {4: value} for tag, value in expected.items()}
 
 
-def test_what_is_written_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_events_can_be_read_during_the_run(tmp_path: Path) -> None:
     board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
-    board.epoch(of_epoch(0), LAYERS)
+    board.epoch(epoch_metrics(0), LAYERS)
     assert scalars(tmp_path)["accuracy/test"] == {0: 25.0}
     board.close()
 
 
 @pytest.mark.parametrize("start", [2, 1, 0])
-def test_after_a_resume_no_epoch_is_there_twice(tmp_path: Path, start: int) -> None:
-    """Also when no checkpoint was complete yet, so that the run starts from nothing."""
+def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, start: int) -> None:
+    """Also when no checkpoint was complete, so that the run starts again."""
     write(tmp_path, range(3))
     write(tmp_path, range(start, 4), start_epoch=start, test_accuracy=50.0)
     found = scalars(tmp_path)["accuracy/test"]
@@ -131,7 +126,7 @@ def test_after_a_resume_no_epoch_is_there_twice(tmp_path: Path, start: int) -> N
 
 
 @pytest.mark.parametrize("start", [4, 2, 0])
-def test_after_a_resume_no_picture_is_there_twice(tmp_path: Path, start: int) -> None:
+def test_a_resumed_run_has_no_picture_twice(tmp_path: Path, start: int) -> None:
     lines = [{"epoch": epoch, "information": {"conv1": float(epoch)}} for epoch in range(6)]
     for first, last in ((0, 4), (start, 6)):
         board = NetworkBoard(tmp_path, start_epoch=first, options=OPTIONS)
@@ -152,11 +147,11 @@ def test_without_numbers_there_is_no_heat_map(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_the_row_of_the_hyperparameters(tmp_path: Path, ended: bool) -> None:
+def test_the_row_in_the_hparams_tab(tmp_path: Path, ended: bool) -> None:
     """In the network's own directory, where the results are."""
     board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
     if ended:
-        board.end(60.0, 62.0, 7)
+        board.end({f"test_accuracy_{when}": value for when, value in FINALS.items()}, 7)
     board.close()
     assert session(tmp_path) == (OPTIONS, ended)
     assert [path.parent for path in tmp_path.rglob("events*")] == [tmp_path]
@@ -166,7 +161,6 @@ def test_the_row_of_the_hyperparameters(tmp_path: Path, ended: bool) -> None:
             "final/test_accuracy_before_last_round": {7: 60.0},
             "final/test_accuracy_after_last_round": {7: 62.0},
         }
-        assert set(found) < set(RESULTS)
 
 
 def population(folder: Path, *, start_epoch: int = 0) -> PopulationBoard:
@@ -180,7 +174,7 @@ def population(folder: Path, *, start_epoch: int = 0) -> PopulationBoard:
 
 def test_the_population(tmp_path: Path) -> None:
     board = population(tmp_path)
-    board.epoch(0, [10.0, 20.0, 60.0], 65.0)
+    board.epoch(0, "accuracy", [10.0, 20.0, 60.0], 65.0)
     board.ensemble("before_last_round", 70.0, 0)
     board.close()
     found = {tag.rpartition("/")[2]: values[0] for tag, values in scalars(tmp_path).items()}
@@ -194,9 +188,9 @@ def test_the_population(tmp_path: Path) -> None:
     }
 
 
-def test_the_spread_of_one_network_is_none(tmp_path: Path) -> None:
+def test_the_spread_of_one_network_is_zero(tmp_path: Path) -> None:
     board = population(tmp_path)
-    board.epoch(0, [10.0], None)
+    board.epoch(0, "accuracy", [10.0], None)
     board.close()
     found = scalars(tmp_path)
     assert found["population/test_accuracy_standard_deviation"] == {0: 0.0}
@@ -204,27 +198,27 @@ def test_the_spread_of_one_network_is_none(tmp_path: Path) -> None:
 
 
 def test_the_texts(tmp_path: Path) -> None:
-    """Those of each start of the run, and the whole story every time."""
+    """Those of each start of the run; each table of events has all of them."""
     events = [
-        {"time": "12:00", "epoch": 1, "kind": "healed", "text": "network 1 took the weights"},
+        {"time": "12:00", "epoch": 1, "kind": "healed", "text": "network 1 copied the weights"},
         {"time": "13:00", "epoch": 2, "kind": "slow", "text": "network 0 is slow"},
     ]
     for start in (0, 2):
         board = population(tmp_path, start_epoch=start)
-        board.story(events[: start + 1], start + 1)
+        board.events(events[: start + 1], start + 1)
         board.close()
     found = texts(tmp_path)
     assert found["versions"] == {0: "| torch | 0 |", 2: "| torch | 2 |"}
-    assert list(found["run/story"]) == [1, 3]
+    assert list(found["run/events"]) == [1, 3]
     for event in events:
         row = f"| {event['time']} | {event['epoch']} | {event['kind']} | {event['text']} |"
-        assert row in found["run/story"][3].splitlines()
-    assert "network 0" not in found["run/story"][1]
+        assert row in found["run/events"][3].splitlines()
+    assert "network 0" not in found["run/events"][1]
 
 
 def test_a_round(tmp_path: Path) -> None:
     board = population(tmp_path)
-    mixing = mixing_with_donor([2, 0, 1], torch.full((3, 2), 0.5, dtype=torch.float64))
+    mixing = Graft().decide(torch.zeros(3, 2, dtype=torch.float64), 0)
     board.round(4, ["conv1", "conv2"], mixing, 5)
     board.close()
     (drawn,) = pictures(tmp_path)["round/who_gave_what_to_whom"].items()
@@ -236,7 +230,7 @@ def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
     board = NetworkBoard(tmp_path / "network00", start_epoch=0, options=OPTIONS)
     graft = GRAFT | {"distance": {"conv1": 1.0}}
     times = dict.fromkeys(PHASES, 1.0)
-    metrics = of_epoch(0, graft=graft, val_loss=1.0, val_accuracy=1.0, phase_seconds=times)
+    metrics = epoch_metrics(0, graft=graft, val=OTHER_SPLIT, phase_seconds=times)
     board.epoch(metrics, LAYERS)
     board.close()
     folder = tmp_path / "population"
@@ -246,7 +240,7 @@ def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
         layout=custom_scalars("entropy", validation=True, rounds=True),
         texts={},
     )
-    whole.epoch(0, [10.0, 20.0], 30.0)
+    whole.epoch(0, "accuracy", [10.0, 20.0], 30.0)
     whole.close()
     tags = {**scalars(tmp_path / "network00"), **scalars(folder)}
     patterns = [
@@ -260,7 +254,120 @@ def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
         assert sum(bool(re.match(pattern, tag)) for tag in tags) == 1 or pattern in tags, pattern
 
 
-def test_a_network_alone_has_no_charts_of_rounds() -> None:
+def test_without_rounds_there_are_no_charts_of_them() -> None:
     charts = custom_scalars("l1", validation=False, rounds=False)
     assert not any("coefficient" in category or "distance" in category for category in charts)
     assert "information of the layers (l1)" in charts
+
+
+def test_the_charts_of_another_metric() -> None:
+    charts = custom_scalars("l1", validation=True, rounds=False, metric="iou")
+    assert "accuracy, %" not in charts
+    tags = [str(tag) for title in charts["iou"].values() for tag in title[1]]
+    assert {"iou/test$", "iou/train$", "iou/val$"} <= set(tags)
+    assert not any("ensemble" in tag for tag in tags)
+
+
+def opened(fake: FakeTrainer, events: RunEvents | None = None) -> TensorBoard:
+    callback = TensorBoard(events or RunEvents())
+    callback.on_fit_start(fake.trainer)
+    return callback
+
+
+class TestCallback:
+    @pytest.mark.parametrize("grafter", [None, object()])
+    def test_only_networks_with_rounds_have_charts_of_them(
+        self, tmp_path: Path, grafter: object
+    ) -> None:
+        fake = FakeTrainer(tmp_path, grafter=grafter)
+        opened(fake).teardown(fake.trainer)
+        categories = " ".join(layout(tmp_path / "population"))
+        found = ("coefficient" in categories, "distance" in categories)
+        assert found == (grafter is not None,) * 2
+
+    def test_only_rank_0_writes_for_the_population(self, tmp_path: Path) -> None:
+        for rank in range(2):
+            fake = FakeTrainer(tmp_path / str(rank), process=ProcessInfo(rank, 2, rank, 2))
+            opened(fake).teardown(fake.trainer)
+        hosts = texts(tmp_path / "0/population")["run/hosts"][0]
+        assert hosts.endswith("| 0 | host0 |\n| 1 | host1 |")
+        assert list((tmp_path / "0/network00").glob("events*"))
+        assert list((tmp_path / "1/network01").glob("events*"))
+        assert not list((tmp_path / "1/population").iterdir())
+
+    def test_a_run(self, tmp_path: Path) -> None:
+        """Epochs with rounds, pictures in the last one, and the final results."""
+        fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=2), process=ProcessInfo(0, 2, 0, 2))
+        callback = opened(fake)
+        rows = [network_row(test_metric=value) for value in (10.0, 30.0)]
+        for fake.epoch in range(2):
+            callback.on_round_end(fake.trainer, graft_record(fake.epoch))
+            metrics = epoch_metrics(fake.epoch, graft=GRAFT)
+            callback.on_epoch_end(fake.trainer, epoch_report(metrics, networks=rows, ensemble=40.0))
+        finals = {f"accuracy_{when}": value for when, value in FINALS.items()}
+        fake.summary = {
+            "networks": [finals] * 2,
+            **{f"ensemble_{name}": value for name, value in finals.items()},
+        }
+        callback.on_fit_end(fake.trainer)
+        callback.teardown(fake.trainer)
+        found = scalars(tmp_path / "network00")
+        assert found["accuracy/test"] == {0: 25.0, 1: 25.0}
+        assert found["coefficient/conv1"] == {0: 0.5, 1: 0.5}
+        assert found["final/test_accuracy_after_last_round"] == {1: 62.0}
+        shared = scalars(tmp_path / "population")
+        assert shared["population/test_accuracy_mean"] == {0: 20.0, 1: 20.0}
+        assert shared["population/ensemble_test_accuracy"] == {0: 40.0, 1: 40.0}
+        assert shared["final/ensemble_test_accuracy_before_last_round"] == {1: 60.0}
+        drawn = pictures(tmp_path / "network00")
+        assert 1 in drawn["heat_map/coefficient"]
+        assert 1 in drawn["heat_map/entropy"]
+        assert 1 in pictures(tmp_path / "population")["round/who_gave_what_to_whom"]
+        assert session(tmp_path / "network00")[1]
+
+    def test_heat_maps_of_a_resumed_run_begin_with_its_first_epoch(self, tmp_path: Path) -> None:
+        fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=3))
+        lines = MetricsJsonl()
+        lines.on_fit_start(fake.trainer)
+        for epoch in range(3):
+            lines.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(epoch)))
+        fake.epoch = 2
+        callback = opened(fake)
+        assert callback._informations.epochs == [0, 1]
+        callback.teardown(fake.trainer)
+
+    def test_events_are_shown_when_they_happen(self, tmp_path: Path) -> None:
+        fake, events = FakeTrainer(tmp_path, process=ProcessInfo(0, 2, 0, 2)), RunEvents()
+        fake.resumed_from = tmp_path / "checkpoints/epoch_0000"
+        events.on_fit_start(fake.trainer)
+        callback = opened(fake, events)
+        record = graft_record(0, diverged={1: "NaN"})
+        for fake.epoch in (1, 2):
+            events.on_round_end(fake.trainer, record)
+            callback.on_round_end(fake.trainer, record)
+        callback.teardown(fake.trainer)
+        shown = texts(tmp_path / "population")["run/events"]
+        assert list(shown) == [0, 1]
+        assert "resumed from" in shown[1]
+        assert "network 1 has NaN" in shown[1]
+
+    def test_a_vanished_folder_gets_new_files(self, tmp_path: Path) -> None:
+        """Although other callbacks may have created the folder again by then."""
+        fake = FakeTrainer(tmp_path / "run", config=TrainConfig(epochs=100))
+        callback, metrics = opened(fake), MetricsJsonl()
+        metrics.on_fit_start(fake.trainer)
+        for fake.epoch in range(3):
+            if fake.epoch == 1:
+                fake.run_dir.rename(tmp_path / "gone")
+            for one in (metrics, callback):
+                one.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(fake.epoch)))
+        callback.teardown(fake.trainer)
+        assert set(scalars(tmp_path / "run/network00")["accuracy/test"]) == {1, 2}
+
+
+def test_hparams() -> None:
+    options = hparams(TrainConfig(seed=7, method="papa"), 0.1, 2)
+    assert (options["lr"], options["seed"], options["method"]) == (0.1, 7, "papa")
+    assert options["networks"] == 2
+    assert "amplitude" not in options
+    assert hparams(TrainConfig(graft=GraftConfig(amplitude=0.3)), 0.1, 1)["amplitude"] == 0.3

@@ -97,3 +97,11 @@ def test_the_grace_period_expires_after_a_request(tmp_path: Path, expired: threa
     assert not expired.is_set()
     assert here.requested()
     assert expired.wait(10)
+
+
+def test_the_time_limit_ends_with_the_run(tmp_path: Path, expired: threading.Event) -> None:
+    (tmp_path / "STOP").touch()
+    here = requests(tmp_path, expired, grace=0.1)
+    assert here.requested()
+    here.close()
+    assert not expired.wait(0.3)

@@ -166,19 +166,19 @@ class TestUninformedCoefficients:
 class TestLearningRates:
     def test_candidates_default_to_the_members_rates(self) -> None:
         methods = {"graft": None, "dlr": {"optim.lr_diversity": "cosine"}}
-        tried = plan(methods=methods, networks=[2, 3])
-        (trial,) = lr_trials(tried, tried)
+        study = plan(methods=methods, networks=[2, 3])
+        (trial,) = lr_trials(study, study)
         assert trial.candidates == (0.025, 0.05, 0.075, 0.1)
 
     def test_candidates_of_the_plan(self) -> None:
-        tried = plan(best_lr={"candidates": [0.3, 0.2]})
-        assert lr_trials(tried, tried)[0].candidates == (0.3, 0.2)
-        tried = plan(best_lr={"value": 0.3})
-        assert lr_trials(tried, tried)[0].candidates == (0.3,)
+        study = plan(best_lr={"candidates": [0.3, 0.2]})
+        assert lr_trials(study, study)[0].candidates == (0.3, 0.2)
+        study = plan(best_lr={"value": 0.3})
+        assert lr_trials(study, study)[0].candidates == (0.3,)
 
     def test_ways_of_training_have_separate_trials(self) -> None:
-        tried = plan(methods={"graft": None, "heavy": {"optim.weight_decay": 0.01}})
-        assert len(lr_trials(tried, tried)) == 2
+        study = plan(methods={"graft": None, "heavy": {"optim.weight_decay": 0.01}})
+        assert len(lr_trials(study, study)) == 2
 
 
 class TestKeys:

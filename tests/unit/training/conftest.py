@@ -4,17 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from dist_graft.training.loop import TrainState
-from small import CPU, MakeData, MakeRuntime, MakeTrainee, images, small_model
+from small import CPU, MakeData, MakeState, images, small_model
 from torch import nn
 
 from dist_graft.config import DataConfig, OptimConfig
-from dist_graft.population.runtime.process_group import Runtime
-from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo
 from dist_graft.training.optim import build_optimizer, build_scheduler
+from dist_graft.training.state import TrainState, moving_average
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +43,7 @@ def make_data() -> MakeData:
 
 
 @pytest.fixture
-def make_trainee() -> MakeTrainee:
+def make_state() -> MakeState:
     """A small network in training, on batches of make_data."""
 
     def make(
@@ -66,6 +63,7 @@ def make_trainee() -> MakeTrainee:
         return TrainState(
             model=model,
             forward=model,
+            train_forward=model,
             optimizer=optimizer,
             scheduler=scheduler,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -73,17 +71,7 @@ def make_trainee() -> MakeTrainee:
             device=CPU,
             seed=0,
             network=network,
+            ema=None if config.ema_decay is None else moving_average(model, config.ema_decay),
         )
-
-    return make
-
-
-@pytest.fixture
-def make_runtime() -> MakeRuntime:
-    """The runtime of one of several networks, as far as nothing is sent."""
-
-    def make(network: int = 0, networks: int = 1) -> Runtime:
-        place = ProcessInfo(network, networks, network, networks)
-        return Runtime(place, CPU, "none", Timeouts(60.0, epochs=5.0), None)
 
     return make

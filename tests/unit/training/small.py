@@ -1,25 +1,34 @@
-"""A data set, a network and a checkpoint set, small enough for exact comparisons."""
+"""A dataset, a network and a checkpoint, small enough for exact comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
-from dist_graft.training.loop import TrainState
 from torch import nn
 
+from dist_graft import Callback, Trainer
+from dist_graft.config import OptimConfig, TrainConfig
 from dist_graft.population.runtime.process_group import Runtime
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.timeouts import Timeouts
+from dist_graft.training.callbacks import CallbackList
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import ImageSet
+from dist_graft.training.schedule import Segment
+from dist_graft.training.state import TrainState
+from dist_graft.training.step import TrainResult
 
 CPU = torch.device("cpu")
 
 MakeData = Callable[..., ResidentImages]
-MakeTrainee = Callable[..., TrainState]
-MakeRuntime = Callable[..., Runtime]
+MakeState = Callable[..., TrainState]
 
 
 def images(count: int, classes: int = 4, side: int = 8) -> ImageSet:
@@ -41,8 +50,47 @@ def small_model(*, batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
     )
 
 
-def write_set(folder: Path, epoch: int, *, networks: int = 2, round_: int | None = None) -> Path:
-    """A complete set with small files."""
+def make_runtime(network: int = 0, networks: int = 1) -> Runtime:
+    """The runtime of one of several networks; it sends nothing."""
+    process = ProcessInfo(network, networks, network, networks)
+    return Runtime(process, CPU, "none", Timeouts(60.0, epochs=5.0), None)
+
+
+def make_trainer(
+    state: TrainState, data: Any, config: OptimConfig, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """A trainer of one process that has started and takes no requests to stop."""
+    trainer = Trainer(TrainConfig(seed=state.seed, optim=config))
+    trainer.state, trainer.data = state, data
+    trainer.runtime = make_runtime(state.network, state.network + 1)
+    trainer.process, trainer.replicas = trainer.runtime.process, trainer.runtime.replicas
+    trainer.callbacks = CallbackList([], callbacks)
+    trainer.stop_requests = cast(Any, SimpleNamespace(requested=lambda: False))
+    return trainer
+
+
+def train_steps(
+    state: TrainState,
+    data: Any,
+    config: OptimConfig,
+    *,
+    epoch: int,
+    first: int,
+    last: int,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Take some steps of an epoch as a trainer does."""
+    trainer = make_trainer(state, data, config, callbacks)
+    with closing(data.train_batches(epoch, first, last)) as batches:
+        trainer.train_segment(Segment(epoch, first, last), batches)
+    assert trainer.progress.trained
+    return trainer.progress.trained
+
+
+def write_checkpoint(
+    folder: Path, epoch: int, *, networks: int = 2, round_: int | None = None
+) -> Path:
+    """A complete checkpoint with small files."""
     path = checkpoint_path(folder, epoch)
     digests = []
     for k in range(networks):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
-from small import MakeData, MakeRuntime, MakeTrainee
+from small import MakeData, MakeState, make_runtime
 from torch import nn
 
 from dist_graft.config import (
+    DistillConfig,
     GraftConfig,
     ModelConfig,
+    MonitorConfig,
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
@@ -20,30 +24,31 @@ from dist_graft.grafting.rules.filter_graft import FilterGraft
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa, PapaConfig
 from dist_graft.grafting.rules.wash import Wash, WashConfig
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.builders import (
     build_cadence,
     build_rate,
     build_rule,
-    build_train_state,
+    build_state,
+    build_task,
     build_units,
-    lr_of,
+    built_in_callbacks,
 )
-from dist_graft.training.layer_stats import what_is_lost
+from dist_graft.training.data import Data
+from dist_graft.training.layer_stats import non_finite_part
 from dist_graft.training.schedule import Cadence
+from dist_graft.training.state import TrainState
+from dist_graft.training.task import Task
 
 
-def first_weights(
-    make_data: MakeData, make_runtime: MakeRuntime, network: int, config: TrainConfig
-) -> torch.Tensor:
-    trainee = build_train_state(config, make_data(network=network), make_runtime(network, 2))
-    return torch.cat([parameter.detach().flatten() for parameter in trainee.model.parameters()])
+def first_weights(make_data: MakeData, network: int, config: TrainConfig) -> torch.Tensor:
+    state = build_state(config, make_data(network=network), make_runtime(network, 2), lr=0.1)
+    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
 
-def test_every_network_starts_from_its_own_weights(
-    make_data: MakeData, make_runtime: MakeRuntime
-) -> None:
+def test_each_network_starts_from_its_own_weights(make_data: MakeData) -> None:
     first, again, second, other_seed = (
-        first_weights(make_data, make_runtime, network, TrainConfig(seed=seed))
+        first_weights(make_data, network, TrainConfig(seed=seed))
         for network, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
     )
     assert torch.equal(first, again)
@@ -51,44 +56,34 @@ def test_every_network_starts_from_its_own_weights(
     assert not torch.equal(first, other_seed)
 
 
-def test_shared_init_starts_all_from_those_of_the_first(
-    make_data: MakeData, make_runtime: MakeRuntime
-) -> None:
+def test_shared_init_starts_all_from_the_weights_of_the_first(make_data: MakeData) -> None:
     shared = TrainConfig(model=ModelConfig(shared_init=True))
-    own = first_weights(make_data, make_runtime, 0, TrainConfig())
+    own = first_weights(make_data, 0, TrainConfig())
     for network in (0, 1):
-        assert torch.equal(own, first_weights(make_data, make_runtime, network, shared))
+        assert torch.equal(own, first_weights(make_data, network, shared))
 
 
-def test_a_trainee_is_as_the_configuration_says(
-    make_data: MakeData, make_runtime: MakeRuntime
-) -> None:
+def test_the_state_follows_the_configuration(make_data: MakeData) -> None:
     config = TrainConfig(
         seed=7,
         model=ModelConfig(name="resnet20", activation="leaky_relu"),
-        optim=OptimConfig(lrs=[0.3, 0.1]),
         runtime=RuntimeConfig(precision="bf16", channels_last=False),
     )
-    trainee = build_train_state(config, make_data(network=1), make_runtime(1, 2))
-    assert (trainee.seed, trainee.network, trainee.precision) == (7, 1, "bf16")
-    assert trainee.optimizer.param_groups[0]["lr"] == 0.1
-    assert trainee.forward is trainee.model
-    assert not trainee.scaler.is_enabled()
-    convolutions = [part for part in trainee.model.modules() if isinstance(part, nn.Conv2d)]
+    state = build_state(config, make_data(network=1), make_runtime(1, 2), lr=0.1)
+    assert (state.seed, state.network, state.precision) == (7, 1, "bf16")
+    assert state.optimizer.param_groups[0]["lr"] == 0.1
+    assert state.forward is state.model
+    assert not state.scaler.is_enabled()
+    convolutions = [part for part in state.model.modules() if isinstance(part, nn.Conv2d)]
     assert convolutions[0].in_channels == 1
     assert convolutions[1].weight.is_contiguous()
-    assert any(isinstance(part, nn.LeakyReLU) for part in trainee.model.modules())
+    assert any(isinstance(part, nn.LeakyReLU) for part in state.model.modules())
 
 
-def test_channels_last(make_data: MakeData, make_runtime: MakeRuntime) -> None:
-    trainee = build_train_state(TrainConfig(), make_data(), make_runtime())
-    weight = trainee.model.get_parameter("layer1.0.conv1.weight")
+def test_channels_last(make_data: MakeData) -> None:
+    state = build_state(TrainConfig(), make_data(), make_runtime(), lr=0.1)
+    weight = state.model.get_parameter("layer1.0.conv1.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_learning_rate_of_each_network(make_runtime: MakeRuntime) -> None:
-    config = TrainConfig(optim=OptimConfig(lr=0.4, lr_diversity="cosine"))
-    assert [lr_of(config, make_runtime(k, 2)) for k in range(2)] == pytest.approx([0.2, 0.4])
 
 
 CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
@@ -125,45 +120,41 @@ CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3),
     ],
     ids=["graft", "average", "papa", "wash"],
 )
-def test_rule_has_the_configured_options(
-    make_trainee: MakeTrainee, config: TrainConfig, expected: Rule
+def test_the_rule_has_all_options(
+    make_state: MakeState, config: TrainConfig, expected: Rule
 ) -> None:
-    trainee = make_trainee(OptimConfig(), model=CHAIN)
-    assert build_rule(config, trainee, build_units(config, trainee)) == expected
+    state = make_state(OptimConfig(), model=CHAIN)
+    assert build_rule(config, state, build_units(config, state)) == expected
 
 
-def test_rule_of_the_filter_level(make_trainee: MakeTrainee) -> None:
+def test_the_rule_of_the_filter_level(make_state: MakeState) -> None:
     config = TrainConfig(graft=GraftConfig(level="filter"))
-    trainee = make_trainee(OptimConfig(), model=CHAIN)
-    rule = build_rule(config, trainee, build_units(config, trainee))
+    state = make_state(OptimConfig(), model=CHAIN)
+    rule = build_rule(config, state, build_units(config, state))
     assert isinstance(rule, FilterGraft)
     assert [link.filters for link in rule.links] == [8, 4]
 
 
-def test_filter_level_without_batch_norm_is_an_error(make_trainee: MakeTrainee) -> None:
+def test_a_model_without_batch_norm_has_no_filter_level(make_state: MakeState) -> None:
     config = TrainConfig(graft=GraftConfig(level="filter"))
-    trainee = make_trainee(OptimConfig(), model=nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
-    with pytest.raises(
-        ConfigError, match="method graft with model resnet20: layer 0 has no batch norm"
-    ):
-        build_rule(config, trainee, build_units(config, trainee))
+    state = make_state(OptimConfig(), model=nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
+    with pytest.raises(ConfigError, match="layer 0 has no batch norm"):
+        build_rule(config, state, build_units(config, state))
 
 
-def test_units_follow_graft_lead(make_trainee: MakeTrainee) -> None:
+def test_units_of_the_configured_lead(make_state: MakeState) -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.Flatten(), nn.Linear(8, 4))
-    trainee = make_trainee(OptimConfig(), model=model)
-    names = [unit.name for unit in build_units(TrainConfig(), trainee)]
+    state = make_state(OptimConfig(), model=model)
+    names = [unit.name for unit in build_units(TrainConfig(), state)]
     both = TrainConfig(graft=GraftConfig(lead="conv+linear"))
     assert names == ["0"]
-    assert [unit.name for unit in build_units(both, trainee)] == ["0", "2"]
+    assert [unit.name for unit in build_units(both, state)] == ["0", "2"]
 
 
-def test_error_for_a_model_that_cannot_be_grafted_says_what_to_pass(
-    make_trainee: MakeTrainee,
-) -> None:
-    trainee = make_trainee(OptimConfig(), model=nn.Linear(8, 4))
+def test_a_model_that_cannot_be_grafted_is_an_error(make_state: MakeState) -> None:
+    state = make_state(OptimConfig(), model=nn.Linear(8, 4))
     with pytest.raises(ConfigError) as caught:
-        build_units(TrainConfig(model=ModelConfig(name="some_name")), trainee)
+        build_units(TrainConfig(model=ModelConfig(name="some_name")), state)
     assert "some_name" in str(caught.value)
     assert "--graft.lead conv+linear" in str(caught.value)
 
@@ -182,7 +173,9 @@ def test_error_for_a_model_that_cannot_be_grafted_says_what_to_pass(
         ("wash", 3, 1, Cadence()),
     ],
 )
-def test_cadence_of_each_method(method: str, every: int, networks: int, expected: Cadence) -> None:
+def test_the_interval_between_rounds(
+    method: str, every: int, networks: int, expected: Cadence
+) -> None:
     config = TrainConfig(method=method, graft=GraftConfig(every=every))
     assert build_cadence(config, networks) == expected
 
@@ -198,12 +191,17 @@ def test_single_network_can_graft_itself(source: str) -> None:
     assert build_cadence(config, 1) == Cadence(every_epochs=1)
 
 
-def test_cadence_of_papa_variants_counts_epochs() -> None:
+def test_the_interval_of_papa_variants_is_in_epochs() -> None:
     config = TrainConfig(method="papa", papa=PapaConfig(variant="all", every=4))
     assert build_cadence(config, 2) == Cadence(every_epochs=4)
 
 
-def test_rate_of_papa_follows_the_learning_rate() -> None:
+def test_the_model_that_each_method_delivers() -> None:
+    delivered = {name: rule.delivers for name, rule in RULES.items()}
+    assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+
+
+def test_the_rate_of_papa_decays_with_the_learning_rate() -> None:
     config = TrainConfig(epochs=4, method="papa")
     rate = build_rate(config, 10)
     assert [rate(10), rate(20), rate(40)] == pytest.approx([1.0, 0.8535533905932737, 0.1464466094])
@@ -212,11 +210,87 @@ def test_rate_of_papa_follows_the_learning_rate() -> None:
     assert build_rate(TrainConfig(epochs=4), 10)(40) == 1.0
 
 
-def test_model_that_each_method_delivers() -> None:
-    delivered = {name: rule.delivers for name, rule in RULES.items()}
-    assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+def test_a_built_network_is_finite(make_data: MakeData) -> None:
+    state = build_state(TrainConfig(), make_data(), make_runtime(), lr=0.1)
+    assert not non_finite_part(state, loss=False)
 
 
-def test_a_built_network_is_finite(make_data: MakeData, make_runtime: MakeRuntime) -> None:
-    trainee = build_train_state(TrainConfig(), make_data(), make_runtime())
-    assert not what_is_lost(trainee, loss=False)
+class TestCustomParts:
+    """What a trainer is given instead of taking it from the configuration."""
+
+    def test_model_and_optimizer(self) -> None:
+        class OwnData:
+            steps_per_epoch = 4
+
+        def make_model() -> nn.Module:
+            return nn.Conv2d(1, 2, 3)
+
+        def state_of(network: int, **options: Any) -> TrainState:
+            config = TrainConfig(optim=OptimConfig(**options))
+            return build_state(
+                *(config, cast(Data, OwnData()), make_runtime(network, 2), make_model),
+                lambda module, lr: torch.optim.RMSprop(module.parameters(), lr=lr / 2),
+                lr=0.1,
+            )
+
+        first, again, second = state_of(0), state_of(0), state_of(1, ema_decay=0.9)
+        assert torch.equal(first.model.get_parameter("weight"), again.model.get_parameter("weight"))
+        assert not torch.equal(
+            first.model.get_parameter("weight"), second.model.get_parameter("weight")
+        )
+        assert isinstance(first.optimizer, torch.optim.RMSprop)
+        assert first.lr == 0.05
+        assert first.ema is None
+        assert first.averaged is None
+        assert second.averaged is not None
+        assert torch.equal(
+            second.averaged.model.get_parameter("weight"), second.model.get_parameter("weight")
+        )
+
+    def test_own_data_need_an_own_model(self) -> None:
+        with pytest.raises(ConfigError, match="needs model="):
+            build_state(TrainConfig(), cast(Data, object()), make_runtime(), lr=0.1)
+
+    def test_the_task(self) -> None:
+        config = TrainConfig()
+        output, target = torch.rand(3, 2), torch.tensor([0, 1, 1])
+        default = build_task(config, None, None)
+        assert default.classification
+        assert list(default.metrics) == ["accuracy"]
+
+        def loss(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return output.sum()
+
+        assert build_task(config, loss, None) == Task(loss, {})
+        metrics = {"count": lambda output, target: (1.0, 1.0)}
+        own_metrics = build_task(config, None, metrics)
+        assert own_metrics.metrics == metrics
+        assert not own_metrics.classification
+        assert torch.equal(own_metrics.loss(output, target), default.loss(output, target))
+        teachers = TrainConfig(distill=DistillConfig(teachers=["network00.pt"]))
+        with pytest.raises(ConfigError, match=r"distill\.teachers needs image classification"):
+            build_task(teachers, loss, None)
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "expected"),
+    [
+        (ProcessInfo(), {}, ["MetricsJsonl", "TensorBoard"]),
+        (ProcessInfo(), {"tensorboard": False}, ["MetricsJsonl"]),
+        (
+            ProcessInfo(),
+            {"profile_steps": "1:2", "tensorboard": False},
+            ["Profiler", "MetricsJsonl"],
+        ),
+        (ProcessInfo(1, 2, 1, 2).with_replicas(2), {}, []),
+    ],
+)
+def test_the_built_in_callbacks(
+    process: ProcessInfo, options: dict[str, Any], expected: list[str]
+) -> None:
+    """Only a network's leader writes its metrics."""
+    config = TrainConfig(monitor=MonitorConfig(**options))
+    events, callbacks = built_in_callbacks(config, process)
+    names = [type(callback).__name__ for callback in callbacks]
+    assert names == ["StatusFile", "ProgressBar", "RunEvents", *expected, "EpochLog"]
+    assert events is callbacks[2]

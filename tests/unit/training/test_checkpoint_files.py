@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import contents
-from small import write_set
+from small import write_checkpoint
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
     checkpoint_path,
     clear_newer,
@@ -21,36 +20,15 @@ from dist_graft.training.checkpoint.files import (
     damaged_file,
     load_network,
     mark_complete,
+    newest_usable,
     path_after,
     prune,
     save_network,
 )
 
 
-class TestWritingOneFile:
-    def test_it_is_there_whole_and_alone(self, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "folder" / "file"
-        write_atomically(path, b"first")
-        write_atomically(path, b"second")
-        assert path.read_bytes() == b"second"
-        assert list(path.parent.iterdir()) == [path]
-
-    def test_a_file_in_the_way_of_its_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("here")
-        with pytest.raises(RunDirectoryError, match=r"file/below cannot be written.*run_dir"):
-            write_atomically(tmp_path / "file" / "below", b"content")
-        assert (tmp_path / "file").read_text() == "here"
-
-    def test_what_fails_leaves_nothing_behind(self, tmp_path: Path) -> None:
-        """The content could be written, but not take its place: a folder has the name."""
-        (tmp_path / "name" / "full").mkdir(parents=True)
-        with pytest.raises(RunDirectoryError, match="name cannot be written"):
-            write_atomically(tmp_path / "name", b"content")
-        assert [path.name for path in tmp_path.iterdir()] == ["name"]
-
-
 class TestOneNetwork:
-    def test_comes_back_bit_for_bit(self, tmp_path: Path) -> None:
+    def test_it_is_loaded_bit_for_bit(self, tmp_path: Path) -> None:
         model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
         model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -75,17 +53,17 @@ class TestOneNetwork:
         assert torch.equal(loaded["half"], state["half"])
         assert loaded["network"] == 1
 
-    @pytest.mark.parametrize("hurt", ["truncated", "flipped", "missing", "empty"])
-    def test_is_not_loaded_when_damaged(self, tmp_path: Path, hurt: str) -> None:
+    @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
+    def test_a_damaged_file_is_an_error(self, tmp_path: Path, how: str) -> None:
         path = tmp_path / "a.pt"
         digest = save_network(path, {"w": torch.ones(5)})
-        hurt_file(path, hurt, place=0.5)
+        damage(path, how, place=0.5)
         with pytest.raises(RunDirectoryError, match=r"a\.pt is missing or damaged"):
             load_network(path, digest)
 
 
-def hurt_file(path: Path, how: str, *, place: float) -> None:
-    """Truncate or flip a bit of a file somewhere (0 its start, 1 its end), or remove it."""
+def damage(path: Path, how: str, *, place: float) -> None:
+    """Truncate a file or flip a bit at a place in [0, 1], or remove it."""
     content = bytearray(path.read_bytes())
     index = min(int(place * len(content)), len(content) - 1)
     if how == "missing":
@@ -97,51 +75,51 @@ def hurt_file(path: Path, how: str, *, place: float) -> None:
         path.write_bytes(content[: index if how == "truncated" else 0])
 
 
-HURTS = st.sampled_from(["no", "no", "truncated", "flipped", "missing", "empty"])
-SETS = st.dictionaries(
+DAMAGES = st.sampled_from(["no", "no", "truncated", "flipped", "missing", "empty"])
+CHECKPOINTS = st.dictionaries(
     st.integers(1, 12),
-    st.tuples(HURTS, st.integers(0, 1), st.floats(0, 1), st.sampled_from(["yes", "half", "no"])),
+    st.tuples(DAMAGES, st.integers(0, 1), st.floats(0, 1), st.sampled_from(["yes", "half", "no"])),
     max_size=5,
 )
 
 
 @settings(max_examples=30)
-@given(SETS)
-def test_the_newest_set_that_is_complete_and_whole_is_chosen(
-    sets: dict[int, tuple[str, int, float, str]],
+@given(CHECKPOINTS)
+def test_the_newest_intact_checkpoint_is_chosen(
+    checkpoints: dict[int, tuple[str, int, float, str]],
 ) -> None:
-    """And the damaged files of all newer complete sets are named, the newest first."""
+    """The damaged files of newer complete checkpoints are returned, the newest first."""
     with tempfile.TemporaryDirectory() as name:
-        directory = RunDirectory(name)
+        folder = Path(name)
         expected, damaged, done = None, [], False
-        for epoch, (hurt, network, place, complete) in sorted(sets.items(), reverse=True):
-            path = write_set(directory.checkpoints, epoch, round_=epoch // 2)
+        for epoch, (how, network, place, complete) in sorted(checkpoints.items(), reverse=True):
+            path = write_checkpoint(folder, epoch, round_=epoch // 2)
             mark, file = path / "COMPLETE.json", path / f"network{network:02d}.pt"
             if complete == "half":
                 mark.write_bytes(mark.read_bytes()[:40])
             elif complete == "no":
                 mark.unlink()
-            if hurt != "no":
-                hurt_file(file, hurt, place=place)
+            if how != "no":
+                damage(file, how, place=place)
             if complete != "no" and not done:
-                if hurt == "no" and complete == "yes":
+                if how == "no" and complete == "yes":
                     expected, done = epoch, True
                 else:
                     damaged.append(file if complete == "yes" else mark)
         if damaged and expected is None:
             with pytest.raises(RunDirectoryError) as caught:
-                directory.newest_usable()
+                newest_usable(folder)
             assert str(damaged[0]) in str(caught.value)
             assert "another run_dir" in str(caught.value)
         else:
-            chosen, found = directory.newest_usable()
+            chosen, found = newest_usable(folder)
             assert found == damaged
             assert (chosen and chosen.epoch) == expected
             assert chosen is None or chosen.round == chosen.epoch // 2
 
 
-class TestSets:
-    def test_a_set_is_invisible_until_it_is_complete(self, tmp_path: Path) -> None:
+class TestCheckpoints:
+    def test_a_checkpoint_is_ignored_until_it_is_complete(self, tmp_path: Path) -> None:
         path = checkpoint_path(tmp_path, 3)
         digests = []
         for network in range(2):
@@ -153,8 +131,8 @@ class TestSets:
         assert (found.path, found.epoch, found.round, found.networks) == (path, 3, 2, 2)
         assert damaged_file(found) is None
 
-    def test_what_is_written_last(self, tmp_path: Path) -> None:
-        path = write_set(tmp_path, 3)
+    def test_the_content_of_complete_json(self, tmp_path: Path) -> None:
+        path = write_checkpoint(tmp_path, 3)
         mark = json.loads((path / "COMPLETE.json").read_text())
         hashes = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.pt")
@@ -168,12 +146,12 @@ class TestSets:
         }
         assert len(hashes) == 2
 
-    def test_no_folder_no_sets(self, tmp_path: Path) -> None:
+    def test_without_a_folder_there_are_no_checkpoints(self, tmp_path: Path) -> None:
         assert complete_checkpoints(tmp_path / "none") == []
         clear_newer(tmp_path / "none", None)
         prune(tmp_path / "none", 1)
 
-    def test_sets_inside_an_epoch_follow_the_one_before_it(self, tmp_path: Path) -> None:
+    def test_checkpoints_inside_an_epoch_follow_the_one_before_it(self, tmp_path: Path) -> None:
         names = [
             "epoch_0001",
             "epoch_0001_round_0002",
@@ -195,27 +173,27 @@ class TestSets:
         clear_newer(tmp_path, complete_checkpoints(tmp_path)[2])
         assert [found.path.name for found in complete_checkpoints(tmp_path)] == names[:3]
 
-    def test_they_are_ordered_by_number_not_by_name(self, tmp_path: Path) -> None:
+    def test_they_are_ordered_by_number(self, tmp_path: Path) -> None:
         for epoch in (10000, 9999, 2):
-            write_set(tmp_path, epoch)
+            write_checkpoint(tmp_path, epoch)
         (tmp_path / "epoch_other").mkdir()
         assert [found.epoch for found in complete_checkpoints(tmp_path)] == [2, 9999, 10000]
         assert checkpoint_path(tmp_path, 10000).name == "epoch_10000"
 
     @pytest.mark.parametrize("keep", [1, 2, 3, 5])
-    def test_the_newest_are_kept(self, tmp_path: Path, keep: int) -> None:
+    def test_prune_keeps_the_newest(self, tmp_path: Path, keep: int) -> None:
         for epoch in (1, 2, 3):
-            write_set(tmp_path, epoch)
+            write_checkpoint(tmp_path, epoch)
         prune(tmp_path, keep)
         assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2, 3][-keep:]
         assert len(list(tmp_path.iterdir())) == min(keep, 3)
 
-    def test_room_is_made_for_the_epochs_that_follow(self, tmp_path: Path) -> None:
-        """Unfinished sets go; complete ones, then damaged, are put aside and not lost."""
+    def test_clear_newer(self, tmp_path: Path) -> None:
+        """Incomplete checkpoints are deleted, damaged ones are renamed."""
         for epoch in (1, 2, 3, 4):
-            write_set(tmp_path, epoch)
+            write_checkpoint(tmp_path, epoch)
         (checkpoint_path(tmp_path, 3) / "COMPLETE.json").unlink()
-        hurt_file(checkpoint_path(tmp_path, 4) / "network00.pt", "flipped", place=0.5)
+        damage(checkpoint_path(tmp_path, 4) / "network00.pt", "flipped", place=0.5)
         before = contents(tmp_path)
         clear_newer(tmp_path, complete_checkpoints(tmp_path)[1])
         after = contents(tmp_path)
@@ -229,8 +207,8 @@ class TestSets:
         )
         assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2]
 
-    def test_a_set_is_put_aside_again_after_a_second_damage(self, tmp_path: Path) -> None:
+    def test_a_second_damaged_checkpoint_replaces_the_first(self, tmp_path: Path) -> None:
         for _ in range(2):
-            write_set(tmp_path, 4)
+            write_checkpoint(tmp_path, 4)
             clear_newer(tmp_path, None)
         assert [path.name for path in tmp_path.iterdir()] == ["epoch_0004.damaged"]

@@ -1,4 +1,4 @@
-"""Checkpoint sets written in the background by two networks of one process, over a real store."""
+"""Checkpoints written in the background by networks of one process, over a real store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reading import contents
-from small import write_set
+from small import write_checkpoint
 from torch import nn
 
 from dist_graft.errors import PeerError
@@ -74,7 +74,7 @@ def save(
     return [outcome for outcome in outcomes if outcome]
 
 
-def test_a_set_of_all_networks(tmp_path: Path, make_writers: MakeWriters) -> None:
+def test_a_checkpoint_of_all_networks(tmp_path: Path, make_writers: MakeWriters) -> None:
     writers, path = make_writers(3), checkpoint_path(tmp_path, 2, 5)
     for network, writer in enumerate(writers):
         writer.start("label", path, Position(2, 10 + network, 5), state_of(network))
@@ -92,7 +92,7 @@ def test_a_set_of_all_networks(tmp_path: Path, make_writers: MakeWriters) -> Non
     assert len(list(path.iterdir())) == 4
 
 
-def test_a_network_alone_needs_nobody(tmp_path: Path) -> None:
+def test_a_network_alone(tmp_path: Path) -> None:
     writer = CheckpointWriter(0, None, seconds=lambda: 0.0, keep=1)
     assert writer.result() is None
     assert not writer.busy
@@ -103,7 +103,9 @@ def test_a_network_alone_needs_nobody(tmp_path: Path) -> None:
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [2]
 
 
-def test_it_is_busy_until_the_set_is_complete(tmp_path: Path, make_writers: MakeWriters) -> None:
+def test_it_is_busy_until_the_checkpoint_is_complete(
+    tmp_path: Path, make_writers: MakeWriters
+) -> None:
     first, second = make_writers()
     second.start("label", tmp_path / "epoch_0001", Position(1, 0, 1), state_of(1))
     assert second.busy
@@ -114,9 +116,7 @@ def test_it_is_busy_until_the_set_is_complete(tmp_path: Path, make_writers: Make
     assert not second.busy
 
 
-def test_what_changes_after_the_start_is_not_saved(
-    tmp_path: Path, make_writers: MakeWriters
-) -> None:
+def test_later_changes_are_not_saved(tmp_path: Path, make_writers: MakeWriters) -> None:
     writers, path = make_writers(), checkpoint_path(tmp_path, 1)
     for network, writer in enumerate(writers):
         state = state_of(network)
@@ -132,11 +132,11 @@ def test_what_changes_after_the_start_is_not_saved(
 
 @pytest.mark.parametrize("networks", [2, 3])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_where_one_network_fails_the_set_is_incomplete_for_all(
+def test_one_failure_makes_the_checkpoint_incomplete_for_all(
     tmp_path: Path, make_writers: MakeWriters, networks: int, failing: int
 ) -> None:
-    """For the same reason; nothing is left of it, older sets stay, and the next one goes well."""
-    write_set(tmp_path, 1, networks=networks)
+    """Its files are deleted, older checkpoints stay, and the next one succeeds."""
+    write_checkpoint(tmp_path, 1, networks=networks)
     before, writers = contents(tmp_path), make_writers(networks, keep=1)
     path = checkpoint_path(tmp_path, 2)
     (path / f"network{failing:02d}.pt" / "in the way").mkdir(parents=True)
@@ -151,10 +151,8 @@ def test_where_one_network_fails_the_set_is_incomplete_for_all(
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [3]
 
 
-def test_a_set_that_cannot_be_declared_complete_is_not(
-    tmp_path: Path, make_writers: MakeWriters
-) -> None:
-    write_set(tmp_path, 1)
+def test_complete_json_that_cannot_be_written(tmp_path: Path, make_writers: MakeWriters) -> None:
+    write_checkpoint(tmp_path, 1)
     before, path = contents(tmp_path), checkpoint_path(tmp_path, 2)
     (path / f".COMPLETE.json.{os.getpid()}").mkdir(parents=True)
     first, second = save(make_writers(), path)
@@ -165,8 +163,10 @@ def test_a_set_that_cannot_be_declared_complete_is_not(
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_newest_sets_are_kept(tmp_path: Path, make_writers: MakeWriters, keep: int) -> None:
-    """What was left of an older incomplete one goes, too."""
+def test_the_newest_checkpoints_are_kept(
+    tmp_path: Path, make_writers: MakeWriters, keep: int
+) -> None:
+    """An older incomplete one is deleted."""
     (checkpoint_path(tmp_path, 1, 3) / "half").mkdir(parents=True)
     writers = make_writers(keep=keep)
     for epoch in (2, 3, 4):
@@ -178,15 +178,15 @@ def test_the_newest_sets_are_kept(tmp_path: Path, make_writers: MakeWriters, kee
     )
 
 
-def test_whoever_gives_up_does_not_wait_for_the_others(
+def test_abandon_ends_the_wait_for_other_networks(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
-    """Nor is an older set lost; the set after it is waited for again."""
-    write_set(tmp_path, 1)
+    """Older checkpoints stay, and the next one is waited for again."""
+    write_checkpoint(tmp_path, 1)
     first, second = make_writers()
     path = checkpoint_path(tmp_path, 2)
     first.start("lost", path, Position(2, 0, 2), state_of(0))
-    first.give_up()
+    first.abandon()
     outcome = first.result()
     assert outcome
     assert "network 1 (rank 1 on" in outcome.failure
@@ -196,7 +196,7 @@ def test_whoever_gives_up_does_not_wait_for_the_others(
     assert save([first, second], later) == [Outcome(path=later)] * 2
 
 
-def test_a_network_that_does_not_write_is_named_after_the_time_out(
+def test_a_network_that_does_not_write_is_named_after_the_timeout(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
     first, second = make_writers(seconds=0.05)
@@ -210,7 +210,7 @@ def test_a_network_that_does_not_write_is_named_after_the_time_out(
     assert complete_checkpoints(tmp_path) == []
 
 
-def test_what_is_no_matter_of_the_disk_is_raised(tmp_path: Path) -> None:
+def test_errors_other_than_of_the_disk_are_raised(tmp_path: Path) -> None:
     writer = CheckpointWriter(0, None, seconds=lambda: 0.0, keep=1)
     writer.start("a", checkpoint_path(tmp_path, 1), Position(), {"state": lambda: None})
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
@@ -218,16 +218,18 @@ def test_what_is_no_matter_of_the_disk_is_raised(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
 
 
-def test_with_the_result_the_thread_is_over(make_writers: MakeWriters, tmp_path: Path) -> None:
-    """A thread that still frees its copies aborts an interpreter that ends."""
+def test_the_thread_has_ended_when_the_result_is_there(
+    make_writers: MakeWriters, tmp_path: Path
+) -> None:
+    """A thread that still frees its copies aborts an interpreter that exits."""
     (writer,) = make_writers(1)
     writer.start("a", checkpoint_path(tmp_path, 1), Position(1), {"weight": torch.rand(1000, 1000)})
     writer.result()
     assert not [one for one in threading.enumerate() if one.name.startswith("checkpoint ")]
 
 
-class TestInHostMemory:
-    def test_tensors_that_are_the_same_stay_the_same_one(self) -> None:
+class TestToHostMemory:
+    def test_tensors_that_share_storage_share_their_copy(self) -> None:
         weight = nn.Parameter(torch.rand(3, 4))
         copied = to_host_memory({"a": weight, "b": [weight.detach(), torch.rand(3, 4)]})
         assert copied["a"] is copied["b"][0]
@@ -236,7 +238,7 @@ class TestInHostMemory:
         assert copied["a"].data_ptr() != weight.data_ptr()
         assert not copied["a"].requires_grad
 
-    def test_tied_views_of_other_shapes_are_as_they_were(self) -> None:
+    def test_views_of_other_shapes(self) -> None:
         weight = torch.arange(16.0).view(4, 4)
         views = {
             "whole": weight,
@@ -254,7 +256,7 @@ class TestInHostMemory:
             assert torch.equal(copied[name], view), name
         assert copied["turned"].stride() == (1, 4)
 
-    def test_memory_order_and_bits_stay(self) -> None:
+    def test_strides_and_bits_are_kept(self) -> None:
         image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
         odd = torch.tensor([float("nan"), -0.0, 1e-45])
         copied = to_host_memory([image, odd, torch.tensor(2**60), torch.tensor(True)])
@@ -263,8 +265,8 @@ class TestInHostMemory:
         assert copied[2].item() == 2**60
         assert copied[3].item() is True
 
-    def test_the_copies_go_with_the_last_that_needs_them(self) -> None:
-        """At once, so that the next set finds their memory free; not when garbage is collected."""
+    def test_the_copies_are_freed_with_their_last_reference(self) -> None:
+        """Immediately, not when garbage is collected: the next checkpoint needs the memory."""
         copied = to_host_memory({"model": [torch.rand(3, 4)]})
         copy = weakref.ref(copied["model"][0])
         gc.disable()
@@ -274,7 +276,7 @@ class TestInHostMemory:
         finally:
             gc.enable()
 
-    def test_a_state_dict_stays_one(self) -> None:
+    def test_a_state_dict_keeps_its_metadata(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
         state = model.state_dict()
         copied = to_host_memory(state)
@@ -284,7 +286,7 @@ class TestInHostMemory:
         assert all(torch.equal(copied[key], state[key]) for key in state)
         model.load_state_dict(copied)
 
-    def test_later_changes_of_the_original_do_not_show(self) -> None:
+    def test_later_changes_of_the_original_have_no_effect(self) -> None:
         model = nn.Conv2d(1, 2, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         model(torch.rand(1, 1, 3, 3)).sum().backward()

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.training.schedule import Cadence, Position, Segment, segments
+from dist_graft.training.schedule import Cadence, Position, Segment, epoch_segments
 
 RUNS = st.fixed_dictionaries(
     {
@@ -17,16 +17,25 @@ RUNS = st.fixed_dictionaries(
             st.builds(Cadence, every_steps=st.integers(0, 12), start_epoch=st.integers(0, 3)),
         ),
         "save_every": st.integers(0, 8),
+        "votes": st.integers(0, 4),
     }
 )
 
 
 def of(run: dict[str, Any], start: Position | None = None) -> list[Segment]:
-    return list(segments(**run, start=start or Position()))
+    """Segments of the rest of a run."""
+    start = start or Position()
+    found: list[Segment] = []
+    first, rounds = start.step, start.round
+    for epoch in range(start.epoch, run["epochs"]):
+        part = list(epoch_segments(epoch, **run, first=first, rounds=rounds))
+        found += part
+        first, rounds = 0, rounds + sum(segment.round for segment in part)
+    return found
 
 
 def events(run: dict[str, Any], start: Position | None = None) -> list[tuple[Any, ...]]:
-    """All that happens to the weights, in order, each with the position after it."""
+    """All changes of the weights, in order, each with the position after it."""
     found: list[tuple[Any, ...]] = []
     round_ = start.round if start else 0
     for segment in of(run, start):
@@ -49,20 +58,17 @@ def test_every_step_of_every_epoch_once_in_order(run: dict[str, Any]) -> None:
 
 
 @given(RUNS, st.data())
-def test_what_is_left_of_a_run_is_the_rest_of_the_whole_run(
-    run: dict[str, Any], data: st.DataObject
-) -> None:
+def test_a_resumed_run_has_the_remaining_segments(run: dict[str, Any], data: st.DataObject) -> None:
     whole = of(run)
     saved = [segment.epoch + 1 for segment in whole if segment.save]
     start = data.draw(st.sampled_from([0, *saved]))
-    assert [s for s in whole if s.epoch < start] + of(run, Position(start)) == whole
+    rounds = sum(segment.round for segment in whole if segment.epoch < start)
+    assert [s for s in whole if s.epoch < start] + of(run, Position(start, 0, rounds)) == whole
 
 
 @given(RUNS, st.lists(st.floats(0, 1), max_size=5))
-def test_a_run_interrupted_anywhere_and_often_does_the_same(
-    run: dict[str, Any], cuts: list[float]
-) -> None:
-    """It can stop after a step, before what follows it, or after a round inside an epoch."""
+def test_interruptions_anywhere_change_nothing(run: dict[str, Any], cuts: list[float]) -> None:
+    """A run can stop after a step, before what follows it, or after a round inside an epoch."""
     whole = events(run)
     done: list[tuple[Any, ...]] = []
     start = Position()
@@ -70,24 +76,24 @@ def test_a_run_interrupted_anywhere_and_often_does_the_same(
         left = events(run, start)
         count = round(cut * len(left))
         while count and left[count - 1][0] == "round" and left[count][0] == "epoch":
-            count -= 1  # what follows the last round of an epoch is not interrupted
+            count -= 1  # a run does not stop after the last round of an epoch
         done += left[:count]
         start = left[count - 1][1] if count else start
     assert done + events(run, start) == whole
 
 
 @given(RUNS)
-def test_rounds_before_a_step_are_counted_without_walking(run: dict[str, Any]) -> None:
+def test_the_number_of_rounds_before_a_step(run: dict[str, Any]) -> None:
     cadence, length = run["cadence"], run["steps_per_epoch"]
     rounds = [(s.epoch, s.last) for s in of(run) if s.round]
     for epoch in range(run["epochs"]):
         for step in range(length + 1):
-            before = [place for place in rounds if place < (epoch, step)]
+            before = [position for position in rounds if position < (epoch, step)]
             assert cadence.rounds_before(epoch, step, length) == len(before)
 
 
 @given(RUNS)
-def test_rounds_follow_what_the_number_divides(run: dict[str, Any]) -> None:
+def test_rounds_follow_multiples_of_the_interval(run: dict[str, Any]) -> None:
     cadence, length = run["cadence"], run["steps_per_epoch"]
     first = min(cadence.start_epoch, run["epochs"]) * length
     every = cadence.every_steps or cadence.every_epochs * length
@@ -97,9 +103,10 @@ def test_rounds_follow_what_the_number_divides(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
-def test_the_end_of_a_run_is_saved_and_said_once(run: dict[str, Any]) -> None:
+def test_checkpoints_follow_multiples_of_their_interval_and_the_last_epoch(
+    run: dict[str, Any],
+) -> None:
     whole = of(run)
-    assert [segment.ends_run for segment in whole] == [False] * (len(whole) - 1) + [True]
     assert whole[-1].save
     every = run["save_every"]
     for segment in whole[:-1]:
@@ -108,26 +115,53 @@ def test_the_end_of_a_run_is_saved_and_said_once(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
-def test_networks_are_evaluated_after_every_epoch(run: dict[str, Any]) -> None:
+def test_each_epoch_ends_with_an_evaluation(run: dict[str, Any]) -> None:
     length = run["steps_per_epoch"]
     ends = [(s.epoch, s.last) for s in of(run) if s.evaluate]
     assert ends == [(epoch, length) for epoch in range(run["epochs"])]
 
 
 @given(RUNS)
-def test_a_segment_is_cut_only_where_something_happens(run: dict[str, Any]) -> None:
-    assert all(segment.evaluate or segment.round for segment in of(run))
+def test_a_segment_ends_only_where_something_happens(run: dict[str, Any]) -> None:
+    assert all(segment.evaluate or segment.round or segment.vote for segment in of(run))
+
+
+@given(RUNS)
+def test_votes_cut_each_epoch_into_equal_parts(run: dict[str, Any]) -> None:
+    length, votes = run["steps_per_epoch"], run["votes"]
+    parts = {length * point // (votes + 1) for point in range(1, votes + 1)} - {0}
+    steps = [*sorted(parts), length] if votes else []
+    expected = [(epoch, step) for epoch in range(run["epochs"]) for step in steps]
+    assert [(s.epoch, s.last) for s in of(run) if s.vote] == expected
+
+
+@given(RUNS)
+def test_votes_change_neither_rounds_nor_steps(run: dict[str, Any]) -> None:
+    assert events(run) == events(run | {"votes": 0})
+
+
+@given(RUNS, st.integers(0, 8))
+def test_a_resumed_epoch_has_the_remaining_votes(run: dict[str, Any], step: int) -> None:
+    first = min(step, run["steps_per_epoch"])
+    whole, rest = (
+        {s.last for s in epoch_segments(0, **run, first=start, rounds=0) if s.vote}
+        for start in (0, first)
+    )
+    end = {run["steps_per_epoch"]} if run["votes"] else set()
+    assert rest == {last for last in whole if last > first} | end
 
 
 @given(RUNS, st.integers(1, 30))
-def test_more_epochs_change_nothing_before_the_old_end(run: dict[str, Any], more: int) -> None:
+def test_more_epochs_change_only_the_checkpoint_at_the_former_end(
+    run: dict[str, Any], more: int
+) -> None:
     before, after = of(run), of(run | {"epochs": run["epochs"] + more})
     assert after[: len(before) - 1] == before[:-1]
     assert after[len(before) - 1] == dataclasses.replace(
-        before[-1], ends_run=False, save=after[len(before) - 1].save
+        before[-1], save=after[len(before) - 1].save
     )
 
 
-def test_nothing_is_left_of_a_finished_run() -> None:
+def test_a_finished_run_has_no_segments() -> None:
     run = {"epochs": 3, "steps_per_epoch": 2, "cadence": Cadence(), "save_every": 1}
     assert of(run, Position(3)) == []

@@ -2,47 +2,83 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from dist_graft.training.loop import EvalResult, accuracy
-from small import MakeRuntime
 
-from dist_graft.training.summary import summarise
+from dist_graft.errors import DataError
+from dist_graft.training.step import EvalResult
+from dist_graft.training.summary import (
+    check_equal_samples,
+    ensemble_accuracy,
+    finite_probabilities,
+    headline,
+    summarize,
+)
 
 
-def result(scores: list[list[float]]) -> EvalResult:
-    labels = torch.zeros(len(scores), dtype=torch.int64)
-    guess = torch.tensor(scores)
+def classified(scores: list[list[float]]) -> EvalResult:
+    """The result for images that are all of class 0."""
     return EvalResult(
-        loss=0.0, accuracy=accuracy(guess, labels), probabilities=guess, labels=labels
+        loss=0.0,
+        samples=len(scores),
+        probabilities=torch.tensor(scores),
+        labels=torch.zeros(len(scores), dtype=torch.int64),
     )
 
 
-def test_a_network_alone_is_its_own_mean_and_ensemble(make_runtime: MakeRuntime) -> None:
-    before = result([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
-    after = result([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6]])
-    assert summarise(make_runtime(), 0.1, before, after, 12.5, sound=True) == {
+def test_the_content_of_a_summary() -> None:
+    rows = [[0.1, 25.0, 50.0, 1.0, 4.0], [0.2, 75.0, 100.0, 0.0, 4.0]]
+    assert summarize("accuracy", rows, ensembles=[80.0, 90.0], seconds=12.5) == {
         "networks": [
             {
-                "network": 0,
-                "lr": 0.1,
-                "accuracy_before_last_round": 25.0,
-                "accuracy_after_last_round": 50.0,
+                "network": network,
+                "lr": row[0],
+                "accuracy_before_last_round": row[1],
+                "accuracy_after_last_round": row[2],
             }
+            for network, row in enumerate(rows)
         ],
-        "mean_accuracy_before_last_round": 25.0,
-        "ensemble_accuracy_before_last_round": 25.0,
-        "mean_accuracy_after_last_round": 50.0,
-        "ensemble_accuracy_after_last_round": 50.0,
-        "diverged": [],
+        "mean_accuracy_before_last_round": 50.0,
+        "ensemble_accuracy_before_last_round": 80.0,
+        "mean_accuracy_after_last_round": 75.0,
+        "ensemble_accuracy_after_last_round": 90.0,
+        "diverged": [1],
         "wall_seconds": 12.5,
     }
 
 
-def test_a_network_that_ended_diverged_is_named_and_has_no_say_in_the_ensemble(
-    make_runtime: MakeRuntime,
+def test_a_metric_other_than_accuracy_is_named() -> None:
+    rows = [[0.1, 0.5, 0.75, 1.0, 4.0]]
+    assert summarize("iou", rows, ensembles=None, seconds=1.0) == {
+        "networks": [
+            {"network": 0, "lr": 0.1, "iou_before_last_round": 0.5, "iou_after_last_round": 0.75}
+        ],
+        "mean_iou_before_last_round": 0.5,
+        "mean_iou_after_last_round": 0.75,
+        "metric": "iou",
+        "diverged": [],
+        "wall_seconds": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [({"iou": 0.5, "dice": 0.25}, ("iou", 0.5)), ({}, ("loss", 2.0))],
+)
+def test_the_headline_is_the_first_metric(
+    metrics: dict[str, float], expected: tuple[str, float]
 ) -> None:
-    sound, lost = result([[0.9, 0.1], [0.8, 0.2]]), result([[math.nan] * 2] * 2)
-    summary = summarise(make_runtime(), 0.1, sound, lost, 1.0, sound=False)
-    assert summary["diverged"] == [0]
-    assert summary["ensemble_accuracy_before_last_round"] == 100.0
-    assert math.isfinite(summary["ensemble_accuracy_after_last_round"])
+    assert headline(EvalResult(loss=2.0, samples=1, metrics=metrics)) == expected
+
+
+def test_a_diverged_network_does_not_count_in_the_ensemble() -> None:
+    healthy, diverged = classified([[0.9, 0.1], [0.2, 0.8]]), classified([[math.nan] * 2] * 2)
+    total = finite_probabilities(healthy) + finite_probabilities(diverged)
+    assert ensemble_accuracy(total, healthy) == 50.0
+    assert torch.equal(finite_probabilities(diverged), torch.zeros(2, 2))
+
+
+def test_networks_tested_on_different_samples_are_an_error() -> None:
+    check_equal_samples([[0.0] * 4 + [5.0]] * 2)
+    with pytest.raises(DataError, match=r"different numbers of images \(\[5, 4\]\)"):
+        check_equal_samples([[0.0] * 4 + [5.0], [0.0] * 4 + [4.0]])

@@ -11,18 +11,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import contents
-from small import write_set
 
 from dist_graft import cli
 from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.config.validation import from_nested
 from dist_graft.errors import RunDirectoryError
-from dist_graft.run_directory import RunDirectory, git_commit, network_folder
+from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
 
 FREE = {
     "run_dir",
     "resume",
+    "callbacks",
     "checkpoint",
     "monitor",
     "runtime.timeout_seconds",
@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "optim.clip_norm": 1.0,
     "optim.accumulation": 2,
     "optim.label_smoothing": 0.1,
+    "optim.ema_decay": 0.99,
     "graft.every": 2,
     "graft.every_steps": 5,
     "graft.start": 1,
@@ -98,6 +99,7 @@ OTHER: dict[str, Any] = {
     "runtime.compile": True,
     "runtime.deterministic": True,
     "run_dir": "runs/elsewhere",
+    "callbacks": ["mypackage.callbacks:MyCallback"],
     "resume": "must",
     "checkpoint.every": 3,
     "checkpoint.every_minutes": 7.5,
@@ -110,7 +112,7 @@ OTHER: dict[str, Any] = {
     "runtime.timeout_seconds": 5.0,
     "runtime.timeout_epochs": 2.0,
 }
-"""Another legal value of every option but the epochs."""
+"""Another legal value of every option except epochs."""
 
 
 def changed(config: TrainConfig, option: str, value: object) -> TrainConfig:
@@ -122,14 +124,35 @@ def changed(config: TrainConfig, option: str, value: object) -> TrainConfig:
 
 
 def started(path: Path, config: TrainConfig | None = None, *, networks: int = 2) -> RunDirectory:
-    """A run's folder as it is after its first epoch."""
-    directory = RunDirectory(str(path))
-    directory.describe(config or TrainConfig(), networks)
-    write_set(directory.checkpoints, 1, networks=networks)
+    """The folder of a run that has started."""
+    directory = RunDirectory(path)
+    directory.write_config(config or TrainConfig(), networks)
     return directory
 
 
-def test_where_things_lie() -> None:
+class TestWriteAtomically:
+    def test_the_file_is_complete_and_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "folder" / "file"
+        write_atomically(path, b"first")
+        write_atomically(path, b"second")
+        assert path.read_bytes() == b"second"
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("here")
+        with pytest.raises(RunDirectoryError, match=r"file/below cannot be written.*run_dir"):
+            write_atomically(tmp_path / "file" / "below", b"content")
+        assert (tmp_path / "file").read_text() == "here"
+
+    def test_a_failure_leaves_no_temporary_file(self, tmp_path: Path) -> None:
+        """A folder of the same name keeps the finished file from being renamed."""
+        (tmp_path / "name" / "full").mkdir(parents=True)
+        with pytest.raises(RunDirectoryError, match="name cannot be written"):
+            write_atomically(tmp_path / "name", b"content")
+        assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_paths() -> None:
     directory = RunDirectory("RUN")
     assert directory.config == Path("RUN/config.yaml")
     assert directory.checkpoints == Path("RUN/checkpoints")
@@ -138,11 +161,13 @@ def test_where_things_lie() -> None:
     assert directory.events == Path("RUN/population/events.jsonl")
     assert directory.stop == Path("RUN/STOP")
     assert directory.stopped == Path("RUN/STOPPED_EARLY")
-    assert directory.network(3) == network_folder(Path("RUN"), 3) == Path("RUN/network03")
+    assert directory.network(3) == Path("RUN/network03")
+    assert directory.metrics(3) == Path("RUN/network03/metrics.jsonl")
+    assert directory.status(12) == Path("RUN/network12/status.json")
 
 
 class TestConfigFile:
-    def test_it_says_with_what_the_run_was_made(self, tmp_path: Path) -> None:
+    def test_it_has_options_networks_and_versions(self, tmp_path: Path) -> None:
         stored = yaml.safe_load(started(tmp_path, networks=3).config.read_text())
         assert stored["run"]["networks"] == 3
         assert {"dist_graft", "torch", "python"} <= set(stored["run"]["versions"])
@@ -157,7 +182,7 @@ class TestConfigFile:
     def test_every_option_comes_back_through_the_command_line(
         self, tmp_path: Path, left_out: list[str]
     ) -> None:
-        """Some options exclude each other, so in two parts."""
+        """In two parts, because some options exclude each other."""
         config = TrainConfig()
         for option, value in OTHER.items():
             if option not in {*left_out, "optim.lr_diversity", "graft.rule"}:
@@ -182,6 +207,12 @@ class TestConfigFile:
         with tempfile.TemporaryDirectory() as folder:
             assert read_back(started(Path(folder), config)) == config
 
+    def test_it_is_read_without_the_command_line(self, tmp_path: Path) -> None:
+        config = TrainConfig(seed=3, optim=OptimConfig(lrs=[0.3, 0.1], betas=(0.8, 0.9)))
+        assert started(tmp_path, config).read_config() == (config, 2)
+        with pytest.raises(RunDirectoryError, match=r"it has no config\.yaml"):
+            RunDirectory(tmp_path / "none").read_config()
+
 
 def read_back(directory: RunDirectory) -> TrainConfig:
     _, options = cli._parse(["train", "--config", str(directory.config)])
@@ -190,13 +221,13 @@ def read_back(directory: RunDirectory) -> TrainConfig:
     return config
 
 
-class TestStartingAgain:
-    def test_every_option_is_looked_at(self) -> None:
-        alone_impossible = {"runtime.sync_bn"}
-        assert set(OTHER) | {"epochs"} | alone_impossible == set(option_names())
+class TestCheck:
+    def test_all_options_are_tested(self) -> None:
+        impossible_alone = {"runtime.sync_bn"}
+        assert set(OTHER) | {"epochs"} | impossible_alone == set(option_names())
 
     @pytest.mark.parametrize("option", OTHER)
-    def test_what_may_change_and_what_may_not(self, tmp_path: Path, option: str) -> None:
+    def test_only_some_options_may_change(self, tmp_path: Path, option: str) -> None:
         directory, config = started(tmp_path), changed(TrainConfig(), option, OTHER[option])
         before = contents(tmp_path)
         if option in FREE or option.partition(".")[0] in FREE:
@@ -226,7 +257,7 @@ class TestStartingAgain:
 
     @pytest.mark.parametrize("networks", [1, 3])
     def test_another_number_of_networks(self, tmp_path: Path, networks: int) -> None:
-        with pytest.raises(RunDirectoryError, match=f"run of 2 networks, and {networks} processes"):
+        with pytest.raises(RunDirectoryError, match=f"run of 2 networks, but {networks} processes"):
             started(tmp_path).check(TrainConfig(), networks)
 
     @pytest.mark.parametrize("schedule", ["constant", "step"])
@@ -248,19 +279,9 @@ class TestStartingAgain:
         assert "--epochs 4" in text
         assert "another run_dir" in text
 
-    def test_must_needs_a_complete_set(self, tmp_path: Path) -> None:
-        config = TrainConfig(resume="must")
-        with pytest.raises(RunDirectoryError, match="no complete checkpoint set"):
-            RunDirectory(str(tmp_path / "none")).check(config, 2)
-        directory = started(tmp_path)
-        directory.check(config, 2)
-        (directory.checkpoints / "epoch_0001" / "COMPLETE.json").unlink()
-        with pytest.raises(RunDirectoryError, match="no complete checkpoint set"):
-            directory.check(config, 2)
-
-    def test_never_needs_an_unused_folder(self, tmp_path: Path) -> None:
+    def test_never_refuses_a_folder_with_a_run(self, tmp_path: Path) -> None:
         config = TrainConfig(resume="never")
-        RunDirectory(str(tmp_path)).check(config, 2)
+        RunDirectory(tmp_path).check(config, 2)
         with pytest.raises(RunDirectoryError, match="already holds a run"):
             started(tmp_path).check(config, 2)
 
@@ -283,13 +304,11 @@ class TestStartingAgain:
             directory.check(TrainConfig(), 2)
         assert directory.config.read_text() == text
 
-    def test_a_name_that_no_disk_takes(self, tmp_path: Path) -> None:
+    def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match="another run_dir"):
-            RunDirectory(str(tmp_path / ("n" * 300))).check(TrainConfig(), 2)
+            RunDirectory(tmp_path / ("n" * 300)).check(TrainConfig(), 2)
 
 
-def test_no_commit_is_known_where_there_is_no_git(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit() is None

@@ -26,7 +26,7 @@ class Reference:
     """Reference implementation: plain loops and torch's update_bn."""
 
     def __init__(self, run: Path) -> None:
-        config, _ = RunDirectory(str(run)).read()
+        config, _ = RunDirectory(str(run)).read_config()
         self.data = load_data(config.data, seed=0, network=0, device=CPU, channels_last=True)
 
     def logits(self, state: dict[str, Tensor], split: str, *, reestimated: bool = False) -> Scores:

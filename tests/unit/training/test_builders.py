@@ -197,8 +197,8 @@ def test_the_interval_of_papa_variants_is_in_epochs() -> None:
 
 
 def test_the_model_that_each_method_delivers() -> None:
-    delivered = {name: rule.delivers for name, rule in RULES.items()}
-    assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+    expected = {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+    assert {name: RULES[name].delivers for name in expected} == expected
 
 
 def test_the_rate_of_papa_decays_with_the_learning_rate() -> None:

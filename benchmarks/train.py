@@ -71,7 +71,7 @@ class BareLoop(Callback):
         self.trainer_speeds.append(images / (time.perf_counter() - self._start))
         trained = trainer.progress.trained
         assert trained is not None
-        assert trained.images == images
+        assert trained.samples == images
         self.bare_speeds.append(images / self._seconds(trainer.steps_per_epoch))
 
     def _seconds(self, steps: int) -> float:

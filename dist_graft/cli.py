@@ -1,7 +1,7 @@
 """Command line: parses the arguments, runs one command, reports errors in one line.
 
-To add a command, define a `dist_graft.command.Command` in a module of its own and list it in
-`COMMANDS`. Nothing here imports torch, so that ``--help`` and invalid options are answered
+To add a command, define a `dist_graft.command.Command` in a new module and list it in
+`COMMANDS`. Nothing here imports torch, so that ``--help`` and invalid options respond
 immediately.
 """
 

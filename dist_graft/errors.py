@@ -18,7 +18,7 @@ class ConfigError(DistGraftError, ValueError):
 
 
 class DataError(DistGraftError):
-    """A data set is missing, empty or unreadable."""
+    """A dataset is missing, empty or unreadable."""
 
 
 class RunDirectoryError(DistGraftError):
@@ -40,16 +40,16 @@ class PeerError(DistGraftError):
 class NetworkFailedError(DistGraftError):
     """A process that `dist_graft.launch` started has failed.
 
-    The message is one line that names the network and the rank that failed first. Where that was
-    not a DistGraftError, the traceback of that process is attached as a note, so that Python prints
-    it with this exception.
+    The message is one line that names the network and the rank that failed first. Unless that was
+    a DistGraftError, the traceback of that process is attached as a note, so that Python prints it
+    with this exception.
 
     Args:
         message: shown to the user.
-        network: that the process trained.
-        rank: of the process.
-        exit_status: of the process.
-        traceback: in the process, formatted; empty for one-line errors and killed processes.
+        network: network of the process.
+        rank: rank of the process.
+        exit_status: exit status of the process.
+        traceback: formatted traceback; empty for one-line errors and killed processes.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class StartError(DistGraftError):
 
 
 class UserCodeError(DistGraftError):
-    """Code of the user raised an exception, which is the cause of this error."""
+    """User code raised an exception, which is the cause of this error."""
 
     def user_traceback(self) -> str:
         """The traceback of the user's exception."""
@@ -93,8 +93,8 @@ class UserCodeError(DistGraftError):
 
 
 class CallbackError(UserCodeError):
-    """A callback of the user raised an exception."""
+    """A user-defined callback raised an exception."""
 
 
 class SampleError(DataError, UserCodeError):
-    """A dataset of the user raised an exception."""
+    """A user-defined dataset raised an exception."""

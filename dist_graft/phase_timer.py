@@ -1,4 +1,4 @@
-"""Timers that add up where time goes, phase by phase."""
+"""Timer that adds up the time spent in each phase."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PhaseTimer:
 
     Args:
         phases: names of the phases.
-        device: where the timed work runs. On an accelerator a phase ends once its current stream
+        device: device of the timed work. On an accelerator, a phase ends once the current stream
             is idle; transfers on other streams may still be in flight. None: host time only.
     """
 

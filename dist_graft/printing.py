@@ -11,7 +11,7 @@ from typing import TextIO
 def print_line(text: object, stream: TextIO | None = None) -> None:
     """Print a line and flush it, by default to standard error.
 
-    A closed pipe, a terminal that was closed and a full disk are ignored.
+    A closed pipe or terminal and a full disk are ignored.
     """
     with contextlib.suppress(OSError):
         print(text, file=stream or sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""References package.module:name to objects of the user's own."""
+"""References package.module:name to user-defined functions and classes."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ def check_name(name: str, known: Collection[str]) -> None:
     """Raise ValueError unless a name is known or a reference. References are not resolved."""
     if name not in known and not is_reference(name):
         names = f"one of {', '.join(known)}, or " if known else ""
-        raise ValueError(f"must be {names}package.module:name of your own, got {name!r}")
+        raise ValueError(f"must be {names}a reference package.module:name, got {name!r}")

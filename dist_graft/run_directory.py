@@ -25,6 +25,8 @@ _CHANGEABLE = (
     "data.skip_broken",  # without it the run ends at the first broken image
 )
 """Options that may differ when a run is resumed: names and prefixes of names."""
+_UNREADABLE = (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError)
+"""Errors of reading a config.yaml that is missing or invalid."""
 _OPEN_ENDED_SCHEDULES = ("constant", "step")
 """Schedules that do not depend on the number of epochs."""
 
@@ -101,9 +103,10 @@ class RunDirectory:
             return
         try:
             stored = yaml.safe_load(self.config.read_text())
-            before = _defaults() | dict(_flat({key: stored[key] for key in stored if key != "run"}))
-            before_networks, before_epochs = stored["run"]["networks"], int(stored["epochs"])
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+            before_networks, before_epochs = stored.pop("run")["networks"], int(stored["epochs"])
+            # Runs of older versions lack newer options.
+            before = dict(_flat(_as_yaml(TrainConfig()))) | dict(_flat(stored))
+        except _UNREADABLE as error:
             raise RunDirectoryError(
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
@@ -128,7 +131,7 @@ class RunDirectory:
         self._check_epochs(before_epochs, config)
 
     def clear_stop(self) -> None:
-        """Remove stop requests and markers that an earlier start left behind."""
+        """Remove the stop request and marker of an earlier start."""
         for path in (self.stop, self.stopped):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -141,7 +144,7 @@ class RunDirectory:
         Args:
             config: of the run.
             networks: size of the population.
-            custom: what the run was given in Python instead: "model", "data", "loss", ...
+            custom: what was passed to the Trainer in Python: "model", "data", "loss", ...
         """
         run = {
             "networks": networks,
@@ -163,14 +166,14 @@ class RunDirectory:
             stored = yaml.safe_load(self.config.read_text())
             networks = int(stored.pop("run")["networks"])
             return from_nested(TrainConfig, stored), networks
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except _UNREADABLE as error:
             raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
 
     def read_custom(self) -> list[str]:
-        """What the run was given in Python; empty for a run of the command line."""
+        """What was passed to the Trainer in Python; empty for a run of the command line."""
         try:
             return list(yaml.safe_load(self.config.read_text())["run"].get("custom", ()))
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
 
     def _check_epochs(self, before: int, config: TrainConfig) -> None:
@@ -190,7 +193,7 @@ class RunDirectory:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file that is either complete and durable, or absent.
 
-    Raises: RunDirectoryError naming the file, when the disk refuses.
+    Raises: RunDirectoryError naming the file, on a disk error.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -232,11 +235,6 @@ def _as_yaml(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML can hold it: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
-
-
-def _defaults() -> dict[str, Any]:
-    """Values of options that a run of an older version did not have."""
-    return dict(_flat(_as_yaml(TrainConfig())))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

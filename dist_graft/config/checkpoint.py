@@ -26,8 +26,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
-        if self.every_minutes is not None:
-            above_zero("checkpoint.every_minutes", self.every_minutes)
+        above_zero("checkpoint.every_minutes", self.every_minutes)
         at_least("checkpoint.keep", self.keep, 1)
         at_least("checkpoint.max_failures", self.max_failures, 0)
         above_zero("checkpoint.grace_seconds", self.grace_seconds)

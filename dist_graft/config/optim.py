@@ -62,8 +62,7 @@ class OptimConfig:
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
         at_least("optim.warmup_epochs", self.warmup_epochs, 0)
-        if self.clip_norm is not None:
-            above_zero("optim.clip_norm", self.clip_norm)
+        above_zero("optim.clip_norm", self.clip_norm)
         at_least("optim.accumulation", self.accumulation, 1)
         require(
             0 <= self.label_smoothing < 1,

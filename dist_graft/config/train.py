@@ -49,8 +49,9 @@ class TrainConfig:
     """auto: resume from the latest complete checkpoint in run_dir if there is one; must: fail if
     there is none; never: fail if run_dir already contains a run."""
     method: str = "graft"
-    """How the networks exchange weights. graft; average: all networks become their mean, as often
-    as graft.every says; papa; wash; none: no exchange; or package.module:name of your own rule."""
+    """How the networks exchange weights. graft; average: replace all networks by their mean, every
+    graft.every epochs; papa; wash; none: no exchange; or package.module:name of a user-defined
+    rule."""
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
     """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
     previous network; abort: stop the run; exclude: no network grafts from it."""

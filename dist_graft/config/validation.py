@@ -24,9 +24,10 @@ def at_least(name: str, value: float | None, least: float) -> None:
         require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
 
 
-def above_zero(name: str, value: float) -> None:
-    """Require a finite number greater than 0."""
-    require(math.isfinite(value) and value > 0, name, value, "above 0")
+def above_zero(name: str, value: float | None) -> None:
+    """Require a finite number greater than 0. None, for unset, is accepted."""
+    if value is not None:
+        require(math.isfinite(value) and value > 0, name, value, "above 0")
 
 
 def step_range(name: str, value: str) -> tuple[int, int]:

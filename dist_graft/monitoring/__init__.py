@@ -1,1 +1,1 @@
-"""What a run shows of itself: log, metrics file, TensorBoard, console. Never communicates."""
+"""Callbacks that watch a run: log, metrics file, TensorBoard, console. They never communicate."""

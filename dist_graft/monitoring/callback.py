@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Watches a run: override the hooks you need.
+    """Base class of callbacks: override the hooks you need.
 
     Every process of the run calls its own callbacks, each time with its trainer. A callback that
-    should act once per network checks `trainer.process.is_leader`; once per run,
-    `trainer.process.is_main`.
+    should act once per network checks `trainer.process.is_leader`; one that should act once per
+    run checks `trainer.process.is_main`.
 
     A callback must not communicate with other processes: no collective, no barrier. Processes
     reach a hook at different times, and one that fails there would hang its peers.
@@ -30,13 +30,13 @@ class Callback:
         """Called first. `trainer.config`, `.process` and `.log` are set; model and data are not."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Called before the first step, after a checkpoint was restored."""
+        """Called before the first step, after a checkpoint has been restored."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         """Called before the first step of an epoch, or where a resumed epoch continues."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Called after each optimizer step; `trainer.step` counts it."""
+        """Called after each optimizer step; `trainer.step` includes it."""
 
     def on_evaluate_start(self, trainer: Trainer) -> None:
         """Called at the end of an epoch's steps, before the evaluation."""
@@ -45,7 +45,7 @@ class Callback:
         """Called after the evaluation, before the round, with test_loss and all other metrics."""
 
     def on_round_start(self, trainer: Trainer) -> None:
-        """Called before the network meets the others, in a round or at the end of an epoch."""
+        """Called before the networks synchronize, in a round or at the end of an epoch."""
 
     def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
         """Called after each round."""

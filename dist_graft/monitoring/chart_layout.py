@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 PHASES = ("data", "step", "round", "evaluation", "checkpoint", "other")
-"""Where the time of an epoch goes."""
+"""Phases of an epoch, for timing."""
 _IN_NATS = ("entropy", "filter_entropy")
 
 Layout = dict[str, dict[str, tuple[Literal["Multiline", "Margin"], list[str]]]]

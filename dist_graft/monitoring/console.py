@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from dist_graft.monitoring.callback import Callback
-from dist_graft.monitoring.metrics import EpochReport, NetworkRow
-from dist_graft.monitoring.status_file import RemainingTime
+from dist_graft.monitoring.metrics import MOMENTS, EpochReport, NetworkRow
+from dist_graft.monitoring.status_file import StatusFile
 from dist_graft.printing import format_table
 
 if TYPE_CHECKING:
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units."""
-    minutes, whole = divmod(round(seconds), 60)
+    """Format a duration in its two largest units."""
+    minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days} d {hours} h"
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole} s" if minutes else f"{whole} s"
+    return f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
 class ProgressBar(Callback):
@@ -37,21 +36,19 @@ class ProgressBar(Callback):
 
     Args:
         mode: "bar"; "lines": no bar; "auto": a bar on a terminal.
+        status: estimates the remaining time; called before this callback.
     """
 
-    def __init__(self, mode: Literal["auto", "bar", "lines"]) -> None:
+    def __init__(self, mode: Literal["auto", "bar", "lines"], status: StatusFile) -> None:
         self._enabled = mode == "bar" or (mode == "auto" and sys.stderr.isatty())
         self._bar: tqdm[Any] | None = None
-        self._remaining: RemainingTime | None = None
+        self._status = status
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._enabled = self._enabled and trainer.process.local_rank == 0
-        self._remaining = RemainingTime(trainer.config.epochs, trainer.steps_per_epoch)
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         self._close()
-        assert self._remaining is not None
-        self._remaining.start_epoch(trainer.epoch, trainer.step, time.monotonic())
         if not self._enabled:
             return
         with contextlib.suppress(OSError):  # the terminal is gone
@@ -69,8 +66,7 @@ class ProgressBar(Callback):
     def on_step_end(self, trainer: Trainer) -> None:
         if self._bar is None:
             return
-        assert self._remaining is not None
-        left = self._remaining.seconds(trainer.epoch, trainer.step, time.monotonic())
+        left = self._status.seconds_left()
         if left is not None:
             self._bar.set_postfix_str(f"{duration(left)} left", refresh=False)
         with contextlib.suppress(OSError):
@@ -157,7 +153,7 @@ def _keeps(row: NetworkRow) -> str:
 def summary_text(summary: Mapping[str, Any]) -> str:
     """Final test results: one line per network, then mean and ensemble."""
     metric = summary.get("metric", "accuracy")
-    keys = [f"{metric}_before_last_round", f"{metric}_after_last_round"]
+    keys = [f"{metric}_{moment}" for moment in MOMENTS]
     unit = ", %" if metric == "accuracy" else ""
     header = (f"test {metric}{unit}", "before the last round", "after it")
     digits = 2 if metric == "accuracy" else 4

@@ -17,19 +17,19 @@ from dist_graft.monitoring.figures import Pixels
 
 
 def _ignore_disk_errors(failure: threading.ExceptHookArgs) -> None:
-    """Print an exception of the event writer's thread unless the main thread raises it, too."""
+    """Print exceptions of the event writer's thread, except those that the main thread raises."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 
 class EventFile:
-    """Writes scalars, texts and images, which may reach the disk later.
+    """Writes scalars, texts and images, with buffering.
 
-    Every method raises RunDirectoryError when the disk refuses, also for earlier writes.
+    Every method raises RunDirectoryError on a disk error, which may concern an earlier write.
 
     Args:
         folder: folder of the file.
-        start_epoch: TensorBoard drops what older files in the folder hold from there on.
+        start_epoch: TensorBoard drops the events of older files from this epoch on.
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:

@@ -50,7 +50,7 @@ def layers_over_epochs(
         title: name of the values.
         epochs: epoch of each column, ascending. A column extends to the next one.
         names: of the layers.
-        values: [layers, epochs]. Non-finite values are grey.
+        values: [layers, epochs]. Non-finite values are gray.
         middle: center of a diverging color map, drawn white; None: a sequential color map.
 
     Returns: the figure as an RGB image.

@@ -1,4 +1,4 @@
-"""Append-only JSON Lines files that survive a full disk and a vanished folder."""
+"""Append-only JSON Lines files that survive a full disk and a deleted folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class JsonLinesFile:
     """Appends objects, one per line, after dropping lines that a resumed run will write again.
 
-    A file that vanishes is created again, together with its folder.
+    A deleted file is created again, together with its folder.
 
     Args:
         path: of the file; its folder exists.
         keep: whether an existing object stays. Unreadable lines are dropped.
 
-    Raises: RunDirectoryError when the disk refuses.
+    Raises: RunDirectoryError on a disk error.
     """
 
     def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -48,7 +48,7 @@ class JsonLinesFile:
     def write(self, content: Mapping[str, Any]) -> None:
         """Append one object. NaN and Inf become null.
 
-        Raises: RunDirectoryError when the disk refuses; the next call writes this object, too.
+        Raises: RunDirectoryError on a disk error; the next call writes this object, too.
         """
         self._pending.append(_line(content))
         try:

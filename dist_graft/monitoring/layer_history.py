@@ -1,4 +1,4 @@
-"""Values of the layers over all epochs, and how often figures of them are drawn."""
+"""Values of the layers over all epochs, and when to draw figures of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from dist_graft.monitoring.figures import Numbers
 
 MAX_SHARE = 0.003
-"""Share of a run's time that figures may take, those of the last epoch not counted."""
+"""Share of a run's time that figures may take, not counting those of the last epoch."""
 MAX_DRAWINGS = 30
-"""How often the figures of a run are drawn at most."""
+"""Maximum number of times that the figures of a run are drawn."""
 _FIRST_SECONDS = 1.0
 
 
@@ -22,7 +22,7 @@ class LayerHistory:
     """One value per layer and epoch.
 
     Args:
-        lines: lines of metrics.jsonl from an earlier start of the run.
+        lines: lines of metrics.jsonl before a resume.
         read: returns the values of the layers in a line; empty if there are none.
     """
 
@@ -67,7 +67,7 @@ class Pacing:
     """Limits figures to a small share of the time.
 
     Args:
-        epochs: of the whole run; the last one is always drawn.
+        epochs: number of epochs of the run; the last one is always drawn.
         clock: returns the time in seconds.
     """
 

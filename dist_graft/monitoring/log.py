@@ -33,7 +33,7 @@ class _Console(logging.Handler):
 class _File(WatchedFileHandler):
     """A log file that survives a full disk, which is reported once on standard error.
 
-    A file that vanishes is created again, together with its folder.
+    A deleted file is created again, together with its folder.
     """
 
     _reported = False
@@ -57,7 +57,7 @@ class _File(WatchedFileHandler):
 
 
 def hold_warnings() -> None:
-    """Send Python's warnings to the log, so that the console shows them once, not once per rank."""
+    """Redirect Python's warnings to the log, so that the console does not repeat them per rank."""
 
     def hold(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = f"{category.__name__}: {message}"

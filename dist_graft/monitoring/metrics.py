@@ -1,10 +1,13 @@
-"""Results of one epoch: of one network in full, and of all networks in numbers."""
+"""Results of one epoch: one network in detail, and a row for each network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
+
+MOMENTS = ("before_last_round", "after_last_round")
+"""When the final test results are measured, as in the keys of summary.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class EpochMetrics:
     ema_test: Mapping[str, float] | None = None
     """Of the moving average of the weights; None without one."""
     images_per_second: float
-    """Of training."""
+    """Speed of training."""
     phase_seconds: dict[str, float]
     """Seconds since the previous report, by phase: data, step, round, evaluation, checkpoint,
     other."""
@@ -75,9 +78,9 @@ class NetworkRow:
     min_coefficient: float
     max_coefficient: float
     busy_seconds: float
-    """Spent training and evaluating, without waiting for other networks."""
+    """Time spent on training and evaluation, without waiting for other networks."""
     epoch_seconds: float
-    """Of the whole epoch; 0 when this process joined in the middle of it."""
+    """Duration of the epoch; 0 if this process resumed in the middle of it."""
     finite: float
     """1, or 0 when a weight or the training loss is NaN or Inf."""
 
@@ -91,31 +94,28 @@ class EpochReport:
     """What callbacks receive at the end of an epoch."""
 
     metrics: EpochMetrics
-    """Of this process's network."""
+    """Results of this process's network."""
     layers: LayerStats
-    """Of this process's network."""
+    """Layers of this process's network."""
     networks: Sequence[NetworkRow]
-    """Of all networks, in order."""
+    """Results of all networks, in order."""
     metric: str | None
     """Name of the metric in `networks`: the first one of the task."""
     ensemble_accuracy: float | None
     """Percent; None when it is unknown or not a classification task."""
     seconds: float
-    """Spent on training steps."""
+    """Time spent on training steps."""
 
 
 def network_row(
-    metrics: EpochMetrics, *, metric: str | None, busy: float, whole: float, finite: bool
+    metrics: EpochMetrics,
+    *,
+    metric: str | None,
+    busy_seconds: float,
+    epoch_seconds: float,
+    finite: bool,
 ) -> NetworkRow:
-    """The row of one network.
-
-    Args:
-        metrics: of the epoch.
-        metric: name of the metric to show.
-        busy: seconds spent training and evaluating.
-        whole: seconds since the epoch started; 0 when this process joined later.
-        finite: whether all weights and the training loss are finite.
-    """
+    """The row of one network for the `metric` to show; see `NetworkRow` for the other values."""
     graft = metrics.graft or {"donor": -1, "coefficient": {"": 1.0}}
     train, test = (
         float("nan") if metric is None else values[metric]
@@ -131,7 +131,7 @@ def network_row(
         donor=graft["donor"],
         min_coefficient=min(graft["coefficient"].values()),
         max_coefficient=max(graft["coefficient"].values()),
-        busy_seconds=busy,
-        epoch_seconds=whole,
+        busy_seconds=busy_seconds,
+        epoch_seconds=epoch_seconds,
         finite=float(finite),
     )

@@ -100,7 +100,7 @@ def _export(profiler: profile, path: Path, trainer: Trainer) -> None:
 
 
 def _table(profiler: profile, seconds: float, *, on_gpu: bool) -> str:
-    """Time by phase, and of the most expensive operations by themselves."""
+    """Time by phase, and self time of the most expensive operations."""
     averages = list(profiler.key_averages())
     phases = {event.key: event for event in averages if event.key in PHASES}
     rows = [
@@ -117,7 +117,7 @@ def _table(profiler: profile, seconds: float, *, on_gpu: bool) -> str:
         (event.key[:48], str(event.count), *_cells(self_time(event), seconds))
         for event in sorted(operations, key=self_time, reverse=True)[:_OPERATIONS]
     ]
-    return format_table(("phase, or operation by itself", "calls", "ms", "% of time"), rows)
+    return format_table(("phase, or operation (self time)", "calls", "ms", "% of time"), rows)
 
 
 def _cells(microseconds: float, seconds: float) -> tuple[str, str]:

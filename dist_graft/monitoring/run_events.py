@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
 SLOW_FACTOR = 2.0
-"""A network is slow when it is busy this many times longer than the median of the others."""
-_MIN_SLOW_SECONDS = 1.0  # in shorter epochs a hiccup makes the difference
+"""A network is slow if its work takes this many times longer than the median of the others."""
+_MIN_SLOW_SECONDS = 1.0  # shorter epochs vary too much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,14 @@ class Event:
 
 
 class RunEventsFile:
-    """Appends to events.jsonl. A resumed run drops the events that it will meet again.
+    """Appends to events.jsonl, after dropping events that a resumed run will record again.
 
     Args:
-        path: of the file; its folder exists.
-        start_epoch: first epoch of this start of the run.
-        start_round: rounds finished at this start.
+        path: path of the file; its folder exists.
+        start_epoch: first epoch after the start or resume.
+        start_round: rounds finished at the start or resume.
 
-    Raises: RunDirectoryError when the disk refuses.
+    Raises: RunDirectoryError on a disk error.
     """
 
     def __init__(self, path: Path, *, start_epoch: int, start_round: int) -> None:
@@ -61,7 +61,7 @@ class RunEventsFile:
     def write(self, event: Event) -> None:
         """Append one event.
 
-        Raises: RunDirectoryError when the disk refuses; the next call writes this event, too.
+        Raises: RunDirectoryError on a disk error; the next call writes this event, too.
         """
         self.events.append(asdict(event))
         self._file.write(asdict(event))
@@ -77,7 +77,7 @@ class RunEvents(Callback):
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All events of the run, earlier starts included; empty except on rank 0."""
+        """All events of the run, including those before a resume; empty except on rank 0."""
         return self._file.events if self._file else []
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -142,7 +142,7 @@ class RunEvents(Callback):
 
 
 def slow_networks(networks: Sequence[NetworkRow]) -> dict[int, float]:
-    """Networks that keep the others waiting, and how many times longer they are busy."""
+    """Networks that keep the others waiting, and by which factor their work takes longer."""
     found: dict[int, float] = {}
     if not all(row.epoch_seconds for row in networks):
         return found

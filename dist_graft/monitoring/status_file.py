@@ -35,17 +35,17 @@ class Status:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     phase: Phase = "starting"
-    """meeting: in a round or a report, or waiting for the other networks there."""
+    """meeting: synchronizing with the other networks, in a round or a report."""
     epoch: int = 0
     """Current epoch, 0-based."""
     epochs: int = 0
     step: int = 0
-    """Steps finished of the epoch."""
+    """Steps finished in the epoch."""
     steps_per_epoch: int = 0
     rounds: int = 0
     """Rounds finished."""
     images_per_second: float | None = None
-    """Of training in this epoch so far."""
+    """Training speed in this epoch so far."""
     seconds_left: float | None = None
     """Estimate until the end of the run."""
     reason: str | None = None
@@ -55,12 +55,7 @@ class Status:
 
 
 class RemainingTime:
-    """Estimates how long the rest of a run takes.
-
-    Args:
-        epochs: of the run.
-        steps_per_epoch: optimizer steps.
-    """
+    """Estimates the remaining time of a run."""
 
     def __init__(self, epochs: int, steps_per_epoch: int) -> None:
         self._epochs = epochs
@@ -68,26 +63,26 @@ class RemainingTime:
         self._started: float | None = None
         self._first = 0
         self._epoch_started = 0.0
-        self._whole_epoch: float | None = None
+        self._epoch_duration: float | None = None
         self._started_at_zero = False
 
     def start_epoch(self, epoch: int, done: int, now: float) -> None:
-        """An epoch (0-based) starts or continues after `done` steps."""
+        """Record that an epoch (0-based) starts or resumes after `done` steps."""
         if self._started is None:
             self._started, self._first = now, epoch * self._steps + done
         elif self._started_at_zero:
-            self._whole_epoch = now - self._epoch_started
+            self._epoch_duration = now - self._epoch_started
         self._epoch_started, self._started_at_zero = now, done == 0
 
     def seconds(self, epoch: int, step: int, now: float) -> float | None:
         """Seconds left, evaluations and rounds included; None before the first step.
 
-        Based on the last whole epoch, or on the steps so far in the first one.
+        Based on the last complete epoch, or on the steps so far in the first one.
         """
         done = epoch * self._steps + step
-        if self._whole_epoch is not None:
+        if self._epoch_duration is not None:
             # Evaluation and round of the epoch are still ahead when its steps are done.
-            rest = (self._epochs - epoch) * self._whole_epoch - (now - self._epoch_started)
+            rest = (self._epochs - epoch) * self._epoch_duration - (now - self._epoch_started)
             return max(0.0, rest)
         if self._started is None or done <= self._first:
             return None
@@ -97,7 +92,7 @@ class RemainingTime:
 class StatusFile(Callback):
     """Writes status.json every few seconds, from a thread.
 
-    A heartbeat distinguishes a process that hangs or died from one whose steps take long. Disk
+    The heartbeat distinguishes a process that hangs or has exited from one with slow steps. Disk
     errors never interrupt training.
     """
 

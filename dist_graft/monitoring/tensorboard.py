@@ -24,7 +24,7 @@ from dist_graft.monitoring.layer_history import (
     coefficients,
     informations,
 )
-from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, LayerStats
+from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
 from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.version import versions
 
@@ -39,11 +39,11 @@ HPARAMS_FIRST = ("lr", "method", "model", "seed")
 class TensorBoard(Callback):
     """Writes the events of one network and, on rank 0, those of the population.
 
-    When the disk refuses, the events of the epoch are lost with a warning, and new event files are
+    On a disk error, the events of the epoch are dropped with a warning, and new event files are
     opened in the next epoch.
 
     Args:
-        run_events: whose events the population's text tab shows.
+        run_events: source of the events in the population's text tab.
     """
 
     def __init__(self, run_events: RunEvents) -> None:
@@ -112,14 +112,13 @@ class TensorBoard(Callback):
 
     def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
         epoch = self._pacing.epochs - 1
-        moments = ("before_last_round", "after_last_round")
         if self._network:
             values, metric = summary["networks"][network], self._metric
             self._network.end(
-                {f"test_{metric}_{when}": values[f"{metric}_{when}"] for when in moments}, epoch
+                {f"test_{metric}_{when}": values[f"{metric}_{when}"] for when in MOMENTS}, epoch
             )
-        if self._population and f"ensemble_accuracy_{moments[0]}" in summary:
-            for when in moments:
+        if self._population and f"ensemble_accuracy_{MOMENTS[0]}" in summary:
+            for when in MOMENTS:
                 self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
 
     def _show_events(self, trainer: Trainer, epoch: int) -> None:
@@ -174,7 +173,7 @@ class TensorBoard(Callback):
             )
 
     def _write(self, trainer: Trainer, epoch: int, write: Callable[[], object]) -> None:
-        """Write events, into new files when the disk refused in an earlier epoch."""
+        """Write events, into new files if an earlier epoch had a disk error."""
         if self._failed_epoch == epoch:
             return
         try:
@@ -192,8 +191,8 @@ class NetworkBoard:
     """Events of one network. The steps of its charts are epochs, counted from 0.
 
     Args:
-        folder: of the network.
-        start_epoch: of a resumed run; TensorBoard drops what older files hold from there on.
+        folder: folder of the network.
+        start_epoch: TensorBoard drops the events of older files from this epoch on.
         options: the network's row in the HParams tab.
         metric: the first metric of the task.
     """
@@ -207,7 +206,7 @@ class NetworkBoard:
         metric: str = "accuracy",
     ) -> None:
         self._events = EventFile(folder, start_epoch)
-        final = [f"final/test_{metric}_{when}_last_round" for when in ("after", "before")]
+        final = [f"final/test_{metric}_{moment}" for moment in reversed(MOMENTS)]
         self._events.begin_session(options, first=HPARAMS_FIRST, results=(*final, f"{metric}/test"))
 
     def epoch(self, metrics: EpochMetrics, layers: LayerStats) -> None:
@@ -227,9 +226,9 @@ class NetworkBoard:
             "learning_rate": metrics.lr,
             "images_per_second": metrics.images_per_second,
         }
-        whole = sum(metrics.phase_seconds.values())
+        total_seconds = sum(metrics.phase_seconds.values())
         for phase, seconds in metrics.phase_seconds.items():
-            scalars[f"time_share/{phase}"] = 100 * seconds / whole
+            scalars[f"time_share/{phase}"] = 100 * seconds / total_seconds
         scalars |= _by_unit(layers.criterion, layers.information)
         for threshold, counts in layers.invalid.items():
             scalars[f"invalid_filters_{threshold:g}"] = sum(counts.values())
@@ -270,10 +269,10 @@ class NetworkBoard:
 
 
 class PopulationBoard:
-    """Events of the population as a whole, written by one process.
+    """Events of the population, written by one process.
 
     Args:
-        folder: of the population.
+        folder: folder of the population.
         start_epoch: as in `NetworkBoard`.
         layout: of the Custom Scalars tab.
         texts: descriptions of the run in Markdown, by tag.

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_graft.config import TrainConfig
 from dist_graft.config.parsing import from_mapping
-from dist_graft.training.data.names import check_dataset_name
+from dist_graft.training.data import check_dataset_name
 from dist_graft.training.learning_rates import learning_rates
 
 TrainOptions = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Builds the parts of a run: task, data, model and optimizer, graft units, rule, callbacks."""
+"""Builds the components of a run: task, data, model, optimizer, graft units, rule, callbacks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from dist_graft.config import TrainConfig
+from dist_graft.config import OptimConfig, TrainConfig
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError
 from dist_graft.grafting.rules import RULES, Graft
@@ -32,7 +33,6 @@ from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
 from dist_graft.training.learning_rates import schedule
 from dist_graft.training.models import build_model
-from dist_graft.training.optim import build_optimizer, build_scheduler
 from dist_graft.training.schedule import Cadence
 from dist_graft.training.state import TrainState, moving_average
 from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
@@ -44,7 +44,7 @@ def build_task(
     loss: LossFunction | None,
     metrics: Mapping[str, MetricFunction] | None,
 ) -> Task:
-    """The task of a trainer's arguments: image classification when none is given."""
+    """Build the task from the trainer's arguments. The default is image classification."""
     default = classification(config.optim.label_smoothing)
     if loss is None and metrics is None:
         return default
@@ -56,7 +56,7 @@ def build_task(
 
 
 def build_data(config: TrainConfig, datasets: Datasets | None, runtime: Runtime) -> Data:
-    """This process's view of the data."""
+    """Load the data: the batches of this process."""
     process = runtime.process
     if datasets is not None:
         return DatasetData(
@@ -87,15 +87,15 @@ def build_state(
     *,
     lr: float,
 ) -> TrainState:
-    """This process's network with its optimizer, before the first step.
+    """Build this process's network with its optimizer, before the first step.
 
     Args:
-        config: of the run.
-        data: of this process.
-        runtime: of this process.
+        config: all options.
+        data: determines classes, channels and steps per epoch.
+        runtime: determines network, device and replicas.
         make_model: () -> module; None: `config.model`.
         make_optimizer: (module, lr) -> optimizer; None: `config.optim`.
-        lr: the network's largest learning rate.
+        lr: initial learning rate of the network.
     """
     network = runtime.process.network
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
@@ -120,18 +120,14 @@ def build_state(
         optimizer = make_optimizer(model, lr)
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
     forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
     return TrainState(
         model=model,
         forward=forward,
         train_forward=forward,
         optimizer=optimizer,
-        scheduler=build_scheduler(
-            config.optim,
-            optimizer,
-            epochs=config.epochs,
-            steps_per_epoch=data.steps_per_epoch,
-        ),
+        scheduler=LambdaLR(optimizer, lr_factor),
         scaler=torch.amp.GradScaler(
             runtime.device.type, enabled=config.runtime.precision == "fp16"
         ),
@@ -146,12 +142,30 @@ def build_state(
     )
 
 
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, *, lr: float
+) -> torch.optim.SGD | torch.optim.AdamW:
+    """SGD or AdamW over all parameters that require a gradient."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
 def built_in_callbacks(
     config: TrainConfig, process: ProcessInfo
 ) -> tuple[RunEvents, list[Callback]]:
-    """The callbacks of every run in the order of their calls, and the one with the events."""
-    events = RunEvents()
-    callbacks: list[Callback] = [StatusFile(), ProgressBar(config.monitor.progress), events]
+    """Return the callback that records events, and all built-in callbacks in order."""
+    events, status = RunEvents(), StatusFile()
+    callbacks: list[Callback] = [status, ProgressBar(config.monitor.progress, status), events]
     if config.monitor.profile_steps is not None:
         callbacks.append(Profiler(config.monitor.profile_steps))
     if process.is_leader:
@@ -162,12 +176,12 @@ def built_in_callbacks(
 
 
 def criterion_name(config: TrainConfig) -> str:
-    """Name of the information that layers are compared by."""
+    """Name of the criterion that measures the information of a layer."""
     return Graft(criterion=config.graft.criterion).measured
 
 
 def describe_data(config: TrainConfig, data: Data) -> str:
-    """The data in a few words, for the log."""
+    """Size and shape of the data in one line, for the log."""
     if not isinstance(data, ImageData):
         return f"{data.train_size:,} training samples"
     return (
@@ -185,25 +199,11 @@ def build_units(config: TrainConfig, state: TrainState) -> list[GraftUnit]:
         raise ConfigError(f"model {name} cannot be grafted: {error}") from error
 
 
-def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -> Rule:
-    """Create the rule of the configured method, built-in or the user's own.
+def build_user_rule(config: TrainConfig) -> Rule | None:
+    """Create the rule that the configuration names as package.module:name, if any.
 
-    Raises: ConfigError if the rule does not exist or does not support the model or its options.
+    Raises: ConfigError if there is no such rule, or it has no `measure` or `decide` method.
     """
-    if rule := _build_own_rule(config):
-        return rule
-    kind = RULES[config.method]
-    options = getattr(config, config.method) if kind.options else config.graft
-    tensors = graft_tensors(state.model)
-    try:
-        return kind.build(options, seed=config.seed, units=units, tensors=tensors)
-    except ValueError as error:
-        name = type(state.model).__name__
-        raise ConfigError(f"method {config.method} with model {name}: {error}") from error
-
-
-def _build_own_rule(config: TrainConfig) -> Rule | None:
-    """Create the rule that the configuration names as package.module:name, if any."""
     option, reference = "graft.rule", config.graft.rule
     if is_reference(config.method):
         option, reference = "method", config.method
@@ -217,10 +217,19 @@ def _build_own_rule(config: TrainConfig) -> Rule | None:
     return rule
 
 
-def _method_schedule(config: TrainConfig) -> Schedule:
-    """Return the object that knows when the method's rounds take place: its options or own rule."""
-    method = _build_own_rule(config) or getattr(config, config.method, None)
-    return method if isinstance(method, Schedule) else Schedule()
+def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -> Rule:
+    """Create the rule of a built-in method.
+
+    Raises: ConfigError if the rule does not support the model or its options.
+    """
+    kind = RULES[config.method]
+    options = getattr(config, config.method) if kind.options else config.graft
+    tensors = graft_tensors(state.model)
+    try:
+        return kind.build(options, seed=config.seed, units=units, tensors=tensors)
+    except ValueError as error:
+        name = type(state.model).__name__
+        raise ConfigError(f"method {config.method} with model {name}: {error}") from error
 
 
 def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: Runtime) -> Grafter:
@@ -239,15 +248,20 @@ def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: R
     )
 
 
-def build_cadence(config: TrainConfig, networks: int) -> Cadence:
+def is_self_grafting(config: TrainConfig) -> bool:
+    """Whether rounds take place inside each network, without an exchange."""
+    return config.method == "graft" and config.graft.source != "external"
+
+
+def build_cadence(config: TrainConfig, networks: int, user_rule: Rule | None = None) -> Cadence:
     """Return when rounds take place.
 
-    A single network has rounds only if it grafts itself. Methods without an interval of their own
-    follow graft.every, graft.every_steps and graft.start.
+    A single network has rounds only if it grafts itself. Methods that define no interval follow
+    graft.every, graft.every_steps and graft.start.
     """
     if config.method == "none" or (networks == 1 and not is_self_grafting(config)):
         return Cadence()
-    if interval := _method_schedule(config).interval:
+    if interval := _method_schedule(config, user_rule).interval:
         return Cadence(every_epochs=interval.epochs, every_steps=interval.steps)
     return Cadence(
         every_epochs=0 if config.graft.every_steps else config.graft.every,
@@ -256,13 +270,16 @@ def build_cadence(config: TrainConfig, networks: int) -> Cadence:
     )
 
 
-def is_self_grafting(config: TrainConfig) -> bool:
-    """Whether rounds take place inside each network, without an exchange."""
-    return config.method == "graft" and config.graft.source != "external"
-
-
-def build_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return the factor for all donors' shares as a function of the run's finished steps."""
-    method = _method_schedule(config)
+def build_rate(
+    config: TrainConfig, steps_per_epoch: int, user_rule: Rule | None = None
+) -> Callable[[int], float]:
+    """Return the factor for all donors' shares as a function of the steps finished in the run."""
+    method = _method_schedule(config, user_rule)
     lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     return lambda steps: method.rate(lr_factor(steps - 1))
+
+
+def _method_schedule(config: TrainConfig, user_rule: Rule | None) -> Schedule:
+    """The schedule of the method's rounds: the user's rule or the options of the method."""
+    method = user_rule or getattr(config, config.method, None)
+    return method if isinstance(method, Schedule) else Schedule()

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dist_graft.config.validation import own
 from dist_graft.errors import CallbackError, ConfigError, DistGraftError, StoppedError
 from dist_graft.monitoring.callback import Callback
-from dist_graft.monitoring.metrics import EpochReport
-from dist_graft.population.round.record import GraftRecord
 
 if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
 _FATAL_HOOKS = ("setup", "on_fit_start")
-"""Hooks in which a user error found by a built-in callback ends the run: nothing is lost yet."""
+"""Hooks in which a DistGraftError of a built-in callback ends the run: nothing is lost yet."""
 _FINAL_HOOKS = ("on_exception", "teardown")
-"""Hooks whose failures never hide how the run ended."""
+"""Hooks that run after an error, which their own failure must not replace."""
 
 
 class CallbackList:
-    """Calls each hook of the built-in callbacks, then of the user's, in order.
+    """Calls the hooks of the built-in callbacks, then those of the user's callbacks, in order.
 
     Args:
         built_in: callbacks whose failures are warnings.
@@ -34,46 +31,16 @@ class CallbackList:
         self._built_in = list(built_in)
         self._user = list(user)
 
-    def setup(self, trainer: Trainer) -> None:
-        self._call("setup", trainer)
+    def call(self, hook: str, trainer: Trainer, *arguments: object) -> None:
+        """Call one hook of all callbacks.
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        self._call("on_fit_start", trainer)
+        Args:
+            hook: name of a method of `Callback`.
+            trainer: first argument of the hook.
+            arguments: further arguments of the hook.
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        self._call("on_epoch_start", trainer)
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        self._call("on_step_end", trainer)
-
-    def on_evaluate_start(self, trainer: Trainer) -> None:
-        self._call("on_evaluate_start", trainer)
-
-    def on_evaluate_end(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        self._call("on_evaluate_end", trainer, metrics)
-
-    def on_round_start(self, trainer: Trainer) -> None:
-        self._call("on_round_start", trainer)
-
-    def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
-        self._call("on_round_end", trainer, record)
-
-    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
-        self._call("on_epoch_end", trainer, report)
-
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        self._call("on_checkpoint", trainer, path)
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        self._call("on_exception", trainer, error)
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        self._call("on_fit_end", trainer)
-
-    def teardown(self, trainer: Trainer) -> None:
-        self._call("teardown", trainer)
-
-    def _call(self, hook: str, trainer: Trainer, *arguments: Any) -> None:
+        Raises: CallbackError when a user's callback fails.
+        """
         for callback in self._built_in:
             try:
                 getattr(callback, hook)(trainer, *arguments)
@@ -107,8 +74,8 @@ def _name(callback: Callback) -> str:
 def load_callbacks(references: Sequence[str]) -> list[Callback]:
     """Create the callbacks that `--callbacks package.module:Name` names, without arguments.
 
-    Raises: ConfigError when a name does not lead to a subclass of Callback, or a function that
-        returns an instance of one.
+    Raises: ConfigError when a name is neither a subclass of Callback nor a function that returns
+        an instance of one; CallbackError when creating one fails.
     """
     callbacks = []
     for reference in references:

@@ -1,4 +1,4 @@
-"""Information and invalid filters of one network's layers, and what is not finite."""
+"""Information and invalid filters of one network's layers, and checks for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -40,11 +40,9 @@ def layer_stats(config: TrainConfig, state: TrainState, units: Sequence[GraftUni
 
 
 def non_finite_part(state: TrainState, *, loss: bool) -> str:
-    """What of the network is NaN or Inf; empty when nothing is.
+    """Description of the first part of the network that is NaN or Inf; empty if all is finite.
 
-    Args:
-        state: of the network.
-        loss: whether the training loss, or fp16 gradients repeatedly, are known not to be finite.
+    `loss`: whether the training loss, or fp16 gradients repeatedly, were not finite.
     """
     for key, tensor in graft_tensors(state.model).items():
         if not is_finite(tensor):
@@ -53,23 +51,23 @@ def non_finite_part(state: TrainState, *, loss: bool) -> str:
 
 
 def check_finite(
-    networks: Sequence[NetworkRow], epoch: int, network: int, lost: str, *, tolerant: bool
+    networks: Sequence[NetworkRow], epoch: int, network: int, non_finite: str, *, tolerant: bool
 ) -> None:
-    """Raise NonFiniteError, on all ranks alike, when diverged networks end the run.
+    """Raise NonFiniteError, on all ranks, when diverged networks end the run.
 
     Args:
         networks: rows of all networks.
-        epoch: that has ended.
-        network: of this process.
-        lost: what of it is not finite.
-        tolerant: whether the run continues while one network is finite.
+        epoch: finished epoch, for the message.
+        network: index of this process's network.
+        non_finite: what `non_finite_part` found in it.
+        tolerant: whether the run continues as long as one network is finite.
     """
     diverged = [other for other, row in enumerate(networks) if not row.finite]
     if not diverged or (tolerant and len(diverged) < len(networks)):
         return
     elsewhere = "a non-finite weight, training loss or gradient"
     who = "; ".join(
-        f"network {other} has {lost if other == network else elsewhere}" for other in diverged
+        f"network {other} has {non_finite if other == network else elsewhere}" for other in diverged
     )
     raise NonFiniteError(
         f"epoch {epoch}: {who}; try a lower learning rate, warm-up or gradient clipping"

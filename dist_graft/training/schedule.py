@@ -1,4 +1,4 @@
-"""When rounds, evaluations and checkpoints happen. Pure functions of step numbers."""
+"""When rounds, evaluations and checkpoints take place, as pure functions of step numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cadence:
-    """When rounds happen: every N epochs, every N steps, or never."""
+    """When rounds take place: every N epochs, every N steps, or never."""
 
     every_epochs: int = 0
     """Rounds follow epochs N, 2N, ... of the run; 0: no rounds."""
@@ -52,12 +52,12 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Position:
-    """Progress of a network."""
+    """How far a network has trained."""
 
     epoch: int = 0
     """Epochs finished."""
     step: int = 0
-    """Steps finished of the current epoch."""
+    """Steps finished in the current epoch."""
     round: int = 0
     """Rounds finished."""
 
@@ -76,7 +76,7 @@ class Segment:
     """True at the end of an epoch."""
     round: bool = False
     vote: bool = False
-    """Whether the networks agree here whether a checkpoint is due by the clock."""
+    """Whether the networks vote on a checkpoint (checkpoint.every_minutes)."""
     save: bool = False
     """Whether a checkpoint is due at the end of the epoch."""
 
@@ -97,9 +97,9 @@ def epoch_segments(
 
     Args:
         epoch: 0-based.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps.
-        cadence: when rounds happen, counted from the start of the run.
+        epochs: number of epochs of the run.
+        steps_per_epoch: optimizer steps per epoch.
+        cadence: when rounds take place, counted from the start of the run.
         save_every: epochs between two checkpoints; 0: only after the last epoch.
         votes: evenly spaced points inside the epoch at which the networks agree whether to save a
             checkpoint, besides the end of the epoch; 0: none.
@@ -133,5 +133,5 @@ def epoch_segments(
 
 
 def _evenly_spaced(steps: int, points: int) -> set[int]:
-    """Steps strictly inside an epoch that cut it into points + 1 parts."""
+    """Steps strictly inside an epoch that split it into points + 1 parts."""
     return {steps * point // (points + 1) for point in range(1, points + 1)} - {0, steps}

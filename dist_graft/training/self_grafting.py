@@ -1,4 +1,4 @@
-"""Rounds inside one network: invalid filters are replaced by noise or by strong filters."""
+"""Rounds inside one network: noise or strong filters replace invalid filters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dist_graft.training.state import TrainState
 
 @torch.no_grad()
 def self_graft(state: TrainState, units: list[GraftUnit], config: GraftConfig, round_: int) -> None:
-    """Graft a network with noise or with its own filters: changes the leads' weights in place.
+    """Graft a network in place, with noise or with its strongest filters.
 
-    The noise is a pure function of seed, network and round. No other network is involved.
+    The noise is a pure function of seed, network and round.
     """
     tensors = graft_tensors(state.model)
     generator = torch.Generator().manual_seed(

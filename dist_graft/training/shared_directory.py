@@ -1,23 +1,26 @@
-"""Files with which rank 0 checks that all processes see the same run directory."""
+"""Checks that all processes see the file that rank 0 writes to the run directory."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_graft.errors import RunDirectoryError
 
 MAX_LAG_SECONDS = 15.0
-"""How long a shared disk may take to show a new file on another machine."""
+"""Maximum time until a shared disk shows a new file on another machine."""
 _POLL_SECONDS = 0.2
 
 
-def write_token(folder: Path, token: str) -> None:
-    """Leave a token in the folder.
+def write_token(folder: Path) -> str:
+    """Write a random token to the folder, and return it.
 
-    Raises: RunDirectoryError when the disk refuses.
+    Raises: RunDirectoryError when the folder cannot be written.
     """
+    token = secrets.token_hex(8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _path(folder, token).write_text(token)
@@ -25,13 +28,14 @@ def write_token(folder: Path, token: str) -> None:
         raise RunDirectoryError(
             f"{folder} cannot be written: {error.strerror}; choose another run_dir"
         ) from error
+    return token
 
 
 def sees_token(folder: Path, token: str, seconds: float) -> bool:
-    """Whether the token is visible here within so many seconds."""
+    """Whether this process can read the token within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # not there yet, or never
+        with contextlib.suppress(OSError):  # not visible yet
             if _path(folder, token).read_text() == token:
                 return True
         time.sleep(_POLL_SECONDS)
@@ -41,6 +45,16 @@ def sees_token(folder: Path, token: str, seconds: float) -> bool:
 def remove_token(folder: Path, token: str) -> None:
     """Remove the token."""
     _path(folder, token).unlink(missing_ok=True)
+
+
+def refuse_unshared(folder: Path, blind: Sequence[str], lag: float) -> None:
+    """Raise RunDirectoryError if some processes did not see the token within `lag` seconds."""
+    if blind:
+        raise RunDirectoryError(
+            f"{folder} is not shared by all processes: {'; '.join(dict.fromkeys(blind))} did not "
+            f"see within {lag:g} s what network 0 wrote there; choose a run_dir on a disk that all "
+            "machines mount under the same path"
+        )
 
 
 def _path(folder: Path, token: str) -> Path:

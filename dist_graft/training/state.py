@@ -1,4 +1,4 @@
-"""The state of one network in training, and how its module is run."""
+"""Training state of one network, and how to run its forward pass."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MIN_LOSS_SCALE = 1e-4
 
 @dataclass
 class Predictor:
-    """A module, and how its forward pass runs."""
+    """A module with the precision and device of its forward pass."""
 
     model: nn.Module
-    """The plain module, whose weights are grafted and saved."""
+    """The plain module: its weights are grafted and saved."""
     forward: nn.Module
     """The module itself, or its compiled form."""
     precision: Precision
@@ -39,7 +39,7 @@ class Predictor:
 
 @dataclass
 class TrainState(Predictor):
-    """Everything about one network that training changes and a checkpoint holds."""
+    """Everything that training changes and a checkpoint restores, for one network."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -61,7 +61,7 @@ class TrainState(Predictor):
 
     @property
     def loss_scale_collapsed(self) -> bool:
-        """Whether so many steps were skipped in a row that fp16 gradients underflow."""
+        """Whether the loss scale is so small, after skipped steps, that gradients underflow."""
         return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
 
     @property
@@ -74,7 +74,7 @@ class TrainState(Predictor):
         return Predictor(module, module, self.precision, self.device)
 
     def reset_optimizer(self) -> None:
-        """Forget optimizer state, loss scale and moving average: the weights were replaced."""
+        """Reset optimizer state, loss scale and moving average after the weights were replaced."""
         self.optimizer.state.clear()
         fresh = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(fresh.state_dict())

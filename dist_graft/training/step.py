@@ -1,4 +1,7 @@
-"""One optimizer step of one network, and its evaluation. Nothing here communicates by itself."""
+"""One optimizer step of one network, and its evaluation.
+
+The only communication is between the replicas of a network, in the forward and backward pass.
+"""
 
 from __future__ import annotations
 
@@ -16,58 +19,61 @@ from dist_graft.training.data import Data
 from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
 from dist_graft.training.state import Predictor, TrainState
-from dist_graft.training.task import (
-    Task,
-    accuracy,
-    as_float,
-    classification,
-)
+from dist_graft.training.task import Task, accuracy, classification
 
 Backward = Callable[..., AbstractContextManager[object]]
-"""(last=) -> context of a forward and backward pass; last: whether it is the step's last one."""
+"""(last=) -> context of a forward and backward pass; last: whether it is the last of the step."""
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """Means over the samples of some steps."""
-
-    loss: float
-    images: int
-    """Samples."""
-    steps: int
-    seconds: float
-    data_seconds: float = 0.0
-    """Of `seconds`, spent waiting for batches."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    """What each metric is a mean over."""
-
-    def __add__(self, other: TrainResult) -> TrainResult:
-        """Means over the steps of both."""
-        images = self.images + other.images
-        if not images:
-            return self
-        metrics, counts = _merge_metrics([self, other])
-        return TrainResult(
-            loss=(self.loss * self.images + other.loss * other.images) / images,
-            images=images,
-            steps=self.steps + other.steps,
-            seconds=self.seconds + other.seconds,
-            data_seconds=self.data_seconds + other.data_seconds,
-            metrics=metrics,
-            counts=counts,
-        )
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Means over the samples of a split."""
+class Result:
+    """Means over some samples."""
 
     loss: float
     samples: int
     metrics: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     """What each metric is a mean over."""
+
+    def row(self) -> list[float]:
+        """Loss, number of samples, and value and count of each metric, to be gathered."""
+        pairs = [(value, self.counts[name]) for name, value in self.metrics.items()]
+        return [self.loss, float(self.samples), *(number for pair in pairs for number in pair)]
+
+    def from_row(self, row: Sequence[float]) -> Result:
+        """Result of another process from its `row`, with the metrics of this one."""
+        loss, samples, *pairs = row
+        return Result(
+            loss,
+            int(samples),
+            metrics=dict(zip(self.metrics, pairs[::2], strict=True)),
+            counts=dict(zip(self.metrics, pairs[1::2], strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult(Result):
+    """Means over the samples of some steps."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    """Time spent waiting for batches, included in `seconds`."""
+
+    def __add__(self, other: TrainResult) -> TrainResult:
+        """Means over the steps of both."""
+        return TrainResult(
+            **_means([self, other]),
+            steps=self.steps + other.steps,
+            seconds=self.seconds + other.seconds,
+            data_seconds=self.data_seconds + other.data_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class EvalResult(Result):
+    """Means over the samples of a split."""
+
     probabilities: Tensor | None = None
     """[samples, classes], float32 on the CPU, in the order of the split; classification only."""
     labels: Tensor | None = None
@@ -75,7 +81,7 @@ class EvalResult:
 
     @property
     def accuracy(self) -> float:
-        """Percent; classification only."""
+        """Accuracy in percent; classification only."""
         return self.metrics["accuracy"]
 
 
@@ -86,13 +92,13 @@ class RunningSums:
         self._names = list(task.metrics)
         self._sums = torch.zeros(1 + 2 * len(self._names), dtype=torch.float64, device=device)
         self._task = task
-        self._images = 0
+        self._samples = 0
 
     @torch.no_grad()
     def add(self, loss: Tensor, output: Any, targets: Any) -> None:
         """Add one batch: its mean loss, weighted by its size, and its metrics."""
         size = batch_size(targets)
-        self._images += size
+        self._samples += size
         self._sums[0] += loss.detach() * size
         for index, name in enumerate(self._names):
             total, count = self._task.metrics[name](output, targets)
@@ -100,12 +106,12 @@ class RunningSums:
             self._sums[2 + 2 * index] += count
 
     def result(self, *, steps: int, seconds: float, data_seconds: float) -> TrainResult:
-        """The means. This is the only read from the device in a segment."""
+        """Return the means. This is the only read from the device in a segment."""
         loss, *pairs = self._sums.tolist()
         sums = dict(zip(self._names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
         return TrainResult(
-            loss=loss / max(self._images, 1),
-            images=self._images,
+            loss=loss / max(self._samples, 1),
+            samples=self._samples,
             steps=steps,
             seconds=seconds,
             data_seconds=data_seconds,
@@ -127,18 +133,18 @@ def train_step(
 ) -> None:
     """Take one optimizer step on a batch, and add its loss and metrics to `sums`.
 
-    The batch is cut into `config.accumulation` chunks whose gradients add up to the gradient of
-    the mean loss over the batch. A collective where several processes train the network.
+    The batch is split into `config.accumulation` chunks. Their gradients add up to the gradient of
+    the mean loss over the batch. A collective of the processes that train the network.
 
     Args:
-        state: of the network; changed.
+        state: changed in place.
         task: loss and metrics.
-        inputs: of this process's part of the batch.
-        targets: likewise.
+        inputs: this process's part of the batch.
+        targets: this process's part of the batch.
         config: accumulation and clipping.
-        part: of the batch that this process trains on.
-        sums: of the segment; changed.
-        backward: context of each forward and backward pass; None: a process alone.
+        part: position and weight of this process's part.
+        sums: changed in place.
+        backward: context of each forward and backward pass; None: no replicas.
     """
     length = batch_size(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
@@ -174,10 +180,10 @@ def evaluate(
     """Evaluate the network on this process's part of a split.
 
     Args:
-        predictor: the network; its module is left in evaluation mode.
-        data: whose split is evaluated.
-        split: "test" or "val".
-        task: loss and metrics; None: classification.
+        predictor: the network; its module stays in evaluation mode.
+        data: batches of the split.
+        split: name of the split.
+        task: loss and metrics. Default: classification.
     """
     task = task or classification()
     predictor.model.eval()
@@ -196,8 +202,8 @@ def evaluate(
         loss += mean.double() * size
         for name, metric in task.metrics.items():
             total, count = metric(output, targets)
-            sums[name][0] += as_float(total, predictor.device)
-            sums[name][1] += as_float(count, predictor.device)
+            sums[name][0] += total
+            sums[name][1] += count
     pairs = {name: pair.tolist() for name, pair in sums.items()}
     return EvalResult(
         loss=float(loss) / samples,
@@ -232,28 +238,10 @@ def _evaluate_classifier(
 
 
 def merge_train_results(local: TrainResult, rows: Sequence[Sequence[float]]) -> TrainResult:
-    """Merge the results of the replicas of one network, given each one's `result_row`."""
+    """Merge the results of the replicas of one network, given the `row` of each."""
     if len(rows) == 1:
         return local
-    parts = [
-        replace(
-            local,
-            loss=loss,
-            images=int(images),
-            metrics=dict(zip(local.metrics, pairs[::2], strict=True)),
-            counts=dict(zip(local.metrics, pairs[1::2], strict=True)),
-        )
-        for loss, images, *pairs in rows
-    ]
-    images = sum(part.images for part in parts)
-    metrics, counts = _merge_metrics(parts)
-    return replace(
-        local,
-        loss=sum(part.loss * part.images for part in parts if part.images) / max(images, 1),
-        images=images,
-        metrics=metrics,
-        counts=counts,
-    )
+    return replace(local, **_means([local.from_row(row) for row in rows]))
 
 
 def merge_eval_results(
@@ -262,47 +250,36 @@ def merge_eval_results(
     """Merge the results of the replicas of one network, each evaluated on a part of a split.
 
     Args:
-        local: of this process.
-        rows: `result_row` of each replica.
+        local: result of this process.
+        rows: `row` of each replica.
         answers: probabilities and labels of all replicas, [samples, classes + 1]; None unless the
             task is classification.
     """
     if len(rows) == 1:
         return local
-    parts = [
-        EvalResult(
-            loss=loss,
-            samples=int(samples),
-            metrics=dict(zip(local.metrics, pairs[::2], strict=True)),
-            counts=dict(zip(local.metrics, pairs[1::2], strict=True)),
-        )
-        for loss, samples, *pairs in rows
-    ]
-    samples = sum(part.samples for part in parts)
-    loss = sum(part.loss * part.samples for part in parts) / samples
-    metrics, counts = _merge_metrics(parts)
+    merged = EvalResult(**_means([local.from_row(row) for row in rows]))
     if answers is None:
-        return EvalResult(loss, samples, metrics, counts)
+        return merged
     probabilities, labels = answers[:, :-1], answers[:, -1].long()
     metrics = {"accuracy": accuracy(probabilities, labels)}
-    return EvalResult(loss, samples, metrics, counts, probabilities, labels)
+    return replace(merged, metrics=metrics, probabilities=probabilities, labels=labels)
 
 
-def result_row(result: TrainResult | EvalResult) -> list[float]:
-    """Loss, number of samples, and value and count of each metric, as numbers to be gathered."""
-    samples = result.images if isinstance(result, TrainResult) else result.samples
-    pairs = [(value, result.counts[name]) for name, value in result.metrics.items()]
-    return [result.loss, float(samples), *(number for pair in pairs for number in pair)]
-
-
-def _merge_metrics(
-    parts: Sequence[TrainResult | EvalResult],
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Means over the samples of all parts, and their counts."""
-    counts = {name: sum(part.counts[name] for part in parts) for name in parts[0].metrics}
-    metrics = {
-        name: sum(part.metrics[name] * part.counts[name] for part in parts if part.counts[name])
-        / (count or 1.0)
-        for name, count in counts.items()
+def _means(parts: Sequence[Result]) -> dict[str, Any]:
+    """Fields of a `Result` over the samples of all parts."""
+    names = parts[0].metrics
+    return {
+        "loss": _weighted_mean([(part.loss, part.samples) for part in parts]),
+        "samples": sum(part.samples for part in parts),
+        "metrics": {
+            name: _weighted_mean([(part.metrics[name], part.counts[name]) for part in parts])
+            for name in names
+        },
+        "counts": {name: sum(part.counts[name] for part in parts) for name in names},
     }
-    return metrics, counts
+
+
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """Mean of (value, weight) pairs; 0 if all weights are 0. Values of weight 0 may be NaN."""
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs if weight) / (total or 1.0)

@@ -1,4 +1,4 @@
-"""Final results of a run as a dictionary. Pure."""
+"""Final results of a run: the content of summary.json."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from dist_graft.errors import DataError
+from dist_graft.monitoring.metrics import MOMENTS
 from dist_graft.training.step import EvalResult
 from dist_graft.training.task import accuracy
 
 MAX_ENSEMBLE_NUMBERS = 2**22
 """Largest number of probabilities per network that are summed after every epoch (16 MiB)."""
-MOMENTS = ("before_last_round", "after_last_round")
 
 
 def finite_probabilities(result: EvalResult) -> Tensor:
-    """What a network adds to the ensemble: its probabilities, or zeros when some are NaN or Inf."""
+    """A network's probabilities for the ensemble, or zeros if some are not finite."""
     assert result.probabilities is not None
     finite = result.probabilities.isfinite().all()
     return result.probabilities if finite else torch.zeros_like(result.probabilities)
@@ -49,9 +49,9 @@ def summarize(
         metric: name of the metric. Accuracies are percentages.
         rows: of each network: learning rate, metric before and after the last round, whether it is
             finite, number of test samples.
-        ensembles: accuracy of the ensemble before and after the last round; None where the task
-            is not classification. Networks that are not finite count in the mean, but not here.
-        seconds: spent on the run.
+        ensembles: accuracy of the ensemble before and after the last round; None unless the task
+            is classification. Non-finite networks count in the mean, but not in the ensemble.
+        seconds: duration of the run.
     """
     summary: dict[str, Any] = {
         "networks": [
@@ -76,7 +76,7 @@ def summarize(
 def check_equal_samples(rows: Sequence[Sequence[float]]) -> None:
     """Raise DataError, on all ranks, when the networks were tested on different samples."""
     tested = [int(row[4]) for row in rows]
-    if len(set(tested)) > 1:  # data.skip_broken, and machines with copies of their own
+    if len(set(tested)) > 1:  # data.skip_broken, and different files on each machine
         raise DataError(
             f"the networks were tested on different numbers of images ({tested}): give all "
             "machines the same files, and rerun the command to resume"

@@ -1,4 +1,4 @@
-"""What a network is trained to do: loss and metrics of an output and its target."""
+"""The training task: loss and metrics as functions of output and target."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -56,8 +55,3 @@ def percent_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Percentage of labels [n] that have the largest score in their row of scores [n, classes]."""
     return 100 * float((scores.argmax(1) == labels).double().mean())
-
-
-def as_float(value: Tensor | float, device: torch.device) -> Tensor:
-    """The value as a float64 scalar on the device."""
-    return torch.as_tensor(value, dtype=torch.float64, device=device)

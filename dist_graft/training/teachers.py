@@ -1,4 +1,4 @@
-"""Teachers for distillation: frozen networks of finished runs."""
+"""Distillation from teachers: frozen networks of finished runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import yaml
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ from dist_graft.config import ModelConfig, TrainConfig
 from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import ImageData
-from dist_graft.training.losses import distillation_loss
 from dist_graft.training.models import build_model
 
 _UNREADABLE = (
@@ -58,11 +58,26 @@ class Teachers:
         return torch.stack(softened).mean(dim=0)
 
 
+def distillation_loss(logits: Tensor, teaching: Tensor, *, temperature: float) -> Tensor:
+    """Distillation loss -tau^2 sum_k p_k ln q_k (arXiv 2004.12311).
+
+    Args:
+        logits: the student's, [batch, classes].
+        teaching: p, the mean of the teachers' probabilities at the same temperature,
+            [batch, classes]; receives no gradient.
+        temperature: tau; q is the softmax of logits / tau.
+
+    Returns: the mean over the batch in float32, a scalar.
+    """
+    student = F.log_softmax(logits.float() / temperature, dim=1)
+    return -(temperature**2) * (teaching * student).sum(dim=1).mean()
+
+
 def load_teachers(config: TrainConfig, data: ImageData, device: torch.device) -> Teachers | None:
     """Load the teachers in distill.teachers; None if there are none.
 
-    Raises: ConfigError naming a file that is not a checkpoint of a network, or that was trained on
-    other classes or channels.
+    Raises: ConfigError naming a file that is not a checkpoint of a network, or has other classes or
+    channels.
     """
     if not config.distill.teachers:
         return None

@@ -1,8 +1,8 @@
 """The training loop of one network in a population.
 
-`Trainer.fit` calls `train_epoch`, which calls the methods below it in order. Once the processes are
-connected, every collective is a visible line in this file, in `population/grafter.py` (a round) or
-in `population/runtime/replicas.py` (the processes of one network).
+Methods are in the order of their calls. To follow one epoch, start at `train_epoch`. Every
+collective is a visible line in this file, in `population/grafter.py` (rounds) or in
+`population/runtime/replicas.py` (processes of one network); callbacks never communicate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import signal
 import socket
 import time
@@ -34,7 +33,13 @@ from dist_graft.errors import (
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.log import close_log, hold_warnings, open_log
-from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, NetworkRow, network_row
+from dist_graft.monitoring.metrics import (
+    EpochMetrics,
+    EpochReport,
+    LayerStats,
+    NetworkRow,
+    network_row,
+)
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.record import GraftRecord
@@ -60,6 +65,7 @@ from dist_graft.training.builders import (
     build_state,
     build_task,
     build_units,
+    build_user_rule,
     built_in_callbacks,
     criterion_name,
     describe_data,
@@ -82,6 +88,7 @@ from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
 from dist_graft.training.shared_directory import (
     MAX_LAG_SECONDS,
+    refuse_unshared,
     remove_token,
     sees_token,
     write_token,
@@ -90,11 +97,9 @@ from dist_graft.training.state import Predictor
 from dist_graft.training.step import (
     EvalResult,
     RunningSums,
-    TrainResult,
     evaluate,
     merge_eval_results,
     merge_train_results,
-    result_row,
     train_step,
 )
 from dist_graft.training.summary import (
@@ -115,7 +120,7 @@ class Trainer:
     """Trains one network of a population; every process of the run creates one.
 
     Start the processes with torchrun or `dist_graft.launch`; a process alone trains one network.
-    What is not given comes from the configuration: without arguments, this is `dist-graft train`.
+    The configuration provides what is not passed: without arguments, this is `dist-graft train`.
 
     Args:
         config: all options; see `TrainConfig`.
@@ -131,7 +136,7 @@ class Trainer:
         callbacks: called after the built-in ones and those of `config.callbacks`.
 
     Attributes:
-        config (TrainConfig): as given.
+        config (TrainConfig): all options.
         process (ProcessInfo): rank, network, replica and world size.
         directory (RunDirectory): paths of the run.
         log (logging.Logger): writes to the network's log.txt; on rank 0 also to the console.
@@ -142,7 +147,7 @@ class Trainer:
         step (int): steps finished in the current epoch.
         global_step (int): steps finished in the run.
         round (int): rounds finished in the run.
-        summary (dict): final results; empty until the last epoch is over.
+        summary (dict): final results; empty before the end of the last epoch.
         resumed_from (Path | None): checkpoint that was restored.
     """
 
@@ -165,13 +170,18 @@ class Trainer:
         self._datasets = data
         self._make_optimizer = optimizer
         self._user_callbacks = callbacks
-        given: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
-        given["optimizer"] = optimizer
-        self.custom = [name for name, value in given.items() if value is not None]
+        passed = {
+            "model": model,
+            "data": data,
+            "loss": loss,
+            "metrics": metrics,
+            "optimizer": optimizer,
+        }
+        self.custom = [name for name, value in passed.items() if value is not None]
         self._reset()
 
     def _reset(self) -> None:
-        """Forget an earlier call of `fit`."""
+        """Reset what an earlier call of `fit` has changed."""
         self.progress = Progress()
         self.stopping = False
         self.summary: dict[str, Any] = {}
@@ -185,12 +195,12 @@ class Trainer:
 
     @property
     def model_name(self) -> str:
-        """Name of the architecture, for the log."""
+        """Name of the architecture."""
         if self._make_model is None:
             return self.config.model.name
         return getattr(self._make_model, "__name__", type(self._make_model).__name__)
 
-    # ---- Position ------------------------------------------------------------------------------
+    # ---- Position --------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
@@ -227,7 +237,7 @@ class Trainer:
         """Steps finished in the run."""
         return self.epoch * self.steps_per_epoch + self.step
 
-    # ---- The run -------------------------------------------------------------------------------
+    # ---- The run ---------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train for `config.epochs` epochs; every process of the run must call this.
@@ -235,8 +245,8 @@ class Trainer:
         Resumes from the latest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1 and the
         file STOP in the run directory stop the run after a step, with a checkpoint.
 
-        Raises: StoppedEarlyError after such a stop; PeerError when another process died or did not
-            answer in time; another DistGraftError that says what to do. No finished work is lost.
+        Raises: StoppedEarlyError after such a stop; PeerError when another process exited or did
+            not respond in time; another DistGraftError that says what to do.
         """
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._reset()
@@ -252,20 +262,20 @@ class Trainer:
                 raise explained from error
         finally:
             close_log()
-            if not self.process.launched:  # a launcher may still signal a process that ends
+            if not self.process.launched:  # a launcher may still signal a process that exits
                 for number, handler in handlers.items():
                     signal.signal(number, handler or signal.SIG_DFL)
 
     def _fit(self) -> None:
-        """Train, and tell the callbacks how the run ended."""
+        """Build, resume, and train the remaining epochs; report errors to the callbacks."""
         try:
-            self.callbacks.setup(self)
+            self.callbacks.call("setup", self)
             self._build()
             self._resume()
             if self.epoch < self.config.epochs:
                 self._announce()
                 self.stop_requests.install_handlers()
-                self.callbacks.on_fit_start(self)
+                self.callbacks.call("on_fit_start", self)
                 for epoch in range(self.epoch, self.config.epochs):
                     self.train_epoch(epoch)
                 self._finish()
@@ -279,225 +289,18 @@ class Trainer:
                     )
             self.runtime.shutdown()
         except BaseException as error:
-            self.callbacks.on_exception(self, self._explain(error))
+            self.callbacks.call("on_exception", self, self._explain(error))
             raise
         finally:
             self.stop_requests.close()
-            if not self.process.launched:  # a launched process is about to end
+            if not self.process.launched:  # a launched process is about to exit
                 self.checkpoints.close()
-            self.callbacks.teardown(self)
+            self.callbacks.call("teardown", self)
 
-    def train_epoch(self, epoch: int) -> None:
-        """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""
-        # ---- Start: at step 0, or where a resumed epoch continues ----
-        if self.step == 0:
-            self._start_epoch(epoch)
-        first = self.step
-        self._report_checkpoint()
-        self.callbacks.on_epoch_start(self)
-
-        tests: dict[str, EvalResult] = {}
-        layers = None
-        batches = self.data.train_batches(epoch, first, self.steps_per_epoch)
-        with closing(batches):
-            for segment in epoch_segments(
-                epoch,
-                epochs=self.config.epochs,
-                steps_per_epoch=self.steps_per_epoch,
-                cadence=self.cadence,
-                save_every=self.config.checkpoint.every,
-                votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
-                votes_after=self._votes_after,
-                first=first,
-                rounds=self.round,
-            ):
-                # ---- Steps ----
-                self.train_segment(segment, batches)
-
-                # ---- Evaluation, at the end of the epoch and before its round ----
-                if segment.evaluate and not self.stopping:
-                    tests = self.evaluate()
-                    layers = layer_stats(self.config, self.state, self.units)
-                    self.runtime.observe_local_epoch(self._epoch_seconds)
-
-                # ---- Round, or the agreement to stop ----
-                self.graft_round(segment)
-
-                # ---- Checkpoint, if rank 0's clock says that one is due ----
-                due = segment.vote and self._vote(
-                    f"a checkpoint at step {segment.last} of epoch {epoch}"
-                )
-                if due and not segment.evaluate:
-                    self.save()
-
-        # ---- Report ----
-        assert layers is not None
-        metrics = self._epoch_metrics(epoch, tests, layers.information)
-        self._warn_of_skipped_images(epoch)
-        lost = non_finite_part(self.state, loss=self.progress.diverged)
-        metric, _ = primary_metric(tests["test"])
-        row = network_row(
-            metrics,
-            metric=metric if self.task.metrics else None,
-            busy=self._busy_seconds,
-            whole=self._epoch_seconds,
-            finite=not lost,
-        )
-        gathered = self.runtime.gather(row.numbers(), f"the report of epoch {epoch}")
-        networks = [NetworkRow(*numbers) for numbers in gathered]
-        ensemble = self._epoch_ensemble(tests["test"], epoch)
-        self.runtime.observe_epoch(max(other.epoch_seconds for other in networks))
-        report = EpochReport(
-            metrics=metrics,
-            layers=layers,
-            networks=networks,
-            metric=metric if self.task.metrics else None,
-            ensemble_accuracy=ensemble,
-            seconds=self._trained.seconds,
-        )
-        self.callbacks.on_epoch_end(self, report)
-        check_finite(networks, epoch, self.process.network, lost, tolerant=self._tolerant)
-
-        # ---- Summary, after the last round ----
-        if epoch + 1 == self.config.epochs:
-            after = self._evaluate_split("test") if segment.round else tests["test"]
-            self._summarize(tests["test"], after, finite=not lost)
-
-        # ---- Checkpoint ----
-        self._votes_after = 0
-        self.progress = Progress(
-            Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
-        )
-        if segment.save or due:
-            self.save()
-
-    def train_segment(self, segment: Segment, batches: Iterator[tuple[Any, Any]]) -> None:
-        """Take the steps of a segment, or those before a request to stop."""
-        start = time.perf_counter()
-        waited, steps = 0.0, 0
-        sums = RunningSums(self.task, self.device)
-        self.model.train()
-        for step in range(segment.first, segment.last):
-            # ---- Batch ----
-            fetch = time.perf_counter()
-            with profiler_label("data"):
-                inputs, targets = next(batches)
-            waited += time.perf_counter() - fetch
-
-            # ---- Step; replicas average their gradients in the backward pass ----
-            self._seed_step(segment.epoch, step)
-            with profiler_label("step"):
-                if batch_size(targets):
-                    train_step(
-                        self.state,
-                        self.task,
-                        inputs,
-                        targets,
-                        config=self.config.optim,
-                        part=self.data.part(step),
-                        sums=sums,
-                        backward=self.replicas.backward,
-                    )
-                self.state.scheduler.step()
-            steps += 1
-            self.progress.position = Position(segment.epoch, step + 1, self.round)
-            self.callbacks.on_step_end(self)
-
-            # ---- Stop? The replicas of a network agree, so that all take equally many steps ----
-            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
-            if self.stopping:
-                break
-
-        # ---- Results, over all replicas ----
-        result = sums.result(steps=steps, seconds=time.perf_counter() - start, data_seconds=waited)
-        rows = self.replicas.gather(result_row(result), "the results of some steps")
-        result = merge_train_results(result, rows)
-        self._busy_seconds += result.seconds
-        self.timer.add("data", result.data_seconds)
-        self.timer.add("step", result.seconds - result.data_seconds)
-        progress = self.progress
-        progress.trained = progress.trained + result if progress.trained else result
-        progress.diverged |= self._has_diverged(result.loss)
-
-    def graft_round(self, segment: Segment) -> None:
-        """Graft with the other networks if a round is due; stop the run if one of them asks to.
-
-        Raises: StoppedEarlyError, on all ranks, once everything is saved.
-        """
-        if segment.round or segment.evaluate:
-            self.callbacks.on_round_start(self)
-        if not self.stopping:  # a request that came during the evaluation
-            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
-        record: GraftRecord | None = None
-        try:
-            if segment.round and self.grafter:
-                steps = segment.epoch * self.steps_per_epoch + segment.last
-                with naming_epoch(segment.epoch), self.timer.phase("round"):
-                    record = self.grafter.graft(
-                        rate=self.rate(steps),
-                        stop=self.stopping,
-                        diverged=self.progress.diverged,
-                    )
-            elif segment.evaluate or self.stopping:
-                self._vote(f"the end of epoch {segment.epoch}")
-        except RoundStoppedError:
-            self._stop_early()
-
-        if record:
-            if self.process.network in record.healed:
-                self.state.reset_optimizer()
-            self.progress.diverged = False
-            self.progress.add_round(record)
-            self.callbacks.on_round_end(self, record)
-        elif segment.round:
-            with self.timer.phase("round"):
-                self_graft(self.state, self.units, self.config.graft, self.round)
-            self.progress.count_round()
-        if segment.round and self.config.graft.reset_momentum:
-            self.state.optimizer.state.clear()
-
-    def evaluate(self) -> dict[str, EvalResult]:
-        """Evaluate the network on the "test" and "val" splits, and its moving average on "test".
-
-        A collective of the network's replicas, whose batch-norm statistics become their mean.
-        """
-        start = time.monotonic()
-        self.callbacks.on_evaluate_start(self)
-        with self.timer.phase("evaluation"):
-            self.replicas.average_buffers(self.state.model_and_average())
-            results = {"test": self._evaluate_split("test")}
-            if self.data.has_validation:
-                results["val"] = self._evaluate_split("val")
-            if self.state.averaged:
-                results["ema_test"] = self._evaluate_split("test", self.state.averaged)
-        self._busy_seconds += time.monotonic() - start
-        metrics = {
-            f"{split}_{name}": value
-            for split, result in results.items()
-            for name, value in {"loss": result.loss, **result.metrics}.items()
-        }
-        self.callbacks.on_evaluate_end(self, metrics)
-        return results
-
-    def save(self) -> None:
-        """Save a checkpoint in the background; every process must call this at the same position.
-
-        Raises: RunDirectoryError, on all ranks, when too many checkpoints failed in a row.
-        """
-        with self.timer.phase("checkpoint"):
-            self.checkpoints.settle()
-        self._report_checkpoint()
-        self.progress.seconds = time.monotonic() - self._start_time
-        if self.step:
-            self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
-        with self.timer.phase("checkpoint"):
-            self.checkpoints.save(self.progress, self.state.state_dict())
-        self._last_checkpoint = time.monotonic()
-
-    # ---- Start of the process and of the run -----------------------------------------------------
+    # ---- Start -----------------------------------------------------------------------------------
 
     def _start_process(self) -> None:
-        """Read this process's place, and meet the other processes."""
+        """Read rank and network from the environment, and connect to the other processes."""
         self.process = read_process_info().with_replicas(self.config.runtime.replicas)
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
@@ -547,13 +350,6 @@ class Trainer:
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)
         self.checkpoints = CheckpointManager(self.config, self.runtime, self.directory, self.log)
-        grace = self.config.checkpoint.grace_seconds
-        self.stop_requests = StopRequests(
-            self.directory.stop,
-            self.runtime.peers,
-            grace_seconds=grace,
-            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
-        )
 
     def _check_shared_directory(self) -> None:
         """Check that all processes see the same run directory.
@@ -563,29 +359,22 @@ class Trainer:
         if self.process.world_size == 1:
             return
         folder, runtime = self.directory.path, self.runtime
-        token = secrets.token_hex(8)
-        if self.process.is_main:
-            write_token(folder, token)
+        token = write_token(folder) if self.process.is_main else ""
         token = runtime.broadcast_text("the check of the run directory", token)
         lag = min(MAX_LAG_SECONDS, runtime.timeouts.seconds / 3)
         hosts = runtime.hosts()
-        # Not through the store: its host may leave as soon as it knows.
+        # Not through the store: the process that hosts it may exit as soon as it has the answers.
         seen = runtime.gather_all_ranks(
             [float(sees_token(folder, token, lag))], "the check of the run directory's visibility"
         )
         if self.process.is_main:
             remove_token(folder, token)
-        blind = dict.fromkeys(
+        blind = [
             f"network {rank // self.process.replicas} on {host}"
             for rank, (host, (sees,)) in enumerate(zip(hosts, seen, strict=True))
             if not sees
-        )
-        if blind:
-            raise RunDirectoryError(
-                f"{folder} is not shared by all processes: {'; '.join(blind)} did not see within "
-                f"{lag:g} s what network 0 wrote there; choose a run_dir on a disk that all "
-                "machines mount under the same path"
-            )
+        ]
+        refuse_unshared(folder, blind, lag)
 
     def _build(self) -> None:
         """Load the data and build the network, its graft units and its grafter."""
@@ -600,13 +389,13 @@ class Trainer:
         self.state.train_forward = self.replicas.wrap(self.state.forward)
         self.units = build_units(config, self.state)
         self.criterion = criterion_name(config)
-        self.cadence = build_cadence(config, self.process.networks)
-        self.rate = build_rate(config, self.steps_per_epoch)
+        user_rule = build_user_rule(config)
+        self.cadence = build_cadence(config, self.process.networks, user_rule)
+        self.rate = build_rate(config, self.steps_per_epoch, user_rule)
         self.grafter: Grafter | None = None
         if not self.cadence.never and not is_self_grafting(config):
-            self.grafter = build_grafter(
-                config, self.state, build_rule(config, self.state, self.units), runtime
-            )
+            rule = user_rule or build_rule(config, self.state, self.units)
+            self.grafter = build_grafter(config, self.state, rule, runtime)
         self._tolerant = config.on_divergence == "exclude" or (
             config.on_divergence == "heal" and self.grafter is not None
         )
@@ -621,7 +410,7 @@ class Trainer:
             self.state.load_state_dict(state)
             self.replicas.restore_buffers(self.state.model_and_average(), self.progress.buffers)
             self.resumed_from = path
-            # Networks that stopped at different steps take part in the same votes.
+            # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
             self._votes_after = int(max(step for (step,) in steps))
             self.log.info(
@@ -634,13 +423,13 @@ class Trainer:
         self._start_time -= self.progress.seconds
         if self.grafter:
             self.grafter.round = self.round
-            self.grafter.check()  # a collective: all models and options must agree
+            self.grafter.check()  # a collective: models and options must be the same
 
     def _announce(self) -> None:
-        """Write config.yaml, and log what runs where."""
+        """Write config.yaml, and log the configuration and the processes."""
         if self.process.is_main:
             self.directory.write_config(self.config, self.process.networks, self.custom)
-        self.log.info("%s", _opening(self))
+        self.log.info("%s", _startup_message(self))
         self.hosts = self.runtime.hosts()[:: self.process.replicas]
         if self.process.world_size > 1:
             device = str(self.device)
@@ -653,7 +442,63 @@ class Trainer:
             header = ("network", *(("replica",) if replica else ()), "rank", "host", "device")
             self.log.info("%s", format_table(header, [text.split("\t") for text in rows]))
 
-    # ---- Parts of an epoch -----------------------------------------------------------------------
+    # ---- One epoch -------------------------------------------------------------------------------
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""
+        # ---- Start: at step 0, or at the step where a resumed epoch continues ----
+        if self.step == 0:
+            self._start_epoch(epoch)
+        self._report_checkpoint()
+        self.callbacks.call("on_epoch_start", self)
+
+        segments = epoch_segments(
+            epoch,
+            epochs=self.config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            cadence=self.cadence,
+            save_every=self.config.checkpoint.every,
+            votes=_VOTES_PER_EPOCH if self.config.checkpoint.every_minutes else 0,
+            votes_after=self._votes_after,
+            first=self.step,
+            rounds=self.round,
+        )
+        with closing(self.data.train_batches(epoch, self.step, self.steps_per_epoch)) as batches:
+            for segment in segments:
+                # ---- Steps ----
+                self.train_segment(segment, batches)
+
+                # ---- Evaluation, at the end of the epoch and before its round ----
+                if segment.evaluate and not self.stopping:
+                    results = self.evaluate()
+                    layers = layer_stats(self.config, self.state, self.units)
+                    self.runtime.observe_local_epoch(self._epoch_seconds)
+
+                # ---- Round, or the agreement to stop, which ends the run here ----
+                self.graft_round(segment)
+
+                # ---- Checkpoint, if one is due by rank 0's clock ----
+                due = False
+                if segment.vote:
+                    due = self._vote(f"a checkpoint at step {segment.last} of epoch {epoch}")
+                if due and not segment.evaluate:
+                    self.save()
+
+        # ---- Report ----
+        finite = self._report_epoch(epoch, results, layers)
+
+        # ---- Summary, after the last round ----
+        if epoch + 1 == self.config.epochs:
+            after = self._evaluate_split("test") if segment.round else results["test"]
+            self._summarize(results["test"], after, finite=finite)
+
+        # ---- Checkpoint ----
+        self._votes_after = 0
+        self.progress = Progress(
+            Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
+        )
+        if segment.save or due:
+            self.save()
 
     def _start_epoch(self, epoch: int) -> None:
         self._busy_seconds, self._epoch_start = 0.0, time.monotonic()
@@ -665,32 +510,145 @@ class Trainer:
 
     @property
     def _epoch_seconds(self) -> float:
-        """Seconds since the epoch started; 0 when this process joined in the middle of it."""
+        """Seconds since the epoch started; 0 if this process resumed in the middle of it."""
         return time.monotonic() - self._epoch_start if self._epoch_start else 0.0
 
-    @property
-    def _trained(self) -> TrainResult:
-        """Results of the epoch's steps."""
-        assert self.progress.trained is not None
-        return self.progress.trained
+    def train_segment(self, segment: Segment, batches: Iterator[tuple[Any, Any]]) -> None:
+        """Take the steps of a segment; stop after the current step if a stop is requested."""
+        start = time.perf_counter()
+        data_seconds, steps = 0.0, 0
+        sums = RunningSums(self.task, self.device)
+        self.model.train()
+        for step in range(segment.first, segment.last):
+            # ---- Batch ----
+            batch_start = time.perf_counter()
+            with profiler_label("data"):
+                inputs, targets = next(batches)
+            data_seconds += time.perf_counter() - batch_start
+
+            # ---- Step; replicas average their gradients in the backward pass ----
+            self._seed_step(segment.epoch, step)
+            with profiler_label("step"):
+                if batch_size(targets):
+                    train_step(
+                        self.state,
+                        self.task,
+                        inputs,
+                        targets,
+                        config=self.config.optim,
+                        part=self.data.part(step),
+                        sums=sums,
+                        backward=self.replicas.backward,
+                    )
+                self.state.scheduler.step()
+            steps += 1
+            self.progress.position = Position(segment.epoch, step + 1, self.round)
+            self.callbacks.call("on_step_end", self)
+
+            # ---- Stop? The replicas of a network agree, so that all take equally many steps ----
+            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
+            if self.stopping:
+                break
+
+        # ---- Results, over all replicas ----
+        seconds = time.perf_counter() - start
+        result = sums.result(steps=steps, seconds=seconds, data_seconds=data_seconds)
+        rows = self.replicas.gather(result.row(), "the results of some steps")
+        result = merge_train_results(result, rows)
+        self._busy_seconds += result.seconds
+        self.timer.add("data", result.data_seconds)
+        self.timer.add("step", result.seconds - result.data_seconds)
+        progress = self.progress
+        progress.trained = progress.trained + result if progress.trained else result
+        progress.diverged |= self._has_diverged(result.loss)
 
     def _seed_step(self, epoch: int, step: int) -> None:
-        """Seed dropout: its draws depend on seed, network, epoch and step (and replica) only."""
+        """Seed dropout as a function of seed, network, epoch, step and replica only."""
         replica = (self.replicas.index,) if self.replicas.index else ()
         torch.manual_seed(
             stream_seed("step", self.config.seed, self.process.network, epoch, step, *replica)
         )
 
     def _has_diverged(self, loss: float) -> bool:
-        """Whether training has diverged. fp16 loss scaling skips single non-finite steps."""
+        """Whether training has diverged. Loss scaling in fp16 skips single non-finite steps."""
         if self.state.scaler.is_enabled():
             return self.state.loss_scale_collapsed
         return not math.isfinite(loss)
 
+    def evaluate(self) -> dict[str, EvalResult]:
+        """Evaluate the network on the "test" and "val" splits, and its moving average on "test".
+
+        A collective of the network's replicas. Their batch-norm statistics are averaged.
+        """
+        start = time.monotonic()
+        self.callbacks.call("on_evaluate_start", self)
+        with self.timer.phase("evaluation"):
+            self.replicas.average_buffers(self.state.model_and_average())
+            results = {"test": self._evaluate_split("test")}
+            if self.data.has_validation:
+                results["val"] = self._evaluate_split("val")
+            if self.state.averaged:
+                results["ema_test"] = self._evaluate_split("test", self.state.averaged)
+        self._busy_seconds += time.monotonic() - start
+        metrics = {
+            f"{split}_{name}": value
+            for split, result in results.items()
+            for name, value in {"loss": result.loss, **result.metrics}.items()
+        }
+        self.callbacks.call("on_evaluate_end", self, metrics)
+        return results
+
+    def _evaluate_split(self, split: Any, predictor: Predictor | None = None) -> EvalResult:
+        """Evaluate one split. A collective of the network's replicas, which share the samples."""
+        local = evaluate(predictor or self.state, self.data, split, self.task)
+        rows = self.replicas.gather(local.row(), "an evaluation")
+        answers = None
+        if len(rows) > 1 and local.probabilities is not None and local.labels is not None:
+            answers = torch.cat([local.probabilities, local.labels[:, None]], dim=1)
+            answers = self.replicas.gather_rows(answers, [int(row[1]) for row in rows])
+        return merge_eval_results(local, rows, answers)
+
+    def graft_round(self, segment: Segment) -> None:
+        """Graft with the other networks if a round is due. A collective where they synchronize.
+
+        Raises: StoppedEarlyError, on all ranks, if one of them requests a stop; after a checkpoint.
+        """
+        if segment.round or segment.evaluate:
+            self.callbacks.call("on_round_start", self)
+        if not self.stopping:  # a request that came during the evaluation
+            (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
+        record: GraftRecord | None = None
+        try:
+            if segment.round and self.grafter:
+                steps = segment.epoch * self.steps_per_epoch + segment.last
+                with naming_epoch(segment.epoch), self.timer.phase("round"):
+                    record = self.grafter.graft(
+                        rate=self.rate(steps),
+                        stop=self.stopping,
+                        diverged=self.progress.diverged,
+                    )
+            elif segment.evaluate or self.stopping:
+                self._vote(f"the end of epoch {segment.epoch}")
+        except RoundStoppedError:
+            self._stop_early()
+
+        if record:
+            if self.process.network in record.healed:
+                self.state.reset_optimizer()
+            self.progress.diverged = False
+            self.progress.add_round(record)
+            self.callbacks.call("on_round_end", self, record)
+        elif segment.round:
+            with self.timer.phase("round"):
+                self_graft(self.state, self.units, self.config.graft, self.round)
+            self.progress.count_round()
+        if segment.round and self.config.graft.reset_momentum:
+            self.state.optimizer.state.clear()
+
     def _vote(self, what: str) -> bool:
         """Agree with the other networks whether to stop, and whether a checkpoint is due.
 
-        Networks that do not graft meet here. A collective.
+        A collective. Networks that do not graft synchronize only here.
         """
         minutes = self.config.checkpoint.every_minutes
         elapsed = time.monotonic() - self._last_checkpoint
@@ -700,50 +658,80 @@ class Trainer:
             self._stop_early()
         return bool(votes[0][1])
 
-    def _evaluate_split(self, split: Any, predictor: Predictor | None = None) -> EvalResult:
-        """Evaluate one split: a collective of the network's replicas, which share the samples."""
-        local = evaluate(predictor or self.state, self.data, split, self.task)
-        rows = self.replicas.gather(result_row(local), "an evaluation")
-        answers = None
-        if len(rows) > 1 and local.probabilities is not None and local.labels is not None:
-            answers = torch.cat([local.probabilities, local.labels[:, None]], dim=1)
-            answers = self.replicas.gather_rows(answers, [int(row[1]) for row in rows])
-        return merge_eval_results(local, rows, answers)
+    def save(self) -> None:
+        """Save a checkpoint in the background; every process must call this at the same position.
 
-    def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
-        """Accuracy of the ensemble after an epoch, in percent: a collective.
-
-        None where it would be expensive, or the networks were tested on different samples.
+        Raises: RunDirectoryError, on all ranks, when too many checkpoints failed in a row.
         """
-        if tested.probabilities is None:
-            return None
-        size = float(tested.probabilities.numel())
-        rows = self.runtime.gather([size], f"the test images of epoch {epoch}")
-        if len({row[0] for row in rows}) > 1 or size > MAX_ENSEMBLE_NUMBERS:
-            return None
-        total = self.runtime.sum_over_networks(
-            finite_probabilities(tested), f"the ensemble of epoch {epoch}"
-        )
-        return ensemble_accuracy(total, tested)
+        with self.timer.phase("checkpoint"):
+            self.checkpoints.settle()
+        self._report_checkpoint()
+        self.progress.seconds = time.monotonic() - self._start_time
+        if self.step:
+            self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
+        with self.timer.phase("checkpoint"):
+            self.checkpoints.save(self.progress, self.state.state_dict())
+        self._last_checkpoint = time.monotonic()
 
-    def _epoch_metrics(
-        self, epoch: int, tests: Mapping[str, EvalResult], information: Mapping[str, float]
-    ) -> EpochMetrics:
-        trained = self._trained
-        splits = {name: {"loss": result.loss, **result.metrics} for name, result in tests.items()}
-        assert self.progress.lr is not None
-        return EpochMetrics(
+    def _report_checkpoint(self) -> None:
+        """Report the checkpoints that have been completed to the callbacks."""
+        for path in self.checkpoints.newly_completed():
+            self.callbacks.call("on_checkpoint", self, path)
+
+    # ---- Results of an epoch and of the run ------------------------------------------------------
+
+    def _report_epoch(
+        self, epoch: int, results: Mapping[str, EvalResult], layers: LayerStats
+    ) -> bool:
+        """Pass the results of all networks to the callbacks. A collective.
+
+        Returns: whether this network is finite.
+        Raises: NonFiniteError, on all ranks, when diverged networks end the run.
+        """
+        # ---- This network ----
+        self._warn_of_skipped_images(epoch)
+        trained, lr = self.progress.trained, self.progress.lr
+        assert trained is not None
+        assert lr is not None
+        splits = {name: {"loss": result.loss, **result.metrics} for name, result in results.items()}
+        metrics = EpochMetrics(
             epoch=epoch,
-            lr=self.progress.lr,
+            lr=lr,
             train={"loss": trained.loss, **trained.metrics},
             test=splits["test"],
             val=splits.get("val"),
             ema_test=splits.get("ema_test"),
-            images_per_second=trained.images / trained.seconds,
+            images_per_second=trained.samples / trained.seconds,
             phase_seconds=self.timer.reset(),
-            information=dict(information),
+            information=dict(layers.information),
             graft=self.progress.rounds,
         )
+        metric = next(iter(self.task.metrics), None)
+        non_finite = non_finite_part(self.state, loss=self.progress.diverged)
+        row = network_row(
+            metrics,
+            metric=metric,
+            busy_seconds=self._busy_seconds,
+            epoch_seconds=self._epoch_seconds,
+            finite=not non_finite,
+        )
+
+        # ---- All networks ----
+        gathered = self.runtime.gather(row.numbers(), f"the report of epoch {epoch}")
+        networks = [NetworkRow(*numbers) for numbers in gathered]
+        ensemble = self._epoch_ensemble(results["test"], epoch)
+        self.runtime.observe_epoch(max(other.epoch_seconds for other in networks))
+        report = EpochReport(
+            metrics=metrics,
+            layers=layers,
+            networks=networks,
+            metric=metric,
+            ensemble_accuracy=ensemble,
+            seconds=trained.seconds,
+        )
+        self.callbacks.call("on_epoch_end", self, report)
+        check_finite(networks, epoch, self.process.network, non_finite, tolerant=self._tolerant)
+        return not non_finite
 
     def _warn_of_skipped_images(self, epoch: int) -> None:
         skipped: Mapping[str, str] = getattr(self.data, "skipped", {})
@@ -757,12 +745,28 @@ class Trainer:
                 reason,
             )
 
+    def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
+        """Accuracy of the ensemble after an epoch, in percent. A collective.
+
+        None if it would be expensive, or the networks were tested on different samples.
+        """
+        if tested.probabilities is None:
+            return None
+        size = float(tested.probabilities.numel())
+        rows = self.runtime.gather([size], f"the test images of epoch {epoch}")
+        if len({row[0] for row in rows}) > 1 or size > MAX_ENSEMBLE_NUMBERS:
+            return None
+        total = self.runtime.sum_over_networks(
+            finite_probabilities(tested), f"the ensemble of epoch {epoch}"
+        )
+        return ensemble_accuracy(total, tested)
+
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
-        """Write summary.json: a collective.
+        """Write summary.json. A collective.
 
         Args:
             before: test results before the last round.
-            after: likewise after it.
+            after: test results after the last round.
             finite: whether the network's weights and loss are finite.
         """
         metric, value = primary_metric(before)
@@ -793,25 +797,20 @@ class Trainer:
             text = json.dumps(self.summary, indent=1) + "\n"
             try:
                 write_atomically(self.directory.summary, text.encode())
-            except RunDirectoryError as error:  # reported once the checkpoint is saved
+            except RunDirectoryError as error:  # raised once the checkpoint is saved
                 self._summary_error = error
 
     # ---- End of the run --------------------------------------------------------------------------
 
-    def _report_checkpoint(self) -> None:
-        """Tell the callbacks which checkpoints are complete by now."""
-        for path in self.checkpoints.newly_completed():
-            self.callbacks.on_checkpoint(self, path)
-
     def _finish(self) -> None:
-        """Wait for the last checkpoint, and report the end of the run."""
+        """Wait for the last checkpoint, and report the end of training."""
         failure = self._summary_error
         try:
             self.checkpoints.finish()
         except RunDirectoryError as error:
             failure = error
         self._report_checkpoint()
-        self.callbacks.on_fit_end(self)
+        self.callbacks.call("on_fit_end", self)
         if failure:
             raise failure
         if self.process.is_main:
@@ -822,7 +821,7 @@ class Trainer:
             )
 
     def _stop_early(self) -> NoReturn:
-        """Save the current position and end the run, together with all other networks."""
+        """Save a checkpoint at the current position, and end the run on all ranks. A collective."""
         self.progress.seconds = time.monotonic() - self._start_time
         self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()
@@ -834,7 +833,7 @@ class Trainer:
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()
         if self.process.is_main:
             self.checkpoints.mark_stopped(reason, path)
-        # Leave together: a launcher ends the processes that stay behind the first one.
+        # Exit together: a launcher kills the processes that outlive the first one.
         self.runtime.broadcast_text("the end of the stop", reason)
         self._report_checkpoint()
         raise StoppedEarlyError(
@@ -842,12 +841,12 @@ class Trainer:
         )
 
     def _explain(self, error: BaseException) -> BaseException:
-        """The error to report instead: who died, or what to do about memory."""
+        """Return the error to report: the peer that exited, or what to do about memory."""
         if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
             peers = self.runtime.peers
-            if dead := peers.dead_peers() if peers else []:
+            if exited := peers.dead_peers() if peers else []:
                 return PeerError(
-                    f"{'; '.join(dead)} ended: see its own output; rerun the command to resume "
+                    f"{'; '.join(exited)} ended: see its own output; rerun the command to resume "
                     "from the latest checkpoint"
                 )
         if isinstance(error, torch.OutOfMemoryError):
@@ -859,7 +858,7 @@ class Trainer:
 
 
 def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
-    """End a process that was asked to stop while its peers did not agree in time."""
+    """Exit after the grace period of a requested stop: the peers did not respond in time."""
     print_line(
         f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
         "(--checkpoint.grace_seconds); rerun the command to resume from the latest checkpoint"
@@ -867,8 +866,8 @@ def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
     leave(1)
 
 
-def _opening(trainer: Trainer) -> str:
-    """First lines of the log: what runs where, how to stop it, where to look."""
+def _startup_message(trainer: Trainer) -> str:
+    """First lines of the log: model, data, devices, and how to stop and monitor the run."""
     config, process, data = trainer.config, trainer.process, trainer.data
     run_dir = trainer.directory.path
     weights = sum(parameter.numel() for parameter in trainer.model.parameters())

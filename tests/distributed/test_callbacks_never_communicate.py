@@ -58,7 +58,7 @@ def train(run_dir: str, kind: type[dist_graft.Callback]) -> int:
     for name in COLLECTIVES:
         setattr(dist, name, refuse(name, getattr(dist, name)))
     StoreClient._request = refuse("the store", StoreClient._request)
-    call = CallbackList._call
+    call = CallbackList.call
 
     def flagged(self, *args):
         nonlocal in_callback
@@ -68,7 +68,7 @@ def train(run_dir: str, kind: type[dist_graft.Callback]) -> int:
         finally:
             in_callback = False
 
-    CallbackList._call = flagged
+    CallbackList.call = flagged
     config = dist_graft.TrainConfig(
         run_dir=run_dir,
         epochs=1,

@@ -10,7 +10,7 @@ from launching import SMALL, finish, together
 from reading import metrics
 
 from dist_graft.config import TrainConfig
-from dist_graft.training.builders import build_cadence, build_rate
+from dist_graft.training.builders import build_cadence, build_rate, build_user_rule
 from dist_graft.training.schedule import Cadence
 
 OUTSIDE = '''
@@ -133,8 +133,9 @@ def test_method_from_outside_of_the_package(tmp_path: Path) -> None:
 
 def test_method_from_outside_has_its_own_interval_and_rate() -> None:
     config = TrainConfig(method="outside:Follow")
-    assert build_cadence(config, 2) == Cadence(every_steps=2)
-    assert build_rate(config, 10)(40) == 0.5
+    rule = build_user_rule(config)
+    assert build_cadence(config, 2, rule) == Cadence(every_steps=2)
+    assert build_rate(config, 10, rule)(40) == 0.5
 
 
 def test_method_from_inside_of_the_package(tmp_path: Path) -> None:

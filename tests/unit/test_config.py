@@ -184,7 +184,7 @@ def test_bounds_that_are_legal(kind: type, name: str, value: object) -> None:
 def test_an_error_names_the_element_of_a_list() -> None:
     with pytest.raises(ConfigError, match=r"optim\.lrs must be above 0, got -0\.2"):
         OptimConfig(lrs=[0.1, -0.2])
-    with pytest.raises(ConfigError, match=r"callbacks must be package\.module:name.*'Mine'"):
+    with pytest.raises(ConfigError, match=r"callbacks must be a reference .*:name, got 'Mine'"):
         TrainConfig(callbacks=["package:Yours", "Mine"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from dist_graft.errors import ConfigError, DataError
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import donors_of
 from dist_graft.references import resolve
-from dist_graft.training.builders import build_rule
-from dist_graft.training.data.custom import read_custom
+from dist_graft.training.builders import build_user_rule
+from dist_graft.training.data.sources import read_custom
 from dist_graft.training.models import build_model
 
 MODULE = """
@@ -134,13 +133,12 @@ def test_name_of_a_criterion() -> None:
     ],
 )
 def test_invalid_rule(graft: GraftConfig, says: str) -> None:
-    state = SimpleNamespace(model=nn.Conv2d(1, 2, 3))
     with pytest.raises(ConfigError, match=says):
-        build_rule(TrainConfig(graft=graft), state, [])
+        build_user_rule(TrainConfig(graft=graft))
 
 
 def test_unused_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"graft\.rule requires method graft"):
         TrainConfig(method="papa", graft=GraftConfig(rule="given:no_rule"))
-    with pytest.raises(ConfigError, match=r"graft\.rule must be package\.module:name of your own"):
+    with pytest.raises(ConfigError, match=r"graft\.rule must be a reference package\.module:name"):
         GraftConfig(rule="best")

@@ -43,9 +43,9 @@ def checkpoint_path(folder: Path, epoch: int, round_: int | None = None, *, agai
     """Folder of a checkpoint.
 
     Args:
-        folder: of all checkpoints.
+        folder: folder of all checkpoints.
         epoch: epochs finished.
-        round_: rounds finished, for a checkpoint inside the epoch that follows.
+        round_: rounds finished; None for a checkpoint between two epochs.
         again: number of earlier checkpoints between the same two rounds.
     """
     inside = "" if round_ is None else f"_round_{round_:04d}"
@@ -96,11 +96,11 @@ def mark_complete(
     """Write COMPLETE.json. Every network's file must be durable by then.
 
     Args:
-        path: of the checkpoint.
+        path: folder of the checkpoint.
         epoch: epochs that all networks have finished.
         round_: rounds that all networks have finished.
-        sha256: of each network's file.
-        positions: epochs and steps that each network has finished; None: whole epochs only.
+        sha256: checksum of each network's file.
+        positions: epochs and steps that each network has finished; None: no steps after `epoch`.
     """
     content = {
         "epoch": epoch,
@@ -121,7 +121,7 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def all_checkpoints(folder: Path) -> list[Checkpoint]:
-    """All checkpoints that have a COMPLETE.json, damaged ones included, the newest last."""
+    """All checkpoints with a COMPLETE.json, including damaged ones, the newest last."""
     found = [_read(path) for path in _folders(folder) if (path / COMPLETE).is_file()]
     return sorted(found, key=lambda checkpoint: _order(checkpoint.path.name))
 
@@ -157,9 +157,9 @@ def damaged_file(checkpoint: Checkpoint) -> Path | None:
 
 
 def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
-    """Make room for checkpoints newer than the chosen one.
+    """Delete incomplete checkpoints newer than the chosen one, and rename damaged ones.
 
-    Incomplete ones are deleted. Damaged ones are renamed to NAME.damaged.
+    Damaged checkpoints are kept as NAME.damaged.
     """
     for path in _folders(folder):
         if chosen is not None and _order(path.name) <= _order(chosen.path.name):

@@ -1,7 +1,7 @@
-"""Saves and restores one network's progress, together with the other networks.
+"""Saves and restores the progress of one network, together with the other networks.
 
-The trainer makes the networks agree (which checkpoint to load, what the next one is called). Here
-they only wait for each other's files, through the run's key-value store.
+Nothing here is a collective. The trainer agrees with the other networks on the names of
+checkpoints; their files are awaited through the key-value store of the run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from dist_graft.training.step import TrainResult
 
 @dataclass
 class Progress:
-    """What a checkpoint holds besides the training state."""
+    """Content of a checkpoint besides the training state."""
 
     position: Position = field(default_factory=Position)
     seconds: float = 0.0
-    """Spent on the run so far, interruptions not counted."""
+    """Duration of the run so far, without interruptions."""
     lr: float | None = None
     """Learning rate at the start of the current epoch; None between two epochs."""
     trained: TrainResult | None = None
@@ -55,9 +55,9 @@ class Progress:
         self.position = replace(self.position, round=self.position.round + 1)
 
     def add_round(self, record: GraftRecord) -> None:
-        """Count a round, and add it to the rounds of the epoch.
+        """Count a round, and add it to the rounds of the epoch in metrics.jsonl.
 
-        metrics.jsonl shows the last round of an epoch, with time and bytes of all its rounds.
+        Time and bytes are summed over the rounds of the epoch; the rest is from the last one.
         """
         self.count_round()
         before = self.rounds or {"rounds": 0, "seconds": 0.0, "phase_seconds": {}, "bytes": 0}
@@ -98,6 +98,8 @@ class Progress:
         if "accuracy" in trained:  # 0.1.0 knew no other metric
             trained["metrics"] = {"accuracy": trained.pop("accuracy")}
             trained["counts"] = {"accuracy": float(trained["images"])}
+        if "images" in trained:  # the name of `samples` in 0.1.0
+            trained["samples"] = trained.pop("images")
         return cls(
             position=Position(state["epoch"], state["step"], state["round"]),
             seconds=float(state["seconds"]),
@@ -110,14 +112,7 @@ class Progress:
 
 
 class CheckpointManager:
-    """The checkpoints of a run, as one process sees them.
-
-    Args:
-        config: of the run.
-        runtime: of this process.
-        directory: of the run.
-        log: of this process.
-    """
+    """Saves, loads and deletes the checkpoints of a run on behalf of one process."""
 
     def __init__(
         self, config: TrainConfig, runtime: Runtime, directory: RunDirectory, log: logging.Logger
@@ -182,7 +177,7 @@ class CheckpointManager:
         Waits for the previous checkpoint first.
 
         Raises: RunDirectoryError when too many checkpoints in a row could not be written, on all
-            ranks; PeerError when another network died or did not answer.
+            ranks; PeerError when another network exited or did not respond.
         """
         self.settle()
         path = self.next_path(progress)
@@ -215,11 +210,11 @@ class CheckpointManager:
         return paths
 
     def abandon(self) -> None:
-        """Stop waiting for the files of networks that may never write theirs."""
+        """Stop waiting for the files of other networks, which may never be written."""
         self._writer.abandon()
 
     def close(self) -> None:
-        """Let a checkpoint that is being written finish for a moment, and abandon it otherwise."""
+        """Abandon the checkpoint that is being written, unless it is complete in a few seconds."""
         self._writer.close()
 
     def settle(self, *, last: bool = False) -> str:

@@ -81,7 +81,7 @@ class CheckpointWriter:
             label: unique per checkpoint, identical on all ranks.
             path: folder of the checkpoint.
             position: of this network.
-            state: what torch.save can write; the caller may change it once this returns.
+            state: content of the file; the caller may change it once this returns.
         """
         assert self._pending is None
         copied = to_host_memory(state) if self._is_leader else {}
@@ -109,7 +109,7 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def abandon(self) -> None:
-        """Stop waiting for the files of networks that may never write theirs."""
+        """Stop waiting for the files of other networks, which may never be written."""
         self._abandoned.set()
 
     def close(self) -> None:
@@ -121,12 +121,12 @@ class CheckpointWriter:
     def result(self) -> Outcome | None:
         """Wait for the checkpoint that is being written; None when there is none.
 
-        Raises: PeerError when another network died or did not answer.
+        Raises: PeerError when another network exited or did not respond.
         """
         pending, self._pending = self._pending, None
         if pending is None or self._thread is None:
             return None
-        self._thread.join()  # its last act is to free the copies
+        self._thread.join()  # also frees the copied state
         return pending.result()
 
     def _write(
@@ -137,7 +137,7 @@ class CheckpointWriter:
         if peers:
             peers.publish(f"{label} written", written)
         if peers and peers.rank != 0:
-            # Longer than rank 0 waits for the files, so that rank 0 can name who is late.
+            # Longer than rank 0 waits for the files, so that rank 0 can name the rank that is late.
             verdict = peers.read(f"{label} complete", 0, 2 * self._seconds())
         else:
             verdict = self._complete(label, path, position, written)
@@ -197,9 +197,9 @@ def _copy(part: Any, copies: dict[Hashable, Tensor]) -> Any:
             copies[key] = part.to("cpu", copy=True)
         return copies[key]
     if isinstance(part, dict):
-        whole = copy(part)  # keeps what a state dict holds besides its keys
-        whole.update((key, _copy(inner, copies)) for key, inner in part.items())
-        return whole
+        copied = copy(part)  # keeps the attributes of a state dict
+        copied.update((key, _copy(inner, copies)) for key, inner in part.items())
+        return copied
     if isinstance(part, list | tuple):
         return type(part)(_copy(inner, copies) for inner in part)
     return part

@@ -1,15 +1,17 @@
 """Datasets: the batches of every epoch, as a pure function of the seed.
 
 Importing this package imports neither torch nor torchvision, so that an unknown name is reported
-at once.
+immediately.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from dist_graft.training.data.names import check_dataset_name, dataset_names
+from dist_graft.errors import ConfigError
+from dist_graft.references import is_reference
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,8 @@ __all__ = [
     "ensure_available",
     "load_data",
 ]
+
+DATASETS = ("fashion-mini", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 
 
 class Data(Protocol):
@@ -92,6 +96,23 @@ class ImageData(Data, Protocol):
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Data.eval_batches`."""
         ...
+
+
+def dataset_names() -> list[str]:
+    """Built-in values of data.name; the first one ships with the package."""
+    return list(DATASETS)
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise ConfigError with similar and legal names if no dataset has this name.
+
+    A "package.module:name" passes; it is imported later.
+    """
+    if name in DATASETS or is_reference(name):
+        return
+    near = difflib.get_close_matches(name, DATASETS, n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ConfigError(f"data.name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
 
 
 def ensure_available(config: DataConfig) -> None:

@@ -1,4 +1,4 @@
-"""``dist-graft prepare``: put a data set where training looks for it."""
+"""``dist-graft prepare``: put a dataset in data.root, where training looks for it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
-    parser = ArgumentParser(description="Put a data set where training looks for it.", **settings)
+    parser = ArgumentParser(
+        description="Put a dataset in data.root, where training looks for it.", **settings
+    )
     parser.add_argument("name", type=str, help="fashion-mnist, cifar10 or cifar100")
-    parser.add_argument("--root", type=str, default="data", help="folder of the data sets")
+    parser.add_argument("--root", type=str, default="data", help="folder of the datasets")
     parser.add_argument(
         "--source", type=str | None, default=None, help="folder with the original files"
     )
@@ -23,7 +25,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Prepare the data set and report where it is."""
+    """Prepare the dataset and report its location."""
     del process
     from dist_graft.training.data.prepare import prepare
 
@@ -32,7 +34,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
 
 COMMAND = Command(
     name="prepare",
-    help="put a data set where training looks for it",
+    help="put a dataset in data.root, where training looks for it",
     build_parser=build_parser,
     run=run,
 )

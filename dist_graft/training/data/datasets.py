@@ -166,7 +166,7 @@ class _Failure:
 
 
 class _Samples(Dataset[Any]):
-    """Loads and collates whole batches, each sample under its own seed.
+    """Loads and collates batches, with a separate seed for each sample.
 
     Args: name: of the dataset, for error messages. stream: purpose and coordinates of the seed, to
     which the position is added.

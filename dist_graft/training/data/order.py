@@ -89,7 +89,7 @@ def generator(purpose: str, *coordinates: int) -> torch.Generator:
 def choose_subsets(config: DataConfig, *, seed: int, train_total: int, test_total: int) -> Subsets:
     """Take the first N samples, then split off the same validation samples for every network.
 
-    Args: train_total, test_total: sizes of the datasets; a larger N takes them whole.
+    Args: train_total, test_total: sizes of the datasets; a larger N takes all samples.
     Raises: ConfigError if data.val_fraction leaves the training or the validation split empty.
     """
     size = min(config.train_samples or train_total, train_total)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_graft.errors import DataError
 from dist_graft.references import is_reference
-from dist_graft.training.data.names import check_dataset_name
+from dist_graft.training.data import check_dataset_name
 from dist_graft.training.data.sources import (
     CIFAR_FOLDERS,
     FASHION_MINI,

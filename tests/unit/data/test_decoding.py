@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_graft.config import DataConfig
 from dist_graft.training.data import load_data
-from dist_graft.training.data.decoding import Unreadable, read_image
+from dist_graft.training.data.folder import Unreadable, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 GRAY = np.random.default_rng(1).integers(0, 256, (20, 30), dtype=np.uint8)

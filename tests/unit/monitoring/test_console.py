@@ -17,7 +17,9 @@ from dist_graft.monitoring.console import (
     epoch_text,
     summary_text,
 )
+from dist_graft.monitoring.status_file import StatusFile
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.callbacks import CallbackList
 
 ROW = network_row()
 
@@ -112,13 +114,13 @@ def test_durations(seconds: float, text: str) -> None:
 
 class TestProgressBar:
     def run(self, fake: FakeTrainer, mode: Literal["auto", "bar", "lines"]) -> None:
-        bar = ProgressBar(mode)
-        bar.on_fit_start(fake.trainer)
-        bar.on_epoch_start(fake.trainer)
+        status = StatusFile()
+        callbacks = CallbackList([status, ProgressBar(mode, status)], [])
+        for hook in ("setup", "on_fit_start", "on_epoch_start"):
+            callbacks.call(hook, fake.trainer)
         fake.step += 1
-        bar.on_step_end(fake.trainer)
-        bar.on_evaluate_start(fake.trainer)
-        bar.teardown(fake.trainer)
+        for hook in ("on_step_end", "on_evaluate_start", "teardown"):
+            callbacks.call(hook, fake.trainer)
 
     @pytest.mark.parametrize(
         ("mode", "process"),

@@ -61,7 +61,11 @@ class TestNetworkRow:
 
     def test_it_is_made_from_the_metrics(self) -> None:
         found = metrics.network_row(
-            epoch_metrics(0, graft=GRAFT), metric="accuracy", busy=7.5, whole=8.25, finite=True
+            epoch_metrics(0, graft=GRAFT),
+            metric="accuracy",
+            busy_seconds=7.5,
+            epoch_seconds=8.25,
+            finite=True,
         )
         assert found == NetworkRow(
             **{"lr": 0.5, "train_loss": 2.5, "train_metric": 12.5, "test_loss": 2.25},
@@ -72,7 +76,7 @@ class TestNetworkRow:
 
     def test_without_a_round_or_metrics(self) -> None:
         found = metrics.network_row(
-            epoch_metrics(0), metric=None, busy=1.0, whole=1.0, finite=False
+            epoch_metrics(0), metric=None, busy_seconds=1.0, epoch_seconds=1.0, finite=False
         )
         assert (found.donor, found.min_coefficient, found.max_coefficient) == (-1, 1.0, 1.0)
         assert math.isnan(found.train_metric)

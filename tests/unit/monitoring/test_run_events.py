@@ -183,20 +183,20 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s
 fake = FakeTrainer(Path(sys.argv[1]), config=TrainConfig(epochs=4), process=ProcessInfo(0, 2, 0, 2))
 events = RunEvents()
 callbacks = CallbackList([events, MetricsJsonl(), TensorBoard(events)], [])
-callbacks.on_fit_start(fake)
+callbacks.call("on_fit_start", fake)
 for fake.epoch in range(4):
     room = resource.RLIM_INFINITY if fake.epoch in (0, 3) else 16
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    callbacks.on_round_end(fake, graft_record(
+    callbacks.call("on_round_end", fake, graft_record(
         fake.epoch,
         diverged={1: "a non-finite loss"} if fake.epoch else {},
         healed={1: 0} if fake.epoch in (1, 3) else {},
     ))
-    callbacks.on_epoch_end(fake, epoch_report(epoch_metrics(fake.epoch), networks=[
+    callbacks.call("on_epoch_end", fake, epoch_report(epoch_metrics(fake.epoch), networks=[
         network_row(busy_seconds=seconds, epoch_seconds=20.0)
         for seconds in (5.0, 5.0 if fake.epoch == 0 else 15.0)
     ]))
-callbacks.teardown(fake)
+callbacks.call("teardown", fake)
 """
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from small import CPU, MakeData, MakeState, images, small_model
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import DataConfig, OptimConfig
+from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo
-from dist_graft.training.optim import build_optimizer, build_scheduler
+from dist_graft.training.learning_rates import schedule
 from dist_graft.training.state import TrainState, moving_average
 
 
@@ -57,15 +59,13 @@ def make_state() -> MakeState:
     ) -> TrainState:
         model = model or small_model()
         optimizer = build_optimizer(config, model, lr=config.lr)
-        scheduler = build_scheduler(
-            config, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch
-        )
+        lr_factor = schedule(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
         return TrainState(
             model=model,
             forward=model,
             train_forward=model,
             optimizer=optimizer,
-            scheduler=scheduler,
+            scheduler=LambdaLR(optimizer, lr_factor),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             precision=precision,  # type: ignore[arg-type]
             device=CPU,

@@ -200,7 +200,7 @@ class ForbidCollectives(Callback):
 
     def setup(self, trainer: Trainer) -> None:
         self._inside = False
-        call = CallbackList._call
+        call = CallbackList.call
 
         def guarded(*arguments: Any) -> None:
             self._inside = True
@@ -209,7 +209,7 @@ class ForbidCollectives(Callback):
             finally:
                 self._inside = False
 
-        CallbackList._call = guarded  # type: ignore[method-assign]
+        CallbackList.call = guarded  # type: ignore[method-assign]
         for name in self.NAMES:
             setattr(dist, name, partial(self._collective, getattr(dist, name)))
 

@@ -27,6 +27,7 @@ from dist_graft.grafting.rules.wash import Wash, WashConfig
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.builders import (
     build_cadence,
+    build_optimizer,
     build_rate,
     build_rule,
     build_state,
@@ -294,3 +295,26 @@ def test_the_built_in_callbacks(
     names = [type(callback).__name__ for callback in callbacks]
     assert names == ["StatusFile", "ProgressBar", "RunEvents", *expected, "EpochLog"]
     assert events is callbacks[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        (torch.optim.SGD, "sgd", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}),
+        (torch.optim.AdamW, "adamw", {"betas": (0.7, 0.8), "weight_decay": 0.01}),
+    ],
+)
+def test_the_configured_optimizer(kind: type, name: str, options: dict[str, object]) -> None:
+    config = OptimConfig(name=name, **options)  # type: ignore[arg-type]
+    optimizer = build_optimizer(config, nn.Linear(2, 2), lr=0.3)
+    assert type(optimizer) is kind
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.3
+    assert {key: group[key] for key in options} == options
+
+
+def test_frozen_parameters_are_excluded() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    parameters = build_optimizer(OptimConfig(), model, lr=0.1).param_groups[0]["params"]
+    assert [parameter is model.weight for parameter in parameters] == [True]

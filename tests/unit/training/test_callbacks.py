@@ -248,7 +248,7 @@ class TestFailures:
         error = StoppedEarlyError("by a signal")
         callbacks = CallbackList([Failing(error, "on_step_end")], [])
         with pytest.raises(StoppedEarlyError):
-            callbacks.on_step_end(None)  # type: ignore[arg-type]
+            callbacks.call("on_step_end", None)  # type: ignore[arg-type]
 
 
 class TestReferences:

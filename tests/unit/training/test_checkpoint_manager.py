@@ -103,7 +103,7 @@ class TestSaving:
 
 class TestProgress:
     def test_it_is_restored(self) -> None:
-        trained = TrainResult(1.0, 3, 2, 5.0, 0.5, metrics={"iou": 0.5}, counts={"iou": 10.0})
+        trained = TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, 2, 5.0, 0.5)
         progress = Progress(
             Position(1, 2, 3), 4.0, 0.1, trained, {"rounds": 1}, True, torch.ones(1, 2)
         )
@@ -117,6 +117,6 @@ class TestProgress:
         del state["buffers"]
         restored = Progress.from_state_dict(state)
         assert restored.trained == TrainResult(
-            2.0, 48, 3, 1.0, metrics={"accuracy": 25.0}, counts={"accuracy": 48.0}
+            2.0, 48, {"accuracy": 25.0}, {"accuracy": 48.0}, steps=3, seconds=1.0
         )
         assert restored.buffers is None

@@ -22,7 +22,6 @@ from dist_graft.training.step import (
     evaluate,
     merge_eval_results,
     merge_train_results,
-    result_row,
 )
 from dist_graft.training.task import Task, accuracy, classification
 
@@ -182,7 +181,7 @@ def test_accumulation_gives_the_same_step(
     torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=1e-5)
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].metrics == results[1].metrics
-    assert results[0].images == results[1].images == 29
+    assert results[0].samples == results[1].samples == 29
 
 
 def test_accumulation_runs_the_chunks_one_by_one(
@@ -334,7 +333,7 @@ def test_results_are_means_over_the_samples(make_data: MakeData, make_state: Mak
     hits = int((logits.argmax(1) == labels).sum())
     assert 0 < hits < 29
     assert found.metrics["accuracy"] == pytest.approx(100 * hits / 29)
-    assert (found.images, found.steps, found.counts) == (29, 4, {"accuracy": 29})
+    assert (found.samples, found.steps, found.counts) == (29, 4, {"accuracy": 29})
     assert found.seconds > found.data_seconds > 0
 
 
@@ -429,7 +428,7 @@ def test_an_empty_batch_counts_as_a_step_and_changes_no_weight(
     train_steps(state, data, config, epoch=0, first=0, last=1)  # type: ignore[arg-type]
     before, rate = weights(state), state.lr
     done = train_steps(state, data, config, epoch=0, first=1, last=2)  # type: ignore[arg-type]
-    assert (done.steps, done.images, done.loss) == (1, 0, 0.0)
+    assert (done.steps, done.samples, done.loss) == (1, 0, 0.0)
     assert torch.equal(weights(state), before)
     assert state.lr > rate
 
@@ -458,37 +457,37 @@ class TestMerging:
 
     def test_means_are_weighted_by_samples_and_counts(self) -> None:
         parts = [
-            TrainResult(1.0, 3, 2, 5.0, metrics={"iou": 0.5}, counts={"iou": 10.0}),
-            TrainResult(2.0, 1, 2, 6.0, metrics={"iou": 0.2}, counts={"iou": 30.0}),
-            TrainResult(0.0, 0, 2, 7.0, metrics={"iou": 0.0}, counts={"iou": 0.0}),
+            TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, steps=2, seconds=5.0),
+            TrainResult(2.0, 1, {"iou": 0.2}, {"iou": 30.0}, steps=2, seconds=6.0),
+            TrainResult(0.0, 0, {"iou": 0.0}, {"iou": 0.0}, steps=2, seconds=7.0),
         ]
-        merged = merge_train_results(parts[1], [result_row(part) for part in parts])
+        merged = merge_train_results(parts[1], [part.row() for part in parts])
         assert merged.loss == pytest.approx(5 / 4)
         assert merged.metrics == pytest.approx({"iou": 11 / 40})
-        assert (merged.images, merged.counts, merged.steps, merged.seconds) == (
+        assert (merged.samples, merged.counts, merged.steps, merged.seconds) == (
             *(4, {"iou": 40.0}, 2, 6.0),
         )
         tests = [
-            EvalResult(part.loss, part.images, part.metrics, part.counts) for part in parts[:2]
+            EvalResult(part.loss, part.samples, part.metrics, part.counts) for part in parts[:2]
         ]
-        found = merge_eval_results(tests[0], [result_row(test) for test in tests], None)
+        found = merge_eval_results(tests[0], [test.row() for test in tests], None)
         assert (found.loss, found.samples) == (pytest.approx(5 / 4), 4)
         assert found.metrics == pytest.approx({"iou": 11 / 40})
 
     def test_one_replica_keeps_its_result(self) -> None:
-        trained = TrainResult(1.0, 3, 2, 5.0, metrics={"iou": 0.5}, counts={"iou": 10.0})
+        trained = TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, steps=2, seconds=5.0)
         tested = EvalResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0})
-        assert merge_train_results(trained, [result_row(trained)]) is trained
-        assert merge_eval_results(tested, [result_row(tested)], None) is tested
+        assert merge_train_results(trained, [trained.row()]) is trained
+        assert merge_eval_results(tested, [tested.row()], None) is tested
 
     def test_a_segment_continues_the_results_of_an_epoch(self) -> None:
-        first = TrainResult(1.0, 3, 2, 5.0, 0.5, metrics={"iou": 0.5}, counts={"iou": 10.0})
-        second = TrainResult(2.0, 1, 1, 1.0, 0.25, metrics={"iou": 0.1}, counts={"iou": 30.0})
+        first = TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, 2, 5.0, 0.5)
+        second = TrainResult(2.0, 1, {"iou": 0.1}, {"iou": 30.0}, 1, 1.0, 0.25)
         assert first + second == TrainResult(
-            1.25, 4, 3, 6.0, 0.75, metrics={"iou": pytest.approx(0.2)}, counts={"iou": 40.0}
+            1.25, 4, {"iou": pytest.approx(0.2)}, {"iou": 40.0}, 3, 6.0, 0.75
         )
-        empty = TrainResult(0.0, 0, 0, 0.0)
-        assert empty + empty is empty
+        empty = TrainResult(0.0, 0)
+        assert empty + empty == empty
 
     @pytest.mark.parametrize("sizes", [(6, 4), (9, 1)])
     def test_classifiers_equal_an_evaluation_by_one_process(
@@ -512,7 +511,7 @@ class TestMerging:
                 )
             )
         answers = torch.cat([whole.probabilities, whole.labels[:, None]], dim=1)
-        merged = merge_eval_results(parts[0], [result_row(part) for part in parts], answers)
+        merged = merge_eval_results(parts[0], [part.row() for part in parts], answers)
         assert merged.loss == pytest.approx(whole.loss, rel=1e-5)
         assert (merged.samples, merged.accuracy) == (10, whole.accuracy)
         assert merged.probabilities is not None
@@ -541,7 +540,7 @@ class TestTasks:
         assert found.metrics == {"distance": 2.0, "above": 0.5}
         assert found.counts == {"distance": 3.0, "above": 4.0}
         empty = RunningSums(task, CPU).result(steps=0, seconds=1.0, data_seconds=0.0)
-        assert (empty.loss, empty.images) == (0.0, 0)
+        assert (empty.loss, empty.samples) == (0.0, 0)
         assert empty.metrics == {"distance": 0.0, "above": 0.0}
 
     def test_classification_reports_percentages(self) -> None:

@@ -65,7 +65,7 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
     from dist_graft.analysis.soups import uniform_soup
     from dist_graft.analysis.stored_weights import EXPORT_DESCRIPTION, architecture, open_run
     from dist_graft.run_directory import write_atomically
-    from dist_graft.training.checkpoint.files import save_network
+    from dist_graft.training.checkpoint.files import network_file, save_network
 
     stored = open_run(Path(run), checkpoint)
     folder, model = out or stored.path / "export", stored.config.model
@@ -73,7 +73,7 @@ def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = No
     if "model" not in stored.custom:
         for state in states:  # refuse before anything is written
             architecture(model, state, stored.checkpoint.path)
-    files = {f"network{network:02d}.pt": state for network, state in enumerate(states)}
+    files = {network_file(network): state for network, state in enumerate(states)}
     for network in range(len(states)):
         if averaged := stored.averaged_state(network):
             files[f"network{network:02d}_ema.pt"] = averaged

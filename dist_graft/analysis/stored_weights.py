@@ -23,6 +23,7 @@ from dist_graft.training.checkpoint.files import (
     Checkpoint,
     complete_checkpoints,
     load_network,
+    network_file,
 )
 from dist_graft.training.models import build_model
 
@@ -75,7 +76,7 @@ class StoredRun:
         }
 
     def _load(self, network: int) -> dict[str, Any]:
-        name = f"network{network:02d}.pt"
+        name = network_file(network)
         path = self.checkpoint.path / name
         try:
             return load_network(path, self.checkpoint.sha256[name])

@@ -101,7 +101,9 @@ class RunDirectory:
             return
         try:
             stored = yaml.safe_load(self.config.read_text())
-            before = _defaults() | dict(_flat({key: stored[key] for key in stored if key != "run"}))
+            before = _defaults() | dict(
+                flatten({key: stored[key] for key in stored if key != "run"})
+            )
             before_networks, before_epochs = stored["run"]["networks"], int(stored["epochs"])
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise RunDirectoryError(
@@ -117,7 +119,7 @@ class RunDirectory:
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
-            for name, value in _flat(_as_yaml(config))
+            for name, value in flatten(as_plain(config))
             if before.get(name) != value and not name.startswith(_CHANGEABLE) and name != "epochs"
         ]
         if differences:
@@ -149,7 +151,7 @@ class RunDirectory:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        text = yaml.safe_dump(_as_yaml(config) | {"run": run}, sort_keys=False)
+        text = yaml.safe_dump(as_plain(config) | {"run": run}, sort_keys=False)
         write_atomically(self.config, text.encode())
 
     def read_config(self) -> tuple[TrainConfig, int]:
@@ -228,7 +230,7 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _as_yaml(config: TrainConfig) -> dict[str, Any]:
+def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML can hold it: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
@@ -236,12 +238,13 @@ def _as_yaml(config: TrainConfig) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     """Values of options that a run of an older version did not have."""
-    return dict(_flat(_as_yaml(TrainConfig())))
+    return dict(flatten(as_plain(TrainConfig())))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) for every option of nested sections."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

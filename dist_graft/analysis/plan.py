@@ -38,6 +38,7 @@ _REMOVED = "bandwidth-local", "tflops", "images", "image-size", "images-per-seco
 
 
 def _option(text: str, default: Any = MISSING) -> Any:
+    """A field that is an option of the command, with its help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -118,34 +119,34 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     return parser
 
 
-def run(options: Options, process: ProcessInfo) -> Iterator[str]:
+def run(values: Options, process: ProcessInfo) -> Iterator[str]:
     """Yield the lines of the plan.
 
     Raises: ConfigError for an invalid option, model or layout.
     """
     del process
-    plan = PlanOptions(**{option.name: options[option.name] for option in fields(PlanOptions)})
-    size = size_of(build(plan.model, plan.classes))
+    options = PlanOptions(**{option.name: values[option.name] for option in fields(PlanOptions)})
+    size = size_of(build(options.model, options.classes))
     rounds = []
-    if plan.networks > 1:
-        rounds = [plan_round(plan, size, "all_gather", "ring")]
-        rounds += [plan_round(plan, size, "p2p", topology) for topology in TOPOLOGIES]
+    if options.networks > 1:
+        rounds = [plan_round(options, size, "all_gather", "ring")]
+        rounds += [plan_round(options, size, "p2p", topology) for topology in TOPOLOGIES]
 
-    replicas = f", {plan.replicas} replicas each" if plan.replicas > 1 else ""
+    replicas = f", {options.replicas} replicas each" if options.replicas > 1 else ""
     yield (
-        f"{plan.networks} x {plan.model}{replicas}: {size.parameters:,} parameters, "
+        f"{options.networks} x {options.model}{replicas}: {size.parameters:,} parameters, "
         f"{_bytes(size.round_bytes)} per network and round\n"
     )
-    yield format_table(("node", "GPUs", "networks"), _nodes(plan))
-    where = "host" if plan.backend == "gloo" else "GPU"
+    yield format_table(("node", "GPUs", "networks"), _nodes(options))
+    where = "host" if options.backend == "gloo" else "GPU"
     yield "\n" + format_table(
         (f"{where} memory per process", "MiB"),
-        [(name, f"{count / _MIB:,.1f}") for name, count in memory(plan, size, rounds).items()],
+        [(name, f"{count / _MIB:,.1f}") for name, count in memory(options, size, rounds).items()],
     )
     if not rounds:
         yield "\nA single network has no rounds."
         return
-    rows = [_row(each, plan) for each in rounds]
+    rows = [_row(each, options) for each in rounds]
     yield "\n" + format_table(
         ("exchange", "received", "busiest GPU link", "busiest node link", "time of the bytes"), rows
     )
@@ -156,7 +157,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     )
     if any(row[-1] == "-" for row in rows):
         yield "For all times, give --bandwidth-intra and --bandwidth-inter."
-    for text in warnings(plan, size, rounds):
+    for text in warnings(options, size, rounds):
         yield f"warning: {text}"
 
 
@@ -179,7 +180,7 @@ class NetworkSize:
     elements: tuple[int, ...]
     """Elements of each tensor that a round mixes."""
     dtypes: tuple[torch.dtype, ...]
-    """Type of each of these tensors."""
+    """dtype of each of these tensors."""
     parameters: int
     state_bytes: int
     """Bytes of all parameters and buffers."""
@@ -266,22 +267,22 @@ class Round:
     """Buckets in each process."""
 
 
-def plan_round(plan: PlanOptions, size: NetworkSize, exchange: Exchange, topology: str) -> Round:
+def plan_round(options: PlanOptions, size: NetworkSize, exchange: Exchange, topology: str) -> Round:
     """Count the bytes of a round between two or more networks."""
     from dist_graft.population.round.buckets import cut_buckets
     from dist_graft.population.round.exchange import bucket_limit, held_bytes
 
-    networks, replicas, on_host = plan.networks, plan.replicas, plan.backend == "gloo"
+    networks, replicas, on_host = options.networks, options.replicas, options.backend == "gloo"
     share = size.round_bytes / replicas
     ranks = [range(k * replicas, (k + 1) * replicas) for k in range(networks)]
     if exchange == "p2p":
         donors = [TOPOLOGIES[topology](networks, number, 0) for number in range(_ROUNDS)]
-        links = [busiest(plan, p2p_moves(ranks, by_network, share)) for by_network in donors]
+        links = [busiest(options, p2p_moves(ranks, by_network, share)) for by_network in donors]
         exchanged = Traffic(max(each.gpu for each in links), max(each.node for each in links))
     else:
         same_replica = list(zip(*ranks, strict=True))
-        exchanged = busiest(plan, gather_moves(same_replica, share, direct=on_host))
-    bucket_bytes = max(1, int(plan.bucket_mb * _MIB))
+        exchanged = busiest(options, gather_moves(same_replica, share, direct=on_host))
+    bucket_bytes = max(1, int(options.bucket_mb * _MIB))
     buckets = cut_buckets(
         size.elements,
         size.dtypes,
@@ -294,7 +295,7 @@ def plan_round(plan: PlanOptions, size: NetworkSize, exchange: Exchange, topolog
         topology=topology,
         received=share * (networks - 1 if exchange == "all_gather" else 1),
         exchanged=exchanged,
-        joined=busiest(plan, gather_moves(ranks, share, direct=on_host)),
+        joined=busiest(options, gather_moves(ranks, share, direct=on_host)),
         buffers=held_bytes(
             buckets, exchange, networks=networks, donors=1, on_host=on_host, replicas=replicas
         ),
@@ -304,15 +305,17 @@ def plan_round(plan: PlanOptions, size: NetworkSize, exchange: Exchange, topolog
 def p2p_moves(
     ranks: Sequence[Sequence[int]], donors: Sequence[int], share: float
 ) -> Iterator[Move]:
-    """Each replica of a network receives its share from the same replica of the donor."""
+    """Yield the moves of each replica's share, from the same replica of the donor."""
     for network, donor in enumerate(donors):
         for sender, receiver in zip(ranks[donor], ranks[network], strict=True):
             yield sender, receiver, share
 
 
 def gather_moves(groups: Sequence[Sequence[int]], share: float, *, direct: bool) -> Iterator[Move]:
-    """All-gather in each group of ranks: every process sends its share directly to all others
-    (gloo), or all shares are forwarded along a ring (NCCL).
+    """Yield the moves of an all-gather in each group of ranks.
+
+    Every process sends its share directly to all others (gloo), or all shares are forwarded along
+    a ring (NCCL).
     """
     for ranks in groups:
         for position, rank in enumerate(ranks):
@@ -322,12 +325,12 @@ def gather_moves(groups: Sequence[Sequence[int]], share: float, *, direct: bool)
                 yield rank, ranks[(position + 1) % len(ranks)], (len(ranks) - 1) * share
 
 
-def busiest(plan: PlanOptions, moves: Iterable[Move]) -> Traffic:
+def busiest(options: PlanOptions, moves: Iterable[Move]) -> Traffic:
     """Add up all moves and return the bytes on the busiest links."""
     node: dict[tuple[str, int], float] = defaultdict(float)
     gpu: dict[tuple[str, int], float] = defaultdict(float)
     for sender, receiver, size in moves:
-        source, target = sender // plan.gpus_per_node, receiver // plan.gpus_per_node
+        source, target = sender // options.gpus_per_node, receiver // options.gpus_per_node
         if source == target:
             gpu["out", sender] += size
             gpu["in", receiver] += size
@@ -337,66 +340,67 @@ def busiest(plan: PlanOptions, moves: Iterable[Move]) -> Traffic:
     return Traffic(max(gpu.values(), default=0.0), max(node.values(), default=0.0))
 
 
-def memory(plan: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> dict[str, int]:
+def memory(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> dict[str, int]:
     """Bytes in each process, by name. The buckets of the exchanges are alternatives."""
     held = {
         "parameters and buffers": size.state_bytes,
         "gradients": size.trained_bytes,
-        f"optimizer ({plan.optimizer})": _OPTIMIZER_STATES[plan.optimizer] * size.trained_bytes,
+        f"optimizer ({options.optimizer})": _OPTIMIZER_STATES[options.optimizer]
+        * size.trained_bytes,
     }
-    if plan.replicas > 1:
+    if options.replicas > 1:
         held["gradient buckets of DDP"] = size.trained_bytes
     return held | {f"buckets of {each.exchange}": each.buffers for each in rounds}
 
 
-def warnings(plan: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> Iterator[str]:
-    """Yield choices that cost much, and what to choose instead."""
+def warnings(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> Iterator[str]:
+    """Yield a warning for each expensive choice, with an alternative."""
     gathered, on_ring = rounds[:2]
-    if plan.free and plan.nodes > 1:
-        full = plan.networks // plan.gpus_per_node * plan.gpus_per_node
+    if options.free and options.nodes > 1:
+        full = options.networks // options.gpus_per_node * options.gpus_per_node
         yield (
-            f"{plan.free} GPUs of the last node have no network: {full} or "
-            f"{full + plan.gpus_per_node} networks fill all nodes"
+            f"{options.free} GPUs of the last node have no network: {full} or "
+            f"{full + options.gpus_per_node} networks fill all nodes"
         )
-    if plan.replicas > plan.gpus_per_node:
-        gradients = 2 * (plan.replicas - 1) / plan.replicas * size.trained_bytes
+    if options.replicas > options.gpus_per_node:
+        gradients = 2 * (options.replicas - 1) / options.replicas * size.trained_bytes
         yield (
             f"each network spans several nodes: {_bytes(gradients)} of gradients cross their links "
-            f"in every step; {plan.gpus_per_node} replicas or fewer avoid this"
+            f"in every step; {options.gpus_per_node} replicas or fewer avoid this"
         )
     if gathered.buffers > _GIB:
         yield (
             f"all_gather holds {gathered.buffers / _GIB:.1f} GiB of buckets in each process, p2p "
             f"{on_ring.buffers / _GIB:.2f}: use p2p, or a smaller --graft.bucket_mb"
         )
-    if plan.networks > _MANY_FOR_ALL_GATHER:
+    if options.networks > _MANY_FOR_ALL_GATHER:
         yield (
-            f"with all_gather each process receives {plan.networks - 1} networks and needs one: "
+            f"with all_gather each process receives {options.networks - 1} networks and needs one: "
             "use --graft.exchange p2p"
         )
-    if plan.networks > _MANY_FOR_RING:
+    if options.networks > _MANY_FOR_RING:
         yield (
-            f"on the ring, weights reach all networks after {plan.networks - 1} rounds; with "
-            f"--graft.topology exponential, after {(plan.networks - 1).bit_length()}"
+            f"on the ring, weights reach all networks after {options.networks - 1} rounds; with "
+            f"--graft.topology exponential, after {(options.networks - 1).bit_length()}"
         )
 
 
-def _nodes(plan: PlanOptions) -> list[tuple[str, str, str]]:
+def _nodes(options: PlanOptions) -> list[tuple[str, str, str]]:
     """Rows of the layout. Many nodes are abridged."""
     rows = []
-    for node, first in enumerate(range(0, plan.processes, plan.gpus_per_node)):
-        end = min(first + plan.gpus_per_node, plan.processes)
-        networks = sorted({first // plan.replicas, (end - 1) // plan.replicas})
+    for node, first in enumerate(range(0, options.processes, options.gpus_per_node)):
+        end = min(first + options.gpus_per_node, options.processes)
+        networks = sorted({first // options.replicas, (end - 1) // options.replicas})
         rows.append(
-            (str(node), f"{end - first} of {plan.gpus_per_node}", "-".join(map(str, networks)))
+            (str(node), f"{end - first} of {options.gpus_per_node}", "-".join(map(str, networks)))
         )
     if len(rows) > _NODES_SHOWN:
         rows[_NODES_SHOWN - 2 : -1] = [("...", "...", "...")]
     return rows
 
 
-def _row(each: Round, plan: PlanOptions) -> tuple[str, ...]:
-    bandwidths = plan.bandwidth_intra, plan.bandwidth_inter
+def _row(each: Round, options: PlanOptions) -> tuple[str, ...]:
+    bandwidths = options.bandwidth_intra, options.bandwidth_inter
     exchanged, joined = each.exchanged.seconds(*bandwidths), each.joined.seconds(*bandwidths)
     return (
         each.exchange if each.exchange == "all_gather" else f"{each.exchange} {each.topology}",

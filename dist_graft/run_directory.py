@@ -105,7 +105,7 @@ class RunDirectory:
             stored = yaml.safe_load(self.config.read_text())
             before_networks, before_epochs = stored.pop("run")["networks"], int(stored["epochs"])
             # Runs of older versions lack newer options.
-            before = dict(_flat(_as_yaml(TrainConfig()))) | dict(_flat(stored))
+            before = dict(flatten(as_plain(TrainConfig()))) | dict(flatten(stored))
         except _UNREADABLE as error:
             raise RunDirectoryError(
                 f"{self.config} cannot be read ({error}): choose another run_dir"
@@ -120,7 +120,7 @@ class RunDirectory:
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
-            for name, value in _flat(_as_yaml(config))
+            for name, value in flatten(as_plain(config))
             if before.get(name) != value and not name.startswith(_CHANGEABLE) and name != "epochs"
         ]
         if differences:
@@ -152,7 +152,7 @@ class RunDirectory:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        text = yaml.safe_dump(_as_yaml(config) | {"run": run}, sort_keys=False)
+        text = yaml.safe_dump(as_plain(config) | {"run": run}, sort_keys=False)
         write_atomically(self.config, text.encode())
 
     def read_config(self) -> tuple[TrainConfig, int]:
@@ -231,15 +231,16 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _as_yaml(config: TrainConfig) -> dict[str, Any]:
+def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML can hold it: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) for every option of nested sections."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""``dist-graft doctor``: check whether this machine can train, and say how to fix what cannot."""
+"""``dist-graft doctor``: check whether this machine can train, and suggest fixes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
         description="Check whether this machine can train: GPUs, ports, shared memory, disk, and a "
-        "round between two processes. Fails if something is broken, and says how to fix it.",
+        "round between two processes. Fails if something is broken, and suggests how to fix it.",
         **settings,
     )
     add = parser.add_argument
@@ -49,7 +49,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Make all checks. Yields a line per check, then advice.
+    """Run all checks. Yields a line per check, then advice.
 
     Raises: StartError, at the end, if something is broken.
     """
@@ -60,7 +60,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
 
     gpus = torch.cuda.device_count()
     backends = ["gloo", "nccl"] if gpus > 1 else ["gloo"]
-    checks: dict[str, Callable[[], Finding]] = {
+    checks: dict[str, Callable[[], CheckResult]] = {
         "versions": check_versions,
         "processors": check_processors,
         "GPUs": check_gpus,
@@ -69,13 +69,13 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         "run directory": partial(check_disk, Path(run_dir)),
         **{f"round over {name}": partial(check_round, name, seconds) for name in backends},
     }
-    findings = {}
+    results = {}
     for name, check in checks.items():
-        findings[name] = finding = check()
-        yield f"{finding.state:<6}  {name:<16}  {finding.text}"
+        results[name] = result = check()
+        yield f"{result.state:<6}  {name:<16}  {result.text}"
     yield ""
-    yield from (f"{name}: {finding.advice}" for name, finding in findings.items() if finding.advice)
-    broken = [name for name, finding in findings.items() if finding.state == "broken"]
+    yield from (f"{name}: {result.advice}" for name, result in results.items() if result.advice)
+    broken = [name for name, result in results.items() if result.state == "broken"]
     if broken:
         raise StartError(f"broken: {', '.join(broken)}; see the advice above")
     yield (
@@ -93,7 +93,7 @@ COMMAND = Command(
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """Result of one check."""
 
     state: Literal["ok", "note", "broken"]
@@ -102,53 +102,53 @@ class Finding:
     advice: str = ""
 
 
-def check_versions() -> Finding:
+def check_versions() -> CheckResult:
     """Report the installed versions."""
-    return Finding("ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    return CheckResult("ok", ", ".join(f"{k} {v}" for k, v in versions().items()))
 
 
-def check_processors() -> Finding:
+def check_processors() -> CheckResult:
     """Count the cores that this process may use."""
     cores = ProcessInfo().cpu_share()
     if cores == 1:
-        return Finding(
+        return CheckResult(
             "note",
             "1 core",
-            "all networks share one core, so several train no faster than one after the other",
+            "all networks share one core, so training them together is no faster than one by one",
         )
-    return Finding("ok", f"{cores} cores for this process")
+    return CheckResult("ok", f"{cores} cores for this process")
 
 
-def check_gpus() -> Finding:
+def check_gpus() -> CheckResult:
     """Compute a sum on each GPU that torch sees."""
     import torch
 
     count = torch.cuda.device_count()
     if not count:
         if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
-            return Finding(
+            return CheckResult(
                 "broken",
                 f"a driver is installed, but torch {torch.__version__} sees no GPU",
                 "check CUDA_VISIBLE_DEVICES and nvidia-smi; the driver may be too old for this "
                 "build of torch; to train without a GPU, use --runtime.device cpu",
             )
-        return Finding("note", "none", "training runs on the CPU with gloo")
+        return CheckResult("note", "none", "training runs on the CPU with gloo")
     names = []
     for index in range(count):
         try:
             torch.ones(1000, device=f"cuda:{index}").sum().item()
             free, _ = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
-            return Finding(
+            return CheckResult(
                 "broken",
                 f"cuda:{index} fails: {str(error).splitlines()[0]}",
                 "check the GPU with nvidia-smi, or exclude it with CUDA_VISIBLE_DEVICES",
             )
         names.append(f"{torch.cuda.get_device_name(index)} ({free / 2**30:.0f} GiB free)")
-    return Finding("ok", ", ".join(names))
+    return CheckResult("ok", ", ".join(names))
 
 
-def check_ports() -> Finding:
+def check_ports() -> CheckResult:
     """Connect to a port of this machine, resolve its host name, and look for torchrun's port."""
     with socket.socket() as listener, socket.socket() as caller:
         listener.bind(("127.0.0.1", 0))
@@ -157,7 +157,7 @@ def check_ports() -> Finding:
         try:
             caller.connect(listener.getsockname())
         except OSError as error:
-            return Finding(
+            return CheckResult(
                 "broken",
                 f"cannot connect to an open port of 127.0.0.1: {error}",
                 "allow local connections in the firewall or container",
@@ -166,7 +166,7 @@ def check_ports() -> Finding:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        return Finding(
+        return CheckResult(
             "note",
             f"open; the host name {host} cannot be resolved ({error})",
             f"to train on several machines, add {host} to /etc/hosts, or set GLOO_SOCKET_IFNAME "
@@ -175,39 +175,39 @@ def check_ports() -> Finding:
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", _PORT)) == 0
     if taken:
-        return Finding(
+        return CheckResult(
             "note",
             f"open; {_PORT} is in use",
             "start torchrun with --standalone, or with another --master-port",
         )
-    return Finding("ok", f"open; {host} can be resolved")
+    return CheckResult("ok", f"open; {host} can be resolved")
 
 
-def check_shared_memory() -> Finding:
+def check_shared_memory() -> CheckResult:
     """Measure the free shared memory, which NCCL and data loader workers need."""
     try:
         with tempfile.TemporaryFile(dir=_SHARED_MEMORY) as file:
             file.write(b"x")
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError as error:
-        return Finding(
+        return CheckResult(
             "broken",
             f"{_SHARED_MEMORY} cannot be written: {error.strerror}",
             "mount a tmpfs there; start containers with --ipc=host or --shm-size=8g",
         )
     text = f"{_SHARED_MEMORY} has {_bytes(free)} free"
     if free < _SMALL_SHARED_MEMORY:
-        return Finding(
+        return CheckResult(
             "note",
             text,
-            "little for data loader workers and NCCL: start containers with --shm-size=8g, or use "
+            "low for data loader workers and NCCL: start containers with --shm-size=8g, or use "
             "--data.workers 0, which needs none",
         )
-    return Finding("ok", text)
+    return CheckResult("ok", text)
 
 
-def check_disk(run_dir: Path) -> Finding:
-    """Write to the run directory's disk. Nothing is left behind."""
+def check_disk(run_dir: Path) -> CheckResult:
+    """Measure the free space and the write speed of the run directory's disk."""
     folder = run_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -216,26 +216,26 @@ def check_disk(run_dir: Path) -> Finding:
             speed = _write_speed(Path(scratch))
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        return Finding(
+        return CheckResult(
             "broken",
             f"{folder} cannot be written: {error.strerror}",
             "choose another --run_dir, or free space there",
         )
     text = f"{folder.resolve()}: {_bytes(speed)}/s, {_bytes(free)} free"
     if free < _SMALL_DISK:
-        return Finding("note", text, "little space: free some, or lower --checkpoint.keep")
+        return CheckResult("note", text, "low on space: free some, or lower --checkpoint.keep")
     if speed < _SLOW_DISK:
-        return Finding(
+        return CheckResult(
             "note",
             text,
             "a slow disk: checkpoints are written in the background, but a larger "
             "--checkpoint.every helps",
         )
-    return Finding("ok", text)
+    return CheckResult("ok", text)
 
 
 def _write_speed(folder: Path) -> float:
-    """Bytes per second of a file that is synced and renamed, as checkpoints are."""
+    """Write, sync and rename a file as checkpoints are written. Returns bytes per second."""
     content = os.urandom(2**20)
     began = time.perf_counter()
     with (folder / "written").open("wb") as file:
@@ -247,15 +247,15 @@ def _write_speed(folder: Path) -> float:
     return _TEST_FILE_BYTES / (time.perf_counter() - began)
 
 
-def check_round(backend: str, seconds: float) -> Finding:
+def check_round(backend: str, seconds: float) -> CheckResult:
     """Run a round between two processes of this machine."""
     from dist_graft.population.runtime.selftest import run_selftest
 
     works, text = run_selftest(backend, seconds=seconds)
     if works:
-        return Finding("ok", text)
+        return CheckResult("ok", text)
     interface = f"{backend.upper()}_SOCKET_IFNAME"
-    return Finding(
+    return CheckResult(
         "broken",
         text,
         f"two processes of this machine cannot graft: if they do not connect, set {interface} to a "

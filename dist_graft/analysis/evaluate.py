@@ -45,16 +45,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         at_least(name, options[name], 1)
     from dist_graft.analysis.evaluation import evaluate_run
 
-    result = evaluate_run(
-        options["run"],
-        checkpoint=options["checkpoint"],
-        data_root=options["data"]["root"],
-        device=options["device"],
-        precision=options["precision"],
-        batch_size=options["batch_size"],
-        batch_norm_batches=options["batch_norm_batches"],
-    )
-    yield evaluation_text(result)
+    yield evaluation_text(evaluate_run(options))
     yield f"written: {Path(options['run']) / 'evaluation.json'}"
 
 

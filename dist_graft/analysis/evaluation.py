@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import State, StoredRun, load_state, open_run
+from dist_graft.command import Options
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_group import start
@@ -24,7 +25,7 @@ from dist_graft.run_directory import write_atomically
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.models import build_model
-from dist_graft.training.state import Precision, Predictor
+from dist_graft.training.state import Predictor
 from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 
@@ -32,43 +33,25 @@ PROTOCOL = 1
 """Version of evaluation.json."""
 
 
-def evaluate_run(
-    run: str,
-    *,
-    checkpoint: str | None = None,
-    data_root: str | None = None,
-    device: str | None = None,
-    precision: Precision | None = None,
-    batch_size: int | None = None,
-    batch_norm_batches: int | None = None,
-) -> dict[str, Any]:
+def evaluate_run(options: Options) -> dict[str, Any]:
     """Test the networks of a run one at a time and write RUN/evaluation.json.
 
-    Args:
-        run: run directory.
-        checkpoint: name of a checkpoint; None: the latest complete one.
-        data_root: folder of the data sets; None: the run's.
-        device: auto, cpu, cuda or cuda:N; None: the run's.
-        precision: of the forward passes; None: the run's.
-        batch_size: images per batch, also for re-estimating batch norm; None: the run's.
-        batch_norm_batches: training batches for re-estimating batch norm; None: one epoch.
-
+    Args: options: of ``dist-graft evaluate``.
     Returns: content of evaluation.json.
-
     Raises: DistGraftError.
     """
-    stored = open_run(Path(run), checkpoint)
+    stored = open_run(Path(options["run"]), options["checkpoint"])
     stored.require_configured("model", "data", "loss", "metrics")
     config = stored.config
     data_config = replace(
         config.data,
-        root=data_root or config.data.root,
-        batch_size=batch_size or config.data.batch_size,
+        root=options["data"]["root"] or config.data.root,
+        batch_size=options["batch_size"] or config.data.batch_size,
     )
     runtime_config = replace(
         config.runtime,
-        device=device or config.runtime.device,
-        precision=precision or config.runtime.precision,
+        device=options["device"] or config.runtime.device,
+        precision=options["precision"] or config.runtime.precision,
         backend="auto",
     )
     config = replace(config, data=data_config, runtime=runtime_config)
@@ -84,7 +67,8 @@ def evaluate_run(
     states = list(stored.states())
     try:
         with tqdm(desc="evaluating", unit=" passes", leave=False, disable=None) as bar:
-            evaluator = _Evaluator(config, data, runtime.device, stored, batch_norm_batches, bar)
+            batches = options["batch_norm_batches"]
+            evaluator = _Evaluator(config, data, runtime.device, stored, batches, bar)
             result = _evaluate(stored, states, evaluator)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -96,7 +80,7 @@ def evaluate_run(
 
 
 class _Evaluator:
-    """One module on the device, into which the weights of each network are loaded in turn."""
+    """Evaluates networks in turn with one module on the device."""
 
     def __init__(
         self,

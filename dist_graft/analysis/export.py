@@ -30,10 +30,53 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Export a run and print the files."""
+    """Export a run. Yields the files and how to load them.
+
+    Each file holds a plain state dict of contiguous CPU tensors:
+    ``model.load_state_dict(torch.load(path, weights_only=True))``. The batch norm statistics of the
+    soup are averaged, too. export.json describes the files.
+
+    Raises: RunDirectoryError; ConfigError if the weights do not fit the run's architecture.
+    """
     del process
-    out = Path(options["out"]) if options["out"] else None
-    yield export_run(options["run"], checkpoint=options["checkpoint"], out=out)
+    from dist_graft.analysis.soups import uniform_soup
+    from dist_graft.analysis.stored_weights import EXPORT_DESCRIPTION, architecture, open_run
+    from dist_graft.run_directory import write_atomically
+    from dist_graft.training.checkpoint.files import network_file, save_network
+
+    stored = open_run(Path(options["run"]), options["checkpoint"])
+    folder = Path(options["out"] or stored.path / "export")
+    model = None if "model" in stored.custom else stored.config.model
+    states = list(stored.states())
+    if model:
+        for state in states:  # refuse before anything is written
+            architecture(model, state, stored.checkpoint.path)
+    files = {network_file(network): state for network, state in enumerate(states)}
+    for network in range(len(states)):
+        if averaged := stored.averaged_state(network):
+            files[network_file(network).replace(".pt", "_ema.pt")] = averaged
+    files["uniform_soup.pt"] = uniform_soup(states)
+    sha256 = {}
+    for name, state in files.items():
+        contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+        sha256[name] = save_network(folder / name, contiguous)
+        yield str(folder / name)
+    description = {
+        "run_dir": str(stored.path),
+        "epoch": stored.checkpoint.epoch,
+        "round": stored.checkpoint.round,
+        "model": model.name if model else None,
+        "lead": stored.config.graft.lead,
+        "sha256": sha256,
+        "dist_graft": VERSION,
+    }
+    content = (json.dumps(description, indent=1) + "\n").encode()
+    write_atomically(folder / EXPORT_DESCRIPTION, content)
+    name = model.name if model else "custom model"
+    yield (
+        f"{name} after {stored.checkpoint.epoch} epochs; load it with "
+        "model.load_state_dict(torch.load(path, weights_only=True))"
+    )
 
 
 COMMAND = Command(
@@ -42,58 +85,3 @@ COMMAND = Command(
     build_parser=build_parser,
     run=run,
 )
-
-
-def export_run(run: str, *, checkpoint: str | None = None, out: Path | None = None) -> str:
-    """Write networkNN.pt for each network of a run, and uniform_soup.pt, the mean of their weights.
-
-    A run with optim.ema_decay also gets networkNN_ema.pt, the moving average of the weights.
-
-    Each file holds a plain state dict of contiguous CPU tensors:
-    ``model.load_state_dict(torch.load(path, weights_only=True))``. The batch norm statistics of the
-    soup are means, too. export.json describes the files.
-
-    Args:
-        run: run directory.
-        checkpoint: name of a checkpoint; None: the latest complete one.
-        out: output folder; None: RUN/export.
-
-    Returns: the files and how to load them.
-
-    Raises: RunDirectoryError; ConfigError if the weights do not fit the run's architecture.
-    """
-    from dist_graft.analysis.soups import uniform_soup
-    from dist_graft.analysis.stored_weights import EXPORT_DESCRIPTION, architecture, open_run
-    from dist_graft.run_directory import write_atomically
-    from dist_graft.training.checkpoint.files import save_network
-
-    stored = open_run(Path(run), checkpoint)
-    folder, model = out or stored.path / "export", stored.config.model
-    states = list(stored.states())
-    if "model" not in stored.custom:
-        for state in states:  # refuse before anything is written
-            architecture(model, state, stored.checkpoint.path)
-    files = {f"network{network:02d}.pt": state for network, state in enumerate(states)}
-    for network in range(len(states)):
-        if averaged := stored.averaged_state(network):
-            files[f"network{network:02d}_ema.pt"] = averaged
-    files["uniform_soup.pt"] = uniform_soup(states)
-    sha256 = {}
-    for name, state in files.items():
-        contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
-        sha256[name] = save_network(folder / name, contiguous)
-    description = {
-        "run_dir": str(stored.path),
-        "epoch": stored.checkpoint.epoch,
-        "round": stored.checkpoint.round,
-        "model": None if "model" in stored.custom else model.name,
-        "lead": stored.config.graft.lead,
-        "sha256": sha256,
-        "dist_graft": VERSION,
-    }
-    content = (json.dumps(description, indent=1) + "\n").encode()
-    write_atomically(folder / EXPORT_DESCRIPTION, content)
-    names = "\n".join(str(folder / name) for name in files)
-    trained = f"{description['model'] or 'custom model'} after {stored.checkpoint.epoch} epochs"
-    how = "model.load_state_dict(torch.load(path, weights_only=True))"
-    return f"{names}\n{trained}; load it with {how}"

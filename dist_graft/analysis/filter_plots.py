@@ -27,8 +27,8 @@ def draw(
 ) -> dict[str, bytes]:
     """Draw the PNG files of invalid filters, entropy and norms, by name.
 
-    For several networks of a source, the mean and the range are shown. In the plot of the norms
-    each network has a line.
+    If a source has several networks, their mean and range are plotted. The plot of norms has one
+    line per network.
     """
     styles = line_styles(len(inspected))
     with plot_style(grid="y"):

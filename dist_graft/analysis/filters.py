@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """Layers of all networks of one source, the same in every network."""
+    """Measurements of all networks of one source. The networks have the same layers."""
 
     label: str
     networks: dict[str, list[Layer]]

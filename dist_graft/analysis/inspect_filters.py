@@ -18,7 +18,6 @@ from dist_graft.printing import format_table
 
 if TYPE_CHECKING:
     from dist_graft.analysis.filters import Inspected
-    from dist_graft.grafting.units import Lead
 
 _COLUMNS = (
     "source",
@@ -75,57 +74,23 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Inspect the sources and print tables."""
+    """Print tables of networks and layers; write inspect.csv and three plots.
+
+    Raises: DistGraftError.
+    """
     del process
     at_least("num_bins", options["num_bins"], 1)
     for threshold in options["thresholds"]:
         above_zero("thresholds", threshold)
-    yield inspect_sources(
-        [Path(source) for source in options["sources"]],
-        thresholds=sorted(set(options["thresholds"]), reverse=True),
-        num_bins=options["num_bins"],
-        out=Path(options["out"]),
-        model_name=options["model"]["name"],
-        lead=options["graft"]["lead"],
-    )
-
-
-COMMAND = Command(
-    name="inspect",
-    help="measure and plot invalid filters, entropy and L1 norms",
-    build_parser=build_parser,
-    run=run,
-)
-
-
-def inspect_sources(
-    paths: Sequence[Path],
-    *,
-    thresholds: Sequence[float],
-    num_bins: int,
-    out: Path,
-    model_name: str | None = None,
-    lead: Lead | None = None,
-) -> str:
-    """Measure the filters of runs, checkpoints or files; write inspect.csv and three plots.
-
-    Args:
-        paths: as for `read_source`, all of one architecture.
-        thresholds: L1 norms in decreasing order; a filter below one is invalid.
-        num_bins: histogram bins of the entropy.
-        out: output folder.
-        model_name: architecture of files outside of runs and exported folders.
-        lead: layers to inspect; None: those that the run grafts.
-
-    Returns: tables of networks and layers, and the files that were written.
-
-    Raises: DistGraftError.
-    """
     from dist_graft.analysis.filter_plots import draw
     from dist_graft.analysis.filters import check_same_layers, inspect_source
     from dist_graft.analysis.stored_weights import labels, read_source
     from dist_graft.run_directory import write_atomically
 
+    paths = [Path(source) for source in options["sources"]]
+    model_name, lead = options["model"]["name"], options["graft"]["lead"]
+    num_bins, out = options["num_bins"], Path(options["out"])
+    thresholds = sorted(set(options["thresholds"]), reverse=True)
     inspected = [
         inspect_source(read_source(path, model_name), label, num_bins=num_bins, lead=lead)
         for path, label in zip(paths, labels(paths), strict=True)
@@ -134,11 +99,17 @@ def inspect_sources(
     files = {"inspect.csv": csv_text(inspected).encode(), **draw(inspected, thresholds, num_bins)}
     for name, content in files.items():
         write_atomically(out / name, content)
-    written = ", ".join(str(out / name) for name in files)
-    return (
-        f"{network_table(inspected, thresholds)}\n\n{layer_table(inspected, thresholds)}\n{_NOTE}\n"
-        f"\nwritten: {written}"
-    )
+    yield f"{network_table(inspected, thresholds)}\n"
+    yield f"{layer_table(inspected, thresholds)}\n{_NOTE}\n"
+    yield f"written: {', '.join(str(out / name) for name in files)}"
+
+
+COMMAND = Command(
+    name="inspect",
+    help="measure and plot invalid filters, entropy and L1 norms",
+    build_parser=build_parser,
+    run=run,
+)
 
 
 def csv_text(inspected: Sequence[Inspected]) -> str:

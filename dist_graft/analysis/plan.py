@@ -1,15 +1,15 @@
 """``dist-graft plan``: layout, traffic and memory of a population before it is started.
 
-Everything is arithmetic over bytes: no hardware is modeled, and nothing is started. Times are those
-of the bytes on the busiest link at the bandwidths given on the command line.
+All numbers follow from bytes and from the bandwidths given on the command line. The hardware is not
+modeled, and nothing is started.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -28,143 +28,61 @@ if TYPE_CHECKING:
     from dist_graft.population.round.exchange import Exchange
 
 MAX_NETWORKS = 1024
-_RANDOM_ROUNDS = 20  # of the random topology, of which the busiest is shown
+_ROUNDS = 20  # of each topology, of which the busiest counts; a period of ring and exponential
 _NODES_SHOWN = 8
 _MANY_FOR_RING = 16
 _MANY_FOR_ALL_GATHER = 4
 _OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}  # numbers per weight
 _MIB, _GIB = 2**20, 2**30
-_REMOVED = (
-    *("--bandwidth-local", "--tflops", "--images", "--image-size", "--images-per-second"),
-    "--epoch-seconds",
-)
+_REMOVED = "bandwidth-local", "tflops", "images", "image-size", "images-per-second", "epoch-seconds"
 
 
-def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
-    """Build the parser of the command's options."""
-    parser = ArgumentParser(
-        description="Show where each network of a population runs, the bytes on each link per "
-        "round, and the memory per process. Nothing is started.",
-        **settings,
-    )
-    add = parser.add_argument
-    add("--networks", type=int, required=True, help="networks of the population, K")
-    add("--model", type=str, required=True, help="as train's --model.name")
-    add("--replicas", type=int, default=1, help="processes per network, R; each moves 1/R of it")
-    add("--gpus-per-node", type=int, default=8, help="processes per node")
-    add(
-        "--bandwidth-intra",
-        type=float | None,
-        default=None,
-        help="GB/s per GPU and direction within a node; unset: no times are shown",
-    )
-    add(
-        "--bandwidth-inter",
-        type=float | None,
-        default=None,
-        help="GB/s per node and direction between nodes, all network adapters together; unset: no "
-        "times are shown for links between nodes",
-    )
-    add(
-        "--backend",
-        type=Literal["nccl", "gloo"],
-        default="nccl",
-        help="nccl: between GPU memories; gloo: between host memories",
-    )
-    add("--bucket-mb", type=float, default=32.0, help="as train's --graft.bucket_mb")
-    add(
-        "--optimizer",
-        type=Literal["sgd", "adamw"],
-        default="sgd",
-        help="sgd: momentum, one number per weight; adamw: two numbers per weight",
-    )
-    add(
-        "--classes",
-        type=int | None,
-        default=None,
-        help="classes of the data set; unset: 10 for models of small images, otherwise 1000",
-    )
-    return parser
+def _option(text: str, default: Any = MISSING) -> Any:
+    """A field that is an option of the command, with its help text."""
+    return field(default=default, metadata={"help": text})
 
 
-def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Yield the lines of the plan.
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of the command, and the layout of the processes that follows from them.
 
-    Raises: ConfigError for an invalid option, model or layout.
+    Nodes are filled in rank order. The replicas of a network have consecutive ranks.
     """
-    del process
-    networks = options["networks"]
-    require(1 <= networks <= MAX_NETWORKS, "networks", networks, f"in [1, {MAX_NETWORKS}]")
-    for name in ("replicas", "gpus_per_node", "classes"):
-        at_least(name.replace("_", "-"), options[name], 1)
-    for name in ("bandwidth_intra", "bandwidth_inter", "bucket_mb"):
-        if options[name] is not None:
-            above_zero(name.replace("_", "-"), options[name])
-    layout = Layout(networks, options["replicas"], options["gpus_per_node"])
-    layout.check()
-    size = size_of(build(options["model"], options["classes"]))
-    choices: list[tuple[Exchange, str]] = [("all_gather", "ring")]
-    choices += [("p2p", topology) for topology in TOPOLOGIES]
-    rounds = [
-        plan_round(
-            layout,
-            size,
-            exchange=exchange,
-            topology=topology,
-            on_host=options["backend"] == "gloo",
-            bucket_bytes=max(1, int(options["bucket_mb"] * _MIB)),
-        )
-        for exchange, topology in choices
-        if networks > 1
-    ]
 
-    replicas = f", {layout.replicas} replicas each" if layout.replicas > 1 else ""
-    yield (
-        f"{networks} x {options['model']}{replicas}: {size.parameters:,} parameters, "
-        f"{_bytes(size.round_bytes)} per network and round\n"
+    networks: int = _option("networks of the population, K")
+    model: str = _option("as train's --model.name")
+    replicas: int = _option("processes per network, R; each moves 1/R of it", 1)
+    gpus_per_node: int = _option("processes per node", 8)
+    bandwidth_intra: float | None = _option(
+        "GB/s per GPU and direction within a node; unset: no times are shown", None
     )
-    yield format_table(("node", "GPUs", "networks"), list(_nodes(layout)))
-    where = "host" if options["backend"] == "gloo" else "GPU"
-    held = memory(options, size, rounds)
-    yield "\n" + format_table(
-        (f"{where} memory per process", "MiB"),
-        [(name, f"{count / _MIB:,.1f}") for name, count in held.items()],
+    bandwidth_inter: float | None = _option(
+        "GB/s per node and direction between nodes, all network adapters together; unset: no times "
+        "are shown for links between nodes",
+        None,
     )
-    if not rounds:
-        yield "\nA single network has no rounds."
-        return
-    yield "\n" + format_table(
-        ("exchange", "received", "busiest GPU link", "busiest node link", "time of the bytes"),
-        [_row(each, options) for each in rounds],
+    backend: Literal["nccl", "gloo"] = _option(
+        "nccl: between GPU memories; gloo: between host memories", "nccl"
     )
-    yield (
-        "\nBytes per round, in the busiest round of each topology, in one direction of the busiest "
-        "link;\nreceived: by each process from other networks. 1 GB = 10^9 bytes. Not included: "
-        "activations,\nlatency, computation, waiting for slower networks."
+    bucket_mb: float = _option("as train's --graft.bucket_mb", 32.0)
+    optimizer: Literal["sgd", "adamw"] = _option(
+        "sgd: momentum, one number per weight; adamw: two numbers per weight", "sgd"
     )
-    if "-" in (_row(each, options)[-1] for each in rounds):
-        yield "For all times, give --bandwidth-intra and --bandwidth-inter."
-    for text in warnings(layout, size, rounds):
-        yield f"warning: {text}"
+    classes: int | None = _option(
+        "classes of the data set; unset: 10 for models of small images, otherwise 1000", None
+    )
 
-
-COMMAND = Command(
-    name="plan",
-    help="show layout, traffic and memory of a population",
-    build_parser=build_parser,
-    run=run,
-    removed=dict.fromkeys(_REMOVED, "plan reports bytes and their time, not computation or epochs"),
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Processes on nodes in rank order; the replicas of a network have consecutive ranks."""
-
-    networks: int
-    replicas: int
-    per_node: int
-    """Processes on a full node."""
+    def __post_init__(self) -> None:
+        legal = 1 <= self.networks <= MAX_NETWORKS
+        require(legal, "networks", self.networks, f"in [1, {MAX_NETWORKS}]")
+        for name in ("replicas", "gpus_per_node", "classes"):
+            at_least(name.replace("_", "-"), getattr(self, name), 1)
+        for name in ("bandwidth_intra", "bandwidth_inter", "bucket_mb"):
+            if getattr(self, name) is not None:
+                above_zero(name.replace("_", "-"), getattr(self, name))
+        on_node = min(self.gpus_per_node, self.processes)
+        training = ProcessInfo(world_size=self.processes, local_world_size=on_node)
+        training.with_replicas(self.replicas)  # raises what training would raise
 
     @property
     def processes(self) -> int:
@@ -174,19 +92,85 @@ class Layout:
     @property
     def nodes(self) -> int:
         """Number of nodes."""
-        return -(-self.processes // self.per_node)
+        return -(-self.processes // self.gpus_per_node)
 
     @property
     def free(self) -> int:
         """Unused GPUs of the last node."""
-        return self.nodes * self.per_node - self.processes
+        return self.nodes * self.gpus_per_node - self.processes
 
-    def check(self) -> None:
-        """Raise ConfigError unless training accepts these replicas on these nodes."""
-        on_node = min(self.per_node, self.processes)
-        ProcessInfo(world_size=self.processes, local_world_size=on_node).with_replicas(
-            self.replicas
+
+def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
+    """Build the parser of the command's options."""
+    parser = ArgumentParser(
+        description="Show where each network of a population runs, the bytes on each link per "
+        "round, and the memory per process. Nothing is started.",
+        **settings,
+    )
+    types = get_type_hints(PlanOptions)
+    for option in fields(PlanOptions):
+        default = {"required": True} if option.default is MISSING else {"default": option.default}
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=types[option.name],
+            help=option.metadata["help"],
+            **default,
         )
+    return parser
+
+
+def run(values: Options, process: ProcessInfo) -> Iterator[str]:
+    """Yield the lines of the plan.
+
+    Raises: ConfigError for an invalid option, model or layout.
+    """
+    del process
+    options = PlanOptions(**{option.name: values[option.name] for option in fields(PlanOptions)})
+    size = size_of(build(options.model, options.classes))
+    rounds = []
+    if options.networks > 1:
+        rounds = [plan_round(options, size, "all_gather", "ring")]
+        rounds += [plan_round(options, size, "p2p", topology) for topology in TOPOLOGIES]
+
+    replicas = f", {options.replicas} replicas each" if options.replicas > 1 else ""
+    yield (
+        f"{options.networks} x {options.model}{replicas}: {size.parameters:,} parameters, "
+        f"{_bytes(size.round_bytes)} per network and round\n"
+    )
+    yield format_table(("node", "GPUs", "networks"), _nodes(options))
+    where = "host" if options.backend == "gloo" else "GPU"
+    yield "\n" + format_table(
+        (f"{where} memory per process", "MiB"),
+        [(name, f"{count / _MIB:,.1f}") for name, count in memory(options, size, rounds).items()],
+    )
+    if not rounds:
+        yield "\nA single network has no rounds."
+        return
+    rows = [_row(each, options) for each in rounds]
+    yield "\n" + format_table(
+        ("exchange", "received", "busiest GPU link", "busiest node link", "time of the bytes"), rows
+    )
+    yield (
+        "\nBytes per round, in the busiest round of each topology, in one direction of the busiest "
+        "link;\nreceived: by each process from other networks. 1 GB = 10^9 bytes. Not included: "
+        "activations,\nlatency, computation, waiting for slower networks."
+    )
+    if any(row[-1] == "-" for row in rows):
+        yield "For all times, give --bandwidth-intra and --bandwidth-inter."
+    for text in warnings(options, size, rounds):
+        yield f"warning: {text}"
+
+
+COMMAND = Command(
+    name="plan",
+    help="show layout, traffic and memory of a population",
+    build_parser=build_parser,
+    run=run,
+    removed={
+        f"--{name}": "plan reports bytes and their time, not computation or epochs"
+        for name in _REMOVED
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +180,7 @@ class NetworkSize:
     elements: tuple[int, ...]
     """Elements of each tensor that a round mixes."""
     dtypes: tuple[torch.dtype, ...]
-    """Type of each of these tensors."""
+    """dtype of each of these tensors."""
     parameters: int
     state_bytes: int
     """Bytes of all parameters and buffers."""
@@ -223,12 +207,12 @@ def build(name: str, classes: int | None = None) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_model(config, num_classes=num_classes, channels=3)
-    except NotImplementedError:  # a weight is read, which the meta device does not have
+    except NotImplementedError:  # the meta device has no values to read
         return build_model(config, num_classes=num_classes, channels=3)
 
 
 def size_of(model: nn.Module) -> NetworkSize:
-    """Count the tensors of a model, tied ones once.
+    """Count the tensors of a model; tied tensors count once.
 
     Raises: ConfigError if there is nothing to graft.
     """
@@ -278,45 +262,27 @@ class Round:
     exchanged: Traffic
     """Between networks, in the busiest round of the topology."""
     joined: Traffic
-    """Between the replicas of a network, which then send each other their shares."""
+    """Between the replicas of a network, which send each other their shares after the exchange."""
     buffers: int
     """Buckets in each process."""
 
 
-def plan_round(
-    layout: Layout,
-    size: NetworkSize,
-    *,
-    exchange: Exchange,
-    topology: str,
-    on_host: bool,
-    bucket_bytes: int,
-) -> Round:
-    """Count the bytes of a round.
-
-    Args:
-        layout: two or more networks.
-        size: of each network.
-        exchange: all_gather or p2p.
-        topology: a name in `TOPOLOGIES`.
-        on_host: buckets are in host memory (gloo), not in GPU memory (NCCL).
-        bucket_bytes: graft.bucket_mb in bytes.
-    """
+def plan_round(options: PlanOptions, size: NetworkSize, exchange: Exchange, topology: str) -> Round:
+    """Count the bytes of a round between two or more networks."""
     from dist_graft.population.round.buckets import cut_buckets
     from dist_graft.population.round.exchange import bucket_limit, held_bytes
 
-    networks, replicas = layout.networks, layout.replicas
+    networks, replicas, on_host = options.networks, options.replicas, options.backend == "gloo"
     share = size.round_bytes / replicas
     ranks = [range(k * replicas, (k + 1) * replicas) for k in range(networks)]
     if exchange == "p2p":
-        links = [
-            busiest(layout, p2p_moves(ranks, donors, share))
-            for donors in _donors_by_round(topology, networks)
-        ]
+        donors = [TOPOLOGIES[topology](networks, number, 0) for number in range(_ROUNDS)]
+        links = [busiest(options, p2p_moves(ranks, by_network, share)) for by_network in donors]
         exchanged = Traffic(max(each.gpu for each in links), max(each.node for each in links))
     else:
-        alike = list(zip(*ranks, strict=True))
-        exchanged = busiest(layout, gather_moves(alike, share, direct=on_host))
+        same_replica = list(zip(*ranks, strict=True))
+        exchanged = busiest(options, gather_moves(same_replica, share, direct=on_host))
+    bucket_bytes = max(1, int(options.bucket_mb * _MIB))
     buckets = cut_buckets(
         size.elements,
         size.dtypes,
@@ -329,7 +295,7 @@ def plan_round(
         topology=topology,
         received=share * (networks - 1 if exchange == "all_gather" else 1),
         exchanged=exchanged,
-        joined=busiest(layout, gather_moves(ranks, share, direct=on_host)),
+        joined=busiest(options, gather_moves(ranks, share, direct=on_host)),
         buffers=held_bytes(
             buckets, exchange, networks=networks, donors=1, on_host=on_host, replicas=replicas
         ),
@@ -339,15 +305,17 @@ def plan_round(
 def p2p_moves(
     ranks: Sequence[Sequence[int]], donors: Sequence[int], share: float
 ) -> Iterator[Move]:
-    """Each replica of a network receives its share from the same replica of the donor."""
+    """Yield the moves of each replica's share, from the same replica of the donor."""
     for network, donor in enumerate(donors):
         for sender, receiver in zip(ranks[donor], ranks[network], strict=True):
             yield sender, receiver, share
 
 
 def gather_moves(groups: Sequence[Sequence[int]], share: float, *, direct: bool) -> Iterator[Move]:
-    """All-gather in each group of ranks: every process sends its share directly to all others
-    (gloo), or all shares are forwarded along a ring (NCCL).
+    """Yield the moves of an all-gather in each group of ranks.
+
+    Every process sends its share directly to all others (gloo), or all shares are forwarded along
+    a ring (NCCL).
     """
     for ranks in groups:
         for position, rank in enumerate(ranks):
@@ -357,12 +325,12 @@ def gather_moves(groups: Sequence[Sequence[int]], share: float, *, direct: bool)
                 yield rank, ranks[(position + 1) % len(ranks)], (len(ranks) - 1) * share
 
 
-def busiest(layout: Layout, moves: Iterable[Move]) -> Traffic:
-    """Bytes on the busiest links, all moves together."""
+def busiest(options: PlanOptions, moves: Iterable[Move]) -> Traffic:
+    """Add up all moves and return the bytes on the busiest links."""
     node: dict[tuple[str, int], float] = defaultdict(float)
     gpu: dict[tuple[str, int], float] = defaultdict(float)
     for sender, receiver, size in moves:
-        source, target = sender // layout.per_node, receiver // layout.per_node
+        source, target = sender // options.gpus_per_node, receiver // options.gpus_per_node
         if source == target:
             gpu["out", sender] += size
             gpu["in", receiver] += size
@@ -372,80 +340,74 @@ def busiest(layout: Layout, moves: Iterable[Move]) -> Traffic:
     return Traffic(max(gpu.values(), default=0.0), max(node.values(), default=0.0))
 
 
-def _donors_by_round(topology: str, networks: int) -> list[list[int]]:
-    period = {"ring": 1, "exponential": max(1, (networks - 1).bit_length())}
-    rounds = range(period.get(topology, _RANDOM_ROUNDS))
-    return [TOPOLOGIES[topology](networks, round_, 0) for round_ in rounds]
-
-
-def memory(options: Options, size: NetworkSize, rounds: Sequence[Round]) -> dict[str, int]:
+def memory(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> dict[str, int]:
     """Bytes in each process, by name. The buckets of the exchanges are alternatives."""
-    optimizer = options["optimizer"]
     held = {
         "parameters and buffers": size.state_bytes,
         "gradients": size.trained_bytes,
-        f"optimizer ({optimizer})": _OPTIMIZER_STATES[optimizer] * size.trained_bytes,
+        f"optimizer ({options.optimizer})": _OPTIMIZER_STATES[options.optimizer]
+        * size.trained_bytes,
     }
-    if options["replicas"] > 1:
+    if options.replicas > 1:
         held["gradient buckets of DDP"] = size.trained_bytes
     return held | {f"buckets of {each.exchange}": each.buffers for each in rounds}
 
 
-def warnings(layout: Layout, size: NetworkSize, rounds: Sequence[Round]) -> Iterator[str]:
-    """Choices that cost much, and what to choose instead."""
+def warnings(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> Iterator[str]:
+    """Yield a warning for each expensive choice, with an alternative."""
     gathered, on_ring = rounds[:2]
-    if layout.free and layout.nodes > 1:
-        full = layout.networks // layout.per_node * layout.per_node
+    if options.free and options.nodes > 1:
+        full = options.networks // options.gpus_per_node * options.gpus_per_node
         yield (
-            f"{layout.free} GPUs of the last node have no network: {full} or "
-            f"{full + layout.per_node} networks fill all nodes"
+            f"{options.free} GPUs of the last node have no network: {full} or "
+            f"{full + options.gpus_per_node} networks fill all nodes"
         )
-    if layout.replicas > layout.per_node:
-        gradients = 2 * (layout.replicas - 1) / layout.replicas * size.trained_bytes
+    if options.replicas > options.gpus_per_node:
+        gradients = 2 * (options.replicas - 1) / options.replicas * size.trained_bytes
         yield (
             f"each network spans several nodes: {_bytes(gradients)} of gradients cross their links "
-            f"in every step; {layout.per_node} replicas or fewer avoid this"
+            f"in every step; {options.gpus_per_node} replicas or fewer avoid this"
         )
     if gathered.buffers > _GIB:
         yield (
             f"all_gather holds {gathered.buffers / _GIB:.1f} GiB of buckets in each process, p2p "
             f"{on_ring.buffers / _GIB:.2f}: use p2p, or a smaller --graft.bucket_mb"
         )
-    if layout.networks > _MANY_FOR_ALL_GATHER:
+    if options.networks > _MANY_FOR_ALL_GATHER:
         yield (
-            f"with all_gather each process receives {layout.networks - 1} networks and needs one: "
+            f"with all_gather each process receives {options.networks - 1} networks and needs one: "
             "use --graft.exchange p2p"
         )
-    if layout.networks > _MANY_FOR_RING:
+    if options.networks > _MANY_FOR_RING:
         yield (
-            f"on the ring, weights reach all networks after {layout.networks - 1} rounds; with "
-            f"--graft.topology exponential, after {(layout.networks - 1).bit_length()}"
+            f"on the ring, weights reach all networks after {options.networks - 1} rounds; with "
+            f"--graft.topology exponential, after {(options.networks - 1).bit_length()}"
         )
 
 
-def _nodes(layout: Layout) -> Iterator[tuple[str, str, str]]:
+def _nodes(options: PlanOptions) -> list[tuple[str, str, str]]:
     """Rows of the layout. Many nodes are abridged."""
-    for node in range(layout.nodes):
-        if layout.nodes > _NODES_SHOWN and _NODES_SHOWN - 2 <= node < layout.nodes - 1:
-            if node == layout.nodes - 2:
-                yield "...", "...", "..."
-            continue
-        first = node * layout.per_node
-        end = min(first + layout.per_node, layout.processes)
-        networks = sorted({first // layout.replicas, (end - 1) // layout.replicas})
-        yield str(node), f"{end - first} of {layout.per_node}", "-".join(map(str, networks))
+    rows = []
+    for node, first in enumerate(range(0, options.processes, options.gpus_per_node)):
+        end = min(first + options.gpus_per_node, options.processes)
+        networks = sorted({first // options.replicas, (end - 1) // options.replicas})
+        rows.append(
+            (str(node), f"{end - first} of {options.gpus_per_node}", "-".join(map(str, networks)))
+        )
+    if len(rows) > _NODES_SHOWN:
+        rows[_NODES_SHOWN - 2 : -1] = [("...", "...", "...")]
+    return rows
 
 
-def _row(each: Round, options: Options) -> tuple[str, ...]:
-    bandwidths = options["bandwidth_intra"], options["bandwidth_inter"]
-    seconds = [traffic.seconds(*bandwidths) for traffic in (each.exchanged, each.joined)]
-    known = [value for value in seconds if value is not None]
+def _row(each: Round, options: PlanOptions) -> tuple[str, ...]:
+    bandwidths = options.bandwidth_intra, options.bandwidth_inter
+    exchanged, joined = each.exchanged.seconds(*bandwidths), each.joined.seconds(*bandwidths)
     return (
         each.exchange if each.exchange == "all_gather" else f"{each.exchange} {each.topology}",
         _bytes(each.received),
         _bytes(each.exchanged.gpu + each.joined.gpu),
         _bytes(each.exchanged.node + each.joined.node),
-        f"{1e3 * sum(known):,.3g} ms" if len(known) == len(seconds) else "-",
+        "-" if exchanged is None or joined is None else f"{1e3 * (exchanged + joined):,.3g} ms",
     )
 
 

@@ -1,9 +1,10 @@
-"""Reads the files of a run directory without torch. Damaged files are listed, never raised."""
+"""Reads the files of a run directory without importing torch."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,11 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read a run directory.
+    """Read a run directory. Damaged files are listed in `problems`.
 
     Raises: RunDirectoryError if the path is not a run directory.
     """
-    directory = RunDirectory(str(path))
+    directory = RunDirectory(path)
     matches = (re.fullmatch(r"network(\d{2,})", folder.name) for folder in path.glob("network*"))
     found = {int(match[1]) for match in matches if match}
     if not found and not directory.config.is_file():
@@ -82,8 +83,9 @@ def read_run(path: Path) -> RunFiles:
             f"{path} is not a run directory: it has neither config.yaml nor network00"
         )
     problems: list[str] = []
-    config = _read_config(directory.config, problems)
-    count = config.get("run", {}).get("networks")
+    config = _read_object(directory.config, problems, yaml.safe_load)
+    start = config.get("run")
+    count = start.get("networks") if isinstance(start, dict) else None
     networks = sorted(found | set(range(count if isinstance(count, int) else 0)))
     checkpoints = complete_checkpoints(directory.checkpoints)
     return RunFiles(
@@ -115,24 +117,26 @@ def _read_network(directory: RunDirectory, network: int, problems: list[str]) ->
     )
 
 
-def _read_config(path: Path, problems: list[str]) -> Fields:
-    text = _read_text(path, problems)
-    if text is None:
-        return {}
+def read_json(path: Path) -> Any:
+    """Read a JSON file, or the list of objects in a JSON Lines file.
+
+    Raises: RunDirectoryError if the file is missing or damaged.
+    """
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("run", {}), dict):
-        problems.append(f"{path} cannot be read")
-        return {}
-    return config
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
 
 
-def _read_object(path: Path, problems: list[str]) -> Fields:
+def _read_object(
+    path: Path, problems: list[str], parse: Callable[[str], Any] = json.loads
+) -> Fields:
     text = _read_text(path, problems)
-    content = None if text is None else _parse(text)
-    if text is not None and content is None:
+    content = {} if text is None else _parse(text, parse)
+    if content is None:
         problems.append(f"{path} cannot be read")
     return content or {}
 
@@ -146,10 +150,10 @@ def _read_lines(path: Path, problems: list[str]) -> list[Fields]:
     return [line for line in lines if line is not None]
 
 
-def _parse(text: str) -> Fields | None:
+def _parse(text: str, parse: Callable[[str], Any] = json.loads) -> Fields | None:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None
 

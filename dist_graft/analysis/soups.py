@@ -16,8 +16,8 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def uniform_soup(states: Sequence[State]) -> dict[str, Tensor]:
     """Average the weights of networks into new tensors.
 
-    Sums are taken in float64 and rounded once to each tensor's type. Integer tensors (counters of
-    batches) are those of the first network.
+    Sums are taken in float64 and rounded once to each tensor's type. Integer tensors (batch
+    counters) are copied from the first network.
     """
     return {
         key: torch.stack([state[key].double() for state in states]).mean(0).to(first.dtype)

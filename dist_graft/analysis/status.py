@@ -65,12 +65,12 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     clear = _CLEAR_SCREEN if watch and not as_json and sys.stdout.isatty() else ""
     while True:
         files, now = read_run(path), time.time()
-        verdict = judge(files, now)
+        run_status = judge(files, now)
         if as_json:
-            yield json_text(files, verdict, now, indent=None if watch else 1)
+            yield json.dumps(facts(files, run_status, now), indent=None if watch else 1)
         else:
-            yield clear + status_text(files, verdict, now)
-        if not watch or verdict.state not in ACTIVE:
+            yield clear + status_text(files, run_status, now)
+        if not watch or run_status.state not in ACTIVE:
             return
         time.sleep(options["every"])
 
@@ -85,7 +85,7 @@ COMMAND = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class RunStatus:
     """State of a run as a whole."""
 
     state: State
@@ -95,8 +95,8 @@ class Verdict:
     """Networks whose processes are running."""
 
 
-def judge(run: RunFiles, now: float) -> Verdict:
-    """Determine the state of a run at a time in seconds since 1970."""
+def judge(run: RunFiles, now: float) -> RunStatus:
+    """Determine the status of a run at Unix time `now`."""
     alive = frozenset(files.network for files in run.networks if _is_alive(files, now))
     died = [
         files
@@ -105,7 +105,7 @@ def judge(run: RunFiles, now: float) -> Verdict:
     ]
     errors = {files.network: error for files in run.networks if (error := _error(files))}
     state, words = _state(run, alive, died, errors, now)
-    return Verdict(state=state, words=words, alive=alive)
+    return RunStatus(state=state, words=words, alive=alive)
 
 
 def _state(
@@ -142,7 +142,7 @@ def _state(
     if died:
         silent = [seconds for files in died if (seconds := _silent_seconds(files, now)) is not None]
         return "died", (
-            f"died: last sign of life of {_names([files.network for files in died])} "
+            f"died: last heartbeat of {_names([files.network for files in died])} "
             f"{duration(min(silent, default=0))} ago, without an error message (killed, out of "
             f"memory, or the machine failed); {resume}"
         )
@@ -195,47 +195,42 @@ def _names(networks: Collection[int]) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def json_text(run: RunFiles, verdict: Verdict, now: float, *, indent: int | None) -> str:
-    """Everything that is known about a run as one JSON object."""
-    return json.dumps(_facts(run, verdict, now), indent=indent)
-
-
-def status_text(run: RunFiles, verdict: Verdict, now: float) -> str:
+def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
     """State, table of the networks, final accuracies, latest events and unreadable files."""
-    facts = _facts(run, verdict, now)
-    left = facts["seconds_left"]
+    known = facts(run, run_status, now)
+    left = known["seconds_left"]
     lines = [
-        f"{run.path}: {verdict.words}{'' if left is None else f', {duration(left)} left'}",
-        f"{len(run.networks)} x {facts['model'] or '?'} on {facts['data'] or '?'}, method "
-        f"{facts['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
-        format_table(_HEADER, [_row(row, facts["epochs"] or "?") for row in facts["networks"]]),
+        f"{run.path}: {run_status.words}{'' if left is None else f', {duration(left)} left'}",
+        f"{len(run.networks)} x {known['model'] or '?'} on {known['data'] or '?'}, method "
+        f"{known['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
+        format_table(_HEADER, [_row(row, known["epochs"] or "?") for row in known["networks"]]),
     ]
-    final = {k: v for k, v in facts["final"].items() if k.endswith("after_last_round")}
-    if final and verdict.state == "finished":
+    final = {k: v for k, v in known["final"].items() if k.endswith("after_last_round")}
+    if final and run_status.state == "finished":
         lines.append(", ".join(f"{k.replace('_', ' ')} {_fixed(v, 2)}" for k, v in final.items()))
     for event in run.events[-_EVENTS_SHOWN:]:
         epoch = _as_int(event.get("epoch"))
         when = f"epoch {epoch + 1}" if epoch is not None else "unknown epoch"
         lines.append(f"{when}: {event.get('text', event.get('kind'))}")
     lines += [f"! {problem}" for problem in run.problems]
-    if verdict.state in ACTIVE:
+    if run_status.state in ACTIVE:
         lines.append(f"to stop the run after a checkpoint: touch {run.path / 'STOP'}")
     return "\n".join(lines)
 
 
-def _facts(run: RunFiles, verdict: Verdict, now: float) -> dict[str, Any]:
-    """What both outputs show. Values that are unknown are None."""
-    networks = [_network_facts(run, verdict, files, now) for files in run.networks]
+def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:
+    """Content of the JSON output. Unknown values are None."""
+    networks = [_network_facts(run, run_status, files, now) for files in run.networks]
     left = [row["seconds_left"] for row in networks if row["seconds_left"] is not None]
     return {
         "run": str(run.path),
-        "state": verdict.state,
-        "words": verdict.words,
+        "state": run_status.state,
+        "words": run_status.words,
         "epochs": run.epochs or None,
         "model": _name_in(run.config, "model"),
         "data": _name_in(run.config, "data"),
         "method": run.config.get("method"),
-        "seconds_left": max(left) if left and verdict.state in ACTIVE else None,
+        "seconds_left": max(left) if left and run_status.state in ACTIVE else None,
         "newest_set": run.checkpoint,
         "networks": networks,
         "final": {k: v for k, v in run.summary.items() if k.startswith(("mean_", "ensemble_"))},
@@ -245,10 +240,10 @@ def _facts(run: RunFiles, verdict: Verdict, now: float) -> dict[str, Any]:
 
 
 def _network_facts(
-    run: RunFiles, verdict: Verdict, files: NetworkFiles, now: float
+    run: RunFiles, run_status: RunStatus, files: NetworkFiles, now: float
 ) -> dict[str, Any]:
     status, last, graft = files.status, files.last_epoch, files.last_round
-    alive = files.network in verdict.alive
+    alive = files.network in run_status.alive
     by_unit = graft.get("coefficient")
     values = by_unit.values() if isinstance(by_unit, dict) else ()
     coefficients = [value for value in map(_as_float, values) if value is not None]

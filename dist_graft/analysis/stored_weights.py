@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_graft.analysis.run_files import read_json
 from dist_graft.config import ModelConfig, TrainConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.grafting.units import Lead
@@ -44,7 +44,7 @@ class StoredRun:
     config: TrainConfig
     checkpoint: Checkpoint
     custom: Collection[str] = ()
-    """What the run was given in Python instead of by its configuration."""
+    """Parts of the run that were passed in Python, such as "model", instead of configured."""
 
     def require_configured(self, *parts: str) -> None:
         """Raise ConfigError if one of these parts of the run was given in Python."""
@@ -96,7 +96,7 @@ def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
 
     Raises: RunDirectoryError if there is no run or no such checkpoint.
     """
-    directory = RunDirectory(str(path))
+    directory = RunDirectory(path)
     config, _ = directory.read_config()
     complete = {stored.path.name: stored for stored in complete_checkpoints(directory.checkpoints)}
     if not complete:
@@ -117,14 +117,14 @@ class Source:
     model: ModelConfig
     lead: Lead
     states: Mapping[str, State]
-    """By the network's number, or by the file's name if that has none."""
+    """State dicts by network number, or by the file's name if it contains no number."""
 
 
 def read_source(path: Path, model_name: str | None = None) -> Source:
     """Read all weights at a path.
 
-    A run directory stands for its latest complete checkpoint. The architecture is that of the run,
-    or of the export.json beside the file.
+    Of a run directory, the latest complete checkpoint is read. The architecture comes from the
+    configuration of the run, or from export.json beside the file.
 
     Args: model_name: architecture of a file that has neither.
     Raises: RunDirectoryError if there is nothing to read; ConfigError if a file's architecture is
@@ -234,10 +234,10 @@ def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None)
 
 
 def _from_export(path: Path, folder: Path, files: Sequence[Path]) -> Source:
+    description = read_json(folder / EXPORT_DESCRIPTION)
     try:
-        description = json.loads((folder / EXPORT_DESCRIPTION).read_text())
         name, lead = description["model"], description["lead"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
     if name is None:
         raise ConfigError(

@@ -27,7 +27,7 @@ class FailedRunsError(DistGraftError):
 
 
 def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
-    """Run a plan, or what remains of it, and write its report.
+    """Run a plan, resuming where an earlier call stopped, and write its report.
 
     Args:
         plan: as `load_plan` returns it.
@@ -37,8 +37,8 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
 
     Returns: the conclusions and the path of the report.
 
-    Raises: StoppedError on a signal, and the next call resumes; FailedRunsError if runs failed,
-    after the report is written; ConfigError if the plan has changed in what must not change.
+    Raises: StoppedError on a signal; the next call resumes. FailedRunsError if runs failed; the
+    report is written first. ConfigError if a part of the plan changed that must stay fixed.
     """
     if report_only:
         _require_same_plan(plan, folder)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,10 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
+from dist_graft.analysis.run_files import read_json
 from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
+from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
 from dist_graft.studies.records import THRESHOLDS
 from dist_graft.training.learning_rates import learning_rates
@@ -101,7 +102,7 @@ def evaluate_command(folder: Path) -> list[str]:
 
 def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(asdict(run.config)))  # tuples become lists
+    plain = as_plain(run.config)
     options = {name: value for name, value in plain.items() if name not in _SET_PER_RUN}
     (folder / "options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
     before, wall, cores = _cost(folder), time.monotonic(), _children_seconds()
@@ -122,7 +123,7 @@ def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
 
 
 def _evaluate(run: Run, folder: Path) -> list[str]:
-    """Evaluate the run unless that is done or adds nothing. Returns remarks."""
+    """Evaluate the run if necessary. Returns remarks."""
     single = run.split == "validation" and run.arm.networks == 1
     if single or (folder / "evaluation.json").is_file():
         return []
@@ -254,7 +255,7 @@ def is_finished(run: Path) -> bool:
 
 def finished_epochs(run: Path) -> int:
     """Return the number of finished epochs of a run, which may be in progress."""
-    metrics = run / "network00" / "metrics.jsonl"
+    metrics = RunDirectory(run).metrics(0)
     return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
@@ -263,13 +264,13 @@ def read_test(run: Path) -> Row:
 
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
-    summary = _read_json(run / "summary.json")
+    summary = read_json(run / "summary.json")
     row: Row = {
         "members": [network["accuracy_after_last_round"] for network in summary["networks"]],
         "ensemble": float(summary["ensemble_accuracy_after_last_round"]),
     }
     if (run / "evaluation.json").is_file():
-        evaluation = _read_json(run / "evaluation.json")
+        evaluation = read_json(run / "evaluation.json")
         row["uniform_soup"] = evaluation["uniform_soup"]["batch_norm_reestimated"]
         row["uniform_soup_as_is"] = evaluation["uniform_soup"]["batch_norm_as_is"]
         if evaluation["greedy_soup"]:
@@ -286,9 +287,9 @@ def read_validation(run: Path, networks: int) -> Row:
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
     if networks == 1:
-        members = [_read_metrics(run, 0)[-1]["val_accuracy"]]
+        members = [read_json(RunDirectory(run).metrics(0))[-1]["val_accuracy"]]
     else:
-        evaluation = _read_json(run / "evaluation.json")
+        evaluation = read_json(run / "evaluation.json")
         members = [member["val_accuracy"] for member in evaluation["members"]]
     if None in members:
         raise RunDirectoryError(f"{run} has no validation accuracies: data.val_fraction is 0")
@@ -299,7 +300,8 @@ def read_curve(run: Path, rates: Sequence[float], split: str) -> pd.DataFrame:
     """Read accuracies of each epoch, before its round, on the split "test" or "validation"."""
     name = "test_accuracy" if split == "test" else "val_accuracy"
     members = [
-        [float(line[name]) for line in _read_metrics(run, network)] for network in range(len(rates))
+        [float(line[name]) for line in read_json(RunDirectory(run).metrics(network))]
+        for network in range(len(rates))
     ]
     return pd.DataFrame(
         [
@@ -334,19 +336,3 @@ def count_filters(run: Path, network: int) -> Row:
         f"invalid_{threshold:g}": sum(int(invalid_filters(lead, threshold)) for lead in leads)
         for threshold in THRESHOLDS
     }
-
-
-def _read_metrics(run: Path, network: int) -> list[dict[str, Any]]:
-    path = run / f"network{network:02d}" / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from dist_graft.config.parsing import SECTIONS, from_mapping, load_strictly
+from dist_graft.config.validation import above_zero, at_least, require
 from dist_graft.errors import ConfigError
 from dist_graft.studies.train_options import TrainOptions, expand, merge
 
@@ -30,7 +30,7 @@ BUILT_IN: dict[str, TrainOptions] = {
     "noise": {"method": "graft", "graft": {"source": "noise"}},
     "filter": {"method": "graft", "graft": {"level": "filter"}},
 }
-"""Options of the methods that a plan can name without giving any. The plan's override them."""
+"""Options of the built-in methods. Options in the plan take precedence."""
 
 SET_BY_COMPARISON = ("run_dir", "resume", "seed")
 MIN_CONFIRM_SEEDS = 5
@@ -58,8 +58,7 @@ class LrSearch:
                 "best_lr.value and best_lr.candidates are mutually exclusive: give one"
             )
         for value in (self.candidates or []) if self.value is None else [self.value]:
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"learning rates in best_lr must be above 0, got {value!r}")
+            above_zero("learning rates in best_lr", value)
         if self.candidates is not None and not self.candidates:
             raise ConfigError("best_lr.candidates must contain at least one learning rate")
         _check_seeds("best_lr.seeds", self.seeds)
@@ -141,8 +140,7 @@ class Plan:
         if not self.methods:
             raise ConfigError("methods must contain at least one method")
         _check_networks("networks", self.networks)
-        if self.keep_checkpoints < 0:
-            raise ConfigError(f"keep_checkpoints must be at least 0, got {self.keep_checkpoints!r}")
+        at_least("keep_checkpoints", self.keep_checkpoints, 0)
         _check_seeds("seeds", self.seeds)
         if self.search.recipes:
             if self.seeds:
@@ -150,11 +148,12 @@ class Plan:
                     "seeds and search are mutually exclusive: give search.seeds and "
                     "search.confirm_seeds instead of seeds"
                 )
-            if self.primary not in ("largest_lr_member", "mean_of_members"):
-                raise ConfigError(
-                    f"primary must be largest_lr_member or mean_of_members in a search, got "
-                    f"{self.primary!r}"
-                )
+            require(
+                self.primary in ("largest_lr_member", "mean_of_members"),
+                "primary",
+                self.primary,
+                "largest_lr_member or mean_of_members in a search",
+            )
         elif not self.seeds:
             raise ConfigError("seeds must contain at least one seed")
         for name, seeds in (
@@ -286,8 +285,7 @@ def _check_networks(name: str, value: Any) -> None:
 
 def _check_seeds(name: str, seeds: Sequence[int] | None) -> None:
     for seed in seeds or ():
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"{name} must be in [0, 2^63), got {seed!r}")
+        require(0 <= seed < 2**63, name, seed, "in [0, 2^63)")
     _check_distinct(name, seeds or ())
 
 
@@ -304,5 +302,4 @@ def _check_disjoint(name: str, seeds: Iterable[int], other: str, others: Iterabl
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ConfigError(f"{name} must be above 0 and below 1, got {value!r}")
+    require(0 < value < 1, name, value, "above 0 and below 1")

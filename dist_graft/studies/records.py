@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from dist_graft.analysis.run_files import read_json
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import git_commit, write_atomically
 from dist_graft.studies.plan import Plan, plan_text
@@ -208,11 +209,9 @@ def record_start(plan: Plan, folder: Path, *, runs_before: int, command: Sequenc
 def read_starts(folder: Path) -> list[Start]:
     """Read history.jsonl, the first start first."""
     path = folder / "history.jsonl"
-    if not path.exists():
-        return []
     try:
-        return [Start(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
+        return [Start(**line) for line in read_json(path)] if path.exists() else []
+    except TypeError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
 
 

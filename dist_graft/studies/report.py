@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_graft.plot_style import png
-from dist_graft.run_directory import write_atomically
+from dist_graft.run_directory import flatten, write_atomically
 from dist_graft.studies import plots
 from dist_graft.studies.controls import Design
 from dist_graft.studies.plan import plan_text
@@ -36,7 +36,6 @@ from dist_graft.studies.statistics import (
 )
 from dist_graft.studies.train_options import (
     TrainOptions,
-    flatten,
     format_options,
     without_exchange,
 )
@@ -233,10 +232,7 @@ def _join(numbers: Iterable[int]) -> str:
 
 def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
     succeeded, failed, missing = (
-        sum(counts)
-        for counts in zip(
-            *((len(a.rows), len(a.failed), len(a.missing)) for a in arms), strict=True
-        )
+        sum(len(getattr(arm, kind)) for arm in arms) for kind in ("rows", "failed", "missing")
     )
     if not failed and not missing:
         return []
@@ -566,15 +562,15 @@ def _beyond_recipe(options: TrainOptions, state: StudyState) -> TrainOptions:
 
 def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) -> list[Block]:
     sha256 = plan_sha256(state.plan)
-    facts = [f"plan: sha256 {sha256} of plan.yaml"]
+    lines = [f"plan: sha256 {sha256} of plan.yaml"]
     first = next((start for start in starts if start.plan_sha256 == sha256), None)
     if first:
         before = "the first run"
         if first.runs_before:
             before = f"the remaining runs, {first.runs_before} existed"
-        facts.append(f"plan fixed: {first.time}, before {before}")
+        lines.append(f"plan fixed: {first.time}, before {before}")
     replaced = {start.plan_sha256: start for start in starts if start.plan_sha256 != sha256}
-    facts += [
+    lines += [
         f"replaced plan: sha256 {start.plan_sha256}, fixed {start.time}"
         for start in replaced.values()
     ]
@@ -588,7 +584,7 @@ def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) 
         ("versions of the runs", rows["versions"]),
         ("commit of the runs", rows["commit"]),
     ):
-        facts += [f"{name}: {value}" for value in dict.fromkeys(values) if value]
+        lines += [f"{name}: {value}" for value in dict.fromkeys(values) if value]
     wall, cores = rows["wall_seconds"].sum() / 3600, rows["core_seconds"].sum() / 3600
-    facts.append(f"total training time: {wall:.2f} h, {cores:.2f} core-hours")
-    return [Heading(2, "Provenance"), Items(facts), Code(plan_text(state.plan))]
+    lines.append(f"total training time: {wall:.2f} h, {cores:.2f} core-hours")
+    return [Heading(2, "Provenance"), Items(lines), Code(plan_text(state.plan))]

@@ -51,7 +51,7 @@ class Regime:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyState:
-    """What follows from a plan and the results so far."""
+    """Choices made so far, and the runs that the plan needs."""
 
     plan: Plan
     confirmed: Plan
@@ -250,7 +250,7 @@ def _outcomes(runs: Sequence[Run], rows: pd.DataFrame, outcome: str) -> pd.Serie
 
 
 def _with_validation(options: TrainOptions, fraction: float) -> TrainOptions:
-    """Hold out a validation split, unless the options do."""
+    """Hold out a validation split, unless the options already do."""
     if options.get("data", {}).get("val_fraction", 0) > 0:
         return options
     return merge(options, {"data": {"val_fraction": fraction}})

@@ -142,10 +142,20 @@ class ContrastResult:
     """Number of seeds in the plan."""
     test: PairedTest
     decision: HolmDecision
-    half_width: float | None
-    """Half-width of the confidence interval at the decision's level; None without variation."""
-    detectable: float | None
-    """Minimum detectable difference; None without variation."""
+
+    @property
+    def half_width(self) -> float | None:
+        """Half-width of the confidence interval at the decision's level; None without variation."""
+        if not self.test.deviation:
+            return None
+        return half_width(self.test.n, self.test.deviation, self.decision.level)
+
+    @property
+    def detectable(self) -> float | None:
+        """Minimum detectable difference; None without variation."""
+        if not self.test.deviation:
+            return None
+        return minimum_detectable_difference(self.test.n, self.test.deviation, self.decision.level)
 
 
 def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
@@ -176,31 +186,14 @@ def contrast_results(
     tests = [paired_test(by_seed) for by_seed in differences]
     decisions = holm([test.p for test in tests])
     return [
-        contrast_result(contrast, by_seed, len(seeds), test, decision)
+        ContrastResult(
+            contrast=contrast,
+            differences=by_seed,
+            planned=len(seeds),
+            test=test,
+            decision=decision,
+        )
         for contrast, by_seed, test, decision in zip(
             contrasts, differences, tests, decisions, strict=True
         )
     ]
-
-
-def contrast_result(
-    contrast: Contrast,
-    differences: pd.Series[float],
-    planned: int,
-    test: PairedTest,
-    decision: HolmDecision,
-) -> ContrastResult:
-    """Add the confidence interval and the minimum detectable difference to a tested contrast."""
-    width = detectable = None
-    if test.p is not None and test.deviation is not None:
-        width = half_width(test.n, test.deviation, decision.level)
-        detectable = minimum_detectable_difference(test.n, test.deviation, decision.level)
-    return ContrastResult(
-        contrast=contrast,
-        differences=differences,
-        planned=planned,
-        test=test,
-        decision=decision,
-        half_width=width,
-        detectable=detectable,
-    )

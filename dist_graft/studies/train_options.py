@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from dist_graft.config import TrainConfig
 from dist_graft.config.parsing import from_mapping
+from dist_graft.run_directory import flatten
 from dist_graft.training.data import check_dataset_name
 from dist_graft.training.learning_rates import learning_rates
 
@@ -110,15 +111,6 @@ def run_key(config: TrainConfig, networks: int) -> str:
         } | {"method": "none"}
     text = json.dumps({"networks": networks, "options": changed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) for every option."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def format_options(options: Mapping[str, Any]) -> str:

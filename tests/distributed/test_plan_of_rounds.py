@@ -7,7 +7,7 @@ from architectures import build
 from harness import Place, run
 
 from dist_graft import Graft, Grafter
-from dist_graft.analysis.plan import Layout, plan_round, size_of
+from dist_graft.analysis.plan import PlanOptions, plan_round, size_of
 
 NETWORKS, ROUNDS = 3, 2
 CASES = [
@@ -46,13 +46,9 @@ def measured() -> list[list[list[tuple[int, int]]]]:
 )
 def test_bytes_and_buffers_equal_real_rounds(measured, number: int) -> None:
     architecture, exchange, topology, bucket_bytes = CASES[number]
-    planned = plan_round(
-        Layout(NETWORKS, 1, NETWORKS),
-        size_of(build(architecture, 0)),
-        exchange=exchange,
-        topology=topology,
-        on_host=True,
-        bucket_bytes=bucket_bytes,
+    options = PlanOptions(
+        networks=NETWORKS, model=architecture, backend="gloo", bucket_mb=bucket_bytes / 2**20
     )
+    planned = plan_round(options, size_of(build(architecture, 0)), exchange, topology)
     for process in measured:
         assert process[number] == [(planned.received, planned.buffers)] * ROUNDS

@@ -12,7 +12,7 @@ from typing import Any
 from launching import background, children, end_of, torchrun, wait_until
 
 from dist_graft.analysis.run_files import read_run
-from dist_graft.analysis.status import json_text, judge
+from dist_graft.analysis.status import facts, judge
 from dist_graft.errors import RunDirectoryError
 
 LONG = ("--epochs", "2000", "--optim.schedule", "constant", "--model.name", "resnet8")
@@ -23,7 +23,7 @@ def status_of(path: Path) -> dict[str, Any]:
         run, now = read_run(path), time.time()
     except RunDirectoryError:
         return {"state": "nothing", "networks": []}
-    content: dict[str, Any] = json.loads(json_text(run, judge(run, now), now, indent=None))
+    content: dict[str, Any] = facts(run, judge(run, now), now)
     assert not content["problems"]
     return content
 
@@ -66,7 +66,7 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGSTOP)
         launcher.kill()
         wait_until(lambda: status_of(path)["state"] == "died", "their death to be noticed")
-    assert status_of(path)["words"].startswith("died: last sign of life of networks 0, 1")
+    assert status_of(path)["words"].startswith("died: last heartbeat of networks 0, 1")
     assert before["newest_set"]
     assert len(pids) == 2
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_graft.analysis import evaluation, export
 from dist_graft.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.models import build_model
@@ -75,6 +78,19 @@ def write_run(
         ]
         mark_complete(path, epoch=epoch, round_=epoch, sha256=sums)
     return folder
+
+
+def export_run(run: Path, *, checkpoint: str | None = None, out: Path | None = None) -> str:
+    """Export a run and return the printed text."""
+    options = {"run": str(run), "checkpoint": checkpoint, "out": out and str(out)}
+    return "\n".join(export.run(options, ProcessInfo()))
+
+
+def evaluate_run(run: Path, **changes: object) -> dict[str, Any]:
+    """Evaluate a run with changed options, by default with those of the run."""
+    names = ("checkpoint", "device", "precision", "batch_size", "batch_norm_batches")
+    options = {"run": str(run), "data": {"root": None}, **dict.fromkeys(names), **changes}
+    return evaluation.evaluate_run(options)
 
 
 def damage_file(path: Path) -> None:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stored_runs import damage_file, network, related_states, write_run
+from stored_runs import damage_file, evaluate_run, network, related_states, write_run
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from dist_graft.analysis.evaluate import evaluation_text
-from dist_graft.analysis.evaluation import evaluate_run
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.data import load_data
@@ -26,7 +25,7 @@ class Reference:
     """Reference implementation: plain loops and torch's update_bn."""
 
     def __init__(self, run: Path) -> None:
-        config, _ = RunDirectory(str(run)).read_config()
+        config, _ = RunDirectory(run).read_config()
         self.data = load_data(config.data, seed=0, network=0, device=CPU, channels_last=True)
 
     def logits(self, state: dict[str, Tensor], split: str, *, reestimated: bool = False) -> Scores:
@@ -64,7 +63,7 @@ def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def evaluated(trio: Path) -> dict[str, Any]:
     """Content of evaluation.json."""
-    result = evaluate_run(str(trio))
+    result = evaluate_run(trio)
     assert json.loads((trio / "evaluation.json").read_text()) == result
     return result
 
@@ -162,7 +161,7 @@ class TestNumbers:
 class TestWithoutValidation:
     def test_no_greedy_soup(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
-        result = evaluate_run(str(run), batch_norm_batches=1)
+        result = evaluate_run(run, batch_norm_batches=1)
         text = evaluation_text(result)
         assert result["greedy_soup"] is None
         assert result["members"][0]["val_accuracy"] is None
@@ -171,7 +170,7 @@ class TestWithoutValidation:
 
     def test_one_network_is_its_own_soup_and_ensemble(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
-        result = evaluate_run(str(run), batch_norm_batches=1)
+        result = evaluate_run(run, batch_norm_batches=1)
         alone = result["members"][0]["test_accuracy"]
         assert result["mean_test_accuracy"] == alone
         assert result["ensemble_test_accuracy"] == alone
@@ -187,45 +186,45 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestOptions:
     def test_older_checkpoint(self, run: Path) -> None:
-        result = evaluate_run(str(run), checkpoint="epoch_0001", batch_norm_batches=1)
+        result = evaluate_run(run, checkpoint="epoch_0001", batch_norm_batches=1)
         assert result["epoch"] == 1
 
     def test_missing_checkpoint(self, run: Path) -> None:
         with pytest.raises(RunDirectoryError, match=r"'epoch_0002', only epoch_0001, epoch_00"):
-            evaluate_run(str(run), checkpoint="epoch_0002")
+            evaluate_run(run, checkpoint="epoch_0002")
 
     def test_batch_size_does_not_change_accuracies(self, run: Path) -> None:
         accuracies = []
         for batch_size in (None, 7):
-            result = evaluate_run(str(run), batch_size=batch_size, batch_norm_batches=1)
+            result = evaluate_run(run, batch_size=batch_size, batch_norm_batches=1)
             accuracies.append(result["members"])
         assert accuracies[0][0]["test_accuracy"] == accuracies[1][0]["test_accuracy"]
 
     def test_fp16_needs_a_gpu(self, run: Path) -> None:
         with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-            evaluate_run(str(run), precision="fp16")
+            evaluate_run(run, precision="fp16")
 
     def test_data_from_elsewhere(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()], name="fashion-mnist")
         with pytest.raises(Exception, match="elsewhere"):
-            evaluate_run(str(run), data_root=str(tmp_path / "elsewhere"))
+            evaluate_run(run, data={"root": str(tmp_path / "elsewhere")})
 
 
 class TestErrors:
     def test_not_a_run_directory(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match=f"{tmp_path} is not a run directory"):
-            evaluate_run(str(tmp_path))
+            evaluate_run(tmp_path)
 
     def test_no_complete_checkpoint(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()], epochs=())
         with pytest.raises(RunDirectoryError, match="no complete checkpoint"):
-            evaluate_run(str(run))
+            evaluate_run(run)
 
     def test_invalid_config(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
         (run / "config.yaml").write_text("epochs: 3\n")
         with pytest.raises(RunDirectoryError, match=r"config\.yaml cannot be read"):
-            evaluate_run(str(run))
+            evaluate_run(run)
 
     def test_damaged_checkpoint(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()])
@@ -234,10 +233,10 @@ class TestErrors:
         with pytest.raises(
             RunDirectoryError, match=f"{path} is missing or damaged: .*--checkpoint"
         ):
-            evaluate_run(str(run))
+            evaluate_run(run)
         assert not (run / "evaluation.json").exists()
 
     def test_wrong_architecture(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [network(0).state_dict()], model="resnet32")
         with pytest.raises(ConfigError, match="does not hold the weights of this architecture"):
-            evaluate_run(str(run))
+            evaluate_run(run)

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from stored_runs import network, related_states, write_run
+from stored_runs import export_run, network, related_states, write_run
 
-from dist_graft.analysis.export import export_run
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model
 
 
 def test_load_into_a_built_in_model(trio: Path) -> None:
-    text = export_run(str(trio))
+    text = export_run(trio)
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
     for number, state in enumerate(related_states(3)):
         path = trio / "export" / f"network{number:02d}.pt"
@@ -30,7 +29,7 @@ def test_load_into_a_model_of_torchvision(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trained = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     run = write_run(tmp_path / "run", [trained.state_dict()], model="resnet18", channels=3)
-    export_run(str(run))
+    export_run(run)
     path = run / "export/network00.pt"
 
     model = torchvision.models.resnet18(num_classes=10)
@@ -43,7 +42,7 @@ def test_load_into_a_model_of_torchvision(tmp_path: Path) -> None:
 
 
 def test_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
-    export_run(str(trio), out=tmp_path)
+    export_run(trio, out=tmp_path)
     soup = torch.load(tmp_path / "uniform_soup.pt", weights_only=True)
     states = related_states(3)
     for key, tensor in soup.items():
@@ -55,7 +54,7 @@ def test_soup_is_the_mean(trio: Path, tmp_path: Path) -> None:
 
 
 def test_description(trio: Path, tmp_path: Path) -> None:
-    export_run(str(trio), out=tmp_path, checkpoint="epoch_0001")
+    export_run(trio, out=tmp_path, checkpoint="epoch_0001")
     description = json.loads((tmp_path / "export.json").read_text())
     assert (description["epoch"], description["model"], description["lead"]) == (
         *(1, "resnet20"),
@@ -72,5 +71,5 @@ def test_wrong_architecture_is_refused_before_anything_is_written(
 ) -> None:
     run = write_run(tmp_path / "run", [network(0).state_dict()], model="resnet32")
     with pytest.raises(ConfigError, match="does not hold the weights of this architecture"):
-        export_run(str(run))
+        export_run(run)
     assert not (run / "export").exists()

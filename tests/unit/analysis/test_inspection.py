@@ -3,23 +3,31 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from stored_runs import network, related_states, write_run
+from stored_runs import export_run, network, related_states, write_run
 
-from dist_graft.analysis.export import export_run
-from dist_graft.analysis.inspect_filters import inspect_sources
+from dist_graft.analysis import inspect_filters
 from dist_graft.analysis.stored_weights import labels, read_source
 from dist_graft.errors import ConfigError, NonFiniteError, RunDirectoryError
+from dist_graft.population.runtime.process_info import ProcessInfo
 
 THRESHOLDS = [20.0, 10.0]
 
 
-def inspect(*paths: Path, out: Path, **options: Any) -> str:
-    return inspect_sources(paths, out=out, **{"thresholds": THRESHOLDS, "num_bins": 10, **options})
+def inspect(*paths: Path, out: Path, model_name: str | None = None, lead: str | None = None) -> str:
+    """Inspect the paths and return the printed text."""
+    options = {
+        "sources": [str(path) for path in paths],
+        "thresholds": THRESHOLDS,
+        "num_bins": 10,
+        "out": str(out),
+        "model": {"name": model_name},
+        "graft": {"lead": lead},
+    }
+    return "\n".join(inspect_filters.run(options, ProcessInfo()))
 
 
 def lines_of(folder: Path) -> list[dict[str, str]]:
@@ -47,7 +55,7 @@ def folder(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "weights"
-    export_run(str(trio), out=folder)
+    export_run(trio, out=folder)
     return folder
 
 

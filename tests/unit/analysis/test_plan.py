@@ -10,8 +10,8 @@ from torch import nn
 
 from dist_graft import cli
 from dist_graft.analysis.plan import (
-    Layout,
     NetworkSize,
+    PlanOptions,
     Round,
     Traffic,
     build,
@@ -37,39 +37,48 @@ SMALL = NetworkSize(
 """1,000 bytes per round."""
 
 
+Layout = tuple[int, int, int]
+"""Networks, replicas of each, GPUs per node."""
+
+
+def options_of(layout: Layout, **changes: object) -> PlanOptions:
+    networks, replicas, per_node = layout
+    values = {"model": "resnet8", "bucket_mb": 400 / 2**20} | changes
+    return PlanOptions(networks=networks, replicas=replicas, gpus_per_node=per_node, **values)
+
+
 def round_of(layout: Layout, exchange: str, topology: str = "ring", **changes: object) -> Round:
-    settings = {"on_host": False, "bucket_bytes": 400} | changes
-    return plan_round(layout, SMALL, exchange=exchange, topology=topology, **settings)
+    return plan_round(options_of(layout, **changes), SMALL, exchange, topology)
 
 
 class TestLayout:
     @pytest.mark.parametrize(
         ("layout", "nodes", "free"),
         [
-            (Layout(64, 1, 8), 8, 0),
-            (Layout(4, 2, 4), 2, 0),
-            (Layout(3, 8, 4), 6, 0),
-            (Layout(10, 1, 8), 2, 6),
+            ((64, 1, 8), 8, 0),
+            ((4, 2, 4), 2, 0),
+            ((3, 8, 4), 6, 0),
+            ((10, 1, 8), 2, 6),
         ],
     )
     def test_nodes_are_filled_in_order(self, layout: Layout, nodes: int, free: int) -> None:
-        assert (layout.nodes, layout.free) == (nodes, free)
+        options = options_of(layout)
+        assert (options.nodes, options.free) == (nodes, free)
 
     @pytest.mark.parametrize(
-        ("numbers", "says"),
+        ("layout", "says"),
         [
             ((6, 3, 8), "runtime.replicas 3 does not fit 8 of 18 processes"),
             ((2, 12, 8), "runtime.replicas 12 does not fit 8 of 24 processes"),
             ((3, 2, 4), "runtime.replicas 2 does not fit 4 of 6 processes"),
         ],
     )
-    def test_invalid_layout(self, numbers: tuple[int, int, int], says: str) -> None:
+    def test_invalid_layout(self, layout: Layout, says: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(says)):
-            Layout(*numbers).check()
+            options_of(layout)
 
-    @pytest.mark.parametrize("numbers", [(2, 2, 8), (10, 1, 8), (3, 8, 4), (4, 2, 4)])
-    def test_valid_layout(self, numbers: tuple[int, int, int]) -> None:
-        Layout(*numbers).check()
+    def test_valid_layout(self) -> None:
+        options_of((2, 2, 8))  # the other valid layouts are those above
 
 
 class TestTraffic:
@@ -90,30 +99,30 @@ class TestTraffic:
     def test_four_networks_on_two_nodes(
         self, exchange: str, topology: str, on_host: bool, expected: Traffic
     ) -> None:
-        round_ = round_of(Layout(4, 1, 2), exchange, topology, on_host=on_host)
+        round_ = round_of((4, 1, 2), exchange, topology, backend="gloo" if on_host else "nccl")
         assert (round_.exchanged, round_.joined) == (expected, Traffic())
         assert round_.received == (3000 if exchange == "all_gather" else 1000)
 
     @pytest.mark.parametrize(
         ("layout", "exchanged", "joined", "joined_on_host"),
         [
-            (Layout(2, 2, 4), Traffic(500, 0), Traffic(500, 0), Traffic(500, 0)),
-            (Layout(4, 2, 4), Traffic(500, 1000), Traffic(500, 0), Traffic(500, 0)),
-            (Layout(2, 4, 2), Traffic(0, 500), Traffic(750, 750), Traffic(250, 4 * 250)),
+            ((2, 2, 4), Traffic(500, 0), Traffic(500, 0), Traffic(500, 0)),
+            ((4, 2, 4), Traffic(500, 1000), Traffic(500, 0), Traffic(500, 0)),
+            ((2, 4, 2), Traffic(0, 500), Traffic(750, 750), Traffic(250, 4 * 250)),
         ],
     )
     def test_replicas_move_their_shares_and_join_them(
         self, layout: Layout, exchanged: Traffic, joined: Traffic, joined_on_host: Traffic
     ) -> None:
         round_ = round_of(layout, "p2p")
-        assert round_.received == 1000 / layout.replicas
+        assert round_.received == 1000 / layout[1]
         assert (round_.exchanged, round_.joined) == (exchanged, joined)
-        assert round_of(layout, "p2p", on_host=True).joined == joined_on_host
+        assert round_of(layout, "p2p", backend="gloo").joined == joined_on_host
 
     def test_opposite_directions_do_not_add_up(self) -> None:
-        layout = Layout(2, 1, 2)
-        assert busiest(layout, [(0, 1, 5.0), (1, 0, 7.0)]) == Traffic(gpu=7)
-        assert busiest(layout, [(0, 1, 5.0), (0, 1, 7.0)]) == Traffic(gpu=12)
+        options = options_of((2, 1, 2))
+        assert busiest(options, [(0, 1, 5.0), (1, 0, 7.0)]) == Traffic(gpu=7)
+        assert busiest(options, [(0, 1, 5.0), (0, 1, 7.0)]) == Traffic(gpu=12)
         assert [*gather_moves([[3]], 1.0, direct=False)] == []
 
     @pytest.mark.parametrize(
@@ -148,13 +157,12 @@ class TestBuckets:
         self, exchange: str, on_host: bool, mib: int
     ) -> None:
         big = NetworkSize((1 << 24,), (torch.float32,), 1 << 24, 1 << 26, 1 << 26)
-        settings = {"topology": "ring", "bucket_bytes": 64 << 20}
-        round_ = plan_round(Layout(2, 1, 2), big, exchange=exchange, on_host=on_host, **settings)
-        assert round_.buffers == mib << 20
+        options = options_of((2, 1, 2), backend="gloo" if on_host else "nccl", bucket_mb=64.0)
+        assert plan_round(options, big, exchange, "ring").buffers == mib << 20
 
     def test_buckets_of_small_networks(self) -> None:
-        assert round_of(Layout(4, 1, 2), "p2p").buffers == 2 * 2 * 200
-        assert round_of(Layout(4, 1, 2), "all_gather").buffers == 4 * 400
+        assert round_of((4, 1, 2), "p2p").buffers == 2 * 2 * 200
+        assert round_of((4, 1, 2), "all_gather").buffers == 4 * 400
 
 
 class TestSize:
@@ -189,7 +197,7 @@ class TestSize:
         [("sgd", 1, [1008, 800, 800]), ("adamw", 2, [1008, 800, 1600, 800])],
     )
     def test_memory_of_a_process(self, optimizer: str, replicas: int, expected: list[int]) -> None:
-        options = {"optimizer": optimizer, "replicas": replicas}
+        options = options_of((2, replicas, 8), optimizer=optimizer)
         assert list(memory(options, SMALL, []).values()) == expected
 
 

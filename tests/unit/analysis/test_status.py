@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_graft.analysis.run_files import read_run
-from dist_graft.analysis.status import State, json_text, judge, status_text
+from dist_graft.analysis.status import State, facts, judge, status_text
 from dist_graft.errors import RunDirectoryError
 from dist_graft.training.checkpoint.files import mark_complete
 
@@ -65,9 +65,9 @@ def write_summary(path: Path) -> None:
 def status_of(path: Path) -> tuple[State, str]:
     """State and output of a run."""
     run = read_run(path)
-    verdict = judge(run, NOW)
-    json.loads(json_text(run, verdict, NOW, indent=None))
-    return verdict.state, status_text(run, verdict, NOW)
+    run_status = judge(run, NOW)
+    json.dumps(facts(run, run_status, NOW))
+    return run_status.state, status_text(run, run_status, NOW)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ class TestState:
         found, text = status_of(run)
         assert found == state
         if state == "died":
-            assert "died: last sign of life of networks 0, 1" in text
+            assert "died: last heartbeat of networks 0, 1" in text
             assert "killed, out of memory" in text
 
     def test_running_without_a_network_that_died(self, run: Path) -> None:
@@ -253,12 +253,12 @@ def status(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 class TestCommand:
     def test_json(self, run: Path) -> None:
         finish_run(run)
-        facts = json.loads(status(run, "--json").stdout)
-        assert facts["state"] == "finished"
-        assert facts["final"]["mean_accuracy_after_last_round"] == 61.0
-        assert [row["events"] for row in facts["networks"]] == [{"slow": 1}, {}]
-        assert facts["networks"][1]["round"] == 3
-        assert facts["seconds_left"] is None
+        content = json.loads(status(run, "--json").stdout)
+        assert content["state"] == "finished"
+        assert content["final"]["mean_accuracy_after_last_round"] == 61.0
+        assert [row["events"] for row in content["networks"]] == [{"slow": 1}, {}]
+        assert content["networks"][1]["round"] == 3
+        assert content["seconds_left"] is None
 
     def test_watch_ends_with_the_run(self, run: Path) -> None:
         finish_run(run)

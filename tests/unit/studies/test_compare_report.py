@@ -43,7 +43,7 @@ from dist_graft.studies.report import (
     write_report,
 )
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import ContrastResult, contrast_result, holm, paired_test
+from dist_graft.studies.statistics import ContrastResult, holm, paired_test
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -303,18 +303,18 @@ def contrast(
     test = paired_test(differences)
     (decision,) = holm([test.p])
     outcome = "largest_lr_member"
-    return contrast_result(
-        Contrast(
+    return ContrastResult(
+        contrast=Contrast(
             method=method,
             control=arm(control),
             control_name=control,
             outcome=outcome,
             control_outcome=outcome,
         ),
-        pd.Series(differences),
-        len(differences) if planned is None else planned,
-        test,
-        decision,
+        differences=pd.Series(differences),
+        planned=len(differences) if planned is None else planned,
+        test=test,
+        decision=decision,
     )
 
 

@@ -179,7 +179,7 @@ class Grafter:
 
         # Replicas of this network: stop together, or average their buffers.
         if groups.replicas:
-            with timer.phase("agree"), self._naming_missing_peers(self._round):
+            with timer.phase("agree"), self._reporting_missing_peers(self._round):
                 stop = bool(groups.gather_replicas(torch.tensor([int(stop)]), device).any())
                 if not stop:
                     average_buffers(self._module, partial(groups.gather_replicas, device=device))
@@ -192,7 +192,7 @@ class Grafter:
                 information = self._rule.measure(self._units, tensors).double()
 
         # Agree.
-        with timer.phase("agree"), self._naming_missing_peers(self._round):
+        with timer.phase("agree"), self._reporting_missing_peers(self._round):
             agreement = self._agree(tensors, self._round, state, information, rate, stop=stop)
             if information is None or network in agreement.diverged:
                 information = torch.zeros(agreement.measured, dtype=torch.float64)
@@ -217,7 +217,7 @@ class Grafter:
             phase=timer.phase,
             seconds=groups.seconds,
         )
-        with self._naming_missing_peers(self._round):
+        with self._reporting_missing_peers(self._round):
             if mixing.swaps_scalars:
                 applied = swap_scalars(tensors, self._units, mixing, transport)
             else:
@@ -237,7 +237,7 @@ class Grafter:
         Raises (on every rank alike): DisagreementError or PeerError, as `graft` does.
         """
         previous = self._round - 1
-        with self._naming_missing_peers(previous):
+        with self._reporting_missing_peers(previous):
             self._agree(graft_tensors(self._module), previous)
 
     def _agree(
@@ -303,8 +303,8 @@ class Grafter:
             healed={other: donor for other in agreement.diverged for donor in mixing.donors[other]},
         )
 
-    def _naming_missing_peers(self, round_: int) -> AbstractContextManager[None]:
-        return self._groups.naming_missing_peers(round_, f"round {self._round}")
+    def _reporting_missing_peers(self, round_: int) -> AbstractContextManager[None]:
+        return self._groups.reporting_missing_peers(round_, f"round {self._round}")
 
     def _options(self) -> dict[str, Any]:
         kind = type(self._rule)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.population.collectives import gather_vectors
+from dist_graft.errors import PeerError
+from dist_graft.population.collectives import CommunicationError, gather_vectors
 from dist_graft.population.round.exchange import header_device, world
-from dist_graft.population.runtime.peers import PeerRegistry, naming_missing_peers
+from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.timeouts import Timeouts
 
 
@@ -100,6 +102,21 @@ class RoundGroups:
             seconds=self.seconds,
         )
 
-    def naming_missing_peers(self, round_: int, what: str) -> AbstractContextManager[None]:
-        """Convert a failed collective into a PeerError that names the missing networks."""
-        return naming_missing_peers(self._peers, round_, what)
+    @contextmanager
+    def reporting_missing_peers(self, round_: int, what: str) -> Iterator[None]:
+        """Convert a failed collective into a PeerError that names the missing networks.
+
+        Args:
+            round_: the round that the missing processes have not reached.
+            what: the operation, for the message.
+        """
+        try:
+            yield
+        except CommunicationError as error:
+            peers = self._peers
+            missing = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
+            names = "; ".join(missing) or "a network that had reached it"
+            raise PeerError(
+                f"{what} failed, a peer died or did not answer: {names}; see its output for the "
+                f"cause ({error})"
+            ) from error

@@ -20,11 +20,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 class RoundGroups:
     """The process groups that a process belongs to in a round, and their timeouts.
 
-    Args:
-        group: group with one rank for each network; None: the default group.
-        replicas: group of the processes that hold this network; None: this process alone.
-        peers: lets errors name the missing network.
-        timeouts: timeouts of the collectives; None: the groups' own timeouts.
+    See `Grafter` for the arguments.
     """
 
     def __init__(
@@ -74,7 +70,8 @@ class RoundGroups:
             vector: this network's vector.
             device: the network's device.
             what: name of the step, for a warning while waiting.
-            round_: a warning names the networks that have not reached this round; None: no warning.
+            round_: the warning names the networks that have not reached this round; None: no
+                warning.
         """
         waiting = {}
         if self._timeouts and self._peers and round_ is not None:

@@ -1,1 +1,1 @@
-"""The method itself: tensors in, tensors out. Nothing here communicates or touches files."""
+"""Grafting as pure functions of tensors, without communication or files."""

@@ -69,7 +69,8 @@ def l1(weight: Tensor) -> Tensor:
 def filter_norms(filters: Tensor) -> Tensor:
     """L1 norm of each filter: [filters, ...] -> float32 (or float64) [filters]."""
     rows = filters.reshape(filters.shape[0], -1)
-    return rows.detach().abs().sum(dim=1, dtype=_sum_type(filters))
+    dtype = torch.promote_types(filters.dtype, torch.float32)
+    return rows.detach().abs().sum(dim=1, dtype=dtype)
 
 
 def invalid_filters(filters: Tensor, threshold: float) -> Tensor:
@@ -85,10 +86,6 @@ CRITERIA: dict[str, Callable[[Tensor, int], Tensor]] = {
 """Criteria by name: (filters [filters, weights per filter], num_bins) -> information."""
 
 
-def _sum_type(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _check(weight: Tensor, num_bins: int) -> None:
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
@@ -102,7 +99,7 @@ def _check(weight: Tensor, num_bins: int) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite. True for an empty tensor."""
+    """Whether all elements are finite; true for an empty tensor."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(_vector(tensor.detach()))  # both are NaN if an element is
@@ -132,22 +129,18 @@ def _histogram(rows: Tensor, num_bins: int) -> Tensor:
     span = torch.where(span > 0, span, torch.ones_like(span))
     counts = torch.zeros(rows.shape[0] * num_bins, dtype=torch.int64, device=rows.device)
     offset = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)[:, None] * num_bins
-    for first, last in _blocks(rows.shape):
+    step = max(1, _CHUNK // rows.shape[1])
+    for first in range(0, rows.shape[0], step):
+        block = slice(first, first + step)
         for start in range(0, rows.shape[1], _CHUNK):
-            part = rows[first:last, start : start + _CHUNK]
-            part = part if shrink is None else part * shrink[first:last]
-            position = part.float().sub(low[first:last]).div_(span[first:last]).mul_(num_bins)
+            part = rows[block, start : start + _CHUNK]
+            part = part if shrink is None else part * shrink[block]
+            position = part.float().sub(low[block]).div_(span[block]).mul_(num_bins)
             bin_ = position.to(torch.int32).clamp_(max=num_bins - 1)
             if rows.shape[0] > 1:
-                bin_ += offset[first:last]
+                bin_ += offset[block]
             counts += torch.bincount(bin_.reshape(-1), minlength=counts.numel())
     return counts.view(rows.shape[0], num_bins)
-
-
-def _blocks(shape: torch.Size) -> list[tuple[int, int]]:
-    """Row ranges of about _CHUNK elements."""
-    step = max(1, _CHUNK // max(1, shape[1]))
-    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 
 def _entropy_of_counts(counts: Tensor) -> Tensor:

@@ -56,14 +56,7 @@ def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) 
 def write_filters(
     weight: Tensor, filters: Tensor, *, transposed: bool = False, groups: int = 1
 ) -> None:
-    """Write a matrix in the form of `filter_matrix` into the weight, in place.
-
-    Args:
-        weight: weight of the layer; overwritten.
-        filters: [filters, weights per filter].
-        transposed: whether the layer is a transposed convolution.
-        groups: groups of a transposed convolution.
-    """
+    """Write a matrix in the form of `filter_matrix` into the weight, in place."""
     if transposed:
         into, out, *kernel = weight.shape
         grouped = filters.view(groups, out, into // groups, *kernel).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""How much of each network flows into each in one round, and the round as a pure function."""
+"""Shares of each network in each other network in one round, and the round as a pure function."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from dist_graft.grafting.units import GraftUnit, StorageKey, storage_key
 class Mixing:
     """Shares of every network in every network, per graft unit.
 
-    Each network becomes a convex combination of itself and its donors, all taken as they were
-    before the round. On the ring each network has one donor; in a population mean it has all
-    others.
+    Each network becomes a convex combination of the weights that it and its donors had before the
+    round. On the ring each network has one donor; in a population mean all others are donors.
 
     Raises: ValueError for shares of the wrong shape or type, shares outside [0, 1], rows that do
         not add up to 1, or donors that do not match the shares.
     """
 
     swaps_scalars: ClassVar[bool] = False
-    """How the mixing travels: False: whole tensors of the donors are exchanged and blended.
-    True: only the scalars named by `chosen_scalars` travel; see `ScalarSwap`."""
+    """Whether only the scalars of `chosen_scalars` are exchanged (see `ScalarSwap`), instead of
+    whole tensors."""
 
     shares: Tensor
     """[units, networks, networks], float64 on the CPU: shares[u, i, j] is the share of network j in
@@ -109,7 +108,7 @@ class Mixing:
         return None
 
     def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
-        """Return the scalars that travel; implemented by mixings with `swaps_scalars` only."""
+        """Return the scalars to exchange; implemented by mixings with `swaps_scalars` only."""
         raise NotImplementedError
 
     def fractions(self, network: int) -> list[list[float]]:
@@ -129,10 +128,10 @@ class Mixing:
 
 @dataclass(frozen=True, eq=False)
 class ScalarSwap(Mixing):
-    """Randomly chosen scalars are permuted among the networks; all other scalars stay.
+    """A random permutation of some scalars among the networks.
 
-    Every rank draws the same scalars from seed, round and state-dict key, so only their values
-    travel. Buffers stay with their network. `shares` holds the expected shares.
+    Every rank draws the same scalars from seed, round and state-dict key, so only their values are
+    exchanged. Buffers are not changed. `shares` holds the expected shares.
     """
 
     swaps_scalars: ClassVar[bool] = True
@@ -148,14 +147,14 @@ class ScalarSwap(Mixing):
         return replace(self, shares=super().scaled(rate).shares, probability=probability)
 
     def row_without(self, network: int, excluded: Collection[int]) -> Tensor:
-        """Return a network's shares when it keeps the scalars that excluded donors would give."""
+        """Return a network's shares if it keeps its scalars in place of the excluded donors'."""
         row = self.shares[:, network].clone()
         row[:, network] += row[:, list(excluded)].sum(dim=1)
         row[:, list(excluded)] = 0.0
         return row
 
     def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
-        """Return the scalars of one tensor that travel, identical on every rank.
+        """Return the scalars of one tensor to exchange, identical on every rank.
 
         Returns: positions, int64 [n], in the tensor's logical order; and sources, int64
             [n, networks]: the network whose scalar each network holds afterwards. Each row is a
@@ -170,7 +169,7 @@ class ScalarSwap(Mixing):
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor:
-        """Return 1 where the network's new scalar is the donor's, else 0; 0 for buffers."""
+        """Return 1 where the network's new scalar is the donor's, otherwise 0; 0 for buffers."""
         fraction = torch.zeros(math.prod(shape))
         if not buffer:
             positions, sources = self.chosen_scalars(unit, key, math.prod(shape))
@@ -182,7 +181,7 @@ def mixing_with_donor(donor: Sequence[int], own_share: Tensor) -> Mixing:
     """Mixing in which each network keeps a share of itself and takes the rest from one donor.
 
     Args:
-        donor: donor of each network; the network itself in a population of one.
+        donor: donor of each network; ignored in a population of one.
         own_share: [networks, units], float64, each in [0, 1].
     """
     networks, units = own_share.shape
@@ -194,7 +193,7 @@ def mixing_with_donor(donor: Sequence[int], own_share: Tensor) -> Mixing:
 
 
 def mixing_with_mean(networks: int, units: int, *, keep: float = 0.0) -> Mixing:
-    """Mixing in which each network becomes keep of itself and 1 - keep of the population mean."""
+    """Mixing in which each network becomes keep * itself + (1 - keep) * the population mean."""
     row = (1 - keep) / networks
     identity = torch.eye(networks, dtype=torch.float64)
     return Mixing(

@@ -13,15 +13,8 @@ from dist_graft.grafting.memory_layout import filter_matrix, write_filters
 
 Lead = Literal["conv", "conv+linear"]
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _COMPILE_PREFIX = "_orig_mod."  # added to state-dict keys by torch.compile
 
 

@@ -1,1 +1,1 @@
-"""Many networks, one a process: the only room that communicates."""
+"""Communication between the processes of a population; no other package communicates."""

@@ -18,33 +18,25 @@ _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
 
 
 class CommunicationError(Exception):
-    """A collective failed because a peer died or did not respond in time.
-
-    The message is the backend's.
-    """
+    """A collective failed because a peer died or did not respond; has the backend's message."""
 
 
 @contextmanager
-def communicating() -> Iterator[None]:
-    """Convert a RuntimeError of the collectives in the block into a CommunicationError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _communication_error(error) from error
+def communicating(*, runs_model: bool = False) -> Iterator[None]:
+    """Convert a RuntimeError of the collectives in the block into a CommunicationError.
 
-
-@contextmanager
-def in_a_step() -> Iterator[None]:
-    """Convert the backend's errors in a data-parallel step into a CommunicationError.
-
-    Other errors pass through, because the model itself may raise a RuntimeError.
+    Args:
+        runs_model: whether the block also runs the model, which may raise a RuntimeError itself.
+            Only the backend's errors are converted then.
     """
     try:
         yield
     except RuntimeError as error:
-        if raised_by_backend(error):
-            raise _communication_error(error) from error
-        raise
+        if runs_model and not raised_by_backend(error):
+            raise
+        # Gloo's messages start with a source location and end with general advice.
+        text = _SOURCE_LOCATION.sub("", first_line(error)).partition(". This is typically")[0]
+        raise CommunicationError(text) from error
 
 
 def raised_by_backend(error: BaseException) -> bool:
@@ -52,10 +44,9 @@ def raised_by_backend(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or bool(_GLOO.match(str(error)))
 
 
-def _communication_error(error: RuntimeError) -> CommunicationError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # Gloo's messages start with a source location and end with general advice.
-    return CommunicationError(_SOURCE_LOCATION.sub("", first).partition(". This is typically")[0])
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def wait_for(

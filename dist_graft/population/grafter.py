@@ -71,14 +71,14 @@ class Grafter:
         rule: population method; None: grafting on the ring.
         group: group with one rank for each network; None: the default group.
         replica_group: group of the processes that hold this network, in the same order for every
-            network (each place in that order needs its own `group`, as in a device mesh); None:
-            this process alone. Each process exchanges and blends an equal share of the weights.
-            Floating-point buffers, which data-parallel training leaves different, are averaged
+            network (each position in that order needs a separate `group`, as in a device mesh);
+            None: this process alone. Each process exchanges and blends an equal share of the
+            weights. Floating-point buffers, which differ after data-parallel training, are averaged
             first.
         on_divergence: what happens to a network with weights that are not finite. "raise": a
             NonFiniteError on every rank. "heal": it copies its donor, or the nearest finite network
-            upstream (resetting the optimizer's state is up to the caller). "exclude": it keeps its
-            weights, and no network takes from it. If all networks diverged, it is an error.
+            upstream (the caller resets the optimizer's state). "exclude": it keeps its weights, and
+            no network takes from it. It is an error if all networks diverged.
         peers: lets errors name the missing network.
         timeouts: timeouts of the collectives; None: the group's own timeout.
 
@@ -125,7 +125,10 @@ class Grafter:
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")
         self._module = unwrapped(model)
-        self._units = graft_units(self._module, lead=lead)
+        self.units: list[GraftUnit] = graft_units(self._module, lead=lead)
+        """Graft units, in the order of the records."""
+        self.round = 0
+        """Number of the next round; set it when resuming a run."""
         self._lead = lead
         self._exchange: Exchange = exchange
         self._bucket_bytes = max(1, int(bucket_mb * 2**20))
@@ -135,21 +138,6 @@ class Grafter:
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
         self._pool = BufferPool()
         self._on_divergence: OnDivergence = on_divergence
-        self._round = 0
-
-    @property
-    def units(self) -> list[GraftUnit]:
-        """Graft units, in the order of the records."""
-        return self._units
-
-    @property
-    def round(self) -> int:
-        """Number of the next round; set it when resuming a run."""
-        return self._round
-
-    @round.setter
-    def round(self, value: int) -> None:
-        self._round = value
 
     def graft(
         self, *, rate: float = 1.0, stop: bool = False, diverged: bool = False
@@ -166,10 +154,10 @@ class Grafter:
 
         Returns: the record of the round for this network.
 
-        Raises (on every rank alike): RoundStoppedError when a rank wants to stop;
-            DisagreementError when the models or options differ; NonFiniteError when a network
-            diverged and is not to be healed or excluded; PeerError when another process died or
-            did not respond. Except for the last case, no weight was changed.
+        Raises (on every rank): RoundStoppedError when a rank wants to stop; DisagreementError when
+            the models or options differ; NonFiniteError when a network diverged and is neither
+            healed nor excluded; PeerError when another process died or did not respond. Except in
+            the last case, no weight was changed.
         """
         groups = self._groups
         network = groups.network
@@ -179,7 +167,7 @@ class Grafter:
 
         # Replicas of this network: stop together, or average their buffers.
         if groups.replicas:
-            with timer.phase("agree"), self._naming_missing_peers(self._round):
+            with timer.phase("agree"), self._reporting_missing_peers(self.round):
                 stop = bool(groups.gather_replicas(torch.tensor([int(stop)]), device).any())
                 if not stop:
                     average_buffers(self._module, partial(groups.gather_replicas, device=device))
@@ -189,17 +177,17 @@ class Grafter:
         with timer.phase("measure"):
             state = FINITE if stop else _first_not_finite(tensors, diverged)
             if not stop and state == FINITE:
-                information = self._rule.measure(self._units, tensors).double()
+                information = self._rule.measure(self.units, tensors).double()
 
         # Agree.
-        with timer.phase("agree"), self._naming_missing_peers(self._round):
-            agreement = self._agree(tensors, self._round, state, information, rate, stop=stop)
+        with timer.phase("agree"), self._reporting_missing_peers(self.round):
+            agreement = self._agree(tensors, self.round, state, information, rate, stop=stop)
             if information is None or network in agreement.diverged:
                 information = torch.zeros(agreement.measured, dtype=torch.float64)
             matrix = groups.gather_networks(information, device)
 
         # Decide.
-        mixing = self._rule.decide(matrix, self._round)
+        mixing = self._rule.decide(matrix, self.round)
         if rate != 1.0:
             mixing = mixing.scaled(rate)
         if agreement.diverged:
@@ -217,16 +205,14 @@ class Grafter:
             phase=timer.phase,
             seconds=groups.seconds,
         )
-        with self._naming_missing_peers(self._round):
-            if mixing.swaps_scalars:
-                applied = swap_scalars(tensors, self._units, mixing, transport)
-            else:
-                applied = blend_tensors(tensors, self._units, mixing, transport)
+        with self._reporting_missing_peers(self.round):
+            apply = swap_scalars if mixing.swaps_scalars else blend_tensors
+            applied = apply(tensors, self.units, mixing, transport)
 
         # Record.
         measured = matrix[network].tolist() if state == FINITE else []
         record = self._record(mixing, measured, applied, agreement, timer)
-        self._round += 1
+        self.round += 1
         return record
 
     def check(self) -> None:
@@ -234,10 +220,10 @@ class Grafter:
 
         Every rank of the group must call this. Weights are not read.
 
-        Raises (on every rank alike): DisagreementError or PeerError, as `graft` does.
+        Raises (on every rank): DisagreementError or PeerError, as `graft` does.
         """
-        previous = self._round - 1
-        with self._naming_missing_peers(previous):
+        previous = self.round - 1
+        with self._reporting_missing_peers(previous):
             self._agree(graft_tensors(self._module), previous)
 
     def _agree(
@@ -253,21 +239,20 @@ class Grafter:
         """Exchange headers; every rank of the groups must call this."""
         groups, device = self._groups, _device(tensors)
         groups.enter_round(entered_round)
-        schema = Schema(tensors, [unit.name for unit in self._units], self._options())
+        schema = Schema(tensors, [unit.name for unit in self.units], self._options())
         header = Header(
             protocol=PROTOCOL,
             network=groups.network,
-            round=self._round,
+            round=self.round,
             digest=schema.digest,
             schema_bytes=len(schema.json),
             diverged=state,
-            units=len(self._units),
             measured=-1 if information is None else information.numel(),
             rate=round(rate * RATE_SCALE),
             stop=int(stop),
         )
         header = merge_replica_headers(groups.gather_replicas(header.to_tensor(), device))
-        what = f"round {self._round}"
+        what = f"round {self.round}"
         return agree(
             header,
             schema,
@@ -285,11 +270,11 @@ class Grafter:
         timer: PhaseTimer,
     ) -> GraftRecord:
         network = self._groups.network
-        names = [unit.name for unit in self._units]
+        names = [unit.name for unit in self.units]
         donors = mixing.donors[network]
         information = measured if hasattr(self._rule, "criterion") else []
         return GraftRecord(
-            round=self._round,
+            round=self.round,
             network=network,
             donor=donors[0] if donors else ring(mixing.networks)[network],
             coefficient=dict(zip(names, mixing.own_share(network), strict=True)),
@@ -303,8 +288,8 @@ class Grafter:
             healed={other: donor for other in agreement.diverged for donor in mixing.donors[other]},
         )
 
-    def _naming_missing_peers(self, round_: int) -> AbstractContextManager[None]:
-        return self._groups.naming_missing_peers(round_, f"round {self._round}")
+    def _reporting_missing_peers(self, round_: int) -> AbstractContextManager[None]:
+        return self._groups.reporting_missing_peers(round_, f"round {self.round}")
 
     def _options(self) -> dict[str, Any]:
         kind = type(self._rule)

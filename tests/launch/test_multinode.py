@@ -29,7 +29,7 @@ def multinode(run: Path, **settings: str) -> Done:
 def test_a_host_name_without_an_address(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", HEAD="nowhere.invalid")
     assert done.status == 1
-    told(done, "the name nowhere.invalid leads to no address", "set HEAD to the name of one of")
+    told(done, "the name nowhere.invalid cannot be resolved", "set HEAD to the name of one of")
 
 
 def test_a_port_that_another_program_uses(tmp_path: Path) -> None:

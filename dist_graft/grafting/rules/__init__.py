@@ -10,12 +10,7 @@ from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa
 from dist_graft.grafting.rules.wash import Wash
 
-RULES: dict[str, type[Rule]] = {
-    "graft": Graft,
-    "average": Average,
-    "papa": Papa,
-    "wash": Wash,
-}
+RULES: dict[str, type[Rule]] = {"graft": Graft, "average": Average, "papa": Papa, "wash": Wash}
 """Rule of each method, by the name that --method takes."""
 
 __all__ = ["RULES", "Average", "Graft", "Interval", "Papa", "Rule", "Schedule", "Wash"]

@@ -24,7 +24,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When a method's rounds take place and how strong they are; these defaults suit most methods.
+    """Interval and strength of a method's rounds; the defaults suit most methods.
 
     Base class of the rules and of the classes that hold their options.
     """
@@ -45,7 +45,7 @@ class Schedule:
 
 
 class Rule(Schedule, ABC):
-    """A population method: decides in every round how much of each network flows into each.
+    """A population method, which decides the shares of all networks in every round.
 
     Subclasses are frozen dataclasses. Every rank must create the same rule; the fields are compared
     before the first exchange. Only `decide` must be implemented.
@@ -54,8 +54,8 @@ class Rule(Schedule, ABC):
     options: ClassVar[type[Any] | None] = None
     """Dataclass of the method's own section of options, named after the method; see papa.py."""
     delivers: ClassVar[Literal["member", "soup"]] = "member"
-    """The model that the method delivers and is judged by: one network of the population, or the
-    mean of all networks' weights."""
+    """The model that the method delivers and that is evaluated: one network of the population, or
+    the mean of all networks' weights."""
 
     @classmethod
     def build(
@@ -98,7 +98,7 @@ class Rule(Schedule, ABC):
         """Return the mixing of a round: a pure function of the rule and the arguments.
 
         Args:
-            information: [networks, n], what each network measured, float64 on the CPU; identical
+            information: [networks, n], information of each network, float64 on the CPU; identical
                 on every rank.
             round_: number of the round, 0-based.
         """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_graft.grafting.mixing import Mixing
+from dist_graft.grafting.mixing import Mixing, mixing_with_donor
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.topology import donors_of
 from dist_graft.grafting.units import GraftUnit
@@ -74,10 +74,6 @@ class FilterGraft(Rule):
     links: tuple[FilterLink, ...]
     topology: str = "ring"
     seed: int = 0
-    units: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "units", len(self.links))
 
     @classmethod
     def build(
@@ -94,23 +90,13 @@ class FilterGraft(Rule):
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         """Set the shares by the ratio of the scales, or to 1/2 where both are zero."""
-        networks = information.shape[0]
-        donor = donors_of(self.topology, networks, round_, self.seed)
+        donor = donors_of(self.topology, len(information), round_, self.seed)
         total = information + information[donor]
         own = torch.where(total > 0, information / total, 0.5)
         parts = tuple(row.split([link.filters for link in self.links]) for row in own)
-        shares = torch.zeros(self.units, networks, networks, dtype=torch.float64)
-        for network, channels in enumerate(parts):
-            for unit, part in enumerate(channels):
-                mean = float(part.mean()) if networks > 1 else 1.0
-                shares[unit, network, donor[network]] += 1 - mean
-                shares[unit, network, network] += mean
-        return FilterMixing(
-            shares=shares,
-            donors=tuple((other,) if networks > 1 else () for other in donor),
-            links=self.links,
-            own=parts,
-        )
+        means = torch.stack([torch.stack([part.mean() for part in row]) for row in parts])
+        mixing = mixing_with_donor(donor, means)
+        return FilterMixing(shares=mixing.shares, donors=mixing.donors, links=self.links, own=parts)
 
 
 def filter_links(

@@ -39,8 +39,9 @@ class Wash(WashConfig, Rule):
 
     A scalar of unit l of L is chosen with probability p (1 - l / (L - 1)); the networks' values at
     that position are permuted at random, by default after every step. All ranks draw from the same
-    seed, so only the chosen scalars travel. Running statistics stay with the network whose
-    activations they describe (ADR 24). The delivered model is the population's soup.
+    seed, so only the chosen scalars are exchanged. Running statistics are not exchanged, because
+    they describe the activations of their network (ADR 24). The delivered model is the
+    population's soup.
     """
 
     options = WashConfig

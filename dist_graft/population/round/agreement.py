@@ -1,4 +1,4 @@
-"""Agreement before a round: all ranks learn whether they hold the same model and may proceed."""
+"""Agreement before a round: all ranks check that they hold the same model and may proceed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_graft.errors import (
-    DisagreementError,
-    NonFiniteError,
-    RoundStoppedError,
-)
+from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
 from dist_graft.grafting.memory_layout import memory_order
 
-PROTOCOL = 4
+PROTOCOL = 5
 FINITE = -1
 """Header.diverged of a network whose weights and loss are finite."""
 LOSS_NOT_FINITE = -2
@@ -31,7 +27,7 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Header:
-    """The first message of a network in a round; its size does not depend on the model."""
+    """First message of a network in a round; its size does not depend on the model."""
 
     protocol: int
     network: int
@@ -42,8 +38,6 @@ class Header:
     """Length of the schema's JSON."""
     diverged: int
     """Index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE."""
-    units: int
-    """Number of graft units."""
     measured: int
     """Length of the network's information; -1 if it has none."""
     rate: int
@@ -66,7 +60,7 @@ def merge_replica_headers(rows: Tensor) -> Header:
     """
     headers = [Header(*row) for row in rows.tolist()]
     first = headers[0]
-    for name in ("protocol", "network", "round", "digest", "units", "rate"):
+    for name in ("protocol", "network", "round", "digest", "rate"):
         values = [getattr(header, name) for header in headers]
         if len(set(values)) > 1:
             raise DisagreementError(
@@ -83,7 +77,7 @@ def merge_replica_headers(rows: Tensor) -> Header:
 
 
 class Schema:
-    """Everything that all networks must have in common, as JSON and as a digest.
+    """Tensors, units and options that all networks must have in common, as JSON and as a digest.
 
     Args:
         tensors: the model's tensors by state-dict key, in order.
@@ -98,7 +92,7 @@ class Schema:
             "options": dict(options),
             "tensors": [
                 f"{key} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} "
-                f"in memory order {_visible_order(tensor)}"
+                f"in memory order {[dim for dim in memory_order(tensor) if tensor.shape[dim] != 1]}"
                 for key, tensor in tensors.items()
             ],
             "units": list(units),
@@ -107,13 +101,9 @@ class Schema:
         self.digest = int.from_bytes(hashlib.blake2b(self.json, digest_size=8).digest(), "big") >> 1
 
 
-def _visible_order(tensor: Tensor) -> list[int]:
-    return [dim for dim in memory_order(tensor) if tensor.shape[dim] != 1]
-
-
 @dataclass(frozen=True)
 class Agreement:
-    """What every rank knows about the networks once they agree to proceed."""
+    """Properties of the networks that agreed to proceed; identical on every rank."""
 
     diverged: dict[int, str]
     """Description of what is not finite, by network."""
@@ -141,14 +131,14 @@ def agree(
     """
     headers = [Header(*row) for row in gather(header.to_tensor()).tolist()]
 
-    for name in ("protocol", "stop", "round", "digest", "units", "rate"):
+    for name in ("protocol", "stop", "round", "digest", "rate"):
         if name == "stop" and (stopping := [other.network for other in headers if other.stop]):
             names = ", ".join(map(str, stopping))
             raise RoundStoppedError(f"network {names} stops before round {header.round}")
         values = [getattr(other, name) for other in headers]
         if len(set(values)) == 1:
             continue
-        if name in ("digest", "units"):
+        if name == "digest":
             schemas = _gather_bytes(schema.json, [other.schema_bytes for other in headers], gather)
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))
         rank = next(rank for rank, value in enumerate(values) if value != values[0])
@@ -185,13 +175,13 @@ def _gather_bytes(data: bytes, lengths: list[int], gather: Gather) -> list[bytes
 def _first_difference(schemas: list[dict[str, Any]]) -> str:
     rank = next(rank for rank, schema in enumerate(schemas) if schema != schemas[0])
     first, other = schemas[0], schemas[rank]
-    who = f"networks 0 and {rank} (ranks 0 and {rank})"
+    networks = f"networks 0 and {rank} (ranks 0 and {rank})"
     for name in sorted({*first["options"], *other["options"]}):
         one, two = first["options"].get(name), other["options"].get(name)
         if one != two:
             return (
-                f"{who} have different options: {name} is {one} in network 0 and {two} in network "
-                f"{rank}; give every rank the same options"
+                f"{networks} have different options: {name} is {one} in network 0 and {two} in "
+                f"network {rank}; give every rank the same options"
             )
     for what in ("tensors", "units"):
         for index in range(max(len(first[what]), len(other[what]))):
@@ -201,7 +191,7 @@ def _first_difference(schemas: list[dict[str, Any]]) -> str:
             )
             if one != two:
                 return (
-                    f"{who} have different models: {what} number {index} is {one} in network 0 and "
-                    f"{two} in network {rank}; give every rank the same model"
+                    f"{networks} have different models: {what} number {index} is {one} in network "
+                    f"0 and {two} in network {rank}; give every rank the same model"
                 )
-    return f"{who} differ"
+    return f"{networks} differ"

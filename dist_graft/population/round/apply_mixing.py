@@ -25,7 +25,7 @@ from dist_graft.population.round.exchange import (
 
 @dataclass(frozen=True)
 class Applied:
-    """What applying a Mixing measured."""
+    """Measurements made while a Mixing was applied."""
 
     distance: list[float]
     """Distance to the donors before the round, per unit; empty if only scalars traveled."""
@@ -81,7 +81,7 @@ def blend_tensors(
     donors = mixing.donors[rank]
     senders = len(donors) if transport.exchange == "p2p" else mixing.networks - 1
     fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
-    by_element = _ElementFractions(mixing, rank, tensors, units)
+    by_element = _ElementFractions(mixing, rank, tensors)
     squares: list[list[Tensor]] = [[] for _ in units]
     exchange = EXCHANGES[transport.exchange]
     for bucket, parts in exchange(buckets, pack, mixing.donors, transport):
@@ -98,7 +98,7 @@ def blend_tensors(
                 )
             with transport.phase("blend"):
                 for donor, part in received.items():
-                    fraction = by_element.of_piece(piece, donor)
+                    fraction = by_element.of_piece(piece, donor, unit, units[unit])
                     if fraction is None:
                         blend_(recipient, part, fractions[donor][unit])
                     else:
@@ -121,39 +121,23 @@ def blend_tensors(
 
 
 class _ElementFractions:
-    """Interpolation weights that differ inside a tensor, in memory order.
+    """Interpolation weights by element, in memory order; keeps those of one tensor at a time."""
 
-    Keeps those of one tensor at a time.
-    """
-
-    def __init__(
-        self,
-        mixing: Mixing,
-        network: int,
-        tensors: Mapping[str, Tensor],
-        units: Sequence[GraftUnit],
-    ) -> None:
+    def __init__(self, mixing: Mixing, network: int, tensors: Mapping[str, Tensor]) -> None:
         self._mixing = mixing
         self._network = network
         self._tensors = list(tensors.items())
-        self._unit_of = {key: number for number, unit in enumerate(units) for key in unit.tensors}
-        self._buffers = frozenset[str]().union(*(unit.buffers for unit in units))
         self._tensor = -1
         self._fractions: dict[int, Tensor | None] = {}
 
-    def of_piece(self, piece: Piece, donor: int) -> Tensor | None:
-        """Return the weights of one piece; None where the unit's fraction applies."""
+    def of_piece(self, piece: Piece, donor: int, index: int, unit: GraftUnit) -> Tensor | None:
+        """Return the weights of one piece of a unit; None where the unit's fraction applies."""
         if piece.tensor != self._tensor:
             self._tensor, self._fractions = piece.tensor, {}
         if donor not in self._fractions:
             key, tensor = self._tensors[piece.tensor]
             fraction = self._mixing.tensor_fraction(
-                self._network,
-                donor,
-                self._unit_of[key],
-                key,
-                tensor.shape,
-                buffer=key in self._buffers,
+                self._network, donor, index, key, tensor.shape, buffer=key in unit.buffers
             )
             if fraction is not None:
                 order = memory_order(tensor)

@@ -133,7 +133,7 @@ def p2p(
     bucket is packed while the previous one travels, so the caller may only change the elements of a
     bucket that was yielded. Every rank of the group must iterate to the end.
 
-    Args and yields: as `all_gather`.
+    Args, yields: as `all_gather`.
     """
     group, rank = transport.group, dist.get_rank(transport.group)
     recipients = [network for network, givers in enumerate(donors) if rank in givers]
@@ -173,7 +173,7 @@ EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
 def gather_replica_parts(
     cuts: Sequence[Sequence[Bucket]], pack: Pack, unpack: Pack, transport: Transport
 ) -> None:
-    """Give every replica of this network the parts that the other replicas blended.
+    """Gather the parts that each replica of this network has blended.
 
     Holds replicas x bucket on the transport's device. Every rank of the replica group must call
     this.

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.population.collectives import gather_vectors
+from dist_graft.errors import PeerError
+from dist_graft.population.collectives import CommunicationError, gather_vectors
 from dist_graft.population.round.exchange import header_device, world
-from dist_graft.population.runtime.peers import PeerRegistry, naming_missing_peers
+from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.timeouts import Timeouts
 
 
 class RoundGroups:
     """The process groups that a process belongs to in a round, and their timeouts.
 
-    Args:
-        group: group with one rank for each network; None: the default group.
-        replicas: group of the processes that hold this network; None: this process alone.
-        peers: lets errors name the missing network.
-        timeouts: timeouts of the collectives; None: the groups' own timeouts.
+    See `Grafter` for the arguments.
     """
 
     def __init__(
@@ -72,7 +70,8 @@ class RoundGroups:
             vector: this network's vector.
             device: the network's device.
             what: name of the step, for a warning while waiting.
-            round_: a warning names the networks that have not reached this round; None: no warning.
+            round_: the warning names the networks that have not reached this round; None: no
+                warning.
         """
         waiting = {}
         if self._timeouts and self._peers and round_ is not None:
@@ -100,6 +99,21 @@ class RoundGroups:
             seconds=self.seconds,
         )
 
-    def naming_missing_peers(self, round_: int, what: str) -> AbstractContextManager[None]:
-        """Convert a failed collective into a PeerError that names the missing networks."""
-        return naming_missing_peers(self._peers, round_, what)
+    @contextmanager
+    def reporting_missing_peers(self, round_: int, what: str) -> Iterator[None]:
+        """Convert a failed collective into a PeerError that names the missing networks.
+
+        Args:
+            round_: the round that the missing processes have not reached.
+            what: the operation, for the message.
+        """
+        try:
+            yield
+        except CommunicationError as error:
+            peers = self._peers
+            missing = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
+            names = "; ".join(missing) or "a network that had reached it"
+            raise PeerError(
+                f"{what} failed, a peer died or did not answer: {names}; see its output for the "
+                f"cause ({error})"
+            ) from error

@@ -18,7 +18,7 @@ class GraftRecord:
     donor: int
     """Index of the donor in the group; the first one if there are several."""
     coefficient: dict[str, float]
-    """Share that the network kept of itself."""
+    """Share that the network kept of its weights."""
     information: dict[str, float]
     """Information of this network before the round, in the criterion's unit (nats for entropy);
     empty for rules without a criterion."""
@@ -29,7 +29,7 @@ class GraftRecord:
     """Duration of the round, including the wait for other networks."""
     phase_seconds: dict[str, float]
     """Seconds by phase: measure (finiteness check, information), agree (including the wait), pack,
-    exchange, distance and blend."""
+    exchange, distance, blend."""
     bytes_received: int
     """Bytes of other networks' weights, summed over this network's replicas."""
     diverged: dict[int, str]

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dist_graft.errors import PeerError, StartError
 from dist_graft.population.collectives import CommunicationError
 from dist_graft.population.runtime.process import has_ended
+from dist_graft.population.runtime.process_info import describe_process
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
 
 _POLL_INTERVAL = timedelta(seconds=1)
@@ -26,9 +27,9 @@ class PeerRegistry:
 
     Args:
         store: key-value store of the run.
-        rank: of this process.
+        rank: rank of this process.
         processes: number of processes in the run.
-        replicas: processes of each network.
+        replicas: number of processes for each network.
     """
 
     def __init__(
@@ -57,10 +58,9 @@ class PeerRegistry:
         self._store.set(f"host/{self.rank}", socket.gethostname())
         missing = self._wait([f"host/{rank}" for rank in self._ranks], timeout_seconds)
         if missing:
-            ranks = [int(key.removeprefix("host/")) for key in missing]
             names = ", ".join(
                 f"{rank // self._replicas} (rank {rank})" if self._replicas > 1 else str(rank)
-                for rank in ranks
+                for rank in map(_rank_of, missing)
             )
             raise StartError(
                 f"network {names} did not start within {timeout_seconds:g} s: see its output, and "
@@ -90,19 +90,17 @@ class PeerRegistry:
         return self._describe_where(self._is_dead)
 
     def unresponsive(self, key: str, ranks: Sequence[int], seconds: float) -> list[str]:
-        """Descriptions of the ranks that do not make this same call within so many seconds."""
+        """Descriptions of the ranks that do not make this same call before the timeout."""
         try:
             self._store.set(f"{key}/{self.rank}", "")
             missing = self._wait([f"{key}/{rank}" for rank in ranks], seconds)
-            return [self.describe(int(key.rpartition("/")[2])) for key in missing]
+            return [self.describe(_rank_of(key)) for key in missing]
         except RuntimeError:
             return []
 
     def describe(self, rank: int) -> str:
-        """Network, replica where there are several, rank and host of a process."""
-        network, replica = divmod(rank, self._replicas)
-        which = f"replica {replica}, " if self._replicas > 1 else ""
-        return f"network {network} ({which}rank {rank} on {self._host(rank)})"
+        """Network, replica if there are several, rank and host of a process."""
+        return describe_process(rank, self._replicas, self._host(rank))
 
     def hosts(self) -> list[str]:
         """Hosts of all processes, by rank; waits for those that have not checked in."""
@@ -113,50 +111,33 @@ class PeerRegistry:
     def request_stop(self, reason: str) -> None:
         """Ask all processes to stop.
 
-        A store that is gone is ignored: the next collective reports the dead process that kept it.
+        A lost store is ignored, because the next collective reports the dead process that hosted
+        it.
 
         Raises: PeerError when the store does not respond in time.
         """
-        try:
+        with _reporting_store_timeout(), suppress(dist.DistNetworkError):
             self._store.set("stop", reason)
-        except StoreTimeoutError as error:
-            raise _store_unreachable(error) from error
-        except dist.DistNetworkError:
-            return
 
     def stop_reason(self) -> str | None:
-        """Why the run should stop; None when no process has requested it or the store is gone.
+        """Why the run should stop; None if no process has requested it or the store is lost.
 
         Raises: PeerError when the store does not respond in time.
         """
-        try:
-            return self._store.get("stop").decode() if self._store.check(["stop"]) else None
-        except StoreTimeoutError as error:
-            raise _store_unreachable(error) from error
-        except dist.DistNetworkError:
-            return None
+        with _reporting_store_timeout(), suppress(dist.DistNetworkError):
+            if self._store.check(["stop"]):
+                return self._store.get("stop").decode()
+        return None
 
     # Texts
 
     def publish(self, key: str, text: str) -> None:
         """Store a text of this process under the key.
 
-        Raises: PeerError when the store is gone.
+        Raises: PeerError when the store is lost.
         """
-        with self._reporting_lost_store(key):
+        with _reporting_lost_store(key):
             self._store.set(f"{key}/{self.rank}", text)
-
-    def is_published(self, key: str, rank: int) -> bool:
-        """Whether a process has published a text under the key; False when the store is gone.
-
-        Raises: PeerError when the store does not respond in time.
-        """
-        try:
-            return self._store.check([f"{key}/{rank}"])
-        except StoreTimeoutError as error:
-            raise _store_unreachable(error) from error
-        except dist.DistNetworkError:
-            return False
 
     def read(self, key: str, rank: int, timeout_seconds: float) -> str:
         """Wait for the text that one process publishes under the key.
@@ -176,9 +157,9 @@ class PeerRegistry:
         """Wait for the texts that several processes publish under the key.
 
         Args:
-            key: of the texts.
+            key: key of the texts.
             timeout_seconds: for all of them.
-            ranks: to wait for; None: all.
+            ranks: processes to wait for; None: all.
             cancelled: polled about once a second; True ends the wait.
 
         Returns: the texts, in the order of the ranks.
@@ -186,38 +167,37 @@ class PeerRegistry:
         Raises: PeerError naming the missing processes when one of them has died, after the timeout,
             or when cancelled.
         """
-        keys = {rank: f"{key}/{rank}" for rank in (self._ranks if ranks is None else ranks)}
+        keys = [f"{key}/{rank}" for rank in (self._ranks if ranks is None else ranks)]
         deadline = time.monotonic() + timeout_seconds
-        with self._reporting_lost_store(key):
-            while True:
-                left = min(_POLL_INTERVAL.total_seconds(), deadline - time.monotonic())
-                unset = self._wait(list(keys.values()), left)
-                if not unset:
-                    return [self._store.get(key).decode() for key in keys.values()]
-                missing = [rank for rank, key in keys.items() if key in unset]
-                dead = [rank for rank in missing if self._is_dead(rank)]
-                is_late = time.monotonic() >= deadline
-                if dead or is_late or cancelled():
-                    names = "; ".join(self.describe(rank) for rank in dead or missing)
-                    within = f" within {timeout_seconds:g} s" if is_late else ""
-                    cause = "died" if dead else f"did not answer{within}"
-                    raise PeerError(f"{names} {cause} ({key}): see its output for the cause")
 
-    @contextmanager
-    def _reporting_lost_store(self, key: str) -> Iterator[None]:
-        """Turn the errors of a store that is gone or does not respond into a PeerError."""
-        try:
-            yield
-        except StoreTimeoutError as error:
-            raise _store_unreachable(error) from error
-        except dist.DistNetworkError as error:
-            raise PeerError(
-                f"the run's key-value store is gone ({key}): its process, network 0 or the "
-                "launcher, died"
-            ) from error
+        def gives_up(missing: list[str]) -> bool:
+            return cancelled() or any(self._is_dead(_rank_of(key)) for key in missing)
 
-    def _wait(self, keys: list[str], timeout_seconds: float) -> list[str]:
-        """Wait until all keys are set; returns those that are not after the timeout."""
+        with _reporting_lost_store(key):
+            missing = [_rank_of(key) for key in self._wait(keys, timeout_seconds, gives_up)]
+            if not missing:
+                return [self._store.get(key).decode() for key in keys]
+            dead = [rank for rank in missing if self._is_dead(rank)]
+            within = f" within {timeout_seconds:g} s" if time.monotonic() >= deadline else ""
+            names = "; ".join(self.describe(rank) for rank in dead or missing)
+            cause = "died" if dead else f"did not answer{within}"
+            raise PeerError(f"{names} {cause} ({key}): see its output for the cause")
+
+    def _wait(
+        self,
+        keys: list[str],
+        timeout_seconds: float,
+        gives_up: Callable[[list[str]], bool] = lambda missing: False,
+    ) -> list[str]:
+        """Wait until all keys are set.
+
+        Args:
+            keys: keys of the store.
+            timeout_seconds: for all of them.
+            gives_up: called with the missing keys about once a second; True ends the wait.
+
+        Returns: the keys that are missing after the wait.
+        """
         deadline = time.monotonic() + timeout_seconds
         while missing := [key for key in keys if not self._store.check([key])]:
             left = deadline - time.monotonic()
@@ -226,7 +206,8 @@ class PeerRegistry:
             try:  # in short waits, because Python handles signals only in between
                 self._store.wait(missing, min(_POLL_INTERVAL, timedelta(seconds=left)))
             except dist.DistStoreError:
-                continue
+                if gives_up(missing):
+                    return missing
         return []
 
     def _describe_where(self, matches: Callable[[int], bool]) -> list[str]:
@@ -248,28 +229,52 @@ class PeerRegistry:
         return self._store.check([key]) and int(self._store.get(key)) >= round_
 
 
-def _store_unreachable(error: StoreTimeoutError) -> PeerError:
-    return PeerError(
-        f"{error}: its process, network 0 or the launcher, hangs, or the link to it is cut; rerun "
-        "the command to resume from the latest checkpoint"
-    )
+def _rank_of(key: str) -> int:
+    """Rank in a key of the store."""
+    return int(key.rpartition("/")[2])
 
 
 @contextmanager
-def naming_missing_peers(peers: PeerRegistry | None, round_: int, what: str) -> Iterator[None]:
-    """Turn the failure of a round's collective into a PeerError that names the missing peers.
+def _reporting_store_timeout() -> Iterator[None]:
+    """Convert the error of a store that does not respond into a PeerError."""
+    try:
+        yield
+    except StoreTimeoutError as error:
+        raise PeerError(
+            f"{error}: its process, network 0 or the launcher, hangs, or the link to it is cut; "
+            "rerun the command to resume from the latest checkpoint"
+        ) from error
+
+
+@contextmanager
+def _reporting_lost_store(key: str) -> Iterator[None]:
+    """Convert the error of a store that is lost or does not respond into a PeerError."""
+    try:
+        with _reporting_store_timeout():
+            yield
+    except dist.DistNetworkError as error:
+        raise PeerError(
+            f"the run's key-value store is gone ({key}): its process, network 0 or the launcher, "
+            "died"
+        ) from error
+
+
+@contextmanager
+def reporting_lost_peers(
+    what: str, lost: Callable[[], list[str]], *, otherwise: str
+) -> Iterator[None]:
+    """Convert the failure of a collective into a PeerError that names the lost peers.
 
     Args:
-        peers: of the run; None: the error names nobody.
-        round_: that the missing processes have not reached.
         what: the operation, for the message.
+        lost: returns the descriptions of the lost peers.
+        otherwise: named if no lost peer is known.
     """
     try:
         yield
     except CommunicationError as error:
-        missing = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
-        names = "; ".join(missing) or "a network that had reached it"
+        names = "; ".join(lost()) or otherwise
         raise PeerError(
-            f"{what} failed, a peer died or did not answer: {names}; see its output for the cause "
+            f"lost {names} during {what}: it died or did not answer; see its output for the cause "
             f"({error})"
         ) from error

@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
 
     Every training step on a CPU allocates and frees the same activations. By default their pages
     are unmapped, mapped again and zeroed in every step, which takes up to a sixth of its time.
-    Thresholds that the environment sets for malloc are left alone.
+    Thresholds that the environment sets are not changed.
     """
     if "MALLOC_TRIM_THRESHOLD_" in os.environ or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
@@ -71,8 +71,7 @@ def stop_on_signals() -> None:
     """Raise StoppedError in the main thread at the first signal that asks to stop."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        for later in SIGNALS:
-            signal.signal(later, signal.SIG_IGN)
+        ignore_signals()
         raise StoppedError(
             f"stopped by {signal.Signals(number).name}; if a peer failed, see its error message; "
             "rerun the command to resume from the latest checkpoint"
@@ -107,8 +106,8 @@ def report_failure(
 
     Args:
         message: one line.
-        exit_status: of this process.
-        traceback: formatted.
+        exit_status: exit status of this process.
+        traceback: formatted traceback.
         details: further entries of the file, which must be serializable as JSON.
     """
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")

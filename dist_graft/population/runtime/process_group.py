@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import socket
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -18,20 +17,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
-from dist_graft.errors import ConfigError, PeerError, StartError
+from dist_graft.errors import ConfigError, StartError
 from dist_graft.population.collectives import (
-    CommunicationError,
     communicating,
+    first_line,
     gather_vectors,
     wait_for,
 )
 from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
-from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
 from dist_graft.population.runtime.replicas import Replicas
-from dist_graft.population.runtime.store import StoreClient
+from dist_graft.population.runtime.store import StoreClient, call_with_timeout
 from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
@@ -97,7 +96,7 @@ class Runtime:
         if self.process.world_size == 1:
             return [values]
         local = torch.tensor(values, dtype=torch.float64)
-        try:
+        with self._reporting_lost_peers(what):
             gathered = gather_vectors(
                 local,
                 group=world(),
@@ -105,8 +104,6 @@ class Runtime:
                 seconds=self.timeouts.seconds,
                 on_wait=self._announce(what),
             )
-        except CommunicationError as error:
-            raise self._lost(what, error) from error
         return [list(map(float, row)) for row in gathered.tolist()]
 
     def broadcast_text(self, key: str, text: str) -> str:
@@ -143,13 +140,10 @@ class Runtime:
             return tensor.cpu()
         total = tensor.cpu().clone()
         on_wait = self._announce(what)
-        try:
-            with communicating():
-                work = dist.all_reduce(total, group=self.group_across_networks, async_op=True)
-                assert work is not None
-                wait_for(work, self.timeouts.seconds, on_wait)
-        except CommunicationError as error:
-            raise self._lost(what, error) from error
+        with self._reporting_lost_peers(what), communicating():
+            work = dist.all_reduce(total, group=self.group_across_networks, async_op=True)
+            assert work is not None
+            wait_for(work, self.timeouts.seconds, on_wait)
         return total
 
     def shutdown(self) -> None:
@@ -165,13 +159,11 @@ class Runtime:
         self.peers.publish(what, "")
         return self.timeouts.warn_when_slow(what, partial(self.peers.missing, what))
 
-    def _lost(self, what: str, error: CommunicationError) -> PeerError:
-        peers = self.peers
-        names = "; ".join(peers.dead_peers() or peers.missing(what)) if peers else ""
-        return PeerError(
-            f"lost {names or 'another network'} during {what}: it died or did not answer; see its "
-            f"output for the cause ({error})"
-        )
+    def _reporting_lost_peers(self, what: str) -> AbstractContextManager[None]:
+        return reporting_lost_peers(what, partial(self._lost, what), otherwise="another network")
+
+    def _lost(self, what: str) -> list[str]:
+        return (self.peers.dead_peers() or self.peers.missing(what)) if self.peers else []
 
 
 def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
@@ -233,7 +225,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         mesh = _mesh(process, "cuda" if nccl else "cpu", timeout) if process.replicas > 1 else None
     except RuntimeError as error:
         raise StartError(
-            f"backend {backend} could not connect the processes: {_first_line(error)}; check that "
+            f"backend {backend} could not connect the processes: {first_line(error)}; check that "
             "the hosts reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
     group = mesh.get_group("replica") if mesh else None
@@ -274,40 +266,27 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = process.is_main and not by_launcher
-    connected: queue.SimpleQueue[dist.TCPStore | RuntimeError] = queue.SimpleQueue()
-
-    def connect() -> None:
-        try:
-            store = dist.TCPStore(
-                host,
-                int(port),
-                world_size=process.world_size,
-                is_master=is_server,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=timeout_seconds),
-                multi_tenant=True,  # a second run of this process finds its own server again
-            )
-        except RuntimeError as error:
-            connected.put(error)
-        else:
-            connected.put(store)
-
-    # In a thread, because nothing bounds the wait for a response on another program's port.
-    threading.Thread(target=connect, daemon=True).start()
+    connect = partial(
+        dist.TCPStore,
+        host,
+        int(port),
+        world_size=process.world_size,
+        is_master=is_server,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+        multi_tenant=True,  # a second run of this process finds its own server again
+    )
     try:
-        store = connected.get(timeout=timeout_seconds + _RESPONSE_SECONDS)
-    except queue.Empty:
-        store = RuntimeError("another program listens there")
-    if isinstance(store, RuntimeError):
+        # torch does not bound the wait for a response on another program's port.
+        store = call_with_timeout(connect, timeout_seconds + _RESPONSE_SECONDS)
+    except (RuntimeError, TimeoutError) as error:
+        is_late = isinstance(error, TimeoutError)
+        cause = "another program listens there" if is_late else first_line(error)
         what = "opened" if is_server else "reached"
         raise StartError(
-            f"port {port} of {host} could not be {what}: {_first_line(store)}; choose a free "
-            "MASTER_PORT that all hosts can reach"
-        ) from store
+            f"port {port} of {host} could not be {what}: {cause}; choose a free MASTER_PORT that "
+            "all hosts can reach"
+        ) from error
     # Keys of an earlier attempt, or of an earlier run of this process, must not be read again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}/run_{next(_RUNS)}", store)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -23,8 +23,8 @@ class ProcessInfo:
     restarts: int = 0
     """Number of times that the launcher has restarted the processes."""
     replicas: int = 1
-    """Processes that train one network together. Their ranks are consecutive, so that they share a
-    machine where possible, and neighbors on the ring of networks are close to each other."""
+    """Number of processes that train one network together. Their ranks are consecutive, so that
+    they share a machine where possible, and the peers on the ring of networks are close."""
 
     @property
     def network(self) -> int:
@@ -52,12 +52,10 @@ class ProcessInfo:
         return self.rank == 0
 
     def __str__(self) -> str:
-        """Network, replica where there are several, rank and host."""
-        replica = f"replica {self.replica}, " if self.replicas > 1 else ""
-        return f"network {self.network} ({replica}rank {self.rank} on {socket.gethostname()})"
+        return describe_process(self.rank, self.replicas, socket.gethostname())
 
     def with_replicas(self, replicas: int) -> ProcessInfo:
-        """This position in a run where `replicas` processes train each network.
+        """Return the position in a run in which `replicas` processes train each network.
 
         Raises: ConfigError when the number of processes does not fit, naming numbers that do.
         """
@@ -87,6 +85,13 @@ class ProcessInfo:
         if allocated.isdecimal():
             cores = min(cores, int(allocated))
         return max(1, cores // self.local_world_size)
+
+
+def describe_process(rank: int, replicas: int, host: str) -> str:
+    """Network, replica if there are several, rank and host of a process."""
+    network, replica = divmod(rank, replicas)
+    which = f"replica {replica}, " if replicas > 1 else ""
+    return f"network {network} ({which}rank {rank} on {host})"
 
 
 def uneven_machines(replicas: int, found: str) -> ConfigError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import cast
 
 import torch
@@ -11,14 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import PeerError
-from dist_graft.population.collectives import (
-    CommunicationError,
-    communicating,
-    gather_vectors,
-    in_a_step,
-)
-from dist_graft.population.runtime.peers import PeerRegistry
+from dist_graft.population.collectives import communicating, gather_vectors
+from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.timeouts import Timeouts
 
 _RESPONSE_SECONDS = 2.0  # in which live replicas respond
@@ -33,7 +28,7 @@ class Replicas:
 
     Args:
         group: process group, in the order of the shares; None: a single process.
-        timeouts: for collectives; None: the group's own.
+        timeouts: timeouts of the collectives; None: the group's own timeout.
         peers: lets errors name the missing processes.
     """
 
@@ -65,7 +60,7 @@ class Replicas:
         """
         if self.group is None:
             return model
-        with self._lost("the start of data-parallel training"), communicating():
+        with self._reporting_lost_peers("the start of data-parallel training"), communicating():
             self._wrapped = DistributedDataParallel(
                 model,
                 process_group=self.group,
@@ -86,8 +81,8 @@ class Replicas:
             yield
             return
         with (
-            self._lost("a step"),
-            in_a_step() if last else nullcontext(),
+            self._reporting_lost_peers("a step"),
+            communicating(runs_model=True) if last else nullcontext(),
             nullcontext() if last else self._wrapped.no_sync(),
         ):
             yield
@@ -110,7 +105,7 @@ class Replicas:
         """Concatenate the processes' matrices along the first dimension: a collective.
 
         Args:
-            rows: of this process, [counts[index], columns].
+            rows: matrix of this process, [counts[index], columns].
             counts: number of rows of each process.
         """
         if self.group is None:
@@ -138,7 +133,7 @@ class Replicas:
 
     def _gather(self, vector: Tensor, what: str) -> Tensor:
         assert self.group is not None
-        with self._lost(what):
+        with self._reporting_lost_peers(what):
             return gather_vectors(
                 vector,
                 group=self.group,
@@ -146,18 +141,11 @@ class Replicas:
                 seconds=self._timeouts.seconds if self._timeouts else None,
             )
 
-    @contextmanager
-    def _lost(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except CommunicationError as error:
-            names = "; ".join(self._missing(what)) or "another process of this network"
-            raise PeerError(
-                f"lost {names} during {what}: it died or did not answer; see its output for the "
-                f"cause ({error})"
-            ) from error
+    def _reporting_lost_peers(self, what: str) -> AbstractContextManager[None]:
+        otherwise = "another process of this network"
+        return reporting_lost_peers(what, partial(self._lost, what), otherwise=otherwise)
 
-    def _missing(self, what: str) -> list[str]:
+    def _lost(self, what: str) -> list[str]:
         """Descriptions of the processes of this network that died or do not respond."""
         if self._peers is None or self.group is None:
             return []
@@ -173,7 +161,7 @@ def average_buffers(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> Non
     Buffers that are equal in all processes keep their bits.
 
     Args:
-        model: of this process.
+        model: module of this process.
         gather: collective that returns the vectors of all processes, [n] -> [processes, n].
     """
     local = _pack(model)

@@ -13,8 +13,44 @@ import torch.distributed as dist
 _Response = TypeVar("_Response")
 
 
-class StoreTimeoutError(dist.DistNetworkError):
+class StoreTimeoutError(dist.DistError):
     """The store did not respond in time; later requests fail at once."""
+
+
+def _start_thread(call: Callable[[], None]) -> None:
+    threading.Thread(target=call, daemon=True).start()
+
+
+def call_with_timeout(
+    function: Callable[[], _Response],
+    seconds: float,
+    submit: Callable[[Callable[[], None]], None] = _start_thread,
+) -> _Response:
+    """Call a function in another thread, which is abandoned if it does not return in time.
+
+    Args:
+        function: the call, which torch may block for longer than its own timeout.
+        seconds: timeout.
+        submit: passes the call to a thread; default: a new one.
+
+    Raises: TimeoutError after the timeout, or the RuntimeError of the function.
+    """
+    responses: queue.SimpleQueue[_Response | RuntimeError] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            responses.put(function())
+        except RuntimeError as error:
+            responses.put(error)
+
+    submit(call)
+    try:
+        response = responses.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(response, RuntimeError):
+        raise response
+    return response
 
 
 class StoreClient:
@@ -34,7 +70,7 @@ class StoreClient:
         self._seconds = seconds
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._has_timed_out = False
-        threading.Thread(target=self._serve, daemon=True).start()
+        _start_thread(self._serve)
 
     def set(self, key: str, value: str) -> None:
         """Store a value."""
@@ -60,28 +96,13 @@ class StoreClient:
         return StoreClient(self._request(self._store.clone), self._seconds)
 
     def _request(self, function: Callable[[], _Response], extra_seconds: float = 0.0) -> _Response:
-        responses: queue.SimpleQueue[_Response | RuntimeError] = queue.SimpleQueue()
-
-        def serve() -> None:
-            try:
-                responses.put(function())
-            except RuntimeError as error:
-                responses.put(error)
-
         seconds = self._seconds()
         if not self._has_timed_out:
-            self._requests.put(serve)
             try:
-                response = responses.get(timeout=seconds + extra_seconds)
-            except queue.Empty:
+                return call_with_timeout(function, seconds + extra_seconds, self._requests.put)
+            except TimeoutError:
                 self._has_timed_out = True
-        if self._has_timed_out:
-            raise StoreTimeoutError(
-                f"the run's key-value store did not answer within {seconds:g} s"
-            )
-        if isinstance(response, RuntimeError):
-            raise response
-        return response
+        raise StoreTimeoutError(f"the run's key-value store did not answer within {seconds:g} s")
 
     def _serve(self) -> None:
         while True:

@@ -7,7 +7,6 @@ for an unusable rendezvous address, and an end when the rendezvous store becomes
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import sys
 import threading
@@ -22,7 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
+from dist_graft.population.collectives import first_line
 from dist_graft.population.runtime.process import has_ended, leave
+from dist_graft.population.runtime.store import call_with_timeout
 from dist_graft.printing import print_line
 
 _CONNECT_SECONDS = 5.0
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
     join_seconds = float(conf.get("join_timeout", _JOIN_SECONDS))
     if endpoint:
-        check_endpoint(endpoint)
+        _check_endpoint(endpoint)
         threading.Thread(target=_watch, args=(endpoint, join_seconds), daemon=True).start()
     try:
         run(options)
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_endpoint(endpoint: str) -> None:
+def _check_endpoint(endpoint: str) -> None:
     """End the process if the machines cannot meet at this address."""
     host, _, port = endpoint.rpartition(":")
     here = socket.gethostname()
@@ -64,7 +65,7 @@ def check_endpoint(endpoint: str) -> None:
             socket.getaddrinfo(name, port)
         except OSError as error:
             _fail(
-                f"the name {name} leads to no address on {here}: set HEAD to the name of one of "
+                f"the name {name} cannot be resolved on {here}: set HEAD to the name of one of "
                 "the machines, and make their names known to each other (DNS or /etc/hosts)",
                 error,
             )
@@ -81,22 +82,16 @@ def check_endpoint(endpoint: str) -> None:
 
 def _is_store(host: str, port: int) -> bool:
     """Whether a key-value store responds; torch bounds the wait for a connection only."""
-    responses: queue.SimpleQueue[bool] = queue.SimpleQueue()
     timeout = timedelta(seconds=_CONNECT_SECONDS)
 
-    def connect() -> None:
-        try:
-            dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout).check([""])
-        except RuntimeError:
-            responses.put(False)
-        else:
-            responses.put(True)
+    def request() -> None:
+        dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout).check([""])
 
-    threading.Thread(target=connect, daemon=True).start()
     try:
-        return responses.get(timeout=_CONNECT_SECONDS)
-    except queue.Empty:
+        call_with_timeout(request, _CONNECT_SECONDS)
+    except (RuntimeError, TimeoutError):
         return False
+    return True
 
 
 def _not_met(endpoint: str, seconds: float) -> str:
@@ -142,7 +137,7 @@ def _has_processes() -> bool:
 
 def _fail(line: str, error: BaseException | None = None) -> NoReturn:
     """Print one line and end the process, whatever its threads wait for."""
-    cause = f" ({str(error).splitlines()[0]})" if error and str(error) else ""
+    cause = f" ({first_line(error)})" if error else ""
     print_line(f"dist-graft: error: {line}{cause}")
     leave(1)
 

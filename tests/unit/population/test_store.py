@@ -46,7 +46,6 @@ def test_the_error_of_a_store_that_does_not_respond_names_possible_causes(
         client.get("never set")
     for request in (
         peers.stop_reason,
-        lambda: peers.is_published("save 1", 0),
         lambda: peers.publish("the report", ""),
         lambda: peers.read("the report", 0, 5),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from launching import is_alive, told_by_kernel
+from launching import is_alive, read_proc
 
 # No deadlines: a shared machine may be slow, and slowness is not a failure.
 settings.register_profile(
@@ -67,7 +67,7 @@ def _children() -> set[str]:
     """Return the running child processes, except for multiprocessing's own servers."""
     children = {f"{child.pid} {child.name}" for child in multiprocessing.active_children()}
     for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in told_by_kernel(listing).split():
+        for pid in read_proc(listing).split():
             command = _command(Path("/proc") / pid)
             if command and "from multiprocessing." not in command:
                 children.add(f"{pid} {command}")
@@ -76,7 +76,7 @@ def _children() -> set[str]:
 
 def _command(process: Path) -> str:
     """Return the command line of a process; empty if it has exited or is a zombie."""
-    while not (command := told_by_kernel(process / "cmdline")):  # also empty while it starts
+    while not (command := read_proc(process / "cmdline")):  # also empty while it starts
         if not is_alive(int(process.name)):
             break
     return command.replace("\0", " ").strip()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from architectures import State, build, lead_of, same_bits, snapshot
-from harness import Place, attempt, run
+from harness import RankContext, result_or_error, run
 from rounds import Mean
 from torch import nn
 
@@ -74,19 +74,19 @@ def groups(networks: int, replicas: int) -> tuple[dist.ProcessGroup, dist.Proces
     return across, within
 
 
-def play(place: Place, networks: int, replicas: int) -> dict[str, list[Round]]:
+def play(context: RankContext, networks: int, replicas: int) -> dict[str, list[Round]]:
     across, within = groups(networks, replicas)
-    return {str(case): rounds(place, case, replicas, across, within) for case in CASES}
+    return {str(case): rounds(context, case, replicas, across, within) for case in CASES}
 
 
 def rounds(
-    place: Place,
+    context: RankContext,
     case: Case,
     replicas: int,
     across: dist.ProcessGroup,
     within: dist.ProcessGroup,
 ) -> list[Round]:
-    model = build(case.architecture, place.rank // replicas)
+    model = build(case.architecture, context.rank // replicas)
     grafter = Grafter(
         model,
         lead=lead_of(case.architecture),
@@ -98,7 +98,7 @@ def rounds(
     )
     played = []
     for number in range(ROUNDS):
-        disturb_buffers(model, 100 * number + place.rank)
+        disturb_buffers(model, 100 * number + context.rank)
         before = snapshot(model)
         record = grafter.graft()
         played.append(Round(before, snapshot(model), record))
@@ -165,19 +165,19 @@ def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case
                 assert measured == pytest.approx(expect, rel=1e-5)
 
 
-def differ(place: Place, what: str) -> object:
+def differ(context: RankContext, what: str) -> object:
     across, within = groups(2, 2)
-    model = build("plain", place.rank // 2)
-    if what == "model" and place.rank == 3:
-        model = build("channels_last", place.rank // 2)
-    if what == "finite" and place.rank == 3:
+    model = build("plain", context.rank // 2)
+    if what == "model" and context.rank == 3:
+        model = build("channels_last", context.rank // 2)
+    if what == "finite" and context.rank == 3:
         model[0].weight.data[0] = torch.nan
     grafter = Grafter(model, group=across, replica_group=within)
 
     def graft() -> object:
-        return grafter.graft(stop=what == "stop" and place.rank == 1).round
+        return grafter.graft(stop=what == "stop" and context.rank == 1).round
 
-    return attempt(graft)
+    return result_or_error(graft)
 
 
 def test_what_one_process_says_its_network_says() -> None:
@@ -210,15 +210,15 @@ class Failing(nn.Linear):
         return super().forward(inputs)
 
 
-def fail_in_a_step(place: Place, error: RuntimeError) -> object:
+def fail_in_a_step(context: RankContext, error: RuntimeError) -> object:
     replicas = Replicas(dist.group.WORLD)
-    model = replicas.wrap(Failing(error if place.rank == 1 else None))
+    model = replicas.wrap(Failing(error if context.rank == 1 else None))
 
     def step() -> None:
         with replicas.backward(last=True):
             model(torch.ones(1, 2)).sum().backward()
 
-    return attempt(step)
+    return result_or_error(step)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import torch
 from launching import (
     ERROR,
     PAIR,
-    PROMPTLY,
+    PROMPT_SECONDS,
     Done,
-    background,
-    end_of,
-    finish,
+    checkpoint_is_complete,
+    error_line,
     program,
-    saved,
-    told,
+    run_program,
+    running,
+    wait_for_end,
     wait_until,
 )
 from PIL import Image
@@ -52,14 +52,14 @@ def test_unavailable_option(
     alone: Alone, tmp_path: Path, options: list[str], says: list[str]
 ) -> None:
     done = alone(tmp_path / "run", *ONE, *options)
-    told(done, *says, log=tmp_path / "run/network00/log.txt")
+    error_line(done, *says, log=tmp_path / "run/network00/log.txt")
     assert not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", *ONE, "--runtime.device", "cuda")
-    told(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
+    error_line(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_missing_or_empty_data_folder(
         (root / folder).mkdir(parents=True)
     options = ("--data.name", name, "--data.root", str(root), "--data.download", "false")
     done = alone(tmp_path / "run", *ONE, *options)
-    told(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
+    error_line(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
 
 
 def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> 
         *("--data.name", "imagefolder", "--data.root", str(root), "--data.workers", "1"),
         *("--data.image_size", "32", "--data.batch_size", "4", "--epochs", "2"),
     )
-    told(
+    error_line(
         alone(run, *options), str(broken), "--data.skip_broken true", log=run / "network00/log.txt"
     )
 
@@ -116,7 +116,7 @@ def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> 
 
 def test_non_finite_weight(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", *ONE, "--optim.lr", "1e30")
-    line = told(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
+    line = error_line(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
     assert ".weight" in line
     assert "learning rate" in line
     assert not (tmp_path / "run/checkpoints").exists()
@@ -128,18 +128,20 @@ class TestRunDirectory:
         self, alone: Alone, tmp_path: Path, place: str
     ) -> None:
         (tmp_path / "file").write_text("here")
-        told(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
+        error_line(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
         assert (tmp_path / "file").read_text() == "here"
 
     def test_folder_is_not_writable(self, alone: Alone) -> None:
-        told(alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir")
+        error_line(
+            alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir"
+        )
 
     @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])
     def test_file_in_place_of_a_folder(self, alone: Alone, tmp_path: Path, part: str) -> None:
         path = tmp_path / "run" / part
         path.parent.mkdir(parents=True)
         path.write_text("here")
-        told(alone(tmp_path / "run", *ONE), str(path), "cannot be written", "run_dir")
+        error_line(alone(tmp_path / "run", *ONE), str(path), "cannot be written", "run_dir")
         assert path.read_text() == "here"
 
     @pytest.fixture
@@ -166,7 +168,7 @@ class TestRunDirectory:
         log = finished / "network00/log.txt"
         written = log.read_text()
         done = alone(finished, *ONE, *options)
-        line = told(done, str(finished), *says, "run_dir", log=log)
+        line = error_line(done, str(finished), *says, "run_dir", log=log)
         assert contents(finished, without=("log.txt",)) == before
         assert log.read_text() == f"{written}ERROR {line}\n"
 
@@ -174,13 +176,15 @@ class TestRunDirectory:
         shutil.copytree(pair, tmp_path / "run")
         before = contents(tmp_path / "run", without=("log.txt",))
         done = alone(tmp_path / "run", *PAIR)
-        told(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
+        error_line(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
         assert contents(tmp_path / "run", without=("log.txt",)) == before
 
     def test_no_complete_checkpoint(self, alone: Alone, finished: Path) -> None:
         (finished / "checkpoints/epoch_0001/network00.pt").write_bytes(b"damaged")
         before = contents(finished, without=("log.txt", "status.json"))
-        told(alone(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir")
+        error_line(
+            alone(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir"
+        )
         assert contents(finished, without=("log.txt", "status.json")) == before
 
     def test_error_is_logged_if_only_the_config_file_names_the_folder(
@@ -190,8 +194,8 @@ class TestRunDirectory:
         config = finished.parent / "options.yaml"
         config.write_text((finished / "config.yaml").read_text())
         command = [sys.executable, "-m", "dist_graft", "train", "--config", str(config)]
-        done = finish([*command, "--optim.lr", "0.3"], timeout=PROMPTLY)
-        told(done, "optim.lr was 0.1 and is now 0.3", log=finished / "network00/log.txt")
+        done = run_program([*command, "--optim.lr", "0.3"], timeout=PROMPT_SECONDS)
+        error_line(done, "optim.lr was 0.1 and is now 0.3", log=finished / "network00/log.txt")
 
 
 class TestFullDisk:
@@ -199,7 +203,7 @@ class TestFullDisk:
 
     def limited(self, run: Path, kilobytes: int, *options: str) -> Done:
         limit = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited"]
-        return finish([*limit, *program(run, *options)], timeout=60)
+        return run_program([*limit, *program(run, *options)], timeout=60)
 
     def test_checkpoint_does_not_fit(self, alone: Alone, tmp_path: Path) -> None:
         """Earlier checkpoints remain, and the run resumes when there is space again."""
@@ -208,7 +212,7 @@ class TestFullDisk:
         before = contents(run / "checkpoints")
         done = self.limited(run, 1000, "--epochs", "2", *schedule)
         log = run / "network00/log.txt"
-        told(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
+        error_line(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
         complete = {name: value for name, value in contents(run / "checkpoints").items()
                  if name.startswith("epoch_0001")}  # fmt: skip
         assert complete == before
@@ -218,17 +222,17 @@ class TestFullDisk:
 
     def test_events_do_not_fit(self, tmp_path: Path) -> None:
         done = self.limited(tmp_path / "run", 2, *ONE)
-        told(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
+        error_line(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
 
 
 def test_run_is_stopped_by_a_signal_and_resumed(alone: Alone, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ("--epochs", "300", "--optim.schedule", "constant")
-    with background([program(run, *options)]) as (process,):
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[process])
+    with running([program(run, *options)]) as (process,):
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[process])
         process.send_signal(signal.SIGTERM)
-        done = end_of(process, PROMPTLY)
+        done = wait_for_end(process, PROMPT_SECONDS)
     assert done.status == 75
-    told(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
+    error_line(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
     (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
     epochs = int(newest.parent.name.split("_")[1]) + 1
     (run / "config.yaml").write_text(
@@ -241,12 +245,12 @@ def test_run_is_stopped_by_a_signal_and_resumed(alone: Alone, tmp_path: Path) ->
 
 def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     """Each process of several names its network."""
-    with background([program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2) as processes:
-        ends = [end_of(process, PROMPTLY) for process in processes]
+    with running([program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2) as processes:
+        ends = [wait_for_end(process, PROMPT_SECONDS) for process in processes]
     for network, done in enumerate(ends):
         assert done.status == 2
         assert done.errors.count(ERROR) == len(done.errors.splitlines()) == 1
-        line = told(done, "optim.lrs names 3 learning rates for 2 networks")
+        line = error_line(done, "optim.lrs names 3 learning rates for 2 networks")
         assert line.startswith(f"network {network} (rank {network} on {os.uname().nodename})")
         log = (tmp_path / f"run/network{network:02d}/log.txt").read_text()
         assert log == f"ERROR {line}\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import Done, together
+from launching import Done, run_population
 from reading import assert_same_bits, checkpoint, metrics
 
 from dist_graft.config import ModelConfig
@@ -34,7 +34,7 @@ NOISE = ("--graft.source", "noise", "--graft.threshold")
 def uninterrupted(folder: Path, *options: str) -> Path:
     """Train two networks for two epochs without interruption; returns the run directory."""
     run = folder / "uninterrupted"
-    together(2, run, *TINY, "--epochs", "2", *options)
+    run_population(2, run, *TINY, "--epochs", "2", *options)
     return run
 
 
@@ -79,7 +79,7 @@ def assert_resumes_exactly(run: Path, tmp_path: Path, *options: str) -> None:
     """Train one epoch, resume for a second, and compare with the uninterrupted run."""
     resumed = tmp_path / "resumed"
     for epochs in ("1", "2"):
-        together(2, resumed, *TINY, *options, "--epochs", epochs)
+        run_population(2, resumed, *TINY, *options, "--epochs", epochs)
     for network in (0, 1):
         first, second = (checkpoint(folder, 2, network) for folder in (run, resumed))
         assert_same_bits(first["model"], second["model"])

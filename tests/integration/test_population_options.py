@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import together
+from launching import run_population
 from reading import checkpoint, metrics, scalars
 
 NETWORKS = (0, 1)
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--optim.lrs", "[0.02, 0.3]", "--optim.schedule", "step", "--optim.step_epochs", "1"),
         *("--monitor.progress", "lines"),
     )
-    together(2, folder, *options)
+    run_population(2, folder, *options)
     return folder
 
 

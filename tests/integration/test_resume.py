@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from launching import background, children, is_alive, saved, together, torchrun, wait_until
+from launching import (
+    checkpoint_is_complete,
+    children,
+    is_alive,
+    run_population,
+    running,
+    torchrun,
+    wait_until,
+)
 from reading import assert_same_bits, checkpoint, metrics, pictures, scalars, texts
 
 NETWORKS = (0, 1, 2)
@@ -34,9 +42,9 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
     uninterrupted, resumed = folder / "uninterrupted", folder / "resumed"
-    together(3, uninterrupted, *OPTIONS)
-    with background([torchrun(3, resumed, *OPTIONS)]) as (launcher,):
-        wait_until(saved(resumed, 1), "the first checkpoint", meanwhile=[launcher])
+    run_population(3, uninterrupted, *OPTIONS)
+    with running([torchrun(3, resumed, *OPTIONS)]) as (launcher,):
+        wait_until(checkpoint_is_complete(resumed, 1), "the first checkpoint", meanwhile=[launcher])
         workers = children(launcher)
         launcher.kill()
         launcher.wait()
@@ -51,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     epochs = [int(path.parent.name[-4:]) for path in resumed.glob("checkpoints/*/COMPLETE.json")]
     before = (resumed / "network00/log.txt").read_text()
 
-    together(3, resumed, *OPTIONS)
+    run_population(3, resumed, *OPTIONS)
     log = (resumed / "network00/log.txt").read_text().removeprefix(before)
     return Runs(uninterrupted, resumed, orphans, max(epochs), log)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, Done, finish, told
+from launching import SMALL, Done, error_line, run_program
 from reading import assert_same_bits, checkpoint, contents, metrics, scalars
 
 Alone = Callable[..., Done]
@@ -35,7 +35,7 @@ def assert_same_end(first: Path, second: Path, epochs: int) -> None:
 
 def test_without_torchrun_one_network_is_trained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_graft", "train", "--epochs", "1", *SMALL]
-    done = finish(command, timeout=60, cwd=tmp_path)
+    done = run_program(command, timeout=60, cwd=tmp_path)
     assert done.status == 0, done
     assert done.errors == ""
     run = tmp_path / "runs/run"
@@ -138,7 +138,7 @@ def test_profiling_changes_no_weights(alone: Alone, tmp_path: Path) -> None:
 
 def test_profile_steps_past_the_run_are_refused(alone: Alone, tmp_path: Path) -> None:
     done = alone(tmp_path / "run", "--epochs", "1", "--monitor.profile_steps", "2:4")
-    told(done, "monitor.profile_steps starts at step 2", "steps 0 to 1")
+    error_line(done, "monitor.profile_steps starts at step 2", "steps 0 to 1")
 
 
 @pytest.mark.parametrize(("every", "keep", "epochs"), [(0, 2, [3]), (2, 5, [2, 3]), (1, 1, [3])])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import PAIR, SMALL, finish, torchrun
+from launching import PAIR, SMALL, run_program, torchrun
 from reading import (
     assert_same_bits,
     checkpoint,
@@ -401,7 +401,7 @@ def test_rerunning_a_finished_run_changes_nothing(pair: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     shutil.copytree(pair, run)
     before = contents(run, without=("log.txt", "status.json"))
-    done = finish(torchrun(2, run, *PAIR), timeout=150)
+    done = run_program(torchrun(2, run, *PAIR), timeout=150)
     assert done.status == 0, done
     assert f"{run} is complete" in done.output
     assert contents(run, without=("log.txt", "status.json")) == before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from launching import saved, wait_until
+from launching import checkpoint_is_complete, wait_until
 from reading import assert_same_bits, checkpoint, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
             seconds=PATIENCE,
         )
 
-    wait_until(saved(run, 1), "the first epoch", seconds=PATIENCE)
+    wait_until(checkpoint_is_complete(run, 1), "the first epoch", seconds=PATIENCE)
     more_urgent = submit(cluster, urgent, "1", "--nodes=2", "--partition=high", "--cpus-per-task=4")
     wait_until((run / "STOPPED_EARLY").exists, "the stop for a more urgent job", seconds=PATIENCE)
     wait_until(lambda: cluster.ended(more_urgent), "the end of that one", seconds=PATIENCE)
@@ -107,7 +107,9 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     assert said.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)
-    wait_until(saved(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE)
+    wait_until(
+        checkpoint_is_complete(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE
+    )
     end(cluster, undisturbed)
     assert cluster.job(undisturbed)["Restarts"] == "0"
     for network in (0, 1):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ERROR, Done, finish
+from launching import ERROR, Done, run_program
 
 from dist_graft.analysis import doctor
 from dist_graft.population.runtime.selftest import run_selftest
@@ -15,7 +15,7 @@ from dist_graft.population.runtime.selftest import run_selftest
 
 def examined(run: Path, *options: str, **environment: str) -> Done:
     command = [sys.executable, "-m", "dist_graft", "doctor", "--run_dir", str(run), *options]
-    return finish(command, timeout=150, **environment)
+    return run_program(command, timeout=150, **environment)
 
 
 def states(done: Done) -> dict[str, str]:

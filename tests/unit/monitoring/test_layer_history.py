@@ -5,7 +5,7 @@ import pytest
 
 from dist_graft.monitoring.layer_history import (
     MAX_DRAWINGS,
-    SHARE,
+    MAX_SHARE,
     LayerHistory,
     Pacing,
     coefficients,
@@ -42,7 +42,7 @@ def test_pictures_are_rare_and_the_last_epoch_has_them(epochs: int, epoch_second
     found, share = drawn(epochs, epoch_seconds=epoch_seconds, picture_seconds=0.5)
     assert found[-1] == epochs - 1
     assert len(found) <= MAX_DRAWINGS + 1
-    assert share <= SHARE
+    assert share <= MAX_SHARE
 
 
 def test_long_epochs_are_all_drawn() -> None:

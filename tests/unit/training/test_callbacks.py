@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, together
+from launching import SMALL, run_population
 from runs import (
     EPOCHS,
     HOOKS,
@@ -309,7 +309,7 @@ class TestReferences:
 def test_rounds_between_two_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(TESTS), str(TESTS / "unit/training"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    together(
+    run_population(
         *(2, tmp_path, "--epochs", "2", "--model.name", "tiny_network:TinyNetwork"),
         *("--callbacks", "runs:RecordToFile"),
     )

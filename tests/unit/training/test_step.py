@@ -24,7 +24,7 @@ from dist_graft.training.step import (
     merge_train_results,
     result_row,
 )
-from dist_graft.training.task import Task, accuracy, batch_length, classification, split_batch
+from dist_graft.training.task import Task, accuracy, classification
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 
@@ -543,16 +543,6 @@ class TestTasks:
         empty = RunningSums(task, CPU).result(steps=0, seconds=1.0, data_seconds=0.0)
         assert (empty.loss, empty.images) == (0.0, 0)
         assert empty.metrics == {"distance": 0.0, "above": 0.0}
-
-    def test_batches_of_any_structure_are_measured_and_split(self) -> None:
-        tensor = torch.arange(10).view(5, 2)
-        batch = {"a": tensor, "b": [tensor[:, 0], (tensor[:, 1], tensor)]}
-        assert batch_length(batch) == batch_length(batch["b"]) == 5
-        assert split_batch(batch, 1)[0] is batch
-        first, second = split_batch(batch, 2)
-        assert [batch_length(first), batch_length(second)] == [3, 2]
-        assert torch.equal(second["b"][1][1], tensor[3:])
-        assert isinstance(second["b"][1], tuple)
 
     def test_classification_reports_percentages(self) -> None:
         scores = torch.tensor([[0.1, 0.9], [0.8, 0.2]])

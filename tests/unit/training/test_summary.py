@@ -11,7 +11,7 @@ from dist_graft.training.summary import (
     check_equal_samples,
     ensemble_accuracy,
     finite_probabilities,
-    headline,
+    primary_metric,
     summarize,
 )
 
@@ -65,10 +65,10 @@ def test_a_metric_other_than_accuracy_is_named() -> None:
     ("metrics", "expected"),
     [({"iou": 0.5, "dice": 0.25}, ("iou", 0.5)), ({}, ("loss", 2.0))],
 )
-def test_the_headline_is_the_first_metric(
+def test_the_primary_metric_is_the_first_metric(
     metrics: dict[str, float], expected: tuple[str, float]
 ) -> None:
-    assert headline(EvalResult(loss=2.0, samples=1, metrics=metrics)) == expected
+    assert primary_metric(EvalResult(loss=2.0, samples=1, metrics=metrics)) == expected
 
 
 def test_a_diverged_network_does_not_count_in_the_ensemble() -> None:

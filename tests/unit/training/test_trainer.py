@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import together
+from launching import run_population
 from reading import assert_same_bits, checkpoint, metrics
 from runs import (
     EPOCHS,
@@ -262,7 +262,7 @@ def test_a_run_of_version_0_1_0_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     run = tmp_path / "elsewhere" / "run"
     shutil.copytree(RUN_OF_0_1_0, run)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    together(
+    run_population(
         *(2, run, "--epochs", "3", "--seed", "7", "--optim.lr_diversity", "cosine"),
         *("--data.train_samples", "96", "--data.test_samples", "20", "--data.batch_size", "16"),
         *("--model.name", "tiny_network:TinyNetwork", "--graft.every", "0"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _longest(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     return float(marker.args[0]) if marker else 0.0
+
+
+@pytest.fixture
+def store():
+    """A key-value store for processes or threads of this machine."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -37,18 +37,22 @@ class Round:
     before: State
     after: State
     record: GraftRecord
-    moved: bool
+    moved: bool = False
     """Whether a tensor was reallocated by the round."""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Every network becomes a weighted mean of all, with weights that change every round."""
+class MeasuresEntropy:
+    """Rule that measures the entropy of each lead."""
 
     criterion = "entropy"
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
+
+
+@dataclass(frozen=True)
+class Mean(MeasuresEntropy):
+    """Every network becomes a weighted mean of all, with weights that change every round."""
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape
@@ -63,13 +67,8 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class OneGives:
+class OneGives(MeasuresEntropy):
     """All networks take a third of network 0, which takes nothing."""
-
-    criterion = "entropy"
-
-    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape

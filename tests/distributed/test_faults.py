@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from launching import (
     wait_for_end,
     wait_until,
 )
-from reading import assert_same_bits, checkpoint, metrics, scalars, texts
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary, texts
 
 EPOCHS = 4
 STEPS = 8
@@ -47,11 +46,6 @@ def faulty(
 
 def checkpoints(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("checkpoints/*/COMPLETE.json"))
-
-
-def summary(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def finite(run: Path, network: int) -> bool:
@@ -93,9 +87,9 @@ class TestADivergedNetwork:
         assert metrics(run, 1)[1]["train_loss"] is None
         assert set(metrics(run, 1)[1]["graft"]["coefficient"].values()) == {0.0}
         assert set(metrics(run, 2)[1]["graft"]["coefficient"].values()) == {1.0}
-        (story,) = texts(run / "population")["run/story"].items()
-        assert story[0] == 1
-        assert f"| 1 | healed | {event['text']} |" in story[1]
+        ((epoch, table),) = texts(run / "population")["run/events"].items()
+        assert epoch == 1
+        assert f"| 1 | healed | {event['text']} |" in table
 
     def test_is_excluded_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"

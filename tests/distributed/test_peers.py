@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
@@ -102,13 +101,6 @@ def test_a_hanging_peer_is_named_after_the_timeout():
     (kind, text), _ = run(graft_with_a_hanging_peer, 2, group_timeout=1)
     assert kind == "PeerError"
     assert "network 1 (rank 1 on " in text
-
-
-@pytest.fixture
-def store() -> dist.Store:
-    return dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
-    )
 
 
 def test_check_in_names_the_networks_that_did_not_start(store):

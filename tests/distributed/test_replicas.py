@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from architectures import State, build, lead_of, same_bits, snapshot
 from harness import RankContext, result_or_error, run
-from rounds import Mean
+from rounds import Mean, Round
 from torch import nn
 
-from dist_graft import Graft, Grafter, GraftRecord, Wash, graft_units, mix
+from dist_graft import Graft, Grafter, Wash, graft_units, mix
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
@@ -58,14 +58,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Round:
-    before: State
-    """With this process's own floating buffers."""
-    after: State
-    record: GraftRecord
-
-
 def groups(networks: int, replicas: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """This process's place in every network, and its network's processes."""
     ranks = torch.arange(networks * replicas).view(networks, replicas)
@@ -106,7 +98,7 @@ def rounds(
 
 
 def disturb_buffers(model: torch.nn.Module, seed: int) -> None:
-    """As data-parallel training does: each process counts what it has seen."""
+    """As in data-parallel training, where each process counts its own batches."""
     draw = torch.Generator().manual_seed(seed)
     for buffer in model.buffers():
         if buffer.is_floating_point():

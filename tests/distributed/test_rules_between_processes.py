@@ -8,15 +8,15 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import State, disturb_, places, same_bits, snapshot
+from architectures import disturb_, places, same_bits, snapshot
 from harness import RankContext, result_or_error, run
+from rounds import Round
 from torch import nn
 
 from dist_graft import (
     Average,
     Graft,
     Grafter,
-    GraftRecord,
     GraftUnit,
     Papa,
     Rule,
@@ -130,17 +130,6 @@ LOST = (
     *(Case(rule, "all_gather", lost="heal") for rule in ("ring", "papa", "wash", "filter")),
     *(Case(rule, "p2p", lost="exclude") for rule in ("ring", "papa", "wash", "filter")),
 )
-
-
-@dataclass(frozen=True)
-class Round:
-    """One network before and after one round."""
-
-    before: State
-    after: State
-    record: GraftRecord
-    moved: bool
-    """Whether a tensor was reallocated by the round."""
 
 
 def play(context: RankContext, cases: tuple[Case, ...]) -> dict[str, list[Round]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
     assert first["ensemble_accuracy_before_last_round"] == 100.0
     assert first["ensemble_accuracy_after_last_round"] == 0.0
     assert first["diverged"] == [1]
-    stored = json.loads((tmp_path / "summary.json").read_text())
+    stored = summary(tmp_path)
     assert {key: stored[key] for key in first} == first
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from launching import Done
-from reading import assert_same_bits, checkpoint, metrics, scalars
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary
 
 NETWORKS = (0, 1)
 
@@ -37,9 +36,9 @@ def test_no_rounds_are_recorded(independent: Path) -> None:
 
 
 def test_accuracies_before_and_after_the_last_round_are_equal(independent: Path) -> None:
-    summary = json.loads((independent / "summary.json").read_text())
-    for row in summary["networks"]:
+    found = summary(independent)
+    for row in found["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]
     for name in ("mean", "ensemble"):
-        accuracies = {summary[f"{name}_accuracy_{when}_last_round"] for when in ("before", "after")}
+        accuracies = {found[f"{name}_accuracy_{when}_last_round"] for when in ("before", "after")}
         assert len(accuracies) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import Done, run_population
-from reading import assert_same_bits, checkpoint, metrics
+from reading import assert_same_bits, checkpoint, metrics, optimizer_tensors
 
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
@@ -83,12 +83,9 @@ def assert_resumes_exactly(run: Path, tmp_path: Path, *options: str) -> None:
     for network in (0, 1):
         first, second = (checkpoint(folder, 2, network) for folder in (run, resumed))
         assert_same_bits(first["model"], second["model"])
-        moments = [
-            {str(k): part["momentum_buffer"] for k, part in state["optimizer"]["state"].items()}
-            for state in (first, second)
-        ]
-        assert moments[0]
-        assert_same_bits(*moments)
+        moments = optimizer_tensors(first)
+        assert moments
+        assert_same_bits(moments, optimizer_tensors(second))
         assert first["round"] == second["round"]
         for one, other in zip(entries(run, network), entries(resumed, network), strict=True):
             for what in ("round", "rounds", "bytes", "coefficient", "donor", "distance"):

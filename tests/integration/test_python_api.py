@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_program, running, wait_for_end, wait_until
+from reading import summary
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METRIC = {"segmentation": "iou", "regression": "absolute_error"}
@@ -57,8 +58,7 @@ def test_an_example_learns_and_resumes_exactly(name: str, tmp_path: Path) -> Non
     ]
     first, last = (line[f"test_{METRIC[name]}"] for line in (lines[0], lines[-1]))
     assert last > first if name == "segmentation" else last < first
-    summary = json.loads((whole / "runs" / name / "summary.json").read_text())
-    assert summary["metric"] == METRIC[name]
+    assert summary(whole / "runs" / name)["metric"] == METRIC[name]
     for network in range(2):
         expected = newest_weights(whole / "runs" / name, network)
         found = newest_weights(run, network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from launching import SMALL, Done, error_line, run_program
-from reading import assert_same_bits, checkpoint, contents, metrics, scalars
+from reading import (
+    assert_same_bits,
+    checkpoint,
+    contents,
+    metrics,
+    optimizer_tensors,
+    scalars,
+    summary,
+)
 
 Alone = Callable[..., Done]
 
@@ -24,11 +31,7 @@ EVERY_OPTION = (
 def assert_same_end(first: Path, second: Path, epochs: int) -> None:
     states = [checkpoint(run, epochs, 0) for run in (first, second)]
     assert_same_bits(states[0]["model"], states[1]["model"])
-    moments = [
-        {f"{number}.{name}": value for number, part in state["optimizer"]["state"].items()
-         for name, value in part.items()}
-        for state in states
-    ]  # fmt: skip
+    moments = [optimizer_tensors(state) for state in states]
     assert moments[0]
     assert_same_bits(*moments)
 
@@ -44,10 +47,10 @@ def test_without_torchrun_one_network_is_trained(tmp_path: Path) -> None:
     ]
     (line,) = metrics(run, 0)
     assert line["graft"] is None
-    summary = json.loads((run / "summary.json").read_text())
-    (row,) = summary["networks"]
+    found = summary(run)
+    (row,) = found["networks"]
     accuracies = {row[name] for name in row if name.startswith("accuracy")}
-    accuracies |= {value for name, value in summary.items() if "accuracy" in name}
+    accuracies |= {value for name, value in found.items() if "accuracy" in name}
     assert accuracies == {line["test_accuracy"]}
 
 

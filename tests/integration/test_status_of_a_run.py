@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launching import children, running, torchrun, wait_for_end, wait_until
+from reading import summary
 
 from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import json_text, judge
@@ -34,8 +35,8 @@ def test_finished_run(pair: Path) -> None:
     assert [row["epochs_finished"] for row in seen["networks"]] == [3, 3]
     assert [row["round"] for row in seen["networks"]] == [2, 2]
     assert [row["donor"] for row in seen["networks"]] == [1, 0]
-    summary = json.loads((pair / "summary.json").read_text())
-    accuracies = [row["accuracy_before_last_round"] for row in summary["networks"]]
+    found = summary(pair)
+    accuracies = [row["accuracy_before_last_round"] for row in found["networks"]]
     assert [row["test_accuracy"] for row in seen["networks"]] == accuracies
 
 

@@ -10,7 +10,6 @@ import shutil
 import socket
 import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from reading import (
     pictures,
     scalars,
     session,
+    summary,
     texts,
 )
 from torch import Tensor
@@ -45,11 +45,6 @@ ROUND_CONTRACT = {"round", "donor", "seconds", "bytes", "coefficient", "informat
 BY_UNIT = ("coefficient", "information", "distance")
 UNITS = graft_units(build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1))
 NAMES = [unit.name for unit in UNITS]
-
-
-def summary(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return found
 
 
 def test_files_of_the_contract_and_no_others(pair: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from launching import (
     wait_for_end,
     wait_until,
 )
+from reading import summary
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -85,7 +85,7 @@ def test_local_run(tmp_path: Path) -> None:
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(run)]
     done = run_program(script, timeout=150, **settings)
     assert done.status == 0, done
-    assert len(json.loads((run / "summary.json").read_text())["networks"]) == 2
+    assert len(summary(run)["networks"]) == 2
     here = socket.gethostname()
     places = [line.split() for line in done.output.splitlines() if here in line.split()]
     assert places == [["0", "0", here, "cpu"], ["1", "1", here, "cpu"]]

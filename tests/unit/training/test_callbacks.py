@@ -33,15 +33,9 @@ from dist_graft.errors import (
 from dist_graft.monitoring.console import EpochLog
 from dist_graft.monitoring.jsonl import MetricsJsonl
 from dist_graft.monitoring.run_events import RunEvents
-from dist_graft.population.runtime import stop_requests
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 
 TESTS = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _notice_the_stop_file_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_requests, "_LOOK_EVERY", 0.0)
 
 
 def epoch_hooks(epoch: int, first: int = 0) -> list[tuple[str, int, int]]:

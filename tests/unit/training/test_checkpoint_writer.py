@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from dist_graft.training.checkpoint.writer import CheckpointWriter, Outcome, to_
 from dist_graft.training.schedule import Position
 
 MakeWriters = Callable[..., list[CheckpointWriter]]
-
-
-@pytest.fixture
-def store() -> dist.Store:
-    return dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
-    )
 
 
 @pytest.fixture

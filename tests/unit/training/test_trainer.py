@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_population
-from reading import assert_same_bits, checkpoint, metrics
+from reading import assert_same_bits, checkpoint, metrics, optimizer_tensors, summary
 from runs import (
     EPOCHS,
     REGRESSION,
@@ -28,7 +27,6 @@ import dist_graft
 from dist_graft import Callback, GraftRecord, Trainer
 from dist_graft.config import CheckpointConfig, OptimConfig
 from dist_graft.errors import StoppedEarlyError
-from dist_graft.population.runtime import stop_requests
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.schedule import Segment
 
@@ -36,11 +34,6 @@ TESTS = Path(__file__).parents[2]
 RUN_OF_0_1_0 = TESTS / "data" / "run_0_1_0"
 """Two networks that were stopped in the second of three epochs: network 0 after step 3, network 1
 after step 4, before the round that follows it."""
-
-
-@pytest.fixture(autouse=True)
-def _notice_the_stop_file_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_requests, "_LOOK_EVERY", 0.0)
 
 
 def final_state(run: Path) -> dict[str, Tensor]:
@@ -67,13 +60,13 @@ class TestTasks:
                 assert line[f"test_{name}"] > 0
             assert "test_accuracy" not in line
         assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        found = summary(tmp_path / "run")
         first = names[0]
-        assert summary == trainer.summary
-        assert summary["metric"] == first
-        assert summary[f"mean_{first}_before_last_round"] == lines[-1][f"test_{first}"]
-        assert summary["networks"][0][f"{first}_after_last_round"] > 0
-        assert not any("ensemble" in key for key in summary)
+        assert found == trainer.summary
+        assert found["metric"] == first
+        assert found[f"mean_{first}_before_last_round"] == lines[-1][f"test_{first}"]
+        assert found["networks"][0][f"{first}_after_last_round"] > 0
+        assert not any("ensemble" in key for key in found)
 
     @pytest.mark.parametrize("steps", [(1,), (3, 7), (4,), (12,)])
     @pytest.mark.parametrize(
@@ -96,9 +89,7 @@ class TestTasks:
         assert not trainer.directory.stopped.exists()
         whole, resumed = (checkpoint(tmp_path / name, EPOCHS, 0) for name in ("whole", "stopped"))
         assert_same_bits(whole["model"], resumed["model"])
-        for key, value in whole["optimizer"]["state"].items():
-            for name, tensor in value.items():
-                assert torch.equal(tensor, resumed["optimizer"]["state"][key][name])
+        assert_same_bits(optimizer_tensors(whole), optimizer_tensors(resumed))
         for first, second in zip(
             metrics(tmp_path / "whole", 0), metrics(tmp_path / "stopped", 0), strict=True
         ):
@@ -285,4 +276,4 @@ def test_a_run_of_version_0_1_0_resumes(tmp_path: Path, monkeypatch: pytest.Monk
         assert lines[1]["train_accuracy"] * 96 / 100 >= hits - 1e-6
     log = (run / "network00/log.txt").read_text()
     assert "epoch 1, step 3, round 4" in log
-    assert json.loads((run / "summary.json").read_text())["diverged"] == []
+    assert summary(run)["diverged"] == []

@@ -14,7 +14,8 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between checkpoints; 0: checkpoint after the last epoch only."""
     every_minutes: float | None = None
-    """Also checkpoint at the first of 20 evenly spaced points per epoch after this many minutes."""
+    """Also checkpoint after this many minutes, at the next of 20 evenly spaced steps of the epoch
+    (the last one is its end), where all networks agree on it."""
     keep: int = 2
     """Number of latest complete checkpoints to keep."""
     max_failures: int = 3

@@ -78,7 +78,7 @@ class TestADivergedNetwork:
         assert all(finite(run, network) for network in range(3))
         (event,) = summary(run)["events"]
         assert (event["kind"], event["network"], event["epoch"]) == ("healed", 1, 1)
-        assert "took the weights of network 0 whole" in event["text"]
+        assert "copied the weights of network 0" in event["text"]
         assert summary(run)["diverged"] == []
         for network in range(3):
             assert event["text"] in (run / f"network{network:02d}/log.txt").read_text()
@@ -120,7 +120,7 @@ class TestADivergedNetwork:
     def test_ends_a_run_of_independent_networks(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         done = run_program(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
-        error_line(done, "epoch 0: network 1 has a weight")
+        error_line(done, "epoch 0: network 1 has a non-finite weight")
 
     def test_is_healed_by_wash(self, tmp_path: Path) -> None:
         """Other rules: test_rules_between_processes.py. WASH has a round in every step."""
@@ -192,8 +192,8 @@ class TestADiskError:
             assert_same_bits(*states)
             assert [line["epoch"] for line in metrics(run, network)] == [1, 2, 3]
             assert list(scalars(run / f"network{network:02d}")["loss/test"]) == [1, 2, 3]
-            assert "is made anew" in (run / f"network{network:02d}/log.txt").read_text()
-        assert f"{run} has vanished: it is made anew without what it held" in done.output
+            assert "was created again" in (run / f"network{network:02d}/log.txt").read_text()
+        assert f"{run} had vanished: it was created again without its former content" in done.output
         assert (run / "config.yaml").read_text() == (
             (tmp_path / "vanished/config.yaml").read_text()
         )
@@ -203,7 +203,7 @@ class TestADiskError:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
         done = run_program(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
-        error_line(done, "2 checkpoint sets in a row", "File too large", "network01.pt")
+        error_line(done, "2 checkpoints in a row", "File too large", "network01.pt")
         assert checkpoints(run) == ["epoch_0001"]
 
     def test_a_run_whose_last_checkpoint_failed_is_finished_by_rerunning_it(
@@ -211,7 +211,7 @@ class TestADiskError:
     ) -> None:
         run = tmp_path / "run"
         done = run_program(faulty(3, run, f"full 2 {3 * STEPS + 2}"), timeout=150)
-        error_line(done, "the last checkpoint set is not complete", "network02.pt")
+        error_line(done, "the last checkpoint is not complete", "network02.pt")
         run_population(3, run, *OPTIONS)
         assert_ends_as(straight, run)
 
@@ -219,7 +219,10 @@ class TestADiskError:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["graft", "average", "papa", "wash", "none"])
 def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path) -> None:
-    """Checkpoints by the clock; one network is killed as soon as one of them is complete."""
+    """Checkpoints by the clock; one network is killed as soon as one of them is complete.
+
+    They are saved where all networks have finished the same steps.
+    """
     run, straight = tmp_path / "run", tmp_path / "straight"
     options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
     options += ("--model.name", "resnet20")  # epochs long enough for a checkpoint inside
@@ -230,10 +233,13 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     assert (tmp_path / "run.lose0").exists(), "no checkpoint was complete before the last step"
     inside = [name for name in checkpoints(run) if "round" in name]
     assert inside
-    complete = json.loads((run / "checkpoints" / inside[0] / "COMPLETE.json").read_text())
-    assert len(complete["positions"]) == 3
+    for name in checkpoints(run):
+        complete = json.loads((run / "checkpoints" / name / "COMPLETE.json").read_text())
+        first, *others = complete["positions"]
+        assert others == [first] * 2, name
+        assert ("round" in name) == (first["step"] > 0)
     (event,) = summary(run)["events"]
-    assert event["text"].startswith(f"went on from {run}/checkpoints/epoch_")
+    assert event["text"].startswith(f"resumed from {run}/checkpoints/epoch_")
     assert_ends_as(straight, run)
 
 

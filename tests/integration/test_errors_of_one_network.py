@@ -37,7 +37,7 @@ ONE = ("--epochs", "1")
     ("options", "says"),
     [
         (["--model.name", "resnet21"], ["'resnet21'", "resnet20", "torchvision.models"]),
-        (["--model.name", "fasterrcnn_resnet50_fpn"], ["no image classifier"]),
+        (["--model.name", "fasterrcnn_resnet50_fpn"], ["not an image classifier"]),
         (["--model.name", "vgg16_bn", "--model.activation", "leaky_relu"], ["model.activation"]),
         (["--data.image_size", "20"], ["data.image_size", "at least 28"]),
         (["--data.val_fraction", "0.999"], ["data.val_fraction"]),
@@ -45,7 +45,7 @@ ONE = ("--epochs", "1")
         (["--runtime.backend", "nccl"], ["runtime.backend nccl needs a GPU", "gloo"]),
         (["--runtime.device", "cuda:99"], ["runtime.device cuda:99", "use cpu or auto"]),
         (["--runtime.device", "tpu"], ["runtime.device must be auto, cpu, cuda", "'tpu'"]),
-        (["--resume", "must"], ["no complete checkpoint set", "--resume must"]),
+        (["--resume", "must"], ["no complete checkpoint to resume from", "--resume must"]),
     ],
 )
 def test_unavailable_option(
@@ -109,7 +109,7 @@ def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> 
     warnings = [line for line in log if " WARNING " in line]
     assert len(warnings) == 2
     for epoch, line in enumerate(warnings):
-        assert f"epoch {epoch}: broken images left out so far: 1, the first is {broken} (" in line
+        assert f"epoch {epoch}: broken images skipped so far: 1, the first is {broken} (" in line
     hits = [line["test_accuracy"] * 9 / 100 for line in metrics(run, 0)]
     assert hits == pytest.approx([round(hit) for hit in hits])
 
@@ -250,7 +250,7 @@ def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> N
     for network, done in enumerate(ends):
         assert done.status == 2
         assert done.errors.count(ERROR) == len(done.errors.splitlines()) == 1
-        line = error_line(done, "optim.lrs names 3 learning rates for 2 networks")
+        line = error_line(done, "optim.lrs has 3 learning rates for 2 networks")
         assert line.startswith(f"network {network} (rank {network} on {os.uname().nodename})")
         log = (tmp_path / f"run/network{network:02d}/log.txt").read_text()
         assert log == f"ERROR {line}\n"

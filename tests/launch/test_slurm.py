@@ -103,7 +103,7 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     end(cluster, job)
     assert cluster.job(job)["Restarts"] == "3"
     said = Path(f"{run}.txt").read_text()
-    assert said.count("[0] going on from ") == 3
+    assert said.count("[0] resumed from ") == 3
     assert said.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)

@@ -95,7 +95,7 @@ def damage(folder: Path, kind: Interruption) -> None:
         return
     if kind == "die and lose COMPLETE.json":
         (checkpoints[-1].path / COMPLETE).unlink()
-    elif kind == "die and damage":
+    elif kind == "die and damage" and len(checkpoints) > 1:  # a run without any other refuses
         path = checkpoints[-1].path / "network00.pt"
         path.write_bytes(path.read_bytes()[:-1])
 

@@ -27,7 +27,12 @@ FREE = {
     "monitor",
     "runtime.timeout_seconds",
     "runtime.timeout_epochs",
+    "runtime.threads",
+    "data.root",
+    "data.workers",
     "data.skip_broken",
+    "graft.exchange",
+    "graft.bucket_mb",
 }
 OTHER: dict[str, Any] = {
     "seed": 1,

@@ -42,6 +42,7 @@ class FakeTrainer:
     grafter: object = None
     criterion: str = "entropy"
     max_lr: float = 0.25
+    custom: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.directory = RunDirectory(self.run_dir)

@@ -263,7 +263,7 @@ def test_without_rounds_there_are_no_charts_of_them() -> None:
 def test_the_charts_of_another_metric() -> None:
     charts = custom_scalars("l1", validation=True, rounds=False, metric="iou")
     assert "accuracy, %" not in charts
-    tags = [str(tag) for title in charts["iou"].values() for tag in title[1]]
+    tags = [str(tag) for title in charts["iou, all networks"].values() for tag in title[1]]
     assert {"iou/test$", "iou/train$", "iou/val$"} <= set(tags)
     assert not any("ensemble" in tag for tag in tags)
 

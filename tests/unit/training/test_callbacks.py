@@ -217,7 +217,7 @@ class TestFailures:
         assert trainer.epoch == EPOCHS
         log = (tmp_path / "network00/log.txt").read_text()
         name = type(error).__name__
-        assert f"{kind.__name__}.{hook} failed ({name}: lost); training continues" in log
+        assert f"{kind.__name__}.{hook} failed: {name}: lost" in log
 
     @pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
     def test_a_user_error_found_before_training_ends_the_run(
@@ -236,7 +236,7 @@ class TestFailures:
         monkeypatch.setattr(EpochLog, hook, raising(ValueError("lost")))
         REGRESSION.trainer(config_of(tmp_path)).fit()
         log = (tmp_path / "network00/log.txt").read_text()
-        assert f"EpochLog.{hook} failed (ValueError: lost); training continues" in log
+        assert f"EpochLog.{hook} failed: ValueError: lost" in log
 
     def test_a_stop_signal_inside_a_built_in_callback_is_raised(self) -> None:
         error = StoppedEarlyError("by a signal")
@@ -301,11 +301,12 @@ class TestReferences:
 
 
 def test_rounds_between_two_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No callback and no property of the trainer communicates."""
     paths = [str(TESTS), str(TESTS / "unit/training"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     run_population(
         *(2, tmp_path, "--epochs", "2", "--model.name", "tiny_network:TinyNetwork"),
-        *("--callbacks", "runs:RecordToFile"),
+        *("--callbacks", "runs:RecordToFile", "--callbacks", "runs:ForbidCollectives"),
     )
     for network in range(2):
         calls = json.loads((tmp_path / f"network{network:02d}/hooks.json").read_text())
@@ -329,3 +330,6 @@ def test_rounds_between_two_networks(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ["on_fit_end", 2, 0, 2, []],
             ["teardown", 2, 0, 2, []],
         ]
+        log = (tmp_path / f"network{network:02d}/log.txt").read_text()
+        assert log.count("forbidden: barrier in a callback") == 2
+        assert "failed" not in log

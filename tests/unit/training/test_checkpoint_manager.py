@@ -30,17 +30,6 @@ def at(epoch: int, step: int = 0, round_: int = 0) -> Progress:
 
 
 class TestChoice:
-    def test_must_resume_needs_a_complete_checkpoint(self, tmp_path: Path) -> None:
-        chooser = manager(tmp_path, config=TrainConfig(resume="must"))
-        with pytest.raises(RunDirectoryError, match="no complete checkpoint"):
-            chooser.check_must_resume()
-        path = write_checkpoint(tmp_path / "checkpoints", 1)
-        chooser.check_must_resume()
-        (path / "COMPLETE.json").unlink()
-        with pytest.raises(RunDirectoryError, match=r"no complete checkpoint .*--resume must"):
-            chooser.check_must_resume()
-        manager(tmp_path).check_must_resume()
-
     def test_a_damaged_checkpoint_is_a_warning(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -74,10 +63,11 @@ class TestSaving:
         saver = manager(tmp_path, config=TrainConfig(checkpoint=CheckpointConfig(keep=9)))
         names, reported = [], []
         for progress in (at(0, 1), at(0, 2), at(0, 3, 1), at(1, 0, 1)):
-            names.append(saver.save(progress, {"w": torch.ones(3)}).name)
+            names.append(saver.next_path(progress).name)
+            saver.save(progress, {"w": torch.ones(3)})
             saver.settle()
-            reported.append(saver.newly_completed())
-            assert saver.newly_completed() is None
+            reported += saver.newly_completed()
+            assert saver.newly_completed() == []
         assert names == [
             *("epoch_0000_round_0000", "epoch_0000_round_0000_again_1"),
             *("epoch_0000_round_0001", "epoch_0001"),
@@ -95,6 +85,8 @@ class TestSaving:
         assert "epoch_0001 is not complete" in caplog.messages[0]
         saver.save(at(3), {})  # a success starts the count again
         saver.save(at(4), {})
+        assert "Is a directory" in saver.settle()
+        assert saver.settle() == ""  # nothing was written, so the count stays
         saver.save(at(5), {})
         with pytest.raises(RunDirectoryError, match=r"2 checkpoints in a row .*max_failures 1"):
             saver.settle()

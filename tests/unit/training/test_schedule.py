@@ -144,11 +144,31 @@ def test_votes_change_neither_rounds_nor_steps(run: dict[str, Any]) -> None:
 def test_a_resumed_epoch_has_the_remaining_votes(run: dict[str, Any], step: int) -> None:
     first = min(step, run["steps_per_epoch"])
     whole, rest = (
-        {s.last for s in epoch_segments(0, **run, first=start, rounds=0) if s.vote}
+        {
+            s.last
+            for s in epoch_segments(0, **run, first=start, votes_after=start, rounds=0)
+            if s.vote
+        }
         for start in (0, first)
     )
     end = {run["steps_per_epoch"]} if run["votes"] else set()
     assert rest == {last for last in whole if last > first} | end
+
+
+@given(RUNS, st.integers(0, 30), st.integers(0, 30))
+def test_networks_that_stopped_at_different_steps_vote_at_the_same_steps(
+    run: dict[str, Any], one: int, other: int
+) -> None:
+    steps = [min(step, run["steps_per_epoch"]) for step in (one, other)]
+    first, second = (
+        [
+            s.last
+            for s in epoch_segments(0, **run, first=step, votes_after=max(steps), rounds=0)
+            if s.vote
+        ]
+        for step in steps
+    )
+    assert first == second
 
 
 @given(RUNS, st.integers(1, 30))

@@ -23,7 +23,10 @@ PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
 PROMPT_SECONDS = 20
 """Seconds within which an error must end a process."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FAULTY = str(Path(__file__).with_name("distributed") / "faulty.py")
 ERROR = "dist-graft: error: "
+Train = Callable[..., Done]
+"""Type of the fixture `train`: (run directory, *options) -> Done."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -43,12 +46,29 @@ def torchrun(networks: int, run: Path, *options: str) -> list[str]:
     return [sys.executable, *launcher, *program(run, *options)[1:]]
 
 
+def faulty(networks: int, run: Path, faults: str, *options: str, restarts: int = 0) -> list[str]:
+    """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
+    command = torchrun(networks, run, *options)
+    train = command.index("train")
+    assert command[train - 2 : train] == ["-m", "dist_graft"]
+    launcher = command[: train - 2] + [f"--max-restarts={restarts}"] * bool(restarts)
+    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
+
+
 def run_program(
     command: Sequence[str], *, timeout: float, cwd: Path | None = None, **more: str
 ) -> Done:
     """Run a program to its end."""
-    with running([command], cwd=cwd, **more) as (process,):
-        return wait_for_end(process, timeout)
+    (done,) = run_programs([command], timeout=timeout, cwd=cwd, **more)
+    return done
+
+
+def run_programs(
+    commands: Sequence[Sequence[str]], *, timeout: float, cwd: Path | None = None, **more: str
+) -> list[Done]:
+    """Run programs to their end, with RANK etc. if there are several."""
+    with running(commands, cwd=cwd, **more) as processes:
+        return [wait_for_end(process, timeout) for process in processes]
 
 
 def run_population(networks: int, run: Path, *options: str) -> list[Done]:

@@ -13,11 +13,11 @@ from launching import (
     PROMPT_SECONDS,
     checkpoint_is_complete,
     error_line,
+    faulty,
     program,
     run_population,
     run_program,
     running,
-    torchrun,
     wait_for_end,
     wait_until,
 )
@@ -29,19 +29,6 @@ OPTIONS = (
     *("--epochs", str(EPOCHS), "--data.train_samples", str(16 * STEPS)),
     *("--data.batch_size", "16", "--model.name", "resnet8"),
 )
-FAULTY = str(Path(__file__).with_name("faulty.py"))
-RESTARTS = "--max-restarts=3"
-
-
-def faulty(
-    networks: int, run: Path, faults: str, *options: str, restarts: bool = False
-) -> list[str]:
-    """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
-    command = torchrun(networks, run, *OPTIONS, *options)
-    train = command.index("train")
-    assert command[train - 2 : train] == ["-m", "dist_graft"]
-    launcher = command[: train - 2] + ([RESTARTS] if restarts else [])
-    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -73,7 +60,7 @@ def assert_ends_as(straight: Path, run: Path) -> None:
 class TestADivergedNetwork:
     def test_is_healed(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = run_program(faulty(3, run, f"nan 1 {STEPS + 2}"), timeout=150)
+        done = run_program(faulty(3, run, f"nan 1 {STEPS + 2}", *OPTIONS), timeout=150)
         assert done.status == 0, done
         assert all(finite(run, network) for network in range(3))
         (event,) = summary(run)["events"]
@@ -94,7 +81,7 @@ class TestADivergedNetwork:
     def test_is_excluded_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         command = faulty(
-            3, run, "nan 1 2", "--on_divergence", "exclude", "--graft.every_steps", "4"
+            3, run, "nan 1 2", *OPTIONS, "--on_divergence", "exclude", "--graft.every_steps", "4"
         )
         done = run_program(command, timeout=150)
         assert done.status == 0, done
@@ -105,7 +92,7 @@ class TestADivergedNetwork:
 
     def test_aborts_the_run_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        command = faulty(3, run, f"nan 1 {STEPS + 2}", "--on_divergence", "abort")
+        command = faulty(3, run, f"nan 1 {STEPS + 2}", *OPTIONS, "--on_divergence", "abort")
         done = run_program(command, timeout=150)
         error_line(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
         assert checkpoints(run) == ["epoch_0001"]
@@ -113,19 +100,19 @@ class TestADivergedNetwork:
     def test_the_run_ends_and_keeps_its_checkpoint_if_all_diverge(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"nan 0 {STEPS + 2} nan 1 {STEPS + 2}"
-        done = run_program(faulty(2, run, faults), timeout=150)
+        done = run_program(faulty(2, run, faults, *OPTIONS), timeout=150)
         error_line(done, "network 0 has a weight", "network 1 has a weight")
         assert checkpoints(run) == ["epoch_0001"]
 
     def test_ends_a_run_of_independent_networks(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = run_program(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
+        done = run_program(faulty(2, run, "nan 1 2", *OPTIONS, "--method", "none"), timeout=150)
         error_line(done, "epoch 0: network 1 has a non-finite weight")
 
     def test_is_healed_by_wash(self, tmp_path: Path) -> None:
         """Other rules: test_rules_between_processes.py. WASH has a round in every step."""
         run = tmp_path / "run"
-        done = run_program(faulty(3, run, "nan 2 3", "--method", "wash"), timeout=200)
+        done = run_program(faulty(3, run, "nan 2 3", *OPTIONS, "--method", "wash"), timeout=200)
         assert done.status == 0, done
         assert all(finite(run, network) for network in range(3))
         assert [event["network"] for event in summary(run)["events"]] == [2]
@@ -136,7 +123,7 @@ class TestADeadNetwork:
     def test_the_launcher_restarts_the_run(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"kill 0 {STEPS + 3} raise 1 {STEPS + 1} exit 2 {STEPS + 2}"
-        done = run_program(faulty(3, run, faults, restarts=True), timeout=250)
+        done = run_program(faulty(3, run, faults, *OPTIONS, restarts=3), timeout=250)
         assert done.status == 0, done
         assert_ends_as(straight, run)
         events = summary(run)["events"]
@@ -145,7 +132,7 @@ class TestADeadNetwork:
 
     def test_the_launcher_does_not_restart_a_stopped_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        command = faulty(2, run, "slow 0 0", "--epochs", "400", restarts=True)
+        command = faulty(2, run, "slow 0 0", *OPTIONS, "--epochs", "400", restarts=3)
         with running([command]) as (launcher,):
             wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
             (run / "STOP").touch()
@@ -162,7 +149,7 @@ def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--epochs", "2", "--data.train_samples", "640")
     options += ("--runtime.timeout_seconds", "10", "--runtime.timeout_epochs", "50")
-    done = run_program(faulty(2, run, "slow 1 0", *options), timeout=150)
+    done = run_program(faulty(2, run, "slow 1 0", *OPTIONS, *options), timeout=150)
     assert done.status == 0, done
     events = summary(run)["events"]
     assert {(event["kind"], event["network"]) for event in events} == {("slow", 1)}
@@ -176,7 +163,7 @@ class TestADiskError:
     ) -> None:
         run = tmp_path / "run"
         faults = f"full 1 {STEPS + 2} space 1 {3 * STEPS + 2}"
-        done = run_program(faulty(3, run, faults, "--checkpoint.keep", "9"), timeout=150)
+        done = run_program(faulty(3, run, faults, *OPTIONS, "--checkpoint.keep", "9"), timeout=150)
         assert done.status == 0, done
         assert checkpoints(run) == ["epoch_0001", "epoch_0004"]
         assert_ends_as(straight, run)
@@ -185,7 +172,7 @@ class TestADiskError:
 
     def test_a_deleted_run_directory_is_recreated(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = run_program(faulty(3, run, f"vanish 1 {STEPS + 2}"), timeout=150)
+        done = run_program(faulty(3, run, f"vanish 1 {STEPS + 2}", *OPTIONS), timeout=150)
         assert done.status == 0, done
         for network in range(3):
             states = [checkpoint(path, EPOCHS, network)["model"] for path in (straight, run)]
@@ -202,7 +189,7 @@ class TestADiskError:
     def test_repeated_failures_end_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
-        done = run_program(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
+        done = run_program(faulty(2, run, f"full 1 {STEPS + 2}", *OPTIONS, *options), timeout=150)
         error_line(done, "2 checkpoints in a row", "File too large", "network01.pt")
         assert checkpoints(run) == ["epoch_0001"]
 
@@ -210,7 +197,7 @@ class TestADiskError:
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
-        done = run_program(faulty(3, run, f"full 2 {3 * STEPS + 2}"), timeout=150)
+        done = run_program(faulty(3, run, f"full 2 {3 * STEPS + 2}", *OPTIONS), timeout=150)
         error_line(done, "the last checkpoint is not complete", "network02.pt")
         run_population(3, run, *OPTIONS)
         assert_ends_as(straight, run)
@@ -228,7 +215,9 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     options += ("--model.name", "resnet20")  # epochs long enough for a checkpoint inside
     run_population(3, straight, *OPTIONS, *options)
     timed = (*options, "--checkpoint.every_minutes", "0.003", "--checkpoint.keep", "99")
-    done = run_program(faulty(3, run, f"lose 1 {STEPS + 3}", *timed, restarts=True), timeout=200)
+    done = run_program(
+        faulty(3, run, f"lose 1 {STEPS + 3}", *OPTIONS, *timed, restarts=3), timeout=200
+    )
     assert done.status == 0, done
     assert (tmp_path / "run.lose0").exists(), "no checkpoint was complete before the last step"
     inside = [name for name in checkpoints(run) if "round" in name]

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from launching import LAUNCHED, PAIR, SMALL, Done, run_population, run_program, torchrun
+from launching import LAUNCHED, PAIR, SMALL, Done, Train, run_population, run_program, torchrun
 
 from dist_graft import cli
 from dist_graft.monitoring.log import close_log
@@ -39,22 +39,20 @@ def independent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def alone(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Done]]:
+def train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     """Return a function that trains one network in this process, as `dist-graft train` does."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
 
-    def train(run: Path, *options: str) -> Done:
+    def train_here(run: Path, *options: str) -> Done:
         capfd.readouterr()
         status = cli.run(["train", "--run_dir", str(run), *SMALL, *options])
         output, errors = capfd.readouterr()
         return Done(status, output, errors)
 
-    yield train
+    yield train_here
     close_log()
     torch.set_num_threads(threads)
     for number, handler in handlers.items():

@@ -14,9 +14,11 @@ from launching import (
     checkpoint_is_complete,
     children,
     error_line,
+    faulty,
     program,
     run_population,
     run_program,
+    run_programs,
     running,
     torchrun,
     wait_for_end,
@@ -99,11 +101,7 @@ def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_p
     assert list(stopped.glob("checkpoints/epoch_000[12]_round_*/COMPLETE.json"))
     run_population(processes, stopped, *options)
 
-    faulty = Path(__file__).parents[1] / "distributed/faulty.py"
-    plain = torchrun(processes, killed, *options)
-    split = plain.index("train")
-    command = [*plain[: split - 2], "--max-restarts=1", str(faulty)]
-    command += ["kill", str(processes - 1), "50", "--", *plain[split:]]
+    command = faulty(processes, killed, f"kill {processes - 1} 50", *options, restarts=1)
     done = run_program(command, timeout=200)
     assert done.status == 0, done
     assert f"network {networks - 1} (replica {number - 1}, rank {processes - 1} on " in done.errors
@@ -117,8 +115,7 @@ def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_p
 
 
 def test_uneven_number_of_processes_is_refused(tmp_path: Path) -> None:
-    with running([program(tmp_path / "run", *replicas(2))] * 3) as processes:
-        ends = [wait_for_end(process, PROMPT_SECONDS) for process in processes]
+    ends = run_programs([program(tmp_path / "run", *replicas(2))] * 3, timeout=PROMPT_SECONDS)
     for done in ends:
         error_line(
             done, "runtime.replicas 2 needs 2 processes for each network, and 3", "start 2, 4, 6"
@@ -129,14 +126,12 @@ def test_resume_with_other_replicas_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--model.name", "resnet8", "--epochs", "1")
     assert run_program([sys.executable, *program(run, *options)[1:]], timeout=60).status == 0
-    with running([program(run, *options, *replicas(2))] * 2) as processes:
-        ends = [wait_for_end(process, PROMPT_SECONDS) for process in processes]
+    ends = run_programs([program(run, *options, *replicas(2))] * 2, timeout=PROMPT_SECONDS)
     error_line(ends[0], "runtime.replicas was 1 and is now 2", "choose another run_dir")
     assert all(done.status for done in ends)
 
 
 def test_sync_bn_needs_gpus(tmp_path: Path) -> None:
     command = program(tmp_path / "run", *replicas(2), "--runtime.sync_bn", "true")
-    with running([command] * 2) as processes:
-        for process in processes:
-            error_line(wait_for_end(process, PROMPT_SECONDS), "runtime.sync_bn needs GPUs")
+    for done in run_programs([command] * 2, timeout=PROMPT_SECONDS):
+        error_line(done, "runtime.sync_bn needs GPUs")

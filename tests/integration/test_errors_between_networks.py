@@ -18,6 +18,7 @@ from launching import (
     is_alive,
     program,
     run_program,
+    run_programs,
     running,
     torchrun,
     wait_for_end,
@@ -50,8 +51,7 @@ def test_non_finite_weights(tmp_path: Path) -> None:
 def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
     """As on two machines with separate disks: only the errors are written."""
     runs = [tmp_path / "one", tmp_path / "other"]
-    with running([program(run, *SHORT) for run in runs]) as processes:
-        ends = [wait_for_end(process, 60) for process in processes]
+    ends = run_programs([program(run, *SHORT) for run in runs], timeout=60)
     for network, (run, done) in enumerate(zip(runs, ends, strict=True)):
         line = error_line(
             done, f"{run} is not shared by all processes", "on a disk that all machines mount"
@@ -64,8 +64,7 @@ def test_different_architectures(tmp_path: Path) -> None:
     """Detected before the first epoch, however long an epoch is."""
     run = tmp_path / "run"
     names = ("resnet20", "resnet32")
-    with running([program(run, *LONG, "--model.name", name) for name in names]) as processes:
-        ends = [wait_for_end(process, 60) for process in processes]
+    ends = run_programs([program(run, *LONG, "--model.name", name) for name in names], timeout=60)
     for network, done in enumerate(ends):
         log = run / f"network{network:02d}/log.txt"
         error_line(done, "ranks 0 and 1", "layer2.0.conv1.weight", "layer1.3.conv1.weight", log=log)
@@ -97,26 +96,24 @@ def test_dead_peer_under_torchrun_is_named_by_survivor_and_table(tmp_path: Path)
     assert not is_alive(first)
 
 
-def test_stopped_peer_is_named_after_the_timeout(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = (*LONG, "--runtime.timeout_seconds", "8")
+@pytest.mark.parametrize(
+    ("stopped", "timeout", "parts"),
+    [
+        (1, 8, ["network 1 (rank 1 on "]),
+        # The first network hosts the store, which each network polls for stop requests.
+        pytest.param(0, 5, ["network 1 (rank 1 on ", "answer"], marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_peer_does_not_block_the_other_network(
+    tmp_path: Path, stopped: int, timeout: int, parts: list[str]
+) -> None:
+    run, other = tmp_path / "run", 1 - stopped
+    options = (*LONG, "--runtime.timeout_seconds", str(timeout))
     with running([program(run, *options)] * 2) as processes:
         wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=processes)
-        processes[1].send_signal(signal.SIGSTOP)
-        done = wait_for_end(processes[0], PROMPT_SECONDS)
-    error_line(done, "network 1 (rank 1 on ", log=run / "network00/log.txt")
-
-
-@pytest.mark.slow
-def test_stopped_first_network_does_not_block_the_others(tmp_path: Path) -> None:
-    """It hosts the store, which each network polls once a second for stop requests."""
-    run = tmp_path / "run"
-    options = (*LONG, "--runtime.timeout_seconds", "5")
-    with running([program(run, *options)] * 2) as processes:
-        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=processes)
-        processes[0].send_signal(signal.SIGSTOP)
-        done = wait_for_end(processes[1], 60)
-    error_line(done, "network 1 (rank 1 on ", "answer", log=run / "network01/log.txt")
+        processes[stopped].send_signal(signal.SIGSTOP)
+        done = wait_for_end(processes[other], 60 if stopped == 0 else PROMPT_SECONDS)
+    error_line(done, *parts, log=run / f"network{other:02d}/log.txt")
 
 
 def rendezvous(rank: int, port: int) -> dict[str, str]:

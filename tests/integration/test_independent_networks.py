@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from launching import Done
+from launching import Train
 from reading import assert_same_bits, checkpoint, metrics, scalars, summary
 
 NETWORKS = (0, 1)
 
 
 def test_first_network_is_bitwise_equal_to_a_single_one(
-    independent: Path, alone: Callable[..., Done], tmp_path: Path
+    independent: Path, train: Train, tmp_path: Path
 ) -> None:
     lr = str(metrics(independent, 0)[0]["lr"])
-    assert alone(tmp_path / "run", "--epochs", "3", "--seed", "5", "--optim.lr", lr).status == 0
+    assert train(tmp_path / "run", "--epochs", "3", "--seed", "5", "--optim.lr", lr).status == 0
     together, single = (checkpoint(run, 3, 0) for run in (independent, tmp_path / "run"))
     assert_same_bits(together["model"], single["model"])
     assert together["round"] == single["round"] == 0

@@ -193,7 +193,7 @@ class TestADiskError:
         error_line(done, "2 checkpoints in a row", "File too large", "network01.pt")
         assert checkpoints(run) == ["epoch_0001"]
 
-    def test_a_run_whose_last_checkpoint_failed_is_finished_by_rerunning_it(
+    def test_a_failed_last_checkpoint_is_written_when_the_run_is_rerun(
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
@@ -232,7 +232,7 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     assert_ends_as(straight, run)
 
 
-def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_network_is_an_error(tmp_path: Path) -> None:
     """The file determines the identity of a network, not the process that reads it."""
     run = tmp_path / "run"
     one = ("--epochs", "1")

@@ -169,7 +169,7 @@ def test_one_line_names_network_and_rank(
     assert rest == ["1", "1", status, has_traceback]
 
 
-def test_a_script_without_a_guard_is_told_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_script_without_a_main_guard(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import os, dist_graft\ndist_graft.launch(os.getpid, networks=1)\n")
     done = run_program([sys.executable, str(path)], timeout=LIMIT)

@@ -107,7 +107,7 @@ def disturb_buffers(model: torch.nn.Module, seed: int) -> None:
 
 
 @cache
-def everyone(networks: int, replicas: int) -> list[dict[str, list[Round]]]:
+def results_by_rank(networks: int, replicas: int) -> list[dict[str, list[Round]]]:
     return run(play, networks * replicas, networks, replicas)
 
 
@@ -129,7 +129,7 @@ def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case
     buffers = [key for key, value in model.named_buffers() if value.is_floating_point()]
     tied_again = {"2.weight"} if case.architecture == "tied" else set()
     rule = case.build_rule()
-    by_rank = [process[str(case)] for process in everyone(networks, replicas)]
+    by_rank = [process[str(case)] for process in results_by_rank(networks, replicas)]
     for number in range(ROUNDS):
         parts = [
             [by_rank[network * replicas + replica][number] for replica in range(replicas)]
@@ -172,7 +172,7 @@ def differ(context: RankContext, what: str) -> object:
     return result_or_error(graft)
 
 
-def test_what_one_process_says_its_network_says() -> None:
+def test_a_request_of_one_process_counts_for_its_network() -> None:
     """All processes of all networks take the same branch."""
     stopped = run(differ, 4, "stop")
     assert {kind for kind, _ in stopped} == {"RoundStoppedError"}
@@ -182,7 +182,7 @@ def test_what_one_process_says_its_network_says() -> None:
     assert all(text.startswith("network 1 has a weight that is not finite") for _, text in lost)
 
 
-def test_processes_of_one_network_that_differ_are_refused() -> None:
+def test_different_replicas_of_a_network_are_an_error() -> None:
     *_, third, fourth = run(differ, 4, "model", group_timeout=5)
     for kind, text in (third, fourth):
         assert kind == "DisagreementError"
@@ -218,7 +218,7 @@ def fail_in_a_step(context: RankContext, error: RuntimeError) -> object:
     [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("2 GiB")],
     ids=["of the model", "of memory"],
 )
-def test_an_error_of_the_model_is_raised_there_and_a_lost_peer_elsewhere(
+def test_an_error_of_the_model_is_a_lost_peer_on_other_ranks(
     error: RuntimeError,
 ) -> None:
     (other, lost), (kind, text) = run(fail_in_a_step, 2, error)

@@ -81,8 +81,8 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     more_urgent = submit(cluster, urgent, "1", "--nodes=2", "--partition=high", "--cpus-per-task=4")
     wait_until((run / "STOPPED_EARLY").exists, "the stop for a more urgent job", seconds=PATIENCE)
     wait_until(lambda: cluster.ended(more_urgent), "the end of that one", seconds=PATIENCE)
-    said = Path(f"{urgent}.txt").read_text()
-    assert cluster.job(more_urgent)["JobState"] == "COMPLETED", said
+    output = Path(f"{urgent}.txt").read_text()
+    assert cluster.job(more_urgent)["JobState"] == "COMPLETED", output
     for network in (0, 1):
         assert metrics(urgent, network)[0]["graft"]["donor"] == 1 - network
         logs = urgent / f"logs/{more_urgent}-0/n{network + 1}"
@@ -102,9 +102,9 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     trains_again(3)
     end(cluster, job)
     assert cluster.job(job)["Restarts"] == "3"
-    said = Path(f"{run}.txt").read_text()
-    assert said.count("[0] resumed from ") == 3
-    assert said.count(f"job {job} stopped early and is requeued") == 2
+    output = Path(f"{run}.txt").read_text()
+    assert output.count("[0] resumed from ") == 3
+    assert output.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)
     wait_until(

@@ -249,7 +249,7 @@ def test_command_is_added_by_listing_it(
 
 
 @pytest.mark.parametrize("argv", [("--tflops", "5"), ("--tflops=5",)])
-def test_removed_option_says_what_to_use(
+def test_removed_option_names_its_replacement(
     capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
 ) -> None:
     line = refused(capsys, "plan", "--networks", "2", "--model", "resnet8", *argv)

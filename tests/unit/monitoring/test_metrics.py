@@ -142,7 +142,7 @@ class TestMetricsJsonl:
         ):
             write(callback, fake, 0)
 
-    def test_a_vanished_run_directory_is_created_again(
+    def test_a_deleted_run_directory_is_recreated(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         fake = FakeTrainer(tmp_path / "run")

@@ -336,7 +336,7 @@ class TestCallback:
         assert callback._informations.epochs == [0, 1]
         callback.teardown(fake.trainer)
 
-    def test_events_are_shown_when_they_happen(self, tmp_path: Path) -> None:
+    def test_events_are_shown_immediately(self, tmp_path: Path) -> None:
         fake, events = FakeTrainer(tmp_path, process=ProcessInfo(0, 2, 0, 2)), RunEvents()
         fake.resumed_from = tmp_path / "checkpoints/epoch_0000"
         events.on_fit_start(fake.trainer)
@@ -351,7 +351,7 @@ class TestCallback:
         assert "resumed from" in shown[1]
         assert "network 1 has NaN" in shown[1]
 
-    def test_a_vanished_folder_gets_new_files(self, tmp_path: Path) -> None:
+    def test_a_deleted_folder_is_recreated(self, tmp_path: Path) -> None:
         """Although other callbacks may have created the folder again by then."""
         fake = FakeTrainer(tmp_path / "run", config=TrainConfig(epochs=100))
         callback, metrics = opened(fake), MetricsJsonl()

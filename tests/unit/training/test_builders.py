@@ -196,7 +196,7 @@ def test_the_interval_of_papa_variants_is_in_epochs() -> None:
     assert build_cadence(config, 2) == Cadence(every_epochs=4)
 
 
-def test_the_model_that_each_method_delivers() -> None:
+def test_delivered_model_of_each_method() -> None:
     delivered = {name: rule.delivers for name, rule in RULES.items()}
     assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
 

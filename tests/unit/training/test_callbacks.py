@@ -170,23 +170,23 @@ class TestFailures:
         trainer.fit()
         assert trainer.epoch == EPOCHS
 
-    def test_an_error_of_dist_graft_is_raised_as_it_is(self, tmp_path: Path) -> None:
+    def test_an_error_of_dist_graft_is_raised_unchanged(self, tmp_path: Path) -> None:
         error = NonFiniteError("by the user's own check")
         with pytest.raises(NonFiniteError) as caught:
             REGRESSION.trainer(config_of(tmp_path), Failing(error, "on_step_end")).fit()
         assert caught.value is error
 
-    @pytest.mark.parametrize("hooks", [(hook,) for hook in ("on_exception", "teardown")])
+    @pytest.mark.parametrize("hook", ["on_exception", "teardown"])
     @pytest.mark.parametrize("error", [ValueError("second"), RunDirectoryError("second")])
     def test_the_first_error_is_never_hidden(
-        self, tmp_path: Path, hooks: tuple[str, ...], error: Exception
+        self, tmp_path: Path, hook: str, error: Exception
     ) -> None:
         first, recorder = Failing(ValueError("first"), "on_step_end"), Recorder()
         with pytest.raises(CallbackError, match="on_step_end: ValueError: first"):
-            REGRESSION.trainer(config_of(tmp_path), first, Failing(error, *hooks), recorder).fit()
+            REGRESSION.trainer(config_of(tmp_path), first, Failing(error, hook), recorder).fit()
         assert recorder.hooks()[-2:] == [("on_exception", 0, 1), ("teardown", 0, 1)]
         log = (tmp_path / "network00/log.txt").read_text()
-        assert f"callback Failing failed in {hooks[0]}: {type(error).__name__}: second" in log
+        assert f"callback Failing failed in {hook}: {type(error).__name__}: second" in log
 
     def test_a_failing_teardown_does_not_fail_the_run(self, tmp_path: Path) -> None:
         REGRESSION.trainer(config_of(tmp_path), Failing(ValueError("late"), "teardown")).fit()
@@ -272,7 +272,7 @@ class TestReferences:
         line = json.loads((tmp_path / "network00/metrics.jsonl").read_text())
         assert values["test_accuracy"] == line["test_accuracy"]
 
-    def test_they_precede_those_of_the_trainer(self, tmp_path: Path) -> None:
+    def test_references_precede_callbacks_of_the_trainer(self, tmp_path: Path) -> None:
         Recorder.created.clear()
         failing = Failing(KeyError(), "setup")
         config = config_of(tmp_path, callbacks=["runs:Recorder"])
@@ -291,7 +291,9 @@ class TestReferences:
             ("time:monotonic", "'time:monotonic' must return a dist_graft.Callback, got "),
         ],
     )
-    def test_what_is_no_callback_is_an_error(self, reference: str, message: str) -> None:
+    def test_an_object_that_is_not_a_callback_is_an_error(
+        self, reference: str, message: str
+    ) -> None:
         with pytest.raises(ConfigError, match=message):
             load_callbacks([reference])
 

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_all_networks(tmp_path: Path, make_writers: MakeWriters)
     assert len(list(path.iterdir())) == 4
 
 
-def test_a_network_alone(tmp_path: Path) -> None:
+def test_a_single_network(tmp_path: Path) -> None:
     writer = CheckpointWriter(0, None, seconds=lambda: 0.0, keep=1)
     assert writer.result() is None
     assert not writer.busy
@@ -210,7 +210,7 @@ def test_errors_other_than_of_the_disk_are_raised(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
 
 
-def test_the_thread_has_ended_when_the_result_is_there(
+def test_the_thread_ends_before_the_result_is_returned(
     make_writers: MakeWriters, tmp_path: Path
 ) -> None:
     """A thread that still frees its copies aborts an interpreter that exits."""

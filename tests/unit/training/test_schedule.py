@@ -122,7 +122,7 @@ def test_each_epoch_ends_with_an_evaluation(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
-def test_a_segment_ends_only_where_something_happens(run: dict[str, Any]) -> None:
+def test_a_segment_ends_only_at_an_event(run: dict[str, Any]) -> None:
     assert all(segment.evaluate or segment.round or segment.vote for segment in of(run))
 
 

@@ -221,11 +221,11 @@ class TestCheckpointsByTheClock:
         assert on_disk[0] == "epoch_0000_round_0000"
         assert on_disk[-1] == f"epoch_{EPOCHS:04d}"
 
-    def test_without_the_option_only_epochs_are_saved(self, tmp_path: Path) -> None:
-        assert self.run(tmp_path, None) == ([f"epoch_{EPOCHS:04d}"],) * 2
-
-    def test_a_longer_time_than_the_run_saves_none(self, tmp_path: Path) -> None:
-        assert self.run(tmp_path, 1e6) == ([f"epoch_{EPOCHS:04d}"],) * 2
+    @pytest.mark.parametrize("minutes", [None, 1e6])
+    def test_a_run_that_is_too_short_has_only_the_last_checkpoint(
+        self, tmp_path: Path, minutes: float | None
+    ) -> None:
+        assert self.run(tmp_path, minutes) == ([f"epoch_{EPOCHS:04d}"],) * 2
 
     def test_the_end_of_an_epoch_counts(self, tmp_path: Path) -> None:
         """Also where an epoch is a single step."""

@@ -34,7 +34,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Exit without finalizing, which threads waiting in a dead store would abort (ADR 20)."""
+    """Exit without finalizing: threads that wait for a dead store abort it (ADR 20)."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _status in config.stash:

@@ -137,7 +137,7 @@ def wait_until(
     seconds: float = 90,
     meanwhile: Sequence[subprocess.Popen[str]] = (),
 ) -> None:
-    """Poll a condition; fails after so many seconds, or when a program has ended."""
+    """Poll a condition; fails after the timeout, or when a program ends."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in meanwhile:
@@ -148,7 +148,7 @@ def wait_until(
 
 
 def checkpoint_is_complete(run: Path, epochs: int) -> Callable[[], bool]:
-    """Condition: the checkpoint after so many epochs is complete."""
+    """Return a function that tells whether the checkpoint after so many epochs is complete."""
     return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
 
 

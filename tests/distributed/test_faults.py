@@ -145,7 +145,7 @@ class TestADeadNetwork:
 
 @pytest.mark.slow
 def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
-    """It lags by more than the initial timeout in the first epoch: 40 steps of 0.3 s."""
+    """In the first epoch it is late by more than the initial timeout: 40 steps of 0.3 s."""
     run = tmp_path / "run"
     options = ("--epochs", "2", "--data.train_samples", "640")
     options += ("--runtime.timeout_seconds", "10", "--runtime.timeout_epochs", "50")
@@ -233,7 +233,7 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
 
 
 def test_a_file_of_another_network_is_an_error(tmp_path: Path) -> None:
-    """The file determines the identity of a network, not the process that reads it."""
+    """A network's identity comes from its file, not from the process that reads it."""
     run = tmp_path / "run"
     one = ("--epochs", "1")
     assert run_program(program(run, *one), timeout=60).status == 0

@@ -59,7 +59,7 @@ CASES = (
 
 
 def groups(networks: int, replicas: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This process's place in every network, and its network's processes."""
+    """Groups of this process: across networks, and within its network."""
     ranks = torch.arange(networks * replicas).view(networks, replicas)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
@@ -112,7 +112,7 @@ def results_by_rank(networks: int, replicas: int) -> list[dict[str, list[Round]]
 
 
 def averaged(processes: list[State], buffers: list[str]) -> State:
-    """One network of several processes' states."""
+    """State of a network: the mean of its processes' buffers."""
     whole = dict(processes[0])
     for key in buffers:
         doubles = torch.stack([state[key].double() for state in processes])
@@ -190,7 +190,7 @@ def test_different_replicas_of_a_network_are_an_error() -> None:
 
 
 class Failing(nn.Linear):
-    """Fails as a model does by itself, or as a device does."""
+    """Fails like a faulty model or like a device without memory."""
 
     def __init__(self, error: RuntimeError | None) -> None:
         super().__init__(2, 1)

@@ -54,7 +54,7 @@ def ragged() -> nn.Module:
 
 
 def mixed_dtypes() -> nn.Module:
-    """The same with layers of different dtypes."""
+    """Like `ragged`, with layers of different dtypes."""
     model = ragged()
     for index, kind in ((1, torch.float64), (2, torch.bfloat16), (12, torch.float16)):
         model[index].to(kind)

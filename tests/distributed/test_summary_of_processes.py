@@ -31,7 +31,7 @@ def trainer_of(context: RankContext, run_dir: str = "run") -> Trainer:
 
 
 def classified(images: int, certain: float) -> EvalResult:
-    """The result of a network that gives the right class of all images this probability."""
+    """Result of a network that assigns this probability to the right class of all images."""
     right = 100.0 if certain > 0.5 else 0.0
     return EvalResult(
         loss=0.0,

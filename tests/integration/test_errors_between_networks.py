@@ -61,7 +61,7 @@ def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_different_architectures(tmp_path: Path) -> None:
-    """Detected before the first epoch, however long an epoch is."""
+    """Detected before the first epoch."""
     run = tmp_path / "run"
     names = ("resnet20", "resnet32")
     ends = run_programs([program(run, *LONG, "--model.name", name) for name in names], timeout=60)

@@ -1,4 +1,4 @@
-"""A new method is one file: from outside of the package, and from inside with one registry line."""
+"""A new method is one file: outside the package, or inside it with one line in the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options whose effect shows only in a population of real processes, tested in one run."""
+"""Options that take effect only in a population of real processes, tested in one run."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Runs:
     orphans: list[int]
     """Workers still alive ten seconds after their launcher was killed."""
     epochs_before: int
-    """Epochs of the newest complete checkpoint at that moment."""
+    """Epochs of the newest complete checkpoint when the launcher was killed."""
     log: str
     """Log of the first network since the resume."""
 
@@ -124,7 +124,7 @@ def test_events_have_each_step_once_with_equal_values(runs: Runs, folder: str) -
 
 @pytest.mark.parametrize("folder", ["network00", "network01", "network02", "population"])
 def test_last_figures_are_equal(runs: Runs, folder: str) -> None:
-    """They show all epochs; the resumed run has read the first ones from its files."""
+    """Figures show all epochs: the resumed run reads the first ones from its files."""
     first, second = (pictures(run / folder) for run in (runs.uninterrupted, runs.resumed))
     assert set(first) == set(second) != set()
     for tag, images in first.items():

@@ -30,7 +30,7 @@ def instructions() -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
-    """The packages of this environment are visible there, so that nothing is downloaded."""
+    """The environment's packages are visible, so nothing is downloaded."""
     installed = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
     variables = os.environ | installed | {"PIP_NO_BUILD_ISOLATION": "0"}  # for pip that is "on"
     output = ""

@@ -29,7 +29,7 @@ SMALL = (
 
 
 def multinode(run: Path, **settings: str) -> Done:
-    """Run the script on one machine of two; the other never starts."""
+    """Run the script on one of two machines; the other one never starts."""
     place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "PROCESSES": "1"}
     place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
     return run_program([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)

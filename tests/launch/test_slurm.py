@@ -20,11 +20,11 @@ SMALL = (
 )
 ENDLESS = "100000"
 PATIENCE = 150
-"""Seconds for an action that Slurm takes within 30, while another training starts."""
+"""Timeout of an action that takes Slurm up to 30 s, while another run starts."""
 
 
 def submit(cluster: slurm.Slurm, run: Path, epochs: str, *options: str, **settings: str) -> str:
-    """Submit the script; all settings of the site are variables and options."""
+    """Submit the script with the site's settings as variables and options."""
     return cluster.submit(
         [SCRIPT, "--epochs", epochs, *SMALL],
         *("--cpus-per-task=2", f"--chdir={ROOT}", f"--output={run}.txt", *options),
@@ -39,7 +39,7 @@ def epochs_saved(run: Path) -> int:
 
 
 def end(cluster: slurm.Slurm, job: str) -> None:
-    """Cancel a job, and check that none of its processes is left."""
+    """Cancel a job and check that all of its processes have ended."""
     cluster.command("scancel", job)
     wait_until(lambda: cluster.ended(job), "the end of the cancelled job", seconds=PATIENCE)
     wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the end of its processes")

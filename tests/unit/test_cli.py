@@ -21,7 +21,7 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 pytestmark = pytest.mark.usefixtures("empty_working_directory")
 PREFIX = "dist-graft: error: "
 UNKNOWN_MODEL = "--model.name=none"
-"""Ends training at once if an error that is expected earlier is not raised."""
+"""Ends training at once if the expected error is not raised."""
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

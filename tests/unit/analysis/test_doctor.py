@@ -33,7 +33,7 @@ def test_working_machine(tmp_path: Path) -> None:
 
 
 def test_broken_machine(tmp_path: Path) -> None:
-    """Disk and network interface are unusable; all checks are made, and the command fails."""
+    """With an unusable disk and network interface, all checks run and the command fails."""
     (tmp_path / "file").write_text("")
     done = examined(tmp_path / "file", GLOO_SOCKET_IFNAME="nonesuch0")
     assert done.status == 1

@@ -119,7 +119,7 @@ def folder_images(root: Path, workers: int) -> Data:
 
 
 class Slow(Dataset[tuple[int, int]]):
-    """Far more samples than a test can wait for."""
+    """Far more samples than a test can read."""
 
     def __len__(self) -> int:
         return 1000

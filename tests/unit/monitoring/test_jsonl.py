@@ -48,7 +48,7 @@ def test_nonfinite_numbers_become_null(tmp_path: Path, value: float) -> None:
     [b"5", b"[]", b"null", b"{}", b'{"number": null}', b'{"number": 1', b"\0\0", b"\xff\xfe{"],
 )
 def test_lines_that_cannot_be_read_are_dropped(tmp_path: Path, line: bytes) -> None:
-    """Be they cut off, of something else, or what a disk left after a loss of power."""
+    """Truncated lines, lines of other content, and zeros after a power failure."""
     path = tmp_path / "lines.jsonl"
     JsonLinesFile(path, keep=everything).write({"number": 3})
     good = path.read_bytes()
@@ -58,7 +58,7 @@ def test_lines_that_cannot_be_read_are_dropped(tmp_path: Path, line: bytes) -> N
 
 
 def test_unwritten_lines_are_written_with_the_next_one(tmp_path: Path) -> None:
-    """A folder in the file's place refuses; when it is gone, nothing has been lost."""
+    """A folder of the same name makes writing fail. No line is lost once it is removed."""
     path = tmp_path / "lines.jsonl"
     file = JsonLinesFile(path, keep=everything)
     path.unlink()
@@ -95,7 +95,7 @@ file.write({"number": 3})
 
 @pytest.mark.parametrize("room", [0, 1, 7])
 def test_a_full_disk_leaves_no_partial_line(tmp_path: Path, room: int) -> None:
-    """Some bytes of a line still fit, and are taken back."""
+    """The bytes that still fit are removed again."""
     path = tmp_path / "lines.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(path), str(room)],

@@ -94,7 +94,7 @@ class TestMetricsJsonl:
     def test_a_resumed_run_drops_later_and_truncated_lines(
         self, epochs: int, start: int, share: float
     ) -> None:
-        """Wherever the file is cut off, complete lines before the start stay."""
+        """Complete lines before the start are kept wherever the file is truncated."""
         with tempfile.TemporaryDirectory() as folder:
             fake = FakeTrainer(Path(folder))
             callback, path = started(fake), fake.directory.metrics(0)

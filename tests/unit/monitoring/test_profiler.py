@@ -40,7 +40,7 @@ def trace(path: Path) -> list[dict[str, Any]]:
 
 
 def calls(path: Path, name: str) -> int:
-    """How often a block of this name is in the trace."""
+    """Number of blocks of this name in the trace."""
     return sum(event.get("name") == name and event.get("ph") == "X" for event in trace(path))
 
 

@@ -58,7 +58,7 @@ def test_one_line_per_event(tmp_path: Path) -> None:
 def test_a_resumed_run_drops_later_events(
     tmp_path: Path, start: tuple[int, int], stay: list[str]
 ) -> None:
-    """Events before the checkpoint stay, and so do those of resuming."""
+    """Events before the checkpoint and earlier resumes are kept."""
     path = tmp_path / "events.jsonl"
     file = RunEventsFile(path, start_epoch=0, start_round=0)
     for epoch, round_ in ((0, 0), (0, 1), (1, 2), (1, 3), (1, 4), (2, 4)):
@@ -201,7 +201,7 @@ callbacks.teardown(fake)
 
 
 def test_a_temporarily_full_disk(tmp_path: Path) -> None:
-    """Metrics and events are written later; TensorBoard lacks the epochs that were refused."""
+    """Metrics and events are written later; TensorBoard lacks the epochs that failed."""
     run = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(run)],

@@ -145,7 +145,7 @@ class TestRemainingTime:
         assert remaining.seconds(0, 5, 110.0) == 50.0
 
     def test_later_it_follows_the_last_whole_epoch(self) -> None:
-        """Evaluation and waiting included."""
+        """Including evaluation and waiting."""
         remaining = RemainingTime(3, 10)
         remaining.start_epoch(0, 0, 100.0)
         remaining.start_epoch(1, 0, 140.0)

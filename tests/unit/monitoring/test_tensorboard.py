@@ -198,7 +198,7 @@ def test_the_spread_of_one_network_is_zero(tmp_path: Path) -> None:
 
 
 def test_the_texts(tmp_path: Path) -> None:
-    """Those of each start of the run; each table of events has all of them."""
+    """One text for each start of the run; each table has all events so far."""
     events = [
         {"time": "12:00", "epoch": 1, "kind": "healed", "text": "network 1 copied the weights"},
         {"time": "13:00", "epoch": 2, "kind": "slow", "text": "network 0 is slow"},
@@ -352,7 +352,7 @@ class TestCallback:
         assert "network 1 has NaN" in shown[1]
 
     def test_a_deleted_folder_is_recreated(self, tmp_path: Path) -> None:
-        """Although other callbacks may have created the folder again by then."""
+        """Even if another callback recreates the folder first."""
         fake = FakeTrainer(tmp_path / "run", config=TrainConfig(epochs=100))
         callback, metrics = opened(fake), MetricsJsonl()
         metrics.on_fit_start(fake.trainer)

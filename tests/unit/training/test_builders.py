@@ -216,7 +216,7 @@ def test_a_built_network_is_finite(make_data: MakeData) -> None:
 
 
 class TestCustomParts:
-    """What a trainer is given instead of taking it from the configuration."""
+    """Arguments of the trainer that replace parts of the configuration."""
 
     def test_model_and_optimizer(self) -> None:
         class OwnData:

@@ -39,7 +39,7 @@ TESTS = Path(__file__).parents[2]
 
 
 def epoch_hooks(epoch: int, first: int = 0) -> list[tuple[str, int, int]]:
-    """Hooks of an epoch from a step on; a round follows each third step of the run."""
+    """Hooks of an epoch after its first steps; a round follows every third step of the run."""
     hooks = [("on_epoch_start", epoch, first)]
     for step in range(first + 1, STEPS + 1):
         hooks.append(("on_step_end", epoch, step))
@@ -81,7 +81,7 @@ class TestOrder:
     def test_a_stopped_and_resumed_run(
         self, tmp_path: Path, step: int, epoch: int, first: int
     ) -> None:
-        """A round that is due where the run stopped comes first when it resumes."""
+        """A round that is due where the run stopped is the first thing after resuming."""
         stopped, resumed = Recorder(), Recorder()
         with pytest.raises(StoppedEarlyError) as caught:
             REGRESSION.trainer(config_of(tmp_path), StopAfter(step), stopped).fit()
@@ -128,7 +128,7 @@ class TestOrder:
 
     def test_built_in_callbacks_come_before_those_of_the_user(self, tmp_path: Path) -> None:
         class Reader(Callback):
-            """Reads what built-in callbacks have written."""
+            """Reads files of built-in callbacks."""
 
             lines = 0
 

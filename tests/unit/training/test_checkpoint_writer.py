@@ -36,7 +36,7 @@ MakeWriters = Callable[..., list[CheckpointWriter]]
 
 @pytest.fixture
 def make_writers(store: dist.Store) -> MakeWriters:
-    """One for each network; all run in this process."""
+    """One writer per network, all in this process."""
 
     def make(networks: int = 2, *, seconds: float = 60.0, keep: int = 2) -> list[CheckpointWriter]:
         for network in range(networks):
@@ -127,7 +127,7 @@ def test_later_changes_are_not_saved(tmp_path: Path, make_writers: MakeWriters) 
 def test_one_failure_makes_the_checkpoint_incomplete_for_all(
     tmp_path: Path, make_writers: MakeWriters, networks: int, failing: int
 ) -> None:
-    """Its files are deleted, older checkpoints stay, and the next one succeeds."""
+    """Its files are deleted, older checkpoints are kept, and the next one succeeds."""
     write_checkpoint(tmp_path, 1, networks=networks)
     before, writers = contents(tmp_path), make_writers(networks, keep=1)
     path = checkpoint_path(tmp_path, 2)
@@ -173,7 +173,7 @@ def test_the_newest_checkpoints_are_kept(
 def test_abandon_ends_the_wait_for_other_networks(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
-    """Older checkpoints stay, and the next one is waited for again."""
+    """Older checkpoints are kept, and saving the next one waits again."""
     write_checkpoint(tmp_path, 1)
     first, second = make_writers()
     path = checkpoint_path(tmp_path, 2)

@@ -203,7 +203,7 @@ def test_accumulation_runs_the_chunks_one_by_one(
 
 
 class OneBatch:
-    """One batch, of which a process gets its part."""
+    """One batch, split between processes."""
 
     def __init__(self, size: int, share: Share) -> None:
         self._part = share.of_batch(size)
@@ -401,7 +401,7 @@ def test_accuracy_in_percent(scores: list[list[float]], percent: float) -> None:
 
 
 class WithEmptyBatch:
-    """A data set whose batch 1 of an epoch lost all of its images."""
+    """Data in which batch 1 of every epoch is empty."""
 
     def __init__(self, data: Data) -> None:
         self.data = data

@@ -42,7 +42,7 @@ def final_state(run: Path) -> dict[str, Tensor]:
 
 
 class TestTasks:
-    """Any task, with a loss, metrics and an optimizer of the user's."""
+    """Any task, with a custom loss, metrics and optimizer."""
 
     @pytest.mark.parametrize(
         ("example", "names"),
@@ -249,7 +249,7 @@ class TestCheckpointsByTheClock:
 
 
 def test_a_run_of_version_0_1_0_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checkpoint knows no metric besides accuracy, and config.yaml lacks newer options."""
+    """Its checkpoint has no metric besides accuracy, and config.yaml lacks newer options."""
     run = tmp_path / "elsewhere" / "run"
     shutil.copytree(RUN_OF_0_1_0, run)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

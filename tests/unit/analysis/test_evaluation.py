@@ -213,7 +213,7 @@ class TestOptions:
 
 class TestErrors:
     def test_not_a_run_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run directory"):
+        with pytest.raises(RunDirectoryError, match=f"{tmp_path} is not a run directory"):
             evaluate_run(str(tmp_path))
 
     def test_no_complete_checkpoint(self, tmp_path: Path) -> None:

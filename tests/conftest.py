@@ -3,11 +3,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from launching import is_alive, told_by_kernel
+from launching import is_alive, read_proc
 
 # No deadlines: a shared machine may be slow, and slowness is not a failure.
 settings.register_profile(
@@ -33,7 +34,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Exit without finalizing, which threads waiting in a dead store would abort (ADR 20)."""
+    """Exit without finalizing: threads that wait for a dead store abort it (ADR 20)."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _status in config.stash:
@@ -48,6 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _longest(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     return float(marker.args[0]) if marker else 0.0
+
+
+@pytest.fixture
+def store():
+    """A key-value store for processes or threads of this machine."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +78,7 @@ def _children() -> set[str]:
     """Return the running child processes, except for multiprocessing's own servers."""
     children = {f"{child.pid} {child.name}" for child in multiprocessing.active_children()}
     for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in told_by_kernel(listing).split():
+        for pid in read_proc(listing).split():
             command = _command(Path("/proc") / pid)
             if command and "from multiprocessing." not in command:
                 children.add(f"{pid} {command}")
@@ -76,7 +87,7 @@ def _children() -> set[str]:
 
 def _command(process: Path) -> str:
     """Return the command line of a process; empty if it has exited or is a zombie."""
-    while not (command := told_by_kernel(process / "cmdline")):  # also empty while it starts
+    while not (command := read_proc(process / "cmdline")):  # also empty while it starts
         if not is_alive(int(process.name)):
             break
     return command.replace("\0", " ").strip()

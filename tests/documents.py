@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Place, run
+from harness import RankContext, run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -97,10 +97,10 @@ def in_two_processes(
     return run(_result_of, 2, str(folder), program)
 
 
-def _result_of(place: Place, folder: str, program: str) -> Any:
+def _result_of(context: RankContext, folder: str, program: str) -> Any:
     os.chdir(folder)
     sys.path.insert(0, folder)
-    torch.manual_seed(place.rank)
+    torch.manual_seed(context.rank)
     names: dict[str, Any] = {}
     exec(program, names)
     return names["result"]

@@ -41,7 +41,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """Rank of a process, and the store of its run."""
 
     rank: int
@@ -58,7 +58,7 @@ def run(
     group_timeout: float = 60,
     limit: float = 120,
 ) -> list[Any]:
-    """Run `function(place, *arguments)` in every rank of a new gloo group.
+    """Run `function(context, *arguments)` in every rank of a new gloo group.
 
     Args:
         function: defined at the top level of a module.
@@ -150,7 +150,7 @@ def _context() -> Any:
     return context
 
 
-def attempt(function: Callable[[], Any]) -> Any:
+def result_or_error(function: Callable[[], Any]) -> Any:
     """Result of the function, or (type name, text) of the error that it raises."""
     try:
         return function()
@@ -212,7 +212,7 @@ def _rank(
             world_size=networks,
             timeout=timedelta(seconds=group_timeout),
         )
-        result = function(Place(rank, networks, store), *arguments)
+        result = function(RankContext(rank, networks, store), *arguments)
         dist.destroy_process_group()
         partial = Path(folder) / f"{rank}.partial"
         torch.save(result, partial)

@@ -20,10 +20,13 @@ SMALL = (
 )
 PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
 """Options of the two-network run that most tests examine."""
-PROMPTLY = 20
+PROMPT_SECONDS = 20
 """Seconds within which an error must end a process."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FAULTY = str(Path(__file__).with_name("distributed") / "faulty.py")
 ERROR = "dist-graft: error: "
+Train = Callable[..., Done]
+"""Type of the fixture `train`: (run directory, *options) -> Done."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -43,13 +46,32 @@ def torchrun(networks: int, run: Path, *options: str) -> list[str]:
     return [sys.executable, *launcher, *program(run, *options)[1:]]
 
 
-def finish(command: Sequence[str], *, timeout: float, cwd: Path | None = None, **more: str) -> Done:
+def faulty(networks: int, run: Path, faults: str, *options: str, restarts: int = 0) -> list[str]:
+    """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
+    command = torchrun(networks, run, *options)
+    train = command.index("train")
+    assert command[train - 2 : train] == ["-m", "dist_graft"]
+    launcher = command[: train - 2] + [f"--max-restarts={restarts}"] * bool(restarts)
+    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
+
+
+def run_program(
+    command: Sequence[str], *, timeout: float, cwd: Path | None = None, **more: str
+) -> Done:
     """Run a program to its end."""
-    with background([command], cwd=cwd, **more) as (process,):
-        return end_of(process, timeout)
+    (done,) = run_programs([command], timeout=timeout, cwd=cwd, **more)
+    return done
 
 
-def together(networks: int, run: Path, *options: str) -> list[Done]:
+def run_programs(
+    commands: Sequence[Sequence[str]], *, timeout: float, cwd: Path | None = None, **more: str
+) -> list[Done]:
+    """Run programs to their end, with RANK etc. if there are several."""
+    with running(commands, cwd=cwd, **more) as processes:
+        return [wait_for_end(process, timeout) for process in processes]
+
+
+def run_population(networks: int, run: Path, *options: str) -> list[Done]:
     """Run a population without a launcher, with RANK and WORLD_SIZE set by hand.
 
     The processes are forked from a server that has imported torch.
@@ -59,14 +81,14 @@ def together(networks: int, run: Path, *options: str) -> list[Done]:
     return ends
 
 
-def end_of(process: subprocess.Popen[str], timeout: float) -> Done:
+def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Done:
     """Wait for a program and read its output."""
     output, errors = process.communicate(timeout=timeout)
     return Done(process.returncode, output, errors)
 
 
 @contextmanager
-def background(
+def running(
     commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Run programs in the background, with RANK etc. if there are several; killed on exit."""
@@ -115,7 +137,7 @@ def wait_until(
     seconds: float = 90,
     meanwhile: Sequence[subprocess.Popen[str]] = (),
 ) -> None:
-    """Poll a condition; fails after so many seconds, or when a program has ended."""
+    """Poll a condition; fails after the timeout, or when a program ends."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in meanwhile:
@@ -125,17 +147,17 @@ def wait_until(
         time.sleep(0.01)
 
 
-def saved(run: Path, epochs: int) -> Callable[[], bool]:
-    """Condition: the checkpoint after so many epochs is complete."""
+def checkpoint_is_complete(run: Path, epochs: int) -> Callable[[], bool]:
+    """Return a function that tells whether the checkpoint after so many epochs is complete."""
     return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of a launcher's workers, by rank."""
-    lists = map(told_by_kernel, Path(f"/proc/{process.pid}/task").glob("*/children"))
+    lists = map(read_proc, Path(f"/proc/{process.pid}/task").glob("*/children"))
     workers = {}
     for pid in (int(child) for pids in lists for child in pids.split()):
-        rank = re.search(r"\0RANK=(\d+)", told_by_kernel(Path(f"/proc/{pid}/environ")))
+        rank = re.search(r"\0RANK=(\d+)", read_proc(Path(f"/proc/{pid}/environ")))
         if rank:
             workers[int(rank.group(1))] = pid
     return [workers[rank] for rank in sorted(workers)]
@@ -143,11 +165,11 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
-    state = told_by_kernel(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    state = read_proc(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return bool(state) and state[0] not in "ZX"
 
 
-def told_by_kernel(path: Path) -> str:
+def read_proc(path: Path) -> str:
     """Content of a file below /proc; empty when its process or thread has ended."""
     try:
         return path.read_text(errors="replace")
@@ -155,7 +177,7 @@ def told_by_kernel(path: Path) -> str:
         return ""
 
 
-def told(done: Done, *parts: str, log: Path | None = None) -> str:
+def error_line(done: Done, *parts: str, log: Path | None = None) -> str:
     """Error line of a failed program, checked for what it must contain.
 
     Also checks that there is no traceback of ours, and that the log has the line.

@@ -101,6 +101,21 @@ def checkpoint(run: Path, epoch: int, network: int) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+def optimizer_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the optimizer's tensors in a checkpoint, as NUMBER.NAME."""
+    return {
+        f"{number}.{name}": value
+        for number, part in state["optimizer"]["state"].items()
+        for name, value in part.items()
+    }
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """Return summary.json."""
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
 def contents(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the sha256 of every file below a folder by path, except for the names in `without`."""
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from debian import need
-from launching import background, free_port, wait_until
+from launching import free_port, running, wait_until
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -80,7 +80,7 @@ def tensorboard(run: Path) -> Iterator[Page]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.name]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    with background([command], cwd=run.parent) as (server,):
+    with running([command], cwd=run.parent) as (server,):
         wait_until(lambda: _responds(url), "TensorBoard's first page", meanwhile=[server])
         options = Options()
         for argument in (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browsing import Page, require_browser, tensorboard
-from launching import finish, torchrun
+from launching import run_program, torchrun
 
 from dist_graft.monitoring.chart_layout import custom_scalars
 
@@ -32,7 +32,7 @@ HEAT_MAPS = ("heat_map/coefficient", "heat_map/entropy")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     require_browser()
     run = tmp_path_factory.mktemp("browser") / "run"
-    done = finish(torchrun(NETWORKS, run, *OPTIONS), timeout=400)
+    done = run_program(torchrun(NETWORKS, run, *OPTIONS), timeout=400)
     assert done.status == 0, done
     with tensorboard(run) as page:
         yield page

@@ -1,4 +1,4 @@
-"""Small networks with every kind of tensor that a round must handle."""
+"""Small networks with every kind of tensor in a round."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from architectures import State, build, disturb_, lead_of, places, snapshot
-from harness import Place
+from harness import RankContext
 from torch import Tensor
 
 from dist_graft import Grafter, GraftRecord, Mixing
@@ -37,18 +37,22 @@ class Round:
     before: State
     after: State
     record: GraftRecord
-    moved: bool
+    moved: bool = False
     """Whether a tensor was reallocated by the round."""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Every network becomes a weighted mean of all, with weights that change every round."""
+class MeasuresEntropy:
+    """Rule that measures the entropy of each lead."""
 
     criterion = "entropy"
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
+
+
+@dataclass(frozen=True)
+class Mean(MeasuresEntropy):
+    """Every network becomes a weighted mean of all, with weights that change every round."""
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape
@@ -63,13 +67,8 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class OneGives:
+class OneGives(MeasuresEntropy):
     """All networks take a third of network 0, which takes nothing."""
-
-    criterion = "entropy"
-
-    def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         networks, units = information.shape
@@ -82,13 +81,13 @@ class OneGives:
 Rule = Mean | OneGives
 
 
-def play(place: Place, cases: list[Case]) -> dict[str, list[Round]]:
+def play(context: RankContext, cases: list[Case]) -> dict[str, list[Round]]:
     """Run a few rounds of every case, with a perturbation after each round."""
-    return {str(case): _rounds(place, case) for case in cases}
+    return {str(case): _rounds(context, case) for case in cases}
 
 
-def _rounds(place: Place, case: Case) -> list[Round]:
-    model = build(case.architecture, place.rank)
+def _rounds(context: RankContext, case: Case) -> list[Round]:
+    model = build(case.architecture, context.rank)
     grafter = Grafter(
         model,
         lead=lead_of(case.architecture),
@@ -101,5 +100,5 @@ def _rounds(place: Place, case: Case) -> list[Round]:
         before, there = snapshot(model), places(model)
         record = grafter.graft()
         rounds.append(Round(before, snapshot(model), record, places(model) != there))
-        disturb_(model, place.networks * (number + 1) + place.rank)
+        disturb_(model, context.networks * (number + 1) + context.rank)
     return rounds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import State, build, same_bits, snapshot
-from harness import Place, attempt, run
+from harness import RankContext, result_or_error, run
 from torch import nn
 
 from dist_graft import Graft, Grafter
@@ -51,18 +51,18 @@ ARCHITECTURES = {
 
 
 def graft_with_difference(
-    place: Place, odd: int, name: str, other: str, options: dict, others: dict
+    context: RankContext, odd: int, name: str, other: str, options: dict, others: dict
 ):
     """Run a round in which the rank `odd` has another architecture or other options."""
-    model = ARCHITECTURES[other if place.rank == odd else name]()
-    grafter = Grafter(model, **(others if place.rank == odd else options))
+    model = ARCHITECTURES[other if context.rank == odd else name]()
+    grafter = Grafter(model, **(others if context.rank == odd else options))
     return fail(grafter, model)
 
 
 def fail(grafter: Grafter, model: nn.Module) -> tuple[tuple[str, str], bool]:
     """The error of a round, and whether weights and round number are unchanged."""
     before, number = _visible(model), grafter.round
-    outcome = attempt(grafter.graft)
+    outcome = result_or_error(grafter.graft)
     after = _visible(model)
     untouched = all(same_bits(before[key], after[key]) for key in before)
     return outcome, untouched and grafter.round == number
@@ -123,10 +123,10 @@ def test_different_options(others: dict[str, Rule], difference):
     assert_same_error(results, "DisagreementError", "ranks 0 and 1", difference, "same options")
 
 
-def graft_in_different_rounds(place: Place):
+def graft_in_different_rounds(context: RankContext):
     model = narrow()
     grafter = Grafter(model)
-    grafter.round = 5 if place.rank == 2 else 4
+    grafter.round = 5 if context.rank == 2 else 4
     return fail(grafter, model)
 
 
@@ -135,17 +135,17 @@ def test_different_round():
     assert_same_error(results, "DisagreementError", "rank 0 is in round 4 and rank 2 in round 5")
 
 
-def graft_with_nonfinite_weights(place: Place, nonfinite: dict[int, tuple[str, float]]):
+def graft_with_nonfinite_weights(context: RankContext, nonfinite: dict[int, tuple[str, float]]):
     """Run a round with NaN or Inf in some networks, then repair them and run it again."""
-    model = build("plain", place.rank)
+    model = build("plain", context.rank)
     grafter = Grafter(model)
-    if place.rank in nonfinite:
-        key, value = nonfinite[place.rank]
+    if context.rank in nonfinite:
+        key, value = nonfinite[context.rank]
         tensor = dict(model.state_dict(keep_vars=True))[key].data
         original = tensor.view(-1)[-1].clone()
         tensor.view(-1)[-1] = value
     outcome, untouched = fail(grafter, model)
-    if place.rank in nonfinite:
+    if context.rank in nonfinite:
         tensor.view(-1)[-1] = original
     assert grafter.graft().round == 0
     return outcome, untouched
@@ -175,14 +175,14 @@ def test_every_nonfinite_network_is_named():
     )
 
 
-def check(place: Place, other: str):
+def check(context: RankContext, other: str):
     """Run `check` with another architecture on rank 2."""
-    model = ARCHITECTURES[other if place.rank == 2 else "narrow"]()
+    model = ARCHITECTURES[other if context.rank == 2 else "narrow"]()
     with torch.no_grad():
         model[0].weight[0] = float("nan")  # check does not read weights
     grafter = Grafter(model)
     before = _visible(model)
-    outcome = attempt(grafter.check)
+    outcome = result_or_error(grafter.check)
     after = _visible(model)
     untouched = all(same_bits(before[key], after[key]) for key in before)
     return outcome, untouched and grafter.round == 0
@@ -197,10 +197,10 @@ def test_check_passes_if_the_networks_agree():
     assert run(check, 3, "narrow") == [(None, True)] * 3
 
 
-def check_in_different_rounds(place: Place):
+def check_in_different_rounds(context: RankContext):
     grafter = Grafter(narrow())
-    grafter.round = place.rank
-    return attempt(grafter.check), True
+    grafter.round = context.rank
+    return result_or_error(grafter.check), True
 
 
 def test_check_reports_a_network_that_resumed_in_another_round():

@@ -1,4 +1,4 @@
-"""An epoch whose callbacks run while every collective and every use of the store raises."""
+"""Callbacks of an epoch in which every collective and every access to the store raises."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ReadsProperties(dist_graft.Callback):
 
 
 class Communicates(dist_graft.Callback):
-    """Does what a callback must not do."""
+    """Calls a collective, which callbacks must not do."""
 
     def on_step_end(self, trainer: dist_graft.Trainer) -> None:
         dist.barrier()

@@ -6,23 +6,22 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from launching import (
-    PROMPTLY,
-    background,
-    end_of,
-    finish,
+    PROMPT_SECONDS,
+    checkpoint_is_complete,
+    error_line,
+    faulty,
     program,
-    saved,
-    together,
-    told,
-    torchrun,
+    run_population,
+    run_program,
+    running,
+    wait_for_end,
     wait_until,
 )
-from reading import assert_same_bits, checkpoint, metrics, scalars, texts
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary, texts
 
 EPOCHS = 4
 STEPS = 8
@@ -30,28 +29,10 @@ OPTIONS = (
     *("--epochs", str(EPOCHS), "--data.train_samples", str(16 * STEPS)),
     *("--data.batch_size", "16", "--model.name", "resnet8"),
 )
-FAULTY = str(Path(__file__).with_name("faulty.py"))
-RESTARTS = "--max-restarts=3"
-
-
-def faulty(
-    networks: int, run: Path, faults: str, *options: str, restarts: bool = False
-) -> list[str]:
-    """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
-    command = torchrun(networks, run, *OPTIONS, *options)
-    train = command.index("train")
-    assert command[train - 2 : train] == ["-m", "dist_graft"]
-    launcher = command[: train - 2] + ([RESTARTS] if restarts else [])
-    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
 
 
 def checkpoints(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("checkpoints/*/COMPLETE.json"))
-
-
-def summary(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def finite(run: Path, network: int) -> bool:
@@ -62,7 +43,7 @@ def finite(run: Path, network: int) -> bool:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("straight") / "run"
-    together(3, run, *OPTIONS)
+    run_population(3, run, *OPTIONS)
     return run
 
 
@@ -79,7 +60,7 @@ def assert_ends_as(straight: Path, run: Path) -> None:
 class TestADivergedNetwork:
     def test_is_healed(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(3, run, f"nan 1 {STEPS + 2}"), timeout=150)
+        done = run_program(faulty(3, run, f"nan 1 {STEPS + 2}", *OPTIONS), timeout=150)
         assert done.status == 0, done
         assert all(finite(run, network) for network in range(3))
         (event,) = summary(run)["events"]
@@ -93,16 +74,16 @@ class TestADivergedNetwork:
         assert metrics(run, 1)[1]["train_loss"] is None
         assert set(metrics(run, 1)[1]["graft"]["coefficient"].values()) == {0.0}
         assert set(metrics(run, 2)[1]["graft"]["coefficient"].values()) == {1.0}
-        (story,) = texts(run / "population")["run/events"].items()
-        assert story[0] == 1
-        assert f"| 1 | healed | {event['text']} |" in story[1]
+        ((epoch, table),) = texts(run / "population")["run/events"].items()
+        assert epoch == 1
+        assert f"| 1 | healed | {event['text']} |" in table
 
     def test_is_excluded_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         command = faulty(
-            3, run, "nan 1 2", "--on_divergence", "exclude", "--graft.every_steps", "4"
+            3, run, "nan 1 2", *OPTIONS, "--on_divergence", "exclude", "--graft.every_steps", "4"
         )
-        done = finish(command, timeout=150)
+        done = run_program(command, timeout=150)
         assert done.status == 0, done
         assert [finite(run, network) for network in range(3)] == [True, False, True]
         assert summary(run)["diverged"] == [1]
@@ -111,27 +92,27 @@ class TestADivergedNetwork:
 
     def test_aborts_the_run_if_configured(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        command = faulty(3, run, f"nan 1 {STEPS + 2}", "--on_divergence", "abort")
-        done = finish(command, timeout=150)
-        told(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
+        command = faulty(3, run, f"nan 1 {STEPS + 2}", *OPTIONS, "--on_divergence", "abort")
+        done = run_program(command, timeout=150)
+        error_line(done, "epoch 1", "network 1 has a weight that is not finite in conv1.weight")
         assert checkpoints(run) == ["epoch_0001"]
 
     def test_the_run_ends_and_keeps_its_checkpoint_if_all_diverge(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"nan 0 {STEPS + 2} nan 1 {STEPS + 2}"
-        done = finish(faulty(2, run, faults), timeout=150)
-        told(done, "network 0 has a weight", "network 1 has a weight")
+        done = run_program(faulty(2, run, faults, *OPTIONS), timeout=150)
+        error_line(done, "network 0 has a weight", "network 1 has a weight")
         assert checkpoints(run) == ["epoch_0001"]
 
     def test_ends_a_run_of_independent_networks(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(2, run, "nan 1 2", "--method", "none"), timeout=150)
-        told(done, "epoch 0: network 1 has a non-finite weight")
+        done = run_program(faulty(2, run, "nan 1 2", *OPTIONS, "--method", "none"), timeout=150)
+        error_line(done, "epoch 0: network 1 has a non-finite weight")
 
     def test_is_healed_by_wash(self, tmp_path: Path) -> None:
         """Other rules: test_rules_between_processes.py. WASH has a round in every step."""
         run = tmp_path / "run"
-        done = finish(faulty(3, run, "nan 2 3", "--method", "wash"), timeout=200)
+        done = run_program(faulty(3, run, "nan 2 3", *OPTIONS, "--method", "wash"), timeout=200)
         assert done.status == 0, done
         assert all(finite(run, network) for network in range(3))
         assert [event["network"] for event in summary(run)["events"]] == [2]
@@ -142,7 +123,7 @@ class TestADeadNetwork:
     def test_the_launcher_restarts_the_run(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         faults = f"kill 0 {STEPS + 3} raise 1 {STEPS + 1} exit 2 {STEPS + 2}"
-        done = finish(faulty(3, run, faults, restarts=True), timeout=250)
+        done = run_program(faulty(3, run, faults, *OPTIONS, restarts=3), timeout=250)
         assert done.status == 0, done
         assert_ends_as(straight, run)
         events = summary(run)["events"]
@@ -151,11 +132,11 @@ class TestADeadNetwork:
 
     def test_the_launcher_does_not_restart_a_stopped_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        command = faulty(2, run, "slow 0 0", "--epochs", "400", restarts=True)
-        with background([command]) as (launcher,):
-            wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
+        command = faulty(2, run, "slow 0 0", *OPTIONS, "--epochs", "400", restarts=3)
+        with running([command]) as (launcher,):
+            wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
             (run / "STOP").touch()
-            done = end_of(launcher, 90)
+            done = wait_for_end(launcher, 90)
         assert done.status == 1
         assert (run / "STOPPED_EARLY").exists()
         assert (run / "network00/log.txt").read_text().count("epochs 1 to 400") == 1
@@ -164,11 +145,11 @@ class TestADeadNetwork:
 
 @pytest.mark.slow
 def test_a_slow_network_is_waited_for_and_named(tmp_path: Path) -> None:
-    """It lags by more than the initial timeout in the first epoch: 40 steps of 0.3 s."""
+    """In the first epoch it is late by more than the initial timeout: 40 steps of 0.3 s."""
     run = tmp_path / "run"
     options = ("--epochs", "2", "--data.train_samples", "640")
     options += ("--runtime.timeout_seconds", "10", "--runtime.timeout_epochs", "50")
-    done = finish(faulty(2, run, "slow 1 0", *options), timeout=150)
+    done = run_program(faulty(2, run, "slow 1 0", *OPTIONS, *options), timeout=150)
     assert done.status == 0, done
     events = summary(run)["events"]
     assert {(event["kind"], event["network"]) for event in events} == {("slow", 1)}
@@ -182,7 +163,7 @@ class TestADiskError:
     ) -> None:
         run = tmp_path / "run"
         faults = f"full 1 {STEPS + 2} space 1 {3 * STEPS + 2}"
-        done = finish(faulty(3, run, faults, "--checkpoint.keep", "9"), timeout=150)
+        done = run_program(faulty(3, run, faults, *OPTIONS, "--checkpoint.keep", "9"), timeout=150)
         assert done.status == 0, done
         assert checkpoints(run) == ["epoch_0001", "epoch_0004"]
         assert_ends_as(straight, run)
@@ -191,7 +172,7 @@ class TestADiskError:
 
     def test_a_deleted_run_directory_is_recreated(self, straight: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(3, run, f"vanish 1 {STEPS + 2}"), timeout=150)
+        done = run_program(faulty(3, run, f"vanish 1 {STEPS + 2}", *OPTIONS), timeout=150)
         assert done.status == 0, done
         for network in range(3):
             states = [checkpoint(path, EPOCHS, network)["model"] for path in (straight, run)]
@@ -208,17 +189,17 @@ class TestADiskError:
     def test_repeated_failures_end_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--checkpoint.max_failures", "1", "--checkpoint.keep", "9")
-        done = finish(faulty(2, run, f"full 1 {STEPS + 2}", *options), timeout=150)
-        told(done, "2 checkpoints in a row", "File too large", "network01.pt")
+        done = run_program(faulty(2, run, f"full 1 {STEPS + 2}", *OPTIONS, *options), timeout=150)
+        error_line(done, "2 checkpoints in a row", "File too large", "network01.pt")
         assert checkpoints(run) == ["epoch_0001"]
 
-    def test_a_run_whose_last_checkpoint_failed_is_finished_by_rerunning_it(
+    def test_a_failed_last_checkpoint_is_written_when_the_run_is_rerun(
         self, straight: Path, tmp_path: Path
     ) -> None:
         run = tmp_path / "run"
-        done = finish(faulty(3, run, f"full 2 {3 * STEPS + 2}"), timeout=150)
-        told(done, "the last checkpoint is not complete", "network02.pt")
-        together(3, run, *OPTIONS)
+        done = run_program(faulty(3, run, f"full 2 {3 * STEPS + 2}", *OPTIONS), timeout=150)
+        error_line(done, "the last checkpoint is not complete", "network02.pt")
+        run_population(3, run, *OPTIONS)
         assert_ends_as(straight, run)
 
 
@@ -232,9 +213,11 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     run, straight = tmp_path / "run", tmp_path / "straight"
     options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
     options += ("--model.name", "resnet20")  # epochs long enough for a checkpoint inside
-    together(3, straight, *OPTIONS, *options)
+    run_population(3, straight, *OPTIONS, *options)
     timed = (*options, "--checkpoint.every_minutes", "0.003", "--checkpoint.keep", "99")
-    done = finish(faulty(3, run, f"lose 1 {STEPS + 3}", *timed, restarts=True), timeout=200)
+    done = run_program(
+        faulty(3, run, f"lose 1 {STEPS + 3}", *OPTIONS, *timed, restarts=3), timeout=200
+    )
     assert done.status == 0, done
     assert (tmp_path / "run.lose0").exists(), "no checkpoint was complete before the last step"
     inside = [name for name in checkpoints(run) if "round" in name]
@@ -249,11 +232,11 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     assert_ends_as(straight, run)
 
 
-def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
-    """The file determines the identity of a network, not the process that reads it."""
+def test_a_file_of_another_network_is_an_error(tmp_path: Path) -> None:
+    """A network's identity comes from its file, not from the process that reads it."""
     run = tmp_path / "run"
     one = ("--epochs", "1")
-    assert finish(program(run, *one), timeout=60).status == 0
+    assert run_program(program(run, *one), timeout=60).status == 0
     path = run / "checkpoints/epoch_0001/network00.pt"
     state = torch.load(path, weights_only=True)
     torch.save(state | {"network": 1}, path)
@@ -261,5 +244,5 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     content = json.loads(complete.read_text())
     content["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     complete.write_text(json.dumps(content))
-    done = finish(program(run, *one), timeout=PROMPTLY * 3)
-    told(done, "holds network 1, not network 0")
+    done = run_program(program(run, *one), timeout=PROMPT_SECONDS * 3)
+    error_line(done, "holds network 1, not network 0")

@@ -8,27 +8,27 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Place, run
+from harness import RankContext, run
 
 
-def add_up(place: Place, start: int):
-    total = torch.tensor([start + place.rank])
+def add_up(context: RankContext, start: int):
+    total = torch.tensor([start + context.rank])
     dist.all_reduce(total)
-    return place.rank, os.getpid(), total.item()
+    return context.rank, os.getpid(), total.item()
 
 
-def fail_in_rank_1(place: Place):
-    if place.rank == 1:
+def fail_in_rank_1(context: RankContext):
+    if context.rank == 1:
         raise LookupError("text of rank 1")
 
 
-def end_in_rank_1(place: Place):
-    if place.rank == 1:
+def end_in_rank_1(context: RankContext):
+    if context.rank == 1:
         os._exit(7)
 
 
-def hang_in_rank_1(place: Place):
-    if place.rank == 1:
+def hang_in_rank_1(context: RankContext):
+    if context.rank == 1:
         threading.Event().wait()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import PROMPTLY, background, end_of, finish, is_alive, wait_until
+from launching import PROMPT_SECONDS, is_alive, run_program, running, wait_for_end, wait_until
 
 import dist_graft
 from dist_graft.errors import ConfigError, NetworkFailedError
@@ -108,7 +108,7 @@ def lines(output: str) -> list[str]:
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_results_are_returned_by_rank_and_sockets_listen_on_loopback(script, method: str) -> None:
-    done = finish(
+    done = run_program(
         script(
             f"results = launch(add, 10, 'a $b ${{local_rank}}', networks=2, replicas=2,\n"
             f"                 start_method={method!r})\n"
@@ -128,7 +128,7 @@ def test_results_are_returned_by_rank_and_sockets_listen_on_loopback(script, met
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_traceback_of_the_network_that_failed_reaches_the_caller(script, rank: int) -> None:
-    done = finish(
+    done = run_program(
         script(f"launch(fail, {rank}, LookupError('no such key'), networks=2)"), timeout=LIMIT
     )
     assert done.status == 1
@@ -161,7 +161,7 @@ except NetworkFailedError as error:
 def test_one_line_names_network_and_rank(
     script, call: str, text: str, status: str, has_traceback: str
 ) -> None:
-    done = finish(script(REPORT.format(call=call)), timeout=LIMIT)
+    done = run_program(script(REPORT.format(call=call)), timeout=LIMIT)
     (line,) = lines(done.output)
     message, *rest = line.split("|")
     assert message.startswith("network 1 (rank 1 on ")
@@ -169,10 +169,10 @@ def test_one_line_names_network_and_rank(
     assert rest == ["1", "1", status, has_traceback]
 
 
-def test_a_script_without_a_guard_is_told_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_script_without_a_main_guard(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import os, dist_graft\ndist_graft.launch(os.getpid, networks=1)\n")
-    done = finish([sys.executable, str(path)], timeout=LIMIT)
+    done = run_program([sys.executable, str(path)], timeout=LIMIT)
     assert done.status == 1
     assert 'call launch under if __name__ == "__main__":' in lines(done.errors)[-1]
 
@@ -182,7 +182,7 @@ def waiting(script, tmp_path: Path, request) -> Iterator[subprocess.Popen[str]]:
     """A script with two networks that wait for a signal, and may then save."""
     saves, method = request.param
     command = script(f"launch(wait, {saves}, networks=2, start_method={method!r})")
-    with background([command]) as (process,):
+    with running([command]) as (process,):
         pids = [tmp_path / f"pid{rank}" for rank in (0, 1)]
         wait_until(
             lambda: all(pid.exists() and pid.read_text() for pid in pids),
@@ -206,7 +206,7 @@ def test_a_signal_lets_the_networks_save_and_end(
     waiting: subprocess.Popen[str], number: int, tmp_path: Path
 ) -> None:
     waiting.send_signal(number)
-    done = end_of(waiting, PROMPTLY)
+    done = wait_for_end(waiting, PROMPT_SECONDS)
     assert lines(done.errors)[-1] == "dist_graft.errors.StoppedEarlyError: everything is saved"
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
     assert not any(map(is_alive, children_of(tmp_path)))
@@ -226,10 +226,12 @@ def test_no_network_outlives_its_launcher(
 ) -> None:
     pids = children_of(tmp_path)
     waiting.send_signal(number)
-    done = end_of(waiting, PROMPTLY)
+    done = wait_for_end(waiting, PROMPT_SECONDS)
     assert done.status
     assert last is None or lines(done.errors)[-1] == last
-    wait_until(lambda: not any(map(is_alive, pids)), "the end of both networks", seconds=PROMPTLY)
+    wait_until(
+        lambda: not any(map(is_alive, pids)), "the end of both networks", seconds=PROMPT_SECONDS
+    )
 
 
 def test_an_interactive_session_forks_and_keeps_its_signal_handlers() -> None:

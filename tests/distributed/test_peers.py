@@ -6,13 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from architectures import build
-from harness import Place, attempt, run
+from harness import RankContext, result_or_error, run
 
 from dist_graft import Grafter, PeerError
 from dist_graft.errors import StartError
@@ -20,22 +19,22 @@ from dist_graft.population.runtime.devices import can_use_nccl
 from dist_graft.population.runtime.peers import PeerRegistry
 
 
-def graft_until_one_exits(place: Place, exiting: int, has_registry: bool):
+def graft_until_one_exits(context: RankContext, exiting: int, has_registry: bool):
     """Two rounds together; one network ends its process before the third."""
-    peers = PeerRegistry(place.store, place.rank, place.networks) if has_registry else None
+    peers = PeerRegistry(context.store, context.rank, context.networks) if has_registry else None
     if peers:
         peers.check_in(60)
-    grafter = Grafter(build("plain", place.rank), peers=peers)
+    grafter = Grafter(build("plain", context.rank), peers=peers)
     grafter.graft()
     grafter.graft()
-    if place.rank == exiting:
+    if context.rank == exiting:
         os._exit(0)
     if has_registry:  # all others have reached the round before any of them fails
         peers.enter_round(grafter.round)
-        if place.store.add("arrived", 1) == place.networks - 1:
-            place.store.set("all arrived", "")
-        place.store.wait(["all arrived"])
-    return attempt(grafter.graft)
+        if context.store.add("arrived", 1) == context.networks - 1:
+            context.store.set("all arrived", "")
+        context.store.wait(["all arrived"])
+    return result_or_error(grafter.graft)
 
 
 @pytest.mark.parametrize("exiting", [0, 1, 2])
@@ -51,14 +50,14 @@ def test_survivors_name_the_peer_that_exited_before_the_round(exiting):
             assert "\n" not in text
 
 
-def check_when_one_exits(place: Place, exiting: int):
+def check_when_one_exits(context: RankContext, exiting: int):
     """One network ends its process before the check at the start."""
-    peers = PeerRegistry(place.store, place.rank, place.networks)
+    peers = PeerRegistry(context.store, context.rank, context.networks)
     peers.check_in(60)
-    grafter = Grafter(build("plain", place.rank), peers=peers)
-    if place.rank == exiting:
+    grafter = Grafter(build("plain", context.rank), peers=peers)
+    if context.rank == exiting:
         os._exit(0)
-    return attempt(grafter.check)
+    return result_or_error(grafter.check)
 
 
 def test_survivors_of_a_check_do_not_name_themselves():
@@ -76,8 +75,8 @@ def test_without_a_registry_the_error_names_nobody():
     assert "round 2 failed, a peer died or did not answer" in text
 
 
-def check_nccl(place: Place):
-    peers = PeerRegistry(place.store, place.rank, place.networks)
+def check_nccl(context: RankContext):
+    peers = PeerRegistry(context.store, context.rank, context.networks)
     return can_use_nccl(torch.device("cpu"), peers, 60)
 
 
@@ -85,16 +84,16 @@ def test_nccl_needs_gpus():
     assert run(check_nccl, 2) == [False, False]
 
 
-def graft_with_a_hanging_peer(place: Place):
+def graft_with_a_hanging_peer(context: RankContext):
     """Network 1 is alive but does not enter the round before the others give up."""
-    peers = PeerRegistry(place.store, place.rank, place.networks)
+    peers = PeerRegistry(context.store, context.rank, context.networks)
     peers.check_in(60)
-    grafter = Grafter(build("plain", place.rank), peers=peers)
-    if place.rank == 1:
-        place.store.wait(["gave up"])
+    grafter = Grafter(build("plain", context.rank), peers=peers)
+    if context.rank == 1:
+        context.store.wait(["gave up"])
         return None
-    outcome = attempt(grafter.graft)
-    place.store.set("gave up", "")
+    outcome = result_or_error(grafter.graft)
+    context.store.set("gave up", "")
     return outcome
 
 
@@ -104,13 +103,6 @@ def test_a_hanging_peer_is_named_after_the_timeout():
     assert "network 1 (rank 1 on " in text
 
 
-@pytest.fixture
-def store() -> dist.Store:
-    return dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
-    )
-
-
 def test_check_in_names_the_networks_that_did_not_start(store):
     store.set("host/0", "elsewhere")
     with pytest.raises(StartError, match=r"network 1, 3 did not start within 0\.2 s") as caught:
@@ -118,13 +110,13 @@ def test_check_in_names_the_networks_that_did_not_start(store):
     assert "4 processes" in str(caught.value)
 
 
-def check_in(place: Place):
-    peers = PeerRegistry(place.store, place.rank, place.networks)
+def check_in(context: RankContext):
+    peers = PeerRegistry(context.store, context.rank, context.networks)
     peers.check_in(60)
-    peers.enter_round(place.rank)
-    peers.publish("score", str(10 * place.rank))
+    peers.enter_round(context.rank)
+    peers.publish("score", str(10 * context.rank))
     scores = peers.collect("score", 60)
-    return peers.missing_from_round(2), scores, [peers.describe(k) for k in range(place.networks)]
+    return peers.missing_from_round(2), scores, [peers.describe(k) for k in range(context.networks)]
 
 
 def test_all_networks_check_in_and_see_each_other():
@@ -148,7 +140,7 @@ def test_collect_names_the_networks_that_published_nothing(store):
         local.read("digest", 1, 0.2)
 
 
-def test_a_dead_peer_is_not_waited_for(store):
+def test_reading_from_a_dead_peer_fails_at_once(store):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     store.set("host/1", socket.gethostname())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from architectures import build
-from harness import Place, run
+from harness import RankContext, run
 
 from dist_graft import Graft, Grafter
 from dist_graft.analysis.plan import PlanOptions, plan_round, size_of
@@ -19,14 +19,16 @@ CASES = [
 ]
 
 
-def play(place: Place) -> list[list[tuple[int, int]]]:
+def play(context: RankContext) -> list[list[tuple[int, int]]]:
     """Bytes received, and bytes of the buffers held afterwards, in each round of each case."""
-    return [[*_rounds(place, *case)] for case in CASES]
+    return [[*_rounds(context, *case)] for case in CASES]
 
 
-def _rounds(place: Place, architecture: str, exchange: str, topology: str, bucket_bytes: int):
+def _rounds(
+    context: RankContext, architecture: str, exchange: str, topology: str, bucket_bytes: int
+):
     grafter = Grafter(
-        build(architecture, place.rank),
+        build(architecture, context.rank),
         exchange=exchange,
         bucket_mb=bucket_bytes / 2**20,
         rule=Graft(topology=topology),

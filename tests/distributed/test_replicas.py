@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from architectures import State, build, lead_of, same_bits, snapshot
-from harness import Place, attempt, run
-from rounds import Mean
+from harness import RankContext, result_or_error, run
+from rounds import Mean, Round
 from torch import nn
 
-from dist_graft import Graft, Grafter, GraftRecord, Wash, graft_units, mix
+from dist_graft import Graft, Grafter, Wash, graft_units, mix
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
@@ -58,35 +58,27 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Round:
-    before: State
-    """With this process's own floating buffers."""
-    after: State
-    record: GraftRecord
-
-
 def groups(networks: int, replicas: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This process's place in every network, and its network's processes."""
+    """Groups of this process: across networks, and within its network."""
     ranks = torch.arange(networks * replicas).view(networks, replicas)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
     return across, within
 
 
-def play(place: Place, networks: int, replicas: int) -> dict[str, list[Round]]:
+def play(context: RankContext, networks: int, replicas: int) -> dict[str, list[Round]]:
     across, within = groups(networks, replicas)
-    return {str(case): rounds(place, case, replicas, across, within) for case in CASES}
+    return {str(case): rounds(context, case, replicas, across, within) for case in CASES}
 
 
 def rounds(
-    place: Place,
+    context: RankContext,
     case: Case,
     replicas: int,
     across: dist.ProcessGroup,
     within: dist.ProcessGroup,
 ) -> list[Round]:
-    model = build(case.architecture, place.rank // replicas)
+    model = build(case.architecture, context.rank // replicas)
     grafter = Grafter(
         model,
         lead=lead_of(case.architecture),
@@ -98,7 +90,7 @@ def rounds(
     )
     played = []
     for number in range(ROUNDS):
-        disturb_buffers(model, 100 * number + place.rank)
+        disturb_buffers(model, 100 * number + context.rank)
         before = snapshot(model)
         record = grafter.graft()
         played.append(Round(before, snapshot(model), record))
@@ -106,7 +98,7 @@ def rounds(
 
 
 def disturb_buffers(model: torch.nn.Module, seed: int) -> None:
-    """As data-parallel training does: each process counts what it has seen."""
+    """As in data-parallel training, where each process counts its own batches."""
     draw = torch.Generator().manual_seed(seed)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -115,12 +107,12 @@ def disturb_buffers(model: torch.nn.Module, seed: int) -> None:
 
 
 @cache
-def everyone(networks: int, replicas: int) -> list[dict[str, list[Round]]]:
+def results_by_rank(networks: int, replicas: int) -> list[dict[str, list[Round]]]:
     return run(play, networks * replicas, networks, replicas)
 
 
 def averaged(processes: list[State], buffers: list[str]) -> State:
-    """One network of several processes' states."""
+    """State of a network: the mean of its processes' buffers."""
     whole = dict(processes[0])
     for key in buffers:
         doubles = torch.stack([state[key].double() for state in processes])
@@ -137,7 +129,7 @@ def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case
     buffers = [key for key, value in model.named_buffers() if value.is_floating_point()]
     tied_again = {"2.weight"} if case.architecture == "tied" else set()
     rule = case.build_rule()
-    by_rank = [process[str(case)] for process in everyone(networks, replicas)]
+    by_rank = [process[str(case)] for process in results_by_rank(networks, replicas)]
     for number in range(ROUNDS):
         parts = [
             [by_rank[network * replicas + replica][number] for replica in range(replicas)]
@@ -165,22 +157,22 @@ def test_a_round_equals_mix_bit_for_bit(networks: int, replicas: int, case: Case
                 assert measured == pytest.approx(expect, rel=1e-5)
 
 
-def differ(place: Place, what: str) -> object:
+def differ(context: RankContext, what: str) -> object:
     across, within = groups(2, 2)
-    model = build("plain", place.rank // 2)
-    if what == "model" and place.rank == 3:
-        model = build("channels_last", place.rank // 2)
-    if what == "finite" and place.rank == 3:
+    model = build("plain", context.rank // 2)
+    if what == "model" and context.rank == 3:
+        model = build("channels_last", context.rank // 2)
+    if what == "finite" and context.rank == 3:
         model[0].weight.data[0] = torch.nan
     grafter = Grafter(model, group=across, replica_group=within)
 
     def graft() -> object:
-        return grafter.graft(stop=what == "stop" and place.rank == 1).round
+        return grafter.graft(stop=what == "stop" and context.rank == 1).round
 
-    return attempt(graft)
+    return result_or_error(graft)
 
 
-def test_what_one_process_says_its_network_says() -> None:
+def test_a_request_of_one_process_counts_for_its_network() -> None:
     """All processes of all networks take the same branch."""
     stopped = run(differ, 4, "stop")
     assert {kind for kind, _ in stopped} == {"RoundStoppedError"}
@@ -190,7 +182,7 @@ def test_what_one_process_says_its_network_says() -> None:
     assert all(text.startswith("network 1 has a weight that is not finite") for _, text in lost)
 
 
-def test_processes_of_one_network_that_differ_are_refused() -> None:
+def test_different_replicas_of_a_network_are_an_error() -> None:
     *_, third, fourth = run(differ, 4, "model", group_timeout=5)
     for kind, text in (third, fourth):
         assert kind == "DisagreementError"
@@ -198,7 +190,7 @@ def test_processes_of_one_network_that_differ_are_refused() -> None:
 
 
 class Failing(nn.Linear):
-    """Fails as a model does by itself, or as a device does."""
+    """Fails like a faulty model or like a device without memory."""
 
     def __init__(self, error: RuntimeError | None) -> None:
         super().__init__(2, 1)
@@ -210,15 +202,15 @@ class Failing(nn.Linear):
         return super().forward(inputs)
 
 
-def fail_in_a_step(place: Place, error: RuntimeError) -> object:
+def fail_in_a_step(context: RankContext, error: RuntimeError) -> object:
     replicas = Replicas(dist.group.WORLD)
-    model = replicas.wrap(Failing(error if place.rank == 1 else None))
+    model = replicas.wrap(Failing(error if context.rank == 1 else None))
 
     def step() -> None:
         with replicas.backward(last=True):
             model(torch.ones(1, 2)).sum().backward()
 
-    return attempt(step)
+    return result_or_error(step)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +218,7 @@ def fail_in_a_step(place: Place, error: RuntimeError) -> object:
     [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("2 GiB")],
     ids=["of the model", "of memory"],
 )
-def test_an_error_of_the_model_is_raised_there_and_a_lost_peer_elsewhere(
+def test_an_error_of_the_model_is_a_lost_peer_on_other_ranks(
     error: RuntimeError,
 ) -> None:
     (other, lost), (kind, text) = run(fail_in_a_step, 2, error)

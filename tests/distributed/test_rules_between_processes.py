@@ -8,15 +8,15 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import State, disturb_, places, same_bits, snapshot
-from harness import Place, attempt, run
+from architectures import disturb_, places, same_bits, snapshot
+from harness import RankContext, result_or_error, run
+from rounds import Round
 from torch import nn
 
 from dist_graft import (
     Average,
     Graft,
     Grafter,
-    GraftRecord,
     GraftUnit,
     Papa,
     Rule,
@@ -54,7 +54,7 @@ def ragged() -> nn.Module:
 
 
 def mixed_dtypes() -> nn.Module:
-    """The same with layers of different dtypes."""
+    """Like `ragged`, with layers of different dtypes."""
     model = ragged()
     for index, kind in ((1, torch.float64), (2, torch.bfloat16), (12, torch.float16)):
         model[index].to(kind)
@@ -132,32 +132,21 @@ LOST = (
 )
 
 
-@dataclass(frozen=True)
-class Round:
-    """One network before and after one round."""
-
-    before: State
-    after: State
-    record: GraftRecord
-    moved: bool
-    """Whether a tensor was reallocated by the round."""
-
-
-def play(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
+def play(context: RankContext, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
     """Run a few rounds of every case, with a perturbation after each round."""
     played = {}
     for case in cases:
-        model = build(case.model, place.rank)
+        model = build(case.model, context.rank)
         grafter = grafter_of(model, case)
         rounds = []
         for number in range(ROUNDS):
-            if case.lost and place.rank == 1:
+            if case.lost and context.rank == 1:
                 with torch.no_grad():
                     model[2].weight[0] = math.nan
             before, there = snapshot(model), places(model)
             record = grafter.graft(rate=case.rate)
             rounds.append(Round(before, snapshot(model), record, places(model) != there))
-            disturb_(model, place.networks * (number + 1) + place.rank)
+            disturb_(model, context.networks * (number + 1) + context.rank)
         played[str(case)] = rounds
     return played
 
@@ -254,9 +243,9 @@ def test_bytes_received(networks, case):
                 assert len(one.record.distance) == len(units())
 
 
-def play_deterministically(place: Place, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
+def play_deterministically(context: RankContext, cases: tuple[Case, ...]) -> dict[str, list[Round]]:
     torch.use_deterministic_algorithms(True)
-    return play(place, cases)
+    return play(context, cases)
 
 
 def test_rounds_with_deterministic_algorithms():
@@ -304,13 +293,13 @@ def test_all_networks_become_the_mean(networks, rule, exchange):
                     torch.testing.assert_close(one.after[key].double(), mean, rtol=1e-5, atol=1e-6)
 
 
-def rates(place: Place) -> tuple[object, bool]:
+def rates(context: RankContext) -> tuple[object, bool]:
     """Run a round with another rate on the last rank; returns whether weights are unchanged."""
-    model = build("ragged", place.rank)
+    model = build("ragged", context.rank)
     before = snapshot(model)
     grafter = grafter_of(model, Case("papa", "all_gather"))
-    rate = 0.25 if place.rank == place.networks - 1 else 0.5
-    outcome = attempt(lambda: grafter.graft(rate=rate))
+    rate = 0.25 if context.rank == context.networks - 1 else 0.5
+    outcome = result_or_error(lambda: grafter.graft(rate=rate))
     after = snapshot(model)
     return outcome, all(same_bits(before[key], after[key]) for key in before)
 
@@ -325,10 +314,10 @@ def test_different_rates_are_an_error_on_every_rank(networks):
         assert unchanged
 
 
-def seeds(place: Place) -> object:
+def seeds(context: RankContext) -> object:
     """Run a round with a different seed on every rank."""
-    grafter = Grafter(build("ragged", place.rank), rule=Wash(seed=place.rank))
-    return attempt(grafter.graft)
+    grafter = Grafter(build("ragged", context.rank), rule=Wash(seed=context.rank))
+    return result_or_error(grafter.graft)
 
 
 def test_different_seeds_are_an_error():

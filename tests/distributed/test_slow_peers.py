@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Place, attempt, run
+from harness import RankContext, result_or_error, run
 
 from dist_graft.population.runtime.process_group import Runtime, _mesh
 from dist_graft.population.runtime.process_info import ProcessInfo
@@ -18,7 +18,7 @@ INITIAL = 1.5
 LATE = 3.0
 
 
-def gather_late(here: Place, observed: str) -> list[object]:
+def gather_late(here: RankContext, observed: str) -> list[object]:
     """Results of two collectives that the second process enters late."""
     dist.barrier()  # with the long timeout
     dist.set_timeout(timedelta(seconds=INITIAL))
@@ -35,7 +35,7 @@ def gather_late(here: Place, observed: str) -> list[object]:
     ):
         if here.rank == 1:
             time.sleep(LATE)
-        results.append(attempt(collective))
+        results.append(result_or_error(collective))
     return results
 
 
@@ -51,7 +51,7 @@ def test_the_initial_timeout_applies_to_the_first_epoch() -> None:
         assert "during the report" in text
 
 
-def sum_late(here: Place) -> object:
+def sum_late(here: RankContext) -> object:
     """Two networks of two processes each; the second enters a sum over the networks late."""
     process = ProcessInfo(here.rank, here.networks, here.rank, here.networks, replicas=2)
     mesh = _mesh(process, "cpu", timedelta(seconds=60))
@@ -63,7 +63,7 @@ def sum_late(here: Place) -> object:
     runtime.observe_epoch(1.0)
     if process.network == 1:
         time.sleep(LATE)
-    return attempt(
+    return result_or_error(
         lambda: runtime.sum_over_networks(torch.tensor([1.0 + here.rank]), "the ensemble").tolist()
     )
 

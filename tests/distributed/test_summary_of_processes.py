@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 import torch
+from harness import RankContext, run
 
 from dist_graft import Trainer
 from dist_graft.config import TrainConfig
@@ -21,18 +20,18 @@ from dist_graft.training.step import EvalResult
 from dist_graft.training.summary import MAX_ENSEMBLE_NUMBERS
 
 
-def trainer_of(place: harness.Place, run_dir: str = "run") -> Trainer:
+def trainer_of(context: RankContext, run_dir: str = "run") -> Trainer:
     """A trainer of one network that can communicate, without data or model."""
     trainer = Trainer(TrainConfig(run_dir=run_dir))
-    trainer.process = ProcessInfo(place.rank, place.networks, place.rank, place.networks)
+    trainer.process = ProcessInfo(context.rank, context.networks, context.rank, context.networks)
     timeouts = Timeouts(60.0, epochs=5.0)
     trainer.runtime = Runtime(trainer.process, torch.device("cpu"), "gloo", timeouts, None)
-    trainer.run_events, trainer.max_lr = RunEvents(), 0.1 + place.rank
+    trainer.run_events, trainer.max_lr = RunEvents(), 0.1 + context.rank
     return trainer
 
 
 def classified(images: int, certain: float) -> EvalResult:
-    """The result of a network that gives the right class of all images this probability."""
+    """Result of a network that assigns this probability to the right class of all images."""
     right = 100.0 if certain > 0.5 else 0.0
     return EvalResult(
         loss=0.0,
@@ -43,19 +42,21 @@ def classified(images: int, certain: float) -> EvalResult:
     )
 
 
-def summary_of(place: harness.Place, tested: list[int], run_dir: str) -> Any:
+def summary_of(context: RankContext, tested: list[int], run_dir: str) -> Any:
     """The summary on this rank, or the text of its error."""
-    trainer = trainer_of(place, run_dir)
-    before, after = (classified(tested[place.rank], 0.9 - place.rank * by) for by in (0.6, 0.85))
+    trainer = trainer_of(context, run_dir)
+    before, after = (
+        classified(tested[context.rank], 0.9 - context.rank * by) for by in (0.6, 0.85)
+    )
     try:
-        trainer._summarize(before, after, finite=place.rank == 0)
+        trainer._summarize(before, after, finite=context.rank == 0)
     except DataError as error:
         return str(error)
     return trainer.summary
 
 
 def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
-    first, second = harness.run(summary_of, 2, [5, 5], str(tmp_path))
+    first, second = run(summary_of, 2, [5, 5], str(tmp_path))
     assert first.pop("events") == []
     for summary in (first, second):
         assert summary.pop("wall_seconds") >= 0
@@ -65,23 +66,23 @@ def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
     assert first["ensemble_accuracy_before_last_round"] == 100.0
     assert first["ensemble_accuracy_after_last_round"] == 0.0
     assert first["diverged"] == [1]
-    stored = json.loads((tmp_path / "summary.json").read_text())
+    stored = summary(tmp_path)
     assert {key: stored[key] for key in first} == first
 
 
 def test_different_numbers_of_test_images_are_an_error_on_all_ranks(tmp_path: Path) -> None:
-    first, second = harness.run(summary_of, 2, [5, 4], str(tmp_path))
+    first, second = run(summary_of, 2, [5, 4], str(tmp_path))
     assert first == second
     assert "numbers of images ([5, 4])" in first
 
 
-def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -> float | None:
-    result = classified(images[place.rank], certain[place.rank])
-    return trainer_of(place)._epoch_ensemble(result, 0)
+def ensemble_of(context: RankContext, certain: list[float], images: list[int]) -> float | None:
+    result = classified(images[context.rank], certain[context.rank])
+    return trainer_of(context)._epoch_ensemble(result, 0)
 
 
 @pytest.mark.parametrize(
-    ("certainty", "images", "expected"),
+    ("certain", "images", "expected"),
     [
         ([0.9, 0.3], [5, 5], 100.0),
         ([0.6, 0.3], [5, 5], 0.0),
@@ -93,4 +94,4 @@ def ensemble_of(place: harness.Place, certain: list[float], images: list[int]) -
 def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
-    assert harness.run(ensemble_of, 2, certain, images) == [expected, expected]
+    assert run(ensemble_of, 2, certain, images) == [expected, expected]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from architectures import build, same_bits, snapshot
-from harness import Place, attempt, run
+from harness import RankContext, result_or_error, run
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_graft import Graft, Grafter, graft_units, mix
@@ -25,8 +25,8 @@ def expected(states):
     return mix(states, units, Graft().decide(torch.stack(information), 0))
 
 
-def graft_compiled(place: Place):
-    model = build("plain", place.rank).eval()
+def graft_compiled(context: RankContext):
+    model = build("plain", context.rank).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     batch = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -48,11 +48,11 @@ def test_compiled_module_has_plain_keys_and_uses_the_new_weights():
         assert not torch.equal(fresh, stale)
 
 
-def graft_data_parallel(place: Place):
+def graft_data_parallel(context: RankContext):
     """Ranks 0 and 1 hold one network, ranks 2 and 3 the other."""
-    replicas = [dist.new_group([0, 1]), dist.new_group([2, 3])][place.rank // 2]
-    networks = [dist.new_group([0, 2]), dist.new_group([1, 3])][place.rank % 2]
-    model = build("plain", place.rank // 2)
+    replicas = [dist.new_group([0, 1]), dist.new_group([2, 3])][context.rank // 2]
+    networks = [dist.new_group([0, 2]), dist.new_group([1, 3])][context.rank % 2]
+    model = build("plain", context.rank // 2)
     wrapped = DistributedDataParallel(model, process_group=replicas)
     grafter = Grafter(wrapped, group=networks)
     before = snapshot(model)
@@ -79,9 +79,9 @@ def test_two_networks_with_two_replicas():
         assert same_gradient
 
 
-def graft_in_every_wrapper(place: Place):
+def graft_in_every_wrapper(context: RankContext):
     """One process for each network, each in its own data-parallel group."""
-    own = [dist.new_group([rank]) for rank in range(place.networks)][place.rank]
+    own = [dist.new_group([rank]) for rank in range(context.networks)][context.rank]
     wrappers = (
         lambda model: DistributedDataParallel(model, process_group=own),
         lambda model: torch.compile(
@@ -93,7 +93,7 @@ def graft_in_every_wrapper(place: Place):
     )
     outcomes = []
     for wrap in wrappers:
-        model = build("plain", place.rank)
+        model = build("plain", context.rank)
         before = snapshot(model)
         record = Grafter(wrap(model)).graft()
         outcomes.append((before, snapshot(model), record))
@@ -109,11 +109,11 @@ def test_compile_and_data_parallel_wrappers_in_any_order():
             assert list(record.coefficient) == UNITS
 
 
-def graft_in_a_subgroup(place: Place, exchange: str):
+def graft_in_a_subgroup(context: RankContext, exchange: str):
     group = dist.new_group([3, 1, 2])
-    model = build("plain", place.rank)
+    model = build("plain", context.rank)
     before = snapshot(model)
-    record = Grafter(model, group=group, exchange=exchange).graft() if place.rank else None
+    record = Grafter(model, group=group, exchange=exchange).graft() if context.rank else None
     return before, snapshot(model), record
 
 
@@ -129,7 +129,7 @@ def test_only_the_ranks_of_the_group_are_networks(exchange):
         assert record.donor == (network - 1) % 3
 
 
-def build_with_bad_options(place: Place):
+def build_with_bad_options(context: RankContext):
     model = build("plain", 0)
     options = (
         {"exchange": "broadcast"},
@@ -141,7 +141,10 @@ def build_with_bad_options(place: Place):
         {"criterion": "l2"},
         {"lead": "linear"},
     )
-    return [(option, attempt(lambda option=option: Grafter(model, **option))) for option in options]
+    return [
+        (option, result_or_error(lambda option=option: Grafter(model, **option)))
+        for option in options
+    ]
 
 
 def test_option_out_of_range_is_an_error():
@@ -159,7 +162,7 @@ def test_a_grafter_needs_a_process_group():
         Grafter(build("plain", 0))
 
 
-def destroy_group_while_the_grafter_lives(_: Place):
+def destroy_group_while_the_grafter_lives(_: RankContext):
     grafter = Grafter(build("plain", 0))
     grafter.graft()
     with_group = sum(1 for _ in Path("/proc/self/task").iterdir())

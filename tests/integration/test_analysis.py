@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import finish, torchrun
+from launching import run_program, torchrun
 from reading import checkpoint
 
 from dist_graft import cli
@@ -23,7 +23,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run of two networks over two epochs with a validation split."""
     run = tmp_path_factory.mktemp("validated") / "run"
     options = ("--epochs", "2", "--data.val_fraction", "0.5", "--monitor.tensorboard", "false")
-    done = finish(torchrun(2, run, *options, "--data.batch_size", "16"), timeout=150)
+    done = run_program(torchrun(2, run, *options, "--data.batch_size", "16"), timeout=150)
     assert done.status == 0, done
     return run
 

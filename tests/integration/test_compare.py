@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reading import summary
 
 from dist_graft.studies.plan import read_plan
 from dist_graft.studies.records import Results
@@ -86,10 +87,10 @@ def test_interrupted_comparison_resumes(tmp_path: Path) -> None:
     assert rows["status"].tolist() == ["ok", "ok", "ok", "failed"]
     assert line in rows.loc[runs[3].key, "error"]
     for run, folder in zip(runs[:3], folders, strict=False):
-        summary = json.loads((folder / "summary.json").read_text())
+        found = summary(folder)
         evaluation = json.loads((folder / "evaluation.json").read_text())
         row = rows.loc[run.key]
-        last = summary["networks"][-1]["accuracy_after_last_round"]
+        last = found["networks"][-1]["accuracy_after_last_round"]
         assert row["largest_lr_member"] == pytest.approx(last)
         assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy"])
         soup = evaluation["uniform_soup"]["batch_norm_reestimated"]

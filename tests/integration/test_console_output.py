@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT
-from launching import environment, finish, program, torchrun
+from launching import environment, program, run_program, torchrun
 
 SHORT = ("--epochs", "2", "--model.name", "resnet8")
 MODEL_WITH_WARNING = """
@@ -72,7 +72,7 @@ def test_batch_log_has_plain_lines_and_each_warning_once(tmp_path: Path) -> None
     (tmp_path / "odd.py").write_text(MODEL_WITH_WARNING)
     run = tmp_path / "run"
     command = torchrun(2, run, "--epochs", "1", "--model.name", "odd:network")
-    done = finish(command, timeout=150, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_program(command, timeout=150, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.status == 0, done
     output = done.output + done.errors
     assert "\r" not in output

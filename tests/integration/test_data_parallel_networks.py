@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from launching import (
-    PROMPTLY,
-    background,
+    PROMPT_SECONDS,
+    checkpoint_is_complete,
     children,
-    end_of,
-    finish,
+    error_line,
+    faulty,
     program,
-    saved,
-    together,
-    told,
+    run_population,
+    run_program,
+    run_programs,
+    running,
     torchrun,
+    wait_for_end,
     wait_until,
 )
 from reading import assert_same_bits, checkpoint, metrics, scalars
@@ -58,8 +60,8 @@ def test_replicas_change_only_the_order_of_sums(
     (tmp_path / "group_norm.py").write_text(GROUP_NORM_MODEL)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     single, replicated = tmp_path / "single", tmp_path / "replicated"
-    together(networks, single, *SHORT)
-    together(networks * number, replicated, *SHORT, *replicas(number))
+    run_population(networks, single, *SHORT)
+    run_population(networks * number, replicated, *SHORT, *replicas(number))
     for network in range(networks):
         first, second = (checkpoint(run, 2, network) for run in (single, replicated))
         assert first["round"] == second["round"] == (2 if networks > 1 else 0)
@@ -89,22 +91,18 @@ def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_p
     names = ("uninterrupted", "stopped", "killed")
     uninterrupted, stopped, killed = (tmp_path / name for name in names)
     options = (*LONG, *replicas(number))
-    together(processes, uninterrupted, *options)
+    run_population(processes, uninterrupted, *options)
 
-    with background([torchrun(processes, stopped, *options)]) as (launcher,):
-        wait_until(saved(stopped, 1), "the first checkpoint", meanwhile=[launcher])
+    with running([torchrun(processes, stopped, *options)]) as (launcher,):
+        wait_until(checkpoint_is_complete(stopped, 1), "the first checkpoint", meanwhile=[launcher])
         os.kill(children(launcher)[processes - 1], signal.SIGUSR1)
-        done = end_of(launcher, 25)
+        done = wait_for_end(launcher, 25)
     assert "stopped early by SIGUSR1" in done.errors, done
     assert list(stopped.glob("checkpoints/epoch_000[12]_round_*/COMPLETE.json"))
-    together(processes, stopped, *options)
+    run_population(processes, stopped, *options)
 
-    faulty = Path(__file__).parents[1] / "distributed/faulty.py"
-    plain = torchrun(processes, killed, *options)
-    split = plain.index("train")
-    command = [*plain[: split - 2], "--max-restarts=1", str(faulty)]
-    command += ["kill", str(processes - 1), "50", "--", *plain[split:]]
-    done = finish(command, timeout=200)
+    command = faulty(processes, killed, f"kill {processes - 1} 50", *options, restarts=1)
+    done = run_program(command, timeout=200)
     assert done.status == 0, done
     assert f"network {networks - 1} (replica {number - 1}, rank {processes - 1} on " in done.errors
 
@@ -117,24 +115,23 @@ def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_p
 
 
 def test_uneven_number_of_processes_is_refused(tmp_path: Path) -> None:
-    with background([program(tmp_path / "run", *replicas(2))] * 3) as processes:
-        ends = [end_of(process, PROMPTLY) for process in processes]
+    ends = run_programs([program(tmp_path / "run", *replicas(2))] * 3, timeout=PROMPT_SECONDS)
     for done in ends:
-        told(done, "runtime.replicas 2 needs 2 processes for each network, and 3", "start 2, 4, 6")
+        error_line(
+            done, "runtime.replicas 2 needs 2 processes for each network, and 3", "start 2, 4, 6"
+        )
 
 
 def test_resume_with_other_replicas_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--model.name", "resnet8", "--epochs", "1")
-    assert finish([sys.executable, *program(run, *options)[1:]], timeout=60).status == 0
-    with background([program(run, *options, *replicas(2))] * 2) as processes:
-        ends = [end_of(process, PROMPTLY) for process in processes]
-    told(ends[0], "runtime.replicas was 1 and is now 2", "choose another run_dir")
+    assert run_program([sys.executable, *program(run, *options)[1:]], timeout=60).status == 0
+    ends = run_programs([program(run, *options, *replicas(2))] * 2, timeout=PROMPT_SECONDS)
+    error_line(ends[0], "runtime.replicas was 1 and is now 2", "choose another run_dir")
     assert all(done.status for done in ends)
 
 
 def test_sync_bn_needs_gpus(tmp_path: Path) -> None:
     command = program(tmp_path / "run", *replicas(2), "--runtime.sync_bn", "true")
-    with background([command] * 2) as processes:
-        for process in processes:
-            told(end_of(process, PROMPTLY), "runtime.sync_bn needs GPUs")
+    for done in run_programs([command] * 2, timeout=PROMPT_SECONDS):
+        error_line(done, "runtime.sync_bn needs GPUs")

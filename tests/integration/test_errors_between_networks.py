@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 from launching import (
-    PROMPTLY,
-    background,
+    PROMPT_SECONDS,
+    checkpoint_is_complete,
     children,
-    end_of,
-    finish,
+    error_line,
     free_port,
     is_alive,
     program,
-    saved,
-    told,
+    run_program,
+    run_programs,
+    running,
     torchrun,
+    wait_for_end,
     wait_until,
 )
 from reading import contents
@@ -32,11 +33,11 @@ SHORT = ("--epochs", "1")
 def test_non_finite_weights(tmp_path: Path) -> None:
     """Every process reports them, in its log too, and torchrun's table of failures has the line."""
     run = tmp_path / "run"
-    with background([torchrun(2, run, *SHORT, "--optim.lr", "1e30")]) as (launcher,):
+    with running([torchrun(2, run, *SHORT, "--optim.lr", "1e30")]) as (launcher,):
         log = run / "network01/log.txt"
         wait_until(lambda: log.is_file() and "resnet20" in log.read_text(), "the start")
-        done = end_of(launcher, PROMPTLY)
-    line = told(done, "epoch 0", "network 0 has a weight", "network 1 has a weight")
+        done = wait_for_end(launcher, PROMPT_SECONDS)
+    line = error_line(done, "epoch 0", "network 0 has a weight", "network 1 has a weight")
     assert re.search(r"not finite in \S+\.(weight|bias|running_var|running_mean)", line)
     table = done.errors[done.errors.index("FAILED") :]
     assert "has a weight that is not finite" in table
@@ -50,10 +51,9 @@ def test_non_finite_weights(tmp_path: Path) -> None:
 def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
     """As on two machines with separate disks: only the errors are written."""
     runs = [tmp_path / "one", tmp_path / "other"]
-    with background([program(run, *SHORT) for run in runs]) as processes:
-        ends = [end_of(process, 60) for process in processes]
+    ends = run_programs([program(run, *SHORT) for run in runs], timeout=60)
     for network, (run, done) in enumerate(zip(runs, ends, strict=True)):
-        line = told(
+        line = error_line(
             done, f"{run} is not shared by all processes", "on a disk that all machines mount"
         )
         assert f": network 1 on {socket.gethostname()} did not see" in line
@@ -61,62 +61,59 @@ def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_different_architectures(tmp_path: Path) -> None:
-    """Detected before the first epoch, however long an epoch is."""
+    """Detected before the first epoch."""
     run = tmp_path / "run"
     names = ("resnet20", "resnet32")
-    with background([program(run, *LONG, "--model.name", name) for name in names]) as processes:
-        ends = [end_of(process, 60) for process in processes]
+    ends = run_programs([program(run, *LONG, "--model.name", name) for name in names], timeout=60)
     for network, done in enumerate(ends):
         log = run / f"network{network:02d}/log.txt"
-        told(done, "ranks 0 and 1", "layer2.0.conv1.weight", "layer1.3.conv1.weight", log=log)
+        error_line(done, "ranks 0 and 1", "layer2.0.conv1.weight", "layer1.3.conv1.weight", log=log)
         assert "same model" in done.errors
     assert not list(run.glob("network*/metrics.jsonl"))
 
 
 def test_dead_peer_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with background([program(run, *LONG)] * 2) as processes:
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
+    with running([program(run, *LONG)] * 2) as processes:
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=processes)
         processes[1].kill()
-        done = end_of(processes[0], PROMPTLY)
-    told(done, "network 0", "network 1 (rank 1 on ", log=run / "network00/log.txt")
+        done = wait_for_end(processes[0], PROMPT_SECONDS)
+    error_line(done, "network 0", "network 1 (rank 1 on ", log=run / "network00/log.txt")
     assert list(run.glob("checkpoints/*/COMPLETE.json"))
     assert not (run / "summary.json").exists()
 
 
 def test_dead_peer_under_torchrun_is_named_by_survivor_and_table(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with background([torchrun(2, run, *LONG)]) as (launcher,):
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
+    with running([torchrun(2, run, *LONG)]) as (launcher,):
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
         first, second = children(launcher)
         os.kill(second, signal.SIGKILL)
-        done = end_of(launcher, PROMPTLY)
-    told(done, "network 1 (rank 1 on ")
+        done = wait_for_end(launcher, PROMPT_SECONDS)
+    error_line(done, "network 1 (rank 1 on ")
     table = done.errors[done.errors.index("FAILED") :]
     assert re.search(r"rank +: 1", table)
     assert not is_alive(first)
 
 
-def test_stopped_peer_is_named_after_the_timeout(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = (*LONG, "--runtime.timeout_seconds", "8")
-    with background([program(run, *options)] * 2) as processes:
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
-        processes[1].send_signal(signal.SIGSTOP)
-        done = end_of(processes[0], PROMPTLY)
-    told(done, "network 1 (rank 1 on ", log=run / "network00/log.txt")
-
-
-@pytest.mark.slow
-def test_stopped_first_network_does_not_block_the_others(tmp_path: Path) -> None:
-    """It hosts the store, which each network polls once a second for stop requests."""
-    run = tmp_path / "run"
-    options = (*LONG, "--runtime.timeout_seconds", "5")
-    with background([program(run, *options)] * 2) as processes:
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=processes)
-        processes[0].send_signal(signal.SIGSTOP)
-        done = end_of(processes[1], 60)
-    told(done, "network 1 (rank 1 on ", "answer", log=run / "network01/log.txt")
+@pytest.mark.parametrize(
+    ("stopped", "timeout", "parts"),
+    [
+        (1, 8, ["network 1 (rank 1 on "]),
+        # The first network hosts the store, which each network polls for stop requests.
+        pytest.param(0, 5, ["network 1 (rank 1 on ", "answer"], marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_peer_does_not_block_the_other_network(
+    tmp_path: Path, stopped: int, timeout: int, parts: list[str]
+) -> None:
+    run, other = tmp_path / "run", 1 - stopped
+    options = (*LONG, "--runtime.timeout_seconds", str(timeout))
+    with running([program(run, *options)] * 2) as processes:
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=processes)
+        processes[stopped].send_signal(signal.SIGSTOP)
+        done = wait_for_end(processes[other], 60 if stopped == 0 else PROMPT_SECONDS)
+    error_line(done, *parts, log=run / f"network{other:02d}/log.txt")
 
 
 def rendezvous(rank: int, port: int) -> dict[str, str]:
@@ -128,8 +125,8 @@ def rendezvous(rank: int, port: int) -> dict[str, str]:
 def test_peer_that_never_starts(tmp_path: Path, rank: int, missing: int) -> None:
     command = program(tmp_path / "run", *SHORT, "--runtime.timeout_seconds", "3")
     port = free_port()
-    done = finish(command, timeout=PROMPTLY, **rendezvous(rank, port))
-    line = told(done, f"network {rank} (rank {rank} on ", "MASTER_PORT")
+    done = run_program(command, timeout=PROMPT_SECONDS, **rendezvous(rank, port))
+    line = error_line(done, f"network {rank} (rank {rank} on ", "MASTER_PORT")
     assert f"network {missing}" in line or str(port) in line
 
 
@@ -140,6 +137,6 @@ def test_port_in_use(tmp_path: Path, rank: int) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        done = finish(command, timeout=PROMPTLY, **rendezvous(rank, port))
-    told(done, f"port {port} of 127.0.0.1", "choose a free MASTER_PORT")
+        done = run_program(command, timeout=PROMPT_SECONDS, **rendezvous(rank, port))
+    error_line(done, f"port {port} of 127.0.0.1", "choose a free MASTER_PORT")
     assert list(contents(tmp_path / "run")) == [f"network{rank:02d}/log.txt"]

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,21 @@ import torch
 from launching import (
     ERROR,
     PAIR,
-    PROMPTLY,
+    PROMPT_SECONDS,
     Done,
-    background,
-    end_of,
-    finish,
+    Train,
+    checkpoint_is_complete,
+    error_line,
     program,
-    saved,
-    told,
+    run_program,
+    run_programs,
+    running,
+    wait_for_end,
     wait_until,
 )
 from PIL import Image
 from reading import checkpoint, contents, metrics
 
-Alone = Callable[..., Done]
 ONE = ("--epochs", "1")
 
 
@@ -49,17 +49,17 @@ ONE = ("--epochs", "1")
     ],
 )
 def test_unavailable_option(
-    alone: Alone, tmp_path: Path, options: list[str], says: list[str]
+    train: Train, tmp_path: Path, options: list[str], says: list[str]
 ) -> None:
-    done = alone(tmp_path / "run", *ONE, *options)
-    told(done, *says, log=tmp_path / "run/network00/log.txt")
+    done = train(tmp_path / "run", *ONE, *options)
+    error_line(done, *says, log=tmp_path / "run/network00/log.txt")
     assert not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_no_gpu(alone: Alone, tmp_path: Path) -> None:
-    done = alone(tmp_path / "run", *ONE, "--runtime.device", "cuda")
-    told(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
+def test_no_gpu(train: Train, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *ONE, "--runtime.device", "cuda")
+    error_line(done, "runtime.device cuda", "0 GPUs", "use cpu or auto")
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_no_gpu(alone: Alone, tmp_path: Path) -> None:
     ],
 )
 def test_missing_or_empty_data_folder(
-    alone: Alone, tmp_path: Path, name: str, folders: list[str], says: list[str]
+    train: Train, tmp_path: Path, name: str, folders: list[str], says: list[str]
 ) -> None:
     root = tmp_path / "images"
     for folder in folders:
         (root / folder).mkdir(parents=True)
     options = ("--data.name", name, "--data.root", str(root), "--data.download", "false")
-    done = alone(tmp_path / "run", *ONE, *options)
-    told(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
+    done = train(tmp_path / "run", *ONE, *options)
+    error_line(done, str(root), *says, log=tmp_path / "run/network00/log.txt")
 
 
-def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> None:
+def test_broken_images_are_reported_or_skipped(train: Train, tmp_path: Path) -> None:
     root, run = tmp_path / "images", tmp_path / "run"
     random = np.random.default_rng(0)
     for split, name in itertools.product(("train", "val"), ("cat", "dog")):
@@ -99,11 +99,11 @@ def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> 
         *("--data.name", "imagefolder", "--data.root", str(root), "--data.workers", "1"),
         *("--data.image_size", "32", "--data.batch_size", "4", "--epochs", "2"),
     )
-    told(
-        alone(run, *options), str(broken), "--data.skip_broken true", log=run / "network00/log.txt"
+    error_line(
+        train(run, *options), str(broken), "--data.skip_broken true", log=run / "network00/log.txt"
     )
 
-    done = alone(run, *options, "--data.skip_broken", "true")
+    done = train(run, *options, "--data.skip_broken", "true")
     assert done.status == 0, done
     log = (run / "network00/log.txt").read_text().splitlines()
     warnings = [line for line in log if " WARNING " in line]
@@ -114,9 +114,9 @@ def test_broken_images_are_reported_or_skipped(alone: Alone, tmp_path: Path) -> 
     assert hits == pytest.approx([round(hit) for hit in hits])
 
 
-def test_non_finite_weight(alone: Alone, tmp_path: Path) -> None:
-    done = alone(tmp_path / "run", *ONE, "--optim.lr", "1e30")
-    line = told(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
+def test_non_finite_weight(train: Train, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *ONE, "--optim.lr", "1e30")
+    line = error_line(done, "epoch 0", "network 0", log=tmp_path / "run/network00/log.txt")
     assert ".weight" in line
     assert "learning rate" in line
     assert not (tmp_path / "run/checkpoints").exists()
@@ -125,26 +125,28 @@ def test_non_finite_weight(alone: Alone, tmp_path: Path) -> None:
 class TestRunDirectory:
     @pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
     def test_file_in_place_of_the_run_directory(
-        self, alone: Alone, tmp_path: Path, place: str
+        self, train: Train, tmp_path: Path, place: str
     ) -> None:
         (tmp_path / "file").write_text("here")
-        told(alone(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
+        error_line(train(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
         assert (tmp_path / "file").read_text() == "here"
 
-    def test_folder_is_not_writable(self, alone: Alone) -> None:
-        told(alone(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir")
+    def test_folder_is_not_writable(self, train: Train) -> None:
+        error_line(
+            train(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir"
+        )
 
     @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])
-    def test_file_in_place_of_a_folder(self, alone: Alone, tmp_path: Path, part: str) -> None:
+    def test_file_in_place_of_a_folder(self, train: Train, tmp_path: Path, part: str) -> None:
         path = tmp_path / "run" / part
         path.parent.mkdir(parents=True)
         path.write_text("here")
-        told(alone(tmp_path / "run", *ONE), str(path), "cannot be written", "run_dir")
+        error_line(train(tmp_path / "run", *ONE), str(path), "cannot be written", "run_dir")
         assert path.read_text() == "here"
 
     @pytest.fixture
-    def finished(self, alone: Alone, tmp_path: Path) -> Path:
-        assert alone(tmp_path / "run", *ONE).status == 0
+    def finished(self, train: Train, tmp_path: Path) -> Path:
+        assert train(tmp_path / "run", *ONE).status == 0
         return tmp_path / "run"
 
     @pytest.mark.parametrize(
@@ -160,38 +162,40 @@ class TestRunDirectory:
         ],
     )
     def test_different_options(
-        self, alone: Alone, finished: Path, options: list[str], says: list[str]
+        self, train: Train, finished: Path, options: list[str], says: list[str]
     ) -> None:
         before = contents(finished, without=("log.txt",))
         log = finished / "network00/log.txt"
         written = log.read_text()
-        done = alone(finished, *ONE, *options)
-        line = told(done, str(finished), *says, "run_dir", log=log)
+        done = train(finished, *ONE, *options)
+        line = error_line(done, str(finished), *says, "run_dir", log=log)
         assert contents(finished, without=("log.txt",)) == before
         assert log.read_text() == f"{written}ERROR {line}\n"
 
-    def test_different_number_of_networks(self, alone: Alone, pair: Path, tmp_path: Path) -> None:
+    def test_different_number_of_networks(self, train: Train, pair: Path, tmp_path: Path) -> None:
         shutil.copytree(pair, tmp_path / "run")
         before = contents(tmp_path / "run", without=("log.txt",))
-        done = alone(tmp_path / "run", *PAIR)
-        told(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
+        done = train(tmp_path / "run", *PAIR)
+        error_line(done, "run of 2 networks", "1 processes", "start 2, or choose another run_dir")
         assert contents(tmp_path / "run", without=("log.txt",)) == before
 
-    def test_no_complete_checkpoint(self, alone: Alone, finished: Path) -> None:
+    def test_no_complete_checkpoint(self, train: Train, finished: Path) -> None:
         (finished / "checkpoints/epoch_0001/network00.pt").write_bytes(b"damaged")
         before = contents(finished, without=("log.txt", "status.json"))
-        told(alone(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir")
+        error_line(
+            train(finished, *ONE), "epoch_0001/network00.pt is missing or damaged", "run_dir"
+        )
         assert contents(finished, without=("log.txt", "status.json")) == before
 
     def test_error_is_logged_if_only_the_config_file_names_the_folder(
-        self, alone: Alone, finished: Path, monkeypatch: pytest.MonkeyPatch
+        self, train: Train, finished: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(finished.parent)
         config = finished.parent / "options.yaml"
         config.write_text((finished / "config.yaml").read_text())
         command = [sys.executable, "-m", "dist_graft", "train", "--config", str(config)]
-        done = finish([*command, "--optim.lr", "0.3"], timeout=PROMPTLY)
-        told(done, "optim.lr was 0.1 and is now 0.3", log=finished / "network00/log.txt")
+        done = run_program([*command, "--optim.lr", "0.3"], timeout=PROMPT_SECONDS)
+        error_line(done, "optim.lr was 0.1 and is now 0.3", log=finished / "network00/log.txt")
 
 
 class TestFullDisk:
@@ -199,54 +203,55 @@ class TestFullDisk:
 
     def limited(self, run: Path, kilobytes: int, *options: str) -> Done:
         limit = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited"]
-        return finish([*limit, *program(run, *options)], timeout=60)
+        return run_program([*limit, *program(run, *options)], timeout=60)
 
-    def test_checkpoint_does_not_fit(self, alone: Alone, tmp_path: Path) -> None:
+    def test_checkpoint_does_not_fit(self, train: Train, tmp_path: Path) -> None:
         """Earlier checkpoints remain, and the run resumes when there is space again."""
         run, schedule = tmp_path / "run", ("--optim.schedule", "constant")
-        assert alone(run, "--epochs", "1", *schedule).status == 0
+        assert train(run, "--epochs", "1", *schedule).status == 0
         before = contents(run / "checkpoints")
         done = self.limited(run, 1000, "--epochs", "2", *schedule)
         log = run / "network00/log.txt"
-        told(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
+        error_line(done, "epoch_0002/network00.pt cannot be written", "free space", log=log)
         complete = {name: value for name, value in contents(run / "checkpoints").items()
                  if name.startswith("epoch_0001")}  # fmt: skip
         assert complete == before
-        assert alone(run, "--epochs", "2", *schedule).status == 0
+        assert train(run, "--epochs", "2", *schedule).status == 0
         assert checkpoint(run, 2, 0)["epoch"] == 2
         assert [line["epoch"] for line in metrics(run, 0)] == [0, 1]
 
     def test_events_do_not_fit(self, tmp_path: Path) -> None:
         done = self.limited(tmp_path / "run", 2, *ONE)
-        told(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
+        error_line(done, "cannot be written", "free space", log=tmp_path / "run/network00/log.txt")
 
 
-def test_run_is_stopped_by_a_signal_and_resumed(alone: Alone, tmp_path: Path) -> None:
+def test_run_is_stopped_by_a_signal_and_resumed(train: Train, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ("--epochs", "300", "--optim.schedule", "constant")
-    with background([program(run, *options)]) as (process,):
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[process])
+    with running([program(run, *options)]) as (process,):
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[process])
         process.send_signal(signal.SIGTERM)
-        done = end_of(process, PROMPTLY)
+        done = wait_for_end(process, PROMPT_SECONDS)
     assert done.status == 75
-    told(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
+    error_line(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
     (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
     epochs = int(newest.parent.name.split("_")[1]) + 1
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("epochs: 300", f"epochs: {epochs}")
     )
-    done = alone(run, "--epochs", str(epochs), "--optim.schedule", "constant")
+    done = train(run, "--epochs", str(epochs), "--optim.schedule", "constant")
     assert done.status == 0, done
     assert [line["epoch"] for line in metrics(run, 0)] == list(range(epochs))
 
 
 def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     """Each process of several names its network."""
-    with background([program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2) as processes:
-        ends = [end_of(process, PROMPTLY) for process in processes]
+    ends = run_programs(
+        [program(tmp_path / "run", "--optim.lrs", "[0.1, 0.2, 0.3]")] * 2, timeout=PROMPT_SECONDS
+    )
     for network, done in enumerate(ends):
         assert done.status == 2
         assert done.errors.count(ERROR) == len(done.errors.splitlines()) == 1
-        line = told(done, "optim.lrs has 3 learning rates for 2 networks")
+        line = error_line(done, "optim.lrs has 3 learning rates for 2 networks")
         assert line.startswith(f"network {network} (rank {network} on {os.uname().nodename})")
         log = (tmp_path / f"run/network{network:02d}/log.txt").read_text()
         assert log == f"ERROR {line}\n"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from launching import Done
-from reading import assert_same_bits, checkpoint, metrics, scalars
+from launching import Train
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary
 
 NETWORKS = (0, 1)
 
 
 def test_first_network_is_bitwise_equal_to_a_single_one(
-    independent: Path, alone: Callable[..., Done], tmp_path: Path
+    independent: Path, train: Train, tmp_path: Path
 ) -> None:
     lr = str(metrics(independent, 0)[0]["lr"])
-    assert alone(tmp_path / "run", "--epochs", "3", "--seed", "5", "--optim.lr", lr).status == 0
+    assert train(tmp_path / "run", "--epochs", "3", "--seed", "5", "--optim.lr", lr).status == 0
     together, single = (checkpoint(run, 3, 0) for run in (independent, tmp_path / "run"))
     assert_same_bits(together["model"], single["model"])
     assert together["round"] == single["round"] == 0
@@ -37,9 +35,9 @@ def test_no_rounds_are_recorded(independent: Path) -> None:
 
 
 def test_accuracies_before_and_after_the_last_round_are_equal(independent: Path) -> None:
-    summary = json.loads((independent / "summary.json").read_text())
-    for row in summary["networks"]:
+    found = summary(independent)
+    for row in found["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]
     for name in ("mean", "ensemble"):
-        accuracies = {summary[f"{name}_accuracy_{when}_last_round"] for when in ("before", "after")}
+        accuracies = {found[f"{name}_accuracy_{when}_last_round"] for when in ("before", "after")}
         assert len(accuracies) == 1

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import Done, together
-from reading import assert_same_bits, checkpoint, metrics
+from launching import Train, run_population
+from reading import assert_same_bits, checkpoint, metrics, optimizer_tensors
 
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
 from dist_graft.training.models import build_model
-
-Alone = Callable[..., Done]
 
 TINY = (
     *("--data.batch_size", "16", "--data.test_samples", "40", "--monitor.tensorboard", "false"),
@@ -34,7 +31,7 @@ NOISE = ("--graft.source", "noise", "--graft.threshold")
 def uninterrupted(folder: Path, *options: str) -> Path:
     """Train two networks for two epochs without interruption; returns the run directory."""
     run = folder / "uninterrupted"
-    together(2, run, *TINY, "--epochs", "2", *options)
+    run_population(2, run, *TINY, "--epochs", "2", *options)
     return run
 
 
@@ -79,16 +76,13 @@ def assert_resumes_exactly(run: Path, tmp_path: Path, *options: str) -> None:
     """Train one epoch, resume for a second, and compare with the uninterrupted run."""
     resumed = tmp_path / "resumed"
     for epochs in ("1", "2"):
-        together(2, resumed, *TINY, *options, "--epochs", epochs)
+        run_population(2, resumed, *TINY, *options, "--epochs", epochs)
     for network in (0, 1):
         first, second = (checkpoint(folder, 2, network) for folder in (run, resumed))
         assert_same_bits(first["model"], second["model"])
-        moments = [
-            {str(k): part["momentum_buffer"] for k, part in state["optimizer"]["state"].items()}
-            for state in (first, second)
-        ]
-        assert moments[0]
-        assert_same_bits(*moments)
+        moments = optimizer_tensors(first)
+        assert moments
+        assert_same_bits(moments, optimizer_tensors(second))
         assert first["round"] == second["round"]
         for one, other in zip(entries(run, network), entries(resumed, network), strict=True):
             for what in ("round", "rounds", "bytes", "coefficient", "donor", "distance"):
@@ -169,7 +163,7 @@ def test_random_donors(random_donors: Path, bytes_of_a_network: int) -> None:
     )
 
 
-def test_noise_with_a_single_network(alone: Alone, tmp_path: Path) -> None:
+def test_noise_with_a_single_network(train: Train, tmp_path: Path) -> None:
     """Noise changes invalid filters only; without any, the run equals plain training."""
     finals = {}
     for name, options in (
@@ -177,7 +171,7 @@ def test_noise_with_a_single_network(alone: Alone, tmp_path: Path) -> None:
         ("none", (*NOISE, "1e-9")),
         ("all", (*NOISE, "1e9")),
     ):
-        done = alone(tmp_path / name, *TINY, "--epochs", "2", *options)
+        done = train(tmp_path / name, *TINY, "--epochs", "2", *options)
         assert done.status == 0, done
         assert [line["graft"] for line in metrics(tmp_path / name, 0)] == [None, None]
         finals[name] = checkpoint(tmp_path / name, 2, 0)
@@ -187,13 +181,13 @@ def test_noise_with_a_single_network(alone: Alone, tmp_path: Path) -> None:
     assert 0.5 < float((plain - noisy).std()) < 3
 
 
-def test_distillation(average: Path, alone: Alone, tmp_path: Path) -> None:
+def test_distillation(average: Path, train: Train, tmp_path: Path) -> None:
     teacher = average / "checkpoints/epoch_0002/network00.pt"
     digest = hashlib.sha256(teacher.read_bytes()).digest()
     distill = ("--distill.teachers", f"[{teacher}]", "--distill.weight")
     losses, weights = {}, {}
     for name, options in (("plain", ()), ("0", (*distill, "0")), ("1", (*distill, "1"))):
-        done = alone(tmp_path / name, *TINY, "--epochs", "1", *options)
+        done = train(tmp_path / name, *TINY, "--epochs", "1", *options)
         assert done.status == 0, done
         (line,) = metrics(tmp_path / name, 0)
         losses[name] = line["train_loss"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import finish, together, torchrun
+from launching import run_population, run_program, torchrun
 from reading import assert_same_bits, checkpoint
 from torch import Tensor
 
@@ -151,7 +151,7 @@ def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
     @cache
     def runs(networks: int) -> Path:
         run = tmp_path_factory.mktemp("independent") / "run"
-        together(networks, run, *TINY, "--method", "none", "--epochs", "2")
+        run_population(networks, run, *TINY, "--method", "none", "--epochs", "2")
         return run
 
     return runs
@@ -162,10 +162,10 @@ def trained(
 ) -> list[dict[str, Any]]:
     """Train for two epochs; returns the final checkpoint of each network."""
     if launcher:
-        done = finish(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
+        done = run_program(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
         assert done.status == 0, done
     else:
-        together(networks, run, *TINY, *options, "--epochs", "2")
+        run_population(networks, run, *TINY, *options, "--epochs", "2")
     return [checkpoint(run, 2, network) for network in range(networks)]
 
 
@@ -195,7 +195,7 @@ def test_run_equals_mix_and_resumes(
             assert_same_bits(one, other)
 
     shutil.rmtree(run / "checkpoints/epoch_0002")
-    together(networks, run, *TINY, *method.options, "--epochs", "2")
+    run_population(networks, run, *TINY, *method.options, "--epochs", "2")
     for network, expected in enumerate(uninterrupted):
         resumed = checkpoint(run, 2, network)
         assert_same_bits(resumed["model"], expected["model"])
@@ -210,7 +210,7 @@ def test_distillation_with_grafting(
     without_rounds = independent(networks)
     teacher = without_rounds / "checkpoints/epoch_0002/network00.pt"
     distill = ("--distill.teachers", f"[{teacher}]")
-    together(
+    run_population(
         networks, tmp_path / "independent", *TINY, *distill, "--method", "none", "--epochs", "1"
     )
     uninterrupted = trained(networks, tmp_path / "run", *distill)
@@ -225,6 +225,6 @@ def test_distillation_with_grafting(
     ):
         assert_same_bits(state, specified)
     shutil.rmtree(tmp_path / "run/checkpoints/epoch_0002")
-    together(networks, tmp_path / "run", *TINY, *distill, "--epochs", "2")
+    run_population(networks, tmp_path / "run", *TINY, *distill, "--epochs", "2")
     for network, expected in enumerate(uninterrupted):
         assert_same_bits(checkpoint(tmp_path / "run", 2, network)["model"], expected["model"])

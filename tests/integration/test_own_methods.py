@@ -1,4 +1,4 @@
-"""A new method is one file: from outside of the package, and from inside with one registry line."""
+"""A new method is one file: outside the package, or inside it with one line in the registry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import SMALL, finish, together
+from launching import SMALL, run_population, run_program
 from reading import metrics
 
 from dist_graft.config import TrainConfig
@@ -125,7 +125,7 @@ def coefficients(run: Path, network: int) -> set[float]:
 
 def test_method_from_outside_of_the_package(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    together(2, run, *OPTIONS, "--method", "outside:Follow")
+    run_population(2, run, *OPTIONS, "--method", "outside:Follow")
     assert coefficients(run, 0) == {1.0}
     assert coefficients(run, 1) == {0.75}
     assert metrics(run, 1)[0]["graft"]["round"] == 1  # 4 steps, a round every 2
@@ -147,7 +147,7 @@ def test_method_from_inside_of_the_package(tmp_path: Path) -> None:
     program = ("--nproc-per-node=2", "with_follow.py", "train", "--run_dir", str(run), *SMALL)
     method = ("--method", "follow", "--follow.keep", "0.25", "--follow.every_steps", "2")
     package = str(Path(__file__).parents[2])
-    done = finish(
+    done = run_program(
         (*launcher, *program, *OPTIONS, *method), timeout=150, PYTHONPATH=f"{package}:{tmp_path}"
     )
     assert done.status == 0, done
@@ -160,7 +160,7 @@ def test_option_of_a_method_from_inside_is_validated(tmp_path: Path) -> None:
     Path("follow.py").write_text(INSIDE)
     Path("with_follow.py").write_text(REGISTRY)
     options = ("train", "--run_dir", str(tmp_path / "run"), "--follow.keep", "2")
-    done = finish(
+    done = run_program(
         (sys.executable, "with_follow.py", *options),
         timeout=60,
         PYTHONPATH=f"{Path(__file__).parents[2]}:{tmp_path}",

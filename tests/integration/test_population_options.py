@@ -1,13 +1,12 @@
-"""Options whose effect shows only in a population of real processes, tested in one run."""
+"""Options that take effect only in a population of real processes, tested in one run."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from launching import together
-from reading import checkpoint, metrics, scalars
+from launching import run_population
+from reading import checkpoint, metrics, scalars, summary
 
 NETWORKS = (0, 1)
 
@@ -24,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--optim.lrs", "[0.02, 0.3]", "--optim.schedule", "step", "--optim.step_epochs", "1"),
         *("--monitor.progress", "lines"),
     )
-    together(2, folder, *options)
+    run_population(2, folder, *options)
     return folder
 
 
@@ -74,8 +73,7 @@ def test_given_learning_rates(run: Path) -> None:
     for network, initial in enumerate((0.02, 0.3)):
         rates = [line["lr"] for line in metrics(run, network)]
         assert rates == pytest.approx([initial, initial / 10, initial / 100])
-    summary = json.loads((run / "summary.json").read_text())
-    assert [row["lr"] for row in summary["networks"]] == [0.02, 0.3]
+    assert [row["lr"] for row in summary(run)["networks"]] == [0.02, 0.3]
 
 
 def test_images_have_three_channels(run: Path) -> None:
@@ -83,5 +81,5 @@ def test_images_have_three_channels(run: Path) -> None:
 
 
 def test_accuracies_are_equal_if_the_last_epoch_has_no_round(run: Path) -> None:
-    for row in json.loads((run / "summary.json").read_text())["networks"]:
+    for row in summary(run)["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import background, end_of, finish, wait_until
+from launching import run_program, running, wait_for_end, wait_until
+from reading import summary
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METRIC = {"segmentation": "iou", "regression": "absolute_error"}
@@ -32,11 +33,11 @@ def test_an_example_learns_and_resumes_exactly(name: str, tmp_path: Path) -> Non
     for folder in (whole, interrupted):
         folder.mkdir()
 
-    done = finish(command, timeout=200, cwd=whole)
+    done = run_program(command, timeout=200, cwd=whole)
     assert done.status == 0, done
 
     run = interrupted / "runs" / name
-    with background([command], cwd=interrupted) as (process,):
+    with running([command], cwd=interrupted) as (process,):
         metrics = run / "network00" / "metrics.jsonl"
         wait_until(
             lambda: metrics.exists() and "\n" in metrics.read_text(),
@@ -44,10 +45,10 @@ def test_an_example_learns_and_resumes_exactly(name: str, tmp_path: Path) -> Non
             meanwhile=[process],
         )
         (run / "STOP").touch()
-        stopped = end_of(process, 100)
+        stopped = wait_for_end(process, 100)
     assert "stopped early by the file" in stopped.errors
     assert (run / "STOPPED_EARLY").exists()
-    resumed = finish(command, timeout=200, cwd=interrupted)
+    resumed = run_program(command, timeout=200, cwd=interrupted)
     assert resumed.status == 0, resumed
     assert "resumed from" in resumed.output
 
@@ -57,8 +58,7 @@ def test_an_example_learns_and_resumes_exactly(name: str, tmp_path: Path) -> Non
     ]
     first, last = (line[f"test_{METRIC[name]}"] for line in (lines[0], lines[-1]))
     assert last > first if name == "segmentation" else last < first
-    summary = json.loads((whole / "runs" / name / "summary.json").read_text())
-    assert summary["metric"] == METRIC[name]
+    assert summary(whole / "runs" / name)["metric"] == METRIC[name]
     for network in range(2):
         expected = newest_weights(whole / "runs" / name, network)
         found = newest_weights(run, network)

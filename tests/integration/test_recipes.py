@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import Done
+from launching import Train
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/configs"
@@ -27,9 +26,9 @@ def recipe_id(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def train_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options: str) -> dict:
+def train_one_step(train: Train, run: Path, recipe: Path, *options: str) -> dict:
     """Train one step of a recipe; returns the resolved configuration."""
-    done = alone(run, "--config", str(recipe), *ONE_STEP, *options)
+    done = train(run, "--config", str(recipe), *ONE_STEP, *options)
     assert done.status == 0, done.errors
     metrics = json.loads((run / "network00/metrics.jsonl").read_text())
     assert math.isfinite(metrics["train_loss"])
@@ -37,7 +36,7 @@ def train_one_step(alone: Callable[..., Done], run: Path, recipe: Path, *options
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
-def test_one_step(recipe: Path, alone: Callable[..., Done], tmp_path: Path) -> None:
+def test_one_step(recipe: Path, train: Train, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
     teachers = content.get("distill", {}).get("teachers", [])
     options = []
@@ -45,10 +44,10 @@ def test_one_step(recipe: Path, alone: Callable[..., Done], tmp_path: Path) -> N
         teacher = tmp_path / "teacher"
         architecture = teachers[0].split("/")[1].removeprefix("teacher_")
         train_one_step(
-            alone, teacher, CONFIGS / "cifar/baseline.yaml", "--model.name", architecture
+            train, teacher, CONFIGS / "cifar/baseline.yaml", "--model.name", architecture
         )
         options = ["--distill.teachers", f"[{teacher}/checkpoints/epoch_0001/network00.pt]"]
-    resolved = train_one_step(alone, tmp_path / "run", recipe, *options)
+    resolved = train_one_step(train, tmp_path / "run", recipe, *options)
     assert resolved["model"] == resolved["model"] | content["model"]
     section = content.get("graft", {})
     if isinstance(section, str):

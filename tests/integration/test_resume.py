@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import background, children, is_alive, saved, together, torchrun, wait_until
-from reading import assert_same_bits, checkpoint, metrics, pictures, scalars, texts
+from launching import (
+    checkpoint_is_complete,
+    children,
+    is_alive,
+    run_population,
+    running,
+    torchrun,
+    wait_until,
+)
+from reading import (
+    assert_same_bits,
+    checkpoint,
+    metrics,
+    optimizer_tensors,
+    pictures,
+    scalars,
+    summary,
+    texts,
+)
 
 NETWORKS = (0, 1, 2)
 EPOCHS = 5
@@ -25,7 +41,7 @@ class Runs:
     orphans: list[int]
     """Workers still alive ten seconds after their launcher was killed."""
     epochs_before: int
-    """Epochs of the newest complete checkpoint at that moment."""
+    """Epochs of the newest complete checkpoint when the launcher was killed."""
     log: str
     """Log of the first network since the resume."""
 
@@ -34,9 +50,9 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
     uninterrupted, resumed = folder / "uninterrupted", folder / "resumed"
-    together(3, uninterrupted, *OPTIONS)
-    with background([torchrun(3, resumed, *OPTIONS)]) as (launcher,):
-        wait_until(saved(resumed, 1), "the first checkpoint", meanwhile=[launcher])
+    run_population(3, uninterrupted, *OPTIONS)
+    with running([torchrun(3, resumed, *OPTIONS)]) as (launcher,):
+        wait_until(checkpoint_is_complete(resumed, 1), "the first checkpoint", meanwhile=[launcher])
         workers = children(launcher)
         launcher.kill()
         launcher.wait()
@@ -51,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     epochs = [int(path.parent.name[-4:]) for path in resumed.glob("checkpoints/*/COMPLETE.json")]
     before = (resumed / "network00/log.txt").read_text()
 
-    together(3, resumed, *OPTIONS)
+    run_population(3, resumed, *OPTIONS)
     log = (resumed / "network00/log.txt").read_text().removeprefix(before)
     return Runs(uninterrupted, resumed, orphans, max(epochs), log)
 
@@ -77,11 +93,7 @@ def test_resumes_from_the_newest_checkpoint(runs: Runs) -> None:
 def test_weights_are_bitwise_equal(runs: Runs, network: int) -> None:
     first, second = (checkpoint(run, EPOCHS, network) for run in (runs.uninterrupted, runs.resumed))
     assert_same_bits(first["model"], second["model"])
-    moments = [
-        {str(k): part["momentum_buffer"] for k, part in state["optimizer"]["state"].items()}
-        for state in (first, second)
-    ]
-    assert_same_bits(*moments)
+    assert_same_bits(optimizer_tensors(first), optimizer_tensors(second))
     assert first["scheduler"] == second["scheduler"]
 
 
@@ -112,7 +124,7 @@ def test_events_have_each_step_once_with_equal_values(runs: Runs, folder: str) -
 
 @pytest.mark.parametrize("folder", ["network00", "network01", "network02", "population"])
 def test_last_figures_are_equal(runs: Runs, folder: str) -> None:
-    """They show all epochs; the resumed run has read the first ones from its files."""
+    """Figures show all epochs: the resumed run reads the first ones from its files."""
     first, second = (pictures(run / folder) for run in (runs.uninterrupted, runs.resumed))
     assert set(first) == set(second) != set()
     for tag, images in first.items():
@@ -126,9 +138,7 @@ def test_events_contain_the_resume(runs: Runs) -> None:
 
 
 def test_summaries_are_equal(runs: Runs) -> None:
-    first, second = (
-        json.loads((run / "summary.json").read_text()) for run in (runs.uninterrupted, runs.resumed)
-    )
+    first, second = (summary(run) for run in (runs.uninterrupted, runs.resumed))
     assert first.pop("events") == []
     assert [event["kind"] for event in second.pop("events")] == ["resumed"]
     assert without_times(first) == without_times(second)

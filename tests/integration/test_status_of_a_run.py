@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from launching import background, children, end_of, torchrun, wait_until
+from launching import children, running, torchrun, wait_for_end, wait_until
+from reading import summary
 
 from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import facts, judge
@@ -34,8 +34,8 @@ def test_finished_run(pair: Path) -> None:
     assert [row["epochs_finished"] for row in seen["networks"]] == [3, 3]
     assert [row["round"] for row in seen["networks"]] == [2, 2]
     assert [row["donor"] for row in seen["networks"]] == [1, 0]
-    summary = json.loads((pair / "summary.json").read_text())
-    accuracies = [row["accuracy_before_last_round"] for row in summary["networks"]]
+    found = summary(pair)
+    accuracies = [row["accuracy_before_last_round"] for row in found["networks"]]
     assert [row["test_accuracy"] for row in seen["networks"]] == accuracies
 
 
@@ -48,17 +48,17 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
         steps = [row["phase"] != "starting" and row["epochs_finished"] for row in rows]
         return seen["state"] == "running" and len(rows) == 2 and all(steps)
 
-    with background([torchrun(2, path, *LONG)]) as (launcher,):
+    with running([torchrun(2, path, *LONG)]) as (launcher,):
         wait_until(is_training, "two networks that train", meanwhile=[launcher])
         assert status_of(path)["seconds_left"] > 0
         (path / "STOP").touch()
-        end_of(launcher, 60)
+        wait_for_end(launcher, 60)
     seen = status_of(path)
     assert seen["state"] == "stopped"
     assert "rerun the command to resume from" in seen["words"]
     assert [row["phase"] for row in seen["networks"]] == ["stopped", "stopped"]
 
-    with background([torchrun(2, path, *LONG)]) as (launcher,):
+    with running([torchrun(2, path, *LONG)]) as (launcher,):
         wait_until(is_training, "the same two", meanwhile=[launcher])
         before = status_of(path)
         pids = children(launcher)
@@ -73,7 +73,7 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
 
 def test_failed_run_names_the_network(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with background([torchrun(2, path, *LONG)]) as (launcher,):
+    with running([torchrun(2, path, *LONG)]) as (launcher,):
         wait_until(
             lambda: (
                 bool(status_of(path)["networks"])
@@ -83,6 +83,6 @@ def test_failed_run_names_the_network(tmp_path: Path) -> None:
             meanwhile=[launcher],
         )
         os.kill(children(launcher)[1], signal.SIGKILL)
-        end_of(launcher, 90)
+        wait_for_end(launcher, 90)
         wait_until(lambda: status_of(path)["state"] in ("failed", "died"), "an end")
     assert "network 1" in status_of(path)["words"]

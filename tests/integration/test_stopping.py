@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from launching import (
-    background,
+    checkpoint_is_complete,
     children,
-    end_of,
     is_alive,
-    saved,
-    together,
+    run_population,
+    running,
     torchrun,
+    wait_for_end,
     wait_until,
 )
 from reading import assert_same_bits, checkpoint, metrics, scalars
@@ -58,7 +58,7 @@ STOP_REQUESTS: dict[str, Callable[[Launcher, Path], None]] = {
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    together(2, run, *OPTIONS)
+    run_population(2, run, *OPTIONS)
     return run
 
 
@@ -69,12 +69,12 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
 ) -> None:
     run = tmp_path / "run"
     first = run / "network00/metrics.jsonl"
-    with background([torchrun(2, run, *OPTIONS)]) as (launcher,):
+    with running([torchrun(2, run, *OPTIONS)]) as (launcher,):
         wait_until(
             lambda: first.exists() and "\n" in first.read_text(), "epoch 1", meanwhile=[launcher]
         )
         STOP_REQUESTS[request_](launcher, run)
-        done = end_of(launcher, 25)
+        done = wait_for_end(launcher, 25)
     assert done.status == 1  # of torchrun; each process exits with 75
     name = re.split("[ ,]", request_)[0]
     assert "stopped early by " in done.errors
@@ -93,7 +93,7 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
     assert {state["round"] for state in states} == {content["round"]}
     assert not (run / "summary.json").exists()
 
-    together(2, run, *OPTIONS)
+    run_population(2, run, *OPTIONS)
     assert f"resumed from {newest.parent}" in (run / "network00/log.txt").read_text()
     assert not (run / "STOPPED_EARLY").exists()
     assert not (run / "STOP").exists()
@@ -115,10 +115,10 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
 @pytest.mark.slow
 def test_nothing_is_saved_if_a_peer_died(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with background([torchrun(3, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
+    with running([torchrun(3, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
         os.kill(children(launcher)[1], signal.SIGKILL)
-        done = end_of(launcher, 20)
+        done = wait_for_end(launcher, 20)
     assert done.status == 1
     assert "stopped early" not in done.errors
     assert not (run / "STOPPED_EARLY").exists()

@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from launching import finish
+from launching import run_program
 
 from dist_graft.version import VERSION
 
@@ -30,7 +30,7 @@ def instructions() -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
-    """The packages of this environment are visible there, so that nothing is downloaded."""
+    """The environment's packages are visible, so nothing is downloaded."""
     installed = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
     variables = os.environ | installed | {"PIP_NO_BUILD_ISOLATION": "0"}  # for pip that is "on"
     output = ""
@@ -61,6 +61,6 @@ def test_the_image_is_built_and_has_the_program(tmp_path: Path) -> None:
         else:
             assert name in ("FROM", "WORKDIR", "ENV")
     assert f"dist_graft {VERSION}" in output.splitlines()
-    done = finish([*program, *SMALL], timeout=150, cwd=tmp_path, **installed, PROCESSES="1")
+    done = run_program([*program, *SMALL], timeout=150, cwd=tmp_path, **installed, PROCESSES="1")
     assert done.status == 0, done
     assert (tmp_path / "runs/one/summary.json").is_file()

@@ -82,7 +82,7 @@ def test_every_exception_is_used() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_links_and_paths_resolve(document: Path) -> None:
-    """Links of documents outside of the site, and every file that is named in inline code."""
+    """Links in documents outside the site, and files named in inline code."""
     for link in links(document) if document.parts[0] != "docs" else ():
         assert (ROOT / document).parent.joinpath(link).exists(), f"{document}: there is no {link}"
     code = re.findall(r"`([^`]+)`", prose_of(document))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-from launching import Done, background, end_of, finish, free_port, saved, told, wait_until
+from launching import (
+    Done,
+    checkpoint_is_complete,
+    error_line,
+    free_port,
+    run_program,
+    running,
+    wait_for_end,
+    wait_until,
+)
+from reading import summary
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -20,16 +29,18 @@ SMALL = (
 
 
 def multinode(run: Path, **settings: str) -> Done:
-    """Run the script on one machine of two; the other never starts."""
+    """Run the script on one of two machines; the other one never starts."""
     place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "PROCESSES": "1"}
     place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
-    return finish([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
+    return run_program([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
 
 
 def test_a_host_name_without_an_address(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", HEAD="nowhere.invalid")
     assert done.status == 1
-    told(done, "the name nowhere.invalid cannot be resolved", "set HEAD to the name of one of")
+    error_line(
+        done, "the name nowhere.invalid cannot be resolved", "set HEAD to the name of one of"
+    )
 
 
 def test_a_port_that_another_program_uses(tmp_path: Path) -> None:
@@ -39,13 +50,17 @@ def test_a_port_that_another_program_uses(tmp_path: Path) -> None:
         port = str(listener.getsockname()[1])
         done = multinode(tmp_path / "run", PORT=port)
     assert done.status == 1
-    told(done, f"port {port} of localhost belongs to another program", "set PORT to a free one")
+    error_line(
+        done, f"port {port} of localhost belongs to another program", "set PORT to a free one"
+    )
 
 
 def test_machines_that_do_not_start(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", PORT="29999")
     assert done.status == 1
-    told(done, "did not meet the other machines at localhost:29999 within 3 s", "start all NODES")
+    error_line(
+        done, "did not meet the other machines at localhost:29999 within 3 s", "start all NODES"
+    )
 
 
 @pytest.mark.parametrize("setting", ["HEAD", "NODES"])
@@ -59,18 +74,18 @@ def test_a_missing_setting(setting: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
 def test_a_missing_virtual_environment(script: str, tmp_path: Path) -> None:
     settings = {"HEAD": "localhost", "NODES": "1", "VENV": str(tmp_path)}
-    done = finish([str(ROOT / "launch" / script)], timeout=60, **settings)
+    done = run_program([str(ROOT / "launch" / script)], timeout=60, **settings)
     assert done.status == 1
-    told(done, f"there is no {tmp_path}/bin/python on ", "launch/quickstart.sh makes .venv")
+    error_line(done, f"there is no {tmp_path}/bin/python on ", "launch/quickstart.sh makes .venv")
 
 
 def test_local_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"PROCESSES": "2", "PYTHON": sys.executable}
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(run)]
-    done = finish(script, timeout=150, **settings)
+    done = run_program(script, timeout=150, **settings)
     assert done.status == 0, done
-    assert len(json.loads((run / "summary.json").read_text())["networks"]) == 2
+    assert len(summary(run)["networks"]) == 2
     here = socket.gethostname()
     places = [line.split() for line in done.output.splitlines() if here in line.split()]
     assert places == [["0", "0", here, "cpu"], ["1", "1", here, "cpu"]]
@@ -79,9 +94,9 @@ def test_local_run(tmp_path: Path) -> None:
 def test_a_failed_process_ends_its_launcher_without_a_traceback(tmp_path: Path) -> None:
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--run_dir", str(tmp_path / "run")]
     settings = {"PROCESSES": "2", "PYTHON": sys.executable}
-    done = finish([*script, "--optim.lr", "1e30"], timeout=150, **settings)
+    done = run_program([*script, "--optim.lr", "1e30"], timeout=150, **settings)
     assert done.status == 1
-    told(done, "has a weight", "not finite")
+    error_line(done, "has a weight", "not finite")
     assert "Traceback" not in done.errors
     assert "has a weight" in done.errors[done.errors.index("FAILED") :]
 
@@ -90,10 +105,10 @@ def test_a_signal_ends_the_launcher_without_a_traceback(tmp_path: Path) -> None:
     run = tmp_path / "run"
     script = [str(ROOT / "launch/local.sh"), *SMALL, "--epochs", "100000", "--run_dir", str(run)]
     settings = {"PROCESSES": "1", "PYTHON": sys.executable}
-    with background([script], **settings) as (launcher,):
-        wait_until(saved(run, 1), "the first checkpoint", meanwhile=[launcher])
+    with running([script], **settings) as (launcher,):
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
         launcher.send_signal(signal.SIGTERM)
-        done = end_of(launcher, 60)
+        done = wait_for_end(launcher, 60)
     assert done.status == 128 + signal.SIGTERM
     assert "Traceback" not in done.errors
     assert (run / "STOPPED_EARLY").exists()

@@ -77,7 +77,7 @@ def test_the_distributions_are_complete(distributions: Path) -> None:
 
 
 def test_an_installed_wheel_trains(distributions: Path, tmp_path: Path) -> None:
-    """In a new virtual environment that finds the dependencies, but not the checkout."""
+    """In a new virtual environment with the dependencies but without the checkout."""
     (wheel,) = distributions.glob("*.whl")
     environment_folder, folder = tmp_path / "venv", tmp_path / "empty"
     folder.mkdir()

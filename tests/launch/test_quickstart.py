@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from reading import summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,6 @@ def test_quickstart(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert len(summary["networks"]) == 2
+    assert len(summary(tmp_path / "run")["networks"]) == 2
     assert f"tensorboard --logdir {tmp_path}/run" in done.stdout
     assert "OMP_NUM_THREADS" not in done.stderr, "torchrun's notice comes before all else"

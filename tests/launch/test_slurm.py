@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from launching import saved, wait_until
+from launching import checkpoint_is_complete, wait_until
 from reading import assert_same_bits, checkpoint, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -20,11 +20,11 @@ SMALL = (
 )
 ENDLESS = "100000"
 PATIENCE = 150
-"""Seconds for an action that Slurm takes within 30, while another training starts."""
+"""Timeout of an action that takes Slurm up to 30 s, while another run starts."""
 
 
 def submit(cluster: slurm.Slurm, run: Path, epochs: str, *options: str, **settings: str) -> str:
-    """Submit the script; all settings of the site are variables and options."""
+    """Submit the script with the site's settings as variables and options."""
     return cluster.submit(
         [SCRIPT, "--epochs", epochs, *SMALL],
         *("--cpus-per-task=2", f"--chdir={ROOT}", f"--output={run}.txt", *options),
@@ -39,7 +39,7 @@ def epochs_saved(run: Path) -> int:
 
 
 def end(cluster: slurm.Slurm, job: str) -> None:
-    """Cancel a job, and check that none of its processes is left."""
+    """Cancel a job and check that all of its processes have ended."""
     cluster.command("scancel", job)
     wait_until(lambda: cluster.ended(job), "the end of the cancelled job", seconds=PATIENCE)
     wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the end of its processes")
@@ -77,12 +77,12 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
             seconds=PATIENCE,
         )
 
-    wait_until(saved(run, 1), "the first epoch", seconds=PATIENCE)
+    wait_until(checkpoint_is_complete(run, 1), "the first epoch", seconds=PATIENCE)
     more_urgent = submit(cluster, urgent, "1", "--nodes=2", "--partition=high", "--cpus-per-task=4")
     wait_until((run / "STOPPED_EARLY").exists, "the stop for a more urgent job", seconds=PATIENCE)
     wait_until(lambda: cluster.ended(more_urgent), "the end of that one", seconds=PATIENCE)
-    said = Path(f"{urgent}.txt").read_text()
-    assert cluster.job(more_urgent)["JobState"] == "COMPLETED", said
+    output = Path(f"{urgent}.txt").read_text()
+    assert cluster.job(more_urgent)["JobState"] == "COMPLETED", output
     for network in (0, 1):
         assert metrics(urgent, network)[0]["graft"]["donor"] == 1 - network
         logs = urgent / f"logs/{more_urgent}-0/n{network + 1}"
@@ -102,12 +102,14 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     trains_again(3)
     end(cluster, job)
     assert cluster.job(job)["Restarts"] == "3"
-    said = Path(f"{run}.txt").read_text()
-    assert said.count("[0] resumed from ") == 3
-    assert said.count(f"job {job} stopped early and is requeued") == 2
+    output = Path(f"{run}.txt").read_text()
+    assert output.count("[0] resumed from ") == 3
+    assert output.count(f"job {job} stopped early and is requeued") == 2
 
     epochs = epochs_saved(run)
-    wait_until(saved(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE)
+    wait_until(
+        checkpoint_is_complete(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE
+    )
     end(cluster, undisturbed)
     assert cluster.job(undisturbed)["Restarts"] == "0"
     for network in (0, 1):

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import hosts
 import pytest
-from launching import Done, end_of, environment, saved, told, wait_until
+from launching import (
+    Done,
+    checkpoint_is_complete,
+    environment,
+    error_line,
+    wait_for_end,
+    wait_until,
+)
 from reading import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +74,9 @@ def error_of(done: Done) -> str:
 def test_a_cut_cable_ends_the_job_on_both_hosts(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(pair, (run, run), "--epochs", "100000") as launchers:
-        wait_until(saved(run, 2), "the second epoch", meanwhile=launchers)
+        wait_until(checkpoint_is_complete(run, 2), "the second epoch", meanwhile=launchers)
         pair.cut()
-        ends = [end_of(launcher, 90) for launcher in launchers]
+        ends = [wait_for_end(launcher, 90) for launcher in launchers]
     assert [metrics(run, network)[0]["graft"]["donor"] for network in (0, 1)] == [1, 0]
     for network, (name, done) in enumerate(zip(hosts.NAMES, ends, strict=True)):
         assert done.status == 1
@@ -91,17 +98,19 @@ def test_a_cut_cable_ends_the_job_on_both_hosts(pair: hosts.TwoHosts, tmp_path: 
 def test_an_address_without_a_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(pair, (run, run), HEAD="10.77.0.9", PATIENCE="5") as launchers:
-        ends = [end_of(launcher, 90) for launcher in launchers]
+        ends = [wait_for_end(launcher, 90) for launcher in launchers]
     for name, done in zip(hosts.NAMES, ends, strict=True):
         assert done.status == 1
-        line = told(done, f"{name} did not meet the other machines at 10.77.0.9:29500 within 5 s")
+        line = error_line(
+            done, f"{name} did not meet the other machines at 10.77.0.9:29500 within 5 s"
+        )
         assert "HEAD must be the name of one of them" in line
 
 
 @pytest.mark.slow
 def test_a_separate_disk_on_each_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     with started(pair, (tmp_path / "one", tmp_path / "other")) as launchers:
-        ends = [end_of(launcher, 90) for launcher in launchers]
+        ends = [wait_for_end(launcher, 90) for launcher in launchers]
     for done in ends:
         assert done.status == 1
         assert "is not shared by all processes: network 1 on beta did not see" in error_of(done)

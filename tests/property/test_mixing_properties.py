@@ -129,7 +129,7 @@ def test_mix_lies_between_its_inputs(case):
 
 @given(sizes.flatmap(lambda n: types.flatmap(lambda kind: states(n, kind))), st.data())
 def test_graft_lies_between_recipient_and_donor(before, data):
-    """Exactly, in every dtype: rounding does not leave the interval."""
+    """Exactly, in every dtype: rounding stays inside the interval."""
     networks = len(before)
     information = torch.tensor(
         data.draw(st.lists(st.floats(0, 3), min_size=2 * networks, max_size=2 * networks)),

@@ -18,16 +18,10 @@ from dist_graft.config.parsing import option_names
 from dist_graft.config.validation import from_nested
 from dist_graft.population.runtime.process_info import ProcessInfo
 
+pytestmark = pytest.mark.usefixtures("empty_working_directory")
 PREFIX = "dist-graft: error: "
 UNKNOWN_MODEL = "--model.name=none"
-"""Ends training at once if an error that is expected earlier is not raised."""
-
-
-@pytest.fixture(autouse=True)
-def _empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+"""Ends training at once if the expected error is not raised."""
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -255,7 +249,7 @@ def test_command_is_added_by_listing_it(
 
 
 @pytest.mark.parametrize("argv", [("--tflops", "5"), ("--tflops=5",)])
-def test_removed_option_says_what_to_use(
+def test_removed_option_names_its_replacement(
     capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
 ) -> None:
     line = refused(capsys, "plan", "--networks", "2", "--model", "resnet8", *argv)

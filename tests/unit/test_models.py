@@ -18,12 +18,8 @@ TRAINABLE = [name for name in model_names() if name != "wrn28_10"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, num_classes: int = 10, channels: int = 3, **options: str) -> nn.Module:

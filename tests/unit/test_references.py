@@ -1,4 +1,4 @@
-"""Objects of the user by package.module:name, and the errors if they are unsuitable."""
+"""User objects given as package.module:name, and errors for unsuitable ones."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class TestWriteAtomically:
         assert (tmp_path / "file").read_text() == "here"
 
     def test_a_failure_leaves_no_temporary_file(self, tmp_path: Path) -> None:
-        """A folder of the same name keeps the finished file from being renamed."""
+        """A folder of the same name makes the final rename fail."""
         (tmp_path / "name" / "full").mkdir(parents=True)
         with pytest.raises(RunDirectoryError, match="name cannot be written"):
             write_atomically(tmp_path / "name", b"content")

@@ -11,14 +11,8 @@ from stored_runs import network
 
 from dist_graft import cli
 
+pytestmark = pytest.mark.usefixtures("empty_working_directory")
 PREFIX = "dist-graft: error: "
-
-
-@pytest.fixture(autouse=True)
-def _empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ERROR, Done, finish
+from launching import ERROR, Done, run_program
 
 from dist_graft.analysis import doctor
 from dist_graft.population.runtime.selftest import run_selftest
@@ -15,7 +15,7 @@ from dist_graft.population.runtime.selftest import run_selftest
 
 def examined(run: Path, *options: str, **environment: str) -> Done:
     command = [sys.executable, "-m", "dist_graft", "doctor", "--run_dir", str(run), *options]
-    return finish(command, timeout=150, **environment)
+    return run_program(command, timeout=150, **environment)
 
 
 def states(done: Done) -> dict[str, str]:
@@ -33,7 +33,7 @@ def test_working_machine(tmp_path: Path) -> None:
 
 
 def test_broken_machine(tmp_path: Path) -> None:
-    """Disk and network interface are unusable; all checks are made, and the command fails."""
+    """With an unusable disk and network interface, all checks run and the command fails."""
     (tmp_path / "file").write_text("")
     done = examined(tmp_path / "file", GLOO_SOCKET_IFNAME="nonesuch0")
     assert done.status == 1

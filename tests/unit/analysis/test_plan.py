@@ -201,12 +201,8 @@ class TestSize:
         assert list(memory(options, SMALL, []).values()) == expected
 
 
+@pytest.mark.usefixtures("empty_working_directory")
 class TestCommand:
-    @pytest.fixture(autouse=True)
-    def _without_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name, raising=False)
-
     def output(self, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         assert cli.run(argv) == 0
         captured = capsys.readouterr()

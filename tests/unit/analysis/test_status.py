@@ -122,7 +122,7 @@ class TestState:
         assert text.startswith(f"{run}: stopped early by SIGTERM: goes on from there\n")
 
     def test_failed_with_the_reason_in_the_log(self, run: Path) -> None:
-        """The cause is shown, not the network that the launcher ended afterwards."""
+        """The cause is shown, not the network that the launcher terminated afterwards."""
         write_status(run, 0, phase="failed", reason="stopped by SIGTERM")
         write_status(run, 1, phase="failed", reason="in status.json")
         with (run / "network01/log.txt").open("a") as log:

@@ -28,7 +28,6 @@ import torch
 from dist_graft.config import DataConfig
 from dist_graft.training.data import load_data
 
-torch.set_num_threads(1)
 config = DataConfig(name="imagefolder", root=sys.argv[1], workers=2, image_size=16, batch_size=1)
 data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
 """
@@ -120,7 +119,7 @@ def folder_images(root: Path, workers: int) -> Data:
 
 
 class Slow(Dataset[tuple[int, int]]):
-    """Far more samples than a test can wait for."""
+    """Far more samples than a test can read."""
 
     def __len__(self) -> int:
         return 1000

@@ -22,7 +22,7 @@ def idx(*shape):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A folder of gzipped files with as many images as prepare expects, here few."""
+    """A folder of gzipped files; prepare is patched to expect their number of images."""
     monkeypatch.setattr(module, "FASHION_COUNTS", COUNTS)
     monkeypatch.setattr(module, "DEBIAN_FASHION", tmp_path / "debian")
     folder = tmp_path / "debian"

@@ -260,7 +260,7 @@ def test_layer_without_batch_norm_is_an_error():
         rule_of(model)
 
 
-def test_layer_whose_channels_the_next_does_not_read_is_an_error():
+def test_layer_without_a_following_reader_is_an_error():
     model = nn.Sequential()
     model.add_module("stem", nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
     model.add_module("side", nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))

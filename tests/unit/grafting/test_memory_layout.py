@@ -116,7 +116,7 @@ def test_writing_to_the_flat_view_writes_to_the_tensor():
     ],
     ids=["columns", "rows", "regular_gaps", "step", "expanded_matrix", "expanded_vector"],
 )
-def test_flat_refuses_tensors_that_are_not_dense(tensor):
+def test_flat_of_a_non_dense_tensor_is_an_error(tensor):
     with pytest.raises(ValueError, match="is not dense in memory"):
         flat(tensor)
 

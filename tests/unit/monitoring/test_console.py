@@ -133,7 +133,7 @@ class TestProgressBar:
         mode: Literal["auto", "bar", "lines"],
         process: ProcessInfo,
     ) -> None:
-        """With auto, because the output is captured and so not a terminal."""
+        """progress=auto: captured output is not a terminal."""
         self.run(FakeTrainer(tmp_path, process=process), mode)
         assert capfd.readouterr().err == ""
 

@@ -22,7 +22,7 @@ def numbers(path: Path) -> list[int]:
     return [json.loads(line)["number"] for line in path.read_text().splitlines()]
 
 
-def test_what_is_kept_comes_first_and_stays_in_order(tmp_path: Path) -> None:
+def test_unwritten_lines_are_written_first_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     first = JsonLinesFile(path, keep=everything)
     assert first.kept == []
@@ -36,7 +36,7 @@ def test_what_is_kept_comes_first_and_stays_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_json_does_not_know_becomes_null(tmp_path: Path, value: float) -> None:
+def test_nonfinite_numbers_become_null(tmp_path: Path, value: float) -> None:
     path = tmp_path / "lines.jsonl"
     JsonLinesFile(path, keep=everything).write({"a": value, "b": {"c": {"d": value}, "e": 1.5}})
     line = json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -48,7 +48,7 @@ def test_what_json_does_not_know_becomes_null(tmp_path: Path, value: float) -> N
     [b"5", b"[]", b"null", b"{}", b'{"number": null}', b'{"number": 1', b"\0\0", b"\xff\xfe{"],
 )
 def test_lines_that_cannot_be_read_are_dropped(tmp_path: Path, line: bytes) -> None:
-    """Be they cut off, of something else, or what a disk left after a loss of power."""
+    """Truncated lines, lines of other content, and zeros after a power failure."""
     path = tmp_path / "lines.jsonl"
     JsonLinesFile(path, keep=everything).write({"number": 3})
     good = path.read_bytes()
@@ -57,8 +57,8 @@ def test_lines_that_cannot_be_read_are_dropped(tmp_path: Path, line: bytes) -> N
     assert path.read_bytes() == good
 
 
-def test_what_could_not_be_written_comes_with_the_next_line(tmp_path: Path) -> None:
-    """A folder in the file's place refuses; when it is gone, nothing has been lost."""
+def test_unwritten_lines_are_written_with_the_next_one(tmp_path: Path) -> None:
+    """A folder of the same name makes writing fail. No line is lost once it is removed."""
     path = tmp_path / "lines.jsonl"
     file = JsonLinesFile(path, keep=everything)
     path.unlink()
@@ -94,8 +94,8 @@ file.write({"number": 3})
 
 
 @pytest.mark.parametrize("room", [0, 1, 7])
-def test_a_full_disk_leaves_no_half_line(tmp_path: Path, room: int) -> None:
-    """Some bytes of a line still fit, and are taken back."""
+def test_a_full_disk_leaves_no_partial_line(tmp_path: Path, room: int) -> None:
+    """The bytes that still fit are removed again."""
     path = tmp_path / "lines.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(path), str(room)],

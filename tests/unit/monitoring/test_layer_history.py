@@ -22,7 +22,7 @@ class Clock:
 
 
 def drawn(epochs: int, *, epoch_seconds: float, picture_seconds: float) -> tuple[list[int], float]:
-    """Epochs after which pictures are drawn, and their share of the time before the last epoch."""
+    """Epochs with pictures, and the share of drawing in the time before the last epoch."""
     clock = Clock()
     pacing = Pacing(epochs, clock)
     found, spent = [], 0.0
@@ -62,7 +62,7 @@ LINES = [
     {"epoch": 2, "graft": None},
     {"epoch": 3, "graft": {"coefficient": {"a": None, "b": 0.75}}, "information": {"b": 4.0}},
 ]
-"""Without rounds, with a layer that is not finite, and from before there was information."""
+"""Without rounds, with a non-finite layer, and from a version without information."""
 
 
 def test_coefficients_are_those_of_epochs_with_a_round() -> None:

@@ -31,7 +31,7 @@ def test_the_others_write_only(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "words" in (tmp_path / "network01/log.txt").read_text()
 
 
-def test_a_log_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_a_log_is_continued(tmp_path: Path) -> None:
     for word in ("first", "second"):
         open_log(tmp_path, console=False).info(word)
         close_log()
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         open_log(tmp_path / "file" / "network00", console=False)
 
 
-def test_a_log_that_vanishes_begins_again(tmp_path: Path) -> None:
+def test_a_deleted_log_is_created_again(tmp_path: Path) -> None:
     log = open_log(tmp_path / "run/network00", console=False)
     log.info("first")
     (tmp_path / "run").rename(tmp_path / "vanished")
@@ -72,7 +72,7 @@ def test_a_log_that_vanishes_begins_again(tmp_path: Path) -> None:
     assert words == [["first"], ["second", "third"]]
 
 
-def test_a_log_whose_folder_cannot_be_made_anew_is_told_once(
+def test_a_log_that_cannot_be_recreated_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = open_log(tmp_path / "run/network00", console=False)
@@ -89,7 +89,7 @@ def test_an_error_line_is_added(tmp_path: Path) -> None:
     assert (tmp_path / "new/log.txt").read_text() == "ERROR first\nERROR second\n"
 
 
-def test_an_error_line_that_finds_no_place_is_no_error(tmp_path: Path) -> None:
+def test_an_error_line_that_cannot_be_written_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     append_line(tmp_path / "file" / "network00", "ERROR")
     assert (tmp_path / "file").read_text() == "here"

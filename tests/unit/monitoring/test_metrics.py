@@ -98,7 +98,7 @@ class TestMetricsJsonl:
     def test_a_resumed_run_drops_later_and_truncated_lines(
         self, epochs: int, start: int, share: float
     ) -> None:
-        """Wherever the file is cut off, complete lines before the start stay."""
+        """Complete lines before the start are kept wherever the file is truncated."""
         with tempfile.TemporaryDirectory() as folder:
             fake = FakeTrainer(Path(folder))
             callback, path = started(fake), fake.directory.metrics(0)
@@ -146,7 +146,7 @@ class TestMetricsJsonl:
         ):
             write(callback, fake, 0)
 
-    def test_a_vanished_run_directory_is_created_again(
+    def test_a_deleted_run_directory_is_recreated(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         fake = FakeTrainer(tmp_path / "run")

@@ -40,7 +40,7 @@ def trace(path: Path) -> list[dict[str, Any]]:
 
 
 def calls(path: Path, name: str) -> int:
-    """How often a block of this name is in the trace."""
+    """Number of blocks of this name in the trace."""
     return sum(event.get("name") == name and event.get("ph") == "X" for event in trace(path))
 
 
@@ -81,7 +81,7 @@ def profile_steps(fake: FakeTrainer, first: int, last: int, *, start: int = 0) -
         (6, 99, 2, 1),
     ],
 )
-def test_the_steps_and_what_is_between_them(
+def test_the_profiled_steps(
     tmp_path: Path, first: int, last: int, steps: int, evaluations: int
 ) -> None:
     path = tmp_path / "network00" / "trace.json.gz"
@@ -115,7 +115,7 @@ def test_the_table_of_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert shown["aten::exp"][0] == "3"
 
 
-def test_a_disk_that_refuses_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_error_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=2))
     fake.directory.network(0).rmdir()
     fake.directory.network(0).write_text("a file")

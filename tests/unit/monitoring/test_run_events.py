@@ -55,10 +55,10 @@ def test_one_line_per_event(tmp_path: Path) -> None:
         ((9, 9), ["0 0", "0 1", "1 2", "1 3", "1 4", "2 4"]),
     ],
 )
-def test_a_resumed_run_drops_events_that_it_will_meet_again(
+def test_a_resumed_run_drops_later_events(
     tmp_path: Path, start: tuple[int, int], stay: list[str]
 ) -> None:
-    """Events before the checkpoint stay, and so do those of resuming."""
+    """Events before the checkpoint and earlier resumes are kept."""
     path = tmp_path / "events.jsonl"
     file = RunEventsFile(path, start_epoch=0, start_round=0)
     for epoch, round_ in ((0, 0), (0, 1), (1, 2), (1, 3), (1, 4), (2, 4)):
@@ -72,7 +72,7 @@ def test_a_resumed_run_drops_events_that_it_will_meet_again(
     assert again.events[-1]["text"] == "7 8"
 
 
-def test_events_that_the_disk_refused_are_written_later(tmp_path: Path) -> None:
+def test_unwritten_events_are_written_later(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     file = RunEventsFile(path, start_epoch=0, start_round=0)
     path.unlink()
@@ -110,7 +110,7 @@ def test_slow_networks(seconds: tuple[float, ...], slow: dict[int, float]) -> No
     assert slow_networks(busy(*seconds)) == pytest.approx(slow)
 
 
-def test_no_network_is_slow_in_an_epoch_that_one_joined_late() -> None:
+def test_no_network_is_slow_in_a_partial_epoch() -> None:
     assert slow_networks([*busy(10, 30), *busy(10, whole=0.0)]) == {}
 
 
@@ -200,8 +200,8 @@ callbacks.call("teardown", fake)
 """
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
-    """Metrics and events are written later; TensorBoard lacks the epochs that were refused."""
+def test_a_temporarily_full_disk(tmp_path: Path) -> None:
+    """Metrics and events are written later; TensorBoard lacks the epochs that failed."""
     run = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(run)],

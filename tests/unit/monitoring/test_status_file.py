@@ -125,7 +125,7 @@ def test_only_the_leader_of_a_network_writes(tmp_path: Path) -> None:
     assert not fake.directory.status(0).exists()
 
 
-def test_a_disk_that_refuses_is_no_error(fake: FakeTrainer) -> None:
+def test_a_disk_error_is_ignored(fake: FakeTrainer) -> None:
     fake.directory.network(1).rmdir()
     with running(fake):
         pass
@@ -145,14 +145,14 @@ class TestRemainingTime:
         assert remaining.seconds(0, 5, 110.0) == 50.0
 
     def test_later_it_follows_the_last_whole_epoch(self) -> None:
-        """Evaluation and waiting included."""
+        """Including evaluation and waiting."""
         remaining = RemainingTime(3, 10)
         remaining.start_epoch(0, 0, 100.0)
         remaining.start_epoch(1, 0, 140.0)
         assert remaining.seconds(1, 0, 140.0) == 80.0
         assert remaining.seconds(2, 10, 300.0) == 0.0
 
-    def test_an_epoch_that_was_resumed_in_the_middle_is_no_measure(self) -> None:
+    def test_a_partial_epoch_is_not_used(self) -> None:
         remaining = RemainingTime(3, 10)
         remaining.start_epoch(1, 8, 100.0)
         remaining.start_epoch(2, 0, 104.0)

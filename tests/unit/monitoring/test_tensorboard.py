@@ -198,7 +198,7 @@ def test_the_spread_of_one_network_is_zero(tmp_path: Path) -> None:
 
 
 def test_the_texts(tmp_path: Path) -> None:
-    """Those of each start of the run; each table of events has all of them."""
+    """One text for each start of the run; each table has all events so far."""
     events = [
         {"time": "12:00", "epoch": 1, "kind": "healed", "text": "network 1 copied the weights"},
         {"time": "13:00", "epoch": 2, "kind": "slow", "text": "network 0 is slow"},
@@ -336,7 +336,7 @@ class TestCallback:
         assert callback._informations.epochs == [0, 1]
         callback.teardown(fake.trainer)
 
-    def test_events_are_shown_when_they_happen(self, tmp_path: Path) -> None:
+    def test_events_are_shown_immediately(self, tmp_path: Path) -> None:
         fake, events = FakeTrainer(tmp_path, process=ProcessInfo(0, 2, 0, 2)), RunEvents()
         fake.resumed_from = tmp_path / "checkpoints/epoch_0000"
         events.on_fit_start(fake.trainer)
@@ -351,8 +351,8 @@ class TestCallback:
         assert "resumed from" in shown[1]
         assert "network 1 has NaN" in shown[1]
 
-    def test_a_vanished_folder_gets_new_files(self, tmp_path: Path) -> None:
-        """Although other callbacks may have created the folder again by then."""
+    def test_a_deleted_folder_is_recreated(self, tmp_path: Path) -> None:
+        """Even if another callback recreates the folder first."""
         fake = FakeTrainer(tmp_path / "run", config=TrainConfig(epochs=100))
         callback, metrics = opened(fake), MetricsJsonl()
         metrics.on_fit_start(fake.trainer)

@@ -64,7 +64,7 @@ def test_numbers_of_processes_that_do_not_fit(
     assert text in str(caught.value)
 
 
-def test_every_process_refuses_machines_of_different_sizes() -> None:
+def test_machines_of_different_sizes_are_an_error_on_all_ranks() -> None:
     """Machines of 2, 1 and 3 processes: the first one alone fits."""
     store = dist.HashStore()
     sizes = [2, 2, 1, 3, 3, 3]

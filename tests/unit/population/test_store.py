@@ -29,7 +29,7 @@ def test_requests_are_forwarded_to_the_store(store: dist.Store) -> None:
     assert client.check(["key"])
 
 
-def test_a_store_that_does_not_respond_is_an_error_and_not_asked_again(store: dist.Store) -> None:
+def test_a_store_that_timed_out_is_not_used_again(store: dist.Store) -> None:
     client = StoreClient(store, lambda: 0.1)
     client.set("key", "text")
     for key in ("never set", "key"):
@@ -37,7 +37,7 @@ def test_a_store_that_does_not_respond_is_an_error_and_not_asked_again(store: di
             client.get(key)
 
 
-def test_the_error_of_a_store_that_does_not_respond_names_possible_causes(
+def test_a_store_timeout_names_possible_causes(
     store: dist.Store,
 ) -> None:
     client = StoreClient(store, lambda: 0.1)

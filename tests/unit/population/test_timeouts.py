@@ -23,7 +23,7 @@ class RecordWarnings(logging.Handler):
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """Messages of the run's log."""
+    """Messages in the run's log."""
     handler = RecordWarnings()
     logging.getLogger("dist_graft").addHandler(handler)
     yield handler.texts

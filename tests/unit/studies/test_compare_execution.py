@@ -343,7 +343,7 @@ def test_training_uses_torchrun() -> None:
 @pytest.mark.parametrize(
     ("missing", "names"), [(["pandas"], "pandas"), (command.EXTRA, ", ".join(command.EXTRA))]
 )
-def test_without_the_extra_one_line_says_what_to_install(
+def test_missing_extra_names_the_package_to_install(
     missing: list[str], names: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     find_spec = importlib.util.find_spec

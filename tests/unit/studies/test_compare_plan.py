@@ -1,4 +1,4 @@
-"""Plans of a comparison: how they are read, and what is refused before anything runs."""
+"""Plans of a comparison: parsing, and errors found before any run."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Page(HTMLParser):
-    """Text of an HTML document, and what a browser would load for it."""
+    """Text of an HTML document, and the files that it refers to."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from small import CPU, MakeData, MakeState, images, small_model
@@ -9,6 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import DataConfig, OptimConfig
+from dist_graft.population.runtime import stop_requests
 from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo
@@ -17,12 +16,8 @@ from dist_graft.training.state import TrainState, moving_average
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small sums are the fastest, and the same everywhere, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _read_the_stop_file_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_requests, "_POLL_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dist_graft import Callback, Datasets, EpochReport, Trainer
+from dist_graft import Callback, Datasets, Trainer
 from dist_graft.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,7 +23,6 @@ from dist_graft.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from dist_graft.training.callbacks import CallbackList
 
 EPOCHS, STEPS = 3, 4
 HOOKS = [name for name in vars(Callback) if not name.startswith("__")]
@@ -187,44 +185,6 @@ class RecordToFile(Recorder):
             rows = [(*call[:3], *call[3]) for call in self.calls]
             path = trainer.directory.network(trainer.process.network) / "hooks.json"
             path.write_text(json.dumps(rows))
-
-
-class ForbidCollectives(Callback):
-    """Makes collectives fail while callbacks run, and reads all properties of the trainer then."""
-
-    NAMES = (
-        *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all"),
-        *("barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "reduce"),
-        *("monitored_barrier", "new_group", "recv", "scatter", "send"),
-    )
-
-    def setup(self, trainer: Trainer) -> None:
-        self._inside = False
-        call = CallbackList.call
-
-        def guarded(*arguments: Any) -> None:
-            self._inside = True
-            try:
-                call(*arguments)
-            finally:
-                self._inside = False
-
-        CallbackList.call = guarded  # type: ignore[method-assign]
-        for name in self.NAMES:
-            setattr(dist, name, partial(self._collective, getattr(dist, name)))
-
-    def _collective(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        assert not self._inside, f"{collective.__name__} in a callback"
-        return collective(*arguments, **options)
-
-    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
-        for name, member in vars(Trainer).items():
-            if isinstance(member, property):
-                getattr(trainer, name)
-        try:
-            dist.barrier()
-        except AssertionError as error:
-            trainer.log.info("forbidden: %s", error)
 
 
 class StopAfter(Callback):

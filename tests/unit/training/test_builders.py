@@ -197,7 +197,7 @@ def test_the_interval_of_papa_variants_is_in_epochs() -> None:
     assert build_cadence(config, 2) == Cadence(every_epochs=4)
 
 
-def test_the_model_that_each_method_delivers() -> None:
+def test_delivered_model_of_each_method() -> None:
     expected = {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
     assert {name: RULES[name].delivers for name in expected} == expected
 
@@ -217,7 +217,7 @@ def test_a_built_network_is_finite(make_data: MakeData) -> None:
 
 
 class TestCustomParts:
-    """What a trainer is given instead of taking it from the configuration."""
+    """Arguments of the trainer that replace parts of the configuration."""
 
     def test_model_and_optimizer(self) -> None:
         class OwnData:

@@ -63,7 +63,7 @@ class TestOneNetwork:
 
 
 def damage(path: Path, how: str, *, place: float) -> None:
-    """Truncate a file or flip a bit at a place in [0, 1], or remove it."""
+    """Truncate a file or flip a bit at a relative position in [0, 1], or remove it."""
     content = bytearray(path.read_bytes())
     index = min(int(place * len(content)), len(content) - 1)
     if how == "missing":
@@ -88,7 +88,7 @@ CHECKPOINTS = st.dictionaries(
 def test_the_newest_intact_checkpoint_is_chosen(
     checkpoints: dict[int, tuple[str, int, float, str]],
 ) -> None:
-    """The damaged files of newer complete checkpoints are returned, the newest first."""
+    """Returns the damaged files of newer complete checkpoints, newest first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         expected, damaged, done = None, [], False

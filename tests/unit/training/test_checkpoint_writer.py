@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,8 @@ MakeWriters = Callable[..., list[CheckpointWriter]]
 
 
 @pytest.fixture
-def store() -> dist.Store:
-    return dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
-    )
-
-
-@pytest.fixture
 def make_writers(store: dist.Store) -> MakeWriters:
-    """One for each network; all run in this process."""
+    """One writer per network, all in this process."""
 
     def make(networks: int = 2, *, seconds: float = 60.0, keep: int = 2) -> list[CheckpointWriter]:
         for network in range(networks):
@@ -92,7 +84,7 @@ def test_a_checkpoint_of_all_networks(tmp_path: Path, make_writers: MakeWriters)
     assert len(list(path.iterdir())) == 4
 
 
-def test_a_network_alone(tmp_path: Path) -> None:
+def test_a_single_network(tmp_path: Path) -> None:
     writer = CheckpointWriter(0, None, seconds=lambda: 0.0, keep=1)
     assert writer.result() is None
     assert not writer.busy
@@ -135,7 +127,7 @@ def test_later_changes_are_not_saved(tmp_path: Path, make_writers: MakeWriters) 
 def test_one_failure_makes_the_checkpoint_incomplete_for_all(
     tmp_path: Path, make_writers: MakeWriters, networks: int, failing: int
 ) -> None:
-    """Its files are deleted, older checkpoints stay, and the next one succeeds."""
+    """Its files are deleted, older checkpoints are kept, and the next one succeeds."""
     write_checkpoint(tmp_path, 1, networks=networks)
     before, writers = contents(tmp_path), make_writers(networks, keep=1)
     path = checkpoint_path(tmp_path, 2)
@@ -181,7 +173,7 @@ def test_the_newest_checkpoints_are_kept(
 def test_abandon_ends_the_wait_for_other_networks(
     tmp_path: Path, make_writers: MakeWriters
 ) -> None:
-    """Older checkpoints stay, and the next one is waited for again."""
+    """Older checkpoints are kept, and saving the next one waits again."""
     write_checkpoint(tmp_path, 1)
     first, second = make_writers()
     path = checkpoint_path(tmp_path, 2)
@@ -218,7 +210,7 @@ def test_errors_other_than_of_the_disk_are_raised(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
 
 
-def test_the_thread_has_ended_when_the_result_is_there(
+def test_the_thread_ends_before_the_result_is_returned(
     make_writers: MakeWriters, tmp_path: Path
 ) -> None:
     """A thread that still frees its copies aborts an interpreter that exits."""

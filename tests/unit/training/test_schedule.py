@@ -35,7 +35,7 @@ def of(run: dict[str, Any], start: Position | None = None) -> list[Segment]:
 
 
 def events(run: dict[str, Any], start: Position | None = None) -> list[tuple[Any, ...]]:
-    """All changes of the weights, in order, each with the position after it."""
+    """All weight updates in order, each with the position after it."""
     found: list[tuple[Any, ...]] = []
     round_ = start.round if start else 0
     for segment in of(run, start):
@@ -68,7 +68,7 @@ def test_a_resumed_run_has_the_remaining_segments(run: dict[str, Any], data: st.
 
 @given(RUNS, st.lists(st.floats(0, 1), max_size=5))
 def test_interruptions_anywhere_change_nothing(run: dict[str, Any], cuts: list[float]) -> None:
-    """A run can stop after a step, before what follows it, or after a round inside an epoch."""
+    """A run can stop after a step, before its round or evaluation, or after a round in an epoch."""
     whole = events(run)
     done: list[tuple[Any, ...]] = []
     start = Position()
@@ -122,7 +122,7 @@ def test_each_epoch_ends_with_an_evaluation(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
-def test_a_segment_ends_only_where_something_happens(run: dict[str, Any]) -> None:
+def test_a_segment_ends_only_at_an_event(run: dict[str, Any]) -> None:
     assert all(segment.evaluate or segment.round or segment.vote for segment in of(run))
 
 

@@ -65,7 +65,7 @@ def test_a_metric_other_than_accuracy_is_named() -> None:
     ("metrics", "expected"),
     [({"iou": 0.5, "dice": 0.25}, ("iou", 0.5)), ({}, ("loss", 2.0))],
 )
-def test_the_headline_is_the_first_metric(
+def test_the_primary_metric_is_the_first_metric(
     metrics: dict[str, float], expected: tuple[str, float]
 ) -> None:
     assert primary_metric(EvalResult(loss=2.0, samples=1, metrics=metrics)) == expected

@@ -1,4 +1,4 @@
-"""Graft coefficient: the share of its own weights that a layer keeps (arXiv 2001.05868)."""
+"""Graft coefficient: the share of its weights that a layer keeps (arXiv 2001.05868)."""
 
 from __future__ import annotations
 

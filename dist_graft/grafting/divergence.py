@@ -30,7 +30,7 @@ class Overridden(Mixing):
 
 
 def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -> Mixing:
-    """Return the mixing in which no network takes from a diverged one.
+    """Return the mixing without diverged donors.
 
     Args:
         mixing: the mixing that the rule decided.

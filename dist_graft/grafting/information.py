@@ -32,7 +32,7 @@ def entropy(weight: Tensor, *, num_bins: int = 10) -> Tensor:
     Example: the weights 0, 0, 1, 1 fill two of ten bins equally, which gives ln 2.
     """
     _check(weight, num_bins)
-    return _entropy_of_counts(_histogram(_vector(weight)[None], num_bins))[0]
+    return _row_entropies(_vector(weight)[None], num_bins)[0]
 
 
 def filter_entropy(filters: Tensor, *, num_bins: int = 10) -> Tensor:
@@ -52,7 +52,7 @@ def filter_entropy(filters: Tensor, *, num_bins: int = 10) -> Tensor:
 def entropies(filters: Tensor, *, num_bins: int = 10) -> Tensor:
     """Entropy of each filter (eq. 4): [filters, ...] -> float64 [filters], in nats."""
     _check(filters, num_bins)
-    return _entropy_of_counts(_histogram(filters.reshape(filters.shape[0], -1), num_bins))
+    return _row_entropies(filters.reshape(filters.shape[0], -1), num_bins)
 
 
 def l1(weight: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def _histogram(rows: Tensor, num_bins: int) -> Tensor:
     return counts.view(rows.shape[0], num_bins)
 
 
-def _entropy_of_counts(counts: Tensor) -> Tensor:
+def _row_entropies(rows: Tensor, num_bins: int) -> Tensor:
+    counts = _histogram(rows, num_bins)
     share = counts.double() / counts.sum(dim=1, keepdim=True)
-    bound = math.log(counts.shape[1])
-    surprise: Tensor = torch.special.entr(share)
-    return surprise.sum(dim=1).clamp_(min=0.0, max=bound)
+    terms: Tensor = torch.special.entr(share)
+    return terms.sum(dim=1).clamp_(min=0.0, max=math.log(num_bins))

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +23,6 @@ class Mixing:
     Raises: ValueError for shares of the wrong shape or type, shares outside [0, 1], rows that do
         not add up to 1, or donors that do not match the shares.
     """
-
-    swaps_scalars: ClassVar[bool] = False
-    """Whether only the scalars of `chosen_scalars` are exchanged (see `ScalarSwap`), instead of
-    whole tensors."""
 
     shares: Tensor
     """[units, networks, networks], float64 on the CPU: shares[u, i, j] is the share of network j in
@@ -73,14 +68,14 @@ class Mixing:
         return replace(self, shares=identity + (self.shares - identity) * rate)
 
     def own_share(self, network: int) -> list[float]:
-        """Return the share that a network keeps of itself, per unit: the coefficient."""
+        """Return the coefficient, the share of its weights that a network keeps, per unit."""
         return [float(share) for share in self.shares[:, network, network]]
 
     def row_without(self, network: int, excluded: Collection[int]) -> Tensor:
         """Return a network's shares without some of its donors: [units, networks], float64.
 
-        The remaining networks, including itself, take over the excluded share in proportion. Where
-        nothing remains, the network keeps itself.
+        The excluded share is distributed in proportion to the remaining shares, including the
+        network's own. If none remains, the network keeps its weights.
         """
         row = self.shares[:, network].clone()
         row[:, list(excluded)] = 0.0
@@ -107,10 +102,6 @@ class Mixing:
         del network, donor, unit, key, shape, buffer
         return None
 
-    def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
-        """Return the scalars to exchange; implemented by mixings with `swaps_scalars` only."""
-        raise NotImplementedError
-
     def fractions(self, network: int) -> list[list[float]]:
         """Return the interpolation weight of each donor and unit, in blending order.
 
@@ -133,8 +124,6 @@ class ScalarSwap(Mixing):
     Every rank draws the same scalars from seed, round and state-dict key, so only their values are
     exchanged. Buffers are not changed. `shares` holds the expected shares.
     """
-
-    swaps_scalars: ClassVar[bool] = True
 
     probability: tuple[float, ...] = ()
     """Probability that a scalar is chosen, per unit."""
@@ -178,11 +167,11 @@ class ScalarSwap(Mixing):
 
 
 def mixing_with_donor(donor: Sequence[int], own_share: Tensor) -> Mixing:
-    """Mixing in which each network keeps a share of itself and takes the rest from one donor.
+    """Mixing in which each network keeps a share of its weights; the rest is one donor's.
 
     Args:
         donor: donor of each network; ignored in a population of one.
-        own_share: [networks, units], float64, each in [0, 1].
+        own_share: share that each network keeps, [networks, units], float64, in [0, 1].
     """
     networks, units = own_share.shape
     rows = torch.arange(networks)
@@ -231,9 +220,9 @@ def bernoulli_positions(count: int, probability: float, generator: torch.Generat
 def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
     """Blend in place: recipient <- recipient + fraction * (donor - recipient).
 
-    The distributed round and `mix` both blend with this function, so they give the same bits. A
-    fraction of 1 copies the donor, which also replaces NaN. Storage and memory format of the
-    recipient are preserved.
+    The distributed round and `mix` both blend with this function, so their results are bitwise
+    identical. A fraction of 1 copies the donor, which also replaces NaN. Storage and memory format
+    of the recipient are preserved.
     """
     with torch.no_grad():
         if fraction == 1.0:
@@ -253,7 +242,7 @@ def mix(
 ) -> list[dict[str, Tensor]]:
     """Apply one round to a whole population in a single process.
 
-    This is the specification of the distributed round, which gives the same bits.
+    This is the specification of the distributed round, which is bitwise identical.
 
     Args:
         states: state dict of each network; not changed.

@@ -9,7 +9,7 @@ from dist_graft.references import is_reference, resolve
 
 
 def ring(networks: int, round_: int = 0, seed: int = 0) -> list[int]:
-    """Donor of each network: network k takes from network (k - 1) mod K in every round."""
+    """Donor of each network: network (k - 1) mod K for network k, in every round."""
     del round_, seed
     return [(network - 1) % networks for network in range(networks)]
 
@@ -17,8 +17,8 @@ def ring(networks: int, round_: int = 0, seed: int = 0) -> list[int]:
 def exponential(networks: int, round_: int, seed: int = 0) -> list[int]:
     """Donor of each network: the one at distance 1, 2, 4, ... below K, in rotation.
 
-    After ceil(log2 K) rounds every network has taken from every other one, directly or indirectly;
-    the ring needs K - 1 rounds.
+    After ceil(log2 K) rounds the weights of every network have reached every other network; the
+    ring needs K - 1 rounds.
     """
     del seed
     turns = max(1, (networks - 1).bit_length())

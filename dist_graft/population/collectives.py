@@ -40,7 +40,7 @@ def communicating(*, runs_model: bool = False) -> Iterator[None]:
 
 
 def raised_by_backend(error: BaseException) -> bool:
-    """Whether torch.distributed or gloo raised the error, usually because a peer is gone."""
+    """Whether torch.distributed or gloo raised the error, usually because a peer has died."""
     return isinstance(error, dist.DistError) or bool(_GLOO.match(str(error)))
 
 
@@ -54,7 +54,7 @@ def wait_for(
     seconds: float | None,
     on_wait: Callable[[float], None] = lambda waited: None,
 ) -> None:
-    """Wait for an asynchronous collective over gloo, handling signals meanwhile.
+    """Wait for an asynchronous collective over gloo; signals are handled during the wait.
 
     Args:
         work: the collective.
@@ -71,7 +71,7 @@ def wait_for(
         except RuntimeError:
             waited = time.monotonic() - start
             if work.is_completed():
-                work.wait()  # completed meanwhile; raises if it failed
+                work.wait()  # raises if the collective failed
                 return
             if seconds is not None and waited >= seconds:
                 raise RuntimeError(f"no response within {seconds:g} s") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.information import is_finite
-from dist_graft.grafting.mixing import Mixing
+from dist_graft.grafting.mixing import Mixing, ScalarSwap
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import ring
@@ -43,7 +45,6 @@ from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.replicas import average_buffers
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.population.unwrap import unwrapped
 
 PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
 """Phases of a round."""
@@ -64,7 +65,7 @@ class Grafter:
         criterion: "entropy" (eq. 6), "filter_entropy" (eq. 5) or "l1".
         lead: "conv", or "conv+linear" for MLPs and transformers.
         exchange: "all_gather": every rank receives every network; "p2p": only the donor's weights
-            travel. Both give the same bits.
+            are sent. The results are bitwise identical.
         bucket_mb: largest size of one network's part of a buffer, in MiB; at most 16 are used in
             host memory, where smaller buckets are faster. all_gather holds networks x bucket, p2p
             two buckets (on the ring).
@@ -77,8 +78,8 @@ class Grafter:
             first.
         on_divergence: what happens to a network with weights that are not finite. "raise": a
             NonFiniteError on every rank. "heal": it copies its donor, or the nearest finite network
-            upstream (the caller resets the optimizer's state). "exclude": it keeps its weights, and
-            no network takes from it. It is an error if all networks diverged.
+            upstream (the caller resets the optimizer's state). "exclude": it keeps its weights
+            and is no donor. It is an error if all networks diverged.
         peers: lets errors name the missing network.
         timeouts: timeouts of the collectives; None: the group's own timeout.
 
@@ -124,7 +125,7 @@ class Grafter:
             )
         if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb!r}")
-        self._module = unwrapped(model)
+        self._module = _unwrapped(model)
         self.units: list[GraftUnit] = graft_units(self._module, lead=lead)
         """Graft units, in the order of the records."""
         self.round = 0
@@ -206,8 +207,10 @@ class Grafter:
             seconds=groups.seconds,
         )
         with self._reporting_missing_peers(self.round):
-            apply = swap_scalars if mixing.swaps_scalars else blend_tensors
-            applied = apply(tensors, self.units, mixing, transport)
+            if isinstance(mixing, ScalarSwap):
+                applied = swap_scalars(tensors, self.units, mixing, transport)
+            else:
+                applied = blend_tensors(tensors, self.units, mixing, transport)
 
         # Record.
         measured = matrix[network].tolist() if state == FINITE else []
@@ -301,6 +304,29 @@ class Grafter:
             "on_divergence": self._on_divergence,
             "bucket_bytes": self._bucket_bytes,
         }
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile and DistributedDataParallel wrappers, in any order.
+
+    Raises: ValueError naming a sharded submodule or tensor.
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    for path, part in model.named_modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"{path or 'the model'} is sharded (FSDP): sharded models cannot be grafted"
+            )
+    for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(f"{key} is a DTensor: sharded models cannot be grafted")
+    return model
 
 
 def _first_not_finite(tensors: dict[str, Tensor], diverged: bool) -> int:

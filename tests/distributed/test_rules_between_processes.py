@@ -25,6 +25,7 @@ from dist_graft import (
     mix,
 )
 from dist_graft.grafting.divergence import without_diverged
+from dist_graft.grafting.mixing import ScalarSwap
 from dist_graft.grafting.rules.filter_graft import FilterGraft, FilterLink, filter_links
 from dist_graft.grafting.units import graft_tensors
 
@@ -225,7 +226,7 @@ def test_bytes_received(networks, case):
             torch.stack([rule.measure(units(), before) for before in befores]), number
         )
         for network, one in enumerate(round_):
-            if mixing.swaps_scalars:
+            if isinstance(mixing, ScalarSwap):
                 chosen = sum(
                     len(mixing.chosen_scalars(index, key, tensors[key].numel())[0])
                     * tensors[key].element_size()

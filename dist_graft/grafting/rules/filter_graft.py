@@ -37,7 +37,7 @@ class FilterMixing(Mixing):
 
     links: tuple[FilterLink, ...] = ()
     own: tuple[tuple[Tensor, ...], ...] = ()
-    """Share that each channel keeps of itself, by network and unit: float64 [filters]."""
+    """Share of its weights that each channel keeps, by network and unit: float64 [filters]."""
 
     def scaled(self, rate: float) -> FilterMixing:
         """Return the mixing with every donor's share of every channel multiplied by the rate."""
@@ -104,8 +104,8 @@ def filter_links(
 ) -> tuple[FilterLink, ...]:
     """Find each unit's batch norm and check that the next unit reads its channels.
 
-    Raises: ValueError naming the layer without a batch norm after it, or whose channels the next
-        layer does not read one to one. Such models can only be grafted layer by layer.
+    Raises: ValueError naming the first layer without a batch norm after it, or with channels that
+        the next layer does not read one to one. Such models can only be grafted layer by layer.
     """
     links = []
     for index, unit in enumerate(units):

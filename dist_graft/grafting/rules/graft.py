@@ -22,7 +22,7 @@ CONTROLS = ("constant", "shuffled")
 
 @dataclass(frozen=True, kw_only=True)
 class Graft(Rule):
-    """Filter grafting (arXiv 2001.05868): each network takes part of one other, layer by layer.
+    """Filter grafting (arXiv 2001.05868): each network is blended with one donor, layer by layer.
 
     theta_k <- alpha theta_k + (1 - alpha) theta_donor, with alpha from the information of the
     layer in both networks (eq. 7; see `graft_coefficient`). Rounds take place as set by

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.grafting.memory_layout import flat, memory_order
-from dist_graft.grafting.mixing import Mixing, blend_, blend_elementwise_
+from dist_graft.grafting.mixing import Mixing, ScalarSwap, blend_, blend_elementwise_
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.collectives import gather_vectors
 from dist_graft.population.round.buckets import Bucket, Piece, cut_buckets, pack_, unpack_
@@ -28,7 +28,7 @@ class Applied:
     """Measurements made while a Mixing was applied."""
 
     distance: list[float]
-    """Distance to the donors before the round, per unit; empty if only scalars traveled."""
+    """Distance to the donors before the round, per unit; empty if only scalars were exchanged."""
     bytes_received: int
     """Bytes of other networks' weights."""
 
@@ -49,7 +49,7 @@ def blend_tensors(
         tensors: this network's tensors by state-dict key; changed in place.
         units: graft units of the common architecture.
         mixing: identical on every rank.
-        transport: how the weights travel.
+        transport: transport of the weights.
     """
     rank, replicas = dist.get_rank(transport.group), transport.replicas
     views = [flat(tensor.detach()) for tensor in tensors.values()]
@@ -150,7 +150,7 @@ class _ElementFractions:
 def swap_scalars(
     tensors: Mapping[str, Tensor],
     units: Sequence[GraftUnit],
-    mixing: Mixing,
+    mixing: ScalarSwap,
     transport: Transport,
 ) -> Applied:
     """Exchange the scalars that the mixing chooses and write them in place, dtype by dtype.
@@ -158,7 +158,7 @@ def swap_scalars(
     Every rank of the transport's groups must call this. Replicas each exchange an equal part of the
     scalars and then gather the other parts.
 
-    Args: as `blend_tensors`; `mixing.swaps_scalars` is true.
+    Args: as `blend_tensors`.
     """
     rank, replicas = dist.get_rank(transport.group), transport.replicas
     shares = dist.get_world_size(replicas) if replicas else 1

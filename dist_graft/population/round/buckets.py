@@ -27,7 +27,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Elements of one dtype that travel together."""
+    """Elements of one dtype that are transferred together."""
 
     dtype: torch.dtype
     length: int
@@ -96,10 +96,7 @@ def pack_(buffer: Tensor, bucket: Bucket, views: Sequence[Tensor]) -> None:
 def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
     """Copy a bucket's pieces from a buffer into the tensors; the inverse of `pack_`.
 
-    Args:
-        views: one-dimensional views of all tensors; overwritten.
-        bucket: the pieces to copy.
-        buffer: [bucket.length], of the bucket's dtype, on any device.
+    Args: as `pack_`, except that the views are overwritten.
     """
     for piece in _runs(bucket):
         target = views[piece.tensor][piece.start : piece.start + piece.length]

@@ -23,7 +23,7 @@ Pack = Callable[[Tensor, Bucket], None]
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
 """Buckets with the flat elements of each donor."""
 IN_FLIGHT = 2
-"""Buckets that `p2p` transfers at once: one is packed and blended while the other travels."""
+"""Buckets that `p2p` transfers at once: one is packed or blended during the other's transfer."""
 _HOST_BUCKET_BYTES = 16 << 20  # larger buckets are slower in host memory
 
 
@@ -49,7 +49,7 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Transport:
-    """How the weights travel in one round."""
+    """Groups, device and buffers for the transfers of one round."""
 
     exchange: Exchange
     group: dist.ProcessGroup
@@ -82,7 +82,7 @@ def communication_device(group: dist.ProcessGroup, device: torch.device) -> torc
 
 
 def header_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """Return the device on which short vectors travel: the CPU if the group has a backend for it.
+    """Return the device for short vectors: the CPU if the group has a backend for it.
 
     While waiting over gloo, a process notices a dead peer at once, handles signals and can report
     which network it waits for. NCCL supports none of this.
@@ -92,7 +92,7 @@ def header_device(group: dist.ProcessGroup, device: torch.device) -> torch.devic
 
 
 def world() -> dist.ProcessGroup:
-    """Return the default group; requires init_process_group."""
+    """Return the default process group."""
     group = dist.group.WORLD
     assert group is not None
     return group
@@ -110,7 +110,7 @@ def all_gather(
         buckets: this network's buckets.
         pack: copies a bucket of this network into a buffer.
         donors: donors of each network.
-        transport: how the buckets travel.
+        transport: groups and buffers.
 
     Yields: (bucket, {donor: its elements}). The elements are valid until the next iteration.
     """
@@ -130,8 +130,8 @@ def p2p(
     """Transfer only the donors' weights, bucket by bucket.
 
     Holds IN_FLIGHT buckets to send, and as many for each donor, on the transport's device. Each
-    bucket is packed while the previous one travels, so the caller may only change the elements of a
-    bucket that was yielded. Every rank of the group must iterate to the end.
+    bucket is packed during the transfer of the previous one, so the caller may only change the
+    elements of a bucket that was yielded. Every rank of the group must iterate to the end.
 
     Args, yields: as `all_gather`.
     """
@@ -182,7 +182,7 @@ def gather_replica_parts(
         cuts: buckets of each replica's part, in the order of the ranks.
         pack: copies a bucket of this replica's part into a buffer.
         unpack: copies a buffer into a bucket of another replica's part.
-        transport: how the buckets travel.
+        transport: groups and buffers.
     """
     assert transport.replicas is not None
     rank = dist.get_rank(transport.replicas)
@@ -211,7 +211,7 @@ def _all_gather_in_place(
     if transport.device.type != "cpu":
         dist.all_gather_single(buffer, parts[rank], group=group)
         return
-    # Point to point, because gloo's all-gather allocates a second copy of everything.
+    # Point to point, because gloo's all-gather allocates a second copy of the buffer.
     peers = [peer for peer in range(len(parts)) if peer != rank]
     sends = [dist.P2POp(dist.isend, parts[rank], group=group, group_peer=peer) for peer in peers]
     receives = [dist.P2POp(dist.irecv, parts[peer], group=group, group_peer=peer) for peer in peers]
@@ -247,7 +247,7 @@ def held_bytes(
 
     Args:
         buckets: buckets of this process.
-        exchange: how they travel.
+        exchange: "all_gather" or "p2p".
         networks: number of networks.
         donors: number of this network's donors.
         on_host: host buffers are kept for every dtype, GPU buffers are released between dtypes.

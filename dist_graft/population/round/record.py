@@ -24,7 +24,7 @@ class GraftRecord:
     empty for rules without a criterion."""
     distance: dict[str, float]
     """Euclidean distance to the donor before the round (root mean square over several donors), over
-    all tensors of the unit; empty if only scalars travel."""
+    all tensors of the unit; empty if only scalars are exchanged."""
     seconds: float
     """Duration of the round, including the wait for other networks."""
     phase_seconds: dict[str, float]

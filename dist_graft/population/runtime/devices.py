@@ -35,7 +35,7 @@ def choose_device(name: str, process: ProcessInfo) -> torch.device:
 
 
 def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
-    """Whether every process has NCCL and its own GPU; the same result in all processes.
+    """Whether every process has NCCL and a GPU that no other process uses; identical on all ranks.
 
     Every process of the run must call this.
     """
@@ -47,12 +47,12 @@ def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> b
 
 
 def all_different(gpus: Sequence[str]) -> bool:
-    """Whether no two are equal and none is missing (an empty string)."""
+    """Whether no two GPUs are equal and none is missing (an empty string)."""
     return "" not in gpus and len(set(gpus)) == len(gpus)
 
 
 def nccl_unavailable(device: torch.device) -> ConfigError:
-    """Error for `runtime.backend nccl` where NCCL cannot be used."""
+    """Error for `runtime.backend nccl` if NCCL cannot be used."""
     return ConfigError(
         "runtime.backend nccl needs a GPU for every process of the run and a torch build with "
         f"NCCL; this process uses {device}: use auto or gloo"

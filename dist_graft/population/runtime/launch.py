@@ -84,16 +84,16 @@ def launch(
         args: passed to the function; must be picklable with ``"spawn"``.
         networks: size of the population.
         replicas: processes that train each network (``runtime.replicas``).
-        start_method: of ``multiprocessing``. Default: ``"spawn"``, except ``"fork"`` in an
-            interactive session that has not used CUDA.
+        start_method: start method of ``multiprocessing``. Default: ``"spawn"``, except ``"fork"``
+            in an interactive session that has not used CUDA.
         shutdown_timeout: seconds between forwarding a signal and killing the processes.
 
-    Returns: what the function returned in each process, by rank. The values are pickled; None when
-        the function called ``sys.exit(0)``.
+    Returns: the results of the function, by rank; they must be picklable. None if the function
+        called ``sys.exit(0)``.
 
     Raises:
-        NetworkFailedError: a process failed. Its text is that of the first failure, and the
-            remaining processes have been stopped.
+        NetworkFailedError: a process failed. The message is that of the first failure. All other
+            processes have been stopped.
         StoppedEarlyError: the run was asked to stop, and has saved a checkpoint.
         StoppedError: a signal stopped the processes; KeyboardInterrupt for SIGINT.
         ConfigError: an argument is out of range, or the function cannot be sent to the processes.
@@ -175,18 +175,17 @@ def _run(
 ) -> bytes:
     """Run the function in one process; returns its pickled result.
 
-    Args:
-        function: of the user.
-        args: of the function.
-        launcher: process id.
-        start_method: of multiprocessing in the launcher; empty: the platform's default.
+    The start method is that of the launcher; empty: the platform's default.
     """
     die_with_launcher(launcher)
-    _restore_default_signals()
+    # Drop the launcher's handlers, which a forked process inherits.
+    for number in _FORWARDED_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A spawned process would otherwise spawn its data loader workers, too.
     multiprocessing.set_start_method(start_method or None, force=True)
     has_returned = threading.Event()
-    # Leaves without finalizing the interpreter: see `leave`.
+    # Exit without finalizing the interpreter; see `leave`.
     atexit.register(lambda: leave(0 if has_returned.is_set() else 1))
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback:
@@ -205,13 +204,6 @@ def _run(
         _report_and_leave(error)
     has_returned.set()
     return result
-
-
-def _restore_default_signals() -> None:
-    """Drop the launcher's handlers, which a forked process inherits."""
-    for number in _FORWARDED_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _report_and_leave(error: BaseException) -> NoReturn:
@@ -235,7 +227,7 @@ def _report_and_leave(error: BaseException) -> NoReturn:
         is_consequence=is_consequence,
     )
     if is_consequence and not isinstance(error, StoppedError):
-        # The launcher ends this process as soon as it sees the one that failed first.
+        # The launcher ends this process once it has noticed the first failure.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_CAUSE_SECONDS)
     leave(status)
@@ -245,7 +237,7 @@ def _report_and_leave(error: BaseException) -> NoReturn:
 
 
 def _read_reports(folder: Path) -> dict[int, Mapping[str, Any]]:
-    """The failures that the processes reported, by rank."""
+    """Failures that the processes reported, by rank."""
     files = folder.glob("*/attempt_0/*/error.json")
     return {int(file.parent.name): json.loads(file.read_text()) for file in files}
 
@@ -256,7 +248,7 @@ def _first_failure(
     processes: int,
     replicas: int,
 ) -> BaseException:
-    """The exception that the caller of `launch` gets."""
+    """Exception for the caller of `launch`."""
     if isinstance(error, SignalException) and not reports:
         if error.sigval == signal.SIGINT:
             return KeyboardInterrupt()
@@ -268,7 +260,7 @@ def _first_failure(
             return NetworkFailedError(
                 f"{process} {_cause(failure.exitcode)}", network=process.network, rank=rank
             )
-    # What another process's failure caused comes last, whoever reported first.
+    # Consequences of another failure come last, even if they were reported first.
     rank = min(reports, key=lambda rank: (reports[rank]["is_consequence"], reports[rank]["time"]))
     report = reports[rank]
     text, trace = report["message"]["message"], report["traceback"]
@@ -333,7 +325,7 @@ def _restored_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _no_process_left() -> Iterator[None]:
-    """Kill the processes that a signal during their start would leave behind."""
+    """Kill the processes that would outlive a signal during their start."""
     before = set(multiprocessing.active_children())
     try:
         yield

@@ -46,7 +46,7 @@ class PeerRegistry:
         return self._ranks[:: self._replicas]
 
     def clone(self) -> PeerRegistry:
-        """Registry with its own connection, for another thread: a wait blocks the connection."""
+        """Registry with a separate connection, for another thread: a wait blocks the connection."""
         return PeerRegistry(self._store.clone(), self.rank, len(self._ranks), self._replicas)
 
     def check_in(self, timeout_seconds: float) -> None:
@@ -77,7 +77,7 @@ class PeerRegistry:
     def missing_from_round(self, round_: int) -> list[str]:
         """Descriptions of the processes that have not reached a round.
 
-        Empty when the store does not respond, because its host may be the one that is gone.
+        Empty if the store does not respond, because the process that hosts it may have died.
         """
         return self._describe_where(lambda rank: not self._has_reached(rank, round_))
 
@@ -120,7 +120,7 @@ class PeerRegistry:
             self._store.set("stop", reason)
 
     def stop_reason(self) -> str | None:
-        """Why the run should stop; None if no process has requested it or the store is lost.
+        """Reason of a requested stop; None if no process has requested it or the store is lost.
 
         Raises: PeerError when the store does not respond in time.
         """
@@ -158,7 +158,7 @@ class PeerRegistry:
 
         Args:
             key: key of the texts.
-            timeout_seconds: for all of them.
+            timeout_seconds: timeout for all texts.
             ranks: processes to wait for; None: all.
             cancelled: polled about once a second; True ends the wait.
 
@@ -193,7 +193,7 @@ class PeerRegistry:
 
         Args:
             keys: keys of the store.
-            timeout_seconds: for all of them.
+            timeout_seconds: timeout for all keys.
             gives_up: called with the missing keys about once a second; True ends the wait.
 
         Returns: the keys that are missing after the wait.
@@ -203,7 +203,7 @@ class PeerRegistry:
             left = deadline - time.monotonic()
             if left <= 0:
                 return missing
-            try:  # in short waits, because Python handles signals only in between
+            try:  # in short waits, because Python handles signals only between them
                 self._store.wait(missing, min(_POLL_INTERVAL, timedelta(seconds=left)))
             except dist.DistStoreError:
                 if gives_up(missing):

@@ -26,7 +26,7 @@ _LARGEST = 32 << 20  # threshold that malloc accepts
 def die_with_launcher(launcher: int | None = None) -> None:
     """Have the kernel kill this process when its launcher dies (Linux only; ADR 20).
 
-    A run that is restarted after its launcher was killed then never meets orphaned processes.
+    Otherwise orphaned processes could interfere with a restarted run.
 
     Args:
         launcher: process id; None: the current parent.
@@ -39,7 +39,7 @@ def die_with_launcher(launcher: int | None = None) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process of this user has ended; also when its parent has not noticed yet."""
+    """Whether a process of this user has ended; true for a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -110,17 +110,17 @@ def report_failure(
         traceback: formatted traceback.
         details: further entries of the file, which must be serializable as JSON.
     """
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not place:
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
         return
     now = time.time()
     extra = {"timestamp": int(now), "py_callstack": traceback or message}
-    shown = {"message": message, "extraInfo": extra, "errorCode": exit_status}
-    partial = Path(f"{place}.partial")
+    content = {"message": message, "extraInfo": extra, "errorCode": exit_status}
+    partial = Path(f"{file}.partial")
     partial.write_text(
-        json.dumps({"message": shown, "time": now, "traceback": traceback, **details})
+        json.dumps({"message": content, "time": now, "traceback": traceback, **details})
     )
-    partial.replace(place)
+    partial.replace(file)
 
 
 def leave(status: int) -> NoReturn:

@@ -34,8 +34,8 @@ from dist_graft.population.runtime.store import StoreClient, call_with_timeout
 from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
-"""Numbers the runs of this process; every process of a run starts equally many."""
-_RESPONSE_SECONDS = 2.0  # lets the store report its own timeout first
+"""Numbers of the runs in this process, the same in every process of a run."""
+_RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Runtime:
         self._extend_group_timeouts()
 
     def _extend_group_timeouts(self) -> None:
-        """Raise the groups' own timeouts, which end a collective however long we would wait."""
+        """Extend the groups' timeouts, which end a collective regardless of our own timeout."""
         if self.process.world_size > 1:
             limit = timedelta(seconds=self.timeouts.longest_wait)
             for group in {world(), self.group_across_networks or world()}:
@@ -82,7 +82,7 @@ class Runtime:
         Every process must call this.
 
         Args:
-            values: of this process.
+            values: values of this process.
             what: the operation, for error messages.
 
         Returns: one row for each network.
@@ -179,6 +179,8 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
             "torch.distributed is already initialized in this process: a run creates its own "
             "process group, and cannot follow a run that failed in the same process"
         )
+
+    # Device and torch's global settings.
     device = choose_device(config.device, process)
     torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":
@@ -201,18 +203,21 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     if process.world_size == 1:
         return Runtime(process, device, "none", timeouts, None)
 
+    # Key-value store, through which all processes find each other.
     store = _connect_store(process, config.timeout_seconds)
     client = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
     peers = PeerRegistry(client, process.rank, process.world_size, process.replicas)
     peers.check_in(config.timeout_seconds)
     if process.replicas > 1:
         _refuse_uneven_machines(process, peers, config.timeout_seconds)
+
+    # Backend and process groups.
     nccl = can_use_nccl(device, peers, config.timeout_seconds)
     if config.backend == "nccl" and not nccl:
         raise nccl_unavailable(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)  # our waits over gloo have their own
+    timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo use `timeouts`
     try:
         dist.init_process_group(
             backend,
@@ -274,7 +279,7 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         is_master=is_server,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
-        multi_tenant=True,  # a second run of this process finds its own server again
+        multi_tenant=True,  # a second run in this process reuses the server
     )
     try:
         # torch does not bound the wait for a response on another program's port.

@@ -158,7 +158,7 @@ class Replicas:
 def average_buffers(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
     """Average a module's floating-point buffers over several processes, in place.
 
-    Buffers that are equal in all processes keep their bits.
+    Buffers that are equal in all processes do not change.
 
     Args:
         model: module of this process.

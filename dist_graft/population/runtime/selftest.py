@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 _NETWORKS = 2
@@ -21,7 +20,7 @@ def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
 
     Args:
         backend: "gloo" (on the CPU) or "nccl" (on two GPUs).
-        seconds: timeout for all of it, including the start of the processes.
+        seconds: timeout, including the start of the processes.
 
     Returns: whether the test passed, and one line with the result or the error.
     """
@@ -40,8 +39,16 @@ def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, file in enumerate(files):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(_start(command, environment | place, file))
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with file.open("wb") as output:
+                    processes.append(
+                        subprocess.Popen(
+                            command,
+                            env=environment | ranks,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                        )
+                    )
             late = [rank for rank, process in enumerate(processes) if not _ends(process, deadline)]
         finally:
             for process in processes:
@@ -54,15 +61,6 @@ def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
         if process.returncode:
             return False, lines[-1] if lines else _cause(process.returncode)
     return True, outputs[0][-1]
-
-
-def _start(
-    command: list[str], environment: Mapping[str, str], output: Path
-) -> subprocess.Popen[bytes]:
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT
-        )
 
 
 def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
@@ -84,18 +82,17 @@ def main(backend: str, seconds: float) -> None:
     """Run one of the two processes; its last line of output is the result."""
     from dist_graft.errors import DistGraftError
     from dist_graft.population.runtime.process import die_with_launcher, leave
-    from dist_graft.population.runtime.process_info import read_process_info
 
     die_with_launcher()
     try:
-        print(_graft_and_compare(read_process_info().network, backend, seconds))
+        print(_graft_and_compare(backend, seconds))
     except DistGraftError as error:
         print(" ".join(str(error).split()))
         leave(error.exit_status)
     leave(0)
 
 
-def _graft_and_compare(network: int, backend: str, seconds: float) -> str:
+def _graft_and_compare(backend: str, seconds: float) -> str:
     import torch
     from torch import nn
 
@@ -108,14 +105,14 @@ def _graft_and_compare(network: int, backend: str, seconds: float) -> str:
     from dist_graft.population.runtime.process_group import start
     from dist_graft.population.runtime.process_info import read_process_info
 
-    device = "cuda" if backend == "nccl" else "cpu"
     config = RuntimeConfig(
-        device=device,
+        device="cuda" if backend == "nccl" else "cpu",
         backend="nccl" if backend == "nccl" else "gloo",
         threads=1,
         timeout_seconds=seconds,
     )
     runtime = start(config, read_process_info())
+    network = runtime.process.network
     models = []
     for seed in range(_NETWORKS):
         torch.manual_seed(seed)

@@ -16,15 +16,15 @@ _POLL_SECONDS = 1.0
 
 
 class StopRequests:
-    """Whether the run should stop; polled after every step. Nothing here is a collective.
+    """Requests to stop, polled after every step. Nothing here is a collective.
 
     A signal to one process reaches all of them through the key-value store, which each process
     polls once a second. Further signals are ignored.
 
     Args:
-        file: requests a stop by its existence.
-        peers: of the run; None for a single process.
-        grace_seconds: between the request and `on_grace_expired`.
+        file: requests a stop if it exists.
+        peers: registry of the run; None for a single process.
+        grace_seconds: time from the request to the call of `on_grace_expired`.
         on_grace_expired: must end the process; called in another thread.
     """
 
@@ -43,7 +43,7 @@ class StopRequests:
         self._signal: int | None = None
         self._last_poll = -_POLL_SECONDS
         self.reason: str | None = None
-        """Why the run should stop; None while it should not."""
+        """Reason of the stop; None if none was requested."""
 
     def install_handlers(self) -> None:
         """Handle the signals that request a stop."""
@@ -51,7 +51,7 @@ class StopRequests:
             signal.signal(number, self._record_signal)
 
     def close(self) -> None:
-        """Cancel the grace period: the run has ended."""
+        """Cancel the grace period after the end of the run."""
         self._grace.cancel()
 
     def requested(self) -> bool:

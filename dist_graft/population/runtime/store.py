@@ -29,7 +29,7 @@ def call_with_timeout(
     """Call a function in another thread, which is abandoned if it does not return in time.
 
     Args:
-        function: the call, which torch may block for longer than its own timeout.
+        function: a call that torch may block beyond its timeout.
         seconds: timeout.
         submit: passes the call to a thread; default: a new one.
 
@@ -57,8 +57,7 @@ class StoreClient:
     """Client whose requests fail when the store does not respond in time.
 
     The timeout of a `torch.distributed.Store` does not bound the wait for a response that was lost
-    on a dead link. Requests are therefore made in a thread, which is abandoned when no response
-    comes.
+    on a dead link. Requests are therefore made in a thread, which is abandoned after the timeout.
 
     Args:
         store: used by this client only.
@@ -92,7 +91,7 @@ class StoreClient:
         self._request(lambda: self._store.wait(keys, timeout), timeout.total_seconds())
 
     def clone(self) -> StoreClient:
-        """Client of the same store with its own connection."""
+        """Client of the same store with a separate connection."""
         return StoreClient(self._request(self._store.clone), self._seconds)
 
     def _request(self, function: Callable[[], _Response], extra_seconds: float = 0.0) -> _Response:

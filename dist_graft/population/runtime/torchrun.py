@@ -1,7 +1,7 @@
 """torchrun with one-line errors: ``python -m dist_graft.population.runtime.torchrun OPTIONS``.
 
-Adds to torchrun what its own options do not offer: no traceback of the launcher, an immediate error
-for an unusable rendezvous address, and an end when the rendezvous store becomes unreachable.
+Differs from torchrun in three ways: no traceback of the launcher, an immediate error for an
+unusable rendezvous address, and an exit when the rendezvous store becomes unreachable.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dist_graft.printing import print_line
 
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 600.0  # torchrun's default
-_EXIT_SECONDS = 15.0  # from the end of the processes to that of their launcher
+_EXIT_SECONDS = 15.0  # from the end of the processes to the end of their launcher
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun with its own options; returns the exit status, or ends the process."""
+    """Run torchrun with its options; returns the exit status, or ends the process."""
     options = parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
     endpoint = options.rdzv_endpoint
@@ -52,12 +52,12 @@ def main(argv: list[str]) -> int:
         )
         return 128 + error.sigval
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
-        _fail(_not_met(endpoint, join_seconds), error.__cause__ or error)
+        _fail(_rendezvous_failed(endpoint, join_seconds), error.__cause__ or error)
     return 0
 
 
 def _check_endpoint(endpoint: str) -> None:
-    """End the process if the machines cannot meet at this address."""
+    """End the process if the machines cannot use this rendezvous address."""
     host, _, port = endpoint.rpartition(":")
     here = socket.gethostname()
     for name in (host, here):
@@ -94,7 +94,7 @@ def _is_store(host: str, port: int) -> bool:
     return True
 
 
-def _not_met(endpoint: str, seconds: float) -> str:
+def _rendezvous_failed(endpoint: str, seconds: float) -> str:
     return (
         f"{socket.gethostname()} did not meet the other machines at {endpoint} within "
         f"{seconds:g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be the name "
@@ -103,14 +103,14 @@ def _not_met(endpoint: str, seconds: float) -> str:
 
 
 def _watch(endpoint: str, join_seconds: float) -> None:
-    """End this launcher when the machines do not meet, and soon after its processes.
+    """End this launcher if the rendezvous fails, and soon after its processes have ended.
 
     torchrun waits without a timeout for a rendezvous store whose link was cut.
     """
     began = time.monotonic()
     while not _has_processes():
         if time.monotonic() > began + join_seconds + _CONNECT_SECONDS:
-            _fail(_not_met(endpoint, join_seconds))
+            _fail(_rendezvous_failed(endpoint, join_seconds))
         time.sleep(1)
     last_seen = time.monotonic()
     while time.monotonic() < last_seen + _EXIT_SECONDS:
@@ -136,7 +136,7 @@ def _has_processes() -> bool:
 
 
 def _fail(line: str, error: BaseException | None = None) -> NoReturn:
-    """Print one line and end the process, whatever its threads wait for."""
+    """Print one line and end the process, even if its threads are blocked."""
     cause = f" ({first_line(error)})" if error else ""
     print_line(f"dist-graft: error: {line}{cause}")
     leave(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from dist_graft.errors import ConfigError, DataError
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import donors_of
 from dist_graft.references import resolve
-from dist_graft.training.builders import build_user_rule
+from dist_graft.training.builders import build_rule, build_user_rule
 from dist_graft.training.data.sources import read_custom
 from dist_graft.training.models import build_model
 
@@ -133,8 +135,10 @@ def test_name_of_a_criterion() -> None:
     ],
 )
 def test_invalid_rule(graft: GraftConfig, says: str) -> None:
+    config = TrainConfig(graft=graft)
+    state: Any = SimpleNamespace(model=nn.Conv2d(1, 2, 3))
     with pytest.raises(ConfigError, match=says):
-        build_user_rule(TrainConfig(graft=graft))
+        build_user_rule(config) or build_rule(config, state, [])
 
 
 def test_unused_rule_is_refused() -> None:

@@ -29,7 +29,8 @@ ACTIVE: tuple[State, ...] = ("starting", "running")
 
 _DEAD_AFTER_SECONDS = 90.0  # shared filesystems may show an old version of a file for a minute
 _ALIVE_WITHIN_SECONDS = 2 * HEARTBEAT_SECONDS + 1
-_STOPPED_BY_LAUNCHER = "stopped by "  # message of processes ended after another one failed
+_CONSEQUENCES = ("stopped by ", " ended: see its own output", "a peer died or did not answer")
+"""Parts of the messages of processes that ended because another one had failed."""
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN_SECONDS = 30.0
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
@@ -133,11 +134,11 @@ def _state(
     if run.stopped is not None and not died:
         return "stopped", " ".join(run.stopped.split()) or f"stopped early; {resume}"
 
-    # The launcher ends all processes after one has failed: show the cause, not its consequences.
-    causes = {k: error for k, error in errors.items() if _STOPPED_BY_LAUNCHER not in error}
+    causes = {k: e for k, e in errors.items() if not any(part in e for part in _CONSEQUENCES)}
     if causes or (errors and not died):
         network, error = next(iter((causes or errors).items()))
-        return "failed", f"failed: network {network}: {error}; {resume}"
+        known = error.startswith(f"network {network} (")  # errors in log.txt name the process
+        return "failed", f"failed: {'' if known else f'network {network}: '}{error}; {resume}"
     if died:
         silent = [seconds for files in died if (seconds := _silent_seconds(files, now)) is not None]
         return "died", (
@@ -332,5 +333,7 @@ def _as_int(value: object) -> int | None:
 
 
 def _name_in(config: Mapping[str, Any], section: str) -> Any:
+    if section in (config.get("run", {}).get("custom") or ()):
+        return f"custom {section}"  # given in Python, so the configured name was not used
     values = config.get(section)
     return values.get("name") if isinstance(values, dict) else None

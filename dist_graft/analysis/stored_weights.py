@@ -23,6 +23,7 @@ from dist_graft.training.checkpoint.files import (
     Checkpoint,
     complete_checkpoints,
     load_network,
+    network_file,
 )
 from dist_graft.training.models import build_model
 
@@ -50,8 +51,8 @@ class StoredRun:
         custom = [part for part in parts if part in self.custom]
         if custom:
             raise ConfigError(
-                f"{self.path} was trained in Python with a custom {' and '.join(custom)}, which "
-                "this command cannot build: use `dist-graft export`, and load the weights there"
+                f"{self.path} was trained in Python with its own {', '.join(custom)}, which this "
+                "command cannot build: run dist-graft export, and load the weights in Python"
             )
 
     def state(self, network: int) -> State:
@@ -75,7 +76,7 @@ class StoredRun:
         }
 
     def _load(self, network: int) -> dict[str, Any]:
-        name = f"network{network:02d}.pt"
+        name = network_file(network)
         path = self.checkpoint.path / name
         try:
             return load_network(path, self.checkpoint.sha256[name])
@@ -226,6 +227,7 @@ def _from_checkpoint(path: Path, folder: Path) -> Source:
 
 
 def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None) -> Source:
+    run.require_configured("model")
     chosen = range(run.checkpoint.networks) if networks is None else networks
     states = {str(network): run.state(network) for network in chosen}
     return Source(path, run.config.model, run.config.graft.lead, states)
@@ -234,12 +236,18 @@ def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None)
 def _from_export(path: Path, folder: Path, files: Sequence[Path]) -> Source:
     try:
         description = json.loads((folder / EXPORT_DESCRIPTION).read_text())
-        model, lead = ModelConfig(name=description["model"]), description["lead"]
+        name, lead = description["model"], description["lead"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
+    if name is None:
+        raise ConfigError(
+            f"{folder} holds a model that was built in Python, which this command cannot build: "
+            "load the weights in Python"
+        )
     if not files:
         raise RunDirectoryError(f"{folder} holds no networkNN.pt")
-    return Source(path, model, lead, {_name(file): read_weights(file) for file in files})
+    states = {_name(file): read_weights(file) for file in files}
+    return Source(path, ModelConfig(name=name), lead, states)
 
 
 def _name(path: Path) -> str:

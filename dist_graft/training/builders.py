@@ -181,7 +181,8 @@ def build_units(config: TrainConfig, state: TrainState) -> list[GraftUnit]:
     try:
         return graft_units(state.model, lead=config.graft.lead)
     except ValueError as error:
-        raise ConfigError(f"model {config.model.name} cannot be grafted: {error}") from error
+        name = type(state.model).__name__
+        raise ConfigError(f"model {name} cannot be grafted: {error}") from error
 
 
 def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -> Rule:
@@ -197,9 +198,8 @@ def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -
     try:
         return kind.build(options, seed=config.seed, units=units, tensors=tensors)
     except ValueError as error:
-        raise ConfigError(
-            f"method {config.method} with model {config.model.name}: {error}"
-        ) from error
+        name = type(state.model).__name__
+        raise ConfigError(f"method {config.method} with model {name}: {error}") from error
 
 
 def _build_own_rule(config: TrainConfig) -> Rule | None:

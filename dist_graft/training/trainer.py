@@ -232,7 +232,7 @@ class Trainer:
     def fit(self) -> None:
         """Train for `config.epochs` epochs; every process of the run must call this.
 
-        Resumes from the newest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1 and the
+        Resumes from the latest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1 and the
         file STOP in the run directory stop the run after a step, with a checkpoint.
 
         Raises: StoppedEarlyError after such a stop; PeerError when another process died or did not
@@ -612,7 +612,7 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        """Restore the newest checkpoint, if there is one; all networks load the same one."""
+        """Restore the latest checkpoint, if there is one; all networks load the same one."""
         name = self.checkpoints.choose() if self.process.is_main else ""
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
@@ -848,7 +848,7 @@ class Trainer:
             if dead := peers.dead_peers() if peers else []:
                 return PeerError(
                     f"{'; '.join(dead)} ended: see its own output; rerun the command to resume "
-                    "from the newest checkpoint"
+                    "from the latest checkpoint"
                 )
         if isinstance(error, torch.OutOfMemoryError):
             return ConfigError(
@@ -862,7 +862,7 @@ def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
     """End a process that was asked to stop while its peers did not agree in time."""
     print_line(
         f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
-        "(--checkpoint.grace_seconds); rerun the command to resume from the newest checkpoint"
+        "(--checkpoint.grace_seconds); rerun the command to resume from the latest checkpoint"
     )
     leave(1)
 

@@ -129,7 +129,7 @@ class TestState:
             log.write("ERROR network 1 (rank 1 on b): out of GPU memory\n")
         state, text = status_of(run)
         assert state == "failed"
-        assert "failed: network 1: network 1 (rank 1 on b): out of GPU memory; rerun " in text
+        assert "failed: network 1 (rank 1 on b): out of GPU memory; rerun " in text
         assert "rerun the same command to resume from epoch_0003" in text.splitlines()[0]
 
     def test_running_although_a_second_start_was_refused(self, run: Path) -> None:

@@ -154,8 +154,8 @@ def test_units_of_the_configured_lead(make_state: MakeState) -> None:
 def test_a_model_that_cannot_be_grafted_is_an_error(make_state: MakeState) -> None:
     state = make_state(OptimConfig(), model=nn.Linear(8, 4))
     with pytest.raises(ConfigError) as caught:
-        build_units(TrainConfig(model=ModelConfig(name="some_name")), state)
-    assert "some_name" in str(caught.value)
+        build_units(TrainConfig(), state)
+    assert "Linear" in str(caught.value)
     assert "--graft.lead conv+linear" in str(caught.value)
 
 
@@ -197,8 +197,8 @@ def test_the_interval_of_papa_variants_is_in_epochs() -> None:
 
 
 def test_the_model_that_each_method_delivers() -> None:
-    delivered = {name: rule.delivers for name, rule in RULES.items()}
-    assert delivered == {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+    expected = {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+    assert {name: RULES[name].delivers for name in expected} == expected
 
 
 def test_the_rate_of_papa_decays_with_the_learning_rate() -> None:

@@ -17,6 +17,7 @@ from dist_graft.config import (
 from dist_graft.config.parsing import append_repeated, option_names
 from dist_graft.config.validation import from_nested
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.rules import RULES
 
 NAN, INF = float("nan"), float("inf")
 
@@ -156,7 +157,7 @@ def test_an_error_in_the_options_of_a_method_names_its_section(
 
 
 def test_an_unknown_method_is_an_error_that_lists_the_methods() -> None:
-    with pytest.raises(ConfigError, match="method must be one of graft, average, papa, wash, none"):
+    with pytest.raises(ConfigError, match=f"method must be one of {', '.join(RULES)}, none"):
         TrainConfig(method="papo")
 
 

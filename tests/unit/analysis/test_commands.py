@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         (["evaluate"], "run"),
         (["evaluate", "x", "--data.rot", "3"], "did you mean --data.root?"),
-        (["evaluate", "nowhere"], "nowhere is no run directory: it has no config.yaml"),
+        (["evaluate", "nowhere"], "nowhere is not a run directory: it has no config.yaml"),
         (["evaluate", "x", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["evaluate", "x", "--batch_norm_batches", "-1"], "batch_norm_batches must be at least 1"),
         (["evaluate", "x", "--precision", "fp8"], "'fp32', 'bf16', 'fp16'"),
@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["inspect", "x", "--num_bins", "0"], "num_bins must be at least 1, got 0"),
         (["inspect", "x", "--graft.lead", "linear"], "'conv', 'conv+linear'"),
         (["export"], "run"),
-        (["export", "nowhere"], "nowhere is no run directory"),
+        (["export", "nowhere"], "nowhere is not a run directory"),
     ],
 )
 def test_invalid_options(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:

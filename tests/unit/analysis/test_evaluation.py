@@ -26,7 +26,7 @@ class Reference:
     """Reference implementation: plain loops and torch's update_bn."""
 
     def __init__(self, run: Path) -> None:
-        config, _ = RunDirectory(str(run)).read()
+        config, _ = RunDirectory(str(run)).read_config()
         self.data = load_data(config.data, seed=0, network=0, device=CPU, channels_last=True)
 
     def logits(self, state: dict[str, Tensor], split: str, *, reestimated: bool = False) -> Scores:
@@ -213,7 +213,7 @@ class TestOptions:
 
 class TestErrors:
     def test_not_a_run_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run directory"):
+        with pytest.raises(RunDirectoryError, match=f"{tmp_path} is not a run directory"):
             evaluate_run(str(tmp_path))
 
     def test_no_complete_checkpoint(self, tmp_path: Path) -> None:

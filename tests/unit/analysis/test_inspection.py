@@ -189,7 +189,7 @@ class TestErrors:
             read_source(tmp_path / "nowhere")
 
     def test_not_a_run_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(RunDirectoryError, match="is no run directory"):
+        with pytest.raises(RunDirectoryError, match="is not a run directory"):
             read_source(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 broken"])

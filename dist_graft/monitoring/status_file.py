@@ -155,6 +155,7 @@ class StatusFile(Callback):
             self._thread.join(HEARTBEAT_SECONDS)  # a disk that hangs does not block the process
         if self._status.phase not in ENDED:
             self._status.phase = "finished"
+            self._status.epochs, self._status.rounds = trainer.config.epochs, trainer.round
         self._write()
 
     def seconds_left(self) -> float | None:

@@ -149,3 +149,21 @@ def test_kept_checkpoints(
     assert train(tmp_path / "run", "--epochs", "3", *options).status == 0
     found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert found == [f"epoch_{epoch:04d}" for epoch in epochs]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "name", "position"),
+    [("64", "epoch_0001", (1, 0)), ("32", "epoch_0000_round_0000", (0, 1))],
+)
+def test_checkpoints_by_the_clock(
+    train: Train, tmp_path: Path, batch_size: str, name: str, position: tuple[int, int]
+) -> None:
+    """At the end of an epoch, and at steps inside it."""
+    run = tmp_path / "run"
+    options = ("--checkpoint.every", "0", "--checkpoint.every_minutes", "1e-6")
+    options += ("--checkpoint.keep", "9", "--data.batch_size", batch_size)
+    assert train(run, "--epochs", "2", *options).status == 0
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert (saved[0], saved[-1]) == (name, "epoch_0002")
+    state = torch.load(run / "checkpoints" / name / "network00.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == position

@@ -277,7 +277,7 @@ def test_arguments_are_checked_before_anything_starts(monkeypatch: pytest.Monkey
         with pytest.raises(ConfigError, match=text):
             dist_graft.launch(os.getpid, **sizes)
     with pytest.raises(ConfigError, match=r'cannot be sent .* pass start_method="fork"'):
-        dist_graft.launch(lambda: None, networks=1)
+        dist_graft.launch(lambda: None, networks=1, start_method="spawn")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="RANK is set"):

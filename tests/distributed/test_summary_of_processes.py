@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import RankContext, run
+from reading import summary
 
 from dist_graft import Trainer
 from dist_graft.config import TrainConfig
@@ -58,8 +59,8 @@ def summary_of(context: RankContext, tested: list[int], run_dir: str) -> Any:
 def test_all_ranks_have_the_same_summary(tmp_path: Path) -> None:
     first, second = run(summary_of, 2, [5, 5], str(tmp_path))
     assert first.pop("events") == []
-    for summary in (first, second):
-        assert summary.pop("wall_seconds") >= 0
+    for found in (first, second):
+        assert found.pop("wall_seconds") >= 0
     assert first == second
     assert [network["lr"] for network in first["networks"]] == [0.1, 1.1]
     assert first["mean_accuracy_before_last_round"] == 50.0

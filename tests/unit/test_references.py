@@ -130,8 +130,11 @@ def test_name_of_a_criterion() -> None:
             "graft.rule 'given:no_rule' returned .* no measure or decide",
         ),
         (GraftConfig(rule="given:nope"), "graft.rule 'given:nope': given has no function"),
-        (GraftConfig(criterion="given:nope"), "resnet20: criterion 'given:nope': given has no"),
-        (GraftConfig(topology="nope:f"), "resnet20: topology 'nope:f': there is no module nope"),
+        (GraftConfig(criterion="given:nope"), "model Conv2d: criterion 'given:nope': given has no"),
+        (
+            GraftConfig(topology="nope:f"),
+            "model Conv2d: topology 'nope:f': there is no module nope",
+        ),
     ],
 )
 def test_invalid_rule(graft: GraftConfig, says: str) -> None:

@@ -68,8 +68,14 @@ def test_criterion_and_num_bins_are_used():
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ({"criterion": "l2"}, "criterion must be one of entropy, .*, or package.*, got 'l2'"),
-        ({"topology": "star"}, "topology must be one of ring, .*, or package.*, got 'star'"),
+        (
+            {"criterion": "l2"},
+            "criterion must be one of entropy, .*, or a reference package.*, got 'l2'",
+        ),
+        (
+            {"topology": "star"},
+            "topology must be one of ring, .*, or a reference package.*, got 'star'",
+        ),
         ({"criterion": "nonesuch:f"}, "criterion 'nonesuch:f': there is no module nonesuch"),
         ({"topology": "math:f"}, "topology 'math:f': math has no function or class 'f'"),
         ({"num_bins": 0}, "num_bins must be at least 1, got 0"),

@@ -130,10 +130,10 @@ def test_name_of_a_criterion() -> None:
             "graft.rule 'given:no_rule' returned .* no measure or decide",
         ),
         (GraftConfig(rule="given:nope"), "graft.rule 'given:nope': given has no function"),
-        (GraftConfig(criterion="given:nope"), "model Conv2d: criterion 'given:nope': given has no"),
+        (GraftConfig(criterion="given:nope"), "Conv2d: criterion 'given:nope': given has no"),
         (
             GraftConfig(topology="nope:f"),
-            "model Conv2d: topology 'nope:f': there is no module nope",
+            "Conv2d: topology 'nope:f': there is no module nope",
         ),
     ],
 )

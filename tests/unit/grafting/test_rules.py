@@ -70,11 +70,11 @@ def test_criterion_and_num_bins_are_used():
     [
         (
             {"criterion": "l2"},
-            "criterion must be one of entropy, .*, or a reference package.*, got 'l2'",
+            "criterion must be one of entropy, .* or a reference .*, got 'l2'",
         ),
         (
             {"topology": "star"},
-            "topology must be one of ring, .*, or a reference package.*, got 'star'",
+            "topology must be one of ring, .* or a reference .*, got 'star'",
         ),
         ({"criterion": "nonesuch:f"}, "criterion 'nonesuch:f': there is no module nonesuch"),
         ({"topology": "math:f"}, "topology 'math:f': math has no function or class 'f'"),

@@ -66,13 +66,19 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     )
 
     def trains_again(restarts: int) -> None:
-        before = epochs_saved(run)
+        # Not by checkpoints alone: the processes of a job that is being requeued may still save one.
         wait_until(
             lambda: (
                 int(cluster.job(job)["Restarts"]) == restarts
                 and cluster.job(job)["JobState"] == "RUNNING"
-                and epochs_saved(run) > before
+                and Path(f"{run}.txt").read_text().count("[0] resumed from ") == restarts
             ),
+            f"resuming after {restarts} interruptions",
+            seconds=PATIENCE,
+        )
+        before = epochs_saved(run)
+        wait_until(
+            lambda: epochs_saved(run) > before,
             f"training after {restarts} interruptions",
             seconds=PATIENCE,
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dist_graft.population.round.record import GraftRecord
     from dist_graft.population.runtime.launch import launch
     from dist_graft.training.data.datasets import Datasets
+    from dist_graft.training.train import train
     from dist_graft.training.trainer import Trainer
 
 _NAMES = {
@@ -59,6 +60,7 @@ _NAMES = {
     "population.round.record": ("GraftRecord",),
     "population.runtime.launch": ("launch",),
     "training.data.datasets": ("Datasets",),
+    "training.train": ("train",),
     "training.trainer": ("Trainer",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
@@ -96,6 +98,7 @@ __all__ = [
     "l1",
     "launch",
     "mix",
+    "train",
 ]
 
 

@@ -30,6 +30,7 @@ from dist_graft.config.parsing import (
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
+    NetworkFailedError,
     StartError,
     StoppedEarlyError,
     StoppedError,
@@ -83,6 +84,10 @@ def run(argv: Sequence[str]) -> int:
 
             terminate_launcher()
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+    except NetworkFailedError as error:
+        if error.traceback:
+            print_line(error.traceback)
+        return _fail(str(error), error.exit_status, process, argv, network=error.network)
     except StoppedError as error:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
@@ -104,17 +109,27 @@ def _print(text: str) -> None:
 
 
 def _fail(
-    message: str, status: int, process: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
+    message: str,
+    status: int,
+    process: ProcessInfo,
+    argv: Sequence[str],
+    *,
+    network: int | None = None,
+    root_cause: bool = True,
 ) -> int:
+    # `network` is the one whose log gets the line, unless it is that of this process; `root_cause`
+    # says whether torchrun's summary of failures may show the message.
     line = " ".join(message.split())
     if process.world_size > 1:
         line = f"{process}: {line}"
-    print_line(f"dist-graft: error: {line}")
+    severity = "" if status == StoppedEarlyError.exit_status else "error: "
+    print_line(f"dist-graft: {severity}{line}")
     run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
     if run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line
 
-        append_line(Path(run_dir) / f"network{process.network:02d}", f"ERROR {line}")
+        folder = f"network{process.network if network is None else network:02d}"
+        append_line(Path(run_dir) / folder, f"{'ERROR' if severity else 'INFO'} {line}")
     if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure
 
@@ -184,8 +199,9 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
         key, file, cause = section.groups()
         missing = f"there is no YAML file {file}; set its options with --{key}.NAME VALUE"
         message = f"section {key}: {missing if 'Unable to load' in cause else f'{file}: {cause}'}"
-    hint = did_you_mean(message, _option_names(parsers[name]))
-    return f"{message}{hint}; dist-graft {name} --help lists all options"
+    hint = did_you_mean(message, _option_names(parsers[name]), COMMANDS[name].aliases)
+    how = "--help all" if name == "train" else "--help"
+    return f"{message}{hint}; dist-graft {name} {how} lists all options"
 
 
 def _option_names(parser: ArgumentParser) -> Iterator[str]:

@@ -33,6 +33,8 @@ class Command:
     assign: Callable[[Options, ProcessInfo], ProcessInfo] | None = None
     """Assigns the process to a network of the population. None: the command runs in one process
     and is refused under torchrun."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that other programs use for the command's options, without dashes."""
     removed: Mapping[str, str] = field(default_factory=dict)
     """Options of earlier versions, such as ``--tflops``, with what to use instead."""
 

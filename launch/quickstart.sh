@@ -7,7 +7,7 @@ source "$(dirname "$0")/environment.sh"
 install ""
 
 RUN_DIR=${RUN_DIR:-runs/quickstart}
-python -m dist_graft.population.runtime.torchrun --standalone --nproc-per-node="${NETWORKS:-2}" -m dist_graft train \
+dist-graft train --networks "${NETWORKS:-2}" \
     --config launch/configs/quickstart.yaml --run_dir "$RUN_DIR" "$@"
 echo "The results are in $RUN_DIR: summary.json, and log.txt and metrics.jsonl of each network."
 echo "To view them in TensorBoard: $VENV/bin/tensorboard --logdir $RUN_DIR"

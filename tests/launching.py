@@ -89,7 +89,11 @@ def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Done:
 
 @contextmanager
 def running(
-    commands: Sequence[Sequence[str]], *, cwd: Path | None = None, **more: str
+    commands: Sequence[Sequence[str]],
+    *,
+    cwd: Path | None = None,
+    new_session: bool = False,
+    **more: str,
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Run programs in the background, with RANK etc. if there are several; killed on exit."""
     processes: list[subprocess.Popen[str]] = []
@@ -100,6 +104,7 @@ def running(
                     command,
                     env=place | more,
                     cwd=cwd,
+                    start_new_session=new_session,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,

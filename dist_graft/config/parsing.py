@@ -128,11 +128,21 @@ def append_repeated(argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
-def did_you_mean(message: str, options: Iterable[str]) -> str:
-    """Suggest an option for the unknown one in a parser's message, or return an empty string."""
+def did_you_mean(
+    message: str, options: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> str:
+    """Suggest an option for the unknown one in a parser's message, or return an empty string.
+
+    Args:
+        message: the parser's message.
+        options: names of all options, without dashes.
+        aliases: names that other programs use, and the options that they mean here.
+    """
     unknown = re.search(r"(?:arguments?: --|[Oo]ption ')([\w.-]+)", message)
     if unknown:
-        near = difflib.get_close_matches(unknown.group(1), list(options), n=1)
-        if near and near[0] != unknown.group(1):
+        name = unknown.group(1)
+        meant = (aliases or {}).get(name.replace("-", "_"))
+        near = [meant] if meant else difflib.get_close_matches(name, list(options), n=1)
+        if near and near[0] != name:
             return f"; did you mean --{near[0]}?"
     return ""

@@ -10,20 +10,32 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.command import Command, Options
 from dist_graft.config import TrainConfig
-from dist_graft.config.validation import from_nested
+from dist_graft.config.validation import at_least, from_nested
+from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.help import ALIASES, add_help
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build a parser with an option for every field of `TrainConfig`."""
     parser = ArgumentParser(
-        description="Train one network per process. Start with torchrun to train more than one.",
+        description="Train a population of networks: --networks K on this machine, or one network "
+        "per process under torchrun.",
+        add_help=False,
         **settings,
     )
+    add_help(parser)
     parser.add_argument(
         "--config",
         action="config",
         help="YAML file with options. A section may name another YAML file, relative to this one.",
+    )
+    parser.add_argument(
+        "--networks",
+        type=int | None,
+        default=None,
+        help="Size of the population; starts its processes on this machine. Leave it out under "
+        "torchrun, which starts them itself.",
     )
     parser.add_class_arguments(TrainConfig, nested_key=None, sub_configs=True)
     return parser
@@ -31,12 +43,26 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 def assign(options: Options, process: ProcessInfo) -> ProcessInfo:
     """Assign the process to a network, ``runtime.replicas`` processes each."""
-    return process.with_replicas(from_nested(TrainConfig, options).runtime.replicas)
+    config, networks = read_options(options)
+    if networks and process.launched:
+        raise ConfigError(
+            "--networks starts the processes itself, but this one was started by a launcher (RANK "
+            "is set): leave out --networks, or start without torchrun"
+        )
+    return process if networks else process.with_replicas(config.runtime.replicas)
+
+
+def read_options(options: Options) -> tuple[TrainConfig, int | None]:
+    """The configuration, and ``--networks``, which is no part of it."""
+    values = dict(options)
+    networks = values.pop("networks")
+    at_least("--networks", networks, 1)
+    return from_nested(TrainConfig, values), networks
 
 
 def run(options: Options, process: ProcessInfo) -> Iterable[str]:
     """Train this process's network. Every rank must call this."""
-    config: TrainConfig = from_nested(TrainConfig, options)
+    config, networks = read_options(options)
 
     # Before torch is imported: check what can be checked, and prepare the process.
     from dist_graft.monitoring.log import hold_warnings
@@ -50,7 +76,12 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
     from dist_graft.training.learning_rates import learning_rates
 
     check_dataset_name(config.data.name)
-    learning_rates(config.optim, process.networks)
+    learning_rates(config.optim, networks or process.networks)
+    if networks and networks * config.runtime.replicas > 1:
+        from dist_graft.training.train import train
+
+        train(config, networks=networks)
+        return ()
     stop_on_signals()
     if process.launched:
         die_with_launcher()
@@ -74,4 +105,5 @@ COMMAND = Command(
     build_parser=build_parser,
     run=run,
     assign=assign,
+    aliases=ALIASES,
 )

@@ -871,7 +871,7 @@ def _startup_message(trainer: Trainer) -> str:
     config, process, data = trainer.config, trainer.process, trainer.data
     run_dir = trainer.directory.path
     weights = sum(parameter.numel() for parameter in trainer.model.parameters())
-    device, runtime = trainer.device.type, trainer.runtime
+    device, runtime, threads = trainer.device.type, trainer.runtime, torch.get_num_threads()
     where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
     counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
     return "\n".join(
@@ -881,7 +881,7 @@ def _startup_message(trainer: Trainer) -> str:
             f"data     {describe_data(config, data)}",
             f"where    {process.local_world_size} of {process.world_size} {counted} on "
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
-            f"{torch.get_num_threads()} threads each",
+            f"{threads} thread{'s' if threads > 1 else ''} each",
             f"to stop  Ctrl-C, or touch {trainer.directory.stop}; rerun the command to resume",
             f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
         ]

@@ -90,7 +90,7 @@ def test_first_lines_describe_the_run(pair: Path) -> None:
     fields = dict(re.match(r"(to stop|to look|\w+) +(.*)", line).groups() for line in lines)
     assert fields["data"].startswith("fashion-mini: 64 images of 1 x 28 x 28, 10 classes")
     assert fields["where"].startswith("2 of 2 networks on ")
-    assert "cpu over gloo, fp32, 1 threads each" in fields["where"]
+    assert "cpu over gloo, fp32, 1 thread each" in fields["where"]
     assert f"touch {pair}/STOP" in fields["to stop"]
     assert fields["to look"] == f"dist-graft status {pair}; tensorboard --logdir {pair}"
 

@@ -29,9 +29,9 @@ from reading import (
 from torch import Tensor
 
 from dist_graft import Graft, cli, graft_units, mix
-from dist_graft.config import DataConfig, ModelConfig, TrainConfig
-from dist_graft.config.validation import from_nested
+from dist_graft.config import DataConfig, ModelConfig
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
+from dist_graft.training.command import read_options
 from dist_graft.training.data import load_data
 from dist_graft.training.models import build_model
 
@@ -83,7 +83,7 @@ def test_only_one_process_prints(pair: Path) -> None:
 def test_saved_configuration_equals_the_options(pair: Path) -> None:
     options = ["--run_dir", str(pair), *SMALL, *PAIR]
     configs = [
-        from_nested(TrainConfig, cli._parse(["train", *argv])[1])
+        read_options(cli._parse(["train", *argv])[1])[0]
         for argv in (options, ["--config", str(pair / "config.yaml")])
     ]
     assert configs[0] == configs[1]

@@ -66,7 +66,7 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     )
 
     def trains_again(restarts: int) -> None:
-        # Not by checkpoints alone: the processes of a job that is being requeued may still save one.
+        # Not by checkpoints alone: the processes of a requeued job may still save one.
         wait_until(
             lambda: (
                 int(cluster.job(job)["Restarts"]) == restarts

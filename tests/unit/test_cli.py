@@ -15,8 +15,10 @@ from dist_graft import cli
 from dist_graft.command import Command, Options
 from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
-from dist_graft.config.validation import from_nested
+from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.command import read_options
+from dist_graft.training.help import ALIASES, FREQUENT
 
 pytestmark = pytest.mark.usefixtures("empty_working_directory")
 PREFIX = "dist-graft: error: "
@@ -39,8 +41,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def parsed(*argv: str) -> TrainConfig:
     command, options = cli._parse(["train", *argv])
     assert command == "train"
-    config = from_nested(TrainConfig, options)
-    assert isinstance(config, TrainConfig)
+    config, networks = read_options(options)
+    assert networks is None
     return config
 
 
@@ -106,14 +108,18 @@ class TestInvalidOptions:
             (["--grft.every", "0"], "--grft.every", "--graft.every"),
             (["--xyzzy", "1"], "--xyzzy", None),
             (["surplus"], "surplus", None),
+            (["--lr", "0.1"], "--lr", "--optim.lr"),
+            (["--learning-rate", "0.1"], "--learning-rate", "--optim.lr"),
+            (["--config", "with_alias.yaml"], "learning_rate", "--optim.lr"),
         ],
     )
     def test_unknown_or_abbreviated_option(
         self, capsys: pytest.CaptureFixture[str], argv: list[str], names: str, meant: str | None
     ) -> None:
+        write_file("learning_rate: 0.1\n", "with_alias.yaml")
         line = refused(capsys, "train", *argv)
         assert names in line
-        assert "--help lists all options" in line
+        assert "dist-graft train --help all lists all options" in line
         if meant:
             assert f"did you mean {meant}?" in line
 
@@ -278,11 +284,40 @@ def test_help_and_errors_of_all_commands_load_no_torch() -> None:
         assert option in done.stdout
 
 
-def test_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.run(["train", "--help"])
-    listed = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
-    assert set(option_names()) <= listed
+class TestHelpOfTrain:
+    def listed(self, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(["train", "--help", *words])
+        assert not exit_.value.code
+        return re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.M)
+
+    def test_frequent_options(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert sorted(self.listed(capsys)) == sorted(FREQUENT)
+
+    def test_one_section(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = {name for name in option_names() if name.startswith("graft.")}
+        assert set(self.listed(capsys, "graft")) == options | {"graft"}
+
+    def test_all_options(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert {*option_names(), "networks", "print_config"} <= set(self.listed(capsys, "all"))
+
+    def test_unknown_section(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--help SECTION those of data, model" in refused(capsys, "train", "--help", "grft")
+
+    def test_aliases_stand_for_options(self) -> None:
+        assert set(ALIASES.values()) <= {*option_names(), "networks"}
+        assert not set(ALIASES) & set(option_names())
+
+
+@pytest.mark.parametrize("value", ["0", "-2"])
+def test_number_of_networks(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert "--networks must be at least 1" in refused(capsys, "train", f"--networks={value}")
+
+
+def test_networks_are_not_started_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"networks": 2}
+    with pytest.raises(ConfigError, match="leave out --networks, or start without torchrun"):
+        cli.COMMANDS["train"].assign(options, ProcessInfo(launched=True))
 
 
 def test_exit_status(tmp_path: Path) -> None:

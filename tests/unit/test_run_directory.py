@@ -15,9 +15,9 @@ from reading import contents
 from dist_graft import cli
 from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
 from dist_graft.config.parsing import option_names
-from dist_graft.config.validation import from_nested
 from dist_graft.errors import RunDirectoryError
 from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
+from dist_graft.training.command import read_options
 
 FREE = {
     "run_dir",
@@ -221,9 +221,7 @@ class TestConfigFile:
 
 def read_back(directory: RunDirectory) -> TrainConfig:
     _, options = cli._parse(["train", "--config", str(directory.config)])
-    config = from_nested(TrainConfig, options)
-    assert isinstance(config, TrainConfig)
-    return config
+    return read_options(options)[0]
 
 
 class TestCheck:

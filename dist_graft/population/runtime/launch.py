@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import multiprocessing
@@ -123,6 +124,7 @@ def launch(
             failure = _first_failure(error, _read_reports(Path(folder)), processes, replicas)
         else:
             return [pickle.loads(results[rank]) for rank in range(processes)]
+    gc.collect()  # the launcher's semaphores, which multiprocessing would otherwise call leaked
     raise failure
 
 

@@ -1,0 +1,105 @@
+"""`dist-graft train --networks K` and `dist_graft.train`, which start their own processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from launching import (
+    ERROR,
+    PAIR,
+    PROMPT_SECONDS,
+    checkpoint_is_complete,
+    program,
+    run_program,
+    running,
+    wait_for_end,
+    wait_until,
+)
+from reading import assert_same_bits, checkpoint
+
+ENDLESS = ("--epochs", "100000", "--networks", "2")
+LIMIT = 150
+SCRIPT = """
+import sys, yaml
+from dist_graft import train
+from dist_graft.config import TrainConfig
+from dist_graft.config.parsing import from_mapping
+
+if __name__ == "__main__":
+    options = yaml.safe_load(open(sys.argv[1]))
+    options.pop("run")
+    config = from_mapping(TrainConfig, options | {"run_dir": sys.argv[2]})
+    print(len(train(config, networks=2)["networks"]), train(config, networks=2))
+"""
+
+
+def test_weights_equal_those_of_torchrun(pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_program(program(run, *PAIR, "--networks", "2"), timeout=LIMIT)
+    assert done.status == 0, done
+    assert not done.errors
+    assert "2 of 2 networks on " in done.output
+    for network in (0, 1):
+        one, other = (checkpoint(path, 3, network) for path in (pair, run))
+        assert_same_bits(one["model"], other["model"])
+
+
+def test_train_in_python_returns_the_summary(pair: Path, tmp_path: Path) -> None:
+    """The second call finds a complete run."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(pair / "config.yaml"), str(run)]
+    done = run_program(command, timeout=LIMIT)
+    assert done.status == 0, done
+    assert done.output.splitlines()[-1] == "2 {}"
+    for network in (0, 1):
+        one, other = (checkpoint(path, 3, network) for path in (pair, run))
+        assert_same_bits(one["model"], other["model"])
+
+
+def test_an_error_is_one_line_of_the_network_that_failed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_program(
+        program(run, *PAIR, "--networks", "2", "--model.name", "resnt20"), timeout=LIMIT
+    )
+    assert done.status == 2
+    (line,) = done.errors.splitlines()
+    assert line.startswith(f"{ERROR}network ")
+    assert "model.name 'resnt20' is unknown; nearest: resnet20" in line
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_is_called_a_stop(name: str, tmp_path: Path) -> None:
+    """SIGINT goes to all processes, as Ctrl-C does; SIGTERM to the one that was started."""
+    run = tmp_path / "run"
+    with running([program(run, *ENDLESS)], new_session=True) as (process,):
+        wait_until(checkpoint_is_complete(run, 1), "the first epoch", meanwhile=[process])
+        number = signal.Signals[name]
+        if name == "SIGINT":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid, number)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 75
+    (line,) = done.errors.splitlines()
+    assert line.startswith(f"dist-graft: stopped early by {name}; everything is saved in {run}")
+    assert line.endswith("rerun the command to resume")
+    assert (run / "STOPPED_EARLY").exists()
+
+
+def test_a_killed_network_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with running([program(run, *ENDLESS)]) as (process,):
+        wait_until(checkpoint_is_complete(run, 1), "the first epoch", meanwhile=[process])
+        pid = json.loads((run / "network01/status.json").read_text())["pid"]
+        os.kill(pid, signal.SIGKILL)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 1
+    (line,) = done.errors.splitlines()
+    assert line.startswith(f"{ERROR}network 1 (rank 1 on ")
+    assert "was killed by SIGKILL" in line

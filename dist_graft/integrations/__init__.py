@@ -1,0 +1,1 @@
+"""Callbacks for other training frameworks; imported only when used."""

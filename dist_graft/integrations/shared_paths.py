@@ -1,0 +1,37 @@
+"""Networks must not write the same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def network_folder(root: str | Path, network: int) -> Path:
+    """Folder of a network's files, ``ROOT/network03``."""
+    return Path(root) / f"network{network:02d}"
+
+
+def encode_paths(paths: Mapping[str, str | Path | None]) -> str:
+    """Resolve the folders that a network writes to, as text for `refuse_shared_paths`."""
+    return json.dumps({what: str(Path(path).resolve()) for what, path in paths.items() if path})
+
+
+def refuse_shared_paths(texts: Sequence[str], advice: str) -> None:
+    """Check that all networks write to different folders.
+
+    Args:
+        texts: by network, the result of `encode_paths`.
+        advice: what to do, for the message.
+
+    Raises: ValueError naming the folder and two networks that share it.
+    """
+    owners: dict[str, int] = {}
+    for network, text in enumerate(texts):
+        for what, path in json.loads(text).items():
+            other = owners.setdefault(path, network)
+            if other != network:
+                raise ValueError(
+                    f"networks {other} and {network} would both write {what} to {path}, and lose "
+                    f"each other's files: {advice}"
+                )

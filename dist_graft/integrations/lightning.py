@@ -152,7 +152,8 @@ class GraftCallback(lightning.Callback):
         if not is_parallel:
             for module in pl_module.modules():
                 if isinstance(module, torchmetrics.Metric):
-                    module.sync_on_compute = False  # it would be averaged over the networks
+                    # Otherwise it would be averaged over the networks.
+                    module.distributed_available_fn = _is_not_distributed
 
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -223,3 +224,7 @@ class GraftCallback(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of the next round."""
         self._round = state_dict["round"]
+
+
+def _is_not_distributed() -> bool:
+    return False

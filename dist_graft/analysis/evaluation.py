@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
@@ -25,7 +25,7 @@ from dist_graft.run_directory import write_atomically
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.models import build_model
-from dist_graft.training.state import Predictor
+from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 
@@ -97,9 +97,10 @@ class _Evaluator:
             model.to(memory_format=torch.channels_last)
         self._predictor = Predictor(
             model=model,
-            forward=cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
+            forward=compiled(model, config.runtime.compile),
             precision=config.runtime.precision,
             device=device,
+            cuda_graphs=uses_cuda_graphs(config.runtime.compile, device),
         )
         self.data = data
         self._source = stored.checkpoint.path

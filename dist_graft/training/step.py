@@ -146,6 +146,7 @@ def train_step(
         sums: changed in place.
         backward: context of each forward and backward pass; None: no replicas.
     """
+    state.begin_step()
     length = batch_size(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
     size = -(-part.smallest // config.accumulation)
@@ -194,6 +195,7 @@ def evaluate(
     sums = {name: zeros.clone() for name in task.metrics}
     samples = 0
     for inputs, targets in data.eval_batches(split):
+        predictor.begin_step()
         with predictor.autocast():
             output = predictor.forward(inputs)
             mean = task.loss(output, targets)
@@ -219,6 +221,7 @@ def _evaluate_classifier(
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     probabilities, targets = [], []
     for inputs, labels in data.eval_batches(split):
+        predictor.begin_step()
         with predictor.autocast():
             logits = predictor.forward(inputs)
         task.check(logits, labels)

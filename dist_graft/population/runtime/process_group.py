@@ -25,7 +25,12 @@ from dist_graft.population.collectives import (
     wait_for,
 )
 from dist_graft.population.round.exchange import world
-from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
+from dist_graft.population.runtime.devices import (
+    can_use_nccl,
+    choose_device,
+    nccl_unavailable,
+    set_matmul_precision,
+)
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
@@ -169,7 +174,8 @@ class Runtime:
 def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     """Choose the device and initialize the process group; every process must call this.
 
-    Sets torch's number of threads, its deterministic mode and the current CUDA device.
+    Sets torch's number of threads, its deterministic mode, the precision of matrix products and the
+    current CUDA device.
 
     Raises: ConfigError for a device or backend that is not available; StartError naming the
         processes that did not start in time.
@@ -195,6 +201,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    set_matmul_precision(config.matmul_precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.backend == "nccl":

@@ -129,8 +129,8 @@ class _Evaluator:
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
     rates = learning_rates(stored.config.optim, len(states))
-    tested = [evaluator.evaluate(state, "test") for state in states]
-    reestimated = [evaluator.evaluate(state, "test", reestimated=True) for state in states]
+    tested, ensemble = _test_members(states, evaluator)
+    reestimated, ensemble_reestimated = _test_members(states, evaluator, reestimated=True)
     validated: list[float] = []
     if evaluator.data.has_validation:
         validated = [evaluator.evaluate(state, "val").accuracy for state in states]
@@ -162,18 +162,28 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         ],
         "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
         "mean_test_accuracy_reestimated": statistics.fmean(r.accuracy for r in reestimated),
-        "ensemble_test_accuracy": ensemble_accuracy(tested),
-        "ensemble_test_accuracy_reestimated": ensemble_accuracy(reestimated),
+        "ensemble_test_accuracy": ensemble,
+        "ensemble_test_accuracy_reestimated": ensemble_reestimated,
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
 
 
-def ensemble_accuracy(members: Sequence[EvalResult]) -> float:
-    """Accuracy of the networks' mean probability, in percent."""
-    answers = [member.probabilities for member in members if member.probabilities is not None]
-    total, labels = answers[0].clone(), members[0].labels
-    assert labels is not None
-    for probabilities in answers[1:]:
-        total += probabilities
-    return accuracy(total, labels)
+def _test_members(
+    states: Sequence[State], evaluator: _Evaluator, *, reestimated: bool = False
+) -> tuple[list[EvalResult], float]:
+    """Test results of each network, and the accuracy of their mean probability in percent.
+
+    Only the sum of their probabilities is kept.
+    """
+    results: list[EvalResult] = []
+    total: Tensor | None = None
+    for state in states:
+        result = evaluator.evaluate(state, "test", reestimated=reestimated)
+        assert result.probabilities is not None
+        assert result.labels is not None
+        total = result.probabilities if total is None else total.add_(result.probabilities)
+        results.append(replace(result, probabilities=None))
+    assert total is not None
+    assert result.labels is not None
+    return results, accuracy(total, result.labels)

@@ -232,7 +232,9 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
             rank=process.rank,
             world_size=process.world_size,
             timeout=timeout,
-            device_id=device if nccl else None,
+            # Replicas use smaller groups. Bound to a device, the NCCL communicators of those would
+            # be split from that of all processes, by all processes, for one group after another.
+            device_id=device if nccl and process.replicas == 1 else None,
         )
         mesh = _mesh(process, "cuda" if nccl else "cpu", timeout) if process.replicas > 1 else None
     except RuntimeError as error:
@@ -259,10 +261,13 @@ def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceM
     """Device mesh [network, replica]; every process must call this.
 
     The groups are created here and not by the mesh, so that each has all backends and this timeout.
+    A process creates only its own two, with their members only; all start with the one across the
+    networks.
     """
     ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
-    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
-    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    create = partial(dist.new_group, timeout=timeout, use_local_synchronization=True)
+    across = create(ranks[:, process.replica].tolist())
+    within = create(ranks[process.network].tolist())
     assert isinstance(across, dist.ProcessGroup)
     assert isinstance(within, dist.ProcessGroup)
     return DeviceMesh.from_group(

@@ -101,20 +101,6 @@ class Replicas:
         rows = self._gather(torch.tensor(values, dtype=torch.float64), what)
         return [list(map(float, row)) for row in rows.tolist()]
 
-    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Concatenate the processes' matrices along the first dimension: a collective.
-
-        Args:
-            rows: matrix of this process, [counts[index], columns].
-            counts: number of rows of each process.
-        """
-        if self.group is None:
-            return rows
-        missing = max(counts) - len(rows)
-        vector = nn.functional.pad(rows, (0, 0, 0, missing)).flatten()
-        gathered = self._gather(vector, "an evaluation").view(len(counts), max(counts), -1)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-
     def average_buffers(self, model: nn.Module) -> None:
         """Average the floating-point buffers over the processes, in place: a collective."""
         if self.group is not None:

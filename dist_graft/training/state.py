@@ -78,6 +78,12 @@ class TrainState(Predictor):
         return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
 
     @property
+    def scaler_reads_gradients(self) -> bool:
+        """Whether an fp16 step waits for the gradients: fused optimizers skip it on the device."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return self.scaler.is_enabled() and not fused
+
+    @property
     def averaged(self) -> Predictor | None:
         """The moving average of the weights as a predictor; None without one."""
         if self.ema is None:

@@ -6,8 +6,7 @@ The only communication is between the replicas of a network, in the forward and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from dist_graft.config import OptimConfig
+from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.training.data import Data
 from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
@@ -24,8 +24,6 @@ from dist_graft.training.task import Task, classification, correct
 
 ENSEMBLE_CHUNK = 2**22
 """Number of probabilities that the networks sum at once for their ensemble (16 MiB)."""
-Backward = Callable[..., AbstractContextManager[object]]
-"""(last=) -> context of a forward and backward pass; last: whether it is the last of the step."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def train_step(
     config: OptimConfig,
     part: Part,
     sums: RunningSums,
-    backward: Backward | None = None,
+    replicas: Replicas | None = None,
 ) -> None:
     """Take one optimizer step on a batch, and add its loss and metrics to `sums`.
 
@@ -154,8 +152,9 @@ def train_step(
         config: accumulation and clipping.
         part: position and weight of this process's part.
         sums: changed in place.
-        backward: context of each forward and backward pass; None: no replicas.
+        replicas: the processes that train the network; None: this one alone.
     """
+    replicas = replicas or Replicas()
     state.begin_step()
     length = batch_size(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
@@ -163,7 +162,7 @@ def train_step(
     chunks = min(-(-part.smallest // size), length)
     pairs = zip(split_batch(inputs, chunks), split_batch(targets, chunks), strict=True)
     for number, (chunk, target) in enumerate(pairs, start=1):
-        with backward(last=number == chunks) if backward else nullcontext():
+        with replicas.backward(last=number == chunks):
             with state.autocast():
                 output = state.train_forward(chunk)
                 task.check(output, target)
@@ -177,6 +176,8 @@ def train_step(
     if config.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    if state.scaler_reads_gradients:
+        replicas.wait_for_device(state.device)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

@@ -539,7 +539,7 @@ class Trainer:
                         config=self.config.optim,
                         part=self.data.part(step),
                         sums=sums,
-                        backward=self.replicas.backward,
+                        replicas=self.replicas,
                     )
                 self.state.scheduler.step()
             steps += 1
@@ -552,6 +552,7 @@ class Trainer:
                 break
 
         # ---- Results, over all replicas ----
+        self.replicas.wait_for_device(self.device)
         seconds = time.perf_counter() - start
         result = sums.result(steps=steps, seconds=seconds, data_seconds=data_seconds)
         rows = self.replicas.gather(result.row(), "the results of some steps")

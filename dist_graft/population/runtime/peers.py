@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
-from dist_graft.population.collectives import CommunicationError
+from dist_graft.population.collectives import CommunicationError, abort_nccl
 from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.process_info import describe_process
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
@@ -91,6 +91,11 @@ class PeerRegistry:
     def dead_peers(self) -> list[str]:
         """Descriptions of the processes on this host that have ended."""
         return self._describe(lambda: self._dead(self._ranks))
+
+    def check_alive(self) -> None:
+        """Raise CommunicationError if a process on this host has ended, to end a wait for it."""
+        if self.dead_peers():
+            raise CommunicationError("a process ended")
 
     def unresponsive(self, key: str, ranks: Sequence[int], seconds: float) -> list[str]:
         """Descriptions of the ranks that do not make this same call before the timeout."""
@@ -281,7 +286,11 @@ def _reporting_lost_store(key: str) -> Iterator[None]:
 
 @contextmanager
 def reporting_lost_peers(
-    what: str, lost: Callable[[], list[str]], *, otherwise: str
+    what: str,
+    lost: Callable[[], list[str]],
+    *,
+    otherwise: str,
+    groups: Sequence[dist.ProcessGroup | None] = (),
 ) -> Iterator[None]:
     """Convert the failure of a collective into a PeerError that names the lost peers.
 
@@ -289,11 +298,13 @@ def reporting_lost_peers(
         what: the operation, for the message.
         lost: returns the descriptions of the lost peers.
         otherwise: named if no lost peer is known.
+        groups: groups whose NCCL collectives are aborted.
     """
     try:
         yield
     except CommunicationError as error:
         names = "; ".join(lost()) or otherwise
+        abort_nccl(*groups)
         raise PeerError(
             f"lost {names} during {what}: it died or did not answer; see its output for the cause "
             f"({error})"

@@ -40,6 +40,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
 """Numbers of the runs in this process, the same in every process of a run."""
+_WATCHDOG_FACTOR = 2.0
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
 
 
@@ -77,8 +78,12 @@ class Runtime:
     def _extend_group_timeouts(self) -> None:
         """Extend the groups' timeouts, which end a collective regardless of our own timeout."""
         if self.process.world_size > 1:
-            limit = timedelta(seconds=self.timeouts.longest_wait)
-            for group in {world(), self.group_across_networks or world()}:
+            nccl = "nccl" in self.backend
+            limit = _group_timeout(self.timeouts.longest_wait, nccl=nccl)
+            groups = {world(), self.group_across_networks or world()}
+            if nccl:
+                groups.add(self.replicas.group or world())
+            for group in groups:
                 dist.set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
@@ -224,7 +229,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         raise nccl_unavailable(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo use `timeouts`
+    timeout = _group_timeout(config.timeout_seconds, nccl=nccl)  # most waits use `timeouts`
     try:
         dist.init_process_group(
             backend,
@@ -245,6 +250,15 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     group = mesh.get_group("replica") if mesh else None
     replicas = Replicas(group, timeouts, peers)
     return Runtime(process, device, backend, timeouts, peers, mesh, replicas)
+
+
+def _group_timeout(seconds: float, *, nccl: bool) -> timedelta:
+    """Timeout of a process group whose waits end after `seconds`.
+
+    Longer with NCCL: its watchdog aborts the process without our error message, and counts from
+    when a collective is queued, not from when the host waits for it.
+    """
+    return timedelta(seconds=_WATCHDOG_FACTOR * seconds if nccl else seconds)
 
 
 def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dist_graft import Callback, Trainer
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
+from dist_graft.population.runtime.replicas import Replicas
+from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
 from dist_graft.training.state import TrainState
@@ -22,6 +24,7 @@ from dist_graft.training.step import (
     evaluate,
     merge_eval_results,
     merge_train_results,
+    train_step,
 )
 from dist_graft.training.task import Task, accuracy, classification
 
@@ -445,6 +448,45 @@ def test_a_model_that_does_not_return_class_scores_is_an_error(
     state.train_forward = lambda inputs: answer(model(inputs))  # type: ignore[operator]
     with pytest.raises(ConfigError, match="one row of class scores per image"):
         train_steps(state, make_data(), OptimConfig(), epoch=0, first=0, last=1)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "fused", "expected"),
+    [(True, False, ["wait", "step"]), (True, True, ["step"]), (False, False, ["step"])],
+)
+def test_the_host_reads_no_gradient_before_its_peers_have_delivered_theirs(
+    enabled: bool,
+    fused: bool,
+    expected: list[str],
+    make_data: MakeData,
+    make_state: MakeState,
+) -> None:
+    """A loss scaler reads whether one overflowed, unless the optimizer does so on the device."""
+    config, data = OptimConfig(), make_data()
+    state = make_state(config)
+    state.optimizer = build_optimizer(config, state.model, lr=0.1, fused=fused)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    calls: list[str] = []
+    state.optimizer.register_step_pre_hook(lambda *_: calls.append("step"))
+
+    class Waiting(Replicas):
+        def wait_for_device(self, device: torch.device) -> None:
+            assert device == state.device
+            calls.append("wait")
+
+    inputs, targets = next(data.train_batches(0, 0, 1))
+    task = classification()
+    train_step(
+        state,
+        task,
+        inputs,
+        targets,
+        config=config,
+        part=data.part(0),
+        sums=RunningSums(task, CPU),
+        replicas=Waiting(),
+    )
+    assert calls == expected
 
 
 class TestMerging:

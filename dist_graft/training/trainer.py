@@ -859,7 +859,7 @@ class Trainer:
         )
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Return the error to report: the peer that exited, or what to do about memory."""
+        """Return the error to report: the peer that exited, or what the user can do."""
         if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
             peers = self.runtime.peers
             if exited := peers.dead_peers() if peers else []:
@@ -871,6 +871,12 @@ class Trainer:
             return ConfigError(
                 f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "
                 "split batches with optim.accumulation"
+            )
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cause = " ".join(str(error).splitlines()[:2])[:200]  # pages of compiler output follow
+            return ConfigError(
+                f"torch.compile failed ({cause}): check the C++ compiler (on a "
+                "GPU also Triton), or use runtime.compile false, which shows errors of the model"
             )
         return error
 

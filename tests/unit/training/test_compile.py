@@ -99,6 +99,20 @@ def test_a_run_that_resumes_before_an_evaluation_uses_the_same_graphs(
     assert_same_bits(optimizer_tensors(first), optimizer_tensors(second))
 
 
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("C++ compile error" + 1000 * "\n a line of the compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    config = config_of(tmp_path / "run")
+    config = replace(config, runtime=replace(config.runtime, compile=True))
+    with pytest.raises(ConfigError, match=r"compile failed \(.*C\+\+ compile error") as caught:
+        REGRESSION.trainer(config).fit()
+    assert "runtime.compile false" in str(caught.value)
+    assert len(str(caught.value)) < 400
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("option", "mode", "graphs"),
     [

@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
@@ -25,7 +25,7 @@ from dist_graft.run_directory import write_atomically
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import learning_rates
 from dist_graft.training.models import build_model
-from dist_graft.training.state import Predictor
+from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 
@@ -97,9 +97,10 @@ class _Evaluator:
             model.to(memory_format=torch.channels_last)
         self._predictor = Predictor(
             model=model,
-            forward=cast(nn.Module, torch.compile(model)) if config.runtime.compile else model,
+            forward=compiled(model, config.runtime.compile),
             precision=config.runtime.precision,
             device=device,
+            cuda_graphs=uses_cuda_graphs(config.runtime.compile, device),
         )
         self.data = data
         self._source = stored.checkpoint.path
@@ -128,8 +129,8 @@ class _Evaluator:
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
     rates = learning_rates(stored.config.optim, len(states))
-    tested = [evaluator.evaluate(state, "test") for state in states]
-    reestimated = [evaluator.evaluate(state, "test", reestimated=True) for state in states]
+    tested, ensemble = _test_members(states, evaluator)
+    reestimated, ensemble_reestimated = _test_members(states, evaluator, reestimated=True)
     validated: list[float] = []
     if evaluator.data.has_validation:
         validated = [evaluator.evaluate(state, "val").accuracy for state in states]
@@ -161,18 +162,28 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         ],
         "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
         "mean_test_accuracy_reestimated": statistics.fmean(r.accuracy for r in reestimated),
-        "ensemble_test_accuracy": ensemble_accuracy(tested),
-        "ensemble_test_accuracy_reestimated": ensemble_accuracy(reestimated),
+        "ensemble_test_accuracy": ensemble,
+        "ensemble_test_accuracy_reestimated": ensemble_reestimated,
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
 
 
-def ensemble_accuracy(members: Sequence[EvalResult]) -> float:
-    """Accuracy of the networks' mean probability, in percent."""
-    answers = [member.probabilities for member in members if member.probabilities is not None]
-    total, labels = answers[0].clone(), members[0].labels
-    assert labels is not None
-    for probabilities in answers[1:]:
-        total += probabilities
-    return accuracy(total, labels)
+def _test_members(
+    states: Sequence[State], evaluator: _Evaluator, *, reestimated: bool = False
+) -> tuple[list[EvalResult], float]:
+    """Test results of each network, and the accuracy of their mean probability in percent.
+
+    Only the sum of their probabilities is kept.
+    """
+    results: list[EvalResult] = []
+    total: Tensor | None = None
+    for state in states:
+        result = evaluator.evaluate(state, "test", reestimated=reestimated)
+        assert result.probabilities is not None
+        assert result.labels is not None
+        total = result.probabilities if total is None else total.add_(result.probabilities)
+        results.append(replace(result, probabilities=None))
+    assert total is not None
+    assert result.labels is not None
+    return results, accuracy(total, result.labels)

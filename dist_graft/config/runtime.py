@@ -8,6 +8,8 @@ from typing import Literal
 from dist_graft.config.validation import above_zero, at_least
 from dist_graft.errors import ConfigError
 
+CompileMode = Literal["reduce-overhead", "max-autotune"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -36,8 +38,14 @@ class RuntimeConfig:
     least one minute (or timeout_seconds if that is less)."""
     channels_last: bool = True
     """Use the channels-last memory format for images and convolutions."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """Precision of fp32 convolutions and matrix products on a GPU; highest: fp32; high: TF32, which
+    torch also uses for convolutions by default; medium: TF32 in convolutions, bf16 in matrix
+    products where torch has it."""
+    compile: bool | CompileMode = False
+    """Compile the network with torch.compile, for each batch size separately; true: its default
+    mode; reduce-overhead: with CUDA graphs; max-autotune: CUDA graphs, and the kernels that are
+    fastest in a trial."""
     deterministic: bool = False
     """Use deterministic GPU kernels, so that the same command gives the same weights."""
 
@@ -45,6 +53,11 @@ class RuntimeConfig:
         at_least("runtime.replicas", self.replicas, 1)
         if self.sync_bn and self.replicas == 1:
             raise ConfigError("runtime.sync_bn requires runtime.replicas above 1")
+        if self.deterministic and self.compile == "max-autotune":
+            raise ConfigError(
+                "runtime.compile max-autotune chooses kernels by their speed in a trial: with "
+                "runtime.deterministic, use true or reduce-overhead"
+            )
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout_seconds", self.timeout_seconds)
         at_least("runtime.timeout_epochs", self.timeout_epochs, 1)

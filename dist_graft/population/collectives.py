@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_graft.population.runtime.store import call_with_timeout
+
 _POLL_SECONDS = 1.0
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3  # seconds between two looks at an event
+_ABORT_SECONDS = 5.0
 _SOURCE_LOCATION = re.compile(r"^\[[^]]*\] *")
 _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
 
@@ -80,6 +84,59 @@ def wait_for(
             return
 
 
+def wait_for_device(
+    device: torch.device,
+    seconds: float | None,
+    on_wait: Callable[[float], None] = lambda waited: None,
+) -> None:
+    """Wait until the device has finished what is queued; call this before a read from it.
+
+    A read would block the host behind a collective whose peer has died, until the watchdog of NCCL
+    aborts the process. Signals are handled during this wait. On a CPU it returns at once.
+
+    Args:
+        device: of the tensor that is read next.
+        seconds: timeout; None: none but that of the watchdog.
+        on_wait: called about once a second with the seconds waited; an error that it raises ends
+            the wait.
+
+    Raises: CommunicationError after the timeout, or when a collective failed.
+    """
+    if device.type == "cpu":
+        return
+    start, pause, calls = time.monotonic(), _SHORTEST_PAUSE, 0
+    with communicating():
+        event = record_event(device)
+        while not event.query():
+            waited = time.monotonic() - start
+            if seconds is not None and waited >= seconds:
+                raise CommunicationError(f"no response within {seconds:g} s")
+            if waited >= (calls + 1) * _POLL_SECONDS:
+                calls += 1
+                on_wait(waited)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def record_event(device: torch.device) -> torch.Event:
+    """Event that happens when the device's current stream has finished what is queued now."""
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
+def abort_nccl(*groups: dist.ProcessGroup | None) -> None:
+    """Abort the NCCL communicators of the groups, so that the device does not wait any more.
+
+    Their collectives end with undefined results: the process must exit without using them. Not a
+    collective; gives up after a few seconds.
+    """
+    for group in groups:
+        if group is not None and "nccl" in dist.get_backend_config(group):
+            with suppress(RuntimeError, TimeoutError):
+                call_with_timeout(group.abort, _ABORT_SECONDS)
+
+
 def gather_vectors(
     vector: Tensor,
     *,
@@ -96,8 +153,8 @@ def gather_vectors(
         vector: this rank's vector.
         group: the process group.
         device: device on which the group transfers tensors.
-        seconds: timeout on the CPU; None: the group's own timeout.
-        on_wait: called about once a second while waiting on the CPU, with the seconds waited.
+        seconds: timeout; None: the group's own timeout.
+        on_wait: called about once a second while waiting, with the seconds waited.
 
     Raises: CommunicationError if a peer died or did not respond in time.
     """
@@ -111,4 +168,5 @@ def gather_vectors(
             wait_for(work, seconds, on_wait)
         else:
             work.wait()
+    wait_for_device(device, seconds, on_wait)
     return gathered.cpu().view(ranks, -1)

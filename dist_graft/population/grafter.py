@@ -205,6 +205,7 @@ class Grafter:
             pool=self._pool,
             phase=timer.phase,
             seconds=groups.seconds,
+            on_wait=groups.check_peers,
         )
         with self._reporting_missing_peers(self.round):
             if isinstance(mixing, ScalarSwap):

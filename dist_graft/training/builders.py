@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ from dist_graft.training.data.order import Share
 from dist_graft.training.learning_rates import schedule
 from dist_graft.training.models import build_model
 from dist_graft.training.schedule import Cadence
-from dist_graft.training.state import TrainState, moving_average
+from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
 from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
 from dist_graft.training.teachers import load_teachers
 
@@ -115,13 +114,14 @@ def build_state(
     if config.runtime.sync_bn:
         model = runtime.replicas.convert_sync_batchnorm(model)
     if make_optimizer is None:
-        optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr)
+        fused = runtime.device.type == "cuda"
+        optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr, fused=fused)
     else:
         optimizer = make_optimizer(model, lr)
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
-    forward = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
+    forward = compiled(model, config.runtime.compile)
     return TrainState(
         model=model,
         forward=forward,
@@ -133,6 +133,7 @@ def build_state(
         ),
         precision=config.runtime.precision,
         device=runtime.device,
+        cuda_graphs=uses_cuda_graphs(config.runtime.compile, runtime.device),
         seed=config.seed,
         network=network,
         teachers=(
@@ -143,13 +144,26 @@ def build_state(
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, *, lr: float
+    config: OptimConfig, model: nn.Module, *, lr: float, fused: bool = False
 ) -> torch.optim.SGD | torch.optim.AdamW:
-    """SGD or AdamW over all parameters that require a gradient."""
+    """SGD or AdamW over all parameters that require a gradient.
+
+    Args:
+        config: name and options of the optimizer.
+        model: its parameters.
+        lr: initial learning rate.
+        fused: take a step in one kernel where the parameters allow it. In fp16 it then also skips
+            steps on the device: the host does not wait for the gradients.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = fused and all(parameter.is_floating_point() for parameter in parameters)
     if config.name == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay
+            parameters,
+            lr=lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=fused or None,
         )
     return torch.optim.SGD(
         parameters,
@@ -157,6 +171,7 @@ def build_optimizer(
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=fused or None,
     )
 
 

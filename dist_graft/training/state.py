@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dist_graft.config.runtime import CompileMode
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_MAX_GRAPHS = 64
+"""Shapes after which torch stops compiling and runs further ones without; its default is 8."""
 MIN_LOSS_SCALE = 1e-4
 """Loss scale below which fp16 gradients underflow; it starts at 65,536."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Predictor:
     """A module with the precision and device of its forward pass."""
 
@@ -28,6 +31,16 @@ class Predictor:
     """The module itself, or its compiled form."""
     precision: Precision
     device: torch.device
+    cuda_graphs: bool = False
+    """Whether `forward` runs as CUDA graphs."""
+
+    def begin_step(self) -> None:
+        """Declare that the outputs of earlier forward passes are not needed any more.
+
+        Otherwise CUDA graphs cannot tell a new step from a further chunk of an accumulated batch.
+        """
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Context of a forward pass in the configured precision."""
@@ -37,7 +50,7 @@ class Predictor:
         return torch.autocast(self.device.type, dtype)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState(Predictor):
     """Everything that training changes and a checkpoint restores, for one network."""
 
@@ -65,13 +78,19 @@ class TrainState(Predictor):
         return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
 
     @property
+    def scaler_reads_gradients(self) -> bool:
+        """Whether an fp16 step waits for the gradients: fused optimizers skip it on the device."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return self.scaler.is_enabled() and not fused
+
+    @property
     def averaged(self) -> Predictor | None:
         """The moving average of the weights as a predictor; None without one."""
         if self.ema is None:
             return None
         module = self.ema.module
         assert isinstance(module, nn.Module)
-        return Predictor(module, module, self.precision, self.device)
+        return Predictor(model=module, forward=module, precision=self.precision, device=self.device)
 
     def reset_optimizer(self) -> None:
         """Reset optimizer state, loss scale and moving average after the weights were replaced."""
@@ -98,11 +117,39 @@ class TrainState(Predictor):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; other keys are ignored."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Load the optimizer's state; whether its kernels are fused depends on this device only."""
+        groups = [dict(group) for group in saved["param_groups"]]
+        for group, current in zip(groups, self.optimizer.param_groups, strict=False):
+            if "fused" in current:
+                group["fused"] = current["fused"]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
+
+
+def compiled(model: nn.Module, mode: bool | CompileMode) -> nn.Module:
+    """Compile a module as `runtime.compile` says; it shares parameters and buffers with `model`.
+
+    Shapes are static: each batch size has its own graph, whichever came first. Otherwise torch
+    would compile a graph for all sizes at the second size that it sees, and a run that resumes just
+    before an evaluation would use other graphs, and get other bits, than an uninterrupted one.
+    Rounds may change weights in place, also between replays of a CUDA graph, whose inputs they are.
+    """
+    if not mode:
+        return model
+    torch._dynamo.config.recompile_limit = _MAX_GRAPHS
+    forward = torch.compile(model, dynamic=False, mode=None if mode is True else mode)
+    return cast(nn.Module, forward)
+
+
+def uses_cuda_graphs(mode: bool | CompileMode, device: torch.device) -> bool:
+    """Whether the module that `compiled` returns runs as CUDA graphs."""
+    return isinstance(mode, str) and device.type == "cuda"
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -5,8 +5,8 @@ The only communication is between the replicas of a network, in the forward and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,14 +15,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from dist_graft.config import OptimConfig
+from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.training.data import Data
 from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
 from dist_graft.training.state import Predictor, TrainState
-from dist_graft.training.task import Task, accuracy, classification
+from dist_graft.training.task import Task, classification, correct
 
-Backward = Callable[..., AbstractContextManager[object]]
-"""(last=) -> context of a forward and backward pass; last: whether it is the last of the step."""
+ENSEMBLE_CHUNK = 2**22
+"""Number of probabilities that the networks sum at once for their ensemble (16 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,21 @@ class EvalResult(Result):
     """Means over the samples of a split."""
 
     probabilities: Tensor | None = None
-    """[samples, classes], float32 on the CPU, in the order of the split; classification only."""
+    """[samples, classes], float32 on the CPU, in the order of the split; classification only. Of
+    this process's samples, where replicas share the split; None if there are too many."""
     labels: Tensor | None = None
-    """[samples], int64 on the CPU; classification only."""
+    """[samples], int64 on the CPU, of the same samples."""
+    finite: bool = True
+    """Whether all probabilities of the network are finite."""
 
     @property
     def accuracy(self) -> float:
         """Accuracy in percent; classification only."""
         return self.metrics["accuracy"]
+
+    def row(self) -> list[float]:
+        """As `Result.row`, and whether all probabilities are finite."""
+        return [*super().row(), float(self.finite)]
 
 
 class RunningSums:
@@ -129,7 +137,7 @@ def train_step(
     config: OptimConfig,
     part: Part,
     sums: RunningSums,
-    backward: Backward | None = None,
+    replicas: Replicas | None = None,
 ) -> None:
     """Take one optimizer step on a batch, and add its loss and metrics to `sums`.
 
@@ -144,15 +152,17 @@ def train_step(
         config: accumulation and clipping.
         part: position and weight of this process's part.
         sums: changed in place.
-        backward: context of each forward and backward pass; None: no replicas.
+        replicas: the processes that train the network; None: this one alone.
     """
+    replicas = replicas or Replicas()
+    state.begin_step()
     length = batch_size(targets)
     # Equally many chunks on all replicas: synchronized batch norm communicates in every forward.
     size = -(-part.smallest // config.accumulation)
     chunks = min(-(-part.smallest // size), length)
     pairs = zip(split_batch(inputs, chunks), split_batch(targets, chunks), strict=True)
     for number, (chunk, target) in enumerate(pairs, start=1):
-        with backward(last=number == chunks) if backward else nullcontext():
+        with replicas.backward(last=number == chunks):
             with state.autocast():
                 output = state.train_forward(chunk)
                 task.check(output, target)
@@ -166,6 +176,8 @@ def train_step(
     if config.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    if state.scaler_reads_gradients:
+        replicas.wait_for_device(state.device)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +187,12 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    predictor: Predictor, data: Data, split: Literal["test", "val"], task: Task | None = None
+    predictor: Predictor,
+    data: Data,
+    split: Literal["test", "val"],
+    task: Task | None = None,
+    *,
+    max_numbers: float = math.inf,
 ) -> EvalResult:
     """Evaluate the network on this process's part of a split.
 
@@ -184,16 +201,18 @@ def evaluate(
         data: batches of the split.
         split: name of the split.
         task: loss and metrics. Default: classification.
+        max_numbers: probabilities are not kept if there are more than this.
     """
     task = task or classification()
     predictor.model.eval()
     if task.classification:
-        return _evaluate_classifier(predictor, data, split, task)
+        return _evaluate_classifier(predictor, data, split, task, max_numbers)
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     zeros = torch.zeros(2, dtype=torch.float64, device=predictor.device)
     sums = {name: zeros.clone() for name in task.metrics}
     samples = 0
     for inputs, targets in data.eval_batches(split):
+        predictor.begin_step()
         with predictor.autocast():
             output = predictor.forward(inputs)
             mean = task.loss(output, targets)
@@ -214,26 +233,49 @@ def evaluate(
 
 
 def _evaluate_classifier(
-    predictor: Predictor, data: Data, split: Literal["test", "val"], task: Task
+    predictor: Predictor,
+    data: Data,
+    split: Literal["test", "val"],
+    task: Task,
+    max_numbers: float,
 ) -> EvalResult:
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
-    probabilities, targets = [], []
+    right = torch.zeros((), dtype=torch.int64, device=predictor.device)
+    finite = torch.ones((), dtype=torch.bool, device=predictor.device)
+    samples = numbers = on_device = 0
+    probabilities: list[Tensor] = []
+    targets: list[Tensor] = []
     for inputs, labels in data.eval_batches(split):
+        predictor.begin_step()
         with predictor.autocast():
             logits = predictor.forward(inputs)
         task.check(logits, labels)
         logits = logits.float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
-        probabilities.append(logits.softmax(1))
+        batch = logits.softmax(1)
+        right += correct(batch, labels)
+        finite &= batch.isfinite().all()
+        samples += len(labels)
+        numbers += batch.numel()
+        if numbers > max_numbers:
+            probabilities.clear()
+            targets.clear()
+            continue
+        probabilities.append(batch)
         targets.append(labels)
-    gathered, labels = torch.cat(probabilities).cpu(), torch.cat(targets).cpu()
+        on_device += batch.numel()
+        if on_device > ENSEMBLE_CHUNK:  # bounded memory on the device, few reads from it
+            probabilities = [part.cpu() for part in probabilities]
+            on_device = 0
+    kept = numbers <= max_numbers
     return EvalResult(
-        loss=float(loss) / len(labels),
-        samples=len(labels),
-        metrics={"accuracy": accuracy(gathered, labels)},
-        counts={"accuracy": float(len(labels))},
-        probabilities=gathered,
-        labels=labels,
+        loss=float(loss) / samples,
+        samples=samples,
+        metrics={"accuracy": 100 * (float(right) / samples)},
+        counts={"accuracy": float(samples)},
+        probabilities=torch.cat([part.cpu() for part in probabilities]) if kept else None,
+        labels=torch.cat(targets).cpu() if kept else None,
+        finite=bool(finite),
     )
 
 
@@ -245,24 +287,23 @@ def merge_train_results(local: TrainResult, rows: Sequence[Sequence[float]]) -> 
 
 
 def merge_eval_results(
-    local: EvalResult, rows: Sequence[Sequence[float]], answers: Tensor | None
+    local: EvalResult, rows: Sequence[Sequence[float]], *, classification: bool = False
 ) -> EvalResult:
     """Merge the results of the replicas of one network, each evaluated on a part of a split.
 
     Args:
-        local: result of this process.
+        local: result of this process, which keeps its probabilities.
         rows: `row` of each replica.
-        answers: probabilities and labels of all replicas, [samples, classes + 1]; None unless the
-            task is classification.
+        classification: whether accuracies are percentages of whole samples.
     """
     if len(rows) == 1:
         return local
-    merged = EvalResult(**_means([local.from_row(row) for row in rows]))
-    if answers is None:
-        return merged
-    probabilities, labels = answers[:, :-1], answers[:, -1].long()
-    metrics = {"accuracy": accuracy(probabilities, labels)}
-    return replace(merged, metrics=metrics, probabilities=probabilities, labels=labels)
+    parts = [local.from_row(row[:-1]) for row in rows]
+    means = _means(parts)
+    if classification:  # exactly as one process counts
+        right = sum(round(part.metrics["accuracy"] * part.samples / 100) for part in parts)
+        means["metrics"] = {"accuracy": 100 * (right / means["samples"])}
+    return replace(local, **means, finite=all(row[-1] for row in rows))
 
 
 def _means(parts: Sequence[Result]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +11,20 @@ from torch import Tensor
 
 from dist_graft.errors import DataError
 from dist_graft.monitoring.metrics import MOMENTS
-from dist_graft.training.step import EvalResult
-from dist_graft.training.task import accuracy
-
-MAX_ENSEMBLE_NUMBERS = 2**22
-"""Largest number of probabilities per network that are summed after every epoch (16 MiB)."""
+from dist_graft.training.step import ENSEMBLE_CHUNK, EvalResult
 
 
-def finite_probabilities(result: EvalResult) -> Tensor:
-    """A network's probabilities for the ensemble, or zeros if some are not finite."""
+def ensemble_chunks(result: EvalResult) -> Iterator[tuple[Tensor, Tensor]]:
+    """A network's probabilities and labels for the ensemble, in chunks of up to ENSEMBLE_CHUNK.
+
+    Zeros instead of probabilities if some of the network's are not finite.
+    """
     assert result.probabilities is not None
-    finite = result.probabilities.isfinite().all()
-    return result.probabilities if finite else torch.zeros_like(result.probabilities)
-
-
-def ensemble_accuracy(total: Tensor, result: EvalResult) -> float:
-    """Accuracy in percent of the networks' summed probabilities [samples, classes]."""
     assert result.labels is not None
-    return accuracy(total, result.labels)
+    samples = max(1, ENSEMBLE_CHUNK // result.probabilities.shape[1])
+    chunks = (tensor.split(samples) for tensor in (result.probabilities, result.labels))
+    for probabilities, labels in zip(*chunks, strict=True):
+        yield probabilities if result.finite else torch.zeros_like(probabilities), labels
 
 
 def primary_metric(result: EvalResult) -> tuple[str, float]:

@@ -52,6 +52,11 @@ def percent_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     return 100 * (logits.argmax(1) == labels).sum(), float(len(labels))
 
 
+def correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Number of labels [n] that have the largest score in their row of scores [n, classes]."""
+    return (scores.argmax(1) == labels).sum()
+
+
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Percentage of labels [n] that have the largest score in their row of scores [n, classes]."""
-    return 100 * float((scores.argmax(1) == labels).double().mean())
+    return 100 * (float(correct(scores, labels)) / len(labels))

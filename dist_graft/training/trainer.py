@@ -95,6 +95,7 @@ from dist_graft.training.shared_directory import (
 )
 from dist_graft.training.state import Predictor
 from dist_graft.training.step import (
+    ENSEMBLE_CHUNK,
     EvalResult,
     RunningSums,
     evaluate,
@@ -103,14 +104,12 @@ from dist_graft.training.step import (
     train_step,
 )
 from dist_graft.training.summary import (
-    MAX_ENSEMBLE_NUMBERS,
     check_equal_samples,
-    ensemble_accuracy,
-    finite_probabilities,
+    ensemble_chunks,
     primary_metric,
     summarize,
 )
-from dist_graft.training.task import LossFunction, MetricFunction
+from dist_graft.training.task import LossFunction, MetricFunction, correct
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
@@ -470,7 +469,7 @@ class Trainer:
 
                 # ---- Evaluation, at the end of the epoch and before its round ----
                 if segment.evaluate and not self.stopping:
-                    results = self.evaluate()
+                    results = self.evaluate(last=epoch + 1 == self.config.epochs)
                     layers = layer_stats(self.config, self.state, self.units)
                     self.runtime.observe_local_epoch(self._epoch_seconds)
 
@@ -489,7 +488,9 @@ class Trainer:
 
         # ---- Summary, after the last round ----
         if epoch + 1 == self.config.epochs:
-            after = self._evaluate_split("test") if segment.round else results["test"]
+            after = results["test"]
+            if segment.round:
+                after = self._evaluate_split("test", max_numbers=math.inf)
             self._summarize(results["test"], after, finite=finite)
 
         # ---- Checkpoint ----
@@ -538,7 +539,7 @@ class Trainer:
                         config=self.config.optim,
                         part=self.data.part(step),
                         sums=sums,
-                        backward=self.replicas.backward,
+                        replicas=self.replicas,
                     )
                 self.state.scheduler.step()
             steps += 1
@@ -551,6 +552,7 @@ class Trainer:
                 break
 
         # ---- Results, over all replicas ----
+        self.replicas.wait_for_device(self.device)
         seconds = time.perf_counter() - start
         result = sums.result(steps=steps, seconds=seconds, data_seconds=data_seconds)
         rows = self.replicas.gather(result.row(), "the results of some steps")
@@ -575,16 +577,20 @@ class Trainer:
             return self.state.loss_scale_collapsed
         return not math.isfinite(loss)
 
-    def evaluate(self) -> dict[str, EvalResult]:
+    def evaluate(self, *, last: bool = False) -> dict[str, EvalResult]:
         """Evaluate the network on the "test" and "val" splits, and its moving average on "test".
 
         A collective of the network's replicas. Their batch-norm statistics are averaged.
+
+        Args:
+            last: whether the final ensemble needs the probabilities on "test", however many.
         """
         start = time.monotonic()
         self.callbacks.call("on_evaluate_start", self)
         with self.timer.phase("evaluation"):
             self.replicas.average_buffers(self.state.model_and_average())
-            results = {"test": self._evaluate_split("test")}
+            limit = math.inf if last else ENSEMBLE_CHUNK
+            results = {"test": self._evaluate_split("test", max_numbers=limit)}
             if self.data.has_validation:
                 results["val"] = self._evaluate_split("val")
             if self.state.averaged:
@@ -598,15 +604,18 @@ class Trainer:
         self.callbacks.call("on_evaluate_end", self, metrics)
         return results
 
-    def _evaluate_split(self, split: Any, predictor: Predictor | None = None) -> EvalResult:
-        """Evaluate one split. A collective of the network's replicas, which share the samples."""
-        local = evaluate(predictor or self.state, self.data, split, self.task)
+    def _evaluate_split(
+        self, split: Any, predictor: Predictor | None = None, *, max_numbers: float = 0
+    ) -> EvalResult:
+        """Evaluate one split. A collective of the network's replicas, which share the samples.
+
+        Each replica keeps the probabilities of its own samples, if there are at most `max_numbers`.
+        """
+        local = evaluate(
+            predictor or self.state, self.data, split, self.task, max_numbers=max_numbers
+        )
         rows = self.replicas.gather(local.row(), "an evaluation")
-        answers = None
-        if len(rows) > 1 and local.probabilities is not None and local.labels is not None:
-            answers = torch.cat([local.probabilities, local.labels[:, None]], dim=1)
-            answers = self.replicas.gather_rows(answers, [int(row[1]) for row in rows])
-        return merge_eval_results(local, rows, answers)
+        return merge_eval_results(local, rows, classification=self.task.classification)
 
     def graft_round(self, segment: Segment) -> None:
         """Graft with the other networks if a round is due. A collective where they synchronize.
@@ -750,16 +759,30 @@ class Trainer:
 
         None if it would be expensive, or the networks were tested on different samples.
         """
-        if tested.probabilities is None:
+        if not self.task.classification:
             return None
-        size = float(tested.probabilities.numel())
-        rows = self.runtime.gather([size], f"the test images of epoch {epoch}")
-        if len({row[0] for row in rows}) > 1 or size > MAX_ENSEMBLE_NUMBERS:
+        kept = 0 if tested.probabilities is None else tested.probabilities.numel()
+        kept *= kept <= ENSEMBLE_CHUNK  # also in the last epoch, so that all have the same charts
+        rows = self.runtime.gather_all_ranks([float(kept)], f"the test images of epoch {epoch}")
+        replicas = self.process.replicas
+        shards = [{size for (size,) in rows[replica::replicas]} for replica in range(replicas)]
+        if any(len(sizes) > 1 or 0 in sizes for sizes in shards):
             return None
-        total = self.runtime.sum_over_networks(
-            finite_probabilities(tested), f"the ensemble of epoch {epoch}"
-        )
-        return ensemble_accuracy(total, tested)
+        return self._ensemble_accuracy(tested, f"the ensemble of epoch {epoch}")
+
+    def _ensemble_accuracy(self, tested: EvalResult, what: str) -> float:
+        """Accuracy of the networks' summed probabilities, in percent. A collective.
+
+        Each replica sums its own test samples over the networks, a chunk at a time. All networks
+        must have been tested on the same number of samples.
+        """
+        right = samples = 0
+        for probabilities, labels in ensemble_chunks(tested):
+            total = self.runtime.sum_over_networks(probabilities, what)
+            right += int(correct(total, labels))
+            samples += len(labels)
+        counts = self.runtime.replicas.gather([float(right), float(samples)], what)
+        return 100 * (sum(row[0] for row in counts) / sum(row[1] for row in counts))
 
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
         """Write summary.json. A collective.
@@ -782,12 +805,7 @@ class Trainer:
         ensembles = None
         if self.task.classification:
             ensembles = [
-                ensemble_accuracy(
-                    self.runtime.sum_over_networks(
-                        finite_probabilities(result), f"the ensemble {when} the last round"
-                    ),
-                    result,
-                )
+                self._ensemble_accuracy(result, f"the ensemble {when} the last round")
                 for when, result in (("before", before), ("after", after))
             ]
         seconds = time.monotonic() - self._start_time
@@ -841,7 +859,7 @@ class Trainer:
         )
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Return the error to report: the peer that exited, or what to do about memory."""
+        """Return the error to report: the peer that exited, or what the user can do."""
         if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
             peers = self.runtime.peers
             if exited := peers.dead_peers() if peers else []:
@@ -853,6 +871,12 @@ class Trainer:
             return ConfigError(
                 f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "
                 "split batches with optim.accumulation"
+            )
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cause = " ".join(str(error).splitlines()[:2])[:200]  # pages of compiler output follow
+            return ConfigError(
+                f"torch.compile failed ({cause}): check the C++ compiler (on a "
+                "GPU also Triton), or use runtime.compile false, which shows errors of the model"
             )
         return error
 

@@ -130,7 +130,8 @@ def test_all_networks_check_in_and_see_each_other():
 
 
 def test_collect_names_the_networks_that_published_nothing(store):
-    store.set("host/1", "elsewhere")
+    for key in ("host/0", "host/1"):
+        store.set(key, "elsewhere")
     local = PeerRegistry(store, 0, 2)
     local.publish("digest", "same")
     line = r"network 1 \(rank 1 on elsewhere\) did not answer within 0\.2 s \(digest\)"
@@ -183,4 +184,41 @@ def test_a_network_whose_process_has_ended_is_dead(store):
     local.check_in(20)
     assert local.dead_peers() == [local.describe(1)]
     store.set("process/1", str(os.getpid()))
-    assert local.dead_peers() == []
+    assert PeerRegistry(store, 0, 3).dead_peers() == []
+
+
+class CountingStore:
+    """Counts the requests to a store."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self.requests: list[str] = []
+
+    def __getattr__(self, name: str):
+        def request(*arguments):
+            self.requests.append(name)
+            return getattr(self._store, name)(*arguments)
+
+        return request
+
+
+def test_the_number_of_requests_does_not_grow_with_the_number_of_processes(store):
+    """Also while waiting: 64 processes that ask for 64 keys each would keep the store busy."""
+    others = range(1, 64)
+    for rank in others:
+        store.set(f"host/{rank}", "elsewhere")
+        store.set(f"process/{rank}", "1")
+        store.set(f"score/{rank}", str(rank))
+    counting = CountingStore(store)
+    peers = PeerRegistry(counting, 0, 64)
+    peers.check_in(60)
+    assert len(counting.requests) == 3
+    counting.requests.clear()
+    with pytest.raises(PeerError, match=r"network 0 .* did not answer"):
+        peers.collect("score", 1.5)
+    assert counting.requests.count("wait") == 2
+    assert len(counting.requests) < 12 + 64  # the missing key is searched for once, at the end
+    peers.publish("score", "0")
+    counting.requests.clear()
+    assert peers.collect("score", 60) == [str(rank) for rank in range(64)]
+    assert counting.requests == ["check", "multi_get"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
 from dist_graft.population.runtime.replicas import Replicas
+from dist_graft.training.state import compiled
 
 ROUNDS = 2
 LAYOUTS = ((2, 2), (1, 3), (3, 1), (2, 3), (3, 2))
@@ -225,3 +226,45 @@ def test_an_error_of_the_model_is_a_lost_peer_on_other_ranks(
     assert (kind, text) == (type(error).__name__, str(error))
     assert other == "PeerError"
     assert "lost another process of this network during a step" in lost
+
+
+def wide_model() -> nn.Module:
+    """Five MiB: more than the first bucket of gradients."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(600, 600) for _ in range(4)))
+
+
+def train_wrapped(context: RankContext) -> list[tuple[list[int], list[float]]]:
+    """Layers in each graph of a training step, and weights after two steps: plain and compiled."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph
+
+    torch.compile = partial(torch.compile, backend=backend)
+    found = []
+    for mode in (False, True):
+        model = wide_model()
+        replicas = Replicas(dist.group.WORLD)
+        forward = replicas.wrap(compiled(model, mode))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(context.rank)
+        for _ in range(2):
+            for last in (False, True):
+                with replicas.backward(last=last):
+                    forward(torch.randn(3, 600)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = torch.cat([weight.flatten()[:9] for weight in model.parameters()])
+        found.append((list(graphs), weights.tolist()))
+    return found
+
+
+def test_compiled_gradients_are_reduced_while_others_are_computed() -> None:
+    """One graph for each bucket of gradients: the last layer's travel during the backward pass of
+    the others. One graph for all would end before the first bucket starts."""
+    for (none, plain), (graphs, weights) in run(train_wrapped, 2):
+        assert none == []
+        assert graphs == [3, 1]
+        assert weights == plain

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import RankContext, run
 from reading import summary
 
@@ -14,11 +17,14 @@ from dist_graft import Trainer
 from dist_graft.config import TrainConfig
 from dist_graft.errors import DataError
 from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.population.runtime import process_group
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.timeouts import Timeouts
-from dist_graft.training.step import EvalResult
-from dist_graft.training.summary import MAX_ENSEMBLE_NUMBERS
+from dist_graft.training import summary as summaries
+from dist_graft.training.step import ENSEMBLE_CHUNK, EvalResult, merge_eval_results
+from dist_graft.training.task import accuracy
 
 
 def trainer_of(context: RankContext, run_dir: str = "run") -> Trainer:
@@ -40,6 +46,7 @@ def classified(images: int, certain: float) -> EvalResult:
         metrics={"accuracy": right},
         probabilities=torch.tensor([certain, 1 - certain]).expand(images, 2),
         labels=torch.zeros(images, dtype=torch.int64),
+        finite=not math.isnan(certain),
     )
 
 
@@ -89,10 +96,73 @@ def ensemble_of(context: RankContext, certain: list[float], images: list[int]) -
         ([0.6, 0.3], [5, 5], 0.0),
         ([float("nan"), 0.6], [5, 5], 100.0),
         ([0.9, 0.3], [5, 4], None),
-        ([0.9, 0.3], [MAX_ENSEMBLE_NUMBERS, MAX_ENSEMBLE_NUMBERS], None),
+        ([0.9, 0.3], [ENSEMBLE_CHUNK, ENSEMBLE_CHUNK], None),
     ],
 )
 def test_all_ranks_know_the_ensemble_of_an_epoch_unless_it_is_expensive(
     certain: list[float], images: list[int], expected: float | None
 ) -> None:
     assert run(ensemble_of, 2, certain, images) == [expected, expected]
+
+
+NETWORKS, REPLICAS, SAMPLES, CLASSES = 2, 2, 7, 3
+
+
+def answers_of(network: int) -> torch.Tensor:
+    """Probabilities of a network, [SAMPLES, CLASSES]."""
+    draw = torch.Generator().manual_seed(network)
+    return torch.rand(SAMPLES, CLASSES, generator=draw).softmax(1)
+
+
+LABELS = torch.arange(SAMPLES) % CLASSES
+
+
+def ensemble_of_replicas(context: RankContext, bad: int | None, chunk: int) -> list[float | None]:
+    """Accuracies of the ensemble of two networks, whose replicas test 3 and 4 samples."""
+    network, replica = divmod(context.rank, REPLICAS)
+    process = ProcessInfo(context.rank, context.networks, replicas=REPLICAS)
+    timeouts, cpu = Timeouts(60.0, epochs=5.0), torch.device("cpu")
+    mesh = process_group._mesh(process, "cpu", timedelta(seconds=60))
+    replicas = Replicas(mesh.get_group("replica"), timeouts)
+    trainer = Trainer(TrainConfig())
+    trainer.process = process
+    trainer.runtime = Runtime(process, cpu, "gloo", timeouts, None, mesh, replicas)
+    part = slice(0, 3) if replica == 0 else slice(3, SAMPLES)
+    probabilities = answers_of(network)[part].clone()
+    if context.rank == bad:
+        probabilities[0, 0] = math.nan
+    local = EvalResult(
+        loss=0.0,
+        samples=len(probabilities),
+        metrics={"accuracy": 0.0},
+        counts={"accuracy": float(len(probabilities))},
+        probabilities=probabilities,
+        labels=LABELS[part],
+        finite=context.rank != bad,
+    )
+    result = merge_eval_results(local, replicas.gather(local.row(), "a test"), classification=True)
+    summaries.ENSEMBLE_CHUNK = chunk
+    return [trainer._epoch_ensemble(result, 0), trainer._ensemble_accuracy(result, "the end")]
+
+
+@pytest.mark.parametrize("bad", [None, 0, 3])
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_replicas_sum_their_own_samples_over_the_networks(bad: int | None, chunk: int) -> None:
+    """A network that is not finite in one replica does not count in any."""
+    good = [network for network in range(NETWORKS) if bad is None or network != bad // REPLICAS]
+    total = sum((answers_of(network) for network in good), torch.zeros(SAMPLES, CLASSES))
+    expected = accuracy(total, LABELS)
+    for found in run(ensemble_of_replicas, NETWORKS * REPLICAS, bad, chunk):
+        assert found == [expected, expected]
+
+
+def ranks_of_groups(context: RankContext) -> list[list[int]]:
+    process = ProcessInfo(context.rank, context.networks, replicas=3)
+    mesh = process_group._mesh(process, "cpu", timedelta(seconds=60))
+    return [dist.get_process_group_ranks(mesh.get_group(name)) for name in ("network", "replica")]
+
+
+def test_the_groups_across_networks_and_within_one() -> None:
+    for rank, groups in enumerate(run(ranks_of_groups, 6)):
+        first = rank // 3 * 3
+        assert groups == [[rank % 3, rank % 3 + 3], [first, first + 1, first + 2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,7 @@ def blend_tensors(
                     else:
                         blend_elementwise_(recipient, part, fraction)
     bytes_received = senders * sum(bucket.bytes for bucket in buckets)
+    transport.wait_for_device()
     with transport.phase("distance"):
         sums = [sum(torch.stack(parts).tolist()) if parts else 0.0 for parts in squares]
 
@@ -112,11 +114,16 @@ def blend_tensors(
         with transport.phase("exchange"):
             local = torch.tensor([*sums, float(bytes_received)], dtype=torch.float64)
             gathered = gather_vectors(
-                local, group=replicas, device=transport.device, seconds=transport.seconds
+                local,
+                group=replicas,
+                device=transport.device,
+                seconds=transport.seconds,
+                on_wait=transport.on_wait,
             )
             *sums, total_bytes = gathered.sum(dim=0).tolist()
             bytes_received = round(total_bytes)
         gather_replica_parts(cuts, pack, unpack, transport)
+        transport.wait_for_device()
     return Applied([math.sqrt(total / max(1, len(donors))) for total in sums], bytes_received)
 
 
@@ -163,7 +170,12 @@ def swap_scalars(
     rank, replicas = dist.get_rank(transport.group), transport.replicas
     shares = dist.get_world_size(replicas) if replicas else 1
     share = dist.get_rank(replicas) if replicas else 0
-    device, seconds = transport.device, transport.seconds
+    gather = partial(
+        gather_vectors,
+        device=transport.device,
+        seconds=transport.seconds,
+        on_wait=transport.on_wait,
+    )
     bytes_received = 0
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         # Choose the scalars and cut them into equal parts for the replicas.
@@ -187,12 +199,10 @@ def swap_scalars(
 
         # Exchange.
         with transport.phase("exchange"):
-            gathered = gather_vectors(
-                padded[part], group=transport.group, device=device, seconds=seconds
-            )
+            gathered = gather(padded[part], group=transport.group)
             received = gathered[source[part], torch.arange(length)]
             if replicas:
-                received = gather_vectors(received, group=replicas, device=device, seconds=seconds)
+                received = gather(received, group=replicas)
         bytes_received += (mixing.networks - 1) * local.numel() * local.element_size()
 
         # Write.

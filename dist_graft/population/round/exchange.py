@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.population.collectives import communicating
+from dist_graft.population.collectives import communicating, wait_for_device
 from dist_graft.population.round.buckets import Bucket
 
 Exchange = Literal["all_gather", "p2p"]
@@ -64,7 +64,16 @@ class Transport:
     phase: Callable[[str], AbstractContextManager[None]]
     """Adds the time of a block to a named phase."""
     seconds: float | None
-    """Timeout of transfers over gloo; None: the group's own timeout."""
+    """Timeout of transfers; None: the group's own timeout."""
+    on_wait: Callable[[float], None]
+    """Called about once a second during a wait for the device; raises if a peer has died."""
+
+    def wait_for_device(self) -> None:
+        """Wait for the transfers on an accelerator; call this before the first read from it.
+
+        Raises: CommunicationError if a peer died or did not respond in time.
+        """
+        wait_for_device(self.device, self.seconds, self.on_wait)
 
 
 def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:

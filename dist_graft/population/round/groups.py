@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.errors import PeerError
-from dist_graft.population.collectives import CommunicationError, gather_vectors
+from dist_graft.population.collectives import CommunicationError, abort_nccl, gather_vectors
 from dist_graft.population.round.exchange import header_device, world
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.timeouts import Timeouts
@@ -53,6 +53,11 @@ class RoundGroups:
     def seconds(self) -> float | None:
         """Current timeout; None: the groups' own timeouts."""
         return self._timeouts.seconds if self._timeouts else None
+
+    def check_peers(self, _: float) -> None:
+        """Raise CommunicationError if a process on this host has ended."""
+        if self._peers:
+            self._peers.check_alive()
 
     def enter_round(self, round_: int) -> None:
         """Publish that this process has reached a round."""
@@ -113,6 +118,7 @@ class RoundGroups:
             peers = self._peers
             missing = (peers.dead_peers() or peers.missing_from_round(round_)) if peers else []
             names = "; ".join(missing) or "a network that had reached it"
+            abort_nccl(self.group, self.replicas)
             raise PeerError(
                 f"{what} failed, a peer died or did not answer: {names}; see its output for the "
                 f"cause ({error})"

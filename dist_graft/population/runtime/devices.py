@@ -34,6 +34,18 @@ def choose_device(name: str, process: ProcessInfo) -> torch.device:
     return torch.device("cuda", index)
 
 
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Set the precision of fp32 matrix products and convolutions on a GPU, for this process.
+
+    Args:
+        precision: see `torch.set_float32_matmul_precision`; convolutions follow.
+        device: not a GPU: nothing changes.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
 def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
     """Whether every process has NCCL and a GPU that no other process uses; identical on all ranks.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from dist_graft.errors import PeerError, StartError
-from dist_graft.population.collectives import CommunicationError
+from dist_graft.population.collectives import CommunicationError, abort_nccl
 from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.process_info import describe_process
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
@@ -39,6 +39,7 @@ class PeerRegistry:
         self.rank = rank
         self._ranks = range(processes)
         self._replicas = replicas
+        self._checked_in: dict[str, str] = {}  # values by key, which do not change
 
     @property
     def leaders(self) -> range:
@@ -56,7 +57,7 @@ class PeerRegistry:
         """
         self._store.set(f"process/{self.rank}", str(os.getpid()))
         self._store.set(f"host/{self.rank}", socket.gethostname())
-        missing = self._wait([f"host/{rank}" for rank in self._ranks], timeout_seconds)
+        missing = self._wait(self._keys("host"), timeout_seconds)
         if missing:
             names = ", ".join(
                 f"{rank // self._replicas} (rank {rank})" if self._replicas > 1 else str(rank)
@@ -79,32 +80,39 @@ class PeerRegistry:
 
         Empty if the store does not respond, because the process that hosts it may have died.
         """
-        return self._describe_where(lambda rank: not self._has_reached(rank, round_))
+        return self._describe(
+            lambda: (rank for rank in self._ranks if not self._has_reached(rank, round_))
+        )
 
     def missing(self, key: str) -> list[str]:
         """Descriptions of the processes that have not published a text under the key."""
-        return self._describe_where(lambda rank: not self._store.check([f"{key}/{rank}"]))
+        return self._describe(lambda: map(_rank_of, self._unset(self._keys(key))))
 
     def dead_peers(self) -> list[str]:
         """Descriptions of the processes on this host that have ended."""
-        return self._describe_where(self._is_dead)
+        return self._describe(lambda: self._dead(self._ranks))
+
+    def check_alive(self) -> None:
+        """Raise CommunicationError if a process on this host has ended, to end a wait for it."""
+        if self.dead_peers():
+            raise CommunicationError("a process ended")
 
     def unresponsive(self, key: str, ranks: Sequence[int], seconds: float) -> list[str]:
         """Descriptions of the ranks that do not make this same call before the timeout."""
         try:
             self._store.set(f"{key}/{self.rank}", "")
-            missing = self._wait([f"{key}/{rank}" for rank in ranks], seconds)
+            missing = self._wait(self._keys(key, ranks), seconds)
             return [self.describe(_rank_of(key)) for key in missing]
         except RuntimeError:
             return []
 
     def describe(self, rank: int) -> str:
         """Network, replica if there are several, rank and host of a process."""
-        return describe_process(rank, self._replicas, self._host(rank))
+        return describe_process(rank, self._replicas, self._read_once("host", [rank])[0])
 
     def hosts(self) -> list[str]:
         """Hosts of all processes, by rank; waits for those that have not checked in."""
-        return [self._host(rank) for rank in self._ranks]
+        return self._read_once("host", self._ranks)
 
     # Requests to stop
 
@@ -167,17 +175,18 @@ class PeerRegistry:
         Raises: PeerError naming the missing processes when one of them has died, after the timeout,
             or when cancelled.
         """
-        keys = [f"{key}/{rank}" for rank in (self._ranks if ranks is None else ranks)]
+        ranks = self._ranks if ranks is None else ranks
+        keys = self._keys(key, ranks)
         deadline = time.monotonic() + timeout_seconds
 
-        def gives_up(missing: list[str]) -> bool:
-            return cancelled() or any(self._is_dead(_rank_of(key)) for key in missing)
+        def gives_up() -> bool:
+            return cancelled() or bool(self._unset(self._keys(key, self._dead(ranks))))
 
         with _reporting_lost_store(key):
             missing = [_rank_of(key) for key in self._wait(keys, timeout_seconds, gives_up)]
             if not missing:
-                return [self._store.get(key).decode() for key in keys]
-            dead = [rank for rank in missing if self._is_dead(rank)]
+                return [text.decode() for text in self._store.multi_get(keys)]
+            dead = self._dead(missing)
             within = f" within {timeout_seconds:g} s" if time.monotonic() >= deadline else ""
             names = "; ".join(self.describe(rank) for rank in dead or missing)
             cause = "died" if dead else f"did not answer{within}"
@@ -187,42 +196,58 @@ class PeerRegistry:
         self,
         keys: list[str],
         timeout_seconds: float,
-        gives_up: Callable[[list[str]], bool] = lambda missing: False,
+        gives_up: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        """Wait until all keys are set.
+        """Wait until all keys are set; a request asks for all keys at once.
 
         Args:
             keys: keys of the store.
             timeout_seconds: timeout for all keys.
-            gives_up: called with the missing keys about once a second; True ends the wait.
+            gives_up: called about once a second; True ends the wait.
 
         Returns: the keys that are missing after the wait.
         """
         deadline = time.monotonic() + timeout_seconds
-        while missing := [key for key in keys if not self._store.check([key])]:
+        while not self._store.check(keys):
             left = deadline - time.monotonic()
             if left <= 0:
-                return missing
+                return self._unset(keys)
             try:  # in short waits, because Python handles signals only between them
-                self._store.wait(missing, min(_POLL_INTERVAL, timedelta(seconds=left)))
+                self._store.wait(keys, min(_POLL_INTERVAL, timedelta(seconds=left)))
             except dist.DistStoreError:
-                if gives_up(missing):
-                    return missing
+                if gives_up():
+                    return self._unset(keys)
         return []
 
-    def _describe_where(self, matches: Callable[[int], bool]) -> list[str]:
+    def _keys(self, key: str, ranks: Sequence[int] | None = None) -> list[str]:
+        return [f"{key}/{rank}" for rank in (self._ranks if ranks is None else ranks)]
+
+    def _unset(self, keys: list[str]) -> list[str]:
+        """The keys that are not set, in one request if there are none."""
+        if not keys or self._store.check(keys):
+            return []
+        return [key for key in keys if not self._store.check([key])]
+
+    def _describe(self, ranks: Callable[[], Iterable[int]]) -> list[str]:
         try:
-            return [self.describe(rank) for rank in self._ranks if matches(rank)]
+            return [self.describe(rank) for rank in ranks()]
         except RuntimeError:  # of the store
             return []
 
-    def _host(self, rank: int) -> str:
-        return self._store.get(f"host/{rank}").decode()
+    def _read_once(self, what: str, ranks: Sequence[int]) -> list[str]:
+        """The "host" or "process" (id) of each rank; waits for those that have not checked in."""
+        keys = self._keys(what, ranks)
+        if unknown := [key for key in keys if key not in self._checked_in]:
+            values = [value.decode() for value in self._store.multi_get(unknown)]
+            self._checked_in.update(zip(unknown, values, strict=True))
+        return [self._checked_in[key] for key in keys]
 
-    def _is_dead(self, rank: int) -> bool:
-        if self._host(rank) != socket.gethostname():
-            return False
-        return has_ended(int(self._store.get(f"process/{rank}")))
+    def _dead(self, ranks: Sequence[int]) -> list[int]:
+        """Those of the ranks whose process runs on this host and has ended."""
+        hosts = self._read_once("host", ranks)
+        local = [k for k, host in zip(ranks, hosts, strict=True) if host == socket.gethostname()]
+        pids = self._read_once("process", local)
+        return [rank for rank, pid in zip(local, pids, strict=True) if has_ended(int(pid))]
 
     def _has_reached(self, rank: int, round_: int) -> bool:
         key = f"round/{rank}"
@@ -261,7 +286,11 @@ def _reporting_lost_store(key: str) -> Iterator[None]:
 
 @contextmanager
 def reporting_lost_peers(
-    what: str, lost: Callable[[], list[str]], *, otherwise: str
+    what: str,
+    lost: Callable[[], list[str]],
+    *,
+    otherwise: str,
+    groups: Sequence[dist.ProcessGroup | None] = (),
 ) -> Iterator[None]:
     """Convert the failure of a collective into a PeerError that names the lost peers.
 
@@ -269,11 +298,13 @@ def reporting_lost_peers(
         what: the operation, for the message.
         lost: returns the descriptions of the lost peers.
         otherwise: named if no lost peer is known.
+        groups: groups whose NCCL collectives are aborted.
     """
     try:
         yield
     except CommunicationError as error:
         names = "; ".join(lost()) or otherwise
+        abort_nccl(*groups)
         raise PeerError(
             f"lost {names} during {what}: it died or did not answer; see its output for the cause "
             f"({error})"

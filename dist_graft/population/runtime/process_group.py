@@ -25,7 +25,12 @@ from dist_graft.population.collectives import (
     wait_for,
 )
 from dist_graft.population.round.exchange import world
-from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
+from dist_graft.population.runtime.devices import (
+    can_use_nccl,
+    choose_device,
+    nccl_unavailable,
+    set_matmul_precision,
+)
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
@@ -35,6 +40,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
 """Numbers of the runs in this process, the same in every process of a run."""
+_WATCHDOG_FACTOR = 2.0
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
 
 
@@ -72,8 +78,12 @@ class Runtime:
     def _extend_group_timeouts(self) -> None:
         """Extend the groups' timeouts, which end a collective regardless of our own timeout."""
         if self.process.world_size > 1:
-            limit = timedelta(seconds=self.timeouts.longest_wait)
-            for group in {world(), self.group_across_networks or world()}:
+            nccl = "nccl" in self.backend
+            limit = _group_timeout(self.timeouts.longest_wait, nccl=nccl)
+            groups = {world(), self.group_across_networks or world()}
+            if nccl:
+                groups.add(self.replicas.group or world())
+            for group in groups:
                 dist.set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
@@ -169,7 +179,8 @@ class Runtime:
 def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     """Choose the device and initialize the process group; every process must call this.
 
-    Sets torch's number of threads, its deterministic mode and the current CUDA device.
+    Sets torch's number of threads, its deterministic mode, the precision of matrix products and the
+    current CUDA device.
 
     Raises: ConfigError for a device or backend that is not available; StartError naming the
         processes that did not start in time.
@@ -195,6 +206,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    set_matmul_precision(config.matmul_precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.backend == "nccl":
@@ -217,7 +229,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         raise nccl_unavailable(device)
     nccl = nccl and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)  # waits over gloo use `timeouts`
+    timeout = _group_timeout(config.timeout_seconds, nccl=nccl)  # most waits use `timeouts`
     try:
         dist.init_process_group(
             backend,
@@ -225,7 +237,9 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
             rank=process.rank,
             world_size=process.world_size,
             timeout=timeout,
-            device_id=device if nccl else None,
+            # Replicas use smaller groups. Bound to a device, the NCCL communicators of those would
+            # be split from that of all processes, by all processes, for one group after another.
+            device_id=device if nccl and process.replicas == 1 else None,
         )
         mesh = _mesh(process, "cuda" if nccl else "cpu", timeout) if process.replicas > 1 else None
     except RuntimeError as error:
@@ -236,6 +250,15 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     group = mesh.get_group("replica") if mesh else None
     replicas = Replicas(group, timeouts, peers)
     return Runtime(process, device, backend, timeouts, peers, mesh, replicas)
+
+
+def _group_timeout(seconds: float, *, nccl: bool) -> timedelta:
+    """Timeout of a process group whose waits end after `seconds`.
+
+    Longer with NCCL: its watchdog aborts the process without our error message, and counts from
+    when a collective is queued, not from when the host waits for it.
+    """
+    return timedelta(seconds=_WATCHDOG_FACTOR * seconds if nccl else seconds)
 
 
 def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
@@ -252,10 +275,13 @@ def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceM
     """Device mesh [network, replica]; every process must call this.
 
     The groups are created here and not by the mesh, so that each has all backends and this timeout.
+    A process creates only its own two, with their members only; all start with the one across the
+    networks.
     """
     ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
-    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
-    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    create = partial(dist.new_group, timeout=timeout, use_local_synchronization=True)
+    across = create(ranks[:, process.replica].tolist())
+    within = create(ranks[process.network].tolist())
     assert isinstance(across, dist.ProcessGroup)
     assert isinstance(within, dist.ProcessGroup)
     return DeviceMesh.from_group(

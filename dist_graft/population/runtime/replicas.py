@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.population.collectives import communicating, gather_vectors
+from dist_graft.population.collectives import communicating, gather_vectors, wait_for_device
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.timeouts import Timeouts
 
@@ -60,7 +60,9 @@ class Replicas:
         """
         if self.group is None:
             return model
-        with self._reporting_lost_peers("the start of data-parallel training"), communicating():
+        what = "the start of data-parallel training"
+        self._gather(torch.zeros(1), what)  # over gloo: NCCL would wait for a dead process
+        with self._reporting_lost_peers(what), communicating():
             self._wrapped = DistributedDataParallel(
                 model,
                 process_group=self.group,
@@ -87,6 +89,15 @@ class Replicas:
         ):
             yield
 
+    def wait_for_device(self, device: torch.device) -> None:
+        """Wait for the steps that are queued on the device; call this before a read from it.
+
+        Raises: PeerError when another process died or did not answer.
+        """
+        if self.group is not None:
+            with self._reporting_lost_peers("a step"):
+                wait_for_device(device, self._seconds, self._check_peers)
+
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """Logical or of each flag over the processes: a collective."""
         if self.group is None:
@@ -100,20 +111,6 @@ class Replicas:
             return [values]
         rows = self._gather(torch.tensor(values, dtype=torch.float64), what)
         return [list(map(float, row)) for row in rows.tolist()]
-
-    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Concatenate the processes' matrices along the first dimension: a collective.
-
-        Args:
-            rows: matrix of this process, [counts[index], columns].
-            counts: number of rows of each process.
-        """
-        if self.group is None:
-            return rows
-        missing = max(counts) - len(rows)
-        vector = nn.functional.pad(rows, (0, 0, 0, missing)).flatten()
-        gathered = self._gather(vector, "an evaluation").view(len(counts), max(counts), -1)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def average_buffers(self, model: nn.Module) -> None:
         """Average the floating-point buffers over the processes, in place: a collective."""
@@ -138,12 +135,24 @@ class Replicas:
                 vector,
                 group=self.group,
                 device=torch.device("cpu"),
-                seconds=self._timeouts.seconds if self._timeouts else None,
+                seconds=self._seconds,
             )
 
+    @property
+    def _seconds(self) -> float | None:
+        return self._timeouts.seconds if self._timeouts else None
+
+    def _check_peers(self, _: float) -> None:
+        if self._peers:
+            self._peers.check_alive()
+
     def _reporting_lost_peers(self, what: str) -> AbstractContextManager[None]:
-        otherwise = "another process of this network"
-        return reporting_lost_peers(what, partial(self._lost, what), otherwise=otherwise)
+        return reporting_lost_peers(
+            what,
+            partial(self._lost, what),
+            otherwise="another process of this network",
+            groups=[self.group],
+        )
 
     def _lost(self, what: str) -> list[str]:
         """Descriptions of the processes of this network that died or do not respond."""

@@ -79,6 +79,10 @@ class StoreClient:
         """Value of a key; waits until it is set."""
         return self._request(lambda: self._store.get(key))
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Values of several keys in one request; waits until all are set."""
+        return self._request(lambda: self._store.multi_get(keys))
+
     def check(self, keys: list[str]) -> bool:
         """Whether all keys are set."""
         return self._request(lambda: self._store.check(keys))

@@ -151,7 +151,11 @@ def damaged_file(checkpoint: Checkpoint) -> Path | None:
         return checkpoint.path / COMPLETE
     for name, digest in checkpoint.sha256.items():
         path = checkpoint.path / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        try:
+            with path.open("rb") as file:  # read in pieces: memory does not grow with the file
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return path
+        except OSError:
             return path
     return None
 

@@ -22,6 +22,7 @@ from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import (
     checkpoint_path,
     clear_newer,
+    complete_checkpoints,
     load_network,
     network_file,
     newest_usable,
@@ -153,16 +154,25 @@ class CheckpointManager:
     def load(self, name: str) -> tuple[Path, dict[str, Any]]:
         """Load this network's state from a checkpoint; returns its folder and the state.
 
-        Raises: ConfigError when this process does not see the checkpoint.
+        Only this network's file is read and verified: `choose` has verified all of them on rank 0.
+
+        Raises: ConfigError when this process does not see the checkpoint; RunDirectoryError when
+            its file is damaged here, or holds another network.
         """
-        chosen, _ = newest_usable(self._folder)
-        if chosen is None or chosen.path.name != name:
+        chosen = {found.path.name: found for found in complete_checkpoints(self._folder)}.get(name)
+        if chosen is None:
             raise ConfigError(
                 f"this process does not see the checkpoint {name} in {self._folder}: all "
                 "processes need the same run_dir on a shared disk"
             )
         path = chosen.path / self._file
-        state = load_network(path, chosen.sha256[self._file])
+        try:
+            state = load_network(path, chosen.sha256[self._file])
+        except RunDirectoryError as error:
+            raise RunDirectoryError(
+                f"{path} is intact on rank 0, but {self._process} reads it as missing or damaged: "
+                "check the disk or mount of run_dir there, and rerun the command"
+            ) from error
         if state["network"] != self._process.network:
             raise RunDirectoryError(
                 f"{path} holds network {state['network']}, not network {self._process.network}: "

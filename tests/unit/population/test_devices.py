@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from dist_graft.population.runtime.devices import all_different
+from dist_graft.population.runtime.devices import all_different, set_matmul_precision
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,20 @@ from dist_graft.population.runtime.devices import all_different
 )
 def test_nccl_needs_a_different_gpu_in_every_process(gpus: list[str], different: bool) -> None:
     assert all_different(gpus) is different
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32"), [("highest", False), ("high", True), ("medium", True)]
+)
+def test_convolutions_follow_the_precision_of_matrix_products(precision: str, tf32: bool) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        set_matmul_precision(precision, torch.device("cpu"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+        set_matmul_precision(precision, torch.device("cuda", 0))
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 is tf32
+        assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -21,6 +21,8 @@ def test_requests_are_forwarded_to_the_store(store: dist.Store) -> None:
     client = StoreClient(store, lambda: 30)
     client.set("key", "text")
     assert client.get("key") == b"text"
+    client.set("second", "")
+    assert client.multi_get(["second", "key"]) == [b"", b"text"]
     assert client.check(["key"])
     assert not client.check(["key", "other"])
     client.wait(["key"], timedelta(seconds=30))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import pytest
 import torch
-from small import MakeData, MakeState, make_runtime
+from small import MakeData, MakeState, make_runtime, train_steps
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import (
     DistillConfig,
@@ -311,6 +313,45 @@ def test_the_configured_optimizer(kind: type, name: str, options: dict[str, obje
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.3
     assert {key: group[key] for key in options} == options
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_kernels(name: str, make_data: MakeData) -> None:
+    """They give other bits than the default on a CPU, which stays without."""
+    config = OptimConfig(name=name)  # type: ignore[arg-type]
+    assert build_optimizer(config, nn.Linear(2, 2), lr=0.3, fused=True).param_groups[0]["fused"]
+    state = build_state(
+        TrainConfig(model=ModelConfig(name="resnet20"), optim=config),
+        make_data(),
+        make_runtime(),
+        lr=0.1,
+    )
+    assert not state.optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_of_the_other_kernels(
+    name: str, fused: bool, make_state: MakeState, make_data: MakeData
+) -> None:
+    """A run with fused kernels resumes one without, and the other way round."""
+    config, data = OptimConfig(name=name), make_data()  # type: ignore[arg-type]
+
+    def state_with(fused: bool) -> TrainState:
+        state = make_state(config)
+        state.optimizer = build_optimizer(config, state.model, lr=config.lr, fused=fused)
+        state.scheduler = LambdaLR(state.optimizer, lambda _: 1.0)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return state
+
+    saved, state = state_with(not fused), state_with(fused)
+    train_steps(saved, data, config, epoch=0, first=0, last=2)
+    state.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert bool(state.optimizer.param_groups[0]["fused"]) is fused
+    for each in (saved, state):
+        train_steps(each, data, config, epoch=0, first=2, last=4)
+    for ours, theirs in zip(state.model.parameters(), saved.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_frozen_parameters_are_excluded() -> None:

@@ -46,6 +46,22 @@ class TestChoice:
             found, state = manager(tmp_path, network=network).load("epoch_0001")
             assert (found, state["network"]) == (path, network)
 
+    def test_a_network_reads_no_file_but_its_own(self, tmp_path: Path) -> None:
+        """Rank 0 has verified all files: with 64 networks, each would otherwise read 64 files."""
+        path = write_checkpoint(tmp_path / "checkpoints", 1)
+        (path / "network00.pt").unlink()
+        found, state = manager(tmp_path, network=1).load("epoch_0001")
+        assert (found, state["network"]) == (path, 1)
+
+    def test_a_file_that_only_one_process_reads_as_damaged(self, tmp_path: Path) -> None:
+        path = write_checkpoint(tmp_path / "checkpoints", 1)
+        assert manager(tmp_path).choose() == "epoch_0001"
+        (path / "network01.pt").write_bytes(b"")
+        with pytest.raises(RunDirectoryError) as caught:
+            manager(tmp_path, network=1).load("epoch_0001")
+        for part in (f"{path / 'network01.pt'} is intact on rank 0", "network 1 (rank 1 on "):
+            assert part in str(caught.value)
+
     def test_a_checkpoint_that_one_process_does_not_see(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="does not see the checkpoint epoch_0001"):
             manager(tmp_path).load("epoch_0001")

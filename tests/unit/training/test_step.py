@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dist_graft import Callback, Trainer
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError
+from dist_graft.population.runtime.replicas import Replicas
+from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
 from dist_graft.training.state import TrainState
@@ -22,6 +24,7 @@ from dist_graft.training.step import (
     evaluate,
     merge_eval_results,
     merge_train_results,
+    train_step,
 )
 from dist_graft.training.task import Task, accuracy, classification
 
@@ -447,6 +450,45 @@ def test_a_model_that_does_not_return_class_scores_is_an_error(
         train_steps(state, make_data(), OptimConfig(), epoch=0, first=0, last=1)
 
 
+@pytest.mark.parametrize(
+    ("enabled", "fused", "expected"),
+    [(True, False, ["wait", "step"]), (True, True, ["step"]), (False, False, ["step"])],
+)
+def test_the_host_reads_no_gradient_before_its_peers_have_delivered_theirs(
+    enabled: bool,
+    fused: bool,
+    expected: list[str],
+    make_data: MakeData,
+    make_state: MakeState,
+) -> None:
+    """A loss scaler reads whether one overflowed, unless the optimizer does so on the device."""
+    config, data = OptimConfig(), make_data()
+    state = make_state(config)
+    state.optimizer = build_optimizer(config, state.model, lr=0.1, fused=fused)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    calls: list[str] = []
+    state.optimizer.register_step_pre_hook(lambda *_: calls.append("step"))
+
+    class Waiting(Replicas):
+        def wait_for_device(self, device: torch.device) -> None:
+            assert device == state.device
+            calls.append("wait")
+
+    inputs, targets = next(data.train_batches(0, 0, 1))
+    task = classification()
+    train_step(
+        state,
+        task,
+        inputs,
+        targets,
+        config=config,
+        part=data.part(0),
+        sums=RunningSums(task, CPU),
+        replicas=Waiting(),
+    )
+    assert calls == expected
+
+
 class TestMerging:
     """Results of the replicas of one network."""
 
@@ -465,7 +507,7 @@ class TestMerging:
         tests = [
             EvalResult(part.loss, part.samples, part.metrics, part.counts) for part in parts[:2]
         ]
-        found = merge_eval_results(tests[0], [test.row() for test in tests], None)
+        found = merge_eval_results(tests[0], [test.row() for test in tests])
         assert (found.loss, found.samples) == (pytest.approx(5 / 4), 4)
         assert found.metrics == pytest.approx({"iou": 11 / 40})
 
@@ -473,7 +515,7 @@ class TestMerging:
         trained = TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, steps=2, seconds=5.0)
         tested = EvalResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0})
         assert merge_train_results(trained, [trained.row()]) is trained
-        assert merge_eval_results(tested, [tested.row()], None) is tested
+        assert merge_eval_results(tested, [tested.row()]) is tested
 
     def test_a_segment_continues_the_results_of_an_epoch(self) -> None:
         first = TrainResult(1.0, 3, {"iou": 0.5}, {"iou": 10.0}, 2, 5.0, 0.5)
@@ -505,14 +547,54 @@ class TestMerging:
                     *(probabilities, labels),
                 )
             )
-        answers = torch.cat([whole.probabilities, whole.labels[:, None]], dim=1)
-        merged = merge_eval_results(parts[0], [part.row() for part in parts], answers)
-        assert merged.loss == pytest.approx(whole.loss, rel=1e-5)
-        assert (merged.samples, merged.accuracy) == (10, whole.accuracy)
-        assert merged.probabilities is not None
-        assert merged.labels is not None
-        assert torch.equal(merged.probabilities, whole.probabilities)
-        assert torch.equal(merged.labels, whole.labels)
+        rows = [part.row() for part in parts]
+        for part in parts:
+            merged = merge_eval_results(part, rows, classification=True)
+            assert merged.loss == pytest.approx(whole.loss, rel=1e-5)
+            assert (merged.samples, merged.accuracy) == (10, whole.accuracy)
+            assert merged.probabilities is part.probabilities  # those of the others stay there
+            assert merged.finite
+
+    def test_accuracies_are_exact(self) -> None:
+        """The weighted mean of the percentages differs from this in the last bit."""
+        parts = [
+            EvalResult(0.0, size, {"accuracy": 100 * (right / size)}, {"accuracy": float(size)})
+            for right, size in ((0, 3), (1, 11))
+        ]
+        merged = merge_eval_results(parts[0], [part.row() for part in parts], classification=True)
+        assert merged.accuracy == 100 * (1 / 14)
+
+    def test_probabilities_that_are_not_finite_in_one_replica(self) -> None:
+        parts = [
+            EvalResult(0.0, 2, {"accuracy": 50.0}, {"accuracy": 2.0}, finite=finite)
+            for finite in (True, False)
+        ]
+        assert not merge_eval_results(
+            parts[0], [part.row() for part in parts], classification=True
+        ).finite
+
+
+def test_too_many_probabilities_are_not_kept(make_data: MakeData, make_state: MakeState) -> None:
+    state, data = make_state(OptimConfig()), make_data()
+    kept = evaluate(state, data, "test", max_numbers=40)
+    assert kept.probabilities is not None
+    found = evaluate(state, data, "test", max_numbers=39)
+    assert found.probabilities is None
+    assert found.labels is None
+    assert (found.loss, found.samples, found.accuracy) == (kept.loss, 10, kept.accuracy)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1000])
+def test_probabilities_leave_the_device_in_chunks(
+    chunk: int, make_data: MakeData, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, data = make_state(OptimConfig()), make_data(batch_size=3)
+    whole = evaluate(state, data, "test").probabilities
+    monkeypatch.setattr("dist_graft.training.step.ENSEMBLE_CHUNK", chunk)
+    found = evaluate(state, data, "test").probabilities
+    assert whole is not None
+    assert found is not None
+    assert torch.equal(whole, found)
 
 
 def test_running_sums_of_custom_metrics() -> None:

@@ -9,8 +9,7 @@ from dist_graft.errors import DataError
 from dist_graft.training.step import EvalResult
 from dist_graft.training.summary import (
     check_equal_samples,
-    ensemble_accuracy,
-    finite_probabilities,
+    ensemble_chunks,
     primary_metric,
     summarize,
 )
@@ -23,6 +22,7 @@ def classified(scores: list[list[float]]) -> EvalResult:
         samples=len(scores),
         probabilities=torch.tensor(scores),
         labels=torch.zeros(len(scores), dtype=torch.int64),
+        finite=bool(torch.tensor(scores).isfinite().all()),
     )
 
 
@@ -72,10 +72,24 @@ def test_the_primary_metric_is_the_first_metric(
 
 
 def test_a_diverged_network_does_not_count_in_the_ensemble() -> None:
-    healthy, diverged = classified([[0.9, 0.1], [0.2, 0.8]]), classified([[math.nan] * 2] * 2)
-    total = finite_probabilities(healthy) + finite_probabilities(diverged)
-    assert ensemble_accuracy(total, healthy) == 50.0
-    assert torch.equal(finite_probabilities(diverged), torch.zeros(2, 2))
+    scores = [[0.9, 0.1], [0.2, 0.8]]
+    ((found, labels),) = ensemble_chunks(classified(scores))
+    assert torch.equal(found, torch.tensor(scores))
+    assert labels.tolist() == [0, 0]
+    ((found, _),) = ensemble_chunks(classified([[0.9, 0.1], [math.nan] * 2]))
+    assert torch.equal(found, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(("numbers", "sizes"), [(1, [1] * 5), (7, [2, 2, 1]), (99, [5])])
+def test_an_ensemble_is_summed_in_chunks(
+    numbers: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_graft.training.summary.ENSEMBLE_CHUNK", numbers)
+    result = classified([[0.1 * row, 1.0, 0.0] for row in range(5)])
+    parts, labels = zip(*ensemble_chunks(result), strict=True)
+    assert [len(part) for part in parts] == [len(part) for part in labels] == sizes
+    assert result.probabilities is not None
+    assert torch.equal(torch.cat(parts), result.probabilities)
 
 
 def test_networks_tested_on_different_samples_are_an_error() -> None:

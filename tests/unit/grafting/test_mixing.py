@@ -215,7 +215,7 @@ def test_donor_without_a_share_gives_no_nan():
 def test_blend_changes_only_the_recipient(fraction, expected, dtype):
     recipient = nn.Parameter(torch.zeros(3, dtype=dtype))
     donor, there = torch.ones(3, dtype=dtype), recipient.data_ptr()
-    blend_(recipient, donor, fraction)
+    blend_([recipient], [donor], [fraction])
     assert recipient.tolist() == [expected] * 3
     assert recipient.data_ptr() == there
     assert (donor == 1).all()
@@ -225,7 +225,7 @@ def test_fraction_of_1_copies_the_donor():
     """Across memory formats, and without leaving any NaN or infinity of the recipient."""
     recipient = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1.0, -0.0]).view(2, 3).t()
     donor = torch.tensor([1e-45, -0.0, -3e38, 3.0, 4.0, 5.0]).view(3, 2)
-    blend_(recipient, donor, 1.0)
+    blend_([recipient], [donor], [1.0])
     assert recipient.tolist() == donor.tolist()
     assert math.copysign(1, recipient[0, 1]) == -1
     assert recipient.stride() == (1, 3)

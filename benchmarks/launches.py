@@ -56,9 +56,9 @@ DATA_DEPENDENT = ("bincount", "nonzero", "masked_select", "unique2", "equal", "i
 
 
 class OnDevice(Tensor):
-    """Tensor that reports the device DEVICE; its values are in the CPU tensor `values`."""
+    """Tensor that reports the device DEVICE; its values are in the CPU tensor `host`."""
 
-    values: Tensor
+    host: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor) -> OnDevice:
@@ -71,7 +71,7 @@ class OnDevice(Tensor):
             dtype=values.dtype,
             device="meta",  # C++ would set up a real device
         )
-        wrapped.values = values
+        wrapped.host = values
         return wrapped
 
     @property
@@ -96,7 +96,7 @@ class Counts:
 
 
 class Counting(TorchDispatchMode):
-    """Computes on the values of OnDevice tensors, and counts operations and waits by name."""
+    """Computes on the host tensors of OnDevice tensors, and counts operations and waits by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Counting(TorchDispatchMode):
 
 
 def _values(each: Any) -> Any:
-    return each.values if isinstance(each, OnDevice) else each
+    return each.host if isinstance(each, OnDevice) else each
 
 
 def _wrapped(each: Any) -> Any:

@@ -272,7 +272,8 @@ def mix(
 ) -> list[dict[str, Tensor]]:
     """Apply one round to a whole population in a single process.
 
-    This is the specification of the distributed round, which is bitwise identical.
+    This is the specification of the distributed round, which is bitwise identical, except that
+    means over NCCL are summed in another order (ADR 35).
 
     Args:
         states: state dict of each network; not changed.

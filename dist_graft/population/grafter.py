@@ -65,7 +65,8 @@ class Grafter:
         criterion: "entropy" (eq. 6), "filter_entropy" (eq. 5) or "l1".
         lead: "conv", or "conv+linear" for MLPs and transformers.
         exchange: "all_gather": every rank receives every network; "p2p": only the donor's weights
-            are sent. The results are bitwise identical.
+            are sent. The results are bitwise identical. Over NCCL, rules that average all networks
+            use an all-reduce instead, unless torch.use_deterministic_algorithms is set (ADR 35).
         bucket_mb: largest size of one network's part of a buffer, in MiB; at most 16 are used in
             host memory, where smaller buckets are faster. all_gather holds networks x bucket, p2p
             two buckets (on the ring).

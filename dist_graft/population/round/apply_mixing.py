@@ -106,7 +106,7 @@ def blend_tensors(
         fractions = {POPULATION: mean}
         bytes_received = sum(map(_reduced_bytes, buckets)) * 2 * (mixing.networks - 1)
         bytes_received //= mixing.networks
-        received = all_reduce_mean(buckets, pack, mixing.donors, transport)
+        received = all_reduce_mean(buckets, pack, transport)
     by_element = _ElementFractions(mixing, rank, tensors)
     group_size = sys.maxsize if multi_tensor(views) else _GROUP
     squares: list[Tensor] = []

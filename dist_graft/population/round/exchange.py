@@ -174,20 +174,17 @@ def p2p(
 EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
 
 
-def all_reduce_mean(
-    buckets: Sequence[Bucket], pack: Pack, donors: object, transport: Transport
-) -> Received:
+def all_reduce_mean(buckets: Sequence[Bucket], pack: Pack, transport: Transport) -> Received:
     """Average all networks on every rank, bucket by bucket.
 
     Sums in float32 or wider, in an order that the backend chooses, and divides the sum. All ranks
     receive the same bits. Holds one bucket on the transport's device. Every rank of the group must
     iterate to the end.
 
-    Args: as `all_gather`; the donors are ignored, since all networks give to all.
+    Args: as `all_gather`; every network is a donor of all others.
 
     Yields: (bucket, {POPULATION: the mean of its elements}), valid until the next iteration.
     """
-    del donors
     networks = dist.get_world_size(transport.group)
     seconds = transport.seconds if transport.device.type == "cpu" else None
     for bucket in buckets:

@@ -203,9 +203,14 @@ def _edges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrinkage(low: Tensor, high: Tensor) -> Tensor:
-    """Powers of two, float64, that scale a range to fit float32; they do not change any bin."""
+    """Factor for each row whose range overflows float32, otherwise 1: float64.
+
+    Scaling by a power of two does not change any bin.
+    """
+    fits = (high.float() - low.float()).isfinite()
     exponent = torch.frexp(torch.maximum(low.abs(), high.abs()).double()).exponent
-    return torch.ldexp(torch.ones_like(low, dtype=torch.float64), -exponent.clamp(min=0) - 1)
+    factor = torch.ldexp(torch.ones_like(low, dtype=torch.float64), -exponent.clamp(min=0) - 1)
+    return torch.where(fits, 1.0, factor)
 
 
 def _row_entropies(rows: Tensor, num_bins: int) -> Tensor:
@@ -242,8 +247,7 @@ def _entropies_of_dtype(matrices: Sequence[Tensor], num_bins: int) -> Tensor:
     bounds = [torch.aminmax(matrix, dim=1) for matrix in matrices]
     low, high = (torch.cat(parts).to(dtype) for parts in zip(*bounds, strict=True))
     finite = low.isfinite() & high.isfinite()
-    fits = (high.float() - low.float()).isfinite()
-    shrink = torch.where(fits, 1.0, _shrinkage(low, high)).to(dtype)
+    shrink = _shrinkage(low, high).to(dtype)
     first, span = _edges(low * shrink, high * shrink)
 
     # Count all elements, in batches that may begin and end inside a matrix.

@@ -20,19 +20,30 @@ class PhaseTimer:
 
     Args:
         phases: names of the phases.
-        device: device of the timed work. On an accelerator, a phase ends once the current stream
-            is idle; transfers on other streams may still be in flight. None: host time only.
+        device: device of the timed work. On an accelerator, a phase is measured by events on the
+            current stream, so timing never waits for the device; transfers on other streams may
+            still be in flight when a phase ends. None: host time only.
     """
 
     def __init__(self, phases: Sequence[str], device: torch.device | None = None) -> None:
         self._phases = tuple(phases)
-        self._device = device
+        self._accelerator = device if device is not None and device.type != "cpu" else None
+        self._recorded: list[tuple[str, torch.Event, torch.Event]] = []
         self._start = time.perf_counter()
-        self.seconds = dict.fromkeys(self._phases, 0.0)
+        self._seconds = dict.fromkeys(self._phases, 0.0)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase; on an accelerator, reading them waits for the recorded phases."""
+        for name, start, end in self._recorded:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._recorded.clear()
+        return self._seconds
 
     def add(self, phase: str, seconds: float) -> None:
         """Add time that was measured elsewhere."""
-        self.seconds[phase] += seconds
+        self._seconds[phase] += seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,12 +51,21 @@ class PhaseTimer:
 
         A block that raises is not counted.
         """
-        start = time.perf_counter()
         with profiler_label(name):
-            yield
-            if self._device is not None and self._device.type != "cpu":
-                torch.accelerator.current_stream(self._device).synchronize()
-        self.seconds[name] += time.perf_counter() - start
+            if self._accelerator is None:
+                start = time.perf_counter()
+                yield
+                self._seconds[name] += time.perf_counter() - start
+            else:
+                begin = self._event()
+                yield
+                self._recorded.append((name, begin, self._event()))
+
+    def _event(self) -> torch.Event:
+        """Record an event on the current stream."""
+        event = torch.Event(self._accelerator, enable_timing=True)
+        event.record()
+        return event
 
     def total(self) -> float:
         """Seconds since the timer was created or reset."""
@@ -55,5 +75,5 @@ class PhaseTimer:
         """Return the seconds by phase plus the remainder as "other", and start again from zero."""
         elapsed, seconds = self.total(), self.seconds
         self._start += elapsed
-        self.seconds = dict.fromkeys(self._phases, 0.0)
+        self._seconds = dict.fromkeys(self._phases, 0.0)
         return seconds | {"other": max(0.0, elapsed - sum(seconds.values()))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,23 @@ def flat(tensor: Tensor) -> Tensor:
             "in memory: clone it first"
         )
     return ordered.view(-1)
+
+
+def memory_positions(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Convert positions in a dense tensor's logical order to positions in its `flat` view.
+
+    Args:
+        tensor: dense in memory.
+        positions: int64, any shape, on the CPU.
+    """
+    order = memory_order(tensor)
+    if order == tuple(range(tensor.dim())):
+        return positions
+    coordinates = torch.unravel_index(positions, tensor.shape)
+    result = torch.zeros_like(positions)
+    for dim in order:
+        result = result * tensor.shape[dim] + coordinates[dim]
+    return result
 
 
 def filter_matrix(weight: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:

@@ -83,6 +83,22 @@ class Mixing:
         unchanged = torch.eye(self.networks, dtype=torch.float64)[network]
         return torch.where(remaining > 0, row / remaining, unchanged)
 
+    def mean_fractions(self) -> list[float] | None:
+        """Return how far each unit moves toward the population mean, in [0, 1].
+
+        Returns: f for each unit, if every network becomes (1 - f) * itself + f * the mean of all
+            networks; None for any other mixing.
+        """
+        if type(self) is not Mixing or self.networks == 1:
+            return None
+        own, other = self.shares[:, :1, :1], self.shares[:, :1, 1:2]
+        identity = torch.eye(self.networks, dtype=torch.float64)
+        if (own < other).any() or not torch.equal(
+            self.shares, torch.where(identity > 0, own, other)
+        ):
+            return None
+        return [1 - float(difference) for difference in (own - other).flatten()]
+
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
@@ -217,24 +233,38 @@ def bernoulli_positions(count: int, probability: float, generator: torch.Generat
     return drawn[drawn < count]
 
 
-def blend_(recipient: Tensor, donor: Tensor, fraction: float) -> None:
-    """Blend in place: recipient <- recipient + fraction * (donor - recipient).
+def blend_(
+    recipients: Sequence[Tensor], donors: Sequence[Tensor], fractions: Sequence[float]
+) -> None:
+    """Blend tensors in place: recipient <- recipient + fraction * (donor - recipient).
 
     The distributed round and `mix` both blend with this function, so their results are bitwise
     identical. A fraction of 1 copies the donor, which also replaces NaN. Storage and memory format
-    of the recipient are preserved.
+    of the recipients are preserved.
+
+    Args:
+        recipients: changed; of one dtype and on one device.
+        donors: as many, of the same shapes.
+        fractions: interpolation weight of each pair.
     """
+    copied = [index for index, fraction in enumerate(fractions) if fraction == 1.0]
+    blended = [index for index, fraction in enumerate(fractions) if fraction != 1.0]
     with torch.no_grad():
-        if fraction == 1.0:
-            recipient.copy_(donor)
-        else:
-            torch._foreach_lerp_([recipient], [donor], [fraction])
+        if copied:
+            torch._foreach_copy_([recipients[i] for i in copied], [donors[i] for i in copied])
+        if blended:
+            torch._foreach_lerp_(
+                [recipients[i] for i in blended],
+                [donors[i] for i in blended],
+                [fractions[i] for i in blended],
+            )
 
 
 def blend_elementwise_(recipient: Tensor, donor: Tensor, fraction: Tensor) -> None:
     """Blend in place with one fraction for each element; see `blend_`."""
     with torch.no_grad():
-        recipient.lerp_(donor, fraction.to(recipient.device, recipient.dtype))
+        weight = fraction.to(recipient.device, recipient.dtype, non_blocking=True)
+        recipient.lerp_(donor, weight)
 
 
 def mix(
@@ -242,7 +272,8 @@ def mix(
 ) -> list[dict[str, Tensor]]:
     """Apply one round to a whole population in a single process.
 
-    This is the specification of the distributed round, which is bitwise identical.
+    This is the specification of the distributed round, which is bitwise identical, except that
+    means over NCCL are summed in another order (ADR 35).
 
     Args:
         states: state dict of each network; not changed.
@@ -269,7 +300,7 @@ def mix(
                         network, donor, index, key, other.shape, buffer=key in unit.buffers
                     )
                     if by_element is None:
-                        blend_(after[key], other, fraction)
+                        blend_([after[key]], [other], [fraction])
                     else:
                         blend_elementwise_(after[key], other, by_element.expand(other.shape))
         mixed.append(after)

@@ -158,6 +158,25 @@ def gather_vectors(
 
     Raises: CommunicationError if a peer died or did not respond in time.
     """
+    gathered = gather_on_device(
+        vector, group=group, device=device, seconds=seconds, on_wait=on_wait
+    )
+    wait_for_device(device, seconds, on_wait)
+    return gathered.cpu()
+
+
+def gather_on_device(
+    vector: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    seconds: float | None = None,
+    on_wait: Callable[[float], None] = lambda waited: None,
+) -> Tensor:
+    """Gather vectors as `gather_vectors` does, but leave them on `device`.
+
+    The host does not wait for the device: call `wait_for_device` before a read.
+    """
     local = vector.to(device)
     ranks = dist.get_world_size(group)
     gathered = local.new_empty(ranks * local.numel())
@@ -168,5 +187,4 @@ def gather_vectors(
             wait_for(work, seconds, on_wait)
         else:
             work.wait()
-    wait_for_device(device, seconds, on_wait)
-    return gathered.cpu().view(ranks, -1)
+    return gathered.view(ranks, -1)

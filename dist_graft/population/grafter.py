@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_graft.grafting.divergence import without_diverged
-from dist_graft.grafting.information import is_finite
+from dist_graft.grafting.information import first_not_finite
 from dist_graft.grafting.mixing import Mixing, ScalarSwap
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.graft import Graft
@@ -65,7 +65,8 @@ class Grafter:
         criterion: "entropy" (eq. 6), "filter_entropy" (eq. 5) or "l1".
         lead: "conv", or "conv+linear" for MLPs and transformers.
         exchange: "all_gather": every rank receives every network; "p2p": only the donor's weights
-            are sent. The results are bitwise identical.
+            are sent. The results are bitwise identical. Over NCCL, rules that average all networks
+            use an all-reduce instead, unless torch.use_deterministic_algorithms is set (ADR 35).
         bucket_mb: largest size of one network's part of a buffer, in MiB; at most 16 are used in
             host memory, where smaller buckets are faster. all_gather holds networks x bucket, p2p
             two buckets (on the ring).
@@ -176,7 +177,7 @@ class Grafter:
         # Measure.
         information = None
         with timer.phase("measure"):
-            state = FINITE if stop else _first_not_finite(tensors, diverged)
+            state = FINITE if stop else _finite_state(tensors, diverged)
             if not stop and state == FINITE:
                 information = self._rule.measure(self.units, tensors).double()
 
@@ -204,6 +205,7 @@ class Grafter:
             bucket_bytes=self._bucket_bytes,
             pool=self._pool,
             phase=timer.phase,
+            reduces_means=self._reduces_means(device),
             seconds=groups.seconds,
             on_wait=groups.check_peers,
         )
@@ -243,7 +245,7 @@ class Grafter:
         """Exchange headers; every rank of the groups must call this."""
         groups, device = self._groups, _device(tensors)
         groups.enter_round(entered_round)
-        schema = Schema(tensors, [unit.name for unit in self.units], self._options())
+        schema = Schema(tensors, [unit.name for unit in self.units], self._options(device))
         header = Header(
             protocol=PROTOCOL,
             network=groups.network,
@@ -277,6 +279,7 @@ class Grafter:
         names = [unit.name for unit in self.units]
         donors = mixing.donors[network]
         information = measured if hasattr(self._rule, "criterion") else []
+        phase_seconds = timer.seconds  # waits for the device, so before the total
         return GraftRecord(
             round=self.round,
             network=network,
@@ -285,7 +288,7 @@ class Grafter:
             information=dict(zip(names, information, strict=False)),
             distance=dict(zip(names, applied.distance, strict=False)),
             seconds=timer.total(),
-            phase_seconds=timer.seconds,
+            phase_seconds=phase_seconds,
             bytes_received=applied.bytes_received,
             diverged=agreement.diverged,
             mixing=mixing,
@@ -295,7 +298,16 @@ class Grafter:
     def _reporting_missing_peers(self, round_: int) -> AbstractContextManager[None]:
         return self._groups.reporting_missing_peers(round_, f"round {self.round}")
 
-    def _options(self) -> dict[str, Any]:
+    def _reduces_means(self, device: torch.device) -> bool:
+        """Whether rounds in which all become the mean, or closer to it, are all-reduced (ADR 35).
+
+        Not in host memory, nor with torch.use_deterministic_algorithms: the round is then bitwise
+        equal to `mix`.
+        """
+        transfers_on = communication_device(self._groups.group, device)
+        return transfers_on.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
+
+    def _options(self, device: torch.device) -> dict[str, Any]:
         kind = type(self._rule)
         fields = getattr(kind, "__dataclass_fields__", {})
         return {name: getattr(self._rule, name) for name in fields} | {
@@ -304,6 +316,7 @@ class Grafter:
             "exchange": self._exchange,
             "on_divergence": self._on_divergence,
             "bucket_bytes": self._bucket_bytes,
+            "all_reduce": self._reduces_means(device),
         }
 
 
@@ -330,11 +343,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _first_not_finite(tensors: dict[str, Tensor], diverged: bool) -> int:
+def _finite_state(tensors: dict[str, Tensor], diverged: bool) -> int:
     """Return the index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE."""
-    found = (index for index, tensor in enumerate(tensors.values()) if not is_finite(tensor))
-    return next(found, LOSS_NOT_FINITE if diverged else FINITE)
+    first = first_not_finite(list(tensors.values()))
+    return (LOSS_NOT_FINITE if diverged else FINITE) if first is None else first
 
 
 def _device(tensors: dict[str, Tensor]) -> torch.device:
-    return next(iter(tensors.values())).device
+    """Return the device of all tensors; raises ValueError naming the first on another device."""
+    first, *others = tensors
+    for key in others:
+        if tensors[key].device != tensors[first].device:
+            raise ValueError(
+                f"{key} is on {tensors[key].device} and {first} on {tensors[first].device}: move "
+                "the network to one device"
+            )
+    return tensors[first].device

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import NonFiniteError
-from dist_graft.grafting.information import invalid_filters, is_finite
+from dist_graft.grafting.information import first_not_finite, invalid_filters, is_finite
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
 from dist_graft.monitoring.metrics import LayerStats, NetworkRow
@@ -44,9 +44,10 @@ def non_finite_part(state: TrainState, *, loss: bool) -> str:
 
     `loss`: whether the training loss, or fp16 gradients repeatedly, were not finite.
     """
-    for key, tensor in graft_tensors(state.model).items():
-        if not is_finite(tensor):
-            return f"a non-finite weight in {key}"
+    tensors = graft_tensors(state.model)
+    first = first_not_finite(list(tensors.values()))
+    if first is not None:
+        return f"a non-finite weight in {list(tensors)[first]}"
     return "a non-finite training loss or gradient" if loss else ""
 
 

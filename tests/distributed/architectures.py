@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
 
 def large() -> nn.Module:
-    """One tensor that is larger than a piece."""
+    """One tensor that is larger than a group."""
     return nn.Sequential(nn.Conv2d(128, 129, 3, bias=False), nn.BatchNorm2d(129))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dist_graft import Grafter, GraftRecord, Mixing
 from dist_graft.grafting.information import entropy
+from dist_graft.grafting.multi_tensor import forced_multi_tensor
 from dist_graft.grafting.units import GraftUnit
 
 
@@ -24,10 +26,13 @@ class Case:
     bucket_bytes: int
     rule: Rule | None = None
     rounds: int = 2
+    multi_tensor: bool = False
+    """Whether the rounds take the accelerators' branch."""
 
     def __str__(self) -> str:
         rule = f"-{type(self.rule).__name__}" if self.rule else ""
-        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}{rule}"
+        branch = "-multi" if self.multi_tensor else ""
+        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}{rule}{branch}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def _rounds(context: RankContext, case: Case) -> list[Round]:
     rounds = []
     for number in range(case.rounds):
         before, there = snapshot(model), places(model)
-        record = grafter.graft()
+        with forced_multi_tensor() if case.multi_tensor else nullcontext():
+            record = grafter.graft()
         rounds.append(Round(before, snapshot(model), record, places(model) != there))
         disturb_(model, context.networks * (number + 1) + context.rank)
     return rounds

@@ -206,3 +206,15 @@ def check_in_different_rounds(context: RankContext):
 def test_check_reports_a_network_that_resumed_in_another_round():
     results = run(check_in_different_rounds, 2)
     assert_same_error(results, "DisagreementError", "rank 0 is in round 0 and rank 1 in round 1")
+
+
+def graft_on_two_devices(context: RankContext) -> object:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    model[1].to("meta")
+    return result_or_error(Grafter(model).graft)
+
+
+def test_tensors_on_several_devices_are_an_error() -> None:
+    assert run(graft_on_two_devices, 1) == [
+        ("ValueError", "1.weight is on meta and 0.weight on cpu: move the network to one device")
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -14,6 +15,7 @@ from rounds import Mean, Round
 from torch import nn
 
 from dist_graft import Graft, Grafter, Wash, graft_units, mix
+from dist_graft.grafting.multi_tensor import forced_multi_tensor
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.filter_graft import FilterGraft, filter_links
 from dist_graft.grafting.units import graft_tensors
@@ -31,9 +33,11 @@ class Case:
     exchange: str
     bucket_bytes: int
     rule: str = "graft"
+    multi_tensor: bool = False
 
     def __str__(self) -> str:
-        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}-{self.rule}"
+        branch = "-multi" if self.multi_tensor else ""
+        return f"{self.architecture}-{self.exchange}-{self.bucket_bytes}-{self.rule}{branch}"
 
     def build_rule(self) -> Rule:
         if self.rule == "filter":
@@ -56,6 +60,8 @@ CASES = (
     Case("mixed_types", "p2p", RAGGED, "mean"),
     Case("mixed_types", "all_gather", RAGGED, "wash"),
     Case("plain", "p2p", RAGGED, "filter"),
+    Case("mixed_types", "all_gather", RAGGED, "graft", multi_tensor=True),
+    Case("mixed_types", "p2p", RAGGED, "wash", multi_tensor=True),
 )
 
 
@@ -93,7 +99,8 @@ def rounds(
     for number in range(ROUNDS):
         disturb_buffers(model, 100 * number + context.rank)
         before = snapshot(model)
-        record = grafter.graft()
+        with forced_multi_tensor() if case.multi_tensor else nullcontext():
+            record = grafter.graft()
         played.append(Round(before, snapshot(model), record))
     return played
 

@@ -22,6 +22,9 @@ CASES = (
     *(Case(name, exchange, 1 << 25) for name in SMALL for exchange in EXCHANGES),
     *(Case("mixed_types", exchange, RAGGED, Mean()) for exchange in EXCHANGES),
     *(Case("mixed_types", exchange, RAGGED, OneGives()) for exchange in EXCHANGES),
+    *(Case(name, "all_gather", RAGGED, multi_tensor=True) for name in SMALL),
+    *(Case(name, "p2p", 1 << 25, multi_tensor=True) for name in SMALL),
+    *(Case("mixed_types", exchange, 1 << 25, Mean(), multi_tensor=True) for exchange in EXCHANGES),
 )
 
 
@@ -128,9 +131,10 @@ def test_buckets_of_one_element(exchange):
 
 @pytest.mark.parametrize("bucket_bytes", [300_004, 1 << 25], ids=["cut", "whole"])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_tensor_larger_than_a_piece(exchange, bucket_bytes):
+def test_tensor_larger_than_a_group(exchange, bucket_bytes):
     """148,608 elements, in several buckets and in one."""
     check_case(2, Case("large", exchange, bucket_bytes, rounds=1))
+    check_case(2, Case("large", exchange, bucket_bytes, rounds=1, multi_tensor=True))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rule is None], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +27,7 @@ from dist_graft import (
 )
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.mixing import ScalarSwap
+from dist_graft.grafting.multi_tensor import forced_multi_tensor
 from dist_graft.grafting.rules.filter_graft import FilterGraft, FilterLink, filter_links
 from dist_graft.grafting.units import graft_tensors
 
@@ -113,10 +115,12 @@ class Case:
     rate: float = 1.0
     lost: str = ""
     """on_divergence for network 1, which diverges before every round; empty: it does not."""
+    multi_tensor: bool = False
+    """Whether the rounds take the accelerators' branch."""
 
     def __str__(self) -> str:
         parts = (self.rule, self.exchange, self.model, self.bucket_bytes, self.rate, self.lost)
-        return "-".join(map(str, parts)).rstrip("-")
+        return "-".join(map(str, parts)).rstrip("-") + ("-multi" if self.multi_tensor else "")
 
 
 CASES = (
@@ -124,12 +128,18 @@ CASES = (
     *(Case(rule, exchange, rate=0.3) for rule in DENSE for exchange in EXCHANGES),
     *(Case(rule, exchange, "mixed_dtypes") for rule in TYPED for exchange in EXCHANGES),
     *(Case(rule, "p2p", bucket_bytes=WHOLE) for rule in ("papa-pairs", "wash", "filter-random")),
+    *(Case(rule, "all_gather", multi_tensor=True) for rule in RULES),
+    *(Case(rule, "p2p", "mixed_dtypes", WHOLE, multi_tensor=True) for rule in TYPED),
 )
 LOST = (
     *(Case(rule, "p2p", lost="heal") for rule in RULES),
     *(Case(rule, "all_gather", lost="exclude") for rule in RULES),
     *(Case(rule, "all_gather", lost="heal") for rule in ("ring", "papa", "wash", "filter")),
     *(Case(rule, "p2p", lost="exclude") for rule in ("ring", "papa", "wash", "filter")),
+    *(
+        Case(rule, "p2p", bucket_bytes=WHOLE, lost="heal", multi_tensor=True)
+        for rule in ("ring", "papa", "wash", "filter")
+    ),
 )
 
 
@@ -145,7 +155,8 @@ def play(context: RankContext, cases: tuple[Case, ...]) -> dict[str, list[Round]
                 with torch.no_grad():
                     model[2].weight[0] = math.nan
             before, there = snapshot(model), places(model)
-            record = grafter.graft(rate=case.rate)
+            with forced_multi_tensor() if case.multi_tensor else nullcontext():
+                record = grafter.graft(rate=case.rate)
             rounds.append(Round(before, snapshot(model), record, places(model) != there))
             disturb_(model, context.networks * (number + 1) + context.rank)
         played[str(case)] = rounds

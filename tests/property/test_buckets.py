@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.grafting.memory_layout import flat, memory_order
-from dist_graft.population.round.buckets import cut_buckets, pack_, unpack_
+from dist_graft.grafting.memory_layout import flat, memory_order, memory_positions
+from dist_graft.population.round.buckets import cut_buckets, cut_pieces, pack_, unpack_
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 shapes = st.lists(st.integers(0, 5), max_size=4)
@@ -47,7 +47,6 @@ def test_packing_and_unpacking_is_the_identity(tensors, bucket_bytes):
 
 @given(st.lists(st.integers(1, 1 << 19), min_size=1, max_size=3), st.integers(1 << 16, 1 << 22))
 def test_packing_and_unpacking_large_tensors_is_the_identity(counts, bucket_bytes):
-    """Tensors larger than a piece."""
     check_round_trip([torch.arange(float(count)) for count in counts], bucket_bytes)
 
 
@@ -75,7 +74,6 @@ sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 19))
 
 @given(st.lists(st.tuples(sizes, st.sampled_from(TYPES)), max_size=8), st.integers(400, 1 << 21))
 def test_every_element_is_in_exactly_one_piece(tensors, bucket_bytes):
-    """Including tensors larger than a piece."""
     counts, dtypes = [size for size, _ in tensors], [dtype for _, dtype in tensors]
     buckets = cut_buckets(counts, dtypes, bucket_bytes=bucket_bytes)
     reached = [0] * len(tensors)
@@ -120,3 +118,25 @@ def test_equal_memory_order_means_that_flat_views_match(one, data):
     if one.numel():
         assert matches == (memory_order(one) == memory_order(other))
     assert sorted(flat(other).tolist()) == sorted(one.flatten().tolist())
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(1, 400))
+def test_groups_cut_pieces_at_multiples_of_their_size(sizes_, elements):
+    (bucket,) = cut_buckets(sizes_, [torch.float32] * len(sizes_), bucket_bytes=1 << 20)
+    groups = list(cut_pieces(bucket.pieces, elements))
+    assert all(sum(piece.length for piece in group) <= elements for group in groups)
+    offset, starts = 0, []
+    for piece in (piece for group in groups for piece in group):
+        assert piece.offset == offset
+        assert piece.start % elements == 0
+        starts.append((piece.tensor, piece.start))
+        offset += piece.length
+    assert offset == bucket.length
+    assert starts == [(t, at) for t, size in enumerate(sizes_) for at in range(0, size, elements)]
+
+
+@given(dense())
+def test_positions_in_logical_order_become_positions_in_memory(tensor):
+    positions = torch.arange(tensor.numel()).flip(0)
+    found = flat(tensor)[memory_positions(tensor, positions)]
+    assert torch.equal(found, tensor.flatten()[positions])

@@ -10,6 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_graft import entropy, filter_entropy, graft_coefficient, l1
+from dist_graft.grafting import information as information_module
+from dist_graft.grafting.information import (
+    CRITERIA,
+    first_not_finite,
+    information_of_all,
+    is_finite,
+)
+from dist_graft.grafting.multi_tensor import forced_multi_tensor
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 weights = st.lists(finite, min_size=1, max_size=60).map(torch.tensor)
@@ -140,3 +148,46 @@ def test_tensors_and_floats_give_the_same_coefficient(pairs, amplitude, sensitiv
     assert graft_coefficient(recipients, donors, **options).tolist() == pytest.approx(
         alone, abs=1e-14
     )
+
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+anything = st.one_of(st.floats(), st.floats(-1, 1), st.sampled_from([0.0, 1.7e308, -1.7e308, 3e38]))
+
+
+@st.composite
+def matrices(draw: st.DrawFn, values: st.SearchStrategy[float] = anything) -> torch.Tensor:
+    """[filters, weights per filter] of any dtype."""
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    drawn = draw(st.lists(values, min_size=rows * columns, max_size=rows * columns))
+    matrix = torch.tensor(drawn, dtype=torch.float64).view(rows, columns)
+    return matrix.to(draw(st.sampled_from(TYPES)))
+
+
+@given(
+    st.lists(matrices(), min_size=1, max_size=5),
+    st.sampled_from(sorted(CRITERIA)),
+    bins,
+    st.integers(1, 50),
+)
+def test_all_layers_together_give_the_bits_of_each_layer_alone(layers, criterion, num_bins, batch):
+    def alone() -> torch.Tensor:
+        return torch.stack([CRITERIA[criterion](layer, num_bins) for layer in layers])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(information_module, "_BATCH", batch)
+        if all(map(is_finite, layers)):
+            together = information_of_all(layers, criterion, num_bins=num_bins)
+            assert together.tolist() == alone().tolist()
+        else:
+            for measure in (alone, lambda: information_of_all(layers, criterion)):
+                with pytest.raises(ValueError, match="needs finite weights"):
+                    measure()
+
+
+@given(st.lists(st.one_of(matrices(), st.just(torch.empty(0))), max_size=6))
+def test_first_tensor_that_is_not_finite(tensors):
+    finite = [bool(tensor.isfinite().all()) for tensor in tensors]
+    expected = None if all(finite) else finite.index(False)
+    assert first_not_finite(tensors) == expected
+    with forced_multi_tensor():
+        assert first_not_finite(tensors) == expected

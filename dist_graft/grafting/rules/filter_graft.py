@@ -86,7 +86,7 @@ class FilterGraft(Rule):
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the absolute scales of all channels, unit by unit: [channels], float64."""
         del units
-        return torch.cat([tensors[link.scale].detach().abs().double() for link in self.links])
+        return torch.cat([tensors[link.scale].detach() for link in self.links]).abs().double()
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         """Set the shares by the ratio of the scales, or to 1/2 where both are zero."""

@@ -97,9 +97,13 @@ class Graft(Rule):
         """Return the information of every unit's lead: [units], float64."""
         import torch
 
-        return torch.stack(
-            [self.information(unit.filters(tensors[unit.lead].detach())) for unit in units]
-        ).double()
+        from dist_graft.grafting.information import information_of_all
+        from dist_graft.grafting.multi_tensor import multi_tensor
+
+        filters = [unit.filters(tensors[unit.lead].detach()) for unit in units]
+        if multi_tensor(filters) and not is_reference(self.criterion):
+            return information_of_all(filters, self.measured, num_bins=self.num_bins)
+        return torch.stack([self.information(matrix) for matrix in filters]).double()
 
     def decide(self, information: Tensor, round_: int) -> Mixing:
         """Keep alpha and take 1 - alpha from the donor in this round's topology."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 17  # elements; fits in a core's cache between distance and blending
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -68,7 +66,7 @@ def cut_buckets(
             start, stop = max(0, begin - before), min(size, end - before)
             before += size
             while start < stop:
-                length = min(stop - start, room - filled, _PIECE)
+                length = min(stop - start, room - filled)
                 pieces.append(Piece(index, start, filled, length))
                 start += length
                 filled += length
@@ -80,17 +78,51 @@ def cut_buckets(
     return buckets
 
 
+def slices(pieces: Sequence[Piece], views: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of the pieces' elements in the tensors.
+
+    Args:
+        pieces: pieces of one bucket.
+        views: one-dimensional views of all tensors.
+    """
+    return [views[piece.tensor][piece.start : piece.start + piece.length] for piece in pieces]
+
+
+def parts(pieces: Sequence[Piece], buffer: Tensor) -> list[Tensor]:
+    """Return views of the pieces' elements in a buffer that holds their bucket."""
+    return [buffer[piece.offset : piece.offset + piece.length] for piece in pieces]
+
+
+def cut_pieces(pieces: Sequence[Piece], elements: int) -> Iterator[list[Piece]]:
+    """Cut pieces to at most so many elements, and yield groups of at most so many."""
+    group: list[Piece] = []
+    filled = 0
+    for piece in pieces:
+        for done in range(0, piece.length, elements):
+            length = min(elements, piece.length - done)
+            if filled + length > elements:
+                yield group
+                group, filled = [], 0
+            group.append(Piece(piece.tensor, piece.start + done, piece.offset + done, length))
+            filled += length
+    yield group
+
+
 def pack_(buffer: Tensor, bucket: Bucket, views: Sequence[Tensor]) -> None:
     """Copy a bucket's pieces from the tensors into a buffer.
 
     Args:
-        buffer: [bucket.length], of the bucket's dtype, on any device; overwritten.
+        buffer: [bucket.length], on any device; overwritten. Elements are converted to its dtype.
         bucket: the pieces to copy.
         views: one-dimensional views of all tensors.
     """
-    for piece in _runs(bucket):
-        source = views[piece.tensor][piece.start : piece.start + piece.length]
-        buffer[piece.offset : piece.offset + piece.length].copy_(source)
+    sources = slices(bucket.pieces, views)
+    staged = buffer
+    if buffer.device != sources[0].device:  # one transfer for the bucket, not one for each piece
+        staged = torch.empty(bucket.length, dtype=buffer.dtype, device=sources[0].device)
+    torch._foreach_copy_(parts(bucket.pieces, staged), sources)
+    if staged is not buffer:
+        buffer.copy_(staged)
 
 
 def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
@@ -98,20 +130,6 @@ def unpack_(views: Sequence[Tensor], bucket: Bucket, buffer: Tensor) -> None:
 
     Args: as `pack_`, except that the views are overwritten.
     """
-    for piece in _runs(bucket):
-        target = views[piece.tensor][piece.start : piece.start + piece.length]
-        target.copy_(buffer[piece.offset : piece.offset + piece.length])
-
-
-def _runs(bucket: Bucket) -> Iterator[Piece]:
-    """Yield the bucket's pieces, with adjacent pieces of one tensor merged."""
-    run: Piece | None = None
-    for piece in bucket.pieces:
-        if run and run.tensor == piece.tensor:
-            run = Piece(run.tensor, run.start, run.offset, run.length + piece.length)
-            continue
-        if run:
-            yield run
-        run = piece
-    if run:
-        yield run
+    targets = slices(bucket.pieces, views)
+    staged = buffer.to(targets[0].device)
+    torch._foreach_copy_(targets, parts(bucket.pieces, staged))

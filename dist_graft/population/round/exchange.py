@@ -22,6 +22,8 @@ Pack = Callable[[Tensor, Bucket], None]
 """Copies between a flat buffer [bucket.length] and the tensors of a bucket."""
 Received = Iterator[tuple[Bucket, dict[int, Tensor]]]
 """Buckets with the flat elements of each donor."""
+POPULATION = -1
+"""Key of the population mean, in place of a donor."""
 IN_FLIGHT = 2
 """Buckets that `p2p` transfers at once: one is packed or blended during the other's transfer."""
 _HOST_BUCKET_BYTES = 16 << 20  # larger buckets are slower in host memory
@@ -63,6 +65,8 @@ class Transport:
     pool: BufferPool
     phase: Callable[[str], AbstractContextManager[None]]
     """Adds the time of a block to a named phase."""
+    reduces_means: bool
+    """Whether a mixing with the population mean is computed by all-reduce; equal on all ranks."""
     seconds: float | None
     """Timeout of transfers; None: the group's own timeout."""
     on_wait: Callable[[float], None]
@@ -177,6 +181,32 @@ def p2p(
 
 
 EXCHANGES = {"all_gather": all_gather, "p2p": p2p}
+
+
+def all_reduce_mean(buckets: Sequence[Bucket], pack: Pack, transport: Transport) -> Received:
+    """Average all networks on every rank, bucket by bucket.
+
+    Sums in float32 or wider, in an order that the backend chooses, and divides the sum. All ranks
+    receive the same bits. Holds one bucket on the transport's device. Every rank of the group must
+    iterate to the end.
+
+    Args: as `all_gather`; every network is a donor of all others.
+
+    Yields: (bucket, {POPULATION: the mean of its elements}), valid until the next iteration.
+    """
+    networks = dist.get_world_size(transport.group)
+    seconds = transport.seconds if transport.device.type == "cpu" else None
+    for bucket in buckets:
+        dtype = torch.promote_types(bucket.dtype, torch.float32)
+        buffer = transport.pool.take(0, bucket.length, dtype, transport.device)
+        with transport.phase("pack"):
+            pack(buffer, bucket)
+        with transport.phase("exchange"), communicating():
+            work = dist.all_reduce(buffer, group=transport.group, async_op=True)
+            assert work is not None  # this rank belongs to the group
+            _wait(work, seconds)
+            buffer /= networks
+        yield bucket, {POPULATION: buffer}
 
 
 def gather_replica_parts(

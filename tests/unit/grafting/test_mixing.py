@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_graft import Graft, Mixing, graft_units, mix
+from dist_graft import Average, Graft, Mixing, Papa, Wash, graft_units, mix
+from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.mixing import blend_
 
 
@@ -215,7 +216,7 @@ def test_donor_without_a_share_gives_no_nan():
 def test_blend_changes_only_the_recipient(fraction, expected, dtype):
     recipient = nn.Parameter(torch.zeros(3, dtype=dtype))
     donor, there = torch.ones(3, dtype=dtype), recipient.data_ptr()
-    blend_(recipient, donor, fraction)
+    blend_([recipient], [donor], [fraction])
     assert recipient.tolist() == [expected] * 3
     assert recipient.data_ptr() == there
     assert (donor == 1).all()
@@ -225,7 +226,34 @@ def test_fraction_of_1_copies_the_donor():
     """Across memory formats, and without leaving any NaN or infinity of the recipient."""
     recipient = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1.0, -0.0]).view(2, 3).t()
     donor = torch.tensor([1e-45, -0.0, -3e38, 3.0, 4.0, 5.0]).view(3, 2)
-    blend_(recipient, donor, 1.0)
+    blend_([recipient], [donor], [1.0])
     assert recipient.tolist() == donor.tolist()
     assert math.copysign(1, recipient[0, 1]) == -1
     assert recipient.stride() == (1, 3)
+
+
+def test_mean_fractions() -> None:
+    """How far each unit moves toward the mean, or None for a mixing that is no mean."""
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    assert Average().decide(zeros, 0).mean_fractions() == [1.0, 1.0]
+    pull = Papa(beta=0.9).decide(zeros, 0)
+    assert pull.mean_fractions() == pytest.approx([0.1, 0.1])
+    assert pull.scaled(0.5).mean_fractions() == pytest.approx([0.05, 0.05])
+    for rule in (Graft(), Papa(variant="pairs"), Wash()):
+        assert rule.decide(zeros, 0).mean_fractions() is None
+    assert Average().decide(zeros[:1], 0).mean_fractions() is None
+    assert without_diverged(Average().decide(zeros, 0), {1}, heal=True).mean_fractions() is None
+    swapped = Mixing(shares=1 - torch.eye(2, dtype=torch.float64)[None], donors=((1,), (0,)))
+    assert swapped.mean_fractions() is None
+
+
+def test_mean_fractions_describe_the_mixing() -> None:
+    networks = [{"0.weight": torch.randn(4, 2, 1, 1, dtype=torch.float64)} for _ in range(5)]
+    units = graft_units(nn.Sequential(nn.Conv2d(2, 4, 1, bias=False)))
+    mixing = Papa(beta=0.3).decide(torch.zeros(5, 1, dtype=torch.float64), 0)
+    (fraction,) = mixing.mean_fractions() or ()
+    mean = torch.stack([network["0.weight"] for network in networks]).mean(dim=0)
+    for before, after in zip(networks, mix(networks, units, mixing), strict=True):
+        torch.testing.assert_close(
+            after["0.weight"], torch.lerp(before["0.weight"], mean, fraction)
+        )

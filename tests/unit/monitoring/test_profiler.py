@@ -148,3 +148,35 @@ def test_the_phase_timer_accounts_for_all_time() -> None:
     assert seconds["other"] > 0
     assert seconds["data"] == seconds["evaluation"] == seconds["checkpoint"] == 0
     assert timer.reset()["round"] == 0
+
+
+def test_phases_on_an_accelerator_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the device before the seconds are read."""
+    waited: list[int] = []
+
+    class Event:
+        clock = 0
+
+        def __init__(self, device: torch.device, *, enable_timing: bool) -> None:
+            assert device.type == "cuda"
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.clock += 250
+            self.milliseconds = Event.clock
+
+        def synchronize(self) -> None:
+            waited.append(self.milliseconds)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch, "Event", Event)
+    timer = PhaseTimer(("pack", "blend"), torch.device("cuda"))
+    for phase in ("pack", "blend", "pack"):
+        with timer.phase(phase):
+            pass
+    assert waited == []
+    assert timer.seconds == {"pack": 0.5, "blend": 0.25}
+    assert waited == [500, 1000, 1500]
+    assert timer.seconds == {"pack": 0.5, "blend": 0.25}

@@ -150,18 +150,28 @@ def agree(
         )
 
     diverged = {
-        other.network: f"a weight that is not finite in {keys[other.diverged]}"
-        if other.diverged >= 0
-        else "a training loss or gradient that is not finite"
+        other.network: describe_divergence(other.diverged, keys)
         for other in headers
         if other.diverged != FINITE
     }
     if diverged and not (tolerant and len(diverged) < len(headers)):
-        raise NonFiniteError(
-            "; ".join(f"network {network} has {what}" for network, what in diverged.items())
-            + f" (round {header.round}): try a lower learning rate, warm-up or gradient clipping"
-        )
+        raise diverged_error(diverged, header.round)
     return Agreement(diverged, max(other.measured for other in headers))
+
+
+def describe_divergence(state: int, keys: Sequence[str]) -> str:
+    """Return what is not finite, from Header.diverged and the keys of the tensors in order."""
+    if state >= 0:
+        return f"a weight that is not finite in {keys[state]}"
+    return "a training loss or gradient that is not finite"
+
+
+def diverged_error(diverged: Mapping[int, str], round_: int) -> NonFiniteError:
+    """Error that names the diverged networks of a round."""
+    return NonFiniteError(
+        "; ".join(f"network {network} has {what}" for network, what in diverged.items())
+        + f" (round {round_}): try a lower learning rate, warm-up or gradient clipping"
+    )
 
 
 def _gather_bytes(data: bytes, lengths: list[int], gather: Gather) -> list[bytes]:

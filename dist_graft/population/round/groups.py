@@ -54,6 +54,11 @@ class RoundGroups:
         """Current timeout; None: the groups' own timeouts."""
         return self._timeouts.seconds if self._timeouts else None
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process is the first of its network's replicas."""
+        return self.replicas is None or dist.get_rank(self.replicas) == 0
+
     def enter_round(self, round_: int) -> None:
         """Publish that this process has reached a round."""
         if self._peers:

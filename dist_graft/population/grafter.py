@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import RoundStoppedError
+from dist_graft.errors import RoundStoppedError, RunDirectoryError
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.information import is_finite
 from dist_graft.grafting.mixing import Mixing, ScalarSwap
@@ -306,17 +306,7 @@ class Grafter:
             raise diverged_error({network: what}, self.round)
 
         # Publish. The network returns to the copy if a donor's file fails during the blend.
-        own = Published(
-            network=network,
-            place=job.place,
-            round=self.round,
-            schema=_files_schema(tensors, self.units, self._rule, self._lead),
-            information=() if what or information is None else tuple(information.tolist()),
-            lr=job.lr,
-            resume=job.resume,
-            diverged=what,
-            units=len(self.units),
-        )
+        own = self._published(files, tensors, job, None if what else information, diverged=what)
         with timer.phase("pack"):
             copied = copy_to_host(tensors)
             if groups.is_leader:
@@ -354,6 +344,28 @@ class Grafter:
         )
         return replace(record, **choice.provenance(job.place, mixing.donors[network]))
 
+    def _published(
+        self,
+        files: FilesRound,
+        tensors: dict[str, Tensor],
+        job: JobState,
+        information: Tensor | None,
+        *,
+        diverged: str = "",
+    ) -> Published:
+        """Describe this network for its publication."""
+        return Published(
+            network=files.network,
+            place=job.place,
+            round=self.round,
+            schema=_files_schema(tensors, self.units, self._rule, self._lead),
+            information=() if information is None else tuple(information.tolist()),
+            lr=job.lr,
+            resume=job.resume,
+            diverged=diverged,
+            units=len(self.units),
+        )
+
     def _agree_on_choice(self, search: Search, job: JobState, device: torch.device) -> Choice:
         """Wait for the leader's choice of publications; a collective of the replicas.
 
@@ -374,6 +386,35 @@ class Grafter:
             table = Choice.empty(found) if choice is None else choice.to_tensor()
             rows = groups.gather_replicas(table.flatten(), device)
             return Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+
+    def join(self, job: JobState | None) -> tuple[int, Place] | None:
+        """Copy the weights of the network that has trained farthest (exchange "files").
+
+        A collective of the network's replicas. The model's floating-point parameters and buffers
+        are overwritten.
+
+        Returns: the network and where it stood; None if no other network has published weights.
+        """
+        files, groups = self._files, self._groups
+        if files is None or job is None:
+            return None
+        tensors = graft_tensors(self._module)
+        own = self._published(files, tensors, job, torch.zeros(0))
+        search, device = files.search(own, tensors), _device(tensors)
+        choice = search.farthest() if groups.is_leader else Choice({}, {})
+        sizes = groups.gather_replicas(torch.tensor([len(choice.places)]), device)
+        table = choice.to_tensor() if len(choice.places) else Choice.empty(int(sizes[0, 0]))
+        rows = groups.gather_replicas(table.flatten(), device)
+        choice = Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+        failed = search.open(choice) or search.copy(tensors, choice)
+        flags = groups.gather_replicas(torch.tensor([len(failed)]), device)
+        search.close()
+        if flags.any():
+            raise RunDirectoryError(
+                f"the weights of network {min(choice.places)} could not be read: run again, or "
+                "pass --population.join fresh"
+            )
+        return next(iter(choice.places.items()), None)
 
     def flush(self) -> None:
         """Wait until this network's last publication is written (exchange "files")."""

@@ -12,6 +12,7 @@ from dist_graft.command import Command, Options
 from dist_graft.config import TrainConfig
 from dist_graft.config.validation import from_nested
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.jobs import assign_network
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -31,7 +32,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 def assign(options: Options, process: ProcessInfo) -> ProcessInfo:
     """Assign the process to a network, ``runtime.replicas`` processes each."""
-    return process.with_replicas(from_nested(TrainConfig, options).runtime.replicas)
+    return assign_network(from_nested(TrainConfig, options), process)
 
 
 def run(options: Options, process: ProcessInfo) -> Iterable[str]:

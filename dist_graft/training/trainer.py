@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
@@ -42,6 +42,8 @@ from dist_graft.monitoring.metrics import (
 )
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.grafter import Grafter
+from dist_graft.population.round.file_choice import Place
+from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.process import (
     SIGNALS,
@@ -74,9 +76,19 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
+from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.jobs import (
+    assign_network,
+    final_states,
+    finished_summaries,
+    is_job,
+    published_states,
+    read_events,
+    row_of,
+)
 from dist_graft.training.layer_stats import (
     check_finite,
     layer_stats,
@@ -281,6 +293,8 @@ class Trainer:
                 self._finish()
             else:
                 self.log.info("%s is complete: %d epochs", self.directory.path, self.epoch)
+                if self.directory.job is not None and not self.directory.summary.exists():
+                    self._finish_job()
                 if self.process.is_main and not self.directory.summary.exists():
                     self.log.warning(
                         "%s is missing; dist-graft evaluate %s computes the accuracies again",
@@ -301,7 +315,9 @@ class Trainer:
 
     def _start_process(self) -> None:
         """Read rank and network from the environment, and connect to the other processes."""
-        self.process = read_process_info().with_replicas(self.config.runtime.replicas)
+        self.process = assign_network(self.config, read_process_info())
+        if is_job(self.config):
+            self.directory = RunDirectory(self.config.run_dir, job=self.process.network)
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
         rates = learning_rates(self.config.optim, self.process.networks)
@@ -336,15 +352,16 @@ class Trainer:
         folders = []
         if self.process.is_leader:
             folders.append(self.directory.network(self.process.network))
-        if self.process.is_main:
+        if self.process.is_main and self.directory.job is None:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
         grace = self.config.checkpoint.grace_seconds
         self.stop_requests = StopRequests(
-            self.directory.stop,
+            dict.fromkeys((self.directory.stop, self.directory.stop_job)),
             self.runtime.peers,
             grace_seconds=grace,
             on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+            ignore_existing=self.directory.job is not None,
         )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
@@ -420,10 +437,26 @@ class Trainer:
                 self.step,
                 self.round,
             )
+        elif self.config.population.join == "donor":
+            self._join()
         self._start_time -= self.progress.seconds
         if self.grafter:
             self.grafter.round = self.round
             self.grafter.check()  # a collective: models and options must be the same
+
+    def _join(self) -> None:
+        """Start with the weights and the epoch of the network that has trained farthest."""
+        found = self.grafter.join(self._job_state(0)) if self.grafter else None
+        if found is None:
+            self.log.info("no other network has published weights: starting from the beginning")
+            return
+        donor, place = found
+        epoch = min(place.epoch, self.config.epochs - 1)
+        rounds = self.cadence.rounds_before(epoch, 0, self.steps_per_epoch)
+        self.progress = Progress(Position(epoch, 0, rounds))
+        self.state.reset_optimizer()
+        self.state.skip_to(epoch * self.steps_per_epoch)
+        self.log.info("joined with the weights of network %d after %g epochs", donor, place.epochs)
 
     def _announce(self) -> None:
         """Write config.yaml, and log the configuration and the processes."""
@@ -626,6 +659,7 @@ class Trainer:
                         rate=self.rate(steps),
                         stop=self.stopping,
                         diverged=self.progress.diverged,
+                        job=self._job_state(steps),
                     )
             elif segment.evaluate or self.stopping:
                 self._vote(f"the end of epoch {segment.epoch}")
@@ -644,6 +678,22 @@ class Trainer:
             self.progress.count_round()
         if segment.round and self.config.graft.reset_momentum:
             self.state.optimizer.state.clear()
+
+    def _job_state(self, steps: int) -> JobState | None:
+        """Where this job stands after so many steps; None if all networks run together."""
+        if self.directory.job is None:
+            return None
+        resume = self.checkpoints.resume_position()
+        return JobState(
+            place=self._place(*divmod(steps, self.steps_per_epoch)),
+            lr=self.state.lr,
+            resume=self._place(resume.epoch, resume.step),
+            should_stop=self.stop_requests.requested,
+        )
+
+    def _place(self, epoch: int, step: int) -> Place:
+        epochs, step = divmod(step, self.steps_per_epoch)
+        return Place(epoch + epochs, step, self.steps_per_epoch)
 
     def _vote(self, what: str) -> bool:
         """Agree with the other networks whether to stop, and whether a checkpoint is due.
@@ -728,9 +778,18 @@ class Trainer:
             metric=metric,
             ensemble_accuracy=ensemble,
             seconds=trained.seconds,
+            first_network=self.process.first_network,
         )
         self.callbacks.call("on_epoch_end", self, report)
-        check_finite(networks, epoch, self.process.network, non_finite, tolerant=self._tolerant)
+        if not (self._tolerant and self.directory.job is not None):  # others may be finite
+            check_finite(
+                networks,
+                epoch,
+                self.process.network,
+                non_finite,
+                tolerant=self._tolerant,
+                first=self.process.first_network,
+            )
         return not non_finite
 
     def _warn_of_skipped_images(self, epoch: int) -> None:
@@ -750,7 +809,7 @@ class Trainer:
 
         None if it would be expensive, or the networks were tested on different samples.
         """
-        if tested.probabilities is None:
+        if tested.probabilities is None or self.directory.job is not None:
             return None
         size = float(tested.probabilities.numel())
         rows = self.runtime.gather([size], f"the test images of epoch {epoch}")
@@ -762,7 +821,7 @@ class Trainer:
         return ensemble_accuracy(total, tested)
 
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
-        """Write summary.json. A collective.
+        """Write summary.json, or keep what a job will add to it. A collective.
 
         Args:
             before: test results before the last round.
@@ -780,7 +839,7 @@ class Trainer:
         rows = self.runtime.gather(numbers, "the summary")
         check_equal_samples(rows)
         ensembles = None
-        if self.task.classification:
+        if self.task.classification and self.directory.job is None:
             ensembles = [
                 ensemble_accuracy(
                     self.runtime.sum_over_networks(
@@ -791,14 +850,13 @@ class Trainer:
                 for when, result in (("before", before), ("after", after))
             ]
         seconds = time.monotonic() - self._start_time
-        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
-        if self.process.is_main:
+        first = self.process.first_network
+        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds, first=first)
+        if self.directory.job is not None:
+            self.summary["samples"] = before.samples
+        elif self.process.is_main:
             self.summary["events"] = self.run_events.events
-            text = json.dumps(self.summary, indent=1) + "\n"
-            try:
-                write_atomically(self.directory.summary, text.encode())
-            except RunDirectoryError as error:  # raised once the checkpoint is saved
-                self._summary_error = error
+            self._write_summary(self.directory.summary, self.summary)
 
     # ---- End of the run --------------------------------------------------------------------------
 
@@ -810,6 +868,11 @@ class Trainer:
         except RunDirectoryError as error:
             failure = error
         self._report_checkpoint()
+        if self.grafter:
+            self.grafter.flush()
+        if self.directory.job is not None:
+            self._finish_job()
+            failure = failure or self._summary_error
         self.callbacks.call("on_fit_end", self)
         if failure:
             raise failure
@@ -820,12 +883,78 @@ class Trainer:
                 self.directory.path,
             )
 
+    def _finish_job(self) -> None:
+        """Write this network's summary, and that of the population if all jobs have finished.
+
+        A collective of the network's replicas.
+        """
+        if self.process.is_main and self.summary:
+            self._write_summary(self.directory.summary_job, self.summary)
+        complete = ""
+        if self.process.is_main and finished_summaries(self.directory, self.process.networks):
+            complete = "complete"
+        if not self.runtime.broadcast_text("the summary of the population", complete):
+            return
+        summaries = finished_summaries(self.directory, self.process.networks)
+        assert summaries is not None
+        metric = str(summaries[0].get("metric", "accuracy"))
+        rows = [row_of(summary) for summary in summaries]
+        check_equal_samples(rows)
+        ensembles = self._job_ensembles() if self.task.classification else None
+        seconds = max(float(summary["wall_seconds"]) for summary in summaries)
+        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
+        self.summary["events"] = read_events(self.directory, self.process.networks)
+        if self.process.is_main:
+            self._write_summary(self.directory.summary, self.summary)
+
+    def _job_ensembles(self) -> list[float] | None:
+        """Accuracy of the ensemble before and after the last round, in percent.
+
+        All networks are evaluated here. None, with a warning, if weights of one are missing. A
+        collective of the network's replicas.
+        """
+        networks, own = self.process.networks, to_host_memory(self.model.state_dict())
+        last = self.config.epochs
+        moments = [final_states(self.directory, networks)]
+        if self.cadence.after_epoch(last - 1, self.steps_per_epoch) and self.grafter:
+            place = self._place(last, 0)
+            moments.insert(0, published_states(self.directory, networks, place))
+        accuracies = []
+        try:
+            for states in moments:
+                total: Tensor | None = None
+                for state in states:
+                    self.model.load_state_dict(state, strict=False)
+                    result = self._evaluate_split("test")
+                    part = finite_probabilities(result)
+                    total = part if total is None else total + part
+                assert total is not None
+                accuracies.append(ensemble_accuracy(total, result))
+        except RunDirectoryError as error:
+            self.log.warning(
+                "no ensemble: %s; dist-graft evaluate %s computes it from the checkpoints",
+                *(error, self.directory.path),
+            )
+            return None
+        finally:
+            self.model.load_state_dict(own)
+        return [accuracies[0], accuracies[-1]]
+
+    def _write_summary(self, path: Path, summary: Mapping[str, Any]) -> None:
+        text = json.dumps(summary, indent=1) + "\n"
+        try:
+            write_atomically(path, text.encode())
+        except RunDirectoryError as error:  # raised once the checkpoint is saved
+            self._summary_error = error
+
     def _stop_early(self) -> NoReturn:
         """Save a checkpoint at the current position, and end the run on all ranks. A collective."""
         self.progress.seconds = time.monotonic() - self._start_time
         self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()
         self.checkpoints.settle(last=True)
+        if self.grafter:
+            self.grafter.flush()
         name = self.runtime.broadcast_text(
             "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
         )

@@ -171,6 +171,20 @@ class FilesRound:
         """Start the search for the publications of a round."""
         return Search(self, own, tensors)
 
+    def farthest(self, own: Published, tensors: Mapping[str, Tensor]) -> Publication | None:
+        """Open the publication of the network that has trained farthest; None without any."""
+        candidates = [
+            (place, other)
+            for other in self.others()
+            for place in published_places(
+                network_folder(self._exchange, other), own.place.steps_per_epoch
+            )
+        ]
+        for place, other in sorted(candidates, key=lambda found: found[0], reverse=True):
+            if publication := self.open(other, place, own, tensors):
+                return publication
+        return None
+
     def end_round(self, search: Search) -> None:
         """Close the files, and note which publications the networks may still need."""
         resume = {other: found.published.resume for other, found in search.found.items()}
@@ -307,6 +321,23 @@ class Search:
             if publication.published.digest != choice.digests[network]:  # replaced meanwhile
                 failed.add(network)
         return failed
+
+    def farthest(self) -> Choice:
+        """Choose the network that has trained farthest; an empty choice if there is none."""
+        publication = self._files.farthest(self.own, self._tensors)
+        if publication:
+            self.found[publication.published.network] = publication
+        return self._choice()
+
+    def copy(self, tensors: Mapping[str, Tensor], choice: Choice) -> set[int]:
+        """Copy the chosen network's tensors in place; returns it if its file fails."""
+        try:
+            for network in choice.places:
+                for key, tensor in tensors.items():
+                    tensor.detach().copy_(_read(self.found, network, key, tensor))
+        except DonorError as error:
+            return {error.network}
+        return set()
 
     def blend(
         self, tensors: Mapping[str, Tensor], units: Sequence[GraftUnit], decided: Decided

@@ -135,6 +135,11 @@ class Publication:
             os.close(self._file)
             self._file = -1
 
+    @property
+    def keys(self) -> list[str]:
+        """State-dict keys of the tensors."""
+        return list(self._tensors)
+
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Check that the file holds tensors of the same names, shapes and dtypes.
 

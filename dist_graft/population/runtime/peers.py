@@ -30,15 +30,23 @@ class PeerRegistry:
         rank: rank of this process.
         processes: number of processes in the run.
         replicas: number of processes for each network.
+        first_network: network of rank 0.
     """
 
     def __init__(
-        self, store: dist.Store | StoreClient, rank: int, processes: int, replicas: int = 1
+        self,
+        store: dist.Store | StoreClient,
+        rank: int,
+        processes: int,
+        replicas: int = 1,
+        *,
+        first_network: int = 0,
     ) -> None:
         self._store = store
         self.rank = rank
         self._ranks = range(processes)
         self._replicas = replicas
+        self._first_network = first_network
 
     @property
     def leaders(self) -> range:
@@ -47,7 +55,13 @@ class PeerRegistry:
 
     def clone(self) -> PeerRegistry:
         """Registry with a separate connection, for another thread: a wait blocks the connection."""
-        return PeerRegistry(self._store.clone(), self.rank, len(self._ranks), self._replicas)
+        return PeerRegistry(
+            self._store.clone(),
+            self.rank,
+            len(self._ranks),
+            self._replicas,
+            first_network=self._first_network,
+        )
 
     def check_in(self, timeout_seconds: float) -> None:
         """Register this process and wait until all others have registered.
@@ -100,7 +114,7 @@ class PeerRegistry:
 
     def describe(self, rank: int) -> str:
         """Network, replica if there are several, rank and host of a process."""
-        return describe_process(rank, self._replicas, self._host(rank))
+        return describe_process(rank, self._replicas, self._host(rank), first=self._first_network)
 
     def hosts(self) -> list[str]:
         """Hosts of all processes, by rank; waits for those that have not checked in."""

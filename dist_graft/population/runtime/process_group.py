@@ -136,7 +136,7 @@ class Runtime:
 
         Raises: PeerError when a peer died or did not answer.
         """
-        if self.process.networks == 1:
+        if self.process.connected_networks == 1:
             return tensor.cpu()
         total = tensor.cpu().clone()
         on_wait = self._announce(what)
@@ -206,7 +206,13 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     # Key-value store, through which all processes find each other.
     store = _connect_store(process, config.timeout_seconds)
     client = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
-    peers = PeerRegistry(client, process.rank, process.world_size, process.replicas)
+    peers = PeerRegistry(
+        client,
+        process.rank,
+        process.world_size,
+        process.replicas,
+        first_network=process.first_network,
+    )
     peers.check_in(config.timeout_seconds)
     if process.replicas > 1:
         _refuse_uneven_machines(process, peers, config.timeout_seconds)
@@ -253,7 +259,7 @@ def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceM
 
     The groups are created here and not by the mesh, so that each has all backends and this timeout.
     """
-    ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
+    ranks = torch.arange(process.world_size).view(process.connected_networks, process.replicas)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
     assert isinstance(across, dist.ProcessGroup)

@@ -16,6 +16,7 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.run_directory import write_atomically
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
+_FILE = re.compile(r"network(\d{2,})\.pt")
 COMPLETE = "COMPLETE.json"
 
 
@@ -33,10 +34,21 @@ class Checkpoint:
     sha256: dict[str, str]
     """Of each file, by name."""
 
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of its networks: all, or the one of a job."""
+        return sorted(map(_number, self.sha256))
+
 
 def network_file(network: int) -> str:
     """Name of the file that holds one network's state."""
     return f"network{network:02d}.pt"
+
+
+def _number(name: str) -> int:
+    """Number of the network of a file; 0 for another name."""
+    match = _FILE.fullmatch(name)
+    return int(match[1]) if match else 0
 
 
 def checkpoint_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
@@ -91,6 +103,7 @@ def mark_complete(
     epoch: int,
     round_: int,
     sha256: Sequence[str],
+    first: int = 0,
     positions: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """Write COMPLETE.json. Every network's file must be durable by then.
@@ -100,6 +113,7 @@ def mark_complete(
         epoch: epochs that all networks have finished.
         round_: rounds that all networks have finished.
         sha256: checksum of each network's file.
+        first: number of the first network.
         positions: epochs and steps that each network has finished; None: no steps after `epoch`.
     """
     content = {
@@ -110,7 +124,7 @@ def mark_complete(
             {"epoch": finished, "step": step}
             for finished, step in positions or [(epoch, 0)] * len(sha256)
         ],
-        "sha256": {network_file(k): digest for k, digest in enumerate(sha256)},
+        "sha256": {network_file(k): digest for k, digest in enumerate(sha256, first)},
     }
     write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -214,7 +228,8 @@ def _read(path: Path) -> Checkpoint:
         checkpoint_path(path.parent, epoch).name,
         checkpoint_path(path.parent, epoch, round_).name,
     )
-    files = {network_file(k) for k in range(networks)}
+    first = min(map(_number, sha256), default=0) if networks == 1 else 0  # 1: that of a job
+    files = {network_file(k) for k in range(first, first + networks)}
     if set(sha256) != files or not path.name.startswith(names):
         networks = 0
     return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)

@@ -17,6 +17,7 @@ from dist_graft.run_directory import write_atomically
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 _FILE = re.compile(r"network(\d{2,})\.pt")
+_FOLDER = re.compile(r"network(\d{2,})")
 COMPLETE = "COMPLETE.json"
 
 
@@ -132,6 +133,27 @@ def mark_complete(
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """All complete checkpoints, the newest last. The networks' files are not read."""
     return [checkpoint for checkpoint in all_checkpoints(folder) if checkpoint.networks]
+
+
+def job_checkpoints(run: Path) -> dict[int, list[Checkpoint]]:
+    """Complete checkpoints of each network that is a job of its own, the newest last.
+
+    Empty for a run whose networks run together: its checkpoints are in RUN/checkpoints.
+    """
+    found: dict[int, list[Checkpoint]] = {}
+    for folder in sorted(run.glob("network*")):
+        if match := _FOLDER.fullmatch(folder.name):
+            network = int(match[1])
+            checkpoints = complete_checkpoints(folder / "checkpoints")
+            if own := [each for each in checkpoints if each.numbers == [network]]:
+                found[network] = own
+    return found
+
+
+def run_of_checkpoint(folder: Path) -> Path:
+    """Run directory of a checkpoint's folder: RUN/checkpoints/NAME or RUN/networkNN/..."""
+    parent = folder.parents[1]
+    return parent.parent if _FOLDER.fullmatch(parent.name) else parent
 
 
 def all_checkpoints(folder: Path) -> list[Checkpoint]:

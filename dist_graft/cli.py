@@ -30,6 +30,7 @@ from dist_graft.config.parsing import (
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
+    LeaseHeldError,
     StartError,
     StoppedEarlyError,
     StoppedError,
@@ -82,18 +83,18 @@ def run(argv: Sequence[str]) -> int:
             from dist_graft.population.runtime.process import terminate_launcher
 
             terminate_launcher()
-        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, argv, root_cause=False)
     except StoppedError as error:
-        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
         if isinstance(error, UserCodeError):
             print_line(error.user_traceback())
-        return _fail(str(error), error.exit_status, process, argv)
+        return _fail(error, error.exit_status, process, argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  a bug: print the traceback, but fail like the others
         traceback.print_exc()
-        return _fail(f"unexpected {type(error).__name__}: {error}", 1, process, argv)
+        return _fail(error, 1, process, argv)
 
 
 def _print(text: str) -> None:
@@ -104,17 +105,25 @@ def _print(text: str) -> None:
 
 
 def _fail(
-    message: str, status: int, process: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
+    error: Exception,
+    status: int,
+    process: ProcessInfo,
+    argv: Sequence[str],
+    *,
+    root_cause: bool = True,
 ) -> int:
-    line = " ".join(message.split())
+    ours = isinstance(error, DistGraftError)
+    line = " ".join((f"{error}" if ours else f"unexpected {type(error).__name__}: {error}").split())
     if process.world_size > 1:
         line = f"{process}: {line}"
     print_line(f"dist-graft: error: {line}")
     run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
-    if run_dir and "train" in argv:
+    if run_dir and "train" in argv and not isinstance(error, LeaseHeldError):
         from dist_graft.monitoring.log import append_line
 
-        append_line(Path(run_dir) / f"network{process.network:02d}", f"ERROR {line}")
+        network = error.network if isinstance(error, DistGraftError) else None
+        network = process.network if network is None else network
+        append_line(Path(run_dir) / f"network{network:02d}", f"ERROR {line}")
     if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure
 

@@ -9,6 +9,8 @@ class DistGraftError(Exception):
     """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
+    network: int | None = None
+    """Network whose log gets the message; None: that of the process."""
 
 
 class ConfigError(DistGraftError, ValueError):

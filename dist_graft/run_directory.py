@@ -70,6 +70,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def lease(self) -> Path:
+        """Held by the process that writes the run's files, or those of a job's network."""
+        return self.own / "lease.json"
+
+    @property
     def summary_job(self) -> Path:
         """Final accuracies of a job's network."""
         return self.own / "summary.json"

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.errors import ConfigError, LeaseHeldError, RunDirectoryError
 from dist_graft.monitoring.jsonl import read_json_lines
 from dist_graft.monitoring.metrics import MOMENTS
+from dist_graft.population.runtime.lease import Lease
 from dist_graft.population.runtime.process_info import ProcessInfo, array_index
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints, load_network, network_file
@@ -36,6 +37,39 @@ def assign_network(config: TrainConfig, process: ProcessInfo) -> ProcessInfo:
             f"from 0 to {size - 1}, or pass population.network"
         )
     return process.as_job((index or 0) if number == "auto" else number, size)
+
+
+def claim_network(config: TrainConfig, process: ProcessInfo) -> tuple[int, Lease]:
+    """Take the lease of this job's network, or of the first one that is free.
+
+    A network is free if no other process holds its lease and it has not finished.
+
+    Raises: LeaseHeldError naming the holder, or when nothing is left to train.
+    """
+    automatic = config.population.network == "auto" and array_index() is None
+    finished = 0
+    for network in range(process.networks) if automatic else [process.network]:
+        directory = RunDirectory(config.run_dir, job=network)
+        if automatic and _is_finished(directory, config.epochs):
+            finished += 1
+            continue
+        lease = Lease(directory.lease, holder={"network": network})
+        try:
+            lease.acquire()
+        except LeaseHeldError as error:
+            if not automatic:
+                raise LeaseHeldError(f"network {network}: {error}") from error
+        else:
+            return network, lease
+    raise LeaseHeldError(
+        f"{config.run_dir}: of {process.networks} networks, {finished} have finished, and other "
+        "jobs train the rest: nothing is left for this job (population.network auto)"
+    )
+
+
+def _is_finished(directory: RunDirectory, epochs: int) -> bool:
+    checkpoints = complete_checkpoints(directory.checkpoints)
+    return bool(checkpoints) and checkpoints[-1].epoch >= epochs
 
 
 def is_job(config: TrainConfig) -> bool:

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
+    DistGraftError,
+    LeaseHeldError,
     PeerError,
     RoundStoppedError,
     RunDirectoryError,
@@ -45,6 +48,7 @@ from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.lease import Lease
 from dist_graft.population.runtime.process import (
     SIGNALS,
     die_with_launcher,
@@ -82,6 +86,7 @@ from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
 from dist_graft.training.jobs import (
     assign_network,
+    claim_network,
     final_states,
     finished_summaries,
     is_job,
@@ -199,6 +204,7 @@ class Trainer:
         self.summary: dict[str, Any] = {}
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
+        self.lease: Lease | None = None
         self._summary_error: RunDirectoryError | None = None
         self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
@@ -269,10 +275,14 @@ class Trainer:
                 self._fit()
             except BaseException as error:
                 explained = self._explain(error)
+                if isinstance(explained, DistGraftError):
+                    explained.network = self.directory.job
                 if explained is error:
                     raise
                 raise explained from error
         finally:
+            if self.lease:
+                self.lease.release()
             close_log()
             if not self.process.launched:  # a launcher may still signal a process that exits
                 for number, handler in handlers.items():
@@ -316,17 +326,11 @@ class Trainer:
     def _start_process(self) -> None:
         """Read rank and network from the environment, and connect to the other processes."""
         self.process = assign_network(self.config, read_process_info())
-        if is_job(self.config):
-            self.directory = RunDirectory(self.config.run_dir, job=self.process.network)
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
         rates = learning_rates(self.config.optim, self.process.networks)
-        self.max_lr = rates[self.process.network]
         if self.process.restarts and self.directory.stopped.exists():
-            raise StoppedEarlyError(
-                f"{self.directory.path} was asked to stop, and the launcher started it again: "
-                "left unchanged"
-            )
+            raise self._stopped_before()
         stop_on_signals()
         if self.process.launched:
             die_with_launcher()
@@ -334,6 +338,46 @@ class Trainer:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
         self.runtime: Runtime = start(self.config.runtime, self.process)
         self.replicas: Replicas = self.runtime.replicas
+        if is_job(self.config):
+            self._claim_network()
+        self.max_lr = rates[self.process.network]
+
+    def _claim_network(self) -> None:
+        """Take the lease of this job's network; all its processes learn its number.
+
+        Raises: LeaseHeldError or RunDirectoryError, on all replicas.
+        """
+        answer = ""
+        if self.process.is_main:
+            try:
+                network, self.lease = claim_network(self.config, self.process)
+                answer = str(network)
+            except (LeaseHeldError, RunDirectoryError) as error:
+                answer = str(error)
+        answer = self.runtime.broadcast_text("the network of this job", answer)
+        if not answer.isdecimal():
+            raise LeaseHeldError(answer)
+        self.process = replace(self.process, first_network=int(answer))
+        self.runtime = replace(self.runtime, process=self.process)
+        if self.runtime.peers:
+            self.runtime.peers.first_network = int(answer)
+        self.directory = RunDirectory(self.config.run_dir, job=int(answer))
+        if self.process.restarts and self.directory.stopped.exists():
+            raise self._stopped_before()
+
+    def _stopped_before(self) -> StoppedEarlyError:
+        return StoppedEarlyError(
+            f"{self.directory.own} was asked to stop, and the launcher started it again: left "
+            "unchanged"
+        )
+
+    def _check_lease(self) -> None:
+        """Raise LeaseHeldError when another process trains this network now."""
+        if self.lease and self.lease.lost:
+            raise LeaseHeldError(
+                f"another process has taken over {self.directory.own}, because this one did not "
+                f"respond for a while: it ends without writing (see {self.directory.lease})"
+            )
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
@@ -646,6 +690,7 @@ class Trainer:
 
         Raises: StoppedEarlyError, on all ranks, if one of them requests a stop; after a checkpoint.
         """
+        self._check_lease()
         if segment.round or segment.evaluate:
             self.callbacks.call("on_round_start", self)
         if not self.stopping:  # a request that came during the evaluation
@@ -713,6 +758,7 @@ class Trainer:
 
         Raises: RunDirectoryError, on all ranks, when too many checkpoints failed in a row.
         """
+        self._check_lease()
         with self.timer.phase("checkpoint"):
             self.checkpoints.settle()
         self._report_checkpoint()
@@ -739,6 +785,7 @@ class Trainer:
         Raises: NonFiniteError, on all ranks, when diverged networks end the run.
         """
         # ---- This network ----
+        self._check_lease()
         self._warn_of_skipped_images(epoch)
         trained, lr = self.progress.trained, self.progress.lr
         assert trained is not None
@@ -949,6 +996,7 @@ class Trainer:
 
     def _stop_early(self) -> NoReturn:
         """Save a checkpoint at the current position, and end the run on all ranks. A collective."""
+        self._check_lease()
         self.progress.seconds = time.monotonic() - self._start_time
         self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()

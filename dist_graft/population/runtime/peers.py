@@ -46,7 +46,7 @@ class PeerRegistry:
         self.rank = rank
         self._ranks = range(processes)
         self._replicas = replicas
-        self._first_network = first_network
+        self.first_network = first_network
 
     @property
     def leaders(self) -> range:
@@ -60,7 +60,7 @@ class PeerRegistry:
             self.rank,
             len(self._ranks),
             self._replicas,
-            first_network=self._first_network,
+            first_network=self.first_network,
         )
 
     def check_in(self, timeout_seconds: float) -> None:
@@ -114,7 +114,7 @@ class PeerRegistry:
 
     def describe(self, rank: int) -> str:
         """Network, replica if there are several, rank and host of a process."""
-        return describe_process(rank, self._replicas, self._host(rank), first=self._first_network)
+        return describe_process(rank, self._replicas, self._host(rank), first=self.first_network)
 
     def hosts(self) -> list[str]:
         """Hosts of all processes, by rank; waits for those that have not checked in."""

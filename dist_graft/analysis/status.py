@@ -171,8 +171,11 @@ def _state_of_jobs(
         missing = "" if run.summary else f"; dist-graft evaluate {run.path} computes the results"
         return "finished", f"finished: all jobs are done{missing}"
     stopped = [files for files in run.networks if files.phase == "stopped"]
-    causes = "".join(f"; network {network}: {error}" for network, error in errors.items())
-    state: State = "failed" if errors else "stopped" if stopped else "died"
+    failed = {network: errors[network] for network in errors if presence[network] == "left"}
+    for files in stopped:
+        failed.pop(files.network, None)
+    causes = "".join(f"; network {network}: {error}" for network, error in failed.items())
+    state: State = "failed" if failed else "stopped" if stopped else "died"
     return state, f"no job is running: {counted}{causes}; start the jobs again to resume"
 
 
@@ -313,7 +316,7 @@ def _network_facts(
         "presence": _presence(files, run_status.alive),
         "job": files.lease.job if files.lease else None,
         "lease": _lease_text(files.lease),
-        "checkpoint": files.checkpoint or run.checkpoint,
+        "checkpoint": files.checkpoint if run.of_jobs else run.checkpoint,
         "smallest_coefficient": min(coefficients, default=None),
         "largest_coefficient": max(coefficients, default=None),
         "seconds_left": _as_float(status.get("seconds_left")) if alive else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -46,25 +47,29 @@ def claim_network(config: TrainConfig, process: ProcessInfo) -> tuple[int, Lease
 
     Raises: LeaseHeldError naming the holder, or when nothing is left to train.
     """
-    automatic = config.population.network == "auto" and array_index() is None
-    finished = 0
-    for network in range(process.networks) if automatic else [process.network]:
-        directory = RunDirectory(config.run_dir, job=network)
-        if automatic and _is_finished(directory, config.epochs):
-            finished += 1
+    if config.population.network != "auto" or array_index() is not None:
+        return process.network, _lease(config, process.network)
+    directories = [RunDirectory(config.run_dir, job=number) for number in range(process.networks)]
+    finished = [_is_finished(directory, config.epochs) for directory in directories]
+    for network in range(process.networks):
+        if finished[network] and not all(finished):
             continue
-        lease = Lease(directory.lease, holder={"network": network})
-        try:
-            lease.acquire()
-        except LeaseHeldError as error:
-            if not automatic:
-                raise LeaseHeldError(f"network {network}: {error}") from error
-        else:
-            return network, lease
+        with contextlib.suppress(LeaseHeldError):
+            return network, _lease(config, network)
     raise LeaseHeldError(
-        f"{config.run_dir}: of {process.networks} networks, {finished} have finished, and other "
-        "jobs train the rest: nothing is left for this job (population.network auto)"
+        f"{config.run_dir}: {sum(finished)} of {process.networks} networks have finished, and "
+        "other jobs train the rest: nothing is left for this job (population.network auto)"
     )
+
+
+def _lease(config: TrainConfig, network: int) -> Lease:
+    path = RunDirectory(config.run_dir, job=network).lease
+    lease = Lease(path, holder={"network": network})
+    try:
+        lease.acquire()
+    except LeaseHeldError as error:
+        raise LeaseHeldError(f"network {network}: {error}") from error
+    return lease
 
 
 def _is_finished(directory: RunDirectory, epochs: int) -> bool:

@@ -1051,15 +1051,21 @@ def _startup_message(trainer: Trainer) -> str:
     device, runtime = trainer.device.type, trainer.runtime
     where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
     counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
+    who = f"{process.local_world_size} of {process.world_size} {counted}"
+    stop = trainer.directory.stop
+    if trainer.directory.job is not None:
+        replicas = f", {process.replicas} processes," if process.replicas > 1 else ""
+        who = f"network {process.network} of {process.networks}{replicas}"
+        stop = trainer.directory.stop_job
     return "\n".join(
         [
             f"{process.networks} x {trainer.model_name} ({weights:,} parameters), method "
             f"{config.method}, epochs {trainer.epoch + 1} to {config.epochs}, in {run_dir}",
             f"data     {describe_data(config, data)}",
-            f"where    {process.local_world_size} of {process.world_size} {counted} on "
+            f"where    {who} on "
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
             f"{torch.get_num_threads()} threads each",
-            f"to stop  Ctrl-C, or touch {trainer.directory.stop}; rerun the command to resume",
+            f"to stop  Ctrl-C, or touch {stop}; rerun the command to resume",
             f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
         ]
     )

@@ -39,6 +39,7 @@ from dist_graft.population.round.agreement import (
     describe_divergence,
     diverged_error,
     merge_replica_headers,
+    rule_options,
 )
 from dist_graft.population.round.apply_mixing import Applied, blend_tensors, swap_scalars
 from dist_graft.population.round.exchange import (
@@ -48,7 +49,7 @@ from dist_graft.population.round.exchange import (
     Transport,
     communication_device,
 )
-from dist_graft.population.round.file_choice import Place, Published, decide_among, needs_step
+from dist_graft.population.round.file_choice import Place, Published, decide_among
 from dist_graft.population.round.files import (
     Choice,
     FilesRound,
@@ -56,6 +57,7 @@ from dist_graft.population.round.files import (
     Search,
     copy_to_host,
     restore,
+    schema_digest,
 )
 from dist_graft.population.round.groups import RoundGroups
 from dist_graft.population.round.record import GraftRecord
@@ -177,8 +179,15 @@ class Grafter:
         self._on_divergence: OnDivergence = on_divergence
         self._files: FilesRound | None = None
         if exchange == "files":
-            self._files = _files_round(
-                directory, network, networks, self._rule, max_lag=max_lag, wait_seconds=wait_seconds
+            if directory is None or network is None or networks is None:
+                raise ValueError("exchange 'files' needs directory, network and networks")
+            self._files = FilesRound(
+                Path(directory),
+                network,
+                networks,
+                self._rule,
+                max_lag=max_lag,
+                wait_seconds=wait_seconds,
             )
         elif (directory, network, networks, max_lag, wait_seconds) != (None, None, None, 2, 0):
             raise ValueError(
@@ -358,7 +367,7 @@ class Grafter:
             network=files.network,
             place=job.place,
             round=self.round,
-            schema=_files_schema(tensors, self.units, self._rule, self._lead),
+            schema=schema_digest(tensors, self.units, self._rule, self._lead),
             information=() if information is None else tuple(information.tolist()),
             lr=job.lr,
             resume=job.resume,
@@ -504,58 +513,12 @@ class Grafter:
         return self._groups.reporting_missing_peers(round_, f"round {self.round}")
 
     def _options(self) -> dict[str, Any]:
-        return _rule_options(self._rule) | {
+        return rule_options(self._rule) | {
             "lead": self._lead,
             "exchange": self._exchange,
             "on_divergence": self._on_divergence,
             "bucket_bytes": self._bucket_bytes,
         }
-
-
-def _files_round(
-    directory: str | Path | None,
-    network: int | None,
-    networks: int | None,
-    rule: Rule,
-    *,
-    max_lag: float,
-    wait_seconds: float,
-) -> FilesRound:
-    """Check the options of the exchange "files".
-
-    Raises: ValueError naming an option that is missing or out of range.
-    """
-    if directory is None or network is None or networks is None:
-        raise ValueError("exchange 'files' needs directory, network and networks")
-    if not 0 <= network < networks:
-        raise ValueError(f"network must be in 0 to {networks - 1}, got {network!r}")
-    if not (max_lag >= 0 and math.isfinite(max_lag)):
-        raise ValueError(f"max_lag must be at least 0, got {max_lag!r}")
-    if not wait_seconds >= 0:
-        raise ValueError(f"wait_seconds must be at least 0, got {wait_seconds!r}")
-    if rule.in_step:
-        raise ValueError(needs_step(rule))
-    return FilesRound(
-        Path(directory), network, networks, rule, max_lag=max_lag, wait_seconds=wait_seconds
-    )
-
-
-def _files_schema(
-    tensors: dict[str, Tensor], units: list[GraftUnit], rule: Rule, lead: Lead
-) -> str:
-    """Digest of what the networks of a population must have in common to blend."""
-    formats = {
-        key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for key, tensor in tensors.items()
-    }
-    schema = Schema(formats, [unit.name for unit in units], _rule_options(rule) | {"lead": lead})
-    return f"{schema.digest:016x}"
-
-
-def _rule_options(rule: Rule) -> dict[str, Any]:
-    kind = type(rule)
-    fields = getattr(kind, "__dataclass_fields__", {})
-    return {name: getattr(rule, name) for name in fields} | {"rule": kind.__qualname__}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

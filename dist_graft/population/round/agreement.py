@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
 from dist_graft.grafting.memory_layout import memory_order
+from dist_graft.grafting.rules.base import Rule
 
 PROTOCOL = 5
 FINITE = -1
@@ -99,6 +100,13 @@ class Schema:
         }
         self.json = json.dumps(description, sort_keys=True, default=str).encode()
         self.digest = int.from_bytes(hashlib.blake2b(self.json, digest_size=8).digest(), "big") >> 1
+
+
+def rule_options(rule: Rule) -> dict[str, Any]:
+    """Name and fields of a rule, which must agree between the networks."""
+    kind = type(rule)
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {name: getattr(rule, name) for name in fields} | {"rule": kind.__qualname__}
 
 
 @dataclass(frozen=True)

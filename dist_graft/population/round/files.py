@@ -20,13 +20,15 @@ from torch import Tensor
 
 from dist_graft.grafting.mixing import blend_, blend_elementwise_
 from dist_graft.grafting.rules.base import Rule
-from dist_graft.grafting.units import GraftUnit
+from dist_graft.grafting.units import GraftUnit, Lead
+from dist_graft.population.round.agreement import Schema, rule_options
 from dist_graft.population.round.apply_mixing import Applied
 from dist_graft.population.round.file_choice import (
     Decided,
     Place,
     Published,
     needed_from,
+    needs_step,
     upstream,
     usable,
     uses_ring,
@@ -120,6 +122,8 @@ class FilesRound:
         max_lag: largest distance between two networks in epochs, ahead or behind; 0: only
             publications of the same place.
         wait_seconds: how long a round waits for the networks it needs; may be infinite.
+
+    Raises: ValueError naming an option that is out of range, or for a rule that exchanges scalars.
     """
 
     def __init__(
@@ -132,12 +136,22 @@ class FilesRound:
         max_lag: float,
         wait_seconds: float,
     ) -> None:
+        if not 0 <= network < networks:
+            raise ValueError(f"network must be in 0 to {networks - 1}, got {network!r}")
+        if not (max_lag >= 0 and math.isfinite(max_lag)):
+            raise ValueError(f"max_lag must be at least 0, got {max_lag!r}")
+        if not wait_seconds >= 0:
+            raise ValueError(f"wait_seconds must be at least 0, got {wait_seconds!r}")
+        if getattr(rule, "in_step", False):  # a rule of the user may be any class
+            raise ValueError(needs_step(rule))
         self.network = network
         self.networks = networks
         self._exchange = directory / "exchange"
         self._max_lag = max_lag
-        self._wait_seconds = wait_seconds
-        self._only_donor = uses_ring(rule) and max_lag > 0
+        self.wait_seconds = wait_seconds
+        """How long a round waits for the networks it needs."""
+        self.only_donor = uses_ring(rule) and max_lag > 0
+        """Whether the nearest network upstream suffices."""
         self._publisher = Publisher(network_folder(self._exchange, network), keep_all=self.in_step)
         self._first = True
         self._needed_from: Place | None = Place(0) if self.in_step else None
@@ -203,7 +217,7 @@ class FilesRound:
     def awaited(self) -> set[int]:
         """Networks that a round waits for."""
         others = [other for other in self.others() if other < self.networks]
-        return set(others[:1] if self._only_donor else others)
+        return set(others[:1] if self.only_donor else others)
 
     def newest(
         self, network: int, own: Published, tensors: Mapping[str, Tensor]
@@ -259,16 +273,6 @@ class FilesRound:
         if signature and self._damaged.get(path) != signature:
             _log.warning("%s is skipped: %s; training continues", path, reason)
             self._damaged[path] = signature
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long a round waits for the networks it needs."""
-        return self._wait_seconds
-
-    @property
-    def only_donor(self) -> bool:
-        """Whether the nearest network upstream suffices."""
-        return self._only_donor
 
 
 class Search:
@@ -474,6 +478,18 @@ def _read(publications: Mapping[int, Publication], network: int, key: str, like:
 def _squared_distance(one: Tensor, other: Tensor) -> Tensor:
     dtype = torch.promote_types(one.dtype, torch.float32)
     return torch.dist(one.to(dtype), other.to(dtype)).double().square()
+
+
+def schema_digest(
+    tensors: Mapping[str, Tensor], units: Sequence[GraftUnit], rule: Rule, lead: Lead
+) -> str:
+    """Digest of what the networks of a population must have in common to blend."""
+    formats = {
+        key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for key, tensor in tensors.items()
+    }
+    schema = Schema(formats, [unit.name for unit in units], rule_options(rule) | {"lead": lead})
+    return f"{schema.digest:016x}"
 
 
 @torch.no_grad()

@@ -1001,12 +1001,12 @@ class Trainer:
         self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()
         self.checkpoints.settle(last=True)
-        if self.grafter:
-            self.grafter.flush()
         name = self.runtime.broadcast_text(
             "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
         )
         path = self.checkpoints.save_and_wait(name, self.progress, self.state.state_dict())
+        if self.grafter:
+            self.grafter.flush()
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()
         if self.process.is_main:
             self.checkpoints.mark_stopped(reason, path)

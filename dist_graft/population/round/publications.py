@@ -321,7 +321,8 @@ class Publisher:
         self._changed = threading.Condition()
         self._failing = False
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._is_writing = False
+        self._has_cleaned = False
 
     def publish(
         self, published: Published, tensors: Mapping[str, Tensor], needed_from: Place | None
@@ -338,10 +339,11 @@ class Publisher:
                 while len(self._queue) > 1:  # the first is being written
                     self._queue.pop()
             self._queue.append(_Job(published, tensors, needed_from))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
+            if self._is_writing:
+                return
+            self._is_writing = True
+        threading.Thread(target=self._write_all, name="publish", daemon=True).start()
 
     def discard_after(self, place: Place) -> None:
         """Delete publications beyond a place, which belong to work that was lost."""
@@ -355,16 +357,22 @@ class Publisher:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._queue)
+            self._changed.wait_for(lambda: not self._is_writing)
             self._closing = False
 
-    def _run(self) -> None:
-        for leftover in self._folder.glob(".epoch_*"):  # of a job that was killed
-            with contextlib.suppress(OSError):
-                leftover.unlink(missing_ok=True)
+    def _write_all(self) -> None:
+        """Write what waits, and end."""
+        if not self._has_cleaned:
+            self._has_cleaned = True
+            for leftover in self._folder.glob(".epoch_*"):  # of a job that was killed
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._queue))
+                if not self._queue:
+                    self._is_writing = False
+                    self._changed.notify_all()
+                    return
                 job = self._queue[0]
             failed = not self._write(job)
             with self._changed:

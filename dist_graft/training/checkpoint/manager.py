@@ -190,7 +190,7 @@ class CheckpointManager:
                 f"restore the original file names in {chosen.path}"
             )
         self._newest = name
-        self._loaded = Position(state["epoch"], state["step"], state["round"])
+        self._loaded = Position(*(int(state.get(key, 0)) for key in ("epoch", "step", "round")))
         return chosen.path, state
 
     def save(self, progress: Progress, state: Mapping[str, Any]) -> None:

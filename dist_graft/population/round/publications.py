@@ -343,7 +343,8 @@ class Publisher:
             if self._is_writing:
                 return
             self._is_writing = True
-        threading.Thread(target=self._write_all, name="publish", daemon=True).start()
+            # Started under the lock: the thread does not run before this method returns.
+            threading.Thread(target=self._write_all, name="publish", daemon=True).start()
 
     def discard_after(self, place: Place) -> None:
         """Delete publications beyond a place, which belong to work that was lost."""
@@ -362,11 +363,6 @@ class Publisher:
 
     def _write_all(self) -> None:
         """Write what waits, and end."""
-        if not self._has_cleaned:
-            self._has_cleaned = True
-            for leftover in self._folder.glob(".epoch_*"):  # of a job that was killed
-                with contextlib.suppress(OSError):
-                    leftover.unlink(missing_ok=True)
         while True:
             with self._changed:
                 if not self._queue:
@@ -387,6 +383,11 @@ class Publisher:
         return self._closing or (not self._keep_all and len(self._queue) > 1)
 
     def _write(self, job: _Job) -> bool:
+        if not self._has_cleaned:
+            self._has_cleaned = True
+            for leftover in self._folder.glob(".epoch_*"):  # of a job that was killed
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
         try:
             path = write_publication(self._folder, job.published, job.tensors)
         except OSError as error:

@@ -30,6 +30,7 @@ from dist_graft.config.parsing import (
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
+    LeaseHeldError,
     NetworkFailedError,
     StartError,
     StoppedEarlyError,
@@ -83,22 +84,22 @@ def run(argv: Sequence[str]) -> int:
             from dist_graft.population.runtime.process import terminate_launcher
 
             terminate_launcher()
-        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, argv, root_cause=False)
     except NetworkFailedError as error:
         if error.traceback:
             print_line(error.traceback)
-        return _fail(str(error), error.exit_status, process, argv, network=error.network)
+        return _fail(error, error.exit_status, process, argv)
     except StoppedError as error:
-        return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, argv, root_cause=False)
     except DistGraftError as error:
         if isinstance(error, UserCodeError):
             print_line(error.user_traceback())
-        return _fail(str(error), error.exit_status, process, argv)
+        return _fail(error, error.exit_status, process, argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  a bug: print the traceback, but fail like the others
         traceback.print_exc()
-        return _fail(f"unexpected {type(error).__name__}: {error}", 1, process, argv)
+        return _fail(error, 1, process, argv)
 
 
 def _print(text: str) -> None:
@@ -109,25 +110,25 @@ def _print(text: str) -> None:
 
 
 def _fail(
-    message: str,
+    error: Exception,
     status: int,
     process: ProcessInfo,
     argv: Sequence[str],
     *,
-    network: int | None = None,
     root_cause: bool = True,
 ) -> int:
-    # `network` is the one whose log gets the line, unless it is that of this process; `root_cause`
-    # says whether torchrun's summary of failures may show the message.
-    line = " ".join(message.split())
+    # root_cause: whether torchrun's summary of failures may show the message.
+    ours = isinstance(error, DistGraftError)
+    line = " ".join((f"{error}" if ours else f"unexpected {type(error).__name__}: {error}").split())
     if process.world_size > 1:
         line = f"{process}: {line}"
     severity = "" if status == StoppedEarlyError.exit_status else "error: "
     print_line(f"dist-graft: {severity}{line}")
     run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
-    if run_dir and "train" in argv:
+    if run_dir and "train" in argv and not isinstance(error, LeaseHeldError):
         from dist_graft.monitoring.log import append_line
 
+        network = error.network if isinstance(error, DistGraftError) else None
         folder = f"network{process.network if network is None else network:02d}"
         append_line(Path(run_dir) / folder, f"{'ERROR' if severity else 'INFO'} {line}")
     if process.launched:

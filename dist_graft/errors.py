@@ -9,6 +9,8 @@ class DistGraftError(Exception):
     """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
+    network: int | None = None
+    """Network whose log gets the message; None: that of the process."""
 
 
 class ConfigError(DistGraftError, ValueError):
@@ -23,6 +25,10 @@ class DataError(DistGraftError):
 
 class RunDirectoryError(DistGraftError):
     """The run directory cannot be written, or holds another run."""
+
+
+class LeaseHeldError(RunDirectoryError):
+    """Another process uses the folder."""
 
 
 class DisagreementError(DistGraftError):

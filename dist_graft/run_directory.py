@@ -19,8 +19,8 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
 _CHANGEABLE = (
-    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor."),
-    *("data.root", "data.workers", "graft.exchange", "graft.bucket_mb"),
+    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor.", "population."),
+    *("data.root", "data.workers", "graft.bucket_mb", "graft.wait_seconds"),
     *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image
 )
@@ -32,10 +32,22 @@ _OPEN_ENDED_SCHEDULES = ("constant", "step")
 
 
 class RunDirectory:
-    """Paths of a run, and the checks before a run starts or resumes there."""
+    """Paths of a run, and the checks before a run starts or resumes there.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: of the run.
+        job: network of a job that trains it on its own (graft.exchange files): what the networks
+            otherwise have in common is then in the folder of this network.
+    """
+
+    def __init__(self, path: str | Path, *, job: int | None = None) -> None:
         self.path = Path(path)
+        self.job = job
+
+    @property
+    def own(self) -> Path:
+        """Folder of what the networks have in common, or of the job's network."""
+        return self.path if self.job is None else self.network(self.job)
 
     @property
     def config(self) -> Path:
@@ -45,7 +57,7 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.own / "checkpoints"
 
     @property
     def population(self) -> Path:
@@ -58,19 +70,34 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def lease(self) -> Path:
+        """Held by the process that writes the run's files, or those of a job's network."""
+        return self.own / "lease.json"
+
+    @property
+    def summary_job(self) -> Path:
+        """Final accuracies of a job's network."""
+        return self.own / "summary.json"
+
+    @property
     def events(self) -> Path:
         """Notable events, one JSON line per event."""
-        return self.population / "events.jsonl"
+        return (self.population if self.job is None else self.own) / "events.jsonl"
 
     @property
     def stop(self) -> Path:
-        """Creating this file asks the run to stop."""
+        """Creating this file asks the run to stop; all jobs, if each network is one."""
         return self.path / "STOP"
 
     @property
+    def stop_job(self) -> Path:
+        """Creating this file asks one job to stop."""
+        return self.own / "STOP"
+
+    @property
     def stopped(self) -> Path:
-        """Marker of a run that stopped early and can be resumed."""
-        return self.path / "STOPPED_EARLY"
+        """Marker of a run or job that stopped early and can be resumed."""
+        return self.own / "STOPPED_EARLY"
 
     def network(self, network: int) -> Path:
         """Folder of one network: log, metrics, events, status."""
@@ -95,7 +122,8 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} cannot be read: {error.strerror}; choose another run_dir"
             ) from error
-        if config.resume == "never" and started:
+        began = started if self.job is None else self.metrics(self.job).exists()
+        if config.resume == "never" and began:
             raise RunDirectoryError(
                 f"{self.path} already holds a run (--resume never): choose another run_dir"
             )
@@ -110,18 +138,26 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.config} cannot be read ({error}): choose another run_dir"
             ) from error
-        if before_networks != networks:
+        files = config.graft.exchange == "files"
+        if before_networks != networks and not (files and networks > before_networks):
             replicas = int(before.get("runtime.replicas", 1))
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
                 f"{self.path} holds a run of {before_networks} networks, but "
                 f"{networks * config.runtime.replicas} processes were started: start "
                 f"{before_networks * replicas}{option}, or choose another run_dir"
+                if not files
+                else f"{self.path} holds a population of {before_networks} networks, more than "
+                f"population.size {networks}: pass --population.size {before_networks}, or choose "
+                "another run_dir"
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
             for name, value in flatten(as_plain(config))
-            if before.get(name) != value and not name.startswith(_CHANGEABLE) and name != "epochs"
+            if before.get(name) != value
+            and not name.startswith(_CHANGEABLE)
+            and name != "epochs"
+            and (name != "graft.exchange" or "files" in (before.get(name), value))
         ]
         if differences:
             raise RunDirectoryError(
@@ -131,15 +167,18 @@ class RunDirectory:
         self._check_epochs(before_epochs, config)
 
     def clear_stop(self) -> None:
-        """Remove the stop request and marker of an earlier start."""
-        for path in (self.stop, self.stopped):
+        """Remove the stop request and marker of an earlier start.
+
+        A job leaves the request to all jobs, which others may still have to see.
+        """
+        for path in (self.stop_job, self.stopped):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def write_config(
         self, config: TrainConfig, networks: int, custom: Collection[str] = ()
     ) -> None:
-        """Write config.yaml.
+        """Write config.yaml; of several jobs, the first one, or one with more networks or epochs.
 
         Args:
             config: of the run.
@@ -152,8 +191,17 @@ class RunDirectory:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        text = yaml.safe_dump(as_plain(config) | {"run": run}, sort_keys=False)
-        write_atomically(self.config, text.encode())
+        content = yaml.safe_dump(as_plain(config) | {"run": run}, sort_keys=False).encode()
+        if self.job is None:
+            write_atomically(self.config, content)
+            return
+        try:
+            write_atomically(self.config, content, exclusive=True)
+        except FileExistsError:
+            self.check(config, networks)  # another job may just have written it
+            before, before_networks = self.read_config()
+            if (before.epochs, before_networks) != (config.epochs, networks):
+                write_atomically(self.config, content)
 
     def read_config(self) -> tuple[TrainConfig, int]:
         """Return the configuration and the number of networks of the run.
@@ -190,10 +238,11 @@ class RunDirectory:
             )
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool = False) -> None:
     """Write a file that is either complete and durable, or absent.
 
-    Raises: RunDirectoryError naming the file, on a disk error.
+    Raises: RunDirectoryError naming the file, on a disk error; FileExistsError if `exclusive` and
+        the file exists.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -202,7 +251,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if exclusive:
+            os.link(temporary, path)
+            temporary.unlink()
+        else:
+            temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -211,6 +264,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if exclusive and isinstance(error, FileExistsError):
+            raise
         raise RunDirectoryError(
             f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
         ) from error

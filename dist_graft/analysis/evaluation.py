@@ -128,7 +128,7 @@ class _Evaluator:
 
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
-    rates = learning_rates(stored.config.optim, len(states))
+    rates = learning_rates(stored.config.optim, stored.population)
     tested, ensemble = _test_members(states, evaluator)
     reestimated, ensemble_reestimated = _test_members(states, evaluator, reestimated=True)
     validated: list[float] = []
@@ -143,7 +143,8 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
 
         members = greedy_soup(states, validated, validation_accuracy)
         soup = uniform_soup([states[member] for member in sorted(members)])
-        greedy = {"members": members, **evaluator.evaluate_soup(soup)}
+        numbers = [stored.networks[member] for member in members]
+        greedy = {"members": numbers, **evaluator.evaluate_soup(soup)}
     return {
         "protocol": PROTOCOL,
         "run_dir": str(stored.path),
@@ -152,13 +153,14 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         "members": [
             {
                 "network": network,
+                "epoch": stored.members[network].epoch,
                 "lr": rates[network],
                 "test_accuracy": result.accuracy,
-                "test_accuracy_reestimated": reestimated[network].accuracy,
+                "test_accuracy_reestimated": reestimated[index].accuracy,
                 "test_loss": result.loss if math.isfinite(result.loss) else None,
-                "val_accuracy": validated[network] if validated else None,
+                "val_accuracy": validated[index] if validated else None,
             }
-            for network, result in enumerate(tested)
+            for index, (network, result) in enumerate(zip(stored.networks, tested, strict=True))
         ],
         "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
         "mean_test_accuracy_reestimated": statistics.fmean(r.accuracy for r in reestimated),

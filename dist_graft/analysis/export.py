@@ -51,8 +51,8 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     if model:
         for state in states:  # refuse before anything is written
             architecture(model, state, stored.checkpoint.path)
-    files = {network_file(network): state for network, state in enumerate(states)}
-    for network in range(len(states)):
+    files = dict(zip(map(network_file, stored.networks), states, strict=True))
+    for network in stored.networks:
         if averaged := stored.averaged_state(network):
             files[network_file(network).replace(".pt", "_ema.pt")] = averaged
     files["uniform_soup.pt"] = uniform_soup(states)

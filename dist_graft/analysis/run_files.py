@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ from typing import Any
 import yaml
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.population.runtime.lease import LeaseInfo, read_lease
 from dist_graft.run_directory import RunDirectory
-from dist_graft.training.checkpoint.files import complete_checkpoints
+from dist_graft.training.checkpoint.files import (
+    Checkpoint,
+    complete_checkpoints,
+    job_checkpoints,
+)
 
 _TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
 
@@ -34,6 +39,10 @@ class NetworkFiles:
     """`graft` of the last epoch that had a round."""
     error: str | None
     """Last line of log.txt, if it is an error."""
+    checkpoint: str | None = None
+    """Name of its latest complete checkpoint, if the network is a job of its own."""
+    lease: LeaseInfo | None = None
+    """Holder of the network, if it is a job of its own."""
 
     @property
     def phase(self) -> str | None:
@@ -64,6 +73,12 @@ class RunFiles:
     """Files that exist but cannot be read completely."""
 
     @property
+    def of_jobs(self) -> bool:
+        """Whether each network is a job of its own (graft.exchange files)."""
+        graft = self.config.get("graft")
+        return isinstance(graft, dict) and graft.get("exchange") == "files"
+
+    @property
     def epochs(self) -> int:
         """Epochs of the whole run; 0 if unknown."""
         epochs = self.config.get("epochs")
@@ -88,11 +103,18 @@ def read_run(path: Path) -> RunFiles:
     count = start.get("networks") if isinstance(start, dict) else None
     networks = sorted(found | set(range(count if isinstance(count, int) else 0)))
     checkpoints = complete_checkpoints(directory.checkpoints)
+    jobs = {} if checkpoints else job_checkpoints(path)
+    checkpoints += sorted((found[-1] for found in jobs.values()), key=lambda each: each.epoch)
+    paths = [directory.events, *(RunDirectory(path, job=network).events for network in networks)]
+    events = [event for each in paths for event in _read_lines(each, problems)]
     return RunFiles(
         path=path,
         config=config,
-        networks=[_read_network(directory, network, problems) for network in networks],
-        events=_read_lines(directory.events, problems),
+        networks=[
+            _read_network(directory, network, problems, jobs.get(network, ()))
+            for network in networks
+        ],
+        events=sorted(events, key=lambda event: str(event.get("time"))),
         summary=_read_object(directory.summary, problems),
         stopped=_read_text(directory.stopped, problems),
         checkpoint=checkpoints[-1].path.name if checkpoints else None,
@@ -101,7 +123,9 @@ def read_run(path: Path) -> RunFiles:
     )
 
 
-def _read_network(directory: RunDirectory, network: int, problems: list[str]) -> NetworkFiles:
+def _read_network(
+    directory: RunDirectory, network: int, problems: list[str], checkpoints: Sequence[Checkpoint]
+) -> NetworkFiles:
     folder = directory.network(network)
     lines = _read_lines(folder / "metrics.jsonl", problems)
     epochs = [line for line in lines if isinstance(line.get("epoch"), int)]
@@ -114,6 +138,8 @@ def _read_network(directory: RunDirectory, network: int, problems: list[str]) ->
         last_epoch=epochs[-1] if epochs else {},
         last_round=rounds[-1] if rounds else {},
         error=last.removeprefix("ERROR ") if last.startswith("ERROR ") else None,
+        checkpoint=checkpoints[-1].path.name if checkpoints else None,
+        lease=read_lease(RunDirectory(directory.path, job=network).lease),
     )
 
 

@@ -21,6 +21,7 @@ from dist_graft.command import Command, Options
 from dist_graft.config.validation import above_zero
 from dist_graft.monitoring.console import duration
 from dist_graft.monitoring.status_file import ENDED, HEARTBEAT_SECONDS
+from dist_graft.population.runtime.lease import LeaseInfo
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import format_table
 
@@ -38,6 +39,8 @@ _HEADER = (
     *("network", "host", "phase", "epoch", "step", "test %", "lr", "images/s"),
     *("last round", "events"),
 )
+_JOB_HEADER = ("job", "lag", "lease", "checkpoint")
+"""More columns if each network is a job of its own."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -120,6 +123,8 @@ def _state(
         if run.checkpoint
         else "there is no checkpoint to resume from"
     )
+    if run.of_jobs:
+        return _state_of_jobs(run, alive, errors)
     if alive:
         lost = [*(files.network for files in died), *(k for k in errors if k not in alive)]
         without = f", but without {_names(lost)}" if lost else ""
@@ -147,6 +152,40 @@ def _state(
             f"memory, or the machine failed); {resume}"
         )
     return "died", f"not running and not finished, for an unknown reason; {resume}"
+
+
+def _state_of_jobs(
+    run: RunFiles, alive: Collection[int], errors: Mapping[int, str]
+) -> tuple[State, str]:
+    """State of a population whose networks are separate jobs, which come and go."""
+    presence = {files.network: _presence(files, alive) for files in run.networks}
+    groups = [
+        (word, [network for network, found in presence.items() if found == word])
+        for word in ("running", "finished", "left", "not started")
+    ]
+    counted = "; ".join(f"{_names(found)} {word}" for word, found in groups if found)
+    if alive:
+        phases = {files.phase for files in run.networks if files.network in alive}
+        return ("starting" if phases == {"starting"} else "running"), counted
+    if all(word == "finished" for word in presence.values()):
+        missing = "" if run.summary else f"; dist-graft evaluate {run.path} computes the results"
+        return "finished", f"finished: all jobs are done{missing}"
+    stopped = [files for files in run.networks if files.phase == "stopped"]
+    failed = {network: errors[network] for network in errors if presence[network] == "left"}
+    for files in stopped:
+        failed.pop(files.network, None)
+    causes = "".join(f"; network {network}: {error}" for network, error in failed.items())
+    state: State = "failed" if failed else "stopped" if stopped else "died"
+    return state, f"no job is running: {counted}{causes}; start the jobs again to resume"
+
+
+def _presence(files: NetworkFiles, alive: Collection[int]) -> str:
+    """Whether the job of a network is running, finished, has left, or was never started."""
+    if files.network in alive:
+        return "running"
+    if files.phase is None and not files.last_epoch:
+        return "not started"
+    return "finished" if files.phase == "finished" else "left"
 
 
 def _is_alive(files: NetworkFiles, now: float) -> bool:
@@ -203,7 +242,13 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
         f"{run.path}: {run_status.words}{'' if left is None else f', {duration(left)} left'}",
         f"{len(run.networks)} x {known['model'] or '?'} on {known['data'] or '?'}, method "
         f"{known['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
-        format_table(_HEADER, [_row(row, known["epochs"] or "?") for row in known["networks"]]),
+        format_table(
+            (*_HEADER, *(_JOB_HEADER if run.of_jobs else ())),
+            [
+                (*_row(row, known["epochs"] or "?"), *(_job_row(row) if run.of_jobs else ()))
+                for row in known["networks"]
+            ],
+        ),
     ]
     final = {k: v for k, v in known["final"].items() if k.endswith("after_last_round")}
     if final and run_status.state == "finished":
@@ -266,6 +311,12 @@ def _network_facts(
         or _as_float(last.get("images_per_second")),
         "round": rounds - 1 if rounds else _as_int(graft.get("round")),
         "donor": _as_int(graft.get("donor")),
+        "donor_epoch": _as_float(graft.get("donor_epoch")),
+        "lag": _as_float(graft.get("lag")),
+        "presence": _presence(files, run_status.alive),
+        "job": files.lease.job if files.lease else None,
+        "lease": _lease_text(files.lease),
+        "checkpoint": files.checkpoint if run.of_jobs else run.checkpoint,
         "smallest_coefficient": min(coefficients, default=None),
         "largest_coefficient": max(coefficients, default=None),
         "seconds_left": _as_float(status.get("seconds_left")) if alive else None,
@@ -290,8 +341,27 @@ def _row(row: dict[str, Any], epochs: object) -> tuple[str, ...]:
     )
 
 
+def _job_row(row: dict[str, Any]) -> tuple[str, ...]:
+    lag = row["lag"]
+    return (
+        str(row["job"] or "-"),
+        "-" if lag is None else f"{lag:g}",
+        str(row["lease"] or "-"),
+        str(row["checkpoint"] or "-"),
+    )
+
+
+def _lease_text(lease: LeaseInfo | None) -> str | None:
+    if lease is None:
+        return None
+    age = duration(lease.heartbeat_age)
+    return f"expired, {age} old" if lease.expired else f"held, {age} old"
+
+
 def _phase_text(row: dict[str, Any]) -> str:
     silent = row["silent_seconds"]
+    if row["presence"] == "not started":
+        return "not started"
     if row["phase"] in ENDED or row["phase"] is None:
         return row["phase"] or "?"
     if not row["alive"]:
@@ -307,6 +377,8 @@ def _round_text(row: dict[str, Any]) -> str:
     if row["smallest_coefficient"] is None:
         return str(row["round"])
     low, high = row["smallest_coefficient"], row["largest_coefficient"]
+    if row["donor"] is None and low == 1:
+        return f"{row['round']}: no donor"
     donor = "?" if row["donor"] is None else row["donor"]
     return f"{row['round']}: kept {low:.2f}-{high:.2f}, rest of {donor}"
 

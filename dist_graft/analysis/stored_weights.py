@@ -22,8 +22,10 @@ from dist_graft.training.checkpoint.files import (
     COMPLETE,
     Checkpoint,
     complete_checkpoints,
+    job_checkpoints,
     load_network,
     network_file,
+    run_of_checkpoint,
 )
 from dist_graft.training.models import build_model
 
@@ -38,13 +40,26 @@ _NETWORK = re.compile(r"network(\d+)")
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run directory and one of its complete checkpoints."""
+    """A run directory and one complete checkpoint of each network."""
 
     path: Path
     config: TrainConfig
-    checkpoint: Checkpoint
+    members: Mapping[int, Checkpoint]
+    """Checkpoint of each network: the same, unless each network is a job of its own."""
+    population: int
+    """Size of the population. Networks that are jobs of their own may have no checkpoint yet."""
     custom: Collection[str] = ()
     """Parts of the run that were passed in Python, such as "model", instead of configured."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of the network that has trained farthest."""
+        return max(self.members.values(), key=lambda checkpoint: checkpoint.epoch)
+
+    @property
+    def networks(self) -> list[int]:
+        """Numbers of the networks that have a checkpoint."""
+        return sorted(self.members)
 
     def require_configured(self, *parts: str) -> None:
         """Raise ConfigError if one of these parts of the run was given in Python."""
@@ -77,9 +92,9 @@ class StoredRun:
 
     def _load(self, network: int) -> dict[str, Any]:
         name = network_file(network)
-        path = self.checkpoint.path / name
+        path = self.members[network].path / name
         try:
-            return load_network(path, self.checkpoint.sha256[name])
+            return load_network(path, self.members[network].sha256[name])
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{path} is missing or damaged: restore it, or choose another checkpoint with "
@@ -88,25 +103,33 @@ class StoredRun:
 
     def states(self) -> Iterator[State]:
         """Load the weights of all networks, one at a time."""
-        return (self.state(network) for network in range(self.checkpoint.networks))
+        return (self.state(network) for network in self.networks)
 
 
 def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
-    """Open a run at a checkpoint, by default the latest complete one.
+    """Open a run at a checkpoint, by default the latest complete one of each network.
 
     Raises: RunDirectoryError if there is no run or no such checkpoint.
     """
     directory = RunDirectory(path)
-    config, _ = directory.read_config()
-    complete = {stored.path.name: stored for stored in complete_checkpoints(directory.checkpoints)}
-    if not complete:
+    config, networks = directory.read_config()
+    together = complete_checkpoints(directory.checkpoints)
+    by_network = (
+        dict.fromkeys(together[-1].numbers, together) if together else job_checkpoints(path)
+    )
+    if not by_network:
         raise RunDirectoryError(f"{path} holds no complete checkpoint")
-    name = checkpoint or list(complete)[-1]
-    if name not in complete:
+    members = {
+        network: found[-1]
+        for network, stored in by_network.items()
+        if (found := [each for each in stored if checkpoint in (None, each.path.name)])
+    }
+    if not members:
+        names = sorted({each.path.name for stored in by_network.values() for each in stored})
         raise RunDirectoryError(
-            f"{path} holds no complete checkpoint {name!r}, only {', '.join(complete)}"
+            f"{path} holds no complete checkpoint {checkpoint!r}, only {', '.join(names)}"
         )
-    return StoredRun(path, config, complete[name], directory.read_custom())
+    return StoredRun(path, config, members, networks, directory.read_custom())
 
 
 @dataclass(frozen=True)
@@ -218,17 +241,18 @@ def load_state(model: nn.Module, state: State, source: Path) -> None:
 def _from_checkpoint(path: Path, folder: Path) -> Source:
     """All networks of a checkpoint, or the one with the file `path`."""
     folder = folder.resolve()
-    run = open_run(folder.parents[1], folder.name)
+    run = open_run(run_of_checkpoint(folder), folder.name)
+    numbers = [network for network in run.networks if run.members[network].path == folder]
     if path.resolve() == folder:
-        return _from_run(path, run)
-    if path.name not in run.checkpoint.sha256:
+        return _from_run(path, run, numbers)
+    if _name(path) not in map(str, numbers):
         raise RunDirectoryError(f"{path} is not a network of {folder}")
     return _from_run(path, run, [int(_name(path))])
 
 
 def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None) -> Source:
     run.require_configured("model")
-    chosen = range(run.checkpoint.networks) if networks is None else networks
+    chosen = run.networks if networks is None else networks
     states = {str(network): run.state(network) for network in chosen}
     return Source(path, run.config.model, run.config.graft.lead, states)
 

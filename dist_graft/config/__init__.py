@@ -7,6 +7,7 @@ from dist_graft.config.graft import GraftConfig
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
+from dist_graft.config.population import PopulationConfig
 from dist_graft.config.runtime import RuntimeConfig
 from dist_graft.config.train import TrainConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
+    "PopulationConfig",
     "RuntimeConfig",
     "TrainConfig",
 ]

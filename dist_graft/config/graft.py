@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_graft.config.validation import above_zero, at_least, known_or_own, require
+from dist_graft.errors import ConfigError
 
 _CRITERIA = ("entropy", "filter_entropy", "l1", "constant", "shuffled")
 _TOPOLOGIES = ("ring", "random", "exponential")
@@ -46,8 +47,16 @@ class GraftConfig:
     """c in eq. 7, per unit of information: slope of the coefficient."""
     lead: Literal["conv", "conv+linear"] = "conv"
     """Layers that form graft units; use conv+linear for MLPs and transformers."""
-    exchange: Literal["all_gather", "p2p"] = "all_gather"
-    """all_gather: every network receives all networks' weights; p2p: only its donor's."""
+    exchange: Literal["all_gather", "p2p", "files"] = "all_gather"
+    """all_gather: every network receives all networks' weights; p2p: only its donor's; files: every
+    network is a job of its own, and they exchange weights through run_dir only (section
+    population)."""
+    max_lag: float = 2
+    """files: only networks within so many epochs, ahead or behind, are donors; 0: only those that
+    have trained equally far."""
+    wait_seconds: float | Literal["inf"] = 0
+    """files: how long a round waits for its donor (with max_lag 0: for all networks); inf: without
+    limit."""
     threshold: float = 0.1
     """Filters with an L1 norm below this are invalid and get replaced (internal and noise)."""
     noise_annealing: float = 0.975
@@ -76,3 +85,8 @@ class GraftConfig:
         require(0 <= self.amplitude <= 1, "graft.amplitude", self.amplitude, "in [0, 1]")
         at_least("graft.sensitivity", self.sensitivity, 0)
         above_zero("graft.bucket_mb", self.bucket_mb)
+        at_least("graft.max_lag", self.max_lag, 0)
+        wait = float(self.wait_seconds)
+        require(wait >= 0, "graft.wait_seconds", self.wait_seconds, "at least 0, or inf")
+        if self.exchange != "files" and (self.max_lag, wait) != (2, 0):
+            raise ConfigError("graft.max_lag and graft.wait_seconds require graft.exchange files")

@@ -12,6 +12,7 @@ from dist_graft.config.graft import GraftConfig
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
+from dist_graft.config.population import PopulationConfig
 from dist_graft.config.runtime import RuntimeConfig
 from dist_graft.config.validation import at_least, known_or_own, require
 from dist_graft.errors import ConfigError
@@ -61,6 +62,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     graft: GraftConfig = field(default_factory=GraftConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -73,9 +75,26 @@ class TrainConfig:
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         known_or_own("method", self.method, (*RULES, "none"))
+        if self.graft.exchange == "files":
+            self._check_files()
+        elif self.population != PopulationConfig():
+            raise ConfigError("the options of section population require graft.exchange files")
         if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
             raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
+            )
+
+    def _check_files(self) -> None:
+        """Check what `graft.exchange files` needs."""
+        if self.population.size is None:
+            raise ConfigError(
+                "graft.exchange files requires population.size, the number of networks"
+            )
+        if self.method in RULES and RULES[self.method].in_step:
+            raise ConfigError(
+                f"method {self.method} exchanges scalars among all networks at the same step, "
+                "which jobs that come and go (graft.exchange files) cannot do: use "
+                "graft.exchange all_gather or p2p"
             )

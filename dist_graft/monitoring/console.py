@@ -97,6 +97,7 @@ class EpochLog(Callback):
             report.seconds,
             report.networks,
             metric=report.metric,
+            first=report.first_network,
         )
         trainer.log.info("%s", text)
 
@@ -112,8 +113,9 @@ def epoch_text(
     networks: Sequence[NetworkRow],
     *,
     metric: str | None = "accuracy",
+    first: int = 0,
 ) -> str:
-    """Table of the population after an epoch (0-based), one line per network."""
+    """Table of the population after an epoch (0-based), one line per network from `first` on."""
     name = "%" if metric == "accuracy" else metric or ""
     header = [
         *("network", "lr", "train loss", f"train {name}", "test loss", f"test {name}"),
@@ -130,7 +132,7 @@ def epoch_text(
             f"{row.images_per_second:.0f}",
             _keeps(row),
         ]
-        for network, row in enumerate(networks)
+        for network, row in enumerate(networks, first)
     ]
     if metric is None:
         for cells in (header, *rows):

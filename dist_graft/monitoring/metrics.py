@@ -74,7 +74,7 @@ class NetworkRow:
     test_metric: float
     images_per_second: float
     donor: float
-    """Network whose weights were mixed in; -1 without a round."""
+    """Network whose weights were mixed in; -1 without a round or a donor."""
     min_coefficient: float
     max_coefficient: float
     busy_seconds: float
@@ -98,13 +98,15 @@ class EpochReport:
     layers: LayerStats
     """Layers of this process's network."""
     networks: Sequence[NetworkRow]
-    """Results of all networks, in order."""
+    """Results of all networks, in order; of this one only, if each network is a job of its own."""
     metric: str | None
     """Name of the metric in `networks`: the first one of the task."""
     ensemble_accuracy: float | None
     """Percent; None when it is unknown or not a classification task."""
     seconds: float
     """Time spent on training steps."""
+    first_network: int = 0
+    """Number of the first network in `networks`."""
 
 
 def network_row(
@@ -116,7 +118,7 @@ def network_row(
     finite: bool,
 ) -> NetworkRow:
     """The row of one network for the `metric` to show; see `NetworkRow` for the other values."""
-    graft = metrics.graft or {"donor": -1, "coefficient": {"": 1.0}}
+    graft = metrics.graft or {"donor": None, "coefficient": {"": 1.0}}
     train, test = (
         float("nan") if metric is None else values[metric]
         for values in (metrics.train, metrics.test)
@@ -128,7 +130,7 @@ def network_row(
         test_loss=metrics.test["loss"],
         test_metric=test,
         images_per_second=metrics.images_per_second,
-        donor=graft["donor"],
+        donor=-1 if graft["donor"] is None else graft["donor"],
         min_coefficient=min(graft["coefficient"].values()),
         max_coefficient=max(graft["coefficient"].values()),
         busy_seconds=busy_seconds,

@@ -90,7 +90,7 @@ class RunEvents(Callback):
                 kind="resumed",
                 epoch=trainer.epoch,
                 round=trainer.round,
-                network=None,
+                network=trainer.directory.job,
                 text=f"resumed from {trainer.resumed_from}",
             )
             self._add(trainer, event, logging.DEBUG)  # the trainer has logged it

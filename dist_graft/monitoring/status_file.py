@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dist_graft.errors import StoppedEarlyError
+from dist_graft.errors import LeaseHeldError, StoppedEarlyError
 from dist_graft.monitoring.callback import Callback
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ class StatusFile(Callback):
         self._status.rounds = trainer.round
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        if isinstance(error, LeaseHeldError):  # the file belongs to another process now
+            self._path = None
         self._status.phase = "stopped" if isinstance(error, StoppedEarlyError) else "failed"
         self._status.reason = " ".join(str(error).split()) or type(error).__name__
 

@@ -113,7 +113,8 @@ class TensorBoard(Callback):
     def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
         epoch = self._pacing.epochs - 1
         if self._network:
-            values, metric = summary["networks"][network], self._metric
+            values = next(row for row in summary["networks"] if row["network"] == network)
+            metric = self._metric
             self._network.end(
                 {f"test_{metric}_{when}": values[f"{metric}_{when}"] for when in MOMENTS}, epoch
             )
@@ -155,7 +156,7 @@ class TensorBoard(Callback):
             options=hparams(config, trainer.max_lr, process.networks),
             metric=self._metric,
         )
-        if process.is_main:
+        if process.is_main and trainer.directory.job is None:
             self._population = PopulationBoard(
                 trainer.directory.population,
                 start_epoch=epoch,
@@ -236,6 +237,7 @@ class NetworkBoard:
         if metrics.graft is not None:
             scalars["round/seconds"] = metrics.graft["seconds"]
             scalars["round/megabytes_received"] = metrics.graft["bytes"] / 1e6
+            scalars["round/lag"] = metrics.graft.get("lag")
             scalars |= _by_unit("coefficient", metrics.graft["coefficient"])
             distance = metrics.graft["distance"]
             scalars |= _by_unit("distance", distance, summary=False)

@@ -1,11 +1,16 @@
-"""Rounds between the networks of a process group: agree, decide, exchange, apply, record."""
+"""Rounds between the networks of a process group: agree, decide, exchange, apply, record.
+
+Networks that share only a directory (exchange "files") publish, choose, and blend instead.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_graft.errors import RoundStoppedError, RunDirectoryError
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.information import first_not_finite
 from dist_graft.grafting.mixing import Mixing, ScalarSwap
@@ -30,7 +36,10 @@ from dist_graft.population.round.agreement import (
     Header,
     Schema,
     agree,
+    describe_divergence,
+    diverged_error,
     merge_replica_headers,
+    rule_options,
 )
 from dist_graft.population.round.apply_mixing import Applied, blend_tensors, swap_scalars
 from dist_graft.population.round.exchange import (
@@ -39,6 +48,16 @@ from dist_graft.population.round.exchange import (
     Exchange,
     Transport,
     communication_device,
+)
+from dist_graft.population.round.file_choice import Place, Published, decide_among
+from dist_graft.population.round.files import (
+    Choice,
+    FilesRound,
+    JobState,
+    Search,
+    copy_to_host,
+    restore,
+    schema_digest,
 )
 from dist_graft.population.round.groups import RoundGroups
 from dist_graft.population.round.record import GraftRecord
@@ -49,6 +68,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
 """Phases of a round."""
 OnDivergence = Literal["raise", "heal", "exclude"]
+_POLL_SECONDS = 1.0  # between two looks at requests to stop, while waiting for publications
 
 
 class Grafter:
@@ -56,6 +76,10 @@ class Grafter:
 
     Create one on every rank after `init_process_group`; the constructor does not communicate. The
     arguments from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
+
+    With exchange "files", networks need no process group: each is a job of its own that shares a
+    directory with the others, and may start, stop, and be late as it likes (ADR 39). Pass
+    `directory`, `network`, and `networks`.
 
     Args:
         model: any module: plain, compiled, or wrapped for data-parallel training.
@@ -67,6 +91,7 @@ class Grafter:
         exchange: "all_gather": every rank receives every network; "p2p": only the donor's weights
             are sent. The results are bitwise identical. Over NCCL, rules that average all networks
             use an all-reduce instead, unless torch.use_deterministic_algorithms is set (ADR 35).
+            "files": see above.
         bucket_mb: largest size of one network's part of a buffer, in MiB; at most 16 are used in
             host memory, where smaller buckets are faster. all_gather holds networks x bucket, p2p
             two buckets (on the ring).
@@ -83,6 +108,14 @@ class Grafter:
             and is no donor. It is an error if all networks diverged.
         peers: lets errors name the missing network.
         timeouts: timeouts of the collectives; None: the group's own timeout.
+        directory: files: directory that all networks share; weights are published in its folder
+            `exchange`.
+        network: files: number of this network.
+        networks: files: size of the population.
+        max_lag: files: only networks within so many epochs, ahead or behind, are donors; 0: only
+            those at the same place.
+        wait_seconds: files: how long a round waits for its donor (with max_lag 0: for all
+            networks); may be infinite.
 
     Raises: ValueError for an option out of range or a model that cannot be grafted (see
         `graft_units`; sharded parameters are refused by name); RuntimeError before
@@ -98,7 +131,7 @@ class Grafter:
         num_bins: int = 10,
         criterion: str = "entropy",
         lead: Lead = "conv",
-        exchange: Exchange = "all_gather",
+        exchange: Exchange | Literal["files"] = "all_gather",
         bucket_mb: float = 32,
         rule: Rule | None = None,
         group: dist.ProcessGroup | None = None,
@@ -106,13 +139,19 @@ class Grafter:
         on_divergence: OnDivergence = "raise",
         peers: PeerRegistry | None = None,
         timeouts: Timeouts | None = None,
+        directory: str | Path | None = None,
+        network: int | None = None,
+        networks: int | None = None,
+        max_lag: float = 2,
+        wait_seconds: float = 0,
     ) -> None:
-        if not dist.is_initialized():
+        exchanges = (*EXCHANGES, "files")
+        if exchange not in exchanges:
+            raise ValueError(f"exchange must be one of {', '.join(exchanges)}, got {exchange!r}")
+        if exchange != "files" and not dist.is_initialized():
             raise RuntimeError(
                 "Grafter needs a process group: call torch.distributed.init_process_group first"
             )
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
         if on_divergence not in get_args(OnDivergence):
             raise ValueError(
                 f"on_divergence must be one of {', '.join(get_args(OnDivergence))}, got "
@@ -132,7 +171,7 @@ class Grafter:
         self.round = 0
         """Number of the next round; set it when resuming a run."""
         self._lead = lead
-        self._exchange: Exchange = exchange
+        self._exchange = exchange
         self._bucket_bytes = max(1, int(bucket_mb * 2**20))
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
@@ -140,11 +179,36 @@ class Grafter:
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
         self._pool = BufferPool()
         self._on_divergence: OnDivergence = on_divergence
+        self._files: FilesRound | None = None
+        if exchange == "files":
+            if directory is None or network is None or networks is None:
+                raise ValueError("exchange 'files' needs directory, network and networks")
+            self._files = FilesRound(
+                Path(directory),
+                network,
+                networks,
+                self._rule,
+                max_lag=max_lag,
+                wait_seconds=wait_seconds,
+            )
+        elif (directory, network, networks, max_lag, wait_seconds) != (None, None, None, 2, 0):
+            raise ValueError(
+                "directory, network, networks, max_lag and wait_seconds are options of exchange "
+                "'files'"
+            )
 
     def graft(
-        self, *, rate: float = 1.0, stop: bool = False, diverged: bool = False
+        self,
+        *,
+        rate: float = 1.0,
+        stop: bool = False,
+        diverged: bool = False,
+        job: JobState | None = None,
     ) -> GraftRecord:
         """Run one round; every rank of the groups must call this equally often.
+
+        With exchange "files", a network runs a round on its own with what the others have
+        published.
 
         Changes the model's floating-point parameters and buffers in place. Integer buffers are not
         changed.
@@ -153,6 +217,7 @@ class Grafter:
             rate: factor for every donor's share, in [0, 1]; identical on every rank.
             stop: whether this rank wants to stop before the round.
             diverged: whether the training loss is not finite, even if the weights are.
+            job: files: where the network stands; None: after so many epochs as rounds.
 
         Returns: the record of the round for this network.
 
@@ -162,7 +227,6 @@ class Grafter:
             the last case, no weight was changed.
         """
         groups = self._groups
-        network = groups.network
         tensors = graft_tensors(self._module)
         device = _device(tensors)
         timer = PhaseTimer(PHASES, device)
@@ -181,7 +245,17 @@ class Grafter:
             if not stop and state == FINITE:
                 information = self._rule.measure(self.units, tensors).double()
 
+        # Networks that share only a directory.
+        if self._files:
+            if stop:
+                raise RoundStoppedError(f"network {self._files.network} stops before the round")
+            job = job or JobState(place=Place(self.round))
+            record = self._graft_files(self._files, tensors, state, information, rate, job, timer)
+            self.round += 1
+            return record
+
         # Agree.
+        network = groups.network
         with timer.phase("agree"), self._reporting_missing_peers(self.round):
             agreement = self._agree(tensors, self.round, state, information, rate, stop=stop)
             if information is None or network in agreement.diverged:
@@ -197,6 +271,7 @@ class Grafter:
             mixing = without_diverged(mixing, agreement.diverged, heal=heal)
 
         # Exchange and apply, bucket by bucket.
+        assert self._exchange != "files"
         transport = Transport(
             exchange=self._exchange,
             group=groups.group,
@@ -217,9 +292,147 @@ class Grafter:
 
         # Record.
         measured = matrix[network].tolist() if state == FINITE else []
-        record = self._record(mixing, measured, applied, agreement, timer)
+        record = self._record(network, mixing, measured, applied, agreement.diverged, timer)
         self.round += 1
         return record
+
+    def _graft_files(
+        self,
+        files: FilesRound,
+        tensors: dict[str, Tensor],
+        state: int,
+        information: Tensor | None,
+        rate: float,
+        job: JobState,
+        timer: PhaseTimer,
+    ) -> GraftRecord:
+        """Publish this network, choose from what others have published, and blend it.
+
+        A collective of the network's replicas, which all use the leader's choice.
+        """
+        groups, device, network = self._groups, _device(tensors), files.network
+        with timer.phase("agree"), self._reporting_missing_peers(self.round):
+            states = groups.gather_replicas(torch.tensor([state]), device).flatten().tolist()
+        state = next((other for other in states if other != FINITE), FINITE)
+        what = "" if state == FINITE else describe_divergence(state, list(tensors))
+        if what and self._on_divergence == "raise":
+            raise diverged_error({network: what}, self.round)
+
+        # Publish. The network returns to the copy if a donor's file fails during the blend.
+        own = self._published(files, tensors, job, None if what else information, diverged=what)
+        with timer.phase("pack"):
+            copied = copy_to_host(tensors)
+            if groups.is_leader:
+                files.publish(own, copied)
+
+        # Choose, decide and blend; once more without a donor whose file fails.
+        search = files.search(own, tensors)
+        while True:
+            with timer.phase("agree"), self._reporting_missing_peers(self.round):
+                choice = self._agree_on_choice(search, job, device)
+            failed = search.open(choice)
+            if not failed:
+                decided = decide_among(
+                    self._rule,
+                    own,
+                    [search.found[other].published for other in choice.places],
+                    rate=rate,
+                    heal=self._on_divergence == "heal",
+                )
+                with timer.phase("blend"):
+                    applied, failed = search.blend(tensors, self.units, decided)
+            with timer.phase("agree"), self._reporting_missing_peers(self.round):
+                flags = groups.gather_replicas(torch.tensor([min(failed, default=-1)]), device)
+            bad = {int(other) for other in flags.flatten() if other >= 0}
+            if not bad:
+                break
+            restore(tensors, copied)
+            search.drop(bad)
+
+        # Record.
+        files.end_round(search)
+        mixing = decided.for_population(files.networks)
+        record = self._record(
+            network, mixing, list(own.information), applied, decided.diverged, timer, no_donor=-1
+        )
+        return replace(record, **choice.provenance(job.place, mixing.donors[network]))
+
+    def _published(
+        self,
+        files: FilesRound,
+        tensors: dict[str, Tensor],
+        job: JobState,
+        information: Tensor | None,
+        *,
+        diverged: str = "",
+    ) -> Published:
+        """Describe this network for its publication."""
+        return Published(
+            network=files.network,
+            place=job.place,
+            round=self.round,
+            schema=schema_digest(tensors, self.units, self._rule, self._lead),
+            information=() if information is None else tuple(information.tolist()),
+            lr=job.lr,
+            resume=job.resume,
+            diverged=diverged,
+            units=len(self.units),
+        )
+
+    def _agree_on_choice(self, search: Search, job: JobState, device: torch.device) -> Choice:
+        """Wait for the leader's choice of publications; a collective of the replicas.
+
+        Raises: RoundStoppedError, on all replicas, when one of them wants to stop.
+        """
+        groups = self._groups
+        while True:
+            choice = search.poll(_POLL_SECONDS) if groups.is_leader else None
+            found = -1 if choice is None else len(choice.places)
+            flags = torch.tensor([int(job.should_stop()), found])
+            rows = groups.gather_replicas(flags, device)
+            if rows[:, 0].any():
+                search.close()
+                raise RoundStoppedError(f"a stop was requested before round {self.round}")
+            found = int(rows[0, 1])
+            if found < 0:
+                continue
+            table = Choice.empty(found) if choice is None else choice.to_tensor()
+            rows = groups.gather_replicas(table.flatten(), device)
+            return Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+
+    def join(self, job: JobState | None) -> tuple[int, Place] | None:
+        """Copy the weights of the network that has trained farthest (exchange "files").
+
+        A collective of the network's replicas. The model's floating-point parameters and buffers
+        are overwritten.
+
+        Returns: the network and where it stood; None if no other network has published weights.
+        """
+        files, groups = self._files, self._groups
+        if files is None or job is None:
+            return None
+        tensors = graft_tensors(self._module)
+        own = self._published(files, tensors, job, torch.zeros(0))
+        search, device = files.search(own, tensors), _device(tensors)
+        choice = search.farthest() if groups.is_leader else Choice({}, {})
+        sizes = groups.gather_replicas(torch.tensor([len(choice.places)]), device)
+        table = choice.to_tensor() if len(choice.places) else Choice.empty(int(sizes[0, 0]))
+        rows = groups.gather_replicas(table.flatten(), device)
+        choice = Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+        failed = search.open(choice) or search.copy(tensors, choice)
+        flags = groups.gather_replicas(torch.tensor([len(failed)]), device)
+        search.close()
+        if flags.any():
+            raise RunDirectoryError(
+                f"the weights of network {min(choice.places)} could not be read: run again, or "
+                "pass --population.join fresh"
+            )
+        return next(iter(choice.places.items()), None)
+
+    def flush(self) -> None:
+        """Wait until this network's last publication is written (exchange "files")."""
+        if self._files:
+            self._files.flush()
 
     def check(self) -> None:
         """Compare models, options and round with the other ranks before the next round.
@@ -228,6 +441,8 @@ class Grafter:
 
         Raises (on every rank): DisagreementError or PeerError, as `graft` does.
         """
+        if self._files:
+            return  # the schemas in the publications are compared
         previous = self.round - 1
         with self._reporting_missing_peers(previous):
             self._agree(graft_tensors(self._module), previous)
@@ -269,30 +484,34 @@ class Grafter:
 
     def _record(
         self,
+        network: int,
         mixing: Mixing,
         measured: list[float],
         applied: Applied,
-        agreement: Agreement,
+        diverged: dict[int, str],
         timer: PhaseTimer,
+        *,
+        no_donor: int | None = None,
     ) -> GraftRecord:
-        network = self._groups.network
         names = [unit.name for unit in self.units]
         donors = mixing.donors[network]
         information = measured if hasattr(self._rule, "criterion") else []
         phase_seconds = timer.seconds  # waits for the device, so before the total
+        if no_donor is None:
+            no_donor = ring(mixing.networks)[network]
         return GraftRecord(
             round=self.round,
             network=network,
-            donor=donors[0] if donors else ring(mixing.networks)[network],
+            donor=donors[0] if donors else no_donor,
             coefficient=dict(zip(names, mixing.own_share(network), strict=True)),
             information=dict(zip(names, information, strict=False)),
             distance=dict(zip(names, applied.distance, strict=False)),
             seconds=timer.total(),
             phase_seconds=phase_seconds,
             bytes_received=applied.bytes_received,
-            diverged=agreement.diverged,
+            diverged=diverged,
             mixing=mixing,
-            healed={other: donor for other in agreement.diverged for donor in mixing.donors[other]},
+            healed={other: donor for other in diverged for donor in mixing.donors[other]},
         )
 
     def _reporting_missing_peers(self, round_: int) -> AbstractContextManager[None]:
@@ -308,10 +527,7 @@ class Grafter:
         return transfers_on.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
 
     def _options(self, device: torch.device) -> dict[str, Any]:
-        kind = type(self._rule)
-        fields = getattr(kind, "__dataclass_fields__", {})
-        return {name: getattr(self._rule, name) for name in fields} | {
-            "rule": kind.__qualname__,
+        return rule_options(self._rule) | {
             "lead": self._lead,
             "exchange": self._exchange,
             "on_divergence": self._on_divergence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -260,7 +261,21 @@ def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: R
         on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
         peers=runtime.peers,
         timeouts=runtime.timeouts,
+        **_files_options(config, runtime.process),
     )
+
+
+def _files_options(config: TrainConfig, process: ProcessInfo) -> dict[str, Any]:
+    """Arguments of a Grafter whose network is a job of its own."""
+    if config.graft.exchange != "files":
+        return {}
+    return {
+        "directory": config.run_dir,
+        "network": process.network,
+        "networks": process.networks,
+        "max_lag": config.graft.max_lag,
+        "wait_seconds": float(config.graft.wait_seconds),
+    }
 
 
 def is_self_grafting(config: TrainConfig) -> bool:

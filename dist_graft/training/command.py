@@ -14,6 +14,7 @@ from dist_graft.config.validation import at_least, from_nested
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.help import ALIASES, add_help
+from dist_graft.training.jobs import assign_network
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -49,7 +50,7 @@ def assign(options: Options, process: ProcessInfo) -> ProcessInfo:
             "--networks starts the processes itself, but this one was started by a launcher (RANK "
             "is set): leave out --networks, or start without torchrun"
         )
-    return process if networks else process.with_replicas(config.runtime.replicas)
+    return process if networks else assign_network(config, process)
 
 
 def read_options(options: Options) -> tuple[TrainConfig, int | None]:
@@ -57,7 +58,13 @@ def read_options(options: Options) -> tuple[TrainConfig, int | None]:
     values = dict(options)
     networks = values.pop("networks")
     at_least("--networks", networks, 1)
-    return from_nested(TrainConfig, values), networks
+    config: TrainConfig = from_nested(TrainConfig, values)
+    if networks and config.graft.exchange == "files":
+        raise ConfigError(
+            "--networks starts networks that run together, but with graft.exchange files each "
+            "network is a job of its own: start one job for each, without --networks"
+        )
+    return config, networks
 
 
 def run(options: Options, process: ProcessInfo) -> Iterable[str]:

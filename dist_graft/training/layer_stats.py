@@ -52,7 +52,13 @@ def non_finite_part(state: TrainState, *, loss: bool) -> str:
 
 
 def check_finite(
-    networks: Sequence[NetworkRow], epoch: int, network: int, non_finite: str, *, tolerant: bool
+    networks: Sequence[NetworkRow],
+    epoch: int,
+    network: int,
+    non_finite: str,
+    *,
+    tolerant: bool,
+    first: int = 0,
 ) -> None:
     """Raise NonFiniteError, on all ranks, when diverged networks end the run.
 
@@ -62,8 +68,9 @@ def check_finite(
         network: index of this process's network.
         non_finite: what `non_finite_part` found in it.
         tolerant: whether the run continues as long as one network is finite.
+        first: number of the first network.
     """
-    diverged = [other for other, row in enumerate(networks) if not row.finite]
+    diverged = [other for other, row in enumerate(networks, first) if not row.finite]
     if not diverged or (tolerant and len(diverged) < len(networks)):
         return
     elsewhere = "a non-finite weight, training loss or gradient"

@@ -100,6 +100,15 @@ class TrainState(Predictor):
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
 
+    def skip_to(self, steps: int) -> None:
+        """Set the learning rate of the step after so many steps of the run."""
+        scheduler = self.scheduler
+        factors = [factor(steps) for factor in scheduler.lr_lambdas]
+        rates = [lr * factor for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        scheduler.last_epoch, scheduler._last_lr = steps, rates
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+
     def model_and_average(self) -> nn.Module:
         """One module that holds the model and its moving average, if there is one."""
         return self.model if self.ema is None else nn.ModuleList([self.model, self.ema.module])

@@ -38,6 +38,7 @@ def summarize(
     *,
     ensembles: Sequence[float] | None,
     seconds: float,
+    first: int = 0,
 ) -> dict[str, Any]:
     """Final test results of all networks, their mean and their ensemble.
 
@@ -48,6 +49,7 @@ def summarize(
         ensembles: accuracy of the ensemble before and after the last round; None unless the task
             is classification. Non-finite networks count in the mean, but not in the ensemble.
         seconds: duration of the run.
+        first: number of the first network.
     """
     summary: dict[str, Any] = {
         "networks": [
@@ -56,7 +58,7 @@ def summarize(
                 "lr": row[0],
                 **{f"{metric}_{when}": row[1 + i] for i, when in enumerate(MOMENTS)},
             }
-            for network, row in enumerate(rows)
+            for network, row in enumerate(rows, first)
         ]
     }
     for index, when in enumerate(MOMENTS):
@@ -65,7 +67,7 @@ def summarize(
             summary[f"ensemble_{metric}_{when}"] = ensembles[index]
     if metric != "accuracy":
         summary["metric"] = metric
-    diverged = [network for network, row in enumerate(rows) if not row[3]]
+    diverged = [network for network, row in enumerate(rows, first) if not row[3]]
     return summary | {"diverged": diverged, "wall_seconds": seconds}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_graft.config import ModelConfig, TrainConfig
 from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
+from dist_graft.training.checkpoint.files import run_of_checkpoint
 from dist_graft.training.data import ImageData
 from dist_graft.training.models import build_model
 
@@ -89,7 +90,9 @@ def load_teachers(config: TrainConfig, data: ImageData, device: torch.device) ->
 
 def _load(path: Path, data: ImageData, device: torch.device) -> nn.Module:
     try:
-        options = yaml.safe_load((path.parents[2] / "config.yaml").read_text())["model"]
+        options = yaml.safe_load((run_of_checkpoint(path.parent) / "config.yaml").read_text())[
+            "model"
+        ]
         architecture = ModelConfig(**options)
         state = torch.load(path, map_location=device, weights_only=True)["model"]
     except _UNREADABLE as error:

@@ -13,17 +13,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
+    DistGraftError,
+    LeaseHeldError,
     PeerError,
     RoundStoppedError,
     RunDirectoryError,
@@ -42,7 +45,10 @@ from dist_graft.monitoring.metrics import (
 )
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.grafter import Grafter
+from dist_graft.population.round.file_choice import Place
+from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.lease import Lease
 from dist_graft.population.runtime.process import (
     SIGNALS,
     die_with_launcher,
@@ -74,9 +80,20 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
+from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.jobs import (
+    assign_network,
+    claim_network,
+    final_states,
+    finished_summaries,
+    is_job,
+    published_states,
+    read_events,
+    row_of,
+)
 from dist_graft.training.layer_stats import (
     check_finite,
     layer_stats,
@@ -186,6 +203,7 @@ class Trainer:
         self.summary: dict[str, Any] = {}
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
+        self.lease: Lease | None = None
         self._summary_error: RunDirectoryError | None = None
         self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
@@ -256,10 +274,14 @@ class Trainer:
                 self._fit()
             except BaseException as error:
                 explained = self._explain(error)
+                if isinstance(explained, DistGraftError):
+                    explained.network = self.directory.job
                 if explained is error:
                     raise
                 raise explained from error
         finally:
+            if self.lease:
+                self.lease.release()
             close_log()
             if not self.process.launched:  # a launcher may still signal a process that exits
                 for number, handler in handlers.items():
@@ -280,6 +302,8 @@ class Trainer:
                 self._finish()
             else:
                 self.log.info("%s is complete: %d epochs", self.directory.path, self.epoch)
+                if self.directory.job is not None and not self.directory.summary.exists():
+                    self._finish_job()
                 if self.process.is_main and not self.directory.summary.exists():
                     self.log.warning(
                         "%s is missing; dist-graft evaluate %s computes the accuracies again",
@@ -300,16 +324,12 @@ class Trainer:
 
     def _start_process(self) -> None:
         """Read rank and network from the environment, and connect to the other processes."""
-        self.process = read_process_info().with_replicas(self.config.runtime.replicas)
+        self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
         rates = learning_rates(self.config.optim, self.process.networks)
-        self.max_lr = rates[self.process.network]
         if self.process.restarts and self.directory.stopped.exists():
-            raise StoppedEarlyError(
-                f"{self.directory.path} was asked to stop, and the launcher started it again: "
-                "left unchanged"
-            )
+            raise self._stopped_before()
         stop_on_signals()
         if self.process.launched:
             die_with_launcher()
@@ -317,6 +337,46 @@ class Trainer:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
         self.runtime: Runtime = start(self.config.runtime, self.process)
         self.replicas: Replicas = self.runtime.replicas
+        if is_job(self.config):
+            self._claim_network()
+        self.max_lr = rates[self.process.network]
+
+    def _claim_network(self) -> None:
+        """Take the lease of this job's network; all its processes learn its number.
+
+        Raises: LeaseHeldError or RunDirectoryError, on all replicas.
+        """
+        answer = ""
+        if self.process.is_main:
+            try:
+                network, self.lease = claim_network(self.config, self.process)
+                answer = str(network)
+            except (LeaseHeldError, RunDirectoryError) as error:
+                answer = str(error)
+        answer = self.runtime.broadcast_text("the network of this job", answer)
+        if not answer.isdecimal():
+            raise LeaseHeldError(answer)
+        self.process = replace(self.process, first_network=int(answer))
+        self.runtime = replace(self.runtime, process=self.process)
+        if self.runtime.peers:
+            self.runtime.peers.first_network = int(answer)
+        self.directory = RunDirectory(self.config.run_dir, job=int(answer))
+        if self.process.restarts and self.directory.stopped.exists():
+            raise self._stopped_before()
+
+    def _stopped_before(self) -> StoppedEarlyError:
+        return StoppedEarlyError(
+            f"{self.directory.own} was asked to stop, and the launcher started it again: left "
+            "unchanged"
+        )
+
+    def _check_lease(self) -> None:
+        """Raise LeaseHeldError when another process trains this network now."""
+        if self.lease and self.lease.lost:
+            raise LeaseHeldError(
+                f"another process has taken over {self.directory.own}, because this one did not "
+                f"respond for a while: it ends without writing (see {self.directory.lease})"
+            )
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
@@ -335,15 +395,16 @@ class Trainer:
         folders = []
         if self.process.is_leader:
             folders.append(self.directory.network(self.process.network))
-        if self.process.is_main:
+        if self.process.is_main and self.directory.job is None:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
         grace = self.config.checkpoint.grace_seconds
         self.stop_requests = StopRequests(
-            self.directory.stop,
+            dict.fromkeys((self.directory.stop, self.directory.stop_job)),
             self.runtime.peers,
             grace_seconds=grace,
             on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+            ignore_existing=self.directory.job is not None,
         )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
@@ -419,10 +480,26 @@ class Trainer:
                 self.step,
                 self.round,
             )
+        elif self.config.population.join == "donor":
+            self._join()
         self._start_time -= self.progress.seconds
         if self.grafter:
             self.grafter.round = self.round
             self.grafter.check()  # a collective: models and options must be the same
+
+    def _join(self) -> None:
+        """Start with the weights and the epoch of the network that has trained farthest."""
+        found = self.grafter.join(self._job_state(0)) if self.grafter else None
+        if found is None:
+            self.log.info("no other network has published weights: starting from the beginning")
+            return
+        donor, place = found
+        epoch = min(place.epoch, self.config.epochs - 1)
+        rounds = self.cadence.rounds_before(epoch, 0, self.steps_per_epoch)
+        self.progress = Progress(Position(epoch, 0, rounds))
+        self.state.reset_optimizer()
+        self.state.skip_to(epoch * self.steps_per_epoch)
+        self.log.info("joined with the weights of network %d after %g epochs", donor, place.epochs)
 
     def _announce(self) -> None:
         """Write config.yaml, and log the configuration and the processes."""
@@ -622,6 +699,7 @@ class Trainer:
 
         Raises: StoppedEarlyError, on all ranks, if one of them requests a stop; after a checkpoint.
         """
+        self._check_lease()
         if segment.round or segment.evaluate:
             self.callbacks.call("on_round_start", self)
         if not self.stopping:  # a request that came during the evaluation
@@ -635,6 +713,7 @@ class Trainer:
                         rate=self.rate(steps),
                         stop=self.stopping,
                         diverged=self.progress.diverged,
+                        job=self._job_state(steps),
                     )
             elif segment.evaluate or self.stopping:
                 self._vote(f"the end of epoch {segment.epoch}")
@@ -654,6 +733,22 @@ class Trainer:
         if segment.round and self.config.graft.reset_momentum:
             self.state.optimizer.state.clear()
 
+    def _job_state(self, steps: int) -> JobState | None:
+        """Where this job stands after so many steps; None if all networks run together."""
+        if self.directory.job is None:
+            return None
+        resume = self.checkpoints.resume_position()
+        return JobState(
+            place=self._place(*divmod(steps, self.steps_per_epoch)),
+            lr=self.state.lr,
+            resume=self._place(resume.epoch, resume.step),
+            should_stop=self.stop_requests.requested,
+        )
+
+    def _place(self, epoch: int, step: int) -> Place:
+        epochs, step = divmod(step, self.steps_per_epoch)
+        return Place(epoch + epochs, step, self.steps_per_epoch)
+
     def _vote(self, what: str) -> bool:
         """Agree with the other networks whether to stop, and whether a checkpoint is due.
 
@@ -672,6 +767,7 @@ class Trainer:
 
         Raises: RunDirectoryError, on all ranks, when too many checkpoints failed in a row.
         """
+        self._check_lease()
         with self.timer.phase("checkpoint"):
             self.checkpoints.settle()
         self._report_checkpoint()
@@ -698,6 +794,7 @@ class Trainer:
         Raises: NonFiniteError, on all ranks, when diverged networks end the run.
         """
         # ---- This network ----
+        self._check_lease()
         self._warn_of_skipped_images(epoch)
         trained, lr = self.progress.trained, self.progress.lr
         assert trained is not None
@@ -737,9 +834,18 @@ class Trainer:
             metric=metric,
             ensemble_accuracy=ensemble,
             seconds=trained.seconds,
+            first_network=self.process.first_network,
         )
         self.callbacks.call("on_epoch_end", self, report)
-        check_finite(networks, epoch, self.process.network, non_finite, tolerant=self._tolerant)
+        if not (self._tolerant and self.directory.job is not None):  # others may be finite
+            check_finite(
+                networks,
+                epoch,
+                self.process.network,
+                non_finite,
+                tolerant=self._tolerant,
+                first=self.process.first_network,
+            )
         return not non_finite
 
     def _warn_of_skipped_images(self, epoch: int) -> None:
@@ -759,7 +865,7 @@ class Trainer:
 
         None if it would be expensive, or the networks were tested on different samples.
         """
-        if not self.task.classification:
+        if not self.task.classification or self.directory.job is not None:
             return None
         kept = 0 if tested.probabilities is None else tested.probabilities.numel()
         kept *= kept <= ENSEMBLE_CHUNK  # also in the last epoch, so that all have the same charts
@@ -776,16 +882,26 @@ class Trainer:
         Each replica sums its own test samples over the networks, a chunk at a time. All networks
         must have been tested on the same number of samples.
         """
+        chunks = ensemble_chunks(tested)
+        sums = ((self.runtime.sum_over_networks(part, what), labels) for part, labels in chunks)
+        return self._accuracy_of_sums(sums, what)
+
+    def _accuracy_of_sums(self, sums: Iterable[tuple[Tensor, Tensor]], what: str) -> float:
+        """Accuracy of summed probabilities, in percent. A collective of the network's replicas.
+
+        Args:
+            sums: probabilities and labels of this replica's test samples, in chunks.
+            what: for the error when a replica is lost.
+        """
         right = samples = 0
-        for probabilities, labels in ensemble_chunks(tested):
-            total = self.runtime.sum_over_networks(probabilities, what)
-            right += int(correct(total, labels))
+        for probabilities, labels in sums:
+            right += int(correct(probabilities, labels))
             samples += len(labels)
-        counts = self.runtime.replicas.gather([float(right), float(samples)], what)
+        counts = self.replicas.gather([float(right), float(samples)], what)
         return 100 * (sum(row[0] for row in counts) / sum(row[1] for row in counts))
 
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:
-        """Write summary.json. A collective.
+        """Write summary.json, or keep what a job will add to it. A collective.
 
         Args:
             before: test results before the last round.
@@ -803,20 +919,19 @@ class Trainer:
         rows = self.runtime.gather(numbers, "the summary")
         check_equal_samples(rows)
         ensembles = None
-        if self.task.classification:
+        if self.task.classification and self.directory.job is None:
             ensembles = [
                 self._ensemble_accuracy(result, f"the ensemble {when} the last round")
                 for when, result in (("before", before), ("after", after))
             ]
         seconds = time.monotonic() - self._start_time
-        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
-        if self.process.is_main:
+        first = self.process.first_network
+        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds, first=first)
+        if self.directory.job is not None:
+            self.summary["samples"] = before.samples
+        elif self.process.is_main:
             self.summary["events"] = self.run_events.events
-            text = json.dumps(self.summary, indent=1) + "\n"
-            try:
-                write_atomically(self.directory.summary, text.encode())
-            except RunDirectoryError as error:  # raised once the checkpoint is saved
-                self._summary_error = error
+            self._write_summary(self.directory.summary, self.summary)
 
     # ---- End of the run --------------------------------------------------------------------------
 
@@ -828,6 +943,11 @@ class Trainer:
         except RunDirectoryError as error:
             failure = error
         self._report_checkpoint()
+        if self.grafter:
+            self.grafter.flush()
+        if self.directory.job is not None:
+            self._finish_job()
+            failure = failure or self._summary_error
         self.callbacks.call("on_fit_end", self)
         if failure:
             raise failure
@@ -838,8 +958,73 @@ class Trainer:
                 self.directory.path,
             )
 
+    def _finish_job(self) -> None:
+        """Write this network's summary, and that of the population if all jobs have finished.
+
+        A collective of the network's replicas.
+        """
+        if self.process.is_main and self.summary:
+            self._write_summary(self.directory.summary_job, self.summary)
+        complete = ""
+        if self.process.is_main and finished_summaries(self.directory, self.process.networks):
+            complete = "complete"
+        if not self.runtime.broadcast_text("the summary of the population", complete):
+            return
+        summaries = finished_summaries(self.directory, self.process.networks)
+        assert summaries is not None
+        metric = str(summaries[0].get("metric", "accuracy"))
+        rows = [row_of(summary) for summary in summaries]
+        check_equal_samples(rows)
+        ensembles = self._job_ensembles() if self.task.classification else None
+        seconds = max(float(summary["wall_seconds"]) for summary in summaries)
+        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
+        self.summary["events"] = read_events(self.directory, self.process.networks)
+        if self.process.is_main:
+            self._write_summary(self.directory.summary, self.summary)
+
+    def _job_ensembles(self) -> list[float] | None:
+        """Accuracy of the ensemble before and after the last round, in percent.
+
+        All networks are evaluated here. None, with a warning, if weights of one are missing. A
+        collective of the network's replicas.
+        """
+        networks, own = self.process.networks, to_host_memory(self.model.state_dict())
+        last = self.config.epochs
+        moments = [final_states(self.directory, networks)]
+        if self.cadence.after_epoch(last - 1, self.steps_per_epoch) and self.grafter:
+            place = self._place(last, 0)
+            moments.insert(0, published_states(self.directory, networks, place))
+        accuracies = []
+        try:
+            for states in moments:
+                sums: list[tuple[Tensor, Tensor]] = []
+                for state in states:
+                    self.model.load_state_dict(state, strict=False)
+                    parts = list(ensemble_chunks(self._evaluate_split("test")))
+                    for (total, _), (part, _) in zip(sums, parts, strict=False):
+                        total.add_(part)
+                    sums = sums or parts
+                accuracies.append(self._accuracy_of_sums(sums, "the ensemble"))
+        except RunDirectoryError as error:
+            self.log.warning(
+                "no ensemble: %s; dist-graft evaluate %s computes it from the checkpoints",
+                *(error, self.directory.path),
+            )
+            return None
+        finally:
+            self.model.load_state_dict(own)
+        return [accuracies[0], accuracies[-1]]
+
+    def _write_summary(self, path: Path, summary: Mapping[str, Any]) -> None:
+        text = json.dumps(summary, indent=1) + "\n"
+        try:
+            write_atomically(path, text.encode())
+        except RunDirectoryError as error:  # raised once the checkpoint is saved
+            self._summary_error = error
+
     def _stop_early(self) -> NoReturn:
         """Save a checkpoint at the current position, and end the run on all ranks. A collective."""
+        self._check_lease()
         self.progress.seconds = time.monotonic() - self._start_time
         self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         self.checkpoints.abandon()
@@ -848,6 +1033,8 @@ class Trainer:
             "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
         )
         path = self.checkpoints.save_and_wait(name, self.progress, self.state.state_dict())
+        if self.grafter:
+            self.grafter.flush()
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()
         if self.process.is_main:
             self.checkpoints.mark_stopped(reason, path)
@@ -898,15 +1085,21 @@ def _startup_message(trainer: Trainer) -> str:
     device, runtime, threads = trainer.device.type, trainer.runtime, torch.get_num_threads()
     where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
     counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
+    who = f"{process.local_world_size} of {process.world_size} {counted}"
+    stop = trainer.directory.stop
+    if trainer.directory.job is not None:
+        replicas = f", {process.replicas} processes," if process.replicas > 1 else ""
+        who = f"network {process.network} of {process.networks}{replicas}"
+        stop = trainer.directory.stop_job
     return "\n".join(
         [
             f"{process.networks} x {trainer.model_name} ({weights:,} parameters), method "
             f"{config.method}, epochs {trainer.epoch + 1} to {config.epochs}, in {run_dir}",
             f"data     {describe_data(config, data)}",
-            f"where    {process.local_world_size} of {process.world_size} {counted} on "
+            f"where    {who} on "
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
             f"{threads} thread{'s' if threads > 1 else ''} each",
-            f"to stop  Ctrl-C, or touch {trainer.directory.stop}; rerun the command to resume",
+            f"to stop  Ctrl-C, or touch {stop}; rerun the command to resume",
             f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
         ]
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reading import contents
 
 from dist_graft import cli
-from dist_graft.config import DataConfig, GraftConfig, OptimConfig, TrainConfig
+from dist_graft.config import DataConfig, GraftConfig, OptimConfig, PopulationConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.errors import RunDirectoryError
 from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
@@ -227,7 +227,8 @@ def read_back(directory: RunDirectory) -> TrainConfig:
 
 class TestCheck:
     def test_all_options_are_tested(self) -> None:
-        impossible_alone = {"runtime.sync_bn"}
+        impossible_alone = {"runtime.sync_bn", "graft.max_lag", "graft.wait_seconds"}
+        impossible_alone |= {f"population.{name}" for name in ("size", "network", "join")}
         assert set(OTHER) | {"epochs"} | impossible_alone == set(option_names())
 
     @pytest.mark.parametrize("option", OTHER)
@@ -263,6 +264,45 @@ class TestCheck:
     def test_another_number_of_networks(self, tmp_path: Path, networks: int) -> None:
         with pytest.raises(RunDirectoryError, match=f"run of 2 networks, but {networks} processes"):
             started(tmp_path).check(TrainConfig(), networks)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "free"),
+        [
+            ("graft.wait_seconds", "inf", True),
+            ("population.network", 1, True),
+            ("population.join", "donor", True),
+            ("graft.max_lag", 3.0, False),
+            ("seed", 1, False),
+        ],
+    )
+    def test_jobs_of_one_population(
+        self, tmp_path: Path, option: str, value: object, free: bool
+    ) -> None:
+        config = TrainConfig(
+            graft=GraftConfig(exchange="files"), population=PopulationConfig(size=2)
+        )
+        first, second = RunDirectory(tmp_path, job=0), RunDirectory(tmp_path, job=1)
+        first.write_config(config, 2)
+        before = contents(tmp_path)
+        other = changed(config, option, value)
+        if free:
+            second.write_config(other, 2)
+        else:
+            with pytest.raises(RunDirectoryError, match=f"{option} was "):
+                second.write_config(other, 2)
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize("together", ["all_gather", "p2p"])
+    def test_networks_cannot_turn_into_jobs(
+        self, tmp_path: Path, together: typing.Literal["all_gather", "p2p"]
+    ) -> None:
+        files = TrainConfig(
+            graft=GraftConfig(exchange="files"), population=PopulationConfig(size=2)
+        )
+        with pytest.raises(RunDirectoryError, match=r"graft\.exchange was .* and is now 'files'"):
+            started(tmp_path, TrainConfig(graft=GraftConfig(exchange=together))).check(files, 2)
+        with pytest.raises(RunDirectoryError, match=r"graft\.exchange was 'files' and is now"):
+            started(tmp_path, files).check(TrainConfig(), 2)
 
     @pytest.mark.parametrize("schedule", ["constant", "step"])
     def test_more_epochs_when_the_schedule_does_not_depend_on_them(

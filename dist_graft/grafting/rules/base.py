@@ -56,6 +56,9 @@ class Rule(Schedule, ABC):
     delivers: ClassVar[Literal["member", "soup"]] = "member"
     """The model that the method delivers and that is evaluated: one network of the population, or
     the mean of all networks' weights."""
+    in_step: ClassVar[bool] = False
+    """Whether all networks must exchange at the same time, so that jobs that come and go (exchange
+    "files") cannot use the method."""
 
     @classmethod
     def build(

@@ -46,6 +46,7 @@ class Wash(WashConfig, Rule):
 
     options = WashConfig
     delivers = "soup"
+    in_step = True
 
     seed: int = 0
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
 from dist_graft.grafting.memory_layout import memory_order
+from dist_graft.grafting.rules.base import Rule
 
 PROTOCOL = 5
 FINITE = -1
@@ -101,6 +102,13 @@ class Schema:
         self.digest = int.from_bytes(hashlib.blake2b(self.json, digest_size=8).digest(), "big") >> 1
 
 
+def rule_options(rule: Rule) -> dict[str, Any]:
+    """Name and fields of a rule, which must agree between the networks."""
+    kind = type(rule)
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {name: getattr(rule, name) for name in fields} | {"rule": kind.__qualname__}
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Properties of the networks that agreed to proceed; identical on every rank."""
@@ -150,18 +158,28 @@ def agree(
         )
 
     diverged = {
-        other.network: f"a weight that is not finite in {keys[other.diverged]}"
-        if other.diverged >= 0
-        else "a training loss or gradient that is not finite"
+        other.network: describe_divergence(other.diverged, keys)
         for other in headers
         if other.diverged != FINITE
     }
     if diverged and not (tolerant and len(diverged) < len(headers)):
-        raise NonFiniteError(
-            "; ".join(f"network {network} has {what}" for network, what in diverged.items())
-            + f" (round {header.round}): try a lower learning rate, warm-up or gradient clipping"
-        )
+        raise diverged_error(diverged, header.round)
     return Agreement(diverged, max(other.measured for other in headers))
+
+
+def describe_divergence(state: int, keys: Sequence[str]) -> str:
+    """Return what is not finite, from Header.diverged and the keys of the tensors in order."""
+    if state >= 0:
+        return f"a weight that is not finite in {keys[state]}"
+    return "a training loss or gradient that is not finite"
+
+
+def diverged_error(diverged: Mapping[int, str], round_: int) -> NonFiniteError:
+    """Error that names the diverged networks of a round."""
+    return NonFiniteError(
+        "; ".join(f"network {network} has {what}" for network, what in diverged.items())
+        + f" (round {round_}): try a lower learning rate, warm-up or gradient clipping"
+    )
 
 
 def _gather_bytes(data: bytes, lengths: list[int], gather: Gather) -> list[bytes]:

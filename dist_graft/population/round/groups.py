@@ -59,6 +59,11 @@ class RoundGroups:
         if self._peers:
             self._peers.check_alive()
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process is the first of its network's replicas."""
+        return self.replicas is None or dist.get_rank(self.replicas) == 0
+
     def enter_round(self, round_: int) -> None:
         """Publish that this process has reached a round."""
         if self._peers:

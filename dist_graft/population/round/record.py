@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_graft.grafting.mixing import Mixing
 
@@ -16,7 +16,8 @@ class GraftRecord:
     network: int
     """Index of this network in the group."""
     donor: int
-    """Index of the donor in the group; the first one if there are several."""
+    """Index of the donor in the group; the first one if there are several; -1 in a round of the
+    exchange "files" that found none."""
     coefficient: dict[str, float]
     """Share that the network kept of its weights."""
     information: dict[str, float]
@@ -35,6 +36,13 @@ class GraftRecord:
     diverged: dict[int, str]
     """Description of what was not finite, by network; identical on every rank."""
     mixing: Mixing
-    """Shares of all networks; identical on every rank."""
+    """Shares of all networks; identical on every rank. Exchange "files": only the row of this
+    network was applied, and the other rows are those of networks that keep their weights."""
     healed: dict[int, int]
     """Network whose weights a diverged network copied, by network; identical on every rank."""
+    lags: dict[int, float] = field(default_factory=dict)
+    """Exchange "files": epochs by which each donor's publication was behind (negative: ahead)."""
+    donor_epoch: float | None = None
+    """Exchange "files": epochs that `donor` had finished when it published."""
+    digest: str | None = None
+    """Exchange "files": sha256 of the donor's publication."""

@@ -30,15 +30,23 @@ class PeerRegistry:
         rank: rank of this process.
         processes: number of processes in the run.
         replicas: number of processes for each network.
+        first_network: network of rank 0.
     """
 
     def __init__(
-        self, store: dist.Store | StoreClient, rank: int, processes: int, replicas: int = 1
+        self,
+        store: dist.Store | StoreClient,
+        rank: int,
+        processes: int,
+        replicas: int = 1,
+        *,
+        first_network: int = 0,
     ) -> None:
         self._store = store
         self.rank = rank
         self._ranks = range(processes)
         self._replicas = replicas
+        self.first_network = first_network
         self._checked_in: dict[str, str] = {}  # values by key, which do not change
 
     @property
@@ -48,7 +56,13 @@ class PeerRegistry:
 
     def clone(self) -> PeerRegistry:
         """Registry with a separate connection, for another thread: a wait blocks the connection."""
-        return PeerRegistry(self._store.clone(), self.rank, len(self._ranks), self._replicas)
+        return PeerRegistry(
+            self._store.clone(),
+            self.rank,
+            len(self._ranks),
+            self._replicas,
+            first_network=self.first_network,
+        )
 
     def check_in(self, timeout_seconds: float) -> None:
         """Register this process and wait until all others have registered.
@@ -108,7 +122,8 @@ class PeerRegistry:
 
     def describe(self, rank: int) -> str:
         """Network, replica if there are several, rank and host of a process."""
-        return describe_process(rank, self._replicas, self._read_once("host", [rank])[0])
+        host = self._read_once("host", [rank])[0]
+        return describe_process(rank, self._replicas, host, first=self.first_network)
 
     def hosts(self) -> list[str]:
         """Hosts of all processes, by rank; waits for those that have not checked in."""

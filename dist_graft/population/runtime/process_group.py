@@ -146,7 +146,7 @@ class Runtime:
 
         Raises: PeerError when a peer died or did not answer.
         """
-        if self.process.networks == 1:
+        if self.process.connected_networks == 1:
             return tensor.cpu()
         total = tensor.cpu().clone()
         on_wait = self._announce(what)
@@ -218,7 +218,13 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     # Key-value store, through which all processes find each other.
     store = _connect_store(process, config.timeout_seconds)
     client = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
-    peers = PeerRegistry(client, process.rank, process.world_size, process.replicas)
+    peers = PeerRegistry(
+        client,
+        process.rank,
+        process.world_size,
+        process.replicas,
+        first_network=process.first_network,
+    )
     peers.check_in(config.timeout_seconds)
     if process.replicas > 1:
         _refuse_uneven_machines(process, peers, config.timeout_seconds)
@@ -278,10 +284,10 @@ def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceM
     A process creates only its own two, with their members only; all start with the one across the
     networks.
     """
-    ranks = torch.arange(process.world_size).view(process.networks, process.replicas)
+    ranks = torch.arange(process.world_size).view(process.connected_networks, process.replicas)
     create = partial(dist.new_group, timeout=timeout, use_local_synchronization=True)
     across = create(ranks[:, process.replica].tolist())
-    within = create(ranks[process.network].tolist())
+    within = create(ranks[process.rank // process.replicas].tolist())
     assert isinstance(across, dist.ProcessGroup)
     assert isinstance(within, dist.ProcessGroup)
     return DeviceMesh.from_group(

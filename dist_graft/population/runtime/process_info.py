@@ -25,15 +25,24 @@ class ProcessInfo:
     replicas: int = 1
     """Number of processes that train one network together. Their ranks are consecutive, so that
     they share a machine where possible, and the peers on the ring of networks are close."""
+    first_network: int = 0
+    """Network of rank 0; above 0 only where each network is a job of its own."""
+    population: int | None = None
+    """Size of a population whose networks are separate jobs; None: all run together."""
 
     @property
     def network(self) -> int:
         """Index of the network that the process trains."""
-        return self.rank // self.replicas
+        return self.first_network + self.rank // self.replicas
 
     @property
     def networks(self) -> int:
         """Number of networks in the population."""
+        return self.population or self.connected_networks
+
+    @property
+    def connected_networks(self) -> int:
+        """Number of networks whose processes form one process group: all, or a job's own."""
         return self.world_size // self.replicas
 
     @property
@@ -48,11 +57,14 @@ class ProcessInfo:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the process that writes the files of the whole run."""
+        """Whether this is rank 0, the process that writes the files of the whole run (of the job,
+        where each network is a job of its own).
+        """
         return self.rank == 0
 
     def __str__(self) -> str:
-        return describe_process(self.rank, self.replicas, socket.gethostname())
+        host = socket.gethostname()
+        return describe_process(self.rank, self.replicas, host, first=self.first_network)
 
     def with_replicas(self, replicas: int) -> ProcessInfo:
         """Return the position in a run in which `replicas` processes train each network.
@@ -74,6 +86,19 @@ class ProcessInfo:
             )
         return replace(self, replicas=replicas)
 
+    def as_job(self, network: int, population: int) -> ProcessInfo:
+        """Return the position in a job that trains one network of a population on its own.
+
+        Raises: ConfigError when the number of processes is not that of the network's replicas.
+        """
+        if self.world_size != self.replicas:
+            raise ConfigError(
+                f"graft.exchange files trains one network in each job, with runtime.replicas "
+                f"{self.replicas}, and {self.world_size} processes were started: start "
+                f"{self.replicas} for each network"
+            )
+        return replace(self, first_network=network, population=population)
+
     def cpu_share(self) -> int:
         """Number of CPU cores for this process, at least 1.
 
@@ -87,11 +112,11 @@ class ProcessInfo:
         return max(1, cores // self.local_world_size)
 
 
-def describe_process(rank: int, replicas: int, host: str) -> str:
-    """Network, replica if there are several, rank and host of a process."""
+def describe_process(rank: int, replicas: int, host: str, *, first: int = 0) -> str:
+    """Network (rank 0 trains `first`), replica if there are several, rank and host of a process."""
     network, replica = divmod(rank, replicas)
     which = f"replica {replica}, " if replicas > 1 else ""
-    return f"network {network} ({which}rank {rank} on {host})"
+    return f"network {first + network} ({which}rank {rank} on {host})"
 
 
 def uneven_machines(replicas: int, found: str) -> ConfigError:
@@ -102,6 +127,14 @@ def uneven_machines(replicas: int, found: str) -> ConfigError:
         f"runtime.replicas {replicas} does not fit {found}: start equally many on each machine, "
         f"{replicas}, {2 * replicas}, {3 * replicas} ...{smaller}"
     )
+
+
+def array_index(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Index of this task in a Slurm array or an indexed Kubernetes job; None outside of one."""
+    for name in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
+        if (value := environment.get(name, "")).isdecimal():
+            return int(value)
+    return None
 
 
 def read_process_info(environment: Mapping[str, str] = os.environ) -> ProcessInfo:

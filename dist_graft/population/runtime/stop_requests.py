@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 
@@ -22,21 +22,23 @@ class StopRequests:
     polls once a second. Further signals are ignored.
 
     Args:
-        file: requests a stop if it exists.
+        files: each requests a stop if it exists.
         peers: registry of the run; None for a single process.
         grace_seconds: time from the request to the call of `on_grace_expired`.
         on_grace_expired: must end the process; called in another thread.
+        ignore_existing: whether a file that exists now requests nothing until it is touched again.
     """
 
     def __init__(
         self,
-        file: Path,
+        files: Collection[Path],
         peers: PeerRegistry | None,
         *,
         grace_seconds: float,
         on_grace_expired: Callable[[], object],
+        ignore_existing: bool = False,
     ) -> None:
-        self._file = file
+        self._files = {path: _touched(path) if ignore_existing else None for path in files}
         self._peers = peers
         self._grace = threading.Timer(grace_seconds, on_grace_expired)
         self._grace.daemon = True
@@ -73,13 +75,26 @@ class StopRequests:
         self._last_poll = now
         if self._signal is not None:
             reason = signal.Signals(self._signal).name
-        elif self._file.exists():
-            reason = f"the file {self._file}"
+        elif file := self._new_file():
+            reason = f"the file {file}"
         else:
             return self._peers.stop_reason() if self._peers else None
         if self._peers:
             self._peers.request_stop(reason)
         return reason
 
+    def _new_file(self) -> Path | None:
+        """The first file that exists and requests a stop."""
+        return next((p for p, old in self._files.items() if _touched(p) not in (None, old)), None)
+
     def _record_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or number
+
+
+def _touched(path: Path) -> tuple[int, int] | None:
+    """Identity and time of a file; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -16,6 +16,8 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.run_directory import write_atomically
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
+_FILE = re.compile(r"network(\d{2,})\.pt")
+_FOLDER = re.compile(r"network(\d{2,})")
 COMPLETE = "COMPLETE.json"
 
 
@@ -33,10 +35,21 @@ class Checkpoint:
     sha256: dict[str, str]
     """Of each file, by name."""
 
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of its networks: all, or the one of a job."""
+        return sorted(map(_number, self.sha256))
+
 
 def network_file(network: int) -> str:
     """Name of the file that holds one network's state."""
     return f"network{network:02d}.pt"
+
+
+def _number(name: str) -> int:
+    """Number of the network of a file; 0 for another name."""
+    match = _FILE.fullmatch(name)
+    return int(match[1]) if match else 0
 
 
 def checkpoint_path(folder: Path, epoch: int, round_: int | None = None, *, again: int = 0) -> Path:
@@ -91,6 +104,7 @@ def mark_complete(
     epoch: int,
     round_: int,
     sha256: Sequence[str],
+    first: int = 0,
     positions: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """Write COMPLETE.json. Every network's file must be durable by then.
@@ -100,6 +114,7 @@ def mark_complete(
         epoch: epochs that all networks have finished.
         round_: rounds that all networks have finished.
         sha256: checksum of each network's file.
+        first: number of the first network.
         positions: epochs and steps that each network has finished; None: no steps after `epoch`.
     """
     content = {
@@ -110,7 +125,7 @@ def mark_complete(
             {"epoch": finished, "step": step}
             for finished, step in positions or [(epoch, 0)] * len(sha256)
         ],
-        "sha256": {network_file(k): digest for k, digest in enumerate(sha256)},
+        "sha256": {network_file(k): digest for k, digest in enumerate(sha256, first)},
     }
     write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -118,6 +133,27 @@ def mark_complete(
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """All complete checkpoints, the newest last. The networks' files are not read."""
     return [checkpoint for checkpoint in all_checkpoints(folder) if checkpoint.networks]
+
+
+def job_checkpoints(run: Path) -> dict[int, list[Checkpoint]]:
+    """Complete checkpoints of each network that is a job of its own, the newest last.
+
+    Empty for a run whose networks run together: its checkpoints are in RUN/checkpoints.
+    """
+    found: dict[int, list[Checkpoint]] = {}
+    for folder in sorted(run.glob("network*")):
+        if match := _FOLDER.fullmatch(folder.name):
+            network = int(match[1])
+            checkpoints = complete_checkpoints(folder / "checkpoints")
+            if own := [each for each in checkpoints if each.numbers == [network]]:
+                found[network] = own
+    return found
+
+
+def run_of_checkpoint(folder: Path) -> Path:
+    """Run directory of a checkpoint's folder: RUN/checkpoints/NAME or RUN/networkNN/..."""
+    parent = folder.parents[1]
+    return parent.parent if _FOLDER.fullmatch(parent.name) else parent
 
 
 def all_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -218,7 +254,8 @@ def _read(path: Path) -> Checkpoint:
         checkpoint_path(path.parent, epoch).name,
         checkpoint_path(path.parent, epoch, round_).name,
     )
-    files = {network_file(k) for k in range(networks)}
+    first = min(map(_number, sha256), default=0) if networks == 1 else 0  # 1: that of a job
+    files = {network_file(k) for k in range(first, first + networks)}
     if set(sha256) != files or not path.name.startswith(names):
         networks = 0
     return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)

@@ -65,7 +65,7 @@ class Progress:
         self.rounds = {
             "round": record.round,
             "rounds": before["rounds"] + 1,
-            "donor": record.donor,
+            "donor": None if record.donor < 0 else record.donor,
             "seconds": before["seconds"] + record.seconds,
             "phase_seconds": {
                 phase: before["phase_seconds"].get(phase, 0.0) + seconds
@@ -76,7 +76,7 @@ class Progress:
             "information": record.information,
             "distance": record.distance,
             "healed_from": record.healed.get(record.network, before.get("healed_from")),
-        }
+        } | provenance(record)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for `torch.save`."""
@@ -112,6 +112,18 @@ class Progress:
         )
 
 
+def provenance(record: GraftRecord) -> dict[str, Any]:
+    """Where the donors' weights came from, for metrics.jsonl; only with graft.exchange files."""
+    if record.donor >= 0 and not record.lags:
+        return {}
+    return {
+        "donor_epoch": record.donor_epoch,
+        "lag": record.lags.get(record.donor),
+        "lags": {str(donor): lag for donor, lag in record.lags.items()},
+        "digest": record.digest,
+    }
+
+
 class CheckpointManager:
     """Saves, loads and deletes the checkpoints of a run on behalf of one process."""
 
@@ -132,13 +144,22 @@ class CheckpointManager:
             is_leader=runtime.process.is_leader,
             seconds=lambda: runtime.timeouts.seconds,
             keep=config.checkpoint.keep,
+            first=runtime.process.first_network,
         )
+        self._positions: dict[Path, Position] = {}
+        self._loaded: Position | None = None
         self._file = network_file(runtime.process.network)
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is still being written."""
         return self._writer.busy
+
+    def resume_position(self) -> Position:
+        """Where a restarted run would resume: the newest complete checkpoint, or the start."""
+        for path in reversed(self._writer.completed):
+            return self._positions[path]
+        return self._loaded or Position()
 
     def choose(self) -> str:
         """Name of the newest intact checkpoint, or "" when there is none; for rank 0.
@@ -179,6 +200,7 @@ class CheckpointManager:
                 f"restore the original file names in {chosen.path}"
             )
         self._newest = name
+        self._loaded = Position(*(int(state.get(key, 0)) for key in ("epoch", "step", "round")))
         return chosen.path, state
 
     def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
@@ -263,4 +285,5 @@ class CheckpointManager:
 
     def _start(self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]) -> None:
         content = {"network": self._process.network, **progress.state_dict(), **state}
+        self._positions[path] = progress.position
         self._writer.start(label, path, progress.position, content)

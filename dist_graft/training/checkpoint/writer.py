@@ -52,6 +52,7 @@ class CheckpointWriter:
         is_leader: whether this process writes its network's file.
         seconds: returns how long to wait for the files of the other networks.
         keep: number of newest checkpoints to keep.
+        first: number of the first network in the checkpoint.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class CheckpointWriter:
         is_leader: bool = True,
         seconds: Callable[[], float],
         keep: int,
+        first: int = 0,
     ) -> None:
         self._network = network
         self._is_leader = is_leader
         self._peers = peers.clone() if peers else None
         self._seconds = seconds
         self._keep = keep
+        self._first = first
         self._abandoned = threading.Event()
         self.completed: list[Path] = []
         """Checkpoints that are complete, in order."""
@@ -174,6 +177,7 @@ class CheckpointWriter:
                 epoch=position.epoch,
                 round_=position.round,
                 sha256=[digest for digest, _, _ in saved],
+                first=self._first,
                 positions=[(int(epoch), int(step)) for _, epoch, step in saved],
             )
         except DistGraftError as error:

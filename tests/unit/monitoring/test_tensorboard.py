@@ -306,7 +306,7 @@ class TestCallback:
             callback.on_epoch_end(fake.trainer, epoch_report(metrics, networks=rows, ensemble=40.0))
         finals = {f"accuracy_{when}": value for when, value in FINALS.items()}
         fake.summary = {
-            "networks": [finals] * 2,
+            "networks": [finals | {"network": k} for k in range(2)],
             **{f"ensemble_{name}": value for name, value in finals.items()},
         }
         callback.on_fit_end(fake.trainer)

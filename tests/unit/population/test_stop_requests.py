@@ -38,7 +38,7 @@ def store() -> dist.HashStore:
 def requests(
     folder: Path, expired: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
 ) -> StopRequests:
-    return StopRequests(folder / "STOP", peers, grace_seconds=grace, on_grace_expired=expired.set)
+    return StopRequests([folder / "STOP"], peers, grace_seconds=grace, on_grace_expired=expired.set)
 
 
 def test_no_stop_is_requested(tmp_path: Path, expired: threading.Event) -> None:

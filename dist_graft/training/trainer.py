@@ -1000,7 +1000,8 @@ class Trainer:
                 sums: list[tuple[Tensor, Tensor]] = []
                 for state in states:
                     self.model.load_state_dict(state, strict=False)
-                    parts = list(ensemble_chunks(self._evaluate_split("test")))
+                    result = self._evaluate_split("test", max_numbers=math.inf)
+                    parts = list(ensemble_chunks(result))
                     for (total, _), (part, _) in zip(sums, parts, strict=False):
                         total.add_(part)
                     sums = sums or parts

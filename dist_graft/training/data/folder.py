@@ -25,7 +25,7 @@ from dist_graft.errors import DataError
 from dist_graft.seeding import stream_seed
 from dist_graft.training.data.augment import Normalize
 from dist_graft.training.data.base import BaseData, SampleKey
-from dist_graft.training.data.loader import start_loading
+from dist_graft.training.data.loader import start_loading, worker_count
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
 from dist_graft.training.data.sources import DatasetInfo
 
@@ -33,8 +33,6 @@ IMAGENET_SIZE = 224
 
 Sample = tuple[str, int]
 """Path of an image and its class."""
-_WORKERS = 4
-"""Default of data.workers."""
 
 
 class FolderImages(BaseData):
@@ -70,6 +68,7 @@ class FolderImages(BaseData):
         self.num_classes = len(classes)
         self.channels = config.channels or 3
         self.image_size = config.image_size or IMAGENET_SIZE
+        self.workers = worker_count("auto" if config.workers is None else config.workers)
         self.skipped: dict[str, str] = {}
         info = DatasetInfo(
             num_classes=self.num_classes, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -129,7 +128,7 @@ class FolderImages(BaseData):
         for pixels, labels, unreadable in start_loading(
             images,
             batches,
-            workers=_WORKERS if self._config.workers is None else self._config.workers,
+            workers=self.workers,
             device=self._device,
             collate=partial(_collate, shape=shape),
         ):

@@ -103,8 +103,8 @@ class RandomCrop:
     """Random crop of 8% to 100% of an image, resized to size × size, and flipped half the time.
 
     Draws from torch's default generator: the crop as `v2.RandomResizedCrop` does, then the flip. A
-    JPEG image whose crop is at least twice as large as the result is decoded at 1/2, 1/4 or 1/8 of
-    its size.
+    large JPEG image whose crop is at least twice as large as the result is decoded at 1/2, 1/4 or
+    1/8 of its size.
     """
 
     def __init__(self, size: int, channels: int) -> None:
@@ -116,7 +116,9 @@ class RandomCrop:
         crop = self._crop.make_params([image])
         flip = torch.rand(1) < 0.5
         reduction = min(crop["height"], crop["width"]) // self._size
-        if reduction > 1 and image.format == "JPEG":
+        # Below 16 times the pixels of the result, decoding all of them is faster.
+        is_large = image.width * image.height >= 16 * self._size**2
+        if reduction > 1 and is_large and image.format == "JPEG":
             pixels = self._reduced(image, reduction, **crop)
         else:
             pixels = F.resized_crop(decode(image, content), **crop, size=[self._size, self._size])

@@ -38,11 +38,11 @@ class ImageFiles:
     @classmethod
     def of_classes(cls, folder: Path, classes: Iterable[tuple[str, Iterable[str]]]) -> ImageFiles:
         """Arrange the images of the classes, given as (class folder, names in it) pairs."""
-        found, blobs, lengths = [], [], []
+        found, blob, lengths = [], bytearray(), []
         for name, group in classes:
             names = [os.fsencode(path) for path in group]
             found.append(name)
-            blobs.append(b"".join(names))
+            blob += b"".join(names)
             lengths.append(np.fromiter(map(len, names), np.uint16, len(names)))
         counts = [len(group) for group in lengths]
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -53,7 +53,7 @@ class ImageFiles:
         return cls(
             folder=folder,
             classes=found,
-            names=b"".join(blobs),
+            names=bytes(blob),
             starts=starts[order],
             lengths=sizes[order],
             labels=labels[order],

@@ -224,7 +224,7 @@ def test_a_random_crop_is_that_of_torchvision(kind, seed, photo):
 
 
 @pytest.mark.parametrize(
-    ("size", "reduced"), [(16, {(76, 51), (38, 26)}), (40, {(151, 101), (76, 51)})]
+    ("size", "reduced"), [(16, {(76, 51), (38, 26)}), (40, {(151, 101), (76, 51)}), (70, set())]
 )
 def test_large_crops_of_a_jpeg_are_decoded_at_a_fraction_of_its_size(
     size, reduced, photo, monkeypatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dist_graft.config.validation import at_least, require
 
@@ -31,9 +32,10 @@ class DataConfig:
     """Convert images to 1 (grayscale) or 3 channels; unset: as in the dataset."""
     augment: bool = True
     """Random crops and horizontal flips during training."""
-    workers: int | None = None
-    """DataLoader workers per process; 0: load in the training process. Unset: 4 for imagefolder, 0
-    for datasets passed in Python."""
+    workers: int | Literal["auto"] | None = None
+    """DataLoader workers per process; 0: load in the training process; auto: one for each core of
+    the process but one, between 1 and 16. Unset: auto for imagefolder, 0 for datasets passed in
+    Python."""
     skip_broken: bool = False
     """Skip images that cannot be decoded and report their number (imagefolder only)."""
     download: bool = True
@@ -46,4 +48,5 @@ class DataConfig:
         require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
         at_least("data.image_size", self.image_size, 1)
         require(self.channels in (None, 1, 3), "data.channels", self.channels, "1 or 3")
-        at_least("data.workers", self.workers, 0)
+        if self.workers != "auto":
+            at_least("data.workers", self.workers, 0)

@@ -84,6 +84,7 @@ from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.data.loader import too_many_workers
 from dist_graft.training.jobs import (
     assign_network,
     claim_network,
@@ -506,6 +507,9 @@ class Trainer:
         if self.process.is_main:
             self.directory.write_config(self.config, self.process.networks, self.custom)
         self.log.info("%s", _startup_message(self))
+        warning = too_many_workers(self.data.workers, self.process)
+        if warning and self.process.is_main:
+            self.log.warning("%s", warning)
         self.hosts = self.runtime.hosts()[:: self.process.replicas]
         if self.process.world_size > 1:
             device = str(self.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from documents import ROOT
 from launching import environment, program, run_program, torchrun
+from PIL import Image
 
 SHORT = ("--epochs", "2", "--model.name", "resnet8")
 MODEL_WITH_WARNING = """
@@ -81,6 +82,18 @@ def test_batch_log_has_plain_lines_and_each_warning_once(tmp_path: Path) -> None
     for network in (0, 1):
         log = (run / f"network{network:02d}/log.txt").read_text()
         assert log.count("WARNING UserWarning: this network is odd") == 1
+
+
+def test_more_loader_workers_than_cores_are_one_warning(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / split / "cat" / "0.jpg")
+    data = ("--data.name", "imagefolder", "--data.root", str(tmp_path), "--data.image_size", "16")
+    command = torchrun(2, tmp_path / "run", "--epochs", "1", *SHORT[2:], *data)
+    done = run_program([*command, "--data.workers", "1"], timeout=150, SLURM_CPUS_ON_NODE="1")
+    assert done.status == 0, done
+    warning = "on this machine: 2 (data.workers 1 in each of 2 processes), cores: 1; lower"
+    assert (done.output + done.errors).count(warning) == 1
 
 
 def test_first_lines_describe_the_run(pair: Path) -> None:

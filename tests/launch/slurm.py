@@ -19,6 +19,7 @@ from launching import environment, free_port, is_alive, wait_until
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _CONFIGURATION = """
 ClusterName=two
+GresTypes=gpu
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -47,7 +48,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=5
 SlurmdTimeout=10
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=6
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=6 Gres=gpu:2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 State=UP
 """
@@ -91,6 +92,8 @@ class Slurm:
                 second=first + 1,
             )
         )
+        # Any device file serves as a GPU.
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (self.folder / "state").mkdir()
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):

@@ -54,6 +54,28 @@ def cluster() -> Iterator[slurm.Slurm]:
 
 
 @pytest.mark.slow
+def test_cores_follow_gpus(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """Jobs whose training is the program true."""
+    for options, cores, warning in (
+        ((), "4", ""),
+        (("--cpus-per-task=2",), "2", ""),
+        (("--gpus-per-node=2", "--cpus-per-gpu=3"), "6", ""),
+        (("--gpus-per-node=2", "--cpus-per-task=3"), "3", "2 GPUs and 3 cores on n1: ask"),
+    ):
+        output = tmp_path / "job.txt"
+        output.unlink(missing_ok=True)
+        job = cluster.submit(
+            [SCRIPT],
+            *("--wait", f"--chdir={ROOT}", f"--output={output}", *options),
+            PYTHON="true",
+            RUN_DIR=str(tmp_path / "run"),
+        )
+        assert cluster.job(job)["NumCPUs"] == cores
+        assert warning in output.read_text()
+        assert bool(warning) == ("warning" in output.read_text())
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     cluster: slurm.Slurm, tmp_path: Path

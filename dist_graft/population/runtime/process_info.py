@@ -99,17 +99,22 @@ class ProcessInfo:
             )
         return replace(self, first_network=network, population=population)
 
-    def cpu_share(self) -> int:
-        """Number of CPU cores for this process, at least 1.
+    def cores(self) -> int:
+        """Number of CPU cores for all processes of this run on this machine.
 
+        Those of torchrun, if it started the processes: it may bind each to some (--numa-binding).
         Under Slurm at most those allocated to the job step: without task binding
         (TaskPlugin=task/none) the affinity mask covers the whole machine.
         """
-        cores = len(os.sched_getaffinity(0))
+        by_torchrun = self.launched and "TORCHELASTIC_RUN_ID" in os.environ
+        cores = len(os.sched_getaffinity(os.getppid() if by_torchrun else 0))
         allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")
-        if allocated.isdecimal():
-            cores = min(cores, int(allocated))
-        return max(1, cores // self.local_world_size)
+        return min(cores, int(allocated)) if allocated.isdecimal() else cores
+
+    def cpu_share(self) -> int:
+        """Number of CPU cores for this process, at least 1."""
+        equal = self.cores() // self.local_world_size
+        return max(1, min(len(os.sched_getaffinity(0)), equal))
 
 
 def describe_process(rank: int, replicas: int, host: str, *, first: int = 0) -> str:

@@ -1,20 +1,23 @@
 """torchrun with one-line errors: ``python -m dist_graft.population.runtime.torchrun OPTIONS``.
 
-Differs from torchrun in three ways: no traceback of the launcher, an immediate error for an
-unusable rendezvous address, and an exit when the rendezvous store becomes unreachable.
+Differs from torchrun in four ways: no traceback of the launcher, an immediate error for an
+unusable rendezvous address, an exit when the rendezvous store becomes unreachable, and
+--numa-binding=node by default where it applies.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,12 +32,15 @@ from dist_graft.printing import print_line
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 600.0  # torchrun's default
 _EXIT_SECONDS = 15.0  # from the end of the processes to the end of their launcher
+_NUMA_NODES = Path("/sys/devices/system/node")
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun with its options; returns the exit status, or ends the process."""
     options = parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
+    options.numa_binding = options.numa_binding or _numa_binding(options.nproc_per_node)
     endpoint = options.rdzv_endpoint
     conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)
     join_seconds = float(conf.get("join_timeout", _JOIN_SECONDS))
@@ -54,6 +60,40 @@ def main(argv: list[str]) -> int:
     except (RendezvousConnectionError, RendezvousTimeoutError) as error:
         _fail(_rendezvous_failed(endpoint, join_seconds), error.__cause__ or error)
     return 0
+
+
+def _numa_binding(processes: str) -> str | None:
+    """Return "node" if each process can be bound to the cores near its GPU.
+
+    None if there is one NUMA node only, or fewer GPUs than processes. None also where torchrun
+    would fail: without numactl, or without an allowed core near one of the GPUs.
+
+    Args: processes: torchrun's --nproc-per-node.
+    """
+    if len(list(_NUMA_NODES.glob("node[0-9]*"))) < 2 or shutil.which("numactl") is None:
+        return None
+    gpus = torch.cuda.device_count()
+    count = int(processes) if processes.isdecimal() else gpus
+    if not 0 < count <= gpus or processes == "cpu":
+        return None
+    allowed = os.sched_getaffinity(0)
+    return "node" if all(allowed & _cores_near(gpu) for gpu in range(count)) else None
+
+
+def _cores_near(gpu: int) -> set[int]:
+    """Cores of the NUMA node of a GPU; empty if the system does not tell."""
+    device: Any = torch.cuda.get_device_properties(gpu)
+    address = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
+    try:
+        node = max(0, int((_PCI_DEVICES / address / "numa_node").read_text()))
+        ranges = (_NUMA_NODES / f"node{node}" / "cpulist").read_text().strip()
+    except OSError:
+        return set()
+    cores: set[int] = set()
+    for part in filter(None, ranges.split(",")):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
 
 
 def _check_endpoint(endpoint: str) -> None:

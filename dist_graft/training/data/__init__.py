@@ -40,6 +40,8 @@ class Data(Protocol):
     steps_per_epoch: int
     """Training batches per epoch; the last one may be smaller."""
     has_validation: bool
+    workers: int
+    """Loader workers of this process; 0: it loads the samples itself."""
 
     def part(self, step: int) -> Part:
         """Part of a step's batch that this process trains on."""

@@ -18,7 +18,7 @@ from dist_graft.errors import ConfigError, DataError, SampleError, StoppedError
 from dist_graft.seeding import stream_seed
 from dist_graft.training.data.base import BaseData, SampleKey
 from dist_graft.training.data.batches import map_tensors
-from dist_graft.training.data.loader import start_loading
+from dist_graft.training.data.loader import start_loading, worker_count
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
 
 _IMAGE_OPTIONS = ("image_size", "channels", "augment", "skip_broken")
@@ -118,6 +118,7 @@ class DatasetData(BaseData):
             subsets = replace(subsets, val=torch.arange(len(datasets.val)))
         super().__init__(config, subsets, seed=seed, network=network, device=device, share=share)
         self._datasets = datasets
+        self.workers = worker_count(config.workers or 0)
 
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]:
         samples = _Samples(
@@ -141,7 +142,7 @@ class DatasetData(BaseData):
         for batch in start_loading(
             samples,
             batches,
-            workers=self._config.workers or 0,
+            workers=self.workers,
             device=self._device,
             collate=_identity,
         ):

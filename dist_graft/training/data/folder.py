@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from dist_graft.config import DataConfig
 from dist_graft.errors import DataError
 from dist_graft.seeding import stream_seed
 from dist_graft.training.data.augment import Normalize
 from dist_graft.training.data.base import BaseData, SampleKey
-from dist_graft.training.data.loader import start_loading
+from dist_graft.training.data.decoding import (
+    CenterCrop,
+    RandomCrop,
+    Transform,
+    Unreadable,
+    display_path,
+    read_image,
+)
+from dist_graft.training.data.image_files import ImageFiles
+from dist_graft.training.data.loader import start_loading, worker_count
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
 from dist_graft.training.data.sources import DatasetInfo
 
 IMAGENET_SIZE = 224
-
-Sample = tuple[str, int]
-"""Path of an image and its class."""
-_WORKERS = 4
-"""Default of data.workers."""
 
 
 class FolderImages(BaseData):
@@ -54,14 +49,16 @@ class FolderImages(BaseData):
         channels_last: bool,
         share: Share = SINGLE,
     ) -> None:
-        classes, self._train = _read_folder(Path(config.root) / "train")
-        test_classes, self._test = _read_folder(Path(config.root) / "val")
+        self._train = ImageFiles.read(Path(config.root) / "train")
+        self._test = ImageFiles.read(Path(config.root) / "val")
+        classes, test_classes = self._train.classes, self._test.classes
         if classes != test_classes:
             name = min(set(classes) ^ set(test_classes))
             missing, present = ("val", "train") if name in classes else ("train", "val")
             raise DataError(
-                f"{Path(config.root) / missing / name} is missing, but {present}/{name} exists: "
-                "train and val must have the same class folders"
+                f"{display_path(Path(config.root) / missing / name)} is missing, but "
+                f"{display_path(Path(present, name))} exists: train and val must have the same "
+                "class folders"
             )
         subsets = choose_subsets(
             config, seed=seed, train_total=len(self._train), test_total=len(self._test)
@@ -70,6 +67,7 @@ class FolderImages(BaseData):
         self.num_classes = len(classes)
         self.channels = config.channels or 3
         self.image_size = config.image_size or IMAGENET_SIZE
+        self.workers = worker_count("auto" if config.workers is None else config.workers)
         self.skipped: dict[str, str] = {}
         info = DatasetInfo(
             num_classes=self.num_classes, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -78,7 +76,8 @@ class FolderImages(BaseData):
         self._normalize = Normalize(mean, std, device=device, channels_last=channels_last)
 
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Tensor, Tensor]]:
-        transform = self._train_transform() if self._config.augment else self._eval_transform()
+        kind = RandomCrop if self._config.augment else CenterCrop
+        transform = kind(self.image_size, self.channels)
         images = _Images(self._train, transform, (self._seed, self._network, epoch))
         for pixels, labels in self._batches(images, self._local_keys(epoch, first, last)):
             if not len(labels):
@@ -90,37 +89,12 @@ class FolderImages(BaseData):
         indices = self._subsets.evaluated(split, self._share)
         return self._eval_batches(self._test if split == "test" else self._train, indices)
 
-    def _eval_batches(
-        self, samples: Sequence[Sample], indices: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        images = _Images(samples, self._eval_transform(), None)
+    def _eval_batches(self, files: ImageFiles, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        images = _Images(files, CenterCrop(self.image_size, self.channels), None)
         for pixels, labels in self._batches(images, self._eval_keys(indices)):
             if len(labels):
                 yield pixels, labels
-        self._raise_if_all_skipped(samples, indices)
-
-    def _train_transform(self) -> v2.Compose:
-        return v2.Compose(
-            [
-                *self._color_transforms(),
-                v2.RandomResizedCrop(self.image_size),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-            ]
-        )
-
-    def _eval_transform(self) -> v2.Compose:
-        return v2.Compose(
-            [
-                *self._color_transforms(),
-                v2.Resize(round(self.image_size * 256 / 224)),
-                v2.CenterCrop(self.image_size),
-                v2.PILToTensor(),
-            ]
-        )
-
-    def _color_transforms(self) -> list[v2.Transform]:
-        return [v2.Grayscale()] if self.channels == 1 else []
+        self._raise_if_all_skipped(files, indices)
 
     def _batches(
         self, images: _Images, batches: Iterable[list[SampleKey]]
@@ -129,7 +103,7 @@ class FolderImages(BaseData):
         for pixels, labels, unreadable in start_loading(
             images,
             batches,
-            workers=_WORKERS if self._config.workers is None else self._config.workers,
+            workers=self.workers,
             device=self._device,
             collate=partial(_collate, shape=shape),
         ):
@@ -151,54 +125,15 @@ class FolderImages(BaseData):
             )
         self.skipped.setdefault(file.path, file.reason)
 
-    def _raise_if_all_skipped(self, samples: Sequence[Sample], indices: Tensor) -> None:
-        paths = [samples[index][0] for index in indices.tolist()]
+    def _raise_if_all_skipped(self, files: ImageFiles, indices: Tensor) -> None:
+        if len(self.skipped) < len(indices):
+            return
+        paths = [display_path(files[index][0]) for index in indices.tolist()]
         if all(path in self.skipped for path in paths):
             raise DataError(
                 f"none of {len(paths)} images can be read; "
                 f"the first is {paths[0]}: {self.skipped[paths[0]]}"
             )
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A file that could not be decoded.
-
-    Returned rather than raised, because a loader worker wraps exceptions into its traceback.
-    """
-
-    path: str
-    reason: str
-    """One line."""
-    broken: bool
-    """True if the content is damaged, False if the system cannot read the file."""
-
-
-def read_image(path: str) -> Image.Image | Unreadable:
-    """Decode a file to RGB. Transparency is dropped and the EXIF orientation ignored."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return Unreadable(path, error.strerror or str(error), broken=False)
-    if not content:
-        return Unreadable(path, "file is empty", broken=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about transparency and metadata, which are not used
-            with Image.open(io.BytesIO(content)) as image:
-                return _as_rgb(image)
-    except UnidentifiedImageError:
-        return Unreadable(path, "unknown image format", broken=True)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return Unreadable(path, " ".join(str(error).split()), broken=True)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise ValueError("32-bit pixels of unknown range are not supported")
-    if image.mode.startswith("I"):  # 16 bits: keep the high byte, convert() would clip
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
@@ -209,25 +144,24 @@ class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
-        transform: Callable[[Any], Tensor],
+        files: ImageFiles,
+        transform: Transform,
         stream: tuple[int, int, int] | None,
     ) -> None:
-        self._samples = samples
+        self._files = files
         self._transform = transform
         self._stream = stream
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int] | Unreadable:
         position, index = key
-        path, label = self._samples[index]
-        image = read_image(path)
-        if isinstance(image, Unreadable):
-            return image
+        path, label = self._files[index]
         if self._stream is None:
-            return self._transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(stream_seed("augment", *self._stream, position))
-            return self._transform(image), label
+            image = read_image(path, self._transform)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(stream_seed("augment", *self._stream, position))
+                image = read_image(path, self._transform)
+        return image if isinstance(image, Unreadable) else (image, label)
 
 
 def _collate(
@@ -241,23 +175,3 @@ def _collate(
         torch.stack([image for image, _ in readable], out=pixels)
     labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
     return pixels, labels, unreadable
-
-
-def _read_folder(folder: Path) -> tuple[list[str], list[Sample]]:
-    """Class names and samples of a folder, round-robin over the classes."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing: imagefolder needs train/CLASS/* and val/CLASS/*")
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        raise DataError(f"{folder} has no class folders: imagefolder needs one per class")
-    content = ImageFolder(str(folder), allow_empty=True)
-    rounds: defaultdict[int, list[Sample]] = defaultdict(list)
-    counts = [0] * len(content.classes)
-    for path, label in content.samples:
-        rounds[counts[label]].append((path, label))
-        counts[label] += 1
-    if 0 in counts:
-        raise DataError(
-            f"{folder / content.classes[counts.index(0)]} has no images "
-            f"({', '.join(IMG_EXTENSIONS)}): add some or remove the folder"
-        )
-    return content.classes, [sample for samples in rounds.values() for sample in samples]

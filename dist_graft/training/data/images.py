@@ -65,6 +65,7 @@ class ResidentImages(BaseData):
             config, seed=seed, train_total=len(train.images), test_total=len(test.images)
         )
         super().__init__(config, subsets, seed=seed, network=network, device=device, share=share)
+        self.workers = 0
         self.skipped: dict[str, str] = {}
         self._train = self._resident(train, self.train_size + len(subsets.val))
         self._test = self._resident(test, len(subsets.test))

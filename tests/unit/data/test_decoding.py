@@ -7,15 +7,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from dist_graft.config import DataConfig
-from dist_graft.training.data import load_data
-from dist_graft.training.data.folder import Unreadable, read_image
+from dist_graft.training.data import decoding, load_data
+from dist_graft.training.data.decoding import CenterCrop, RandomCrop, Unreadable, decode, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 GRAY = np.random.default_rng(1).integers(0, 256, (20, 30), dtype=np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (20, 30), dtype=np.uint16)
 CLEAR = np.arange(600, dtype=np.uint16).reshape(20, 30).astype(np.uint8)
+
+
+def read_rgb(path):
+    """The whole image as [height, width, 3], or the reason why it cannot be read."""
+    read = read_image(path, decode)
+    return read if isinstance(read, Unreadable) else read.permute(1, 2, 0).numpy()
 
 
 def three_channels(gray):
@@ -59,9 +66,7 @@ FILES = {
 def test_every_mode_decodes_to_rgb(name, tmp_path):
     image, options, rgb = FILES[name]
     image.save(tmp_path / name, **options)
-    read = read_image(str(tmp_path / name))
-    assert read.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(read), rgb)
+    np.testing.assert_array_equal(read_rgb(tmp_path / name), rgb)
 
 
 def test_the_files_cover_the_modes(tmp_path):
@@ -76,7 +81,7 @@ def test_the_files_cover_the_modes(tmp_path):
 def test_cmyk_jpeg(tmp_path):
     path = tmp_path / "image.jpg"
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path)
-    red, green, blue = np.asarray(read_image(str(path))).reshape(-1, 3).mean(axis=0)
+    red, green, blue = read_rgb(path).reshape(-1, 3).mean(axis=0)
     assert red > 250
     assert max(green, blue) < 5
 
@@ -86,7 +91,7 @@ def test_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(RGB).save(path, exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_image(str(path))), RGB)
+    np.testing.assert_array_equal(read_rgb(path), RGB)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -113,7 +118,7 @@ def test_truncated_files_are_broken(kind, part, tmp_path):
     Image.fromarray(RGB).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
-    read = read_image(str(path))
+    read = read_rgb(path)
     assert isinstance(read, Unreadable)
     assert (read.path, read.broken) == (str(path), True)
     assert read.reason
@@ -145,7 +150,7 @@ def png_of(width, height):
 def test_the_reason_of_an_unreadable_file(content, reason, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    read = read_image(str(path))
+    read = read_rgb(path)
     assert isinstance(read, Unreadable)
     assert read.broken
     assert reason in read.reason
@@ -155,9 +160,106 @@ def test_the_reason_of_an_unreadable_file(content, reason, tmp_path):
 def test_pixels_of_unknown_range_are_rejected(kind, tmp_path):
     path = tmp_path / "image.tiff"
     Image.fromarray(GRAY.astype(kind)).save(path)
-    assert "32-bit" in read_image(str(path)).reason
+    assert "32-bit" in read_rgb(path).reason
 
 
 def test_a_missing_file_is_not_broken(tmp_path):
-    path = str(tmp_path / "gone.png")
-    assert read_image(path) == Unreadable(path, "No such file or directory", broken=False)
+    path = tmp_path / "gone.png"
+    assert read_rgb(path) == Unreadable(str(path), "No such file or directory", broken=False)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Saves a smooth image; returns its path, and its pixels as PIL decodes them."""
+
+    def save(width, height, kind="jpg", mode="RGB", **options):
+        noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        path = tmp_path / f"photo.{kind}"
+        image.convert(mode).save(path, **options)
+        with Image.open(path) as stored:
+            return path, v2.functional.pil_to_tensor(stored.convert("RGB"))
+
+    return save
+
+
+JPEG_OPTIONS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "gray": {"mode": "L"},
+}
+
+
+@pytest.mark.parametrize("name", JPEG_OPTIONS)
+def test_torchvision_and_pil_decode_a_jpeg_to_the_same_pixels(name, photo, monkeypatch):
+    path, pixels = photo(75, 50, quality=90, **JPEG_OPTIONS[name])
+    monkeypatch.setattr(decoding, "_as_rgb", None)  # called for what PIL decodes
+    assert torch.equal(read_image(path, decode), pixels)
+
+
+def refuse(*_, **__):
+    raise RuntimeError("damaged")
+
+
+@pytest.mark.parametrize("decoder", [None, refuse])
+def test_pil_decodes_a_jpeg_that_torchvision_does_not(decoder, photo, monkeypatch):
+    monkeypatch.setattr(decoding, "decode_jpeg", decoder)
+    path, pixels = photo(75, 50)
+    assert torch.equal(read_image(path, decode), pixels)
+
+
+def random_crop(size):
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_crop_is_that_of_torchvision(kind, seed, photo):
+    path, pixels = photo(75, 50, kind)
+    torch.manual_seed(seed)
+    expected = random_crop(32)(pixels)
+    torch.manual_seed(seed)
+    assert torch.equal(read_image(path, RandomCrop(32, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"), [(16, {(76, 51), (38, 26)}), (40, {(151, 101), (76, 51)}), (70, set())]
+)
+def test_large_crops_of_a_jpeg_are_decoded_at_a_fraction_of_its_size(
+    size, reduced, photo, monkeypatch
+):
+    sizes = set()
+    as_rgb = decoding._as_rgb
+
+    def spy(image):
+        sizes.add(image.size)
+        return as_rgb(image)
+
+    monkeypatch.setattr(decoding, "_as_rgb", spy)
+    path, pixels = photo(301, 201, quality=95)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        crop = read_image(path, RandomCrop(size, 3))
+        torch.manual_seed(seed)
+        expected = random_crop(size)(pixels)
+        assert crop.shape == expected.shape
+        assert (crop.int() - expected.int()).abs().float().mean() < 4
+    assert sizes == reduced
+
+
+def test_a_crop_of_a_reduced_image_lies_within_it(tmp_path):
+    """Pixels outside of an image would be black."""
+    path = tmp_path / "white.jpg"
+    Image.new("RGB", (133, 91), "white").save(path)
+    torch.manual_seed(0)
+    crops = torch.stack([read_image(path, RandomCrop(9, 1)) for _ in range(200)])
+    assert crops.shape == (200, 1, 9, 9)
+    assert int(crops.min()) == 255
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_the_center_crop_is_that_of_torchvision(kind, photo):
+    path, pixels = photo(75, 50, kind)
+    expected = v2.Compose([v2.Resize(37), v2.CenterCrop(32)])(pixels)
+    assert torch.equal(read_image(path, CenterCrop(32, 3)), expected)

@@ -19,8 +19,10 @@ from torch.utils.data import Dataset
 
 from dist_graft.config import DataConfig
 from dist_graft.population.runtime.process import SIGNALS
-from dist_graft.training.data import Data, load_data
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.training.data import Data, load_data, loader
 from dist_graft.training.data.datasets import DatasetData, Datasets
+from dist_graft.training.data.loader import too_many_workers
 
 PREAMBLE = """
 import multiprocessing, signal, sys
@@ -190,3 +192,82 @@ def test_the_trainer_receives_signals_while_workers_are_alive(image_root):
         batches.close()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+class TestNumberOfWorkers:
+    """On a machine with 8 cores."""
+
+    @pytest.fixture(autouse=True)
+    def cores(self, monkeypatch, tmp_path):
+        """Return a function that sets the number of cores."""
+        for name in ("SLURM_CPUS_ON_NODE", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(loader, "_CPU_QUOTA", tmp_path / "cpu.max")
+
+        def set_cores(number):
+            monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(number)))
+
+        set_cores(8)
+        return set_cores
+
+    @pytest.fixture
+    def processes(self, monkeypatch):
+        def set_processes(number):
+            monkeypatch.setenv("RANK", "0")
+            monkeypatch.setenv("WORLD_SIZE", str(number))
+
+        return set_processes
+
+    @pytest.mark.parametrize(
+        ("number", "here", "workers"), [(8, 1, 7), (8, 2, 3), (8, 4, 1), (2, 4, 1), (64, 2, 16)]
+    )
+    def test_auto(self, number, here, workers, cores, processes, image_root):
+        cores(number)
+        processes(here)
+        config = DataConfig(name="imagefolder", root=str(image_root))
+        data = load_data(config, seed=0, network=0, device=torch.device("cpu"), channels_last=False)
+        assert data.workers == workers
+
+    @pytest.mark.parametrize(
+        ("quota", "workers"),
+        [("max 100000", 3), ("400000 100000", 1), ("590000 100000", 2), ("1600000 100000", 3)],
+    )
+    def test_auto_within_the_quota_of_a_container(self, quota, workers, processes, tmp_path):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        processes(2)
+        assert datasets_with(workers="auto").workers == workers
+
+    @pytest.mark.parametrize(("option", "workers"), [(None, 0), (0, 0), (40, 40), ("auto", 7)])
+    def test_datasets_from_python(self, option, workers):
+        assert datasets_with(workers=option).workers == workers
+
+    def test_only_a_surplus_is_a_warning(self):
+        two, three = ProcessInfo(0, 2, 0, 2), ProcessInfo(0, 6, 0, 3)
+        assert too_many_workers(4, two) == too_many_workers(0, three) == ""
+        assert too_many_workers(3, three).startswith(
+            "loader workers on this machine: 9 (data.workers 3 in each of 3 processes), cores: 8;"
+        )
+
+    def test_torch_does_not_warn(self, cores):
+        """Warnings are errors in tests."""
+        cores(1)
+        batches = datasets_with(workers=2, batch_size=500).train_batches(0, 0, 1)
+        batch = iter(batches)
+        with contextlib.closing(batches):
+            next(batch)
+
+
+def datasets_with(**options):
+    """The `Data` of a thousand samples."""
+    samples = [(index, index) for index in range(1000)]
+    return DatasetData(
+        Datasets(train=Listed(samples), test=Listed(samples)),
+        DataConfig(**options),
+        seed=0,
+        network=0,
+        device=torch.device("cpu"),
+    )
+
+
+class Listed(list):
+    """A list is a map-style dataset."""

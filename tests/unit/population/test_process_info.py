@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -34,6 +35,22 @@ def test_cores_are_shared_within_the_allocation_of_the_job(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", allocated)
     assert ProcessInfo(0, here, 0, here).cpu_share() == share
+
+
+@pytest.mark.parametrize(
+    ("bound", "here", "share"), [(16, 4, 4), (8, 4, 4), (4, 4, 4), (2, 4, 2), (16, 32, 1)]
+)
+def test_cores_of_a_process_that_torchrun_binds_to_some_of_them(
+    bound: int, here: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = os.getppid()
+    monkeypatch.setattr(
+        "os.sched_getaffinity", lambda process: set(range(16 if process == launcher else bound))
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    process = ProcessInfo(0, here, 0, here, launched=True)
+    assert (process.cores(), process.cpu_share()) == (16, share)
 
 
 @pytest.mark.parametrize(

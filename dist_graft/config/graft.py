@@ -65,6 +65,9 @@ class GraftConfig:
     """Maximum size of an exchange buffer per network, in MiB; at most 16 are used on the CPU."""
     reset_momentum: bool = False
     """Clear the optimizer state (momentum, AdamW's moments) after each round."""
+    ema: bool = True
+    """With optim.ema_decay: the moving averages exchange weights in each round, too, with the same
+    coefficients. Doubles the bytes of a round."""
 
     def __post_init__(self) -> None:
         at_least("graft.every", self.every, 0)

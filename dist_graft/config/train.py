@@ -92,6 +92,11 @@ class TrainConfig:
             raise ConfigError(
                 "graft.exchange files requires population.size, the number of networks"
             )
+        if self.optim.ema_decay is not None and self.graft.ema:
+            raise ConfigError(
+                "graft.exchange files publishes weights, not moving averages: set graft.ema false "
+                "to keep optim.ema_decay, whose averages then do not take part in rounds"
+            )
         if self.method in RULES and RULES[self.method].in_step:
             raise ConfigError(
                 f"method {self.method} exchanges scalars among all networks at the same step, "

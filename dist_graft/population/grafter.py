@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -61,6 +62,7 @@ from dist_graft.population.round.files import (
 )
 from dist_graft.population.round.groups import RoundGroups
 from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.round.replica_checks import IdentityCheck, warn_if_synchronized
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.replicas import average_buffers
 from dist_graft.population.runtime.timeouts import Timeouts
@@ -177,7 +179,10 @@ class Grafter:
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
+        if isinstance(model, DistributedDataParallel) and exchange != "files":
+            warn_if_synchronized(model.process_group, self._groups.group)
         self._pool = BufferPool()
+        self._identity_check = IdentityCheck()
         self._on_divergence: OnDivergence = on_divergence
         self._files: FilesRound | None = None
         if exchange == "files":
@@ -203,6 +208,7 @@ class Grafter:
         rate: float = 1.0,
         stop: bool = False,
         diverged: bool = False,
+        also: Sequence[nn.Module] = (),
         job: JobState | None = None,
     ) -> GraftRecord:
         """Run one round; every rank of the groups must call this equally often.
@@ -217,6 +223,8 @@ class Grafter:
             rate: factor for every donor's share, in [0, 1]; identical on every rank.
             stop: whether this rank wants to stop before the round.
             diverged: whether the training loss is not finite, even if the weights are.
+            also: modules with the tensors of the model, equally many on every rank, which exchange
+                theirs with the same mixing, such as moving averages; not with exchange "files".
             job: files: where the network stands; None: after so many epochs as rounds.
 
         Returns: the record of the round for this network.
@@ -247,6 +255,8 @@ class Grafter:
 
         # Networks that share only a directory.
         if self._files:
+            if also:
+                raise ValueError('exchange "files" publishes the model only: also must be empty')
             if stop:
                 raise RoundStoppedError(f"network {self._files.network} stops before the round")
             job = job or JobState(place=Place(self.round))
@@ -257,7 +267,9 @@ class Grafter:
         # Agree.
         network = groups.network
         with timer.phase("agree"), self._reporting_missing_peers(self.round):
-            agreement = self._agree(tensors, self.round, state, information, rate, stop=stop)
+            agreement = self._agree(
+                tensors, self.round, state, information, rate, stop=stop, also=len(also)
+            )
             if information is None or network in agreement.diverged:
                 information = torch.zeros(agreement.measured, dtype=torch.float64)
             matrix = groups.gather_networks(information, device)
@@ -285,16 +297,25 @@ class Grafter:
             on_wait=groups.check_peers,
         )
         with self._reporting_missing_peers(self.round):
-            if isinstance(mixing, ScalarSwap):
-                applied = swap_scalars(tensors, self.units, mixing, transport)
-            else:
-                applied = blend_tensors(tensors, self.units, mixing, transport)
+            applied = self._apply(tensors, mixing, transport)
+            for module in also:
+                more = self._apply(graft_tensors(module), mixing, transport)
+                applied = replace(
+                    applied, bytes_received=applied.bytes_received + more.bytes_received
+                )
 
         # Record.
         measured = matrix[network].tolist() if state == FINITE else []
         record = self._record(network, mixing, measured, applied, agreement.diverged, timer)
         self.round += 1
+        self._identity_check.observe(record)
         return record
+
+    def _apply(self, tensors: dict[str, Tensor], mixing: Mixing, transport: Transport) -> Applied:
+        """Exchange and change tensors in place; every rank of the groups must call this."""
+        if isinstance(mixing, ScalarSwap):
+            return swap_scalars(tensors, self.units, mixing, transport)
+        return blend_tensors(tensors, self.units, mixing, transport)
 
     def _graft_files(
         self,
@@ -456,11 +477,13 @@ class Grafter:
         rate: float = 1.0,
         *,
         stop: bool = False,
+        also: int = 0,
     ) -> Agreement:
         """Exchange headers; every rank of the groups must call this."""
         groups, device = self._groups, _device(tensors)
         groups.enter_round(entered_round)
-        schema = Schema(tensors, [unit.name for unit in self.units], self._options(device))
+        options = self._options(device) | {"also": also}
+        schema = Schema(tensors, [unit.name for unit in self.units], options)
         header = Header(
             protocol=PROTOCOL,
             network=groups.network,

@@ -717,6 +717,7 @@ class Trainer:
                         rate=self.rate(steps),
                         stop=self.stopping,
                         diverged=self.progress.diverged,
+                        also=self._averages_to_graft(),
                         job=self._job_state(steps),
                     )
             elif segment.evaluate or self.stopping:
@@ -736,6 +737,11 @@ class Trainer:
             self.progress.count_round()
         if segment.round and self.config.graft.reset_momentum:
             self.state.optimizer.state.clear()
+
+    def _averages_to_graft(self) -> list[nn.Module]:
+        """The moving average, if it takes part in rounds."""
+        averaged = self.state.averaged if self.config.graft.ema else None
+        return [averaged.model] if averaged else []
 
     def _job_state(self, steps: int) -> JobState | None:
         """Where this job stands after so many steps; None if all networks run together."""

@@ -69,6 +69,7 @@ OTHER: dict[str, Any] = {
     "optim.accumulation": 2,
     "optim.label_smoothing": 0.1,
     "optim.ema_decay": 0.99,
+    "graft.ema": False,
     "graft.every": 2,
     "graft.every_steps": 5,
     "graft.start": 1,

@@ -25,6 +25,10 @@ class RunDirectoryError(DistGraftError):
     """The run directory cannot be written, or holds another run."""
 
 
+class LeaseHeldError(RunDirectoryError):
+    """Another process uses the folder."""
+
+
 class DisagreementError(DistGraftError):
     """The networks of a population differ in tensors, graft units or options."""
 

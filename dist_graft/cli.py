@@ -30,6 +30,7 @@ from dist_graft.config.parsing import (
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
+    LeaseHeldError,
     StartError,
     StoppedEarlyError,
     StoppedError,
@@ -85,6 +86,8 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
     except StoppedError as error:
         return _fail(str(error), error.exit_status, process, argv, root_cause=False)
+    except LeaseHeldError as error:  # the log belongs to another run
+        return _fail(str(error), error.exit_status, process, argv, log=False)
     except DistGraftError as error:
         if isinstance(error, UserCodeError):
             print_line(error.user_traceback())
@@ -104,14 +107,20 @@ def _print(text: str) -> None:
 
 
 def _fail(
-    message: str, status: int, process: ProcessInfo, argv: Sequence[str], *, root_cause: bool = True
+    message: str,
+    status: int,
+    process: ProcessInfo,
+    argv: Sequence[str],
+    *,
+    root_cause: bool = True,
+    log: bool = True,
 ) -> int:
     line = " ".join(message.split())
     if process.world_size > 1:
         line = f"{process}: {line}"
     print_line(f"dist-graft: error: {line}")
     run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
-    if run_dir and "train" in argv:
+    if log and run_dir and "train" in argv:
         from dist_graft.monitoring.log import append_line
 
         append_line(Path(run_dir) / f"network{process.network:02d}", f"ERROR {line}")

@@ -26,7 +26,11 @@ class RunDirectoryError(DistGraftError):
 
 
 class LeaseHeldError(RunDirectoryError):
-    """Another process uses the folder."""
+    """Another process uses the folder. Nothing was written there."""
+
+
+class LeaseLostError(LeaseHeldError):
+    """Another process has taken over the folder, because this one was stopped for too long."""
 
 
 class DisagreementError(DistGraftError):

@@ -72,6 +72,11 @@ class RunDirectory:
         """Marker of a run that stopped early and can be resumed."""
         return self.path / "STOPPED_EARLY"
 
+    @property
+    def lease(self) -> Path:
+        """Lease of the process that uses the folder (ADR 40)."""
+        return self.path / "lease.json"
+
     def network(self, network: int) -> Path:
         """Folder of one network: log, metrics, events, status."""
         return self.path / f"network{network:02d}"

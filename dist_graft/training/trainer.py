@@ -24,6 +24,8 @@ from torch import nn
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
+    LeaseHeldError,
+    LeaseLostError,
     PeerError,
     RoundStoppedError,
     RunDirectoryError,
@@ -43,6 +45,7 @@ from dist_graft.monitoring.metrics import (
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.record import GraftRecord
+from dist_graft.population.runtime.lease import Lease, is_taken_over, this_process
 from dist_graft.population.runtime.process import (
     SIGNALS,
     die_with_launcher,
@@ -188,6 +191,8 @@ class Trainer:
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
         self._summary_error: RunDirectoryError | None = None
+        self._lease: Lease | None = None
+        self._lease_token = ""
         self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
         self._busy_seconds = 0.0
@@ -237,6 +242,21 @@ class Trainer:
         """Steps finished in the run."""
         return self.epoch * self.steps_per_epoch + self.step
 
+    @property
+    def lease_lost(self) -> bool:
+        """Whether another run has taken over the run directory; then nothing may be written."""
+        if self._lease:
+            return self._lease.lost
+        return bool(self._lease_token) and is_taken_over(self.directory.lease, self._lease_token)
+
+    def _check_lease(self) -> None:
+        """Raise LeaseLostError if another run has taken over the run directory."""
+        if self.lease_lost:
+            raise LeaseLostError(
+                f"{self.directory.path} was taken over by another run while this one did not "
+                "respond: nothing more was written; see dist-graft status"
+            )
+
     # ---- The run ---------------------------------------------------------------------------------
 
     def fit(self) -> None:
@@ -262,6 +282,8 @@ class Trainer:
                 raise explained from error
         finally:
             close_log()
+            if self._lease:
+                self._lease.release()
             if not self.process.launched:  # a launcher may still signal a process that exits
                 for number, handler in handlers.items():
                     signal.signal(number, handler or signal.SIG_DFL)
@@ -289,7 +311,8 @@ class Trainer:
                     )
             self.runtime.shutdown()
         except BaseException as error:
-            self.callbacks.call("on_exception", self, self._explain(error))
+            if not isinstance(error, LeaseLostError):
+                self.callbacks.call("on_exception", self, self._explain(error))
             raise
         finally:
             self.stop_requests.close()
@@ -321,6 +344,7 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
+        self._acquire_lease()
         if self.process.is_main:
             self.directory.check(self.config, self.process.networks)
             if self.config.resume == "must" and not complete_checkpoints(
@@ -345,11 +369,35 @@ class Trainer:
             self.runtime.peers,
             grace_seconds=grace,
             on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+            on_poll=self._check_lease,
         )
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)
-        self.checkpoints = CheckpointManager(self.config, self.runtime, self.directory, self.log)
+        self.checkpoints = CheckpointManager(
+            self.config, self.runtime, self.directory, self.log, check=self._check_lease
+        )
+
+    def _acquire_lease(self) -> None:
+        """Take the run directory for this run. A collective.
+
+        Raises: LeaseHeldError, on all ranks, if another run uses it.
+        """
+        refusal = ""
+        if self.process.is_main:
+            self._lease = Lease(self.directory.lease, holder=this_process())
+            try:
+                self._lease.acquire()
+            except LeaseHeldError as error:
+                refusal = str(error)
+        token = self._lease.token if self._lease else ""
+        what = "the lease of the run directory"
+        self._lease_token, _, refusal = self.runtime.broadcast_text(
+            what, f"{token} {refusal}"
+        ).partition(" ")
+        self.runtime.gather([0.0], what)  # the process that hosts the store may exit after this
+        if refusal:
+            raise LeaseHeldError(refusal)
 
     def _check_shared_directory(self) -> None:
         """Check that all processes see the same run directory.
@@ -427,6 +475,7 @@ class Trainer:
 
     def _announce(self) -> None:
         """Write config.yaml, and log the configuration and the processes."""
+        self._check_lease()
         if self.process.is_main:
             self.directory.write_config(self.config, self.process.networks, self.custom)
         self.log.info("%s", _startup_message(self))
@@ -666,6 +715,7 @@ class Trainer:
         with self.timer.phase("checkpoint"):
             self.checkpoints.settle()
         self._report_checkpoint()
+        self._check_lease()
         self.progress.seconds = time.monotonic() - self._start_time
         if self.step:
             self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
@@ -729,6 +779,7 @@ class Trainer:
             ensemble_accuracy=ensemble,
             seconds=trained.seconds,
         )
+        self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
         check_finite(networks, epoch, self.process.network, non_finite, tolerant=self._tolerant)
         return not non_finite
@@ -792,6 +843,7 @@ class Trainer:
             ]
         seconds = time.monotonic() - self._start_time
         self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
+        self._check_lease()
         if self.process.is_main:
             self.summary["events"] = self.run_events.events
             text = json.dumps(self.summary, indent=1) + "\n"

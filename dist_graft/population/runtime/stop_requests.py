@@ -26,6 +26,7 @@ class StopRequests:
         peers: registry of the run; None for a single process.
         grace_seconds: time from the request to the call of `on_grace_expired`.
         on_grace_expired: must end the process; called in another thread.
+        on_poll: called at most once a second, at a poll.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class StopRequests:
         *,
         grace_seconds: float,
         on_grace_expired: Callable[[], object],
+        on_poll: Callable[[], object] = lambda: None,
     ) -> None:
         self._file = file
+        self._on_poll = on_poll
         self._peers = peers
         self._grace = threading.Timer(grace_seconds, on_grace_expired)
         self._grace.daemon = True
@@ -71,6 +74,7 @@ class StopRequests:
         if self._signal is None and now - self._last_poll < _POLL_SECONDS:
             return None
         self._last_poll = now
+        self._on_poll()
         if self._signal is not None:
             reason = signal.Signals(self._signal).name
         elif self._file.exists():

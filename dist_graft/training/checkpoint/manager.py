@@ -7,7 +7,7 @@ checkpoints; their files are awaited through the key-value store of the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,20 @@ class Progress:
 
 
 class CheckpointManager:
-    """Saves, loads and deletes the checkpoints of a run on behalf of one process."""
+    """Saves, loads and deletes the checkpoints of a run on behalf of one process.
+
+    `check` is called before a file is written, also by another thread; it raises a
+    RunDirectoryError if this run must not write any more.
+    """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, directory: RunDirectory, log: logging.Logger
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        directory: RunDirectory,
+        log: logging.Logger,
+        *,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._process = runtime.process
         self._folder = directory.checkpoints
@@ -131,6 +141,7 @@ class CheckpointManager:
             is_leader=runtime.process.is_leader,
             seconds=lambda: runtime.timeouts.seconds,
             keep=config.checkpoint.keep,
+            check=check,
         )
         self._file = network_file(runtime.process.network)
 

@@ -55,7 +55,11 @@ from dist_graft.population.runtime.process import (
 from dist_graft.population.runtime.process_group import Runtime, start
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.population.runtime.replicas import Replicas
-from dist_graft.population.runtime.stop_requests import StopRequests
+from dist_graft.population.runtime.stop_requests import (
+    GracePeriod,
+    SignalMonitor,
+    StopRequests,
+)
 from dist_graft.printing import format_table, print_line
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.seeding import stream_seed
@@ -193,6 +197,8 @@ class Trainer:
         self._summary_error: RunDirectoryError | None = None
         self._lease: Lease | None = None
         self._lease_token = ""
+        self._signals: SignalMonitor | None = None
+        self._announce_signal: Callable[[signal.Signals], object] = lambda number: None
         self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
         self._busy_seconds = 0.0
@@ -281,6 +287,9 @@ class Trainer:
                     raise
                 raise explained from error
         finally:
+            if self._signals:
+                self._signals.close()
+                self._grace.cancel()
             close_log()
             if self._lease:
                 self._lease.release()
@@ -315,7 +324,6 @@ class Trainer:
                 self.callbacks.call("on_exception", self, self._explain(error))
             raise
         finally:
-            self.stop_requests.close()
             if not self.process.launched:  # a launched process is about to exit
                 self.checkpoints.close()
             self.callbacks.call("teardown", self)
@@ -335,12 +343,24 @@ class Trainer:
                 "left unchanged"
             )
         stop_on_signals()
+        self._handle_signals()
         if self.process.launched:
             die_with_launcher()
         hold_warnings()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
         self.runtime: Runtime = start(self.config.runtime, self.process)
         self.replicas: Replicas = self.runtime.replicas
+
+    def _handle_signals(self) -> None:
+        """Start the grace period at the first signal, wherever the main thread is."""
+        seconds = self.config.checkpoint.grace_seconds
+        self._grace = GracePeriod(seconds, lambda: _leave_without_peers(self.process, seconds))
+
+        def on_signal(number: signal.Signals) -> None:
+            self._grace.start()
+            self._announce_signal(number)
+
+        self._signals = SignalMonitor(on_signal)
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
@@ -363,14 +383,13 @@ class Trainer:
         if self.process.is_main:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
-        grace = self.config.checkpoint.grace_seconds
         self.stop_requests = StopRequests(
             self.directory.stop,
             self.runtime.peers,
-            grace_seconds=grace,
-            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+            grace=self._grace,
             on_poll=self._check_lease,
         )
+        self._announce_signal = self.stop_requests.announce
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)

@@ -128,12 +128,14 @@ class TestRunDirectory:
         self, train: Train, tmp_path: Path, place: str
     ) -> None:
         (tmp_path / "file").write_text("here")
-        error_line(train(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
+        error_line(
+            train(tmp_path / place, *ONE), f"{place}/lease.json cannot be written", "run_dir"
+        )
         assert (tmp_path / "file").read_text() == "here"
 
     def test_folder_is_not_writable(self, train: Train) -> None:
         error_line(
-            train(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir"
+            train(Path("/proc/run"), *ONE), "/proc/run/lease.json cannot be written", "run_dir"
         )
 
     @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])

@@ -53,7 +53,11 @@ from dist_graft.population.runtime.process import (
     stop_on_signals,
 )
 from dist_graft.population.runtime.process_group import Runtime, start
-from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
+from dist_graft.population.runtime.process_info import (
+    ProcessInfo,
+    describe_process,
+    read_process_info,
+)
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.stop_requests import (
     GracePeriod,
@@ -91,6 +95,11 @@ from dist_graft.training.layer_stats import (
     non_finite_part,
 )
 from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.same_options import (
+    digest,
+    options_text,
+    refuse_different_options,
+)
 from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
 from dist_graft.training.shared_directory import (
@@ -364,6 +373,7 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
+        self._compare_options()
         self._acquire_lease()
         if self.process.is_main:
             self.directory.check(self.config, self.process.networks)
@@ -396,6 +406,22 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             self.config, self.runtime, self.directory, self.log, check=self._check_lease
         )
+
+    def _compare_options(self) -> None:
+        """Check that all processes were started with the same options. A collective.
+
+        Raises: DisagreementError, on all ranks, naming options, values and processes.
+        """
+        text, what = options_text(self.config), "the comparison of the options"
+        rows = self.runtime.gather_all_ranks(digest(text), what)
+        if any(row != rows[0] for row in rows):
+            texts = self.runtime.gather_texts(what, text)
+            names = [
+                describe_process(rank, self.process.replicas, host)
+                for rank, host in enumerate(self.runtime.hosts())
+            ]
+            self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
+            refuse_different_options(texts, names)
 
     def _acquire_lease(self) -> None:
         """Take the run directory for this run. A collective.

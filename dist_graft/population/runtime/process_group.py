@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
-from dist_graft.errors import ConfigError, StartError
+from dist_graft.errors import ConfigError, DisagreementError, StartError
 from dist_graft.population.collectives import (
     communicating,
     first_line,
@@ -208,8 +208,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     client = StoreClient(dist.PrefixStore("dist_graft", store), lambda: timeouts.seconds)
     peers = PeerRegistry(client, process.rank, process.world_size, process.replicas)
     peers.check_in(config.timeout_seconds)
-    if process.replicas > 1:
-        _refuse_uneven_machines(process, peers, config.timeout_seconds)
+    _refuse_uneven_machines(process, config.backend, peers, config.timeout_seconds)
 
     # Backend and process groups.
     nccl = can_use_nccl(device, peers, config.timeout_seconds)
@@ -238,11 +237,26 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
     return Runtime(process, device, backend, timeouts, peers, mesh, replicas)
 
 
-def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
-    """Raise ConfigError in every process if machines run different numbers of processes."""
-    peers.publish("processes here", str(process.local_world_size))
-    sizes = sorted({int(size) for size in peers.collect("processes here", seconds)})
-    if len(sizes) > 1:
+def _refuse_uneven_machines(
+    process: ProcessInfo, backend: str, peers: PeerRegistry, seconds: float
+) -> None:
+    """Check in every process what the groups need: the same replicas and backend everywhere.
+
+    Raises: DisagreementError if they differ; ConfigError if machines run different numbers of
+        processes, and several train each network.
+    """
+    peers.publish("group", f"{process.local_world_size} {process.replicas} {backend}")
+    texts = peers.collect("group", seconds)
+    sizes, replicas, backends = (
+        sorted(set(column)) for column in zip(*map(str.split, texts), strict=True)
+    )
+    for name, values in (("runtime.replicas", replicas), ("runtime.backend", backends)):
+        if len(values) > 1:
+            raise DisagreementError(
+                f"the processes were started with different options: {name} is "
+                f"{' and '.join(values)}; start all with the same options"
+            )
+    if len(sizes) > 1 and process.replicas > 1:
         raise uneven_machines(
             process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
         )

@@ -20,7 +20,7 @@ from dist_graft.version import versions
 
 _CHANGEABLE = (
     *("run_dir", "resume", "callbacks", "checkpoint.", "monitor."),
-    *("data.root", "data.workers", "graft.exchange", "graft.bucket_mb"),
+    *("data.root", "data.workers", "data.download", "graft.exchange", "graft.bucket_mb"),
     *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image
 )

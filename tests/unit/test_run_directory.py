@@ -20,6 +20,7 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
 
 FREE = {
+    "data.download",
     "run_dir",
     "resume",
     "callbacks",

@@ -173,10 +173,16 @@ class CheckpointManager:
                 "processes need the same run_dir on a shared disk"
             )
         path = chosen.path / self._file
-        state = load_network(path, chosen.sha256[self._file])
-        if state["network"] != self._process.network:
+        if self._file not in chosen.sha256:
             raise RunDirectoryError(
-                f"{path} holds network {state['network']}, not network {self._process.network}: "
+                f"{chosen.path} holds {chosen.networks} networks, not network "
+                f"{self._process.network}: start as many, or choose another run_dir"
+            )
+        state = load_network(path, chosen.sha256[self._file])
+        number = state.get("network")
+        if number != self._process.network:
+            raise RunDirectoryError(
+                f"{path} holds network {number}, not network {self._process.network}: "
                 f"restore the original file names in {chosen.path}"
             )
         self._newest = name
@@ -260,7 +266,7 @@ class CheckpointManager:
     def mark_stopped(self, reason: str, path: Path) -> None:
         """Write the marker of a run that stopped early; for rank 0."""
         text = f"stopped early by {reason}: rerun the command to resume from {path}\n"
-        write_atomically(self._directory.stopped, text.encode())
+        write_atomically(self._directory.stopped, text.encode(errors="backslashreplace"))
 
     def _start(self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]) -> None:
         content = {"network": self._process.network, **progress.state_dict(), **state}

@@ -37,7 +37,7 @@ from dist_graft.errors import (
     UserCodeError,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
-from dist_graft.printing import print_line
+from dist_graft.printing import print_line, printable
 from dist_graft.studies import command as compare
 from dist_graft.training import command as train
 from dist_graft.training.data import command as prepare
@@ -101,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _print(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -24,11 +24,13 @@ from torch import nn
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
+    DataError,
     LeaseHeldError,
     LeaseLostError,
     PeerError,
     RoundStoppedError,
     RunDirectoryError,
+    StartError,
     StoppedEarlyError,
     StoppedError,
 )
@@ -499,9 +501,17 @@ class Trainer:
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
             path, state = self.checkpoints.load(name)
-            self.progress = Progress.from_state_dict(state)
-            self.state.load_state_dict(state)
-            self.replicas.restore_buffers(self.state.model_and_average(), self.progress.buffers)
+            try:
+                self.progress = Progress.from_state_dict(state)
+                self.state.load_state_dict(state)
+                buffers = self.progress.buffers
+                self.replicas.restore_buffers(self.state.model_and_average(), buffers)
+            except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+                first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
+                raise RunDirectoryError(
+                    f"{path} does not fit this model and optimizer ({first}): pass the options of "
+                    "the run that wrote it, or choose another run_dir"
+                ) from error
             self.resumed_from = path
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
@@ -946,6 +956,22 @@ class Trainer:
                     f"{'; '.join(exited)} ended: see its own output; rerun the command to resume "
                     "from the latest checkpoint"
                 )
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
+            return ConfigError(
+                f"out of memory ({text or type(error).__name__}): reduce data.batch_size, or the "
+                "number of networks on this machine"
+            )
+        if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+            return DataError(
+                f"a loader worker has died ({text}): often memory or /dev/shm is full; reduce "
+                "data.workers or data.batch_size"
+            )
+        if isinstance(error, RuntimeError) and text.startswith("can't start new thread"):
+            return StartError(
+                "can't start new thread: the limit of processes is reached (ulimit -u, or the "
+                "container's); raise it, or reduce data.workers or the networks on this machine"
+            )
         if isinstance(error, torch.OutOfMemoryError):
             return ConfigError(
                 f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -27,7 +27,7 @@ from dist_graft.population.collectives import (
 from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
-from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.population.runtime.process import communicate_on_loopback, keep_freed_memory
 from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient, call_with_timeout
@@ -35,6 +35,8 @@ from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
 """Numbers of the runs in this process, the same in every process of a run."""
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_MIN_THREADS, _MAX_THREADS_PER_CORE = 64, 8  # always accepted; beyond, threads fail to start
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
 
 
@@ -182,6 +184,11 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
 
     # Device and torch's global settings.
     device = choose_device(config.device, process)
+    if config.threads > max(_MIN_THREADS, _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)):
+        raise ConfigError(
+            f"runtime.threads {config.threads} is too much for {os.cpu_count()} CPU cores: use at "
+            "most one per core"
+        )
     torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":
         keep_freed_memory()
@@ -285,6 +292,13 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = process.is_main and not by_launcher
+    listener = None
+    if host in _LOOPBACK:  # all processes are on this machine
+        communicate_on_loopback()
+        with suppress(
+            OSError
+        ):  # open already: by an earlier run of this process, or reported below
+            listener = socket.create_server(("127.0.0.1", int(port))) if is_server else None
     connect = partial(
         dist.TCPStore,
         host,
@@ -294,6 +308,7 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
         multi_tenant=True,  # a second run in this process reuses the server
+        master_listen_fd=listener.detach() if listener else None,
     )
     try:
         # torch does not bound the wait for a response on another program's port.

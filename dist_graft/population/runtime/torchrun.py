@@ -1,7 +1,8 @@
 """torchrun with one-line errors: ``python -m dist_graft.population.runtime.torchrun OPTIONS``.
 
-Differs from torchrun in three ways: no traceback of the launcher, an immediate error for an
-unusable rendezvous address, and an exit when the rendezvous store becomes unreachable.
+Differs from torchrun in four ways: no traceback of the launcher, an immediate error for an
+unusable rendezvous address, an exit when the rendezvous store becomes unreachable, and
+``--standalone`` listens on the loopback interface only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.run import parse_args, run
 
 from dist_graft.population.collectives import first_line
+from dist_graft.population.runtime.launch import LOOPBACK_RENDEZVOUS
 from dist_graft.population.runtime.process import has_ended, leave
 from dist_graft.population.runtime.store import call_with_timeout
 from dist_graft.printing import print_line
@@ -34,6 +37,9 @@ _EXIT_SECONDS = 15.0  # from the end of the processes to the end of their launch
 def main(argv: list[str]) -> int:
     """Run torchrun with its options; returns the exit status, or ends the process."""
     options = parse_args(argv)
+    if options.standalone:  # torchrun's own rendezvous listens on all interfaces
+        options.standalone = False
+        options.rdzv_backend, options.rdzv_id = LOOPBACK_RENDEZVOUS, uuid.uuid4().hex
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
     endpoint = options.rdzv_endpoint
     conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)

@@ -38,7 +38,7 @@ from dist_graft.errors import (
     UserCodeError,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
-from dist_graft.printing import print_line
+from dist_graft.printing import print_line, printable
 from dist_graft.studies import command as compare
 from dist_graft.training import command as train
 from dist_graft.training.data import command as prepare
@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _print(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -125,6 +125,7 @@ def _fail(
     severity = "" if status == StoppedEarlyError.exit_status else "error: "
     print_line(f"dist-graft: {severity}{line}")
     run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
+    # The log of a run directory that another run uses is left alone.
     if run_dir and "train" in argv and not isinstance(error, LeaseHeldError):
         from dist_graft.monitoring.log import append_line
 

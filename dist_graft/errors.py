@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DistGraftError(Exception):
@@ -28,7 +30,11 @@ class RunDirectoryError(DistGraftError):
 
 
 class LeaseHeldError(RunDirectoryError):
-    """Another process uses the folder."""
+    """Another process uses the folder. Nothing was written there."""
+
+
+class LeaseLostError(LeaseHeldError):
+    """Another process has taken over the folder, because this one was stopped for too long."""
 
 
 class DisagreementError(DistGraftError):
@@ -96,6 +102,21 @@ class UserCodeError(DistGraftError):
     def user_traceback(self) -> str:
         """The traceback of the user's exception."""
         return "".join(traceback.format_exception(self.__cause__)).rstrip()
+
+
+class FunctionError(UserCodeError):
+    """A user-defined function raised an exception."""
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Convert an exception of user code into a FunctionError that names the function."""
+    try:
+        yield
+    except DistGraftError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
 class CallbackError(UserCodeError):

@@ -14,7 +14,12 @@ def print_line(text: object, stream: TextIO | None = None) -> None:
     A closed pipe or terminal and a full disk are ignored.
     """
     with contextlib.suppress(OSError):
-        print(text, file=stream or sys.stderr, flush=True)
+        print(printable(text), file=stream or sys.stderr, flush=True)
+
+
+def printable(text: object) -> str:
+    """The text with escapes for what is not valid Unicode, such as bytes of a file name."""
+    return str(text).encode(errors="backslashreplace").decode()
 
 
 def flush_all() -> None:

@@ -14,18 +14,21 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.validation import from_nested
+from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
 _CHANGEABLE = (
     *("run_dir", "resume", "callbacks", "checkpoint.", "monitor.", "population."),
-    *("data.root", "data.workers", "graft.bucket_mb", "graft.wait_seconds"),
+    *("data.root", "data.workers", "data.download", "graft.bucket_mb", "graft.wait_seconds"),
     *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image
 )
 """Options that may differ when a run is resumed: names and prefixes of names."""
-_UNREADABLE = (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError)
+_UNREADABLE = (
+    *(OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError, OverflowError),
+    *(RecursionError, IndexError),
+)
 """Errors of reading a config.yaml that is missing or invalid."""
 _OPEN_ENDED_SCHEDULES = ("constant", "step")
 """Schedules that do not depend on the number of epochs."""
@@ -71,7 +74,7 @@ class RunDirectory:
 
     @property
     def lease(self) -> Path:
-        """Held by the process that writes the run's files, or those of a job's network."""
+        """Lease of the process that writes the files of the run or job (ADR 40)."""
         return self.own / "lease.json"
 
     @property
@@ -130,17 +133,16 @@ class RunDirectory:
         if not started:
             return
         try:
-            stored = yaml.safe_load(self.config.read_text())
-            before_networks, before_epochs = stored.pop("run")["networks"], int(stored["epochs"])
+            stored = self._read()
+            before_networks, before_epochs = int(stored.pop("run")["networks"]), stored["epochs"]
             # Runs of older versions lack newer options.
             before = dict(flatten(as_plain(TrainConfig()))) | dict(flatten(stored))
+            replicas = int(before["runtime.replicas"])
+            require(isinstance(before_epochs, int), "epochs", before_epochs, "a whole number")
         except _UNREADABLE as error:
-            raise RunDirectoryError(
-                f"{self.config} cannot be read ({error}): choose another run_dir"
-            ) from error
+            raise self._cannot_be_read(error) from error
         files = config.graft.exchange == "files"
         if before_networks != networks and not (files and networks > before_networks):
-            replicas = int(before.get("runtime.replicas", 1))
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
                 f"{self.path} holds a run of {before_networks} networks, but "
@@ -211,18 +213,31 @@ class RunDirectory:
         if not self.config.is_file():
             raise RunDirectoryError(f"{self.path} is not a run directory: it has no config.yaml")
         try:
-            stored = yaml.safe_load(self.config.read_text())
+            stored = self._read()
             networks = int(stored.pop("run")["networks"])
             return from_nested(TrainConfig, stored), networks
         except _UNREADABLE as error:
-            raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
+            raise self._cannot_be_read(error) from error
 
     def read_custom(self) -> list[str]:
         """What was passed to the Trainer in Python; empty for a run of the command line."""
         try:
-            return list(yaml.safe_load(self.config.read_text())["run"].get("custom", ()))
+            return list(map(str, self._read()["run"].get("custom", ())))
         except _UNREADABLE as error:
-            raise RunDirectoryError(f"{self.config} cannot be read ({error})") from error
+            raise self._cannot_be_read(error) from error
+
+    def _read(self) -> dict[str, Any]:
+        """Content of config.yaml; raises one of `_UNREADABLE` if it is damaged."""
+        stored = yaml.safe_load(self.config.read_text())
+        if not isinstance(stored, dict) or not isinstance(stored.get("run"), dict):
+            raise ValueError("it is not the configuration of a run")
+        return stored
+
+    def _cannot_be_read(self, error: BaseException) -> RunDirectoryError:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        return RunDirectoryError(
+            f"{self.config} cannot be read ({cause}): restore it, or choose another run_dir"
+        )
 
     def _check_epochs(self, before: int, config: TrainConfig) -> None:
         if config.epochs < before:

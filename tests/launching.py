@@ -76,7 +76,7 @@ def run_population(networks: int, run: Path, *options: str) -> list[Done]:
 
     The processes are forked from a server that has imported torch.
     """
-    ends = programs(program(run, *options)[3:], _by_hand(networks), limit=150)
+    ends = programs(program(run, *options)[3:], by_hand(networks), limit=150)
     assert not any(end.status for end in ends), ends
     return ends
 
@@ -98,7 +98,7 @@ def running(
     """Run programs in the background, with RANK etc. if there are several; killed on exit."""
     processes: list[subprocess.Popen[str]] = []
     try:
-        for command, place in zip(commands, _by_hand(len(commands)), strict=True):
+        for command, place in zip(commands, by_hand(len(commands)), strict=True):
             processes.append(
                 subprocess.Popen(
                     command,
@@ -118,7 +118,7 @@ def running(
             process.communicate()
 
 
-def _by_hand(processes: int) -> list[dict[str, str]]:
+def by_hand(processes: int) -> list[dict[str, str]]:
     """Environment of each process; without RANK for a single one."""
     if processes == 1:
         return [environment()]

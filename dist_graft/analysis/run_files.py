@@ -20,6 +20,7 @@ from dist_graft.training.checkpoint.files import (
     job_checkpoints,
 )
 
+_MAX_NETWORKS = 10_000  # more are a damaged number
 _TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
 
 Fields = dict[str, Any]
@@ -101,7 +102,8 @@ def read_run(path: Path) -> RunFiles:
     config = _read_object(directory.config, problems, yaml.safe_load)
     start = config.get("run")
     count = start.get("networks") if isinstance(start, dict) else None
-    networks = sorted(found | set(range(count if isinstance(count, int) else 0)))
+    count = count if isinstance(count, int) and count <= _MAX_NETWORKS else 0
+    networks = sorted(found | set(range(count)))
     checkpoints = complete_checkpoints(directory.checkpoints)
     jobs = {} if checkpoints else job_checkpoints(path)
     checkpoints += sorted((found[-1] for found in jobs.values()), key=lambda each: each.epoch)
@@ -153,7 +155,7 @@ def read_json(path: Path) -> Any:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines()]
         return json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
 
 
@@ -179,9 +181,11 @@ def _read_lines(path: Path, problems: list[str]) -> list[Fields]:
 def _parse(text: str, parse: Callable[[str], Any] = json.loads) -> Fields | None:
     try:
         content = parse(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError, yaml.YAMLError):
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    return {str(key): value for key, value in content.items()}  # YAML has keys of other types
 
 
 def _read_text(path: Path, problems: list[str], *, tail: bool = False) -> str | None:

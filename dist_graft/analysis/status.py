@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,8 +198,8 @@ def _is_alive(files: NetworkFiles, now: float) -> bool:
 
 def _silent_seconds(files: NetworkFiles, now: float) -> float | None:
     """Seconds since the network's process wrote status.json; None if it never did."""
-    written = files.status.get("time")
-    return max(0.0, now - written) if isinstance(written, (int, float)) else None
+    written = _as_float(files.status.get("time"))
+    return None if written is None else max(0.0, now - written)
 
 
 def _is_gone(files: NetworkFiles) -> bool:
@@ -390,8 +391,9 @@ def _fixed(value: object, digits: int) -> str:
 
 def _as_float(value: object) -> float | None:
     """A finite number, or None for anything else that the file may hold."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
+    with suppress(OverflowError):
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
     return None
 
 
@@ -400,7 +402,9 @@ def _as_int(value: object) -> int | None:
 
 
 def _name_in(config: Mapping[str, Any], section: str) -> Any:
-    if section in (config.get("run", {}).get("custom") or ()):
+    run = config.get("run")
+    custom = run.get("custom") if isinstance(run, dict) else None
+    if isinstance(custom, list) and section in custom:
         return f"custom {section}"  # given in Python, so the configured name was not used
     values = config.get(section)
     return values.get("name") if isinstance(values, dict) else None

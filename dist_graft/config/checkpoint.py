@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_graft.config.validation import above_zero, at_least
+from dist_graft.config.validation import MAX_SECONDS, above_zero, at_least, at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +30,4 @@ class CheckpointConfig:
         at_least("checkpoint.keep", self.keep, 1)
         at_least("checkpoint.max_failures", self.max_failures, 0)
         above_zero("checkpoint.grace_seconds", self.grace_seconds)
+        at_most("checkpoint.grace_seconds", self.grace_seconds, MAX_SECONDS)

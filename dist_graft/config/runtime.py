@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_graft.config.validation import above_zero, at_least
+from dist_graft.config.validation import MAX_SECONDS, above_zero, at_least, at_most
 from dist_graft.errors import ConfigError
 
 CompileMode = Literal["reduce-overhead", "max-autotune"]
@@ -60,4 +60,5 @@ class RuntimeConfig:
             )
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout_seconds", self.timeout_seconds)
+        at_most("runtime.timeout_seconds", self.timeout_seconds, MAX_SECONDS)
         at_least("runtime.timeout_epochs", self.timeout_epochs, 1)

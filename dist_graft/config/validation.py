@@ -11,6 +11,11 @@ from typing import Any
 from dist_graft.errors import ConfigError
 from dist_graft.references import check_name, resolve
 
+_LARGEST = 2**31 - 1
+_LARGEST_FLOAT32 = 3.4e38
+MAX_SECONDS = 1e8
+"""Longest timeout, about three years; clocks and threads overflow beyond."""
+
 
 def require(ok: bool, name: str, value: object, legal: str) -> None:
     """Raise ConfigError with the option's name, value and legal range, unless ok."""
@@ -19,15 +24,23 @@ def require(ok: bool, name: str, value: object, legal: str) -> None:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Require a finite number of at least `least`. None, for unset, is accepted."""
+    """Require a number from `least` to 2^31 - 1. None, for unset, is accepted."""
     if value is not None:
-        require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
+        require(least <= value < math.inf, name, value, f"at least {least}")
+        require(value <= _LARGEST, name, value, f"at most {_LARGEST}")
 
 
 def above_zero(name: str, value: float | None) -> None:
-    """Require a finite number greater than 0. None, for unset, is accepted."""
+    """Require a number greater than 0 that float32 can hold. None, for unset, is accepted."""
     if value is not None:
-        require(math.isfinite(value) and value > 0, name, value, "above 0")
+        require(0 < value < math.inf, name, value, "above 0")
+        require(value < _LARGEST_FLOAT32, name, value, f"below {_LARGEST_FLOAT32:g}")
+
+
+def at_most(name: str, value: float | None, most: float) -> None:
+    """Require a number of at most `most`. None, for unset, is accepted."""
+    if value is not None:
+        require(value <= most, name, value, f"at most {most:g}")
 
 
 def step_range(name: str, value: str) -> tuple[int, int]:

@@ -106,8 +106,8 @@ def _disk_error(path: Path, error: OSError) -> RunDirectoryError:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         content = json.loads(line)
-    except ValueError:
-        return None  # a truncated line
+    except (ValueError, RecursionError):
+        return None  # a damaged line
     return content if isinstance(content, dict) else None
 
 

@@ -54,13 +54,19 @@ class LayerHistory:
 
 def coefficients(line: Mapping[str, Any]) -> Mapping[str, float | None]:
     """Coefficients of the last round of an epoch, from its line in metrics.jsonl."""
-    rounds: Mapping[str, Mapping[str, float | None]] = line.get("graft") or {}
-    return rounds.get("coefficient", {})
+    rounds = line.get("graft")
+    return _numbers(rounds.get("coefficient")) if isinstance(rounds, Mapping) else {}
 
 
 def informations(line: Mapping[str, Any]) -> Mapping[str, float | None]:
     """Information at the end of an epoch, from its line in metrics.jsonl."""
-    return line.get("information") or {}
+    return _numbers(line.get("information"))
+
+
+def _numbers(values: object) -> Mapping[str, float | None]:
+    """The numbers in a part of metrics.jsonl, which may have been edited."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    return {name: value for name, value in items if value is None or isinstance(value, int | float)}
 
 
 class Pacing:

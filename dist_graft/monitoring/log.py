@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.printing import print_line
+from dist_graft.printing import print_line, printable
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _logger = logging.getLogger("dist_graft")
@@ -26,7 +26,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(printable(self.format(record)), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -80,7 +80,7 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _attach(_File(folder / "log.txt"))
+            _attach(_File(folder / "log.txt", errors="backslashreplace"))
         except OSError as error:
             close_log()
             raise RunDirectoryError(
@@ -114,7 +114,7 @@ def append_line(folder: Path, line: str) -> None:
     """Append an error to a network's log if possible; the console shows it in any case."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("a") as file:
+        with (folder / "log.txt").open("a", errors="backslashreplace") as file:
             file.write(line + "\n")
     except OSError:
         return

@@ -52,6 +52,8 @@ class RunEventsFile:
 
     def __init__(self, path: Path, *, start_epoch: int, start_round: int) -> None:
         def stays(event: dict[str, Any]) -> bool:
+            if not _is_complete(event):
+                return False
             past = event["epoch"] < start_epoch or event["round"] < start_round
             return bool(past or event["kind"] == "resumed")
 
@@ -65,6 +67,16 @@ class RunEventsFile:
         """
         self.events.append(asdict(event))
         self._file.write(asdict(event))
+
+
+def _is_complete(event: dict[str, Any]) -> bool:
+    """Whether a line that may have been edited has all entries of an event, of their types."""
+    network = event.get("network", "")
+    return (
+        (network is None or isinstance(network, int))
+        and all(isinstance(event.get(name), int) for name in ("epoch", "round"))
+        and all(isinstance(event.get(name), str) for name in ("kind", "text", "time"))
+    )
 
 
 class RunEvents(Callback):

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,6 +98,7 @@ class StatusFile(Callback):
 
     def __init__(self) -> None:
         self._path: Path | None = None
+        self._lease_lost: Callable[[], bool] = lambda: False
         self._remaining: RemainingTime | None = None
         self._batch = 0
         self._first = 0
@@ -107,6 +108,7 @@ class StatusFile(Callback):
 
     def setup(self, trainer: Trainer) -> None:
         self._status = Status(network=trainer.process.network)
+        self._lease_lost = lambda: trainer.lease_lost
         if trainer.process.is_leader:
             self._path = trainer.directory.status(trainer.process.network)
             self._write()
@@ -179,7 +181,7 @@ class StatusFile(Callback):
             self._write()
 
     def _write(self) -> None:
-        if self._path is None:
+        if self._path is None or self._lease_lost():
             return
         left = None if self._status.phase in ENDED else self.seconds_left()
         content: Mapping[str, object] = asdict(self._status) | {

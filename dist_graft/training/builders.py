@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import OptimConfig, TrainConfig
 from dist_graft.config.validation import own
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
 from dist_graft.grafting.rules.base import Rule, Schedule
 from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
@@ -100,7 +100,8 @@ def build_state(
     network = runtime.process.network
     torch.manual_seed(stream_seed("init", config.seed, 0 if config.model.shared_init else network))
     if make_model is not None:
-        model = make_model()
+        with user_code("model="):
+            model = make_model()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model= must return an nn.Module, got {model!r}")
     elif isinstance(data, ImageData):
@@ -118,7 +119,8 @@ def build_state(
         fused = runtime.device.type == "cuda"
         optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr, fused=fused)
     else:
-        optimizer = make_optimizer(model, lr)
+        with user_code("optimizer="):
+            optimizer = make_optimizer(model, lr)
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
@@ -225,7 +227,9 @@ def build_user_rule(config: TrainConfig) -> Rule | None:
         option, reference = "method", config.method
     if reference is None:
         return None
-    rule: Rule = own(option, reference)()
+    function = own(option, reference)
+    with user_code(f"{option} {reference}"):
+        rule: Rule = function()
     if not all(callable(getattr(rule, name, None)) for name in ("measure", "decide")):
         raise ConfigError(
             f"{option} {reference!r} returned {rule!r}, which has no measure or decide method"

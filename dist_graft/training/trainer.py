@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
+    DataError,
     DistGraftError,
     LeaseHeldError,
+    LeaseLostError,
     PeerError,
     RoundStoppedError,
     RunDirectoryError,
+    StartError,
     StoppedEarlyError,
     StoppedError,
 )
@@ -48,7 +51,7 @@ from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
-from dist_graft.population.runtime.lease import Lease
+from dist_graft.population.runtime.lease import Lease, is_taken_over, this_process
 from dist_graft.population.runtime.process import (
     SIGNALS,
     die_with_launcher,
@@ -56,9 +59,17 @@ from dist_graft.population.runtime.process import (
     stop_on_signals,
 )
 from dist_graft.population.runtime.process_group import Runtime, start
-from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
+from dist_graft.population.runtime.process_info import (
+    ProcessInfo,
+    describe_process,
+    read_process_info,
+)
 from dist_graft.population.runtime.replicas import Replicas
-from dist_graft.population.runtime.stop_requests import StopRequests
+from dist_graft.population.runtime.stop_requests import (
+    GracePeriod,
+    SignalMonitor,
+    StopRequests,
+)
 from dist_graft.printing import format_table, print_line
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.seeding import stream_seed
@@ -102,6 +113,11 @@ from dist_graft.training.layer_stats import (
     non_finite_part,
 )
 from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.same_options import (
+    digest,
+    options_text,
+    refuse_different_options,
+)
 from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
 from dist_graft.training.shared_directory import (
@@ -204,8 +220,11 @@ class Trainer:
         self.summary: dict[str, Any] = {}
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
-        self.lease: Lease | None = None
         self._summary_error: RunDirectoryError | None = None
+        self._lease: Lease | None = None
+        self._lease_token = ""
+        self._signals: SignalMonitor | None = None
+        self._announce_signal: Callable[[signal.Signals], object] = lambda number: None
         self._start_time = self._last_checkpoint = time.monotonic()
         self._epoch_start: float | None = None
         self._busy_seconds = 0.0
@@ -255,6 +274,21 @@ class Trainer:
         """Steps finished in the run."""
         return self.epoch * self.steps_per_epoch + self.step
 
+    @property
+    def lease_lost(self) -> bool:
+        """Whether another run has taken over the run directory; then nothing may be written."""
+        if self._lease:
+            return self._lease.lost
+        return bool(self._lease_token) and is_taken_over(self.directory.lease, self._lease_token)
+
+    def _check_lease(self) -> None:
+        """Raise LeaseLostError if another run has taken over the run directory."""
+        if self.lease_lost:
+            raise LeaseLostError(
+                f"{self.directory.own} was taken over by another run while this one did not "
+                "respond: nothing more was written; see dist-graft status"
+            )
+
     # ---- The run ---------------------------------------------------------------------------------
 
     def fit(self) -> None:
@@ -281,9 +315,12 @@ class Trainer:
                     raise
                 raise explained from error
         finally:
-            if self.lease:
-                self.lease.release()
+            if self._signals:
+                self._signals.close()
+                self._grace.cancel()
             close_log()
+            if self._lease:
+                self._lease.release()
             if not self.process.launched:  # a launcher may still signal a process that exits
                 for number, handler in handlers.items():
                     signal.signal(number, handler or signal.SIG_DFL)
@@ -313,10 +350,10 @@ class Trainer:
                     )
             self.runtime.shutdown()
         except BaseException as error:
-            self.callbacks.call("on_exception", self, self._explain(error))
+            if not isinstance(error, LeaseLostError):
+                self.callbacks.call("on_exception", self, self._explain(error))
             raise
         finally:
-            self.stop_requests.close()
             if not self.process.launched:  # a launched process is about to exit
                 self.checkpoints.close()
             self.callbacks.call("teardown", self)
@@ -332,6 +369,7 @@ class Trainer:
         if self.process.restarts and self.directory.stopped.exists():
             raise self._stopped_before()
         stop_on_signals()
+        self._handle_signals()
         if self.process.launched:
             die_with_launcher()
         hold_warnings()
@@ -350,18 +388,20 @@ class Trainer:
         answer = ""
         if self.process.is_main:
             try:
-                network, self.lease = claim_network(self.config, self.process)
-                answer = str(network)
+                network, self._lease = claim_network(self.config, self.process)
+                answer = f"{network} {self._lease.token}"
             except (LeaseHeldError, RunDirectoryError) as error:
-                answer = str(error)
+                answer = f"- {error}"
         answer = self.runtime.broadcast_text("the network of this job", answer)
-        if not answer.isdecimal():
-            raise LeaseHeldError(answer)
-        self.process = replace(self.process, first_network=int(answer))
+        number, _, rest = answer.partition(" ")
+        if number == "-":
+            raise LeaseHeldError(rest)
+        self._lease_token = rest
+        self.process = replace(self.process, first_network=int(number))
         self.runtime = replace(self.runtime, process=self.process)
         if self.runtime.peers:
-            self.runtime.peers.first_network = int(answer)
-        self.directory = RunDirectory(self.config.run_dir, job=int(answer))
+            self.runtime.peers.first_network = int(number)
+        self.directory = RunDirectory(self.config.run_dir, job=int(number))
         if self.process.restarts and self.directory.stopped.exists():
             raise self._stopped_before()
 
@@ -371,16 +411,22 @@ class Trainer:
             "unchanged"
         )
 
-    def _check_lease(self) -> None:
-        """Raise LeaseHeldError when another process trains this network now."""
-        if self.lease and self.lease.lost:
-            raise LeaseHeldError(
-                f"another process has taken over {self.directory.own}, because this one did not "
-                f"respond for a while: it ends without writing (see {self.directory.lease})"
-            )
+    def _handle_signals(self) -> None:
+        """Start the grace period at the first signal, wherever the main thread is."""
+        seconds = self.config.checkpoint.grace_seconds
+        self._grace = GracePeriod(seconds, lambda: _leave_without_peers(self.process, seconds))
+
+        def on_signal(number: signal.Signals) -> None:
+            self._grace.start()
+            self._announce_signal(number)
+
+        self._signals = SignalMonitor(on_signal)
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
+        self._compare_options()
+        if self.directory.job is None:
+            self._acquire_lease()
         if self.process.is_main:
             self.directory.check(self.config, self.process.networks)
             if self.config.resume == "must" and not complete_checkpoints(
@@ -399,18 +445,57 @@ class Trainer:
         if self.process.is_main and self.directory.job is None:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
-        grace = self.config.checkpoint.grace_seconds
         self.stop_requests = StopRequests(
             dict.fromkeys((self.directory.stop, self.directory.stop_job)),
             self.runtime.peers,
-            grace_seconds=grace,
-            on_grace_expired=lambda: _leave_without_peers(self.process, grace),
+            grace=self._grace,
+            on_poll=self._check_lease,
             ignore_existing=self.directory.job is not None,
         )
+        self._announce_signal = self.stop_requests.announce
         self.run_events, built_in = built_in_callbacks(self.config, self.process)
         user = [*load_callbacks(self.config.callbacks), *self._user_callbacks]
         self.callbacks = CallbackList(built_in, user)
-        self.checkpoints = CheckpointManager(self.config, self.runtime, self.directory, self.log)
+        self.checkpoints = CheckpointManager(
+            self.config, self.runtime, self.directory, self.log, check=self._check_lease
+        )
+
+    def _compare_options(self) -> None:
+        """Check that all processes were started with the same options. A collective.
+
+        Raises: DisagreementError, on all ranks, naming options, values and processes.
+        """
+        text, what = options_text(self.config), "the comparison of the options"
+        rows = self.runtime.gather_all_ranks(digest(text), what)
+        if any(row != rows[0] for row in rows):
+            texts = self.runtime.gather_texts(what, text)
+            names = [
+                describe_process(rank, self.process.replicas, host)
+                for rank, host in enumerate(self.runtime.hosts())
+            ]
+            self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
+            refuse_different_options(texts, names)
+
+    def _acquire_lease(self) -> None:
+        """Take the run directory for this run. A collective.
+
+        Raises: LeaseHeldError, on all ranks, if another run uses it.
+        """
+        refusal = ""
+        if self.process.is_main:
+            self._lease = Lease(self.directory.lease, holder=this_process())
+            try:
+                self._lease.acquire()
+            except LeaseHeldError as error:
+                refusal = str(error)
+        token = self._lease.token if self._lease else ""
+        what = "the lease of the run directory"
+        self._lease_token, _, refusal = self.runtime.broadcast_text(
+            what, f"{token} {refusal}"
+        ).partition(" ")
+        self.runtime.gather([0.0], what)  # the process that hosts the store may exit after this
+        if refusal:
+            raise LeaseHeldError(refusal)
 
     def _check_shared_directory(self) -> None:
         """Check that all processes see the same run directory.
@@ -467,9 +552,17 @@ class Trainer:
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
             path, state = self.checkpoints.load(name)
-            self.progress = Progress.from_state_dict(state)
-            self.state.load_state_dict(state)
-            self.replicas.restore_buffers(self.state.model_and_average(), self.progress.buffers)
+            try:
+                self.progress = Progress.from_state_dict(state)
+                self.state.load_state_dict(state)
+                buffers = self.progress.buffers
+                self.replicas.restore_buffers(self.state.model_and_average(), buffers)
+            except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+                first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
+                raise RunDirectoryError(
+                    f"{path} does not fit this model and optimizer ({first}): pass the options of "
+                    "the run that wrote it, or choose another run_dir"
+                ) from error
             self.resumed_from = path
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
@@ -504,6 +597,7 @@ class Trainer:
 
     def _announce(self) -> None:
         """Write config.yaml, and log the configuration and the processes."""
+        self._check_lease()
         if self.process.is_main:
             self.directory.write_config(self.config, self.process.networks, self.custom)
         self.log.info("%s", _startup_message(self))
@@ -781,6 +875,7 @@ class Trainer:
         with self.timer.phase("checkpoint"):
             self.checkpoints.settle()
         self._report_checkpoint()
+        self._check_lease()
         self.progress.seconds = time.monotonic() - self._start_time
         if self.step:
             self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
@@ -846,6 +941,7 @@ class Trainer:
             seconds=trained.seconds,
             first_network=self.process.first_network,
         )
+        self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
         if not (self._tolerant and self.directory.job is not None):  # others may be finite
             check_finite(
@@ -937,6 +1033,7 @@ class Trainer:
         seconds = time.monotonic() - self._start_time
         first = self.process.first_network
         self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds, first=first)
+        self._check_lease()
         if self.directory.job is not None:
             self.summary["samples"] = before.samples
         elif self.process.is_main:
@@ -1065,6 +1162,22 @@ class Trainer:
                     f"{'; '.join(exited)} ended: see its own output; rerun the command to resume "
                     "from the latest checkpoint"
                 )
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
+            return ConfigError(
+                f"out of memory ({text or type(error).__name__}): reduce data.batch_size, or the "
+                "number of networks on this machine"
+            )
+        if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+            return DataError(
+                f"a loader worker has died ({text}): often memory or /dev/shm is full; reduce "
+                "data.workers or data.batch_size"
+            )
+        if isinstance(error, RuntimeError) and text.startswith("can't start new thread"):
+            return StartError(
+                "can't start new thread: the limit of processes is reached (ulimit -u, or the "
+                "container's); raise it, or reduce data.workers or the networks on this machine"
+            )
         if isinstance(error, torch.OutOfMemoryError):
             return ConfigError(
                 f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "

@@ -30,6 +30,8 @@ from launching import (
 from PIL import Image
 from reading import checkpoint, contents, metrics
 
+from dist_graft import cli
+
 ONE = ("--epochs", "1")
 
 
@@ -128,12 +130,14 @@ class TestRunDirectory:
         self, train: Train, tmp_path: Path, place: str
     ) -> None:
         (tmp_path / "file").write_text("here")
-        error_line(train(tmp_path / place, *ONE), f"{place}/network00 cannot be written", "run_dir")
+        error_line(
+            train(tmp_path / place, *ONE), f"{place}/lease.json cannot be written", "run_dir"
+        )
         assert (tmp_path / "file").read_text() == "here"
 
     def test_folder_is_not_writable(self, train: Train) -> None:
         error_line(
-            train(Path("/proc/run"), *ONE), "/proc/run/network00 cannot be written", "run_dir"
+            train(Path("/proc/run"), *ONE), "/proc/run/lease.json cannot be written", "run_dir"
         )
 
     @pytest.mark.parametrize("part", ["network00", "population", "checkpoints"])
@@ -255,3 +259,66 @@ def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         assert line.startswith(f"network {network} (rank {network} on {os.uname().nodename})")
         log = (tmp_path / f"run/network{network:02d}/log.txt").read_text()
         assert log == f"ERROR {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--optim.lr", "1e308"], ["optim.lr must be below 3.4e+38"]),
+        (["--data.batch_size", str(2**63)], ["data.batch_size must be at most 2147483647"]),
+        (["--data.batch_size", "1" + "0" * 400], ["data.batch_size must be at most 2147483647"]),
+        (["--runtime.timeout_seconds", "1e12"], ["runtime.timeout_seconds must be at most 1e+08"]),
+        (["--checkpoint.grace_seconds", "1e9"], ["checkpoint.grace_seconds must be at most"]),
+        (["--runtime.threads", "1000"], ["runtime.threads 1000 is too much for"]),
+        (
+            ["--data.name", "errors_of_users:no_memory"],
+            ["data.name errors_of_users:no_memory failed"],
+        ),
+        (["--model.name", "errors_of_users:no_model"], ["no_model failed: ZeroDivisionError"]),
+        (["--graft.rule", "errors_of_users:no_rule"], ["no_rule failed: ZeroDivisionError"]),
+    ],
+)
+def test_impossible_numbers_and_failing_functions(
+    options: list[str],
+    says: list[str],
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    done = train(tmp_path / "run", *ONE, *options)
+    (line,) = [line for line in done.errors.splitlines() if line.startswith(ERROR)]
+    assert done.status in (1, 2)
+    for part in says:
+        assert part in line
+    if "failed" in says[0]:
+        assert "errors_of_users.py" in done.errors  # the traceback of the user's function
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory (Unable to allocate 9 TiB)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "data.workers"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+    ],
+)
+def test_errors_of_the_system_say_what_to_do(
+    error: Exception, says: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dist_graft.training.trainer.train_step", fail)
+    error_line(train(tmp_path / "run", *ONE), says)
+
+
+def test_names_that_are_not_utf_8(train: Train, tmp_path: Path) -> None:
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    done = train(run, *ONE)
+    assert done.status == 0, done.errors
+    assert train(run, *ONE).status == 0
+    error_line(train(run, *ONE, "--seed", "3"), "seed was 0 and is now 3")
+    assert cli.run(["status", str(run)]) == 0
+    assert cli.run(["evaluate", str(run), "--batch_norm_batches", "1"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import (
+    PAIR,
     checkpoint_is_complete,
     children,
     is_alive,
@@ -143,3 +145,22 @@ def test_summaries_are_equal(runs: Runs) -> None:
     assert [event["kind"] for event in second.pop("events")] == ["resumed"]
     assert without_times(first) == without_times(second)
     assert second["wall_seconds"] > 0
+
+
+def test_options_that_change_no_bit_may_differ_in_a_resumed_run(
+    by_peers: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(by_peers, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "epoch_0003")
+    options = (
+        *("--graft.exchange", "all_gather", "--graft.bucket_mb", "0.5", "--data.workers", "1"),
+        *("--data.root", str(tmp_path), "--data.download", "false", "--checkpoint.keep", "1"),
+        *("--monitor.tensorboard", "false", "--runtime.timeout_seconds", "300"),
+    )
+    run_population(2, run, *PAIR, *options)
+    for network in (0, 1):
+        before, after = (checkpoint(path, 3, network) for path in (by_peers, run))
+        assert_same_bits(before["model"], after["model"])
+        assert_same_bits(optimizer_tensors(before), optimizer_tensors(after))

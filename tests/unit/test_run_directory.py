@@ -20,6 +20,7 @@ from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
 from dist_graft.training.command import read_options
 
 FREE = {
+    "data.download",
     "run_dir",
     "resume",
     "callbacks",

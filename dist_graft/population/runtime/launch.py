@@ -47,6 +47,7 @@ from dist_graft.errors import (
 from dist_graft.population.collectives import raised_by_backend
 from dist_graft.population.runtime.process import (
     SIGNALS,
+    communicate_on_loopback,
     die_with_launcher,
     leave,
     report_failure,
@@ -57,7 +58,7 @@ StartMethod = Literal["spawn", "fork", "forkserver"]
 _Result = TypeVar("_Result")
 
 _LOOPBACK = "127.0.0.1"
-_RENDEZVOUS = "dist_graft_loopback"
+LOOPBACK_RENDEZVOUS = "dist_graft_loopback"
 _FORWARDED_SIGNALS = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 _CAUSE_SECONDS = 2.0  # for the process that failed first to report and end
 _INTERRUPTED = 128 + signal.SIGINT
@@ -107,7 +108,7 @@ def launch(
             max_nodes=1,
             nproc_per_node=processes,
             run_id="dist_graft",
-            rdzv_backend=_RENDEZVOUS,
+            rdzv_backend=LOOPBACK_RENDEZVOUS,
             max_restarts=0,
             start_method=method,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -189,10 +190,7 @@ def _run(
     has_returned = threading.Event()
     # Exit without finalizing the interpreter; see `leave`.
     atexit.register(lambda: leave(0 if has_returned.is_set() else 1))
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    communicate_on_loopback()
     torch.set_num_threads(read_process_info().cpu_share())
     try:
         result = pickle.dumps(function(*args))
@@ -342,10 +340,14 @@ class _LoopbackRendezvous(RendezvousHandler):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
+
+    use_agent_store = True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Open a new store, so that restarted processes do not read keys of the earlier ones."""
         listener = socket.create_server((_LOOPBACK, 0))
         port = listener.getsockname()[1]
-        self._address = RendezvousStoreInfo(_LOOPBACK, port)
-        self._store = dist.TCPStore(
+        store = dist.TCPStore(
             _LOOPBACK,
             port,
             is_master=True,
@@ -353,15 +355,11 @@ class _LoopbackRendezvous(RendezvousHandler):
             timeout=_STORE_TIMEOUT,
             master_listen_fd=listener.detach(),
         )
-
-    use_agent_store = True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        store = dist.PrefixStore("launcher", self._store)
-        return RendezvousInfo(store, 0, 1, self._address)
+        address = RendezvousStoreInfo(_LOOPBACK, port)
+        return RendezvousInfo(dist.PrefixStore("launcher", store), 0, 1, address)
 
     def get_backend(self) -> str:
-        return _RENDEZVOUS
+        return LOOPBACK_RENDEZVOUS
 
     def get_run_id(self) -> str:
         return self._run_id
@@ -379,4 +377,4 @@ class _LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-rendezvous_handler_registry.register(_RENDEZVOUS, _LoopbackRendezvous)
+rendezvous_handler_registry.register(LOOPBACK_RENDEZVOUS, _LoopbackRendezvous)

@@ -36,7 +36,8 @@ class LeaseInfo:
     heartbeat_age: float
     """Seconds since the holder refreshed the lease."""
     expired: bool
-    """Whether the holder has died on this machine, or has not refreshed the lease in time."""
+    """Whether the holder has died on this machine, has not refreshed the lease in time, or was an
+    earlier attempt of the job that this process belongs to."""
     token: str
     """Random; unique per acquisition."""
 
@@ -49,8 +50,9 @@ class Lease:
     """Exclusive use of a folder for one process (ADR 40).
 
     A thread refreshes the file's modification time, the heartbeat. The lease of a process that died
-    on this machine is taken over at once, and that of another machine when its heartbeat is older
-    than `expire_seconds` by the clock of the disk; the clocks of the machines are never compared.
+    on this machine, or of an earlier attempt of the same job, is taken over at once. That of
+    another machine is taken over when its heartbeat is older than `expire_seconds` by the clock of
+    the disk; the clocks of the machines are never compared.
     Both are atomic on local disks and NFS: a race has one winner.
 
     A process that was stopped for longer than `expire_seconds` must check `lost` before it writes.
@@ -76,6 +78,7 @@ class Lease:
                 **this_process(),
                 **holder,
                 "pid": os.getpid(),
+                "attempts": _attempts(),
                 "machine": _machine(),
                 "process_start": _process_start(os.getpid()),
                 "expire_seconds": expire_seconds,
@@ -104,6 +107,11 @@ class Lease:
             ) from error
         self._refreshed = _now()
         threading.Thread(target=self._refresh_regularly, name="lease", daemon=True).start()
+
+    @property
+    def token(self) -> str:
+        """Identifies this lease; see `is_taken_over`."""
+        return self._token
 
     @property
     def lost(self) -> bool:
@@ -234,6 +242,12 @@ def read_lease(path: Path) -> LeaseInfo | None:
     return chain[-1] if chain else None
 
 
+def is_taken_over(path: Path, token: str) -> bool:
+    """Whether a lease is no longer that of this token, for processes that share the lease."""
+    info = read_lease(path)
+    return info is not None and info.token != token
+
+
 def this_process() -> dict[str, str | int]:
     """Host, process id, and job id of a batch system, for the holder of a lease."""
     holder: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -264,6 +278,11 @@ def _describe(path: Path, now: float) -> LeaseInfo:
     age = now - path.stat().st_mtime
     pid, start, limit = (content.get(key) for key in ("pid", "process_start", "expire_seconds"))
     pid = pid if isinstance(pid, int) and 0 < pid < _LARGEST_PID else None
+    attempts, own_attempts = content.get("attempts"), _attempts()
+    replaced = isinstance(attempts, dict) and any(
+        isinstance(attempts.get(job), int) and attempts[job] < attempt
+        for job, attempt in own_attempts.items()
+    )
     died = content.get("machine") == _machine() and pid is not None and _has_died(pid, start)
     late = age > (limit if isinstance(limit, int | float) and limit >= 0 else _DEFAULT_SECONDS)
     job, token = content.get("job"), content.get("token")
@@ -272,7 +291,7 @@ def _describe(path: Path, now: float) -> LeaseInfo:
         pid=pid,
         job=None if job is None else str(job),
         heartbeat_age=max(0.0, age),
-        expired=died or late,
+        expired=died or late or replaced,
         token=token if isinstance(token, str) and token.isalnum() else "",
     )
 
@@ -300,6 +319,20 @@ def _create(new: Path, target: Path, token: str) -> bool:
             return _read(target).get("token") == token
         return False
     return True
+
+
+def _attempts() -> dict[str, int]:
+    """Attempts of the jobs that this process belongs to, by job. A new one replaces the others."""
+    jobs = {
+        "slurm": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+        "torchrun": ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    }
+    attempts = {}
+    for launcher, (name, count) in jobs.items():
+        job, attempt = os.environ.get(name, "none"), os.environ.get(count, "0")
+        if job != "none" and attempt.isdecimal():  # torchrun's default names no job
+            attempts[f"{launcher} {job}"] = int(attempt)
+    return attempts
 
 
 def _now() -> float:

@@ -16,6 +16,7 @@ from dist_graft.population.collectives import CommunicationError, abort_nccl
 from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.process_info import describe_process
 from dist_graft.population.runtime.store import StoreClient, StoreTimeoutError
+from dist_graft.printing import printable
 
 _POLL_INTERVAL = timedelta(seconds=1)
 
@@ -140,7 +141,7 @@ class PeerRegistry:
         Raises: PeerError when the store does not respond in time.
         """
         with _reporting_store_timeout(), suppress(dist.DistNetworkError):
-            self._store.set("stop", reason)
+            self._store.set("stop", printable(reason))
 
     def stop_reason(self) -> str | None:
         """Reason of a requested stop; None if no process has requested it or the store is lost.
@@ -160,7 +161,7 @@ class PeerRegistry:
         Raises: PeerError when the store is lost.
         """
         with _reporting_lost_store(key):
-            self._store.set(f"{key}/{self.rank}", text)
+            self._store.set(f"{key}/{self.rank}", printable(text))
 
     def read(self, key: str, rank: int, timeout_seconds: float) -> str:
         """Wait for the text that one process publishes under the key.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -81,6 +83,14 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
+def communicate_on_loopback() -> None:
+    """Have gloo and NCCL listen on the loopback interface, unless the environment names another."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+
 def ignore_signals() -> None:
     """Ignore the signals that ask a run to stop."""
     for number in SIGNALS:
@@ -117,10 +127,11 @@ def report_failure(
     extra = {"timestamp": int(now), "py_callstack": traceback or message}
     content = {"message": message, "extraInfo": extra, "errorCode": exit_status}
     partial = Path(f"{file}.partial")
-    partial.write_text(
-        json.dumps({"message": content, "time": now, "traceback": traceback, **details})
-    )
-    partial.replace(file)
+    with contextlib.suppress(OSError):  # a full disk: the message is on standard error, too
+        partial.write_text(
+            json.dumps({"message": content, "time": now, "traceback": traceback, **details})
+        )
+        partial.replace(file)
 
 
 def leave(status: int) -> NoReturn:

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
-from dist_graft.errors import ConfigError, StartError
+from dist_graft.errors import ConfigError, DisagreementError, StartError
 from dist_graft.population.collectives import (
     communicating,
     first_line,
@@ -32,7 +32,7 @@ from dist_graft.population.runtime.devices import (
     set_matmul_precision,
 )
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
-from dist_graft.population.runtime.process import keep_freed_memory
+from dist_graft.population.runtime.process import communicate_on_loopback, keep_freed_memory
 from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient, call_with_timeout
@@ -41,6 +41,8 @@ from dist_graft.population.runtime.timeouts import Timeouts
 _RUNS = itertools.count()
 """Numbers of the runs in this process, the same in every process of a run."""
 _WATCHDOG_FACTOR = 2.0
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_MIN_THREADS, _MAX_THREADS_PER_CORE = 64, 8  # always accepted; beyond, threads fail to start
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
 
 
@@ -193,6 +195,11 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
 
     # Device and torch's global settings.
     device = choose_device(config.device, process)
+    if config.threads > max(_MIN_THREADS, _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)):
+        raise ConfigError(
+            f"runtime.threads {config.threads} is too much for {os.cpu_count()} CPU cores: use at "
+            "most one per core"
+        )
     torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":
         keep_freed_memory()
@@ -226,8 +233,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         first_network=process.first_network,
     )
     peers.check_in(config.timeout_seconds)
-    if process.replicas > 1:
-        _refuse_uneven_machines(process, peers, config.timeout_seconds)
+    _refuse_uneven_machines(process, config.backend, peers, config.timeout_seconds)
 
     # Backend and process groups.
     nccl = can_use_nccl(device, peers, config.timeout_seconds)
@@ -267,11 +273,26 @@ def _group_timeout(seconds: float, *, nccl: bool) -> timedelta:
     return timedelta(seconds=_WATCHDOG_FACTOR * seconds if nccl else seconds)
 
 
-def _refuse_uneven_machines(process: ProcessInfo, peers: PeerRegistry, seconds: float) -> None:
-    """Raise ConfigError in every process if machines run different numbers of processes."""
-    peers.publish("processes here", str(process.local_world_size))
-    sizes = sorted({int(size) for size in peers.collect("processes here", seconds)})
-    if len(sizes) > 1:
+def _refuse_uneven_machines(
+    process: ProcessInfo, backend: str, peers: PeerRegistry, seconds: float
+) -> None:
+    """Check in every process what the groups need: the same replicas and backend everywhere.
+
+    Raises: DisagreementError if they differ; ConfigError if machines run different numbers of
+        processes, and several train each network.
+    """
+    peers.publish("group", f"{process.local_world_size} {process.replicas} {backend}")
+    texts = peers.collect("group", seconds)
+    sizes, replicas, backends = (
+        sorted(set(column)) for column in zip(*map(str.split, texts), strict=True)
+    )
+    for name, values in (("runtime.replicas", replicas), ("runtime.backend", backends)):
+        if len(values) > 1:
+            raise DisagreementError(
+                f"the processes were started with different options: {name} is "
+                f"{' and '.join(values)}; start all with the same options"
+            )
+    if len(sizes) > 1 and process.replicas > 1:
         raise uneven_machines(
             process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
         )
@@ -303,6 +324,13 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         raise StartError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun")
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = process.is_main and not by_launcher
+    listener = None
+    if host in _LOOPBACK:  # all processes are on this machine
+        communicate_on_loopback()
+        with suppress(
+            OSError
+        ):  # open already: by an earlier run of this process, or reported below
+            listener = socket.create_server(("127.0.0.1", int(port))) if is_server else None
     connect = partial(
         dist.TCPStore,
         host,
@@ -312,6 +340,7 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
         multi_tenant=True,  # a second run in this process reuses the server
+        master_listen_fd=listener.detach() if listener else None,
     )
     try:
         # torch does not bound the wait for a response on another program's port.

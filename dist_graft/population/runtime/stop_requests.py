@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from dist_graft.errors import PeerError
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process import SIGNALS
 
 _POLL_SECONDS = 1.0
+
+
+class GracePeriod:
+    """Ends the process some time after the first request to stop, unless it is cancelled.
+
+    Args:
+        seconds: from the request to the call of `on_expired`.
+        on_expired: must end the process; called in another thread.
+    """
+
+    def __init__(self, seconds: float, on_expired: Callable[[], object]) -> None:
+        self._timer = threading.Timer(seconds, on_expired)
+        self._timer.daemon = True
+        self._lock = threading.Lock()
+        self._has_started = False
+
+    def start(self) -> None:
+        """Start the period; without effect if it has started. Not for signal handlers."""
+        with self._lock:
+            if not self._has_started:
+                self._has_started = True
+                self._timer.start()
+
+    def cancel(self) -> None:
+        """Let the process live; the period cannot be started again."""
+        self._timer.cancel()
+
+
+class SignalMonitor:
+    """Calls a function, in a thread, for each signal that asks a run to stop.
+
+    This works while the main thread is blocked outside of Python, where no handler of Python is
+    called: the interpreter itself writes the number of each handled signal into a pipe
+    (`signal.set_wakeup_fd`). Create it in the main thread.
+    """
+
+    def __init__(self, on_signal: Callable[[signal.Signals], object]) -> None:
+        self._on_signal = on_signal
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread, and restore the former receiver of signals."""
+        signal.set_wakeup_fd(self._before)
+        os.close(self._writing)
+
+    def _watch(self) -> None:
+        while number := os.read(self._reading, 1):
+            if number[0] in SIGNALS:
+                self._on_signal(signal.Signals(number[0]))
+        os.close(self._reading)
+
+
+# A signal to a forked process, such as a loader worker, is not one to this process.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 class StopRequests:
@@ -24,8 +84,8 @@ class StopRequests:
     Args:
         files: each requests a stop if it exists.
         peers: registry of the run; None for a single process.
-        grace_seconds: time from the request to the call of `on_grace_expired`.
-        on_grace_expired: must end the process; called in another thread.
+        grace: started by the first request.
+        on_poll: called at most once a second, at a poll.
         ignore_existing: whether a file that exists now requests nothing until it is touched again.
     """
 
@@ -34,14 +94,15 @@ class StopRequests:
         files: Collection[Path],
         peers: PeerRegistry | None,
         *,
-        grace_seconds: float,
-        on_grace_expired: Callable[[], object],
+        grace: GracePeriod,
+        on_poll: Callable[[], object] = lambda: None,
         ignore_existing: bool = False,
     ) -> None:
         self._files = {path: _touched(path) if ignore_existing else None for path in files}
+        self._on_poll = on_poll
         self._peers = peers
-        self._grace = threading.Timer(grace_seconds, on_grace_expired)
-        self._grace.daemon = True
+        self._grace = grace
+        self._handles_signals = False
         self._signal: int | None = None
         self._last_poll = -_POLL_SECONDS
         self.reason: str | None = None
@@ -51,10 +112,13 @@ class StopRequests:
         """Handle the signals that request a stop."""
         for number in SIGNALS:
             signal.signal(number, self._record_signal)
+        self._handles_signals = True
 
-    def close(self) -> None:
-        """Cancel the grace period after the end of the run."""
-        self._grace.cancel()
+    def announce(self, number: signal.Signals) -> None:
+        """Pass a signal on to the peers, while the main thread may be waiting for them."""
+        if self._handles_signals and self._peers:
+            with suppress(PeerError):  # the grace period ends this process
+                self._peers.request_stop(number.name)
 
     def requested(self) -> bool:
         """Whether the run should stop; polls the file and the store at most once a second."""
@@ -73,6 +137,7 @@ class StopRequests:
         if self._signal is None and now - self._last_poll < _POLL_SECONDS:
             return None
         self._last_poll = now
+        self._on_poll()
         if self._signal is not None:
             reason = signal.Signals(self._signal).name
         elif file := self._new_file():

@@ -2,7 +2,8 @@
 
 Differs from torchrun in four ways: no traceback of the launcher, an immediate error for an
 unusable rendezvous address, an exit when the rendezvous store becomes unreachable, and
---numa-binding=node by default where it applies.
+--numa-binding=node by default where it applies. ``--standalone`` listens on the loopback interface
+only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.run import parse_args, run
 
 from dist_graft.population.collectives import first_line
+from dist_graft.population.runtime.launch import LOOPBACK_RENDEZVOUS
 from dist_graft.population.runtime.process import has_ended, leave
 from dist_graft.population.runtime.store import call_with_timeout
 from dist_graft.printing import print_line
@@ -39,6 +42,9 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 def main(argv: list[str]) -> int:
     """Run torchrun with its options; returns the exit status, or ends the process."""
     options = parse_args(argv)
+    if options.standalone:  # torchrun's own rendezvous listens on all interfaces
+        options.standalone = False
+        options.rdzv_backend, options.rdzv_id = LOOPBACK_RENDEZVOUS, uuid.uuid4().hex
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
     options.numa_binding = options.numa_binding or _numa_binding(options.nproc_per_node)
     endpoint = options.rdzv_endpoint

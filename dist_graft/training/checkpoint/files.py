@@ -19,6 +19,10 @@ _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 _FILE = re.compile(r"network(\d{2,})\.pt")
 _FOLDER = re.compile(r"network(\d{2,})")
 COMPLETE = "COMPLETE.json"
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
+"""Errors of reading a COMPLETE.json that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ def load_network(path: Path, sha256: str) -> dict[str, Any]:
     """
     import torch
 
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != sha256:
+    content = _read_file(path)
+    if content is None or hashlib.sha256(content).hexdigest() != sha256:
         raise RunDirectoryError(f"{path} is missing or damaged: delete its folder and start again")
     state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return state
@@ -199,17 +203,24 @@ def damaged_file(checkpoint: Checkpoint) -> Path | None:
 def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
     """Delete incomplete checkpoints newer than the chosen one, and rename damaged ones.
 
-    Damaged checkpoints are kept as NAME.damaged.
+    Damaged checkpoints are kept as NAME.damaged. A file or a link in place of a folder is deleted.
+
+    Raises: RunDirectoryError on a disk error.
     """
     for path in _folders(folder):
         if chosen is not None and _order(path.name) <= _order(chosen.path.name):
             continue
-        if not (path / COMPLETE).exists():
-            shutil.rmtree(path)
-            continue
-        aside = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        try:
+            if not (path / COMPLETE).exists():
+                _remove(path)
+                continue
+            aside = path.with_name(f"{path.name}.damaged")
+            _remove(aside)
+            path.rename(aside)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{path} cannot be removed: {error.strerror}; remove it, or choose another run_dir"
+            ) from error
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -229,8 +240,24 @@ def discard_incomplete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _remove(path: Path) -> None:
+    """Delete a folder, a file, or a link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_file(path: Path) -> bytes | None:
+    """Content of a file; None if it is not a file or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def _folders(folder: Path) -> list[Path]:
-    """Folders that are named like a checkpoint."""
+    """Folders (or files, or links) that are named like a checkpoint."""
     paths = folder.glob("epoch_*") if folder.is_dir() else ()
     return [path for path in paths if _NAME.fullmatch(path.name)]
 
@@ -248,14 +275,16 @@ def _read(path: Path) -> Checkpoint:
         content = json.loads((path / COMPLETE).read_text())
         epoch, round_, networks = (int(content[key]) for key in ("epoch", "round", "networks"))
         sha256 = {str(name): str(digest) for name, digest in content["sha256"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except _UNREADABLE:
         return Checkpoint(path=path, epoch=0, round=0, networks=0, sha256={})
     names = (
         checkpoint_path(path.parent, epoch).name,
         checkpoint_path(path.parent, epoch, round_).name,
     )
     first = min(map(_number, sha256), default=0) if networks == 1 else 0  # 1: that of a job
-    files = {network_file(k) for k in range(first, first + networks)}
-    if set(sha256) != files or not path.name.startswith(names):
+    fits = networks == len(sha256) and set(sha256) == {
+        network_file(k) for k in range(first, first + networks)
+    }
+    if not fits or not path.name.startswith(names):
         networks = 0
     return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)

@@ -7,7 +7,7 @@ checkpoints; their files are awaited through the key-value store of the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,20 @@ def provenance(record: GraftRecord) -> dict[str, Any]:
 
 
 class CheckpointManager:
-    """Saves, loads and deletes the checkpoints of a run on behalf of one process."""
+    """Saves, loads and deletes the checkpoints of a run on behalf of one process.
+
+    `check` is called before a file is written, also by another thread; it raises a
+    RunDirectoryError if this run must not write any more.
+    """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, directory: RunDirectory, log: logging.Logger
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        directory: RunDirectory,
+        log: logging.Logger,
+        *,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._process = runtime.process
         self._folder = directory.checkpoints
@@ -145,6 +155,7 @@ class CheckpointManager:
             seconds=lambda: runtime.timeouts.seconds,
             keep=config.checkpoint.keep,
             first=runtime.process.first_network,
+            check=check,
         )
         self._positions: dict[Path, Position] = {}
         self._loaded: Position | None = None
@@ -187,6 +198,11 @@ class CheckpointManager:
                 "processes need the same run_dir on a shared disk"
             )
         path = chosen.path / self._file
+        if self._file not in chosen.sha256:
+            raise RunDirectoryError(
+                f"{chosen.path} holds {chosen.networks} networks, not network "
+                f"{self._process.network}: start as many, or choose another run_dir"
+            )
         try:
             state = load_network(path, chosen.sha256[self._file])
         except RunDirectoryError as error:
@@ -194,9 +210,10 @@ class CheckpointManager:
                 f"{path} is intact on rank 0, but {self._process} reads it as missing or damaged: "
                 "check the disk or mount of run_dir there, and rerun the command"
             ) from error
-        if state["network"] != self._process.network:
+        number = state.get("network")
+        if number != self._process.network:
             raise RunDirectoryError(
-                f"{path} holds network {state['network']}, not network {self._process.network}: "
+                f"{path} holds network {number}, not network {self._process.network}: "
                 f"restore the original file names in {chosen.path}"
             )
         self._newest = name
@@ -281,7 +298,7 @@ class CheckpointManager:
     def mark_stopped(self, reason: str, path: Path) -> None:
         """Write the marker of a run that stopped early; for rank 0."""
         text = f"stopped early by {reason}: rerun the command to resume from {path}\n"
-        write_atomically(self._directory.stopped, text.encode())
+        write_atomically(self._directory.stopped, text.encode(errors="backslashreplace"))
 
     def _start(self, label: str, path: Path, progress: Progress, state: Mapping[str, Any]) -> None:
         content = {"network": self._process.network, **progress.state_dict(), **state}

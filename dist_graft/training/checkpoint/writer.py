@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_graft.errors import DistGraftError, RunDirectoryError
+from dist_graft.errors import DistGraftError, LeaseLostError, RunDirectoryError
 from dist_graft.grafting.units import storage_key
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.training.checkpoint.files import (
@@ -53,6 +53,7 @@ class CheckpointWriter:
         seconds: returns how long to wait for the files of the other networks.
         keep: number of newest checkpoints to keep.
         first: number of the first network in the checkpoint.
+        check: called before a file is written; raises RunDirectoryError to refuse it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CheckpointWriter:
         seconds: Callable[[], float],
         keep: int,
         first: int = 0,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._network = network
         self._is_leader = is_leader
@@ -71,6 +73,7 @@ class CheckpointWriter:
         self._seconds = seconds
         self._keep = keep
         self._first = first
+        self._check = check
         self._abandoned = threading.Event()
         self.completed: list[Path] = []
         """Checkpoints that are complete, in order."""
@@ -153,6 +156,7 @@ class CheckpointWriter:
 
     def _save(self, path: Path, position: Position, state: Mapping[str, Any]) -> str:
         try:
+            self._check()
             digest = save_network(path / network_file(self._network), state)
         except RunDirectoryError as error:
             return f"{_FAILED}{error}"
@@ -172,6 +176,7 @@ class CheckpointWriter:
                 if text.startswith(_FAILED):
                     raise RunDirectoryError(text.removeprefix(_FAILED))
             saved = [text.split() for text in texts]
+            self._check()
             mark_complete(
                 path,
                 epoch=position.epoch,
@@ -181,7 +186,8 @@ class CheckpointWriter:
                 positions=[(int(epoch), int(step)) for _, epoch, step in saved],
             )
         except DistGraftError as error:
-            discard_incomplete(path)
+            if not isinstance(error, LeaseLostError):
+                discard_incomplete(path)
             return str(error)
         with contextlib.suppress(OSError):  # a leftover checkpoint does no harm
             prune(path.parent, self._keep)

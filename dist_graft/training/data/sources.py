@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_graft.config.validation import own
-from dist_graft.errors import DataError
+from dist_graft.errors import DataError, user_code
 from dist_graft.references import is_reference
 
 LUMA = (0.299, 0.587, 0.114)
@@ -243,7 +243,9 @@ def read_custom(reference: str, root: str) -> tuple[ImageSet, ImageSet, DatasetI
 
     Raises: ConfigError if there is no such function; DataError if it returns anything else.
     """
-    returned = own("data.name", reference)(root)
+    function = own("data.name", reference)
+    with user_code(f"data.name {reference}"):
+        returned = function(root)
     try:
         train, test = (_image_set(reference, *part) for part in returned)
     except TypeError as error:

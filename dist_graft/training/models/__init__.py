@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_graft.config import ModelConfig
 from dist_graft.config.validation import own
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, user_code
 from dist_graft.references import is_reference
 from dist_graft.training.models.mobilenetv2 import MobileNetV2
 from dist_graft.training.models.resnet import ResNet
@@ -76,7 +76,9 @@ def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn
             f"model.activation {config.activation!r} does not apply to the user-defined model "
             f"{config.name!r}: leave it unset"
         )
-    model = own("model.name", config.name)(num_classes=num_classes, channels=channels)
+    function = own("model.name", config.name)
+    with user_code(f"model.name {config.name}"):
+        model = function(num_classes=num_classes, channels=channels)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name {config.name!r} must return an nn.Module, got {model!r}")
     return model

@@ -43,6 +43,7 @@ class FakeTrainer:
     criterion: str = "entropy"
     max_lr: float = 0.25
     custom: Sequence[str] = ()
+    lease_lost: bool = False
 
     def __post_init__(self) -> None:
         self.directory = RunDirectory(self.run_dir)

@@ -92,7 +92,7 @@ def test_machines_of_different_sizes_are_an_error_on_all_ranks() -> None:
         peers = PeerRegistry(store, rank, 6, 2)
         peers.check_in(20)
         try:
-            _refuse_uneven_machines(process, peers, 20)
+            _refuse_uneven_machines(process, "auto", peers, 20)
         except ConfigError as error:
             errors[rank] = str(error)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import torch.distributed as dist
 
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process import SIGNALS
-from dist_graft.population.runtime.stop_requests import StopRequests
+from dist_graft.population.runtime.stop_requests import GracePeriod, SignalMonitor, StopRequests
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def store() -> dist.HashStore:
 def requests(
     folder: Path, expired: threading.Event, peers: PeerRegistry | None = None, grace: float = 60
 ) -> StopRequests:
-    return StopRequests([folder / "STOP"], peers, grace_seconds=grace, on_grace_expired=expired.set)
+    return StopRequests([folder / "STOP"], peers, grace=GracePeriod(grace, expired.set))
 
 
 def test_no_stop_is_requested(tmp_path: Path, expired: threading.Event) -> None:
@@ -99,9 +102,67 @@ def test_the_grace_period_expires_after_a_request(tmp_path: Path, expired: threa
     assert expired.wait(10)
 
 
-def test_the_time_limit_ends_with_the_run(tmp_path: Path, expired: threading.Event) -> None:
-    (tmp_path / "STOP").touch()
-    here = requests(tmp_path, expired, grace=0.1)
-    assert here.requested()
-    here.close()
+def test_a_cancelled_grace_period_does_not_expire(expired: threading.Event) -> None:
+    grace = GracePeriod(0.1, expired.set)
+    grace.start()
+    grace.start()
+    grace.cancel()
     assert not expired.wait(0.3)
+    before = GracePeriod(0.0, expired.set)
+    before.cancel()
+    before.start()
+    assert not expired.wait(0.1)
+
+
+@pytest.fixture
+def noticed() -> Iterator[queue.SimpleQueue[signal.Signals]]:
+    """Signals that a monitor has noticed."""
+    numbers: queue.SimpleQueue[signal.Signals] = queue.SimpleQueue()
+    monitor = SignalMonitor(numbers.put)
+    yield numbers
+    monitor.close()
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_is_noticed_while_the_main_thread_is_blocked(
+    tmp_path: Path,
+    expired: threading.Event,
+    store: dist.HashStore,
+    noticed: queue.SimpleQueue[signal.Signals],
+) -> None:
+    here, there = (requests(tmp_path, expired, PeerRegistry(store, k, 2)) for k in (0, 1))
+    here.install_handlers()
+
+    reading, writing = os.pipe()
+
+    def announce() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        here.announce(noticed.get(timeout=30))
+        os.write(writing, b".")
+
+    thread = threading.Thread(target=announce)
+    thread.start()
+    byte = ctypes.create_string_buffer(1)
+    assert ctypes.CDLL(None).read(reading, byte, 1) == 1  # outside of Python until it is announced
+    assert there.peer_reason() == "SIGUSR1"
+    thread.join()
+    for end in (reading, writing):
+        os.close(end)
+
+
+def test_signals_to_forked_processes_are_not_noticed(
+    noticed: queue.SimpleQueue[signal.Signals],
+) -> None:
+    here = os.getpid()
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None if os.getpid() == here else os._exit(0))
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    process = multiprocessing.get_context("fork").Process(target=stop)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    os.kill(here, signal.SIGTERM)
+    assert noticed.get(timeout=30) == signal.SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -26,7 +27,8 @@ from torch import Tensor
 import dist_graft
 from dist_graft import Callback, GraftRecord, Trainer
 from dist_graft.config import CheckpointConfig, OptimConfig
-from dist_graft.errors import StoppedEarlyError
+from dist_graft.errors import LeaseLostError, StoppedEarlyError
+from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.schedule import Segment
 
@@ -277,3 +279,22 @@ def test_a_run_of_version_0_1_0_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     log = (run / "network00/log.txt").read_text()
     assert "epoch 1, step 3, round 4" in log
     assert summary(run)["diverged"] == []
+
+
+class TakeOver(Callback):
+    """Another run takes over the run directory in the second epoch."""
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        if trainer.epoch == 1:
+            path = trainer.directory.lease
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "ab"}))
+
+
+def test_a_run_that_lost_its_directory_stops_without_writing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with pytest.raises(LeaseLostError, match="was taken over by another run"):
+        REGRESSION.trainer(config_of(tmp_path), TakeOver()).fit()
+    assert [json.loads(line)["epoch"] for line in run.metrics(0).read_text().splitlines()] == [0]
+    assert not (run.checkpoints / "epoch_0002").exists()
+    assert json.loads(run.status(0).read_text())["phase"] not in ("finished", "failed")
+    assert json.loads(run.lease.read_text())["token"] == "ab"

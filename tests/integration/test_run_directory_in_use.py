@@ -1,0 +1,70 @@
+"""One run at a time in a run directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from harness import programs
+from launching import (
+    ERROR,
+    PROMPT_SECONDS,
+    Train,
+    by_hand,
+    error_line,
+    program,
+    running,
+    wait_until,
+)
+from reading import contents
+
+from dist_graft.population.runtime.lease import Lease, this_process
+
+SHORT = ("--epochs", "1", "--monitor.tensorboard", "false")
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Lease:
+    lease = Lease(tmp_path / "run/lease.json", holder=this_process())
+    lease.acquire()
+    return lease
+
+
+def test_a_second_launch_is_refused_and_names_the_first(tmp_path: Path, train: Train) -> None:
+    run = tmp_path / "run"
+    with running([program(run, *SHORT, "--epochs", "400")]) as (first,):
+        log = run / "network00/log.txt"
+        wait_until(lambda: log.exists() and "epoch" in log.read_text(), "the first run")
+        line = error_line(train(run, *SHORT), f"{run} is in use by process {first.pid} on ")
+        assert socket.gethostname() in line
+        assert "wait until it ends" in line
+        assert first.poll() is None
+        assert "in use" not in log.read_text()
+        first.kill()
+        first.wait()
+    assert train(run, *SHORT, "--epochs", "400", "--resume", "must").status == 1  # no checkpoint
+    (run / "config.yaml").unlink()
+    assert train(run, *SHORT).status == 0
+    assert not (run / "lease.json").exists()
+
+
+@pytest.mark.usefixtures("other_run")
+def test_all_ranks_of_a_refused_run_exit_and_write_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = program(run, *SHORT)[3:]
+    ends = programs(arguments, by_hand(2), limit=PROMPT_SECONDS + 10)
+    for rank, done in enumerate(ends):
+        assert done.status == 1
+        assert f"{run} is in use by process {os.getpid()} on " in error_line(done)
+        assert f"(rank {rank} on " in done.errors
+        assert done.errors.count(ERROR) == 1
+    assert list(contents(run)) == ["lease.json"]
+
+
+def test_an_abandoned_lease_is_taken_over(tmp_path: Path, train: Train, other_run: Lease) -> None:
+    run = tmp_path / "run"
+    os.utime(run / "lease.json", (0, 0))
+    assert train(run, *SHORT).status == 0
+    assert other_run.lost or not (run / "lease.json").exists()

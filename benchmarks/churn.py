@@ -312,8 +312,10 @@ class Chaos:
         past = time.time() - 3600
         with contextlib.suppress(OSError):
             os.utime(path, (past, past))
+        token = path.read_text()
         self.jobs.start(alive[0])
-        time.sleep(4)
+        while path.exists() and path.read_text() == token:
+            time.sleep(0.1)
         os.kill(old.pid, signal.SIGCONT)
         old.join(60)
         if old.exitcode in (None, 0):

@@ -5,6 +5,8 @@
 # Environment variables (default):
 #   PROCESSES  number of processes (all GPUs or cores); each trains a network, or a replica of one
 #              with --runtime.replicas
+#   JOBS       number of networks: start each as a job of its own (docs/jobs.md), which the others
+#              neither wait for nor end with; their cores and GPUs are divided
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +16,25 @@ if ! type "${python[0]}" &>/dev/null; then
     echo "dist-graft: error: there is no ${python[0]} on $(hostname): launch/quickstart.sh makes .venv;" \
         "or set VENV or PYTHON" >&2
     exit 1
+fi
+if [ -n "${JOBS:-}" ]; then
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) cores=$(nproc) jobs=()
+    for ((network = 0; network < JOBS; network++)); do
+        if [ "$gpus" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=$((network % gpus)); fi
+        "${python[@]}" -m dist_graft train --graft.exchange files --population.size "$JOBS" \
+            --population.network "$network" --runtime.threads $((cores > JOBS ? cores / JOBS : 1)) "$@" &
+        jobs+=($!)
+    done
+    trap 'kill -TERM "${jobs[@]}" 2>/dev/null' INT TERM
+    status=0
+    for job in "${jobs[@]}"; do
+        while kill -0 "$job" 2>/dev/null; do # a signal ends the wait, not yet the job
+            ended=0
+            wait "$job" || ended=$?
+        done
+        if [ "$ended" -ne 0 ]; then status=$ended; fi
+    done
+    exit "$status"
 fi
 exec "${python[@]}" -m dist_graft.population.runtime.torchrun --standalone \
     --nproc-per-node="${PROCESSES:-auto}" -m dist_graft train "$@"

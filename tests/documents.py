@@ -21,7 +21,10 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if "_build" not in path.parts
 )
-TRAINING_SCRIPTS = ("launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch")
+TRAINING_SCRIPTS = (
+    *("launch/local.sh", "launch/multinode.sh"),
+    *("launch/slurm.sbatch", "launch/slurm_array.sbatch"),
+)
 """Scripts that pass their arguments to `dist-graft train`."""
 
 

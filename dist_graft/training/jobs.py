@@ -82,14 +82,19 @@ def is_job(config: TrainConfig) -> bool:
     return config.graft.exchange == "files"
 
 
-def finished_summaries(directory: RunDirectory, networks: int) -> list[dict[str, Any]] | None:
-    """Summaries of all networks' jobs, in order; None while some have not finished."""
+def finished_summaries(
+    directory: RunDirectory, networks: int, epochs: int
+) -> list[dict[str, Any]] | None:
+    """Summaries of all networks' jobs, in order; None while some have not finished all epochs."""
     found = []
     for network in range(networks):
         try:
             content = json.loads(RunDirectory(directory.path, job=network).summary_job.read_text())
             row_of(content)
+            complete = content["epochs"] == epochs
         except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+        if not complete:
             return None
         found.append(content)
     return found

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -1035,7 +1036,7 @@ class Trainer:
         self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds, first=first)
         self._check_lease()
         if self.directory.job is not None:
-            self.summary["samples"] = before.samples
+            self.summary |= {"samples": before.samples, "epochs": self.config.epochs}
         elif self.process.is_main:
             self.summary["events"] = self.run_events.events
             self._write_summary(self.directory.summary, self.summary)
@@ -1072,12 +1073,13 @@ class Trainer:
         """
         if self.process.is_main and self.summary:
             self._write_summary(self.directory.summary_job, self.summary)
-        complete = ""
-        if self.process.is_main and finished_summaries(self.directory, self.process.networks):
-            complete = "complete"
+        finished = partial(
+            finished_summaries, self.directory, self.process.networks, self.config.epochs
+        )
+        complete = "complete" if self.process.is_main and finished() else ""
         if not self.runtime.broadcast_text("the summary of the population", complete):
             return
-        summaries = finished_summaries(self.directory, self.process.networks)
+        summaries = finished()
         assert summaries is not None
         metric = str(summaries[0].get("metric", "accuracy"))
         rows = [row_of(summary) for summary in summaries]

@@ -108,6 +108,13 @@ def test_the_last_job_writes_the_summary(two_jobs: Path, train: Train) -> None:
     assert again.status == 0, again
     assert "is complete: 2 epochs" in again.output
 
+    # Summaries of fewer epochs do not count.
+    shorter = json.loads((two_jobs / "network00" / "summary.json").read_text()) | {"epochs": 1}
+    (two_jobs / "network00" / "summary.json").write_text(json.dumps(shorter))
+    (two_jobs / "summary.json").unlink()
+    assert train(two_jobs, *job(1)).status == 0
+    assert not (two_jobs / "summary.json").exists()
+
 
 def test_commands_use_whatever_is_there(two_jobs: Path, tmp_path: Path) -> None:
     shutil.rmtree(two_jobs / "network02" / "checkpoints" / "epoch_0002")

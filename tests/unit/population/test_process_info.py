@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process_group import _refuse_uneven_machines
-from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.population.runtime.process_info import ProcessInfo, array_index
 
 
 def test_the_processes_of_a_network_have_consecutive_ranks() -> None:
@@ -23,6 +23,24 @@ def test_the_processes_of_a_network_have_consecutive_ranks() -> None:
     assert {process.networks for process in processes} == {2}
     assert str(processes[4]).startswith("network 1 (replica 1, rank 4 on ")
     assert str(ProcessInfo(1, 2, 1, 2)).startswith("network 1 (rank 1 on ")
+
+
+def test_a_job_of_its_own_trains_one_network() -> None:
+    processes = [ProcessInfo(rank, 2, rank, 2).with_replicas(2).as_job(5, 8) for rank in range(2)]
+    assert [process.network for process in processes] == [5, 5]
+    assert [process.networks for process in processes] == [8, 8]
+    assert {process.connected_networks for process in processes} == {1}
+    assert [process.is_main for process in processes] == [True, False]
+    assert str(processes[1]).startswith("network 5 (replica 1, rank 1 on ")
+    with pytest.raises(ConfigError, match=r"one network in each job, .* and 2 processes were"):
+        ProcessInfo(0, 2, 0, 2).as_job(5, 8)
+
+
+def test_the_index_of_a_task() -> None:
+    assert array_index({}) is None
+    assert array_index({"SLURM_ARRAY_TASK_ID": "3"}) == 3
+    assert array_index({"JOB_COMPLETION_INDEX": "0"}) == 0
+    assert array_index({"SLURM_ARRAY_TASK_ID": ""}) is None
 
 
 @pytest.mark.parametrize(

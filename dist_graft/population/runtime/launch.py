@@ -117,7 +117,12 @@ def launch(
             shutdown_timeout=shutdown_timeout,
         )
         try:
-            with _silent_launcher(), _restored_signal_handlers(), _no_process_left():
+            with (
+                _silent_launcher(),
+                _silent_store(),
+                _restored_signal_handlers(),
+                _no_process_left(),
+            ):
                 own_method = multiprocessing.get_start_method(allow_none=True)
                 start = elastic_launch(config, _run)
                 results = start(function, args, os.getpid(), own_method or "")
@@ -309,6 +314,19 @@ def _silent_launcher() -> Iterator[None]:
         for logger, propagate in zip(loggers, before, strict=True):
             logger.removeHandler(silent)
             logger.propagate = propagate
+
+
+@contextmanager
+def _silent_store() -> Iterator[None]:
+    """Suppress the warnings of torch's store in the processes: errors say what failed."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    is_set = name in os.environ
+    os.environ.setdefault(name, "ERROR")
+    try:
+        yield
+    finally:
+        if not is_set:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ settings.register_profile(
 settings.register_profile(
     "explore", settings.get_profile("suite"), derandomize=False, max_examples=2000
 )
+# For another environment, where the suite has run in the first: .ci/run, oldest versions
+settings.register_profile("brief", settings.get_profile("suite"), max_examples=10)
 settings.load_profile("suite")
 
 

@@ -159,7 +159,9 @@ def _is_alive(files: NetworkFiles, now: float) -> bool:
 def _silent_seconds(files: NetworkFiles, now: float) -> float | None:
     """Seconds since the network's process wrote status.json; None if it never did."""
     written = files.status.get("time")
-    return max(0.0, now - written) if isinstance(written, (int, float)) else None
+    if not isinstance(written, (int, float)) or not math.isfinite(written):
+        return None
+    return max(0.0, now - written)
 
 
 def _is_gone(files: NetworkFiles) -> bool:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_graft.population.compat import all_gather_single
+
 _POLL_SECONDS = 1.0
 _SOURCE_LOCATION = re.compile(r"^\[[^]]*\] *")
 _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
@@ -105,7 +107,7 @@ def gather_vectors(
     ranks = dist.get_world_size(group)
     gathered = local.new_empty(ranks * local.numel())
     with communicating():
-        work = dist.all_gather_single(gathered, local, group=group, async_op=True)
+        work = all_gather_single(gathered, local, group=group, async_op=True)
         assert work is not None  # this rank belongs to the group
         if device.type == "cpu":
             wait_for(work, seconds, on_wait)

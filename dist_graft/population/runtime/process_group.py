@@ -24,6 +24,7 @@ from dist_graft.population.collectives import (
     gather_vectors,
     wait_for,
 )
+from dist_graft.population.compat import set_timeout
 from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.devices import can_use_nccl, choose_device, nccl_unavailable
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
@@ -74,7 +75,7 @@ class Runtime:
         if self.process.world_size > 1:
             limit = timedelta(seconds=self.timeouts.longest_wait)
             for group in {world(), self.group_across_networks or world()}:
-                dist.set_timeout(limit, group)
+                set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
         """Gather values of the same length from the leader of each network: a collective.

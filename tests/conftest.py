@@ -53,6 +53,14 @@ def _longest(item: pytest.Item) -> float:
     return float(marker.args[0]) if marker else 0.0
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device: launch/gpu_check.sh")
+
+
 @pytest.fixture
 def store():
     """A key-value store for processes or threads of this machine."""

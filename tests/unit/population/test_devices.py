@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_graft.population.runtime.devices import all_different
+from dist_graft.population.runtime.devices import all_different, gpu_name
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,23 @@ from dist_graft.population.runtime.devices import all_different
     ],
 )
 def test_nccl_needs_a_different_gpu_in_every_process(gpus: list[str], different: bool) -> None:
+    assert all_different(gpus) is different
+
+
+@pytest.mark.parametrize(
+    ("environments", "nccl", "different"),
+    [
+        ([{}, {}], (2, 30, 7), False),
+        ([{"NCCL_HOSTID": "0"}, {"NCCL_HOSTID": "0"}], (2, 30, 7), False),
+        ([{"NCCL_HOSTID": "0"}, {"NCCL_HOSTID": "1"}], (2, 28, 9), True),
+        ([{"NCCL_HOSTID": "0"}, {}], (2, 28, 9), True),
+        ([{"NCCL_MULTI_RANK_GPU_ENABLE": "1"}] * 2, (2, 30), True),
+        ([{"NCCL_MULTI_RANK_GPU_ENABLE": "1"}] * 2, (2, 28, 9), False),
+        ([{"NCCL_MULTI_RANK_GPU_ENABLE": "0"}] * 2, (2, 30, 7), False),
+    ],
+)
+def test_processes_share_a_gpu_only_if_nccl_is_told_to(
+    environments: list[dict[str, str]], nccl: tuple[int, ...], different: bool
+) -> None:
+    gpus = [gpu_name("a", rank, nccl, each) for rank, each in enumerate(environments)]
     assert all_different(gpus) is different

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_graft.population.runtime.devices import shared_gpu_variables
+
 _HOST = "127.0.0.1"
 _PRELOAD = [
     *("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard"),
@@ -147,16 +149,6 @@ def _program(arguments: list[str], environment: dict[str, str], output: str, err
     os._exit(status)
 
 
-def nccl_variables(rank: int, processes: int) -> dict[str, str]:
-    """Environment of a rank that lets NCCL run several ranks on one GPU, if there are too few GPUs.
-
-    NCCL then takes each rank to be on a host of its own, and connects them through sockets.
-    """
-    if processes <= torch.cuda.device_count():
-        return {}
-    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-
-
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -219,7 +211,7 @@ def _rank(
         torch.set_num_threads(1)
         device = torch.device("cpu")
         if kind == "cuda":
-            os.environ.update(nccl_variables(rank, networks))
+            os.environ.update(shared_gpu_variables(rank, networks))
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         else:

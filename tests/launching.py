@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import Done, nccl_variables, programs
+from harness import Done, programs
+
+from dist_graft.population.runtime.devices import shared_gpu_variables
 
 SMALL = (
     *("--data.train_samples", "64", "--data.test_samples", "40", "--data.batch_size", "32"),
@@ -140,7 +142,7 @@ def _by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:
     if device == "cpu":
         return places
     return [
-        place | {"LOCAL_RANK": str(rank)} | nccl_variables(rank, processes)
+        place | {"LOCAL_RANK": str(rank)} | shared_gpu_variables(rank, processes)
         for rank, place in enumerate(places)
     ]
 

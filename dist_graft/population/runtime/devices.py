@@ -61,6 +61,16 @@ def gpu_name(
     return f"{uuid} {environment.get('NCCL_HOSTID', '')} {rank if shares else ''}"
 
 
+def shared_gpu_variables(rank: int, processes: int) -> dict[str, str]:
+    """Environment in which NCCL runs several processes on one GPU; empty if there are enough GPUs.
+
+    For tests: NCCL takes each process to be on a host of its own, and connects them by sockets.
+    """
+    if processes <= torch.cuda.device_count():
+        return {}
+    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+
+
 def all_different(gpus: Sequence[str]) -> bool:
     """Whether no two GPUs are equal and none is missing (an empty string)."""
     return "" not in gpus and len(set(gpus)) == len(gpus)

@@ -1,8 +1,8 @@
 """Training and rounds on a GPU, relative to bare references on the same GPU.
 
 Each part runs in processes of its own with a time limit, so that one that fails does not end the
-others. With fewer GPUs than processes, the processes share them. NCCL then connects them by sockets,
-which are slower than any real connection.
+others. With fewer GPUs than processes, the processes share them. NCCL then connects them by
+sockets, which are slower than any real connection.
 
 - train: images/s of the trainer's loop over whole epochs / a bare loop on one resident batch;
 - round: a round / the bare collective plus one device copy of the same bytes;

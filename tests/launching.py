@@ -74,24 +74,34 @@ def run_programs(
 
 
 def run_population(
-    processes: int, run: Path, *options: str, device: str = "cpu", **more: str
+    processes: int,
+    run: Path,
+    *options: str,
+    device: str = "cpu",
+    limit: float = 150,
+    **more: str,
 ) -> list[Done]:
     """Run a population without a launcher, with RANK and WORLD_SIZE set by hand.
 
     The processes are forked from a server that has imported torch.
     """
-    ends = end_population(processes, run, *options, device=device, **more)
+    ends = end_population(processes, run, *options, device=device, limit=limit, **more)
     assert not any(end.status for end in ends), ends
     return ends
 
 
 def end_population(
-    processes: int, run: Path, *options: str, device: str = "cpu", **more: str
+    processes: int,
+    run: Path,
+    *options: str,
+    device: str = "cpu",
+    limit: float = 150,
+    **more: str,
 ) -> list[Done]:
     """Run a population as `run_population` does; it may fail."""
     arguments = program(run, "--runtime.device", device, *options)[3:]
     places = [place | more for place in _by_hand(processes, device)]
-    return programs(arguments, places, limit=150)
+    return programs(arguments, places, limit=limit)
 
 
 def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Done:

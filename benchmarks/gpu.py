@@ -84,7 +84,8 @@ LAUNCHES = {
 """Kind of call by its name in the profiler."""
 
 _HERE = Path(__file__).parent
-SOURCES = {"PYTHONPATH": os.pathsep.join([str(_HERE.parent), str(_HERE)])}
+_PATHS = [str(_HERE.parent), str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+SOURCES = {"PYTHONPATH": os.pathsep.join(_PATHS)}
 """Environment of processes that import the package and the benchmarks from the checkout."""
 
 Result = dict[str, Any]

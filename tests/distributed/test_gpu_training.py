@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,14 +24,14 @@ from reading import assert_same_bits, checkpoint, metrics, optimizer_tensors
 
 from dist_graft.config import RuntimeConfig
 
-STEPS, EPOCHS = 4, 2
+STEPS, EPOCHS = 8, 2
 OPTIONS = (
-    *("--epochs", str(EPOCHS), "--data.train_samples", str(32 * STEPS), "--optim.lr", "0.01"),
+    *("--epochs", str(EPOCHS), "--data.train_samples", str(32 * STEPS), "--optim.lr", "0.05"),
     *("--model.name", "resnet8", "--checkpoint.keep", str(EPOCHS)),
 )
 LATER_STEPS = 64
 COMPILE_SECONDS = 250
-ON_TESTS_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+ON_TESTS_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 ON_BOTH = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -76,10 +77,10 @@ def test_networks_communicate_over_nccl(reference: Path) -> None:
     [
         ("--runtime.precision bf16", 0.1),
         ("--runtime.precision fp16", 0.2),  # the loss scaler skips steps until it has settled
-        ("--runtime.channels_last false", 0.02),
-        ("--runtime.backend gloo", 0.02),
-        ("--graft.exchange p2p", 0.02),
-        *((f"--runtime.compile {mode}", 0.02) for mode in compile_modes()),
+        ("--runtime.channels_last false", 0.05),
+        ("--runtime.backend gloo", 0.05),
+        ("--graft.exchange p2p", 0.05),
+        *((f"--runtime.compile {mode}", 0.05) for mode in compile_modes()),
     ],
 )
 def test_option_trains_as_the_reference(
@@ -95,7 +96,7 @@ def test_option_trains_as_the_reference(
 def test_synchronized_batch_norm_of_two_replicas(reference: Path, tmp_path: Path) -> None:
     options = ("--runtime.replicas", "2", "--runtime.sync_bn", "true")
     run_population(4, tmp_path / "run", *OPTIONS, *options, device="cuda")
-    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=0.02)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=0.05)
 
 
 @pytest.mark.gpu

@@ -35,7 +35,8 @@ if [ "$tests" != 0 ]; then
     if "$PYTHON" -c "import xdist" 2>/dev/null; then
         command+=(--numprocesses=auto --maxprocesses=4 --dist=loadgroup)
     fi
-    timeout --kill-after=10 "$tests" "${command[@]}" >"$out/tests.log" 2>&1 || status=1
+    # SIGINT: pytest still writes its report.
+    timeout --signal=INT --kill-after=10 "$tests" "${command[@]}" >"$out/tests.log" 2>&1 || status=1
     tail -n 1 "$out/tests.log"
 fi
 benchmarks=${BENCHMARK_SECONDS:-230}

@@ -41,7 +41,8 @@ def main(out: Path) -> int:
     lines = ["tests: no report (not run, or out of time: see tests.log)"]
     if tests:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(tests["outcomes"].items()))
-        lines = [f"tests: {counts}"]
+        log = (out / "tests.log").read_text()
+        lines = [f"tests: {counts}{', then out of time' if 'KeyboardInterrupt' in log else ''}"]
         lines += [f"  {name}: {' '.join(text.split())}" for name, text in tests["failures"].items()]
     log = out / "benchmarks.log"
     lines += log.read_text().splitlines() if log.exists() else ["benchmarks: not run"]

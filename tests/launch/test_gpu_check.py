@@ -94,6 +94,7 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 
 def test_the_summary_has_the_failures(tmp_path: Path) -> None:
     (tmp_path / "tests.xml").write_text(REPORT)
+    (tmp_path / "tests.log").write_text("!!! KeyboardInterrupt !!!\n")
     figures = {"machine": "any", "parts": {"papa": {"papa": [2.0]}}}
     (tmp_path / "benchmarks.json").write_text(json.dumps(figures))
     (tmp_path / "benchmarks.log").write_text("papa: 2 images/s\n")
@@ -106,7 +107,11 @@ def test_the_summary_has_the_failures(tmp_path: Path) -> None:
     }
     assert result["benchmarks"] == figures
     assert (tmp_path / "summary.txt").read_text() == done.stdout
-    for text in ("1 passed", "a::fails: assert 1 == 2 more", "papa: 2 images/s"):
+    for text in (
+        "1 passed, 1 skipped, then out of time",
+        "a::fails: assert 1 == 2 more",
+        "papa: 2 images/s",
+    ):
         assert text in done.stdout
 
 

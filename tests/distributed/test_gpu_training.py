@@ -32,7 +32,9 @@ OPTIONS = (
 LATER_STEPS = 64
 COMPILE_SECONDS = 250
 ON_TESTS_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
-ON_BOTH = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+ON_BOTH = ("cpu", ON_GPU)
+ON_BOTH_SLOWLY = (pytest.param("cpu", marks=pytest.mark.slow), ON_GPU)
 
 
 def compile_modes(hint: Any = None) -> list[str]:
@@ -107,7 +109,7 @@ def test_methods(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(2 * COMPILE_SECONDS + 60)
-@pytest.mark.parametrize("device", ON_BOTH)
+@pytest.mark.parametrize("device", ON_BOTH_SLOWLY)
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,11 +137,11 @@ def test_a_resumed_run_has_the_same_bits(device: str, options: str, tmp_path: Pa
         assert_same_bits(optimizer_tensors(one), optimizer_tensors(other))
 
 
-@pytest.mark.parametrize("device", ON_BOTH)
+@pytest.mark.parametrize("device", ON_BOTH_SLOWLY)
 @pytest.mark.parametrize("way", [pytest.param("kill", marks=pytest.mark.gpu), "stop"])
 def test_a_network_that_fails_ends_the_run(device: str, way: str, tmp_path: Path) -> None:
     """A killed network at once, a stopped one after the timeout."""
-    seconds = 10
+    seconds = 10 if device == "cuda" else 5
     options = (
         *(*OPTIONS, "--data.train_samples", str(32 * LATER_STEPS), "--epochs", "40"),
         *("--runtime.timeout_seconds", str(seconds), "--runtime.device", device),

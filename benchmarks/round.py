@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from dist_graft import Grafter
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.units import graft_tensors, graft_units
+from dist_graft.population.compat import all_gather_single
 from dist_graft.population.runtime.process import keep_freed_memory
 from dist_graft.printing import format_table
 from dist_graft.training.models import build_model
@@ -156,7 +157,7 @@ def time_together(action: Callable[[], object]) -> float:
 def bare_all_gather(numbers: Tensor, rank: int, networks: int) -> Callable[[], object]:
     gathered = numbers.repeat(networks)
     local = gathered.chunk(networks)[rank]
-    return lambda: dist.all_gather_single(gathered, local)
+    return lambda: all_gather_single(gathered, local, group=None)
 
 
 def bare_ring(numbers: Tensor, rank: int, networks: int) -> Callable[[], object]:

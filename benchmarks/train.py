@@ -17,6 +17,7 @@ import tempfile
 import time
 
 import numpy as np
+import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from reporting import machine, ratios, spread, verdict
@@ -75,16 +76,18 @@ class BareLoop(Callback):
         self.bare_speeds.append(images / self._seconds(trainer.steps_per_epoch))
 
     def _seconds(self, steps: int) -> float:
-        model, optimizer = self._bare.model, self._bare.optimizer
+        forward, optimizer = self._bare.forward, self._bare.optimizer
         inputs, labels = self._batch
-        model.train()
+        self._bare.model.train()
         start = time.perf_counter()
         for _ in range(steps):
             optimizer.zero_grad()
             with self._bare.autocast():
-                loss = F.cross_entropy(model(inputs), labels)
+                loss = F.cross_entropy(forward(inputs), labels)
             loss.backward()
             optimizer.step()
+        if inputs.device.type != "cpu":
+            torch.accelerator.synchronize(inputs.device)
         return time.perf_counter() - start
 
 

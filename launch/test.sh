@@ -9,7 +9,7 @@ install "[dev]"
 echo "ruff" && ruff check . && ruff format --check .
 echo "mypy" && mypy
 echo "import-linter" && lint-imports
-echo "shellcheck" && shellcheck launch/*.sh launch/*.sbatch .ci/run
+echo "shellcheck" && shellcheck launch/*.sh launch/*.sbatch .ci/*
 echo "hadolint" && hadolint launch/Containerfile
 echo "sphinx" && sphinx-build -W --keep-going -q -b html docs docs/_build/html
 tests=(python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile)

@@ -22,6 +22,8 @@ settings.register_profile(
 settings.register_profile(
     "explore", settings.get_profile("suite"), derandomize=False, max_examples=2000
 )
+# For another environment, where the suite has run in the first: .ci/run, oldest versions
+settings.register_profile("brief", settings.get_profile("suite"), max_examples=10)
 settings.load_profile("suite")
 
 
@@ -49,6 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _longest(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     return float(marker.args[0]) if marker else 0.0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device: launch/gpu_check.sh")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Run a function, or the program, in several processes that form one gloo process group.
+"""Run a function, or the program, in several processes that form one process group.
 
 The processes are forked from a server that has imported torch (multiprocessing's forkserver), which
 saves the seconds of the import. The key-value store runs in the test's process and outlives all
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_graft.population.runtime.devices import shared_gpu_variables
+
 _HOST = "127.0.0.1"
 _PRELOAD = [
     *("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard"),
@@ -42,28 +44,31 @@ class Done:
 
 @dataclass(frozen=True)
 class RankContext:
-    """Rank of a process, and the store of its run."""
+    """Rank of a process, the store of its run, and its device."""
 
     rank: int
     networks: int
     store: dist.Store
     """Runs in the test's process and outlives all ranks."""
+    device: torch.device
 
 
 def run(
     function: Callable[..., Any],
     networks: int,
     *arguments: Any,
+    device: str = "cpu",
     ending: Collection[int] = (),
     group_timeout: float = 60,
     limit: float = 120,
 ) -> list[Any]:
-    """Run `function(context, *arguments)` in every rank of a new gloo group.
+    """Run `function(context, *arguments)` in every rank of a new group.
 
     Args:
         function: defined at the top level of a module.
         networks: number of ranks.
         arguments: picklable.
+        device: "cpu" (gloo), or "cuda" (gloo and NCCL; ranks share GPUs if there are too few).
         ending: ranks that are expected to exit inside the function.
         group_timeout: of collectives, in seconds.
         limit: for all ranks, in seconds; ranks that still run are killed.
@@ -77,7 +82,7 @@ def run(
         _HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=limit)
     )
     with tempfile.TemporaryDirectory() as folder:
-        place = (networks, store.port, group_timeout, folder)
+        place = (networks, store.port, group_timeout, folder, device)
         ranks = [
             context.Process(
                 target=_rank, args=(rank, *place, function, arguments), name=f"rank {rank}"
@@ -197,22 +202,30 @@ def _rank(
     port: int,
     group_timeout: float,
     folder: str,
+    kind: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     """Entry point of a process of `run`; writes its result or its error into the folder."""
     try:
         torch.set_num_threads(1)
-        warnings.simplefilter("error")
+        device = torch.device("cpu")
+        if kind == "cuda":
+            os.environ.update(shared_gpu_variables(rank, networks))
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        else:
+            warnings.simplefilter("error")
         store = dist.TCPStore(_HOST, port, is_master=False, timeout=timedelta(seconds=60))
         dist.init_process_group(
-            "gloo",
+            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=networks,
             timeout=timedelta(seconds=group_timeout),
+            device_id=None if kind == "cpu" else device,
         )
-        result = function(RankContext(rank, networks, store), *arguments)
+        result = function(RankContext(rank, networks, store, device), *arguments)
         dist.destroy_process_group()
         partial = Path(folder) / f"{rank}.partial"
         torch.save(result, partial)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from harness import Done, programs
 
+from dist_graft.population.runtime.devices import shared_gpu_variables
+
 SMALL = (
     *("--data.train_samples", "64", "--data.test_samples", "40", "--data.batch_size", "32"),
     *("--model.name", "resnet20", "--runtime.device", "cpu", "--runtime.threads", "1"),
@@ -29,10 +31,10 @@ Train = Callable[..., Done]
 """Type of the fixture `train`: (run directory, *options) -> Done."""
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This environment without the variables of a launcher and without GPUs."""
+def environment(*, device: str = "cpu", **more: str) -> dict[str, str]:
+    """This environment without the variables of a launcher and, on the CPU, without GPUs."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    return kept | {"CUDA_VISIBLE_DEVICES": ""} | more
+    return kept | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}) | more
 
 
 def program(run: Path, *options: str) -> list[str]:
@@ -71,14 +73,35 @@ def run_programs(
         return [wait_for_end(process, timeout) for process in processes]
 
 
-def run_population(networks: int, run: Path, *options: str) -> list[Done]:
+def run_population(
+    processes: int,
+    run: Path,
+    *options: str,
+    device: str = "cpu",
+    limit: float = 150,
+    **more: str,
+) -> list[Done]:
     """Run a population without a launcher, with RANK and WORLD_SIZE set by hand.
 
     The processes are forked from a server that has imported torch.
     """
-    ends = programs(program(run, *options)[3:], by_hand(networks), limit=150)
+    ends = end_population(processes, run, *options, device=device, limit=limit, **more)
     assert not any(end.status for end in ends), ends
     return ends
+
+
+def end_population(
+    processes: int,
+    run: Path,
+    *options: str,
+    device: str = "cpu",
+    limit: float = 150,
+    **more: str,
+) -> list[Done]:
+    """Run a population as `run_population` does; it may fail."""
+    arguments = program(run, "--runtime.device", device, *options)[3:]
+    places = [place | more for place in by_hand(processes, device)]
+    return programs(arguments, places, limit=limit)
 
 
 def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Done:
@@ -93,12 +116,13 @@ def running(
     *,
     cwd: Path | None = None,
     new_session: bool = False,
+    device: str = "cpu",
     **more: str,
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Run programs in the background, with RANK etc. if there are several; killed on exit."""
     processes: list[subprocess.Popen[str]] = []
     try:
-        for command, place in zip(commands, by_hand(len(commands)), strict=True):
+        for command, place in zip(commands, by_hand(len(commands), device), strict=True):
             processes.append(
                 subprocess.Popen(
                     command,
@@ -118,13 +142,21 @@ def running(
             process.communicate()
 
 
-def by_hand(processes: int) -> list[dict[str, str]]:
+def by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:
     """Environment of each process; without RANK for a single one."""
     if processes == 1:
-        return [environment()]
+        return [environment(device=device)]
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     place |= {"MASTER_PORT": str(free_port())}
-    return [environment(**place, RANK=str(rank)) for rank in range(processes)]
+    if device != "cpu":
+        place |= {"LOCAL_WORLD_SIZE": str(processes)}
+    places = [environment(device=device, **place, RANK=str(rank)) for rank in range(processes)]
+    if device == "cpu":
+        return places
+    return [
+        place | {"LOCAL_RANK": str(rank)} | shared_gpu_variables(rank, processes)
+        for rank, place in enumerate(places)
+    ]
 
 
 def free_port() -> int:

@@ -69,7 +69,7 @@ class Profiler(Callback):
         if device.type == "cuda":
             torch.accelerator.synchronize(device)
             activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities)
+        self._profiler = profile(activities=activities, acc_events=True)
         self._profiler.start()
         self._started, self._started_at = time.perf_counter(), done
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_graft.population.compat import all_gather_single
 from dist_graft.population.runtime.store import call_with_timeout
 
 _POLL_SECONDS = 1.0
@@ -181,7 +182,7 @@ def gather_on_device(
     ranks = dist.get_world_size(group)
     gathered = local.new_empty(ranks * local.numel())
     with communicating():
-        work = dist.all_gather_single(gathered, local, group=group, async_op=True)
+        work = all_gather_single(gathered, local, group=group, async_op=True)
         assert work is not None  # this rank belongs to the group
         if device.type == "cpu":
             wait_for(work, seconds, on_wait)

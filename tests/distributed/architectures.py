@@ -122,7 +122,7 @@ def disturb_(model: nn.Module, seed: int) -> None:
         for value in {id(value): value for value in _tensors(model)}.values():
             if value.is_floating_point():
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-                value.add_(noise.to(value.dtype) * 0.1)
+                value.add_(noise.to(value) * 0.1)
             elif value.dtype == torch.bool:
                 value.logical_not_()
             else:
@@ -130,8 +130,8 @@ def disturb_(model: nn.Module, seed: int) -> None:
 
 
 def snapshot(model: nn.Module) -> State:
-    """Copy the state dict, preserving the memory format."""
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+    """Copy the state dict to the CPU, preserving the memory format."""
+    return {key: value.detach().clone().cpu() for key, value in model.state_dict().items()}
 
 
 def places(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:

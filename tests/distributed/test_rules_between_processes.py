@@ -147,7 +147,7 @@ def play(context: RankContext, cases: tuple[Case, ...]) -> dict[str, list[Round]
     """Run a few rounds of every case, with a perturbation after each round."""
     played = {}
     for case in cases:
-        model = build(case.model, context.rank)
+        model = build(case.model, context.rank).to(context.device)
         grafter = grafter_of(model, case)
         rounds = []
         for number in range(ROUNDS):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from harness import RankContext, result_or_error, run
 
+from dist_graft.population.compat import set_timeout
+from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.process_group import Runtime, _mesh
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
@@ -21,7 +23,7 @@ LATE = 3.0
 def gather_late(here: RankContext, observed: str) -> list[object]:
     """Results of two collectives that the second process enters late."""
     dist.barrier()  # with the long timeout
-    dist.set_timeout(timedelta(seconds=INITIAL))
+    set_timeout(timedelta(seconds=INITIAL), world())
     process = ProcessInfo(here.rank, here.networks, here.rank, here.networks)
     runtime = Runtime(process, torch.device("cpu"), "gloo", Timeouts(INITIAL, epochs=30), None)
     if observed == "an epoch":
@@ -57,7 +59,7 @@ def sum_late(here: RankContext) -> object:
     mesh = _mesh(process, "cpu", timedelta(seconds=60))
     dist.barrier()
     for group in mesh.get_all_groups():
-        dist.set_timeout(timedelta(seconds=INITIAL), group)
+        set_timeout(timedelta(seconds=INITIAL), group)
     timeouts = Timeouts(INITIAL, epochs=30)
     runtime = Runtime(process, torch.device("cpu"), "gloo", timeouts, None, mesh)
     runtime.observe_epoch(1.0)

@@ -12,6 +12,7 @@ from harness import RankContext, result_or_error, run
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_graft import Graft, Grafter, graft_units, mix
+from dist_graft.population.compat import all_gather_single
 
 UNITS = ["0", "3"]
 
@@ -65,7 +66,7 @@ def graft_data_parallel(context: RankContext):
 
 def _same_everywhere(tensor, group):
     gathered = torch.stack([torch.zeros_like(tensor)] * dist.get_world_size(group))
-    dist.all_gather_single(gathered.view(-1), tensor.contiguous().view(-1), group=group)
+    all_gather_single(gathered.view(-1), tensor.contiguous().view(-1), group=group)
     return bool((gathered == gathered[0]).all())
 
 

@@ -39,6 +39,9 @@ NOT_PARSED = {
     "dist-graft COMMAND --help": "placeholder",
     "dist-graft --version": "tests/unit/analysis/test_doctor.py",
     ".venv/bin/python -m pytest tests/unit -k entropy": "pytest",
+    "pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels jsonargparse "
+    "docstring-parser typeshed-client": "pip, needs a network",
+    "pip install --no-index --no-deps --target site wheels/*.whl": "pip, needs the wheels",
     "pip install .": "tests/launch/test_packaging.py installs the wheel",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",

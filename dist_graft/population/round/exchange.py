@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.population.collectives import communicating, wait_for_device
+from dist_graft.population.compat import all_gather_single
 from dist_graft.population.round.buckets import Bucket
 
 Exchange = Literal["all_gather", "p2p"]
@@ -248,7 +249,7 @@ def _all_gather_in_place(
     """Gather into a buffer that already holds this rank's part."""
     rank = dist.get_rank(group)
     if transport.device.type != "cpu":
-        dist.all_gather_single(buffer, parts[rank], group=group)
+        all_gather_single(buffer, parts[rank], group=group)
         return
     # Point to point, because gloo's all-gather allocates a second copy of the buffer.
     peers = [peer for peer in range(len(parts)) if peer != rank]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,15 +48,39 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 
 
 def can_use_nccl(device: torch.device, peers: PeerRegistry, seconds: float) -> bool:
-    """Whether every process has NCCL and a GPU that no other process uses; identical on all ranks.
+    """Whether every process has NCCL and a GPU of its own; identical on all ranks.
 
-    Every process of the run must call this.
+    Processes may share a GPU if the environment makes NCCL accept this (see `gpu_name`). Every
+    process of the run must call this.
     """
     gpu = ""
     if device.type == "cuda" and dist.is_nccl_available():
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        gpu = gpu_name(uuid, peers.rank, torch.cuda.nccl.version(), os.environ)
     peers.publish("the GPU", gpu)
     return all_different(peers.collect("the GPU", seconds))
+
+
+def gpu_name(
+    uuid: str, rank: int, nccl_version: Sequence[int], environment: Mapping[str, str]
+) -> str:
+    """Name of a process's GPU; NCCL refuses two processes with the same name.
+
+    NCCL takes processes with different values of NCCL_HOSTID to be on different hosts. From NCCL
+    2.30, NCCL_MULTI_RANK_GPU_ENABLE=1 lets processes share a GPU. Both are meant for tests.
+    """
+    shares = environment.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and tuple(nccl_version) >= (2, 30)
+    return f"{uuid} {environment.get('NCCL_HOSTID', '')} {rank if shares else ''}"
+
+
+def shared_gpu_variables(rank: int, processes: int) -> dict[str, str]:
+    """Environment in which NCCL runs several processes on one GPU; empty if there are enough GPUs.
+
+    For tests: NCCL takes each process to be on a host of its own, and connects them by sockets.
+    """
+    if processes <= torch.cuda.device_count():
+        return {}
+    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 
 def all_different(gpus: Sequence[str]) -> bool:
@@ -67,5 +92,6 @@ def nccl_unavailable(device: torch.device) -> ConfigError:
     """Error for `runtime.backend nccl` if NCCL cannot be used."""
     return ConfigError(
         "runtime.backend nccl needs a GPU for every process of the run and a torch build with "
-        f"NCCL; this process uses {device}: use auto or gloo"
+        f"NCCL; this process uses {device}: use auto or gloo (to test NCCL on one GPU, see "
+        "docs/gpu.md)"
     )

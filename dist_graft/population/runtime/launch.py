@@ -45,6 +45,7 @@ from dist_graft.errors import (
     UserCodeError,
 )
 from dist_graft.population.collectives import raised_by_backend
+from dist_graft.population.compat import shutdown_option
 from dist_graft.population.runtime.process import (
     SIGNALS,
     communicate_on_loopback,
@@ -88,7 +89,8 @@ def launch(
         replicas: processes that train each network (``runtime.replicas``).
         start_method: start method of ``multiprocessing``. Default: ``"spawn"``, except ``"fork"``
             in an interactive session that has not used CUDA.
-        shutdown_timeout: seconds between forwarding a signal and killing the processes.
+        shutdown_timeout: seconds between forwarding a signal and killing the processes. Older
+            versions of torch have 30 seconds only.
 
     Returns: the results of the function, by rank; they must be picklable. None if the function
         called ``sys.exit(0)``.
@@ -114,7 +116,7 @@ def launch(
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             local_addr=_LOOPBACK,
             signals_to_handle=",".join(number.name for number in _FORWARDED_SIGNALS),
-            shutdown_timeout=shutdown_timeout,
+            **shutdown_option(shutdown_timeout),
         )
         try:
             with (

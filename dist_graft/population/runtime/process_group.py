@@ -24,6 +24,7 @@ from dist_graft.population.collectives import (
     gather_vectors,
     wait_for,
 )
+from dist_graft.population.compat import set_timeout
 from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.devices import (
     can_use_nccl,
@@ -86,7 +87,7 @@ class Runtime:
             if nccl:
                 groups.add(self.replicas.group or world())
             for group in groups:
-                dist.set_timeout(limit, group)
+                set_timeout(limit, group)
 
     def gather(self, values: list[float], what: str) -> list[list[float]]:
         """Gather values of the same length from the leader of each network: a collective.

@@ -66,11 +66,12 @@ class Replicas:
             self._wrapped = DistributedDataParallel(
                 model,
                 process_group=self.group,
-                forward_sync_buffers=False,
                 # Otherwise DDP rebuilds its buckets after the first step. That changes the order of
                 # the sums, and a resumed run would differ from an uninterrupted one.
                 find_unused_parameters=True,
             )
+            # Buffers are sent at the start only. The argument's name depends on torch's version.
+            self._wrapped.broadcast_buffers = False
         return self._wrapped
 
     @contextmanager

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -15,6 +17,15 @@ from dist_graft.studies.statistics import (
     minimum_detectable_difference,
     paired_test,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_collection() -> Iterator[None]:
+    """statsmodels collects garbage in each correction, which takes 0.1 s in a full process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda: 0)
+        yield
+
 
 accuracies = st.floats(0, 100, allow_subnormal=False)
 

@@ -156,7 +156,7 @@ def throughput(run: Path, network: int, samples: int) -> float:
 
 def slow(repetitions: int, folder: Path) -> None:
     """Compare the fast networks' throughput beside a slow one with that of independent ones."""
-    samples, epochs = 1024, 8
+    samples, epochs = 512, 8
     options = ("--data.train_samples", str(samples), "--callbacks", "churn:Slow")
     found: dict[str, list[float]] = {"independent": [], "jobs": [], "together": []}
     for number in range(repetitions):

@@ -42,6 +42,8 @@ NOT_PARSED = {
     "pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels jsonargparse "
     "docstring-parser typeshed-client": "pip, needs a network",
     "pip install --no-index --no-deps --target site wheels/*.whl": "pip, needs the wheels",
+    'pip install ".[lightning]"': "pip, needs a network",
+    'pip install ".[transformers]"': "pip, needs a network",
     "pip install .": "tests/launch/test_packaging.py installs the wheel",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
@@ -49,7 +51,7 @@ NOT_PARSED = {
     "touch runs/first/STOP": "tests/integration/test_status_of_a_run.py",
 }
 """Commands that this module does not check, and why."""
-INTERPRETERS = ("python", "torchrun", "bash", "sbatch", "srun", "source")
+INTERPRETERS = ("python", "torchrun", "bash", "sbatch", "srun", "source", "kubectl")
 """Programs whose arguments name a file of the repository."""
 COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
 PYTHON = [block for document in DOCUMENTS for block in blocks(document, "python")]
@@ -72,7 +74,7 @@ def test_commands_parse(document: Path, command: str) -> None:
         return
     program, *rest = command.split()
     named = [program, *rest] if "/" in program else rest if program in INTERPRETERS else []
-    files = [ROOT / word for word in named if re.search(r"\.(sh|py|sbatch)$", word)]
+    files = [ROOT / word for word in named if re.search(r"\.(sh|py|sbatch|yaml)$", word)]
     assert files, f"{command!r} is neither a command of dist_graft nor listed in NOT_PARSED"
     assert files[0].is_file(), f"{command!r}: there is no {files[0]}"
     if files[0] == ROOT / program:

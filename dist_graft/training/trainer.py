@@ -469,7 +469,7 @@ class Trainer:
         text, what = options_text(self.config), "the comparison of the options"
         rows = self.runtime.gather_all_ranks(digest(text), what)
         if any(row != rows[0] for row in rows):
-            texts = self.runtime.gather_texts(what, text)
+            texts = self.runtime.gather_texts(f"{what}: texts", text)
             names = [
                 describe_process(rank, self.process.replicas, host)
                 for rank, host in enumerate(self.runtime.hosts())
@@ -494,7 +494,7 @@ class Trainer:
         self._lease_token, _, refusal = self.runtime.broadcast_text(
             what, f"{token} {refusal}"
         ).partition(" ")
-        self.runtime.gather([0.0], what)  # the process that hosts the store may exit after this
+        self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
         if refusal:
             raise LeaseHeldError(refusal)
 
@@ -1004,7 +1004,7 @@ class Trainer:
         for probabilities, labels in sums:
             right += int(correct(probabilities, labels))
             samples += len(labels)
-        counts = self.replicas.gather([float(right), float(samples)], what)
+        counts = self.runtime.replicas.gather([float(right), float(samples)], what)
         return 100 * (sum(row[0] for row in counts) / sum(row[1] for row in counts))
 
     def _summarize(self, before: EvalResult, after: EvalResult, *, finite: bool) -> None:

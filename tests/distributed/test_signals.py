@@ -74,8 +74,10 @@ def test_a_process_that_waits_for_a_connection(tmp_path: Path) -> None:
         keys = dist.PrefixStore("dist_graft", dist.PrefixStore("attempt_0/run_0", store))
         keys.set("process/1", str(os.getpid()))
         keys.set("the GPU/1", "")
+        keys.set("group/1", "2 1 auto")
         keys.set("host/1", socket.gethostname())
-        wait_until(lambda: keys.num_keys() == 7, "the process group", meanwhile=[process])
+        # Four keys of each process, and the first of the process group.
+        wait_until(lambda: keys.num_keys() > 8, "the process group", meanwhile=[process])
         errors = ends_in_time(process, signal.SIGINT)
     assert "stopped by SIGINT" in errors or "could not stop gracefully" in errors
 

@@ -236,7 +236,10 @@ def test_run_is_stopped_by_a_signal_and_resumed(train: Train, tmp_path: Path) ->
         process.send_signal(signal.SIGTERM)
         done = wait_for_end(process, PROMPT_SECONDS)
     assert done.status == 75
-    error_line(done, "SIGTERM", "rerun the command to resume", log=run / "network00/log.txt")
+    (line,) = done.errors.splitlines()
+    assert line.startswith("dist-graft: stopped early by SIGTERM; everything is saved in ")
+    assert line.endswith("rerun the command to resume")
+    assert line.removeprefix("dist-graft: ") in (run / "network00/log.txt").read_text()
     (newest,) = sorted(run.glob("checkpoints/*/COMPLETE.json"))[-1:]
     epochs = int(newest.parent.name.split("_")[1]) + 1
     (run / "config.yaml").write_text(

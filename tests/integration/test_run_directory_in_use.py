@@ -33,8 +33,8 @@ def other_run(tmp_path: Path) -> Lease:
 
 
 def test_a_second_launch_is_refused_and_names_the_first(tmp_path: Path, train: Train) -> None:
-    run = tmp_path / "run"
-    with running([program(run, *SHORT, "--epochs", "400")]) as (first,):
+    run, endless = tmp_path / "run", ("--epochs", "100000", "--checkpoint.every", "0")
+    with running([program(run, *SHORT, *endless)]) as (first,):
         log = run / "network00/log.txt"
         wait_until(lambda: log.exists() and "epoch" in log.read_text(), "the first run")
         line = error_line(train(run, *SHORT), f"{run} is in use by process {first.pid} on ")
@@ -44,7 +44,7 @@ def test_a_second_launch_is_refused_and_names_the_first(tmp_path: Path, train: T
         assert "in use" not in log.read_text()
         first.kill()
         first.wait()
-    assert train(run, *SHORT, "--epochs", "400", "--resume", "must").status == 1  # no checkpoint
+    assert train(run, *SHORT, *endless, "--resume", "must").status == 1  # no checkpoint
     (run / "config.yaml").unlink()
     assert train(run, *SHORT).status == 0
     assert not (run / "lease.json").exists()

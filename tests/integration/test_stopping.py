@@ -41,11 +41,11 @@ def signal_repeatedly(launcher: Launcher, _: Path) -> None:
     worker = children(launcher)[1]
     os.kill(worker, signal.SIGUSR1)
     for number in itertools.cycle(SIGNALS):
+        time.sleep(0.05)  # signals that are pending together have no order
         if not is_alive(worker):
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, number)
-        time.sleep(0.05)
 
 
 STOP_REQUESTS: dict[str, Callable[[Launcher, Path], None]] = {

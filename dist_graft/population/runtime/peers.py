@@ -133,7 +133,7 @@ class PeerRegistry:
     # Requests to stop
 
     def request_stop(self, reason: str) -> None:
-        """Ask all processes to stop.
+        """Ask all processes to stop; the first request gives the reason.
 
         A lost store is ignored, because the next collective reports the dead process that hosted
         it.
@@ -141,7 +141,8 @@ class PeerRegistry:
         Raises: PeerError when the store does not respond in time.
         """
         with _reporting_store_timeout(), suppress(dist.DistNetworkError):
-            self._store.set("stop", printable(reason))
+            if not self._store.check(["stop"]):
+                self._store.set("stop", printable(reason))
 
     def stop_reason(self) -> str | None:
         """Reason of a requested stop; None if no process has requested it or the store is lost.

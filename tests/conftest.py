@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +70,16 @@ def store():
     return dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
     )
+
+
+@pytest.fixture(autouse=True)
+def _restored_signal_handlers():
+    """Restore the handlers that a training in this process has left: other tests inherit them."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

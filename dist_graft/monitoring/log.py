@@ -103,8 +103,10 @@ def _attach(handler: logging.Handler) -> None:
 
 
 def close_log() -> None:
-    """Detach all handlers, and restore Python's default for warnings."""
+    """Detach all handlers, and restore Python's defaults for warnings and for the logger."""
     warnings.showwarning = _default_showwarning
+    _logger.setLevel(logging.NOTSET)
+    _logger.propagate = True
     for handler in list(_logger.handlers):
         _logger.removeHandler(handler)
         handler.close()

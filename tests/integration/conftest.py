@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import LAUNCHED, PAIR, SMALL, Done, Train, run_population, run_program, torchrun
+from tensorboard.summary.writer import event_file_writer
 
 from dist_graft import cli
 from dist_graft.monitoring.log import close_log
@@ -43,6 +44,9 @@ def train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     """Return a function that trains one network in this process, as `dist-graft train` does."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+    # Event files of one second are read in the order of their names, which end with this counter:
+    # .10 would come before .9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
 

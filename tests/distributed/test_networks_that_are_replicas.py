@@ -50,6 +50,22 @@ def test_distinct_networks_are_no_warning() -> None:
     assert run(warnings_of_rounds, 2, ("distinct",)) == [[], []]
 
 
+def warnings_without_donors(context: RankContext) -> list[str]:
+    """Log lines of a network that takes nothing from the others."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dist_graft").addHandler(handler)
+    grafter = Grafter(build("plain", context.rank))
+    for _ in range(3):
+        grafter.graft()
+    return lines
+
+
+def test_a_network_without_donors_is_no_warning() -> None:
+    assert run(warnings_without_donors, 1) == [[]]
+
+
 def graft_with_average(context: RankContext, rule):
     model, average = build("plain", context.rank), build("plain", 10 + context.rank)
     before = snapshot(model), snapshot(average)

@@ -42,7 +42,8 @@ class IdentityCheck:
 
     def observe(self, record: GraftRecord) -> None:
         """Take note of a round."""
-        if self._rounds == _ROUNDS or not record.distance:
+        has_donor = bool(record.mixing.donors[record.network])
+        if self._rounds == _ROUNDS or not (has_donor and record.distance):
             return
         self._rounds += 1
         self._identical += not any(record.distance.values())

@@ -150,3 +150,13 @@ def published_states(
                 yield {key: publication.read(key) for key in publication.keys}
         except PublicationError as error:
             raise RunDirectoryError(f"{path} cannot be used: {error}") from error
+
+
+def next_or_error(
+    states: Iterator[dict[str, Tensor]],
+) -> tuple[dict[str, Tensor], RunDirectoryError | None]:
+    """The next state, or why it cannot be read."""
+    try:
+        return next(states), None
+    except RunDirectoryError as error:
+        return {}, error

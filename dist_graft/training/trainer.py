@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,6 +102,7 @@ from dist_graft.training.jobs import (
     final_states,
     finished_summaries,
     is_job,
+    next_or_error,
     published_states,
     read_events,
     row_of,
@@ -1073,14 +1073,13 @@ class Trainer:
         """
         if self.process.is_main and self.summary:
             self._write_summary(self.directory.summary_job, self.summary)
-        finished = partial(
-            finished_summaries, self.directory, self.process.networks, self.config.epochs
-        )
-        complete = "complete" if self.process.is_main and finished() else ""
-        if not self.runtime.broadcast_text("the summary of the population", complete):
+        found = None
+        if self.process.is_main:
+            found = finished_summaries(self.directory, self.process.networks, self.config.epochs)
+        text = self.runtime.broadcast_text("the summary of the population", json.dumps(found))
+        summaries = json.loads(text)
+        if not summaries:
             return
-        summaries = finished()
-        assert summaries is not None
         metric = str(summaries[0].get("metric", "accuracy"))
         rows = [row_of(summary) for summary in summaries]
         check_equal_samples(rows)
@@ -1107,7 +1106,16 @@ class Trainer:
         try:
             for states in moments:
                 sums: list[tuple[Tensor, Tensor]] = []
-                for state in states:
+                for _ in range(networks):
+                    state, problem = next_or_error(states)
+                    (missing,) = self.replicas.agree([problem is not None])
+                    if missing:
+                        self.log.warning(
+                            "no ensemble: %s; dist-graft evaluate %s computes it from the "
+                            "checkpoints",
+                            *(problem or "another process cannot read it", self.directory.path),
+                        )
+                        return None
                     self.model.load_state_dict(state, strict=False)
                     result = self._evaluate_split("test", max_numbers=math.inf)
                     parts = list(ensemble_chunks(result))
@@ -1115,12 +1123,6 @@ class Trainer:
                         total.add_(part)
                     sums = sums or parts
                 accuracies.append(self._accuracy_of_sums(sums, "the ensemble"))
-        except RunDirectoryError as error:
-            self.log.warning(
-                "no ensemble: %s; dist-graft evaluate %s computes it from the checkpoints",
-                *(error, self.directory.path),
-            )
-            return None
         finally:
             self.model.load_state_dict(own)
         return [accuracies[0], accuracies[-1]]

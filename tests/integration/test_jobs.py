@@ -145,6 +145,17 @@ def test_a_network_is_trained_by_one_job(two_jobs: Path, train: Train) -> None:
     assert not RunDirectory(two_jobs, job=1).lease.exists()
 
 
+def test_an_ensemble_without_a_networks_weights_is_a_warning(two_jobs: Path, train: Train) -> None:
+    for path in two_jobs.glob("network00/checkpoints/*/network00.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    done = train(two_jobs, *job(1))
+    assert done.status == 0, done
+    assert "no ensemble: " in done.output
+    found = summary(two_jobs)
+    assert [row["network"] for row in found["networks"]] == [0, 1, 2]
+    assert not any("ensemble" in name for name in found)
+
+
 def test_a_job_that_lost_its_lease_ends_without_writing(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +246,7 @@ def test_stop_files_reach_the_jobs_that_run(tmp_path: Path) -> None:
         assert wait_for_end(one, 60).status == 75
         assert (run / "network01" / "STOPPED_EARLY").exists()
         before = len(metrics(run, 0))
-        wait_until(lambda: len(metrics(run, 0)) > before + 1, "the other job to go on")
+        wait_until(lambda: len(metrics(run, 0)) > before + 1, "the other job to continue")
         seen = status_of(run)
         assert [row["presence"] for row in seen["networks"]] == ["running", "left", "not started"]
         (run / "STOP").touch()

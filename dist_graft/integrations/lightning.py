@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
+from dist_graft.integrations.rounds import check_interval, round_metrics
 from dist_graft.integrations.shared_paths import (
     encode_paths,
     network_folder,
@@ -126,9 +127,7 @@ class GraftCallback(lightning.Callback):
     def __init__(
         self, *, every_n_epochs: int = 1, every_n_steps: int | None = None, **options: Any
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_interval(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.options = options
@@ -204,13 +203,8 @@ class GraftCallback(lightning.Callback):
         assert self._grafter is not None
         self.record = self._grafter.graft()
         self._round = self._grafter.round
-        for name, values in (
-            ("coefficient", self.record.coefficient),
-            ("distance", self.record.distance),
-        ):
-            if values:
-                mean = sum(values.values()) / len(values)
-                pl_module.log(f"graft/{name}", mean, sync_dist=True)  # over replicas, if any
+        for name, mean in round_metrics(self.record).items():
+            pl_module.log(name, mean, sync_dist=True)  # over replicas, if any
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Release the process group's buffers."""

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dist_graft.integrations.rounds import check_interval, round_metrics
 from dist_graft.integrations.shared_paths import (
     encode_paths,
     network_folder,
@@ -111,9 +112,7 @@ class GraftCallback(TrainerCallback):
     def __init__(
         self, *, every_n_epochs: int = 1, every_n_steps: int | None = None, **options: Any
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_interval(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.options = options
@@ -167,14 +166,8 @@ class GraftCallback(TrainerCallback):
     def _graft(self, state: TrainerState) -> None:
         assert self._grafter is not None
         self.record = self._grafter.graft()
-        row: dict[str, float] = {"epoch": state.epoch or 0.0, "step": state.global_step}
-        for name, values in (
-            ("coefficient", self.record.coefficient),
-            ("distance", self.record.distance),
-        ):
-            if values:
-                row[f"graft/{name}"] = sum(values.values()) / len(values)
-        state.log_history.append(row)
+        where = {"epoch": state.epoch or 0.0, "step": state.global_step}
+        state.log_history.append(where | round_metrics(self.record))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -179,8 +179,9 @@ class Grafter:
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
-        if isinstance(model, DistributedDataParallel) and exchange != "files":
-            warn_if_synchronized(model.process_group, self._groups.group)
+        wrapped = getattr(model, "_orig_mod", model)
+        if isinstance(wrapped, DistributedDataParallel) and exchange != "files":
+            warn_if_synchronized(wrapped.process_group, self._groups.group)
         self._pool = BufferPool()
         self._identity_check = IdentityCheck()
         self._on_divergence: OnDivergence = on_divergence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import pytest
 import torch
 from architectures import build, same_bits, snapshot
 from harness import RankContext, run
@@ -22,6 +23,8 @@ def warnings_of_rounds(context: RankContext, ways: tuple[str, ...]) -> list[str]
     model = build("plain", context.rank if "distinct" in ways else 0)
     if "ddp" in ways:
         model = DistributedDataParallel(model)
+    if "compiled" in ways:
+        model = torch.compile(model, backend="eager")
     grafter = Grafter(model)
     for _ in range(3):
         if "distinct" in ways:
@@ -32,8 +35,9 @@ def warnings_of_rounds(context: RankContext, ways: tuple[str, ...]) -> list[str]
     return lines
 
 
-def test_gradients_averaged_between_networks_are_a_warning() -> None:
-    first, second = run(warnings_of_rounds, 2, ("ddp",))
+@pytest.mark.parametrize("ways", [("ddp",), ("ddp", "compiled")])
+def test_gradients_averaged_between_networks_are_a_warning(ways: tuple[str, ...]) -> None:
+    first, second = run(warnings_of_rounds, 2, ways)
     assert "ranks 0, 1 average their gradients (DistributedDataParallel)" in first[0]
     assert "group and replica_group of a device mesh" in first[0]
     assert len(first) == 2

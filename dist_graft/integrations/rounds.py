@@ -1,0 +1,22 @@
+"""What the callbacks of all frameworks have in common."""
+
+from __future__ import annotations
+
+from dist_graft.population.round.record import GraftRecord
+
+
+def check_interval(*, every_n_epochs: int, every_n_steps: int | None) -> None:
+    """Raise ValueError for an interval below 1."""
+    for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def round_metrics(record: GraftRecord) -> dict[str, float]:
+    """Means of coefficient and distance over the layers, by the name they are logged under."""
+    values = {"coefficient": record.coefficient, "distance": record.distance}
+    return {
+        f"graft/{name}": sum(by_layer.values()) / len(by_layer)
+        for name, by_layer in values.items()
+        if by_layer
+    }

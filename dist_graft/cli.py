@@ -201,6 +201,17 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
         key, file, cause = section.groups()
         missing = f"there is no YAML file {file}; set its options with --{key}.NAME VALUE"
         message = f"section {key}: {missing if 'Unable to load' in cause else f'{file}: {cause}'}"
+    union = re.match(
+        r'Parser key "([\w.]+)":.*?Subtypes:\s*\[(.*?)\].*Given value:\s*(.*)', message, re.S
+    )
+    if union:
+        key, listed, value = union.groups()
+        kinds = [kind for kind in re.findall(r"class '([\w.]+)'", listed) if kind != "NoneType"]
+        if kinds:
+            message = f"--{key} must be {' or '.join(kinds)}, got {value.strip()}"
+    nested = re.match(r'Parser key "([\w.]+)":.*NestedArg\(key=\'([\w.]+)\'', message, re.S)
+    if nested:
+        message = f"unrecognized arguments: --{'.'.join(nested.groups())}; use --{nested.group(1)}"
     hint = did_you_mean(message, _option_names(parsers[name]), COMMANDS[name].aliases)
     how = "--help all" if name == "train" else "--help"
     return f"{message}{hint}; dist-graft {name} {how} lists all options"

@@ -309,6 +309,23 @@ class TestHelpOfTrain:
         assert not set(ALIASES) & set(option_names())
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "--networks", "two"], "--networks must be int, got two; "),
+        (["train", "--data.image_size", "big"], "--data.image_size must be int, got big; "),
+        (
+            ["plan", "--networks", "2", "--model.name", "resnet8"],
+            "unrecognized arguments: --model.name; use --model; ",
+        ),
+    ],
+)
+def test_types_are_named_as_in_the_help(
+    capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    assert refused(capsys, *argv).startswith(says)
+
+
 @pytest.mark.parametrize("value", ["0", "-2"])
 def test_number_of_networks(capsys: pytest.CaptureFixture[str], value: str) -> None:
     assert "--networks must be at least 1" in refused(capsys, "train", f"--networks={value}")

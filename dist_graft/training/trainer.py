@@ -394,6 +394,9 @@ class Trainer:
             except (LeaseHeldError, RunDirectoryError) as error:
                 answer = f"- {error}"
         answer = self.runtime.broadcast_text("the network of this job", answer)
+        self.replicas.gather(
+            [0.0], "the network of this job"
+        )  # the store's host may exit after this
         number, _, rest = answer.partition(" ")
         if number == "-":
             raise LeaseHeldError(rest)

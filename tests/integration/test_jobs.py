@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 import yaml
-from launching import Train, error_line, program, running, wait_for_end, wait_until
+from harness import programs
+from launching import (
+    PROMPT_SECONDS,
+    Train,
+    by_hand,
+    error_line,
+    program,
+    running,
+    wait_for_end,
+    wait_until,
+)
 from reading import metrics, scalars, summary
 
 from dist_graft import cli
 from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import facts, judge, status_text
-from dist_graft.population.runtime.lease import Lease
+from dist_graft.population.runtime.lease import Lease, this_process
 from dist_graft.run_directory import RunDirectory
 
 FILES = (
@@ -143,6 +153,18 @@ def test_a_network_is_trained_by_one_job(two_jobs: Path, train: Train) -> None:
     assert str(os.getpid()) in line
     assert train(two_jobs, *job(1)).status == 0
     assert not RunDirectory(two_jobs, job=1).lease.exists()
+
+
+def test_all_replicas_of_a_refused_job_name_the_holder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lease = Lease(RunDirectory(run, job=1).lease, holder=this_process())
+    lease.acquire()
+    arguments = program(run, *job(1), "--runtime.replicas", "2")[3:]
+    ends = programs(arguments, by_hand(2), limit=PROMPT_SECONDS + 10)
+    lease.release()
+    for done in ends:
+        error_line(done, f"is in use by process {os.getpid()} on ")
+    assert not list(run.glob("network01/*"))
 
 
 def test_an_ensemble_without_a_networks_weights_is_a_warning(two_jobs: Path, train: Train) -> None:

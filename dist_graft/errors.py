@@ -110,12 +110,17 @@ class FunctionError(UserCodeError):
 
 @contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Convert an exception of user code into a FunctionError that names the function."""
+    """Convert an exception of user code into a FunctionError that names the function.
+
+    Except for a lack of GPU memory, which is not the function's fault.
+    """
     try:
         yield
     except DistGraftError:
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         raise FunctionError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 

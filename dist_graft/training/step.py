@@ -109,7 +109,7 @@ class RunningSums:
         self._samples += size
         self._sums[0] += loss.detach() * size
         for index, name in enumerate(self._names):
-            total, count = self._task.metrics[name](output, targets)
+            total, count = self._task.metric_sums(name, output, targets)
             self._sums[1 + 2 * index] += total
             self._sums[2 + 2 * index] += count
 
@@ -166,7 +166,7 @@ def train_step(
             with state.autocast():
                 output = state.train_forward(chunk)
                 task.check(output, target)
-                loss = task.loss(output, target)
+                loss = task.mean_loss(output, target)
             if state.teachers is not None:
                 loss = loss + state.teachers.loss(chunk, output, state.autocast())
             share = part.weight * batch_size(target) / length
@@ -215,12 +215,12 @@ def evaluate(
         predictor.begin_step()
         with predictor.autocast():
             output = predictor.forward(inputs)
-            mean = task.loss(output, targets)
+            mean = task.mean_loss(output, targets)
         size = batch_size(targets)
         samples += size
         loss += mean.double() * size
-        for name, metric in task.metrics.items():
-            total, count = metric(output, targets)
+        for name in task.metrics:
+            total, count = task.metric_sums(name, output, targets)
             sums[name][0] += total
             sums[name][1] += count
     pairs = {name: pair.tolist() for name, pair in sums.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, user_code
 
 LossFunction = Callable[[Any, Any], Tensor]
 """(output, target) -> scalar: mean loss over the samples of a batch."""
@@ -26,6 +27,25 @@ class Task:
     """By name; they appear as train_NAME and test_NAME in metrics.jsonl."""
     classification: bool = False
     """Whether outputs are class scores [batch, classes], so that networks can be ensembled."""
+
+    def mean_loss(self, output: Any, targets: Any) -> Tensor:
+        """The loss of a batch.
+
+        Raises: FunctionError when a user's function raises.
+        """
+        with nullcontext() if self.classification else user_code("loss="):
+            return self.loss(output, targets)
+
+    def metric_sums(
+        self, name: str, output: Any, targets: Any
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """Sum and count of a metric over a batch.
+
+        Raises: FunctionError when a user's function raises.
+        """
+        with nullcontext() if self.classification else user_code(f"metrics= {name}"):
+            total, count = self.metrics[name](output, targets)
+            return total, count
 
     def check(self, output: Any, targets: Any) -> None:
         """Raise ConfigError when the task is classification and the output is not class scores."""

@@ -59,12 +59,6 @@ def join_networks(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def leave_networks() -> None:
-    """Destroy the default process group; to be called on success only."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """Gather a text from every process of a group, by rank. A collective."""
     texts: list[str] = [""] * dist.get_world_size(group)

@@ -18,7 +18,7 @@ from dist_graft.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, FunctionError
 from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.rules.average import Average
 from dist_graft.grafting.rules.base import Rule
@@ -273,6 +273,26 @@ class TestCustomParts:
         teachers = TrainConfig(distill=DistillConfig(teachers=["network00.pt"]))
         with pytest.raises(ConfigError, match=r"distill\.teachers needs image classification"):
             build_task(teachers, loss, None)
+
+    def test_a_function_that_raises_is_named_with_its_traceback(self) -> None:
+        def fails(output: object, target: object) -> Any:
+            raise LookupError("no such class")
+
+        task = build_task(TrainConfig(), fails, {"iou": fails})
+        with pytest.raises(
+            FunctionError, match="loss= failed: LookupError: no such class"
+        ) as error:
+            task.mean_loss(0, 0)
+        assert "in fails" in error.value.user_traceback()
+        with pytest.raises(FunctionError, match="metrics= iou failed: LookupError"):
+            task.metric_sums("iou", 0, 0)
+
+    def test_a_lack_of_gpu_memory_is_not_the_functions_fault(self) -> None:
+        def fails(output: object, target: object) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            build_task(TrainConfig(), fails, None).mean_loss(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def _reloaded(folder: Path) -> EventAccumulator:
 
 
 def metrics(run: Path, network: int) -> list[dict[str, Any]]:
-    """Return the lines of a network's metrics.jsonl."""
+    """Return the lines of a network's metrics.jsonl, without one that is being written."""
     text = (run / f"network{network:02d}" / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def checkpoint(run: Path, epoch: int, network: int) -> dict[str, Any]:

@@ -161,11 +161,11 @@ class GraftCallback(lightning.Callback):
         if not isinstance(trainer.strategy, NetworkStrategy):
             join_networks(pl_module.device)
         paths: dict[str, str | Path | None] = {}
-        for callback in trainer.checkpoint_callbacks:
-            paths["checkpoints"] = getattr(callback, "dirpath", None)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers:  # before the checkpoints, which go to the first one's folder
             if logger.log_dir:  # others, such as W&B, tell runs apart themselves
                 paths[f"the log of {type(logger).__name__}"] = logger.save_dir
+        for callback in trainer.checkpoint_callbacks:
+            paths["checkpoints"] = getattr(callback, "dirpath", None)
         group = self.options.get("group")
         refuse_shared_paths(
             gather_texts(encode_paths(paths), group),

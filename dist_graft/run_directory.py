@@ -19,7 +19,15 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
 _CHANGEABLE = (
-    *("run_dir", "resume", "callbacks", "checkpoint.", "monitor.", "population."),
+    *(
+        "run_dir",
+        "resume",
+        "resume_networks",
+        "callbacks",
+        "checkpoint.",
+        "monitor.",
+        "population.",
+    ),
     *("data.root", "data.workers", "data.download", "graft.bucket_mb", "graft.wait_seconds"),
     *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image
@@ -142,12 +150,16 @@ class RunDirectory:
         except _UNREADABLE as error:
             raise self._cannot_be_read(error) from error
         files = config.graft.exchange == "files"
-        if before_networks != networks and not (files and networks > before_networks):
+        changeable: tuple[str, ...] = _CHANGEABLE
+        if config.resume_networks is not None:
+            changeable += ("optim.lrs",)  # one for each network
+        elif before_networks != networks and not (files and networks > before_networks):
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
                 f"{self.path} holds a run of {before_networks} networks, but "
                 f"{networks * config.runtime.replicas} processes were started: start "
-                f"{before_networks * replicas}{option}, or choose another run_dir"
+                f"{before_networks * replicas}{option}, name the networks to continue "
+                "(--resume_networks), or choose another run_dir"
                 if not files
                 else f"{self.path} holds a population of {before_networks} networks, more than "
                 f"population.size {networks}: pass --population.size {before_networks}, or choose "
@@ -157,7 +169,7 @@ class RunDirectory:
             f"{name} was {before.get(name)!r} and is now {value!r}"
             for name, value in flatten(as_plain(config))
             if before.get(name) != value
-            and not name.startswith(_CHANGEABLE)
+            and not name.startswith(changeable)
             and name != "epochs"
             and (name != "graft.exchange" or "files" in (before.get(name), value))
         ]

@@ -49,6 +49,10 @@ class TrainConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume from the latest complete checkpoint in run_dir if there is one; must: fail if
     there is none; never: fail if run_dir already contains a run."""
+    resume_networks: list[int | Literal["fresh"]] | None = None
+    """Resume with other networks: network 0, 1, ... of the resumed run continues this network of
+    the checkpoint, or starts from new weights (fresh). Networks beyond the list start from copies
+    of its networks."""
     method: str = "graft"
     """How the networks exchange weights. graft; average: replace all networks by their mean, every
     graft.every epochs; papa; wash; none: no exchange; or package.module:name of a user-defined
@@ -75,6 +79,8 @@ class TrainConfig:
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         known_or_own("method", self.method, (*RULES, "none"))
+        if self.resume_networks is not None:
+            self._check_resume_networks(self.resume_networks)
         if self.graft.exchange == "files":
             self._check_files()
         elif self.population != PopulationConfig():
@@ -84,6 +90,23 @@ class TrainConfig:
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
+            )
+
+    def _check_resume_networks(self, networks: list[int | Literal["fresh"]]) -> None:
+        numbers = [entry for entry in networks if isinstance(entry, int)]
+        legal = "numbers of networks, at least one, and fresh"
+        require(
+            bool(numbers) and all(number >= 0 for number in numbers),
+            "resume_networks",
+            networks,
+            legal,
+        )
+        if self.resume == "never":
+            raise ConfigError("resume_networks requires resume auto or must")
+        if self.graft.exchange == "files":
+            raise ConfigError(
+                "resume_networks requires networks that run together: with graft.exchange files, "
+                "start jobs for more networks, with a larger population.size, or fewer jobs"
             )
 
     def _check_files(self) -> None:

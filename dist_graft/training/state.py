@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -100,9 +101,18 @@ class TrainState(Predictor):
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
 
-    def skip_to(self, steps: int) -> None:
-        """Set the learning rate of the step after so many steps of the run."""
+    def skip_to(self, steps: int, initial_lrs: Sequence[float | Tensor] | None = None) -> None:
+        """Set the learning rate of the step after so many steps of the run.
+
+        Args:
+            steps: of the run.
+            initial_lrs: new initial learning rate of each parameter group; None: as they are.
+        """
         scheduler = self.scheduler
+        if initial_lrs is not None:
+            scheduler.base_lrs = list(initial_lrs)
+            for group, initial in zip(self.optimizer.param_groups, initial_lrs, strict=True):
+                group["initial_lr"] = initial
         factors = [factor(steps) for factor in scheduler.lr_lambdas]
         rates = [lr * factor for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
         scheduler.last_epoch, scheduler._last_lr = steps, rates

@@ -91,6 +91,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
+from dist_graft.training.checkpoint.membership import change_networks
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
@@ -440,6 +441,7 @@ class Trainer:
                     f"{self.directory.path} holds no complete checkpoint to resume from "
                     "(--resume must)"
                 )
+            change_networks(self.directory, self.config.resume_networks, self.process.networks)
             if not self.process.restarts:
                 self.directory.clear_stop()
         self._check_shared_directory()
@@ -555,12 +557,14 @@ class Trainer:
         name = self.checkpoints.choose() if self.process.is_main else ""
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
-            path, state = self.checkpoints.load(name)
+            path, state, origin = self.checkpoints.load(name, self.config.resume_networks)
+            initial_lrs = list(self.state.scheduler.base_lrs)
             try:
                 self.progress = Progress.from_state_dict(state)
-                self.state.load_state_dict(state)
-                buffers = self.progress.buffers
-                self.replicas.restore_buffers(self.state.model_and_average(), buffers)
+                if origin is None or origin.kind != "fresh":
+                    self.state.load_state_dict(state)
+                    buffers = self.progress.buffers
+                    self.replicas.restore_buffers(self.state.model_and_average(), buffers)
             except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
                 first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
                 raise RunDirectoryError(
@@ -568,6 +572,11 @@ class Trainer:
                     "the run that wrote it, or choose another run_dir"
                 ) from error
             self.resumed_from = path
+            if origin is not None:
+                if origin.kind != "continue":
+                    self.state.reset_optimizer()
+                self.state.skip_to(self.global_step, initial_lrs)
+                self.log.info("%s", origin)
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
             self._votes_after = int(max(step for (step,) in steps))

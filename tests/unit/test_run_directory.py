@@ -22,6 +22,7 @@ from dist_graft.training.command import read_options
 FREE = {
     "data.download",
     "run_dir",
+    "resume_networks",
     "resume",
     "callbacks",
     "checkpoint",
@@ -109,6 +110,7 @@ OTHER: dict[str, Any] = {
     "run_dir": "runs/elsewhere",
     "callbacks": ["mypackage.callbacks:MyCallback"],
     "resume": "must",
+    "resume_networks": [0, 1],
     "checkpoint.every": 3,
     "checkpoint.every_minutes": 7.5,
     "checkpoint.keep": 5,

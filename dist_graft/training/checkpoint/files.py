@@ -38,6 +38,8 @@ class Checkpoint:
     """0 when COMPLETE.json is damaged."""
     sha256: dict[str, str]
     """Of each file, by name."""
+    resumed_networks: list[int | str] | None = None
+    """Value of the option `resume_networks` with which the run got its networks, if any."""
 
     @property
     def numbers(self) -> list[int]:
@@ -110,6 +112,7 @@ def mark_complete(
     sha256: Sequence[str],
     first: int = 0,
     positions: Sequence[tuple[int, int]] | None = None,
+    resumed_networks: Sequence[int | str] | None = None,
 ) -> None:
     """Write COMPLETE.json. Every network's file must be durable by then.
 
@@ -120,8 +123,9 @@ def mark_complete(
         sha256: checksum of each network's file.
         first: number of the first network.
         positions: epochs and steps that each network has finished; None: no steps after `epoch`.
+        resumed_networks: as in `Checkpoint`.
     """
-    content = {
+    content: dict[str, Any] = {
         "epoch": epoch,
         "round": round_,
         "networks": len(sha256),
@@ -131,6 +135,8 @@ def mark_complete(
         ],
         "sha256": {network_file(k): digest for k, digest in enumerate(sha256, first)},
     }
+    if resumed_networks is not None:
+        content["resumed_networks"] = list(resumed_networks)
     write_atomically(path / COMPLETE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -275,6 +281,7 @@ def _read(path: Path) -> Checkpoint:
         content = json.loads((path / COMPLETE).read_text())
         epoch, round_, networks = (int(content[key]) for key in ("epoch", "round", "networks"))
         sha256 = {str(name): str(digest) for name, digest in content["sha256"].items()}
+        resumed = content.get("resumed_networks")
     except _UNREADABLE:
         return Checkpoint(path=path, epoch=0, round=0, networks=0, sha256={})
     names = (
@@ -287,4 +294,11 @@ def _read(path: Path) -> Checkpoint:
     }
     if not fits or not path.name.startswith(names):
         networks = 0
-    return Checkpoint(path=path, epoch=epoch, round=round_, networks=networks, sha256=sha256)
+    return Checkpoint(
+        path=path,
+        epoch=epoch,
+        round=round_,
+        networks=networks,
+        sha256=sha256,
+        resumed_networks=resumed if isinstance(resumed, list) else None,
+    )

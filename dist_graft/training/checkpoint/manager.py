@@ -7,7 +7,7 @@ checkpoints; their files are awaited through the key-value store of the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dist_graft.training.checkpoint.files import (
     newest_usable,
     path_after,
 )
+from dist_graft.training.checkpoint.membership import Origin, changes_networks, origin
 from dist_graft.training.checkpoint.writer import CheckpointWriter
 from dist_graft.training.schedule import Position
 from dist_graft.training.step import TrainResult
@@ -159,7 +160,6 @@ class CheckpointManager:
         )
         self._positions: dict[Path, Position] = {}
         self._loaded: Position | None = None
-        self._file = network_file(runtime.process.network)
 
     @property
     def busy(self) -> bool:
@@ -183,13 +183,22 @@ class CheckpointManager:
         clear_newer(self._folder, chosen)
         return chosen.path.name if chosen else ""
 
-    def load(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """Load this network's state from a checkpoint; returns its folder and the state.
+    def load(
+        self, name: str, resume_networks: Sequence[int | str] | None = None
+    ) -> tuple[Path, dict[str, Any], Origin | None]:
+        """Load this network's state from a checkpoint.
 
         Only this network's file is read and verified: `choose` has verified all of them on rank 0.
 
-        Raises: ConfigError when this process does not see the checkpoint; RunDirectoryError when
-            its file is damaged here, or holds another network.
+        Args:
+            name: of the checkpoint.
+            resume_networks: networks of the checkpoint to continue; None: all, unchanged.
+
+        Returns: folder, state, and where the network starts if the networks change now.
+
+        Raises: ConfigError when this process does not see the checkpoint, or the checkpoint lacks a
+            network to resume; RunDirectoryError when its file is damaged here, or holds another
+            network.
         """
         chosen = {found.path.name: found for found in complete_checkpoints(self._folder)}.get(name)
         if chosen is None:
@@ -197,28 +206,35 @@ class CheckpointManager:
                 f"this process does not see the checkpoint {name} in {self._folder}: all "
                 "processes need the same run_dir on a shared disk"
             )
-        path = chosen.path / self._file
-        if self._file not in chosen.sha256:
+        changed, number = None, self._process.network
+        self._writer.resumed_networks = chosen.resumed_networks
+        if resume_networks is not None and changes_networks(resume_networks, chosen):
+            changed = origin(resume_networks, chosen, network=number)
+            number = changed.network
+            self._writer.resumed_networks = resume_networks
+        elif self._directory.job is None and chosen.networks != self._process.networks:
             raise RunDirectoryError(
-                f"{chosen.path} holds {chosen.networks} networks, not network "
-                f"{self._process.network}: start as many, or choose another run_dir"
+                f"{chosen.path} holds {chosen.networks} networks, but {self._process.networks} "
+                "were started: start as many, name those to continue (--resume_networks), or "
+                "choose another run_dir"
             )
+        file = network_file(number)
+        path = chosen.path / file
         try:
-            state = load_network(path, chosen.sha256[self._file])
+            state = load_network(path, chosen.sha256[file])
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{path} is intact on rank 0, but {self._process} reads it as missing or damaged: "
                 "check the disk or mount of run_dir there, and rerun the command"
             ) from error
-        number = state.get("network")
-        if number != self._process.network:
+        if state.get("network") != number:
             raise RunDirectoryError(
-                f"{path} holds network {number}, not network {self._process.network}: "
+                f"{path} holds network {state.get('network')}, not network {number}: "
                 f"restore the original file names in {chosen.path}"
             )
         self._newest = name
         self._loaded = Position(*(int(state.get(key, 0)) for key in ("epoch", "step", "round")))
-        return chosen.path, state
+        return chosen.path, state, changed
 
     def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
         """Start saving in the background; all networks must call this at the same position.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
@@ -75,6 +75,8 @@ class CheckpointWriter:
         self._first = first
         self._check = check
         self._abandoned = threading.Event()
+        self.resumed_networks: Sequence[int | str] | None = None
+        """As in `Checkpoint`."""
         self.completed: list[Path] = []
         """Checkpoints that are complete, in order."""
         self._pending: Future[Outcome] | None = None
@@ -184,6 +186,7 @@ class CheckpointWriter:
                 sha256=[digest for digest, _, _ in saved],
                 first=self._first,
                 positions=[(int(epoch), int(step)) for _, epoch, step in saved],
+                resumed_networks=self.resumed_networks,
             )
         except DistGraftError as error:
             if not isinstance(error, LeaseLostError):

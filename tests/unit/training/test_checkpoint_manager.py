@@ -19,10 +19,9 @@ from dist_graft.training.step import TrainResult
 
 
 def manager(run: Path, *, network: int = 0, config: TrainConfig | None = None) -> CheckpointManager:
+    """The manager of one of two networks."""
     directory, log = RunDirectory(run), logging.getLogger("manager")
-    return CheckpointManager(
-        config or TrainConfig(), make_runtime(network, network + 1), directory, log
-    )
+    return CheckpointManager(config or TrainConfig(), make_runtime(network, 2), directory, log)
 
 
 def at(epoch: int, step: int = 0, round_: int = 0) -> Progress:
@@ -43,14 +42,14 @@ class TestChoice:
     def test_a_network_loads_its_own_file(self, tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path / "checkpoints", 1)
         for network in range(2):
-            found, state = manager(tmp_path, network=network).load("epoch_0001")
+            found, state, _ = manager(tmp_path, network=network).load("epoch_0001")
             assert (found, state["network"]) == (path, network)
 
     def test_a_network_reads_no_file_but_its_own(self, tmp_path: Path) -> None:
         """Rank 0 has verified all files: with 64 networks, each would otherwise read 64 files."""
         path = write_checkpoint(tmp_path / "checkpoints", 1)
         (path / "network00.pt").unlink()
-        found, state = manager(tmp_path, network=1).load("epoch_0001")
+        found, state, _ = manager(tmp_path, network=1).load("epoch_0001")
         assert (found, state["network"]) == (path, 1)
 
     def test_a_file_that_only_one_process_reads_as_damaged(self, tmp_path: Path) -> None:

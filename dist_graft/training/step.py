@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.training.data import Data
 from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
+from dist_graft.training.probabilities import Probabilities
 from dist_graft.training.state import Predictor, TrainState
 from dist_graft.training.task import Task, classification, correct
 
@@ -77,7 +79,8 @@ class EvalResult(Result):
 
     probabilities: Tensor | None = None
     """[samples, classes], float32 on the CPU, in the order of the split; classification only. Of
-    this process's samples, where replicas share the split; None if there are too many."""
+    this process's samples, where replicas share the split; None if there are too many. More than
+    ENSEMBLE_CHUNK are a mapped temporary file, if `evaluate` was given a folder for it."""
     labels: Tensor | None = None
     """[samples], int64 on the CPU, of the same samples."""
     finite: bool = True
@@ -193,6 +196,7 @@ def evaluate(
     task: Task | None = None,
     *,
     max_numbers: float = math.inf,
+    spool: Path | None = None,
 ) -> EvalResult:
     """Evaluate the network on this process's part of a split.
 
@@ -202,11 +206,14 @@ def evaluate(
         split: name of the split.
         task: loss and metrics. Default: classification.
         max_numbers: probabilities are not kept if there are more than this.
+        spool: folder for probabilities beyond ENSEMBLE_CHUNK; None: keep them in memory.
+
+    Raises: RunDirectoryError if the folder cannot hold them.
     """
     task = task or classification()
     predictor.model.eval()
     if task.classification:
-        return _evaluate_classifier(predictor, data, split, task, max_numbers)
+        return _evaluate_classifier(predictor, data, split, task, max_numbers, spool)
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     zeros = torch.zeros(2, dtype=torch.float64, device=predictor.device)
     sums = {name: zeros.clone() for name in task.metrics}
@@ -238,12 +245,13 @@ def _evaluate_classifier(
     split: Literal["test", "val"],
     task: Task,
     max_numbers: float,
+    spool: Path | None,
 ) -> EvalResult:
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     right = torch.zeros((), dtype=torch.int64, device=predictor.device)
     finite = torch.ones((), dtype=torch.bool, device=predictor.device)
-    samples = numbers = on_device = 0
-    probabilities: list[Tensor] = []
+    samples = numbers = 0
+    probabilities = Probabilities(ENSEMBLE_CHUNK, spool)
     targets: list[Tensor] = []
     for inputs, labels in data.eval_batches(split):
         predictor.begin_step()
@@ -263,17 +271,13 @@ def _evaluate_classifier(
             continue
         probabilities.append(batch)
         targets.append(labels)
-        on_device += batch.numel()
-        if on_device > ENSEMBLE_CHUNK:  # bounded memory on the device, few reads from it
-            probabilities = [part.cpu() for part in probabilities]
-            on_device = 0
     kept = numbers <= max_numbers
     return EvalResult(
         loss=float(loss) / samples,
         samples=samples,
         metrics={"accuracy": 100 * (float(right) / samples)},
         counts={"accuracy": float(samples)},
-        probabilities=torch.cat([part.cpu() for part in probabilities]) if kept else None,
+        probabilities=probabilities.tensor() if kept else None,
         labels=torch.cat(targets).cpu() if kept else None,
         finite=bool(finite),
     )

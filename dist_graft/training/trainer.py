@@ -800,7 +800,9 @@ class Trainer:
         Each replica keeps the probabilities of its own samples, if there are at most `max_numbers`.
         """
         local = evaluate(
-            predictor or self.state, self.data, split, self.task, max_numbers=max_numbers
+            *(predictor or self.state, self.data, split, self.task),
+            max_numbers=max_numbers,
+            spool=self.directory.network(self.process.network),
         )
         rows = self.replicas.gather(local.row(), "an evaluation")
         return merge_eval_results(local, rows, classification=self.task.classification)

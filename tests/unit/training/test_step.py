@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_graft import Callback, Trainer
 from dist_graft.config import OptimConfig
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data import Data
@@ -595,6 +596,38 @@ def test_probabilities_leave_the_device_in_chunks(
     assert whole is not None
     assert found is not None
     assert torch.equal(whole, found)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 99, 100])
+def test_many_probabilities_are_in_a_file(
+    chunk: int,
+    make_data: MakeData,
+    make_state: MakeState,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    state, data = make_state(OptimConfig()), make_data(batch_size=3)
+    whole = evaluate(state, data, "test").probabilities
+    monkeypatch.setattr("dist_graft.training.step.ENSEMBLE_CHUNK", chunk)
+    found = evaluate(state, data, "test", spool=tmp_path).probabilities
+    assert whole is not None
+    assert found is not None
+    assert torch.equal(whole, found)
+    mapped = any(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert mapped == (chunk < whole.numel())
+    assert not list(tmp_path.iterdir()), "a crash would leave a file"
+
+
+def test_a_folder_that_cannot_hold_the_probabilities(
+    make_data: MakeData,
+    make_state: MakeState,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("dist_graft.training.step.ENSEMBLE_CHUNK", 10)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match="cannot hold the predictions on the test images"):
+        evaluate(make_state(OptimConfig()), make_data(), "test", spool=tmp_path / "file")
 
 
 def test_running_sums_of_custom_metrics() -> None:

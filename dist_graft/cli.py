@@ -13,10 +13,8 @@ import sys
 import traceback
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from dist_graft.analysis import doctor, evaluate, export, inspect_filters, plan, status
@@ -30,12 +28,12 @@ from dist_graft.config.parsing import (
 from dist_graft.errors import (
     ConfigError,
     DistGraftError,
-    LeaseHeldError,
     NetworkFailedError,
     StartError,
     StoppedEarlyError,
     StoppedError,
     UserCodeError,
+    error_text,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.printing import print_line, printable
@@ -64,8 +62,8 @@ COMMANDS: dict[str, Command] = {
 def run(argv: Sequence[str]) -> int:
     """Run one command and return the exit status.
 
-    A user error is reported in one line: on standard error, in the network's log.txt if a run
-    directory is named, and in torchrun's summary of failures.
+    A user error is reported in one line: on standard error, in the log of a run that has started,
+    and in torchrun's summary of failures.
     """
     process = ProcessInfo()
     try:
@@ -84,22 +82,22 @@ def run(argv: Sequence[str]) -> int:
             from dist_graft.population.runtime.process import terminate_launcher
 
             terminate_launcher()
-        return _fail(error, error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, root_cause=False)
     except NetworkFailedError as error:
         if error.traceback:
             print_line(error.traceback)
-        return _fail(error, error.exit_status, process, argv)
+        return _fail(error, error.exit_status, process)
     except StoppedError as error:
-        return _fail(error, error.exit_status, process, argv, root_cause=False)
+        return _fail(error, error.exit_status, process, root_cause=False)
     except DistGraftError as error:
         if isinstance(error, UserCodeError):
             print_line(error.user_traceback())
-        return _fail(error, error.exit_status, process, argv)
+        return _fail(error, error.exit_status, process)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  a bug: print the traceback, but fail like the others
         traceback.print_exc()
-        return _fail(error, 1, process, argv)
+        return _fail(error, 1, process)
 
 
 def _print(text: str) -> None:
@@ -113,25 +111,15 @@ def _fail(
     error: Exception,
     status: int,
     process: ProcessInfo,
-    argv: Sequence[str],
     *,
     root_cause: bool = True,
 ) -> int:
     # root_cause: whether torchrun's summary of failures may show the message.
-    ours = isinstance(error, DistGraftError)
-    line = " ".join((f"{error}" if ours else f"unexpected {type(error).__name__}: {error}").split())
+    line = error_text(error)
     if process.world_size > 1:
         line = f"{process}: {line}"
     severity = "" if status == StoppedEarlyError.exit_status else "error: "
     print_line(f"dist-graft: {severity}{line}")
-    run_dir = _find_option(argv, "--run_dir") or _run_dir_in_file(_find_option(argv, "--config"))
-    # The log of a run directory that another run uses is left alone.
-    if run_dir and "train" in argv and not isinstance(error, LeaseHeldError):
-        from dist_graft.monitoring.log import append_line
-
-        network = error.network if isinstance(error, DistGraftError) else None
-        folder = f"network{process.network if network is None else network:02d}"
-        append_line(Path(run_dir) / folder, f"{'ERROR' if severity else 'INFO'} {line}")
     if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure
 
@@ -220,23 +208,3 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
 def _option_names(parser: ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield from (option.removeprefix("--") for option in action.option_strings)
-
-
-def _find_option(argv: Sequence[str], option: str) -> str | None:
-    """Value of an option, found without the parser so that parser errors can be logged."""
-    for index, word in enumerate(argv):
-        if word == option and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
-
-
-def _run_dir_in_file(path: str | None) -> str | None:
-    """Run directory named in a configuration file, or None if the file cannot be read."""
-    try:
-        options = yaml.safe_load(Path(path).read_text()) if path else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    run_dir = options.get("run_dir") if isinstance(options, dict) else None
-    return run_dir if isinstance(run_dir, str) else None

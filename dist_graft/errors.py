@@ -11,8 +11,12 @@ class DistGraftError(Exception):
     """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
-    network: int | None = None
-    """Network whose log gets the message; None: that of the process."""
+
+
+def error_text(error: BaseException) -> str:
+    """The error on one line. Errors that are not for the user start with "unexpected"."""
+    ours = isinstance(error, DistGraftError)
+    return " ".join((f"{error}" if ours else f"unexpected {type(error).__name__}: {error}").split())
 
 
 class ConfigError(DistGraftError, ValueError):

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_graft.errors import RunDirectoryError
+from dist_graft.errors import RunDirectoryError, StoppedEarlyError, error_text
+from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import print_line, printable
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -112,11 +113,13 @@ def close_log() -> None:
         handler.close()
 
 
-def append_line(folder: Path, line: str) -> None:
-    """Append an error to a network's log if possible; the console shows it in any case."""
-    try:
+def append_error(folder: Path, error: BaseException, process: ProcessInfo) -> None:
+    """Append the error that ends a run to a network's log if possible."""
+    line = error_text(error)
+    if process.world_size > 1:
+        line = f"{process}: {line}"
+    severity = "INFO" if isinstance(error, StoppedEarlyError) else "ERROR"
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", errors="backslashreplace") as file:
-            file.write(line + "\n")
-    except OSError:
-        return
+            file.write(f"{severity} {line}\n")

@@ -43,7 +43,10 @@ class Probabilities:
                 self._to_file(self._folder)
 
     def clear(self) -> None:
-        """Forget all batches; not after `append` wrote some to a file."""
+        """Forget all batches."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._on_device.clear()
         self._on_host.clear()
         self._numbers = 0

@@ -26,7 +26,6 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import (
     ConfigError,
     DataError,
-    DistGraftError,
     LeaseHeldError,
     LeaseLostError,
     PeerError,
@@ -38,7 +37,7 @@ from dist_graft.errors import (
 )
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
-from dist_graft.monitoring.log import close_log, hold_warnings, open_log
+from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
 from dist_graft.monitoring.metrics import (
     EpochMetrics,
     EpochReport,
@@ -223,6 +222,7 @@ class Trainer:
         self.resumed_from: Path | None = None
         self.timer = PhaseTimer(PHASES)
         self._summary_error: RunDirectoryError | None = None
+        self._has_log = False
         self._lease: Lease | None = None
         self._lease_token = ""
         self._signals: SignalMonitor | None = None
@@ -311,8 +311,10 @@ class Trainer:
                 self._fit()
             except BaseException as error:
                 explained = self._explain(error)
-                if isinstance(explained, DistGraftError):
-                    explained.network = self.directory.job
+                if self._has_log and not isinstance(explained, LeaseHeldError):
+                    append_error(
+                        self.directory.network(self.process.network), explained, self.process
+                    )
                 if explained is error:
                     raise
                 raise explained from error
@@ -451,6 +453,7 @@ class Trainer:
         if self.process.is_main and self.directory.job is None:
             folders.append(self.directory.population)
         self.log = open_log(*folders, console=self.process.is_main)
+        self._has_log = True  # an earlier error leaves nothing in the folder
         self.stop_requests = StopRequests(
             dict.fromkeys((self.directory.stop, self.directory.stop_job)),
             self.runtime.peers,

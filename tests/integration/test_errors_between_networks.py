@@ -49,15 +49,15 @@ def test_non_finite_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
-    """As on two machines with separate disks: only the errors are written."""
+    """As on two machines with separate disks: nothing remains."""
     runs = [tmp_path / "one", tmp_path / "other"]
     ends = run_programs([program(run, *SHORT) for run in runs], timeout=60)
-    for network, (run, done) in enumerate(zip(runs, ends, strict=True)):
+    for run, done in zip(runs, ends, strict=True):
         line = error_line(
             done, f"{run} is not shared by all processes", "on a disk that all machines mount"
         )
         assert f": network 1 on {socket.gethostname()} did not see" in line
-        assert list(contents(run)) == [f"network{network:02d}/log.txt"]
+        assert not contents(run)
 
 
 def test_different_architectures(tmp_path: Path) -> None:
@@ -65,10 +65,9 @@ def test_different_architectures(tmp_path: Path) -> None:
     run = tmp_path / "run"
     names = ("resnet20", "resnet32")
     ends = run_programs([program(run, *LONG, "--model.name", name) for name in names], timeout=60)
-    for network, done in enumerate(ends):
-        log = run / f"network{network:02d}/log.txt"
-        error_line(done, "model.name is 'resnet20' in network 0", "'resnet32' in", log=log)
-    assert not list(run.glob("network*/metrics.jsonl"))
+    for done in ends:
+        error_line(done, "model.name is 'resnet20' in network 0", "'resnet32' in")
+    assert not contents(run)
 
 
 def test_dead_peer_is_named(tmp_path: Path) -> None:
@@ -138,4 +137,4 @@ def test_port_in_use(tmp_path: Path, rank: int) -> None:
         port = listener.getsockname()[1]
         done = run_program(command, timeout=PROMPT_SECONDS, **rendezvous(rank, port))
     error_line(done, f"port {port} of 127.0.0.1", "choose a free MASTER_PORT")
-    assert list(contents(tmp_path / "run")) == [f"network{rank:02d}/log.txt"]
+    assert not contents(tmp_path / "run")

@@ -174,31 +174,10 @@ class TestInvalidOptions:
         refused(capsys, *argv)
 
 
-class TestErrorLog:
-    def test_error_is_in_the_log_of_the_network(self, capsys: pytest.CaptureFixture[str]) -> None:
-        line = refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")
-        assert Path("run/network00/log.txt").read_text() == f"ERROR {line}\n"
-
-    def test_run_directory_is_found_in_the_config_file(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = write_file("run_dir: run\ngraft:\n  amplitude: 2\n")
-        line = refused(capsys, "train", "--config", path)
-        assert line in Path("run/network00/log.txt").read_text()
-
-    def test_error_is_appended_to_the_log(self, capsys: pytest.CaptureFixture[str]) -> None:
-        log = Path("run/network00/log.txt")
-        log.parent.mkdir(parents=True)
-        log.write_text("before\n")
-        refused(capsys, "train", "--run_dir=run", "--graft.amplitude", "2")
-        assert log.read_text().startswith("before\nERROR graft.amplitude")
-
-    def test_error_is_printed_if_the_log_cannot_be_written(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        Path("run").write_text("in the way")
+class TestRefusal:
+    def test_nothing_is_written(self, capsys: pytest.CaptureFixture[str]) -> None:
         refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")
-        assert Path("run").read_text() == "in the way"
+        assert not Path("run").exists()
 
     @pytest.mark.parametrize(
         ("environment", "says"),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_graft.errors import RunDirectoryError
-from dist_graft.monitoring.log import append_line, close_log, open_log
+from dist_graft.errors import RunDirectoryError, StoppedEarlyError
+from dist_graft.monitoring.log import append_error, close_log, open_log
+from dist_graft.population.runtime.process_info import ProcessInfo
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +84,17 @@ def test_a_log_that_cannot_be_recreated_is_reported_once(
     assert capsys.readouterr().err.count("log.txt cannot be written: ") == 1
 
 
-def test_an_error_line_is_added(tmp_path: Path) -> None:
-    append_line(tmp_path / "new", "ERROR first")
-    append_line(tmp_path / "new", "ERROR second")
-    assert (tmp_path / "new/log.txt").read_text() == "ERROR first\nERROR second\n"
+def test_errors_are_added(tmp_path: Path) -> None:
+    stopped = StoppedEarlyError("stopped early")
+    append_error(tmp_path / "new", stopped, ProcessInfo(rank=1, world_size=2))
+    append_error(tmp_path / "new", ValueError("of\nours"), ProcessInfo())
+    first, second = (tmp_path / "new/log.txt").read_text().splitlines()
+    assert first.startswith("INFO network 1 (rank 1 on ")
+    assert first.endswith(": stopped early")
+    assert second == "ERROR unexpected ValueError: of ours"
 
 
-def test_an_error_line_that_cannot_be_written_is_dropped(tmp_path: Path) -> None:
+def test_an_error_that_cannot_be_written_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
-    append_line(tmp_path / "file" / "network00", "ERROR")
+    append_error(tmp_path / "file" / "network00", ValueError(), ProcessInfo())
     assert (tmp_path / "file").read_text() == "here"

@@ -72,7 +72,7 @@ def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | No
         NonFiniteError naming network and layer.
     """
     first = next(iter(source.states.values()))
-    model = architecture(source.model, first, source.path)
+    model = architecture(source.model, first, source.path, source.shape)
     try:
         units = graft_units(model, lead=lead or source.lead)
     except ValueError as error:

@@ -19,7 +19,16 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from dist_graft.analysis import doctor, evaluate, export, inspect_filters, plan, status
+from dist_graft.analysis import (
+    doctor,
+    evaluate,
+    export,
+    inspect_filters,
+    plan,
+    predict,
+    push,
+    status,
+)
 from dist_graft.command import Command
 from dist_graft.config.parsing import (
     PARSER_SETTINGS,
@@ -52,6 +61,8 @@ COMMANDS: dict[str, Command] = {
         evaluate.COMMAND,
         inspect_filters.COMMAND,
         export.COMMAND,
+        predict.COMMAND,
+        push.COMMAND,
         compare.COMMAND,
         status.COMMAND,
         doctor.COMMAND,

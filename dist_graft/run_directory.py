@@ -321,9 +321,10 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
 def as_stored(config: TrainConfig) -> dict[str, Any]:
     """The configuration with absolute paths, which are valid in any working directory."""
     plain = as_plain(config)
-    plain["data"]["root"] = os.path.abspath(config.data.root)
+    if "://" not in config.data.root:  # an address that a function of the user's reads
+        plain["data"]["root"] = str(Path(config.data.root).absolute())
     if config.init_from and not is_named_weights(config.init_from):
-        plain["init_from"] = os.path.abspath(config.init_from)
+        plain["init_from"] = str(Path(config.init_from).absolute())
     return plain
 
 

@@ -66,7 +66,7 @@ class TrainConfig:
     init_from: str | None = None
     """Start from weights: a run, a checkpoint, or an export (network k starts from its network k),
     one .safetensors or .pt file for all networks, or pretrained weights of the model by name:
-    torchvision:DEFAULT or another of its weights, timm:DEFAULT. A resumed run does not read them."""
+    torchvision:DEFAULT or another of its weights, timm:DEFAULT. Not read when a run resumes."""
     init_strict: bool = True
     """Refuse init_from when a tensor is missing or has another shape; false: such tensors, as of a
     head for other classes, keep their initialization."""

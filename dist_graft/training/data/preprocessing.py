@@ -66,7 +66,5 @@ class Preprocessing:
                     f"{image.dtype} {list(image.shape)}"
                 )
             pixels = transform.crop(image.expand(3, -1, -1))
-        normalize = Normalize(
-            self.mean, self.std, device=torch.device("cpu"), channels_last=False
-        )
+        normalize = Normalize(self.mean, self.std, device=torch.device("cpu"), channels_last=False)
         return normalize(pad_to(pixels, self.image_size)[None])[0]

@@ -51,7 +51,9 @@ def pretrained_file(model_name: str, weights: str) -> tuple[Path | None, str]:
         model_name: "timm/NAME".
         weights: "DEFAULT", or a tag of the model such as "a1_in1k".
 
-    Returns: None instead of the path if the file is not in the cache.
+    Returns:
+        None instead of the path if the file is not in the cache.
+
     Raises:
         ConfigError: timm has no such weights.
     """

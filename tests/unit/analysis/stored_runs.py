@@ -80,9 +80,16 @@ def write_run(
     return folder
 
 
-def export_run(run: Path, *, checkpoint: str | None = None, out: Path | None = None) -> str:
+def export_run(
+    run: Path, *, checkpoint: str | None = None, out: Path | None = None, kind: str = "pt"
+) -> str:
     """Export a run and return the printed text."""
-    options = {"run": str(run), "checkpoint": checkpoint, "out": out and str(out)}
+    options = {
+        "run": str(run),
+        "checkpoint": checkpoint,
+        "out": out and str(out),
+        "format": kind,
+    }
     return "\n".join(export.run(options, ProcessInfo()))
 
 

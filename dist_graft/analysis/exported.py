@@ -95,14 +95,7 @@ def load(
     """
     file = Path(path)
     if file.is_dir():
-        read_description(file)
-        files = exported_files(file)
-        if not files:
-            raise ConfigError(
-                f"{file} holds no networkNN.safetensors or .pt: export the run in one of these "
-                "formats"
-            )
-        file = files[0]
+        file = exported_files(file)[0]
     elif file.suffix not in WEIGHT_SUFFIXES:
         raise ConfigError(f"{file} is neither an exported folder nor a .safetensors or .pt file")
     description = read_description(file.parent)
@@ -129,12 +122,11 @@ def is_export(path: Path) -> bool:
 
 
 def _check_digest(file: Path, description: dict[str, Any]) -> None:
-    expected = dict(description.get("sha256") or {}).get(file.name)
     try:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
-    if digest != expected:
+    if digest != description["sha256"].get(file.name):
         raise RunDirectoryError(
             f"{file} is not the file that {EXPORT_DESCRIPTION} describes: export the run again"
         )

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from dist_graft.analysis.export import Format
 from dist_graft.analysis.run_files import read_json
 from dist_graft.analysis.soups import uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, architecture, classes_and_channels
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.monitoring.jsonl import read_json_lines
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import network_file
-from dist_graft.training.weights import EXPORT_DESCRIPTION, State
+from dist_graft.training.weights import EXPORT_DESCRIPTION, State, read_description
 from dist_graft.version import VERSION, versions
 
 _SUFFIXES: dict[Format, str] = {
@@ -84,7 +84,6 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "run_dir": str(stored.path),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,
-        "format": kind,
         "model": config.model.name if built else None,
         "model_arguments": {
             "num_classes": shape[0],
@@ -98,7 +97,7 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "classes": inputs.get("classes"),
         "preprocessing": preprocessing or None,
         "metrics": {
-            f"{stem}{_SUFFIXES[kind]}": _metrics(stored, network)
+            stem: _metrics(stored, network)
             for network, stem in zip(stored.networks, stems, strict=True)
         },
         "results": _results(stored),
@@ -108,9 +107,21 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "versions": versions(),
         "dist_graft": VERSION,
     }
+    description["sha256"] = _same_export(folder, description) | sha256
     write_atomically(
         folder / EXPORT_DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode()
     )
+
+
+def _same_export(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:
+    """Checksums of the files of the same checkpoint that were exported in other formats."""
+    try:
+        before = read_description(folder)
+    except RunDirectoryError:
+        return {}
+    same = all(before.get(key) == description[key] for key in ("run_dir", "epoch", "round"))
+    found = before["sha256"] if same else {}
+    return {name: digest for name, digest in found.items() if (folder / name).is_file()}
 
 
 def how_to_load(kind: Format) -> str:

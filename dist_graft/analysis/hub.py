@@ -22,31 +22,23 @@ def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
         instead of weights.
     """
     description = read_description(folder)
-    names = list(dict(description.get("sha256") or {}))
-    if not names or not all(name.endswith(_EXPORTED) for name in names):
+    sha256 = description["sha256"]
+    chosen = {Path(name).stem: name for name in sorted(sha256) if name.endswith(_EXPORTED)}
+    if not chosen:
         raise ConfigError(
             f"{folder} does not hold weights: export the run with --format safetensors"
         )
-    files, renamed = {}, {}
-    for name in names:
-        path = folder / name
-        if not path.is_file() or (
-            hashlib.sha256(path.read_bytes()).hexdigest() != description["sha256"][name]
-        ):
-            raise RunDirectoryError(f"{path} is missing or damaged: export the run again")
-        new = f"{Path(name).stem}.safetensors"
-        renamed[name] = new
-        files[new] = (
-            path.read_bytes() if new == name else weights_file(read_weights(path), "safetensors")
-        )
+    files = {}
+    for stem, name in chosen.items():  # of two formats, safetensors
+        content = read_file(folder / name)
+        if hashlib.sha256(content).hexdigest() != sha256[name]:
+            raise RunDirectoryError(f"{folder / name} is damaged: export the run again")
+        if name.endswith(".pt"):
+            content = weights_file(read_weights(folder / name), "safetensors")
+        files[f"{stem}.safetensors"] = content
     description |= {
-        "format": "safetensors",
         "run_dir": Path(description.get("run_dir", "")).name,  # no paths of this machine
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-        "metrics": {
-            renamed.get(name, name): values
-            for name, values in (description.get("metrics") or {}).items()
-        },
     }
     for results in (description.get("results") or {}).values():
         if "run_dir" in results:
@@ -54,6 +46,14 @@ def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
     files[EXPORT_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
     files["README.md"] = model_card(description, repo).encode()
     return files
+
+
+def read_file(path: Path) -> bytes:
+    """Content of an exported file; RunDirectoryError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
@@ -64,7 +64,6 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
     """
     try:
         import huggingface_hub
-        from httpx import HTTPError
         from huggingface_hub import CommitOperationAdd
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -76,11 +75,11 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
         for name, content in files.items()
     ]
     try:
-        url = api.create_repo(repo, private=private, exist_ok=True)
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
         api.create_commit(
             repo, operations, commit_message=f"Upload {len(files)} files of dist_graft"
         )
-    except (HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  its HTTP library depends on its version
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"{repo} cannot be uploaded ({cause}): check the network, the name, and that you are "
@@ -100,14 +99,15 @@ def model_card(description: Mapping[str, Any], repo: str) -> str:
         method += (
             f" (amplitude {options.get('amplitude')}, sensitivity {options.get('sensitivity')})"
         )
+    data = description.get("data", "unknown data")
     lines = [
         *("---", "library_name: dist_graft", "pipeline_tag: image-classification"),
         *("tags:", "- image-classification", "- dist_graft", "---", ""),
         f"# {repo.rpartition('/')[2]}",
         "",
-        f"{len(networks)} x {name}, trained side by side on "
-        f"{description.get('data', 'unknown data')} for {description['epoch']} epochs; method: {method}, {description['round']} rounds. The "
-        "networks differ, and each can be used alone.",
+        f"{len(networks)} x {name}, trained side by side on {data} for {description['epoch']} "
+        f"epochs; method: {method}, {description['round']} rounds. The networks differ, and each "
+        "can be used alone.",
         "",
         "## Results",
         "",

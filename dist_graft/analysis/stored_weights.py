@@ -190,6 +190,12 @@ def read_source(path: Path, model_name: str | None = None) -> Source:
     return Source(path, ModelConfig(name=model_name), "conv", {_name(path): read_weights(path)})
 
 
+def owner(path: Path) -> Path:
+    """Folder to which results about a source belong: its run, its export, or that of its file."""
+    folder = path if path.is_dir() else path.parent
+    return run_of_checkpoint(folder.resolve()) if (folder / COMPLETE).is_file() else folder
+
+
 def labels(paths: Sequence[Path]) -> list[str]:
     """Short unique names of the paths, without their common parent.
 
@@ -273,8 +279,6 @@ def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None)
 def _from_export(path: Path, folder: Path, files: Sequence[Path]) -> Source:
     description = read_description(folder)
     model, shape = exported_model(description, folder)
-    if not files:
-        raise RunDirectoryError(f"{folder} holds no networkNN.safetensors or .pt")
     states = {_name(file): read_weights(file) for file in files}
     return Source(path, model, description["lead"], states, shape)
 

@@ -33,7 +33,7 @@ EXPORT_DESCRIPTION = "export.json"
 """File beside exported weights that describes them."""
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
 """Endings of files of weights."""
-_EXPORTED_NETWORK = re.compile(r"network\d+\.(safetensors|pt)")
+_EXPORTED = re.compile(r"network\d+\.(safetensors|pt)")
 _MAX_NAMED = 3
 
 
@@ -61,8 +61,17 @@ def read_weights(path: Path) -> State:
 
 
 def exported_files(folder: Path) -> list[Path]:
-    """Files of the networks in an exported folder, without moving averages and soups."""
-    return sorted(path for path in folder.iterdir() if _EXPORTED_NETWORK.fullmatch(path.name))
+    """File of weights of each network in an exported folder, without moving averages and soups.
+
+    Raises: RunDirectoryError if there is no valid export.json, or it describes no such file.
+    """
+    described = sorted(read_description(folder)["sha256"], reverse=True)
+    files = {Path(name).stem: folder / name for name in described if _EXPORTED.fullmatch(name)}
+    if not files:
+        raise RunDirectoryError(
+            f"{folder} holds no weights: export the run with --format safetensors"
+        )
+    return [files[stem] for stem in sorted(files)]
 
 
 def initialize(model: nn.Module, config: TrainConfig, network: int) -> str:
@@ -121,8 +130,6 @@ def _initial_state(source: str, model_name: str, network: int) -> State:
         raise ConfigError(f"init_from {source}: there is no such run, checkpoint, or file")
     if (path / EXPORT_DESCRIPTION).is_file():
         files = exported_files(path)
-        if not files:
-            raise ConfigError(f"init_from {source}: it holds no networkNN.safetensors or .pt")
         return read_weights(files[network % len(files)])
     return _stored_state(path, network)
 
@@ -171,7 +178,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / EXPORT_DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        description["model"], description["lead"]
+        description["model"], description["lead"], dict(description["sha256"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
     content: dict[str, Any] = description

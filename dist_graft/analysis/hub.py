@@ -79,7 +79,7 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
         api.create_commit(
             repo, operations, commit_message=f"Upload {len(files)} files of dist_graft"
         )
-    except Exception as error:  # noqa: BLE001  its HTTP library depends on its version
+    except Exception as error:  # of the HTTP library, which depends on the version
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"{repo} cannot be uploaded ({cause}): check the network, the name, and that you are "

@@ -66,7 +66,10 @@ def pretrained_file(model_name: str, weights: str) -> tuple[Path | None, str]:
         )
     if weights != "DEFAULT":
         name = f"{name.partition('.')[0]}.{weights}"
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # the model has other tags
+        config = None
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"init_from timm:{weights}: timm has no such weights for {model_name}")
     file = config.hf_hub_filename or "model.safetensors"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
+from dist_graft.training import models
 from dist_graft.training.models import build_model, model_names
 
 RESNETS = ["resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
@@ -291,5 +292,6 @@ def test_timm():
 
 def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "dist_graft.training.models.timm_names", raising=False)
+    monkeypatch.delattr(models, "timm_names", raising=False)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install 'dist_graft[timm]'" in message_of("timm/resnet18")

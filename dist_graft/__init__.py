@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dist_graft.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from dist_graft.analysis.exported import ExportedModel, load
     from dist_graft.config import TrainConfig
     from dist_graft.errors import (
         CallbackError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
 _NAMES = {
+    "analysis.exported": ("ExportedModel", "load"),
     "config": ("TrainConfig",),
     "errors": (
         "CallbackError",
@@ -75,6 +77,7 @@ __all__ = [
     "DisagreementError",
     "DistGraftError",
     "EpochReport",
+    "ExportedModel",
     "Graft",
     "GraftRecord",
     "GraftUnit",
@@ -97,6 +100,7 @@ __all__ = [
     "graft_units",
     "l1",
     "launch",
+    "load",
     "mix",
     "train",
 ]

@@ -17,7 +17,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from dist_graft.analysis import doctor, evaluate, export, inspect_filters, plan, status
+from dist_graft.analysis import (
+    doctor,
+    evaluate,
+    export,
+    inspect_filters,
+    plan,
+    predict,
+    push,
+    status,
+)
 from dist_graft.command import Command
 from dist_graft.config.parsing import (
     PARSER_SETTINGS,
@@ -50,6 +59,8 @@ COMMANDS: dict[str, Command] = {
         evaluate.COMMAND,
         inspect_filters.COMMAND,
         export.COMMAND,
+        predict.COMMAND,
+        push.COMMAND,
         compare.COMMAND,
         status.COMMAND,
         doctor.COMMAND,

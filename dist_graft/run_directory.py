@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.train import is_named_weights
 from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
@@ -79,6 +80,11 @@ class RunDirectory:
     def summary(self) -> Path:
         """Final accuracies."""
         return self.path / "summary.json"
+
+    @property
+    def classes(self) -> Path:
+        """Names of the classes, and how test images are prepared."""
+        return self.path / "classes.json"
 
     @property
     def lease(self) -> Path:
@@ -167,7 +173,7 @@ class RunDirectory:
             )
         differences = [
             f"{name} was {before.get(name)!r} and is now {value!r}"
-            for name, value in flatten(as_plain(config))
+            for name, value in flatten(as_stored(config))
             if before.get(name) != value
             and not name.startswith(changeable)
             and name != "epochs"
@@ -205,7 +211,7 @@ class RunDirectory:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        content = yaml.safe_dump(as_plain(config) | {"run": run}, sort_keys=False).encode()
+        content = yaml.safe_dump(as_stored(config) | {"run": run}, sort_keys=False).encode()
         if self.job is None:
             write_atomically(self.config, content)
             return
@@ -216,6 +222,11 @@ class RunDirectory:
             before, before_networks = self.read_config()
             if (before.epochs, before_networks) != (config.epochs, networks):
                 write_atomically(self.config, content)
+
+    def write_classes(self, classes: Sequence[str], preprocessing: Mapping[str, Any]) -> None:
+        """Write classes.json; all processes of a run have the same content."""
+        content = {"classes": list(classes), "preprocessing": dict(preprocessing)}
+        write_atomically(self.classes, (json.dumps(content, indent=1) + "\n").encode())
 
     def read_config(self) -> tuple[TrainConfig, int]:
         """Return the configuration and the number of networks of the run.
@@ -319,10 +330,23 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
+def as_stored(config: TrainConfig) -> dict[str, Any]:
+    """The configuration with absolute paths, which are valid in any working directory."""
+    plain = as_plain(config)
+    if "://" not in config.data.root:  # an address that a function of the user's reads
+        plain["data"]["root"] = str(Path(config.data.root).absolute())
+    if config.init_from and not is_named_weights(config.init_from):
+        plain["init_from"] = str(Path(config.init_from).absolute())
+    return plain
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) for every option of nested sections."""
+    """Yield (dotted name, value) for every option of nested sections.
+
+    The arguments of a user's function (``model.kwargs``) are one option.
+    """
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not key.endswith("kwargs"):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

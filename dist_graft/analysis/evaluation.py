@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
-from dist_graft.analysis.stored_weights import State, StoredRun, load_state, open_run
+from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
 from dist_graft.command import Options
 from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError
@@ -28,6 +28,7 @@ from dist_graft.training.models import build_model
 from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
+from dist_graft.training.weights import State
 
 PROTOCOL = 1
 """Version of evaluation.json."""

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from dist_graft.analysis.filters import Inspected, Numbers
 from dist_graft.plot_style import Style, column_figure, line_styles, plot_style, png
 
+INVALID_FILTERS = "invalid_filters.png"
 _RANGE = "range over the networks of a source"
 _MIN_PERCENT = 5.0  # smallest upper limit of the axis of invalid filters
 _TICK_STEPS = [1, 2, 5, 10]
@@ -25,18 +26,19 @@ _DARK = "#333333"
 def draw(
     inspected: Sequence[Inspected], thresholds: Sequence[float], num_bins: int
 ) -> dict[str, bytes]:
-    """Draw the PNG files of invalid filters, entropy and norms, by name.
+    """Draw the PNG files of invalid filters (if there are any), entropy and norms, by name.
 
     If a source has several networks, their mean and range are plotted. The plot of norms has one
     line per network.
     """
     styles = line_styles(len(inspected))
     with plot_style(grid="y"):
-        return {
-            "invalid_filters.png": _invalid_filters(inspected, styles, thresholds),
-            "entropy.png": _entropy(inspected, styles, num_bins),
-            "norms.png": _norms(inspected, styles, thresholds),
-        }
+        files = {}
+        if any(source.below(max(thresholds)).any() for source in inspected):
+            files[INVALID_FILTERS] = _invalid_filters(inspected, styles, thresholds)
+        files["entropy.png"] = _entropy(inspected, styles, num_bins)
+        files["norms.png"] = _norms(inspected, styles, thresholds)
+        return files
 
 
 def _invalid_filters(

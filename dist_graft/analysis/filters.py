@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | No
         NonFiniteError naming network and layer.
     """
     first = next(iter(source.states.values()))
-    model = architecture(source.model, first, source.path)
+    model = architecture(source.model, first, source.path, source.shape)
     try:
         units = graft_units(model, lead=lead or source.lead)
     except ValueError as error:
@@ -102,11 +103,24 @@ def inspect_source(source: Source, label: str, *, num_bins: int, lead: Lead | No
     return Inspected(label=label, networks=networks)
 
 
-def check_same_layers(inspected: Sequence[Inspected]) -> None:
-    """Raise ConfigError unless all sources have the same layers."""
-    for other in inspected[1:]:
-        if other.units != inspected[0].units:
-            raise ConfigError(
-                f"{inspected[0].label} and {other.label} do not have the same layers: inspect them "
-                "separately"
-            )
+def shared_layers(inspected: Sequence[Inspected]) -> list[Inspected]:
+    """Keep the layers that all sources have, with the same name and number of filters.
+
+    Raises: ConfigError if there are none.
+    """
+    common = set(inspected[0].units).intersection(*(source.units for source in inspected[1:]))
+    if not common:
+        raise ConfigError(
+            f"{', '.join(source.label for source in inspected)} share no layers: inspect them "
+            "separately"
+        )
+    kept = []
+    for source in inspected:
+        keep = [unit in common for unit in source.units]
+        networks = {name: list(compress(layers, keep)) for name, layers in source.networks.items()}
+        kept.append(replace(source, networks=networks))
+    if any(source.units != kept[0].units for source in kept):
+        raise ConfigError(
+            "the sources have their layers in different orders: inspect them separately"
+        )
+    return kept

@@ -39,7 +39,7 @@ _NOTE = (
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Measure the filters of networks. Writes inspect.csv and three plots.",
+        description="Measure the filters of networks. Writes inspect.csv and plots.",
         **settings,
     )
     add = parser.add_argument
@@ -57,7 +57,12 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         help="L1 norms below which a filter counts as invalid",
     )
     add("--num_bins", type=int, default=10, help="histogram bins of the entropy")
-    add("--out", type=str, default="inspect", help="output folder")
+    add(
+        "--out",
+        type=str | None,
+        default=None,
+        help="output folder; unset: inspect in the first source's run, or beside its file",
+    )
     add(
         "--model.name",
         type=str | None,
@@ -74,7 +79,10 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Print tables of networks and layers; write inspect.csv and three plots.
+    """Print tables of networks and layers; write inspect.csv and plots.
+
+    Sources of different models are compared in the layers that they share. There is no plot of
+    invalid filters if there are none.
 
     Raises: DistGraftError.
     """
@@ -82,25 +90,33 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     at_least("num_bins", options["num_bins"], 1)
     for threshold in options["thresholds"]:
         above_zero("thresholds", threshold)
-    from dist_graft.analysis.filter_plots import draw
-    from dist_graft.analysis.filters import check_same_layers, inspect_source
-    from dist_graft.analysis.stored_weights import labels, read_source
+    from dist_graft.analysis.filter_plots import INVALID_FILTERS, draw
+    from dist_graft.analysis.filters import inspect_source, shared_layers
+    from dist_graft.analysis.stored_weights import labels, owner, read_source
     from dist_graft.run_directory import write_atomically
 
     paths = [Path(source) for source in options["sources"]]
     model_name, lead = options["model"]["name"], options["graft"]["lead"]
-    num_bins, out = options["num_bins"], Path(options["out"])
+    num_bins, out = options["num_bins"], Path(options["out"] or owner(paths[0]) / "inspect")
     thresholds = sorted(set(options["thresholds"]), reverse=True)
     inspected = [
         inspect_source(read_source(path, model_name), label, num_bins=num_bins, lead=lead)
         for path, label in zip(paths, labels(paths), strict=True)
     ]
-    check_same_layers(inspected)
+    counts = [len(source.units) for source in inspected]
+    inspected = shared_layers(inspected)
+    shared = len(inspected[0].units)
     files = {"inspect.csv": csv_text(inspected).encode(), **draw(inspected, thresholds, num_bins)}
     for name, content in files.items():
         write_atomically(out / name, content)
+    if INVALID_FILTERS not in files:
+        (out / INVALID_FILTERS).unlink(missing_ok=True)  # of an earlier call
     yield f"{network_table(inspected, thresholds)}\n"
     yield f"{layer_table(inspected, thresholds)}\n{_NOTE}\n"
+    if max(counts) > shared:
+        yield f"different models: only the {shared} layers that all of them have are compared"
+    if INVALID_FILTERS not in files:
+        yield f"no plot of invalid filters: no L1 norm is below {thresholds[0]:g}"
     yield f"written: {', '.join(str(out / name) for name in files)}"
 
 

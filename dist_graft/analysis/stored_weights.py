@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_graft.analysis.run_files import read_json
 from dist_graft.config import ModelConfig, TrainConfig
@@ -28,12 +26,13 @@ from dist_graft.training.checkpoint.files import (
     run_of_checkpoint,
 )
 from dist_graft.training.models import build_model
-
-State = Mapping[str, Tensor]
-"""A model's state dict."""
-
-EXPORT_DESCRIPTION = "export.json"
-"""File beside exported weights that describes them."""
+from dist_graft.training.weights import (
+    EXPORT_DESCRIPTION,
+    State,
+    exported_files,
+    read_description,
+    read_weights,
+)
 
 _NETWORK = re.compile(r"network(\d+)")
 
@@ -60,6 +59,22 @@ class StoredRun:
     def networks(self) -> list[int]:
         """Numbers of the networks that have a checkpoint."""
         return sorted(self.members)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Content of classes.json; empty for data of the user's own, and in older runs."""
+        path = RunDirectory(self.path).classes
+        content: dict[str, Any] = read_json(path) if path.exists() else {}
+        return content
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Numbers of classes and channels; None: unknown."""
+        inputs = self.inputs
+        try:
+            return len(inputs["classes"]), int(inputs["preprocessing"]["channels"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def require_configured(self, *parts: str) -> None:
         """Raise ConfigError if one of these parts of the run was given in Python."""
@@ -141,6 +156,8 @@ class Source:
     lead: Lead
     states: Mapping[str, State]
     """State dicts by network number, or by the file's name if it contains no number."""
+    shape: tuple[int, int] | None = None
+    """Numbers of classes and channels; None: unknown."""
 
 
 def read_source(path: Path, model_name: str | None = None) -> Source:
@@ -156,7 +173,7 @@ def read_source(path: Path, model_name: str | None = None) -> Source:
     if (path / COMPLETE).is_file():
         return _from_checkpoint(path, path)
     if (path / EXPORT_DESCRIPTION).is_file():
-        return _from_export(path, path, sorted(path.glob("network*.pt")))
+        return _from_export(path, path, exported_files(path))
     if path.is_dir():
         return _from_run(path, open_run(path))
     if not path.is_file():
@@ -171,6 +188,12 @@ def read_source(path: Path, model_name: str | None = None) -> Source:
             "unknown: give --model.name"
         )
     return Source(path, ModelConfig(name=model_name), "conv", {_name(path): read_weights(path)})
+
+
+def owner(path: Path) -> Path:
+    """Folder to which results about a source belong: its run, its export, or that of its file."""
+    folder = path if path.is_dir() else path.parent
+    return run_of_checkpoint(folder.resolve()) if (folder / COMPLETE).is_file() else folder
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -189,39 +212,35 @@ def labels(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def read_weights(path: Path) -> State:
-    """Read a state dict, plain or inside a checkpoint, without unpickling anything but tensors.
-
-    Raises: RunDirectoryError if the file holds none.
-    """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[:1] or [type(error).__name__]
-        raise RunDirectoryError(f"{path} cannot be read as weights: {first[0]}") from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise RunDirectoryError(f"{path} holds no state dict")
-    return state
-
-
-def architecture(config: ModelConfig, state: State, source: Path) -> nn.Module:
-    """Build the module of a state dict, with the classes and channels that its weights have.
+def architecture(
+    config: ModelConfig, state: State, source: Path, shape: tuple[int, int] | None = None
+) -> nn.Module:
+    """Build the module of a state dict.
 
     Args:
         config: of the model.
         state: copied into the module.
         source: file of the state dict, for errors.
+        shape: numbers of classes and channels; None: those of the first and last weights.
 
     Raises: ConfigError if the weights do not fit the architecture.
+    """
+    classes, channels = shape or classes_and_channels(state, source)
+    model = build_model(config, num_classes=classes, channels=channels)
+    load_state(model, state, source)
+    return model
+
+
+def classes_and_channels(state: State, source: Path) -> tuple[int, int]:
+    """Guess the numbers of classes and channels from the last and first weights.
+
+    Raises: ConfigError if these cannot be those of an image classifier.
     """
     weights = [tensor for tensor in state.values() if tensor.dim() >= 2]
     images = [tensor for tensor in weights if tensor.dim() == 4]
     if not images or images[0].shape[1] not in (1, 3):
         raise ConfigError(f"{source} holds no classifier of images with 1 or 3 channels")
-    model = build_model(config, num_classes=len(weights[-1]), channels=images[0].shape[1])
-    load_state(model, state, source)
-    return model
+    return len(weights[-1]), images[0].shape[1]
 
 
 def load_state(model: nn.Module, state: State, source: Path) -> None:
@@ -254,24 +273,35 @@ def _from_run(path: Path, run: StoredRun, networks: Sequence[int] | None = None)
     run.require_configured("model")
     chosen = run.networks if networks is None else networks
     states = {str(network): run.state(network) for network in chosen}
-    return Source(path, run.config.model, run.config.graft.lead, states)
+    return Source(path, run.config.model, run.config.graft.lead, states, run.shape)
 
 
 def _from_export(path: Path, folder: Path, files: Sequence[Path]) -> Source:
-    description = read_json(folder / EXPORT_DESCRIPTION)
-    try:
-        name, lead = description["model"], description["lead"]
-    except (KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
-    if name is None:
+    description = read_description(folder)
+    model, shape = exported_model(description, folder)
+    states = {_name(file): read_weights(file) for file in files}
+    return Source(path, model, description["lead"], states, shape)
+
+
+def exported_model(
+    description: Mapping[str, Any], folder: Path
+) -> tuple[ModelConfig, tuple[int, int] | None]:
+    """Options of an exported model, and its numbers of classes and channels if they are known.
+
+    Raises: ConfigError if the model was built in Python.
+    """
+    if description["model"] is None:
         raise ConfigError(
             f"{folder} holds a model that was built in Python, which this command cannot build: "
             "load the weights in Python"
         )
-    if not files:
-        raise RunDirectoryError(f"{folder} holds no networkNN.pt")
-    states = {_name(file): read_weights(file) for file in files}
-    return Source(path, ModelConfig(name=name), lead, states)
+    arguments = dict(description.get("model_arguments") or {})  # missing in older exports
+    shape = arguments.pop("num_classes", None), arguments.pop("channels", None)
+    try:
+        model = ModelConfig(name=description["model"], **arguments)
+    except TypeError as error:
+        raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
+    return model, None if None in shape else shape
 
 
 def _name(path: Path) -> str:

@@ -21,6 +21,11 @@ from dist_graft.grafting.rules import RULES
 _Config = TypeVar("_Config")
 
 
+def is_named_weights(init_from: str) -> bool:
+    """Whether init_from names pretrained weights instead of a path."""
+    return init_from.startswith(("torchvision:", "timm:"))
+
+
 def _with_method_sections(config: type[_Config]) -> type[_Config]:
     """Add a field for every method that has its own options, after the section graft."""
     annotations: dict[str, Any] = {}
@@ -62,6 +67,13 @@ class TrainConfig:
     previous network; abort: stop the run; exclude: no network grafts from it."""
     callbacks: list[str] = field(default_factory=list)
     """package.module:Name of callbacks to add; repeat the option to add several."""
+    init_from: str | None = None
+    """Start from weights: a run, a checkpoint, or an export (network k starts from its network k),
+    one .safetensors or .pt file for all networks, or pretrained weights of the model by name:
+    torchvision:DEFAULT or another of its weights, timm:DEFAULT. Not read when a run resumes."""
+    init_strict: bool = True
+    """Refuse init_from when a tensor is missing or has another shape; false: such tensors, as of a
+    head for other classes, keep their initialization."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -81,6 +93,7 @@ class TrainConfig:
         known_or_own("method", self.method, (*RULES, "none"))
         if self.resume_networks is not None:
             self._check_resume_networks(self.resume_networks)
+        require(self.init_from != "", "init_from", self.init_from, "a path or a name")
         if self.graft.exchange == "files":
             self._check_files()
         elif self.population != PopulationConfig():

@@ -329,7 +329,7 @@ def count_filters(run: Path, network: int) -> Row:
 
     stored = open_run(run)
     state = stored.state(network)
-    model = architecture(stored.config.model, state, run)
+    model = architecture(stored.config.model, state, run, stored.shape)
     units = graft_units(model, lead=stored.config.graft.lead)
     leads = [unit.filters(state[unit.lead]) for unit in units]
     return {"filters": sum(len(filters) for filters in leads)} | {

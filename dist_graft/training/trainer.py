@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,7 +92,7 @@ from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.checkpoint.membership import change_networks
 from dist_graft.training.checkpoint.writer import to_host_memory
-from dist_graft.training.data import check_dataset_name, ensure_available
+from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
 from dist_graft.training.data.loader import too_many_workers
@@ -145,6 +145,7 @@ from dist_graft.training.summary import (
     summarize,
 )
 from dist_graft.training.task import LossFunction, MetricFunction, correct
+from dist_graft.training.weights import initialize
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
@@ -590,8 +591,12 @@ class Trainer:
                 self.step,
                 self.round,
             )
-        elif self.config.population.join == "donor":
-            self._join()
+        else:
+            if self.config.init_from:
+                self.log.info("%s", initialize(self.model, self.config, self.process.network))
+                self.state.reset_optimizer()  # its moving average starts from the same weights
+            if self.config.population.join == "donor":
+                self._join()
         self._start_time -= self.progress.seconds
         if self.grafter:
             self.grafter.round = self.round
@@ -612,10 +617,12 @@ class Trainer:
         self.log.info("joined with the weights of network %d after %g epochs", donor, place.epochs)
 
     def _announce(self) -> None:
-        """Write config.yaml, and log the configuration and the processes."""
+        """Write config.yaml and classes.json, and log the configuration and the processes."""
         self._check_lease()
         if self.process.is_main:
             self.directory.write_config(self.config, self.process.networks, self.custom)
+            if isinstance(self.data, ImageData):
+                self.directory.write_classes(self.data.classes, asdict(self.data.preprocessing))
         self.log.info("%s", _startup_message(self))
         warning = too_many_workers(self.data.workers, self.process)
         if warning and self.process.is_main:

@@ -13,6 +13,7 @@ import torch
 from launching import run_program, torchrun
 from reading import checkpoint
 
+import dist_graft
 from dist_graft import cli
 from dist_graft.config import ModelConfig
 from dist_graft.training.models import build_model
@@ -80,6 +81,21 @@ def test_export_writes_the_weights_of_the_checkpoint(
         model.load_state_dict(torch.load(path, weights_only=True))
         saved = checkpoint(validated, 2, network)["model"]
         assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
+
+
+def test_exported_network_is_loaded_with_its_preprocessing(validated: Path) -> None:
+    assert cli.run(["export", str(validated), "--format", "safetensors"]) == 0
+    model = dist_graft.load(validated / "export/network01.safetensors")
+    assert model.classes == read(validated / "classes.json")["classes"]
+    saved = checkpoint(validated, 2, 1)["model"]
+    expected = build_model(ModelConfig(name="resnet20"), num_classes=10, channels=1)
+    expected.load_state_dict(saved)
+    image = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8)
+    inputs = (image / 255 - 0.286) / 0.353
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(model.preprocess(image)[None]), expected.eval()(inputs[None])
+        )
 
 
 def test_inspect_two_runs(

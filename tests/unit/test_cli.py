@@ -208,7 +208,11 @@ def test_commands_in_one_process_are_refused_under_torchrun(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(cli, "read_process_info", lambda: ProcessInfo(rank=1, world_size=2))
-    arguments = {"doctor": [], "plan": ["--networks", "2", "--model", "resnet8"]}
+    arguments = {
+        "doctor": [],
+        "plan": ["--networks", "2", "--model", "resnet8"],
+        "push": ["export", "--repo", "me/mine"],
+    }
     assert cli.run([command, *arguments.get(command, ["fashion-mini"])]) == 1
     assert f"{command} runs in one process: start it without torchrun" in capsys.readouterr().err
 

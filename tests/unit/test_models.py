@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
+from dist_graft.training import models
 from dist_graft.training.models import build_model, model_names
 
 RESNETS = ["resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
@@ -22,7 +24,7 @@ def _one_seed() -> None:
     torch.manual_seed(0)
 
 
-def build(name: str, num_classes: int = 10, channels: int = 3, **options: str) -> nn.Module:
+def build(name: str, num_classes: int = 10, channels: int = 3, **options: Any) -> nn.Module:
     config = ModelConfig(name=name, **options)
     return build_model(config, num_classes=num_classes, channels=channels)
 
@@ -38,7 +40,7 @@ def filters(model: nn.Module) -> dict[str, int]:
     return {name: convolution.out_channels for name, convolution in convolutions}
 
 
-def message_of(name: str, **options: str) -> str:
+def message_of(name: str, **options: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         build(name, **options)
     message = str(caught.value)
@@ -257,3 +259,39 @@ def test_model_names_do_not_import_torchvision():
         "sys.exit('torchvision' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_kwargs_reach_the_model():
+    with torch.device("meta"):
+        wide = build("resnet18", kwargs={"width_per_group": 64, "zero_init_residual": True})
+        vit = build("torchvision/vit_b_16", kwargs={"image_size": 64})
+    assert parameters(wide) == 11_181_642
+    assert vit.image_size == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet20", "model.kwargs applies to models of torchvision, timm, and your own"),
+        ("resnet18", "model.kwargs {'depth': 3} do not fit resnet18"),
+    ],
+)
+def test_kwargs_that_do_not_fit(name: str, says: str):
+    assert says in message_of(name, kwargs={"depth": 3})
+
+
+def test_timm():
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = build("timm/resnet18", num_classes=7, channels=1, kwargs={"drop_rate": 0.1})
+        assert model(torch.empty(2, 1, 32, 32)).shape == (2, 7)
+    assert model.drop_rate == 0.1
+    assert "nearest: timm/resnet18" in message_of("timm/resnet_18")
+    assert "do not fit timm/resnet18" in message_of("timm/resnet18", kwargs={"depth": 3})
+
+
+def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "dist_graft.training.models.timm_names", raising=False)
+    monkeypatch.delattr(models, "timm_names", raising=False)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install 'dist_graft[timm]'" in message_of("timm/resnet18")

@@ -41,7 +41,7 @@ OTHER: dict[str, Any] = {
     "method": "none",
     "on_divergence": "abort",
     "data.name": "cifar10",
-    "data.root": "elsewhere",
+    "data.root": "/elsewhere",
     "data.batch_size": 127,
     "data.train_samples": 100,
     "data.test_samples": 100,
@@ -54,6 +54,9 @@ OTHER: dict[str, Any] = {
     "data.download": False,
     "model.name": "resnet32",
     "model.activation": "leaky_relu",
+    "model.kwargs": {"width": 2},
+    "init_from": "/runs/before",
+    "init_strict": False,
     "model.shared_init": True,
     "optim.name": "adamw",
     "optim.lr": 0.2,
@@ -215,13 +218,19 @@ class TestConfigFile:
             data=DataConfig(root=name),
         )
         with tempfile.TemporaryDirectory() as folder:
-            assert read_back(started(Path(folder), config)) == config
+            assert read_back(started(Path(folder), config)) == with_absolute_root(config)
 
     def test_it_is_read_without_the_command_line(self, tmp_path: Path) -> None:
         config = TrainConfig(seed=3, optim=OptimConfig(lrs=[0.3, 0.1], betas=(0.8, 0.9)))
-        assert started(tmp_path, config).read_config() == (config, 2)
+        stored = started(tmp_path, config).read_config()
+        assert stored == (with_absolute_root(config), 2)
         with pytest.raises(RunDirectoryError, match=r"it has no config\.yaml"):
             RunDirectory(tmp_path / "none").read_config()
+
+
+def with_absolute_root(config: TrainConfig) -> TrainConfig:
+    root = config.data.root if "://" in config.data.root else str(Path(config.data.root).absolute())
+    return changed(config, "data.root", root)
 
 
 def read_back(directory: RunDirectory) -> TrainConfig:
@@ -251,6 +260,11 @@ class TestCheck:
             assert "another run_dir" in text
             assert text.count(" was ") == 1
         assert contents(tmp_path) == before
+
+    def test_arguments_of_the_model_that_were_left_out(self, tmp_path: Path) -> None:
+        directory = started(tmp_path, changed(TrainConfig(), "model.kwargs", {"width": 2}))
+        with pytest.raises(RunDirectoryError, match=r"model\.kwargs was \{'width': 2\}"):
+            directory.check(TrainConfig(), 2)
 
     def test_all_differences_are_named(self, tmp_path: Path) -> None:
         directory = started(tmp_path)

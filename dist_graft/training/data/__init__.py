@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dist_graft.config import DataConfig
     from dist_graft.training.data.order import Part
+    from dist_graft.training.data.preprocessing import Preprocessing
 
 __all__ = [
     "Data",
@@ -88,6 +89,10 @@ class ImageData(Data, Protocol):
     """1 or 3."""
     image_size: int
     """Height and width in pixels."""
+    classes: list[str]
+    """Name of each class; its number where the dataset has no names."""
+    preprocessing: Preprocessing
+    """How test images are prepared."""
     skipped: dict[str, str]
     """Reason by path, for each broken image skipped so far."""
 

@@ -88,7 +88,13 @@ def decode(image: Image.Image, content: bytes) -> Tensor:
         with suppress(RuntimeError):  # damaged: PIL decodes it nevertheless, or says what is wrong
             buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB)
-    return F.pil_to_tensor(_as_rgb(image)) if pixels is None else pixels
+    return to_pixels(image) if pixels is None else pixels
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an image to RGB, uint8 [3, height, width]."""
+    pixels: Tensor = F.pil_to_tensor(_as_rgb(image))
+    return pixels
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -139,14 +145,19 @@ class RandomCrop:
 
 
 class CenterCrop:
-    """Central size × size pixels of an image whose shorter edge is resized to 8/7 of size."""
+    """Central size × size pixels of an image whose shorter edge is resized, by default to 8/7."""
 
-    def __init__(self, size: int, channels: int) -> None:
+    def __init__(self, size: int, channels: int, *, resize: int | None = None) -> None:
         self._size, self._channels = size, channels
+        self.resize = resize or round(size * 256 / 224)
 
     def __call__(self, image: Image.Image, content: bytes) -> Tensor:
         """See `Transform`."""
-        pixels = F.resize(decode(image, content), [round(self._size * 256 / 224)])
+        return self.crop(decode(image, content))
+
+    def crop(self, pixels: Tensor) -> Tensor:
+        """Resize and crop uint8 [3, height, width]."""
+        pixels = F.resize(pixels, [self.resize])
         return _as_channels(F.center_crop(pixels, [self._size, self._size]), self._channels)
 
 

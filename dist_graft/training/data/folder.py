@@ -27,6 +27,7 @@ from dist_graft.training.data.decoding import (
 from dist_graft.training.data.image_files import ImageFiles
 from dist_graft.training.data.loader import start_loading, worker_count
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
+from dist_graft.training.data.preprocessing import Preprocessing
 from dist_graft.training.data.sources import DatasetInfo
 
 IMAGENET_SIZE = 224
@@ -74,6 +75,15 @@ class FolderImages(BaseData):
         )
         mean, std = info.statistics(self.channels)
         self._normalize = Normalize(mean, std, device=device, channels_last=channels_last)
+        self.classes = classes
+        self.preprocessing = Preprocessing(
+            channels=self.channels,
+            resize=CenterCrop(self.image_size, self.channels).resize,
+            crop=self.image_size,
+            image_size=self.image_size,
+            mean=mean,
+            std=std,
+        )
 
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Tensor, Tensor]]:
         kind = RandomCrop if self._config.augment else CenterCrop

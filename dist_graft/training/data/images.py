@@ -13,6 +13,7 @@ from dist_graft.errors import ConfigError
 from dist_graft.training.data.augment import Normalize, crop_and_flip, epoch_draws, pad_to
 from dist_graft.training.data.base import BaseData
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets, epoch_order
+from dist_graft.training.data.preprocessing import Preprocessing
 from dist_graft.training.data.sources import DatasetInfo, ImageSet
 
 
@@ -71,6 +72,15 @@ class ResidentImages(BaseData):
         self._test = self._resident(test, len(subsets.test))
         mean, std = info.statistics(self.channels)
         self._normalize = Normalize(mean, std, device=device, channels_last=channels_last)
+        self.classes = list(info.classes or map(str, range(info.num_classes)))
+        self.preprocessing = Preprocessing(
+            channels=self.channels,
+            resize=side,
+            crop=side,
+            image_size=self.image_size,
+            mean=mean,
+            std=std,
+        )
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Data.eval_batches`."""

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class DatasetInfo:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes; empty: they have none."""
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation after conversion to 1 or 3 channels.
@@ -60,7 +62,15 @@ class DatasetInfo:
         return _as_channels(self.mean, channels), _as_channels(self.std, channels)
 
 
-_FASHION = DatasetInfo(num_classes=10, mean=(0.2860,), std=(0.3530,))
+_FASHION = DatasetInfo(
+    num_classes=10,
+    mean=(0.2860,),
+    std=(0.3530,),
+    classes=(
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+)
 DATASET_INFO = {
     "fashion-mini": _FASHION,
     "fashion-mnist": _FASHION,
@@ -93,8 +103,8 @@ def read_small(name: str, root: str) -> tuple[ImageSet, ImageSet, DatasetInfo]:
         return *read_fashion_mini(FASHION_MINI), DATASET_INFO[name]
     if name == "fashion-mnist":
         return *_read_fashion_mnist(root), DATASET_INFO[name]
-    train, test = (_read_cifar(name, root, train=train) for train in (True, False))
-    return train, test, DATASET_INFO[name]
+    (train, classes), (test, _) = (_read_cifar(name, root, train=train) for train in (True, False))
+    return train, test, replace(DATASET_INFO[name], classes=classes)
 
 
 @contextlib.contextmanager
@@ -228,10 +238,12 @@ def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:
         raise DataError(f"{first} is missing or damaged, {advice}") from error
 
 
-def _read_cifar(name: str, root: str, *, train: bool) -> ImageSet:
+def _read_cifar(name: str, root: str, *, train: bool) -> tuple[ImageSet, tuple[str, ...]]:
+    """Images of a split, and the names of the classes."""
     content = open_cifar(name, root, train=train, download=False)
     images = np.ascontiguousarray(content.data.transpose(0, 3, 1, 2))
-    return ImageSet(images, np.array(content.targets, dtype=np.int64))
+    labels = np.array(content.targets, dtype=np.int64)
+    return ImageSet(images, labels), tuple(content.classes)
 
 
 def read_custom(reference: str, root: str) -> tuple[ImageSet, ImageSet, DatasetInfo]:

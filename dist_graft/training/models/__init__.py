@@ -35,19 +35,24 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     """Build an image classifier, initialized from torch's global generator.
 
     The name is one of `model_names()`, a classifier of torchvision.models (without pretrained
-    weights; "torchvision/NAME" if both have the name), or "package.module:name" of a user-defined
-    function that is called with num_classes and channels. torchvision is not imported for
-    `model_names()`.
+    weights; "torchvision/NAME" if both have the name), "timm/NAME", or "package.module:name" of a
+    user-defined function that is called with num_classes and channels. config.kwargs are passed,
+    too. torchvision is not imported for `model_names()`.
 
     Returns: a module from images [N, channels, H, W] to logits [N, num_classes].
 
     Raises:
         ConfigError: the name is unknown (the message suggests similar ones) or not an image
-            classifier, or config.activation is set for a network without that option.
+            classifier, config.activation is set for a network without that option, or
+            config.kwargs do not fit; FunctionError if a user-defined function fails.
     """
     name = config.name
     if is_reference(name):
         return _build_custom(config, num_classes=num_classes, channels=channels)
+    if config.kwargs and name in model_names():
+        raise ConfigError(
+            f"model.kwargs applies to models of torchvision, timm, and your own; {name} has none"
+        )
     if name in _RESNET_DEPTHS:
         return ResNet(
             _RESNET_DEPTHS[name],
@@ -63,10 +68,21 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     if name in _OTHERS:
         return _OTHERS[name](num_classes=num_classes, channels=channels)
 
+    if name.startswith("timm/"):
+        from dist_graft.training.models import timm_names
+
+        return timm_names.build(
+            name, num_classes=num_classes, channels=channels, kwargs=config.kwargs
+        )
+
     from dist_graft.training.models import torchvision_names
 
     return torchvision_names.build(
-        name, num_classes=num_classes, channels=channels, own_names=model_names()
+        name,
+        num_classes=num_classes,
+        channels=channels,
+        kwargs=config.kwargs,
+        own_names=model_names(),
     )
 
 
@@ -78,7 +94,7 @@ def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn
         )
     function = own("model.name", config.name)
     with user_code(f"model.name {config.name}"):
-        model = function(num_classes=num_classes, channels=channels)
+        model = function(num_classes=num_classes, channels=channels, **config.kwargs)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name {config.name!r} must return an nn.Module, got {model!r}")
     return model

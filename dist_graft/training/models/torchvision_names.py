@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
@@ -18,27 +21,66 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 """Arguments that disable auxiliary outputs and a warning."""
 
 
-def build(name: str, *, num_classes: int, channels: int, own_names: Sequence[str]) -> nn.Module:
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    channels: int,
+    kwargs: Mapping[str, Any],
+    own_names: Sequence[str],
+) -> nn.Module:
     """Build "NAME" or "torchvision/NAME" without pretrained weights, for 1 or 3 channels.
 
     For one channel, the weights of the first convolution are summed over its three channels: the
     output is that of the RGB network for three equal channels.
 
-    For an unknown name, own_names (the networks of this package) are among the suggestions.
+    kwargs are passed to torchvision's function. For an unknown name, own_names (the networks of
+    this package) are among the suggestions.
 
     Raises:
-        ConfigError: torchvision has no image classifier of this name.
+        ConfigError: torchvision has no image classifier of this name, or it refuses kwargs.
     """
     assert channels in (1, 3)
     bare = name.removeprefix("torchvision/")
     if bare not in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(_unknown_name(name, bare, own_names))
-    model: nn.Module = torchvision.models.get_model(
-        bare, num_classes=num_classes, **_OPTIONS.get(bare, {})
-    )
+    arguments = {"num_classes": num_classes, **_OPTIONS.get(bare, {}), **kwargs}
+    try:
+        model: nn.Module = torchvision.models.get_model(bare, **arguments)
+    except (TypeError, ValueError) as error:
+        if not kwargs:
+            raise
+        raise ConfigError(f"model.kwargs {dict(kwargs)} do not fit {name}: {error}") from error
     if channels == 1:
         _convert_to_grayscale(model)
     return model
+
+
+def pretrained_file(model_name: str, weights: str) -> tuple[Path, str]:
+    """File of pretrained weights in torch's hub cache, and the address to get it from.
+
+    Args:
+        model_name: "NAME" or "torchvision/NAME".
+        weights: "DEFAULT", or another name of the model's weights.
+
+    Raises:
+        ConfigError: torchvision has no such model, or no weights of this name.
+    """
+    bare = model_name.removeprefix("torchvision/")
+    try:
+        known = torchvision.models.get_model_weights(bare)
+    except ValueError as error:
+        raise ConfigError(
+            f"init_from torchvision:{weights} requires a model of torchvision, and model.name is "
+            f"{model_name!r}"
+        ) from error
+    if weights not in known.__members__:
+        raise ConfigError(
+            f"init_from torchvision:{weights}: the weights of {bare} are "
+            f"{', '.join(known.__members__)}"
+        )
+    url = str(known[weights].url)
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]), url
 
 
 def _unknown_name(name: str, bare: str, own_names: Sequence[str]) -> str:

@@ -56,6 +56,7 @@ def write_run(
     *,
     epochs: tuple[int, ...] = (2,),
     model: str = "resnet20",
+    model_kwargs: dict[str, object] | None = None,
     precision: str = "fp32",
     lrs: list[float] | None = None,
     **data: object,
@@ -63,7 +64,7 @@ def write_run(
     """Write a run directory with a checkpoint of the same weights for each number of epochs."""
     config = TrainConfig(
         run_dir=str(folder),
-        model=ModelConfig(name=model),
+        model=ModelConfig(name=model, kwargs=model_kwargs or {}),
         data=DataConfig(**{**SMALL, **data}),  # type: ignore[arg-type]
         optim=OptimConfig(lrs=lrs),
         runtime=RuntimeConfig(device="cpu", threads=1, precision=precision),  # type: ignore[arg-type]
@@ -80,9 +81,16 @@ def write_run(
     return folder
 
 
-def export_run(run: Path, *, checkpoint: str | None = None, out: Path | None = None) -> str:
+def export_run(
+    run: Path, *, checkpoint: str | None = None, out: Path | None = None, kind: str = "pt"
+) -> str:
     """Export a run and return the printed text."""
-    options = {"run": str(run), "checkpoint": checkpoint, "out": out and str(out)}
+    options = {
+        "run": str(run),
+        "checkpoint": checkpoint,
+        "out": out and str(out),
+        "format": kind,
+    }
     return "\n".join(export.run(options, ProcessInfo()))
 
 

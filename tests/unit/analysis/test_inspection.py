@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,19 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 THRESHOLDS = [20.0, 10.0]
 
 
-def inspect(*paths: Path, out: Path, model_name: str | None = None, lead: str | None = None) -> str:
+def inspect(
+    *paths: Path,
+    out: Path | None,
+    model_name: str | None = None,
+    lead: str | None = None,
+    thresholds: list[float] = THRESHOLDS,
+) -> str:
     """Inspect the paths and return the printed text."""
     options = {
         "sources": [str(path) for path in paths],
-        "thresholds": THRESHOLDS,
+        "thresholds": thresholds,
         "num_bins": 10,
-        "out": str(out),
+        "out": out and str(out),
         "model": {"name": model_name},
         "graft": {"lead": lead},
     }
@@ -162,6 +169,39 @@ class TestSources:
         assert text.count(" layer1.0.conv1 ") == 1
         assert all(text.count(f" {source} ") >= 19 for source in sources)
 
+    def test_different_models_are_compared_in_shared_layers(
+        self, trio: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "file.pt"
+        torch.save(network(0, name="resnet14").state_dict(), path)
+        text = inspect(trio, path, out=tmp_path, model_name="resnet14")
+        units = {"run": set(), "file.pt": set()}  # type: dict[str, set[str]]
+        for line in lines_of(tmp_path):
+            units[line["source"].rpartition("/")[2]].add(line["unit"])
+        assert units["run"] == units["file.pt"]
+        assert len(units["run"]) == 13
+        assert "only the 13 layers" in text
+
+    def test_results_are_written_into_the_run(
+        self, trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        run = shutil.copytree(trio, tmp_path / "run")
+        inspect(run / "checkpoints/epoch_0001", run, out=None)
+        assert (run / "inspect/inspect.csv").is_file()
+        torch.save(network(0).state_dict(), tmp_path / "mine.pt")
+        inspect(tmp_path / "mine.pt", out=None, model_name="resnet20")
+        assert (tmp_path / "inspect/inspect.csv").is_file()
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "mine.pt", "inspect"}
+
+    def test_no_empty_plot(self, trio: Path, tmp_path: Path) -> None:
+        inspect(trio, out=tmp_path)
+        assert (tmp_path / "invalid_filters.png").is_file()
+        text = inspect(trio, out=tmp_path, thresholds=[1e-6])
+        assert not (tmp_path / "invalid_filters.png").exists()
+        assert "no L1 norm is below 1e-06" in text
+        assert (tmp_path / "norms.png").is_file()
+
     def test_linear_layers(self, trio: Path, tmp_path: Path) -> None:
         inspect(trio, out=tmp_path, lead="conv+linear")
         assert lines_of(tmp_path)[-1]["unit"] == "linear"
@@ -228,13 +268,11 @@ class TestErrors:
         ):
             inspect(path, out=tmp_path, model_name="resnet32")
 
-    def test_different_layers(self, trio: Path, tmp_path: Path) -> None:
+    def test_no_shared_layers(self, trio: Path, tmp_path: Path) -> None:
         path = tmp_path / "file.pt"
-        torch.save(network(0, name="resnet32").state_dict(), path)
-        with pytest.raises(
-            ConfigError, match="do not have the same layers: inspect them separately"
-        ):
-            inspect(trio, path, out=tmp_path, model_name="resnet32")
+        torch.save(network(0, name="vgg16_bn").state_dict(), path)
+        with pytest.raises(ConfigError, match="share no layers: inspect them separately"):
+            inspect(trio, path, out=tmp_path, model_name="vgg16_bn")
 
     def test_non_finite_weight(self, tmp_path: Path) -> None:
         state = network(0).state_dict()

@@ -226,7 +226,8 @@ def cifar_root(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "count"), [("cifar10", 20), ("cifar100", 4)])
 def test_cifar(cifar_root, name, count):
     ensure_available(DataConfig(name=name, root=str(cifar_root)))
-    train, test, _ = read_small(name, str(cifar_root))
+    train, test, info = read_small(name, str(cifar_root))
+    assert info.classes == tuple("0123456789")
     assert train.images.shape == (count, 3, 32, 32)
     assert train.labels.tolist() == [0, 1, 2, 3] * (count // 4)
     assert len(test.images) == 4

@@ -1,0 +1,209 @@
+"""Writes the networks of a run in other formats, with export.json, which describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dist_graft.analysis.export import Format
+from dist_graft.analysis.run_files import read_json
+from dist_graft.analysis.soups import uniform_soup
+from dist_graft.analysis.stored_weights import StoredRun, architecture, classes_and_channels
+from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.monitoring.jsonl import read_json_lines
+from dist_graft.run_directory import RunDirectory, write_atomically
+from dist_graft.training.checkpoint.files import network_file
+from dist_graft.training.weights import EXPORT_DESCRIPTION, State, read_description
+from dist_graft.version import VERSION, versions
+
+_SUFFIXES: dict[Format, str] = {
+    "safetensors": ".safetensors",
+    "pt": ".pt",
+    "torch_export": ".pt2",
+    "onnx": ".onnx",
+}
+_DEFAULT_SIZE = 32
+"""Image size of programs of runs that do not say theirs."""
+
+
+def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
+    """Write all files of an export. Yields the path of each file of weights.
+
+    Raises: RunDirectoryError; ConfigError if the weights do not fit the architecture, the model
+        cannot be exported in this format, or a package is missing.
+    """
+    config, states = stored.config, list(stored.states())
+    built = "model" not in stored.custom
+    if not built and kind in ("torch_export", "onnx"):
+        raise ConfigError(
+            f"{stored.path} was trained in Python with its own model, which this command cannot "
+            f"build: --format {kind} needs it; use --format safetensors, and load the weights"
+        )
+    if kind == "onnx":
+        _require_onnx()
+    source = stored.checkpoint.path
+    shape = stored.shape
+    if built:
+        shape = shape or classes_and_channels(states[0], source)
+        for state in states:  # refuse before anything is written
+            model = architecture(config.model, state, source, shape)
+    stems = [network_file(network).removesuffix(".pt") for network in stored.networks]
+    files = dict(zip(stems, states, strict=True))
+    for network, stem in zip(stored.networks, stems, strict=True):
+        if averaged := stored.averaged_state(network):
+            files[f"{stem}_ema"] = averaged
+    files["uniform_soup"] = uniform_soup(states)
+
+    inputs = stored.inputs
+    preprocessing = inputs.get("preprocessing") or {}
+    size = preprocessing.get("image_size") or config.data.image_size or _DEFAULT_SIZE
+    sha256: dict[str, str] = {}
+    for stem, state in files.items():
+        if kind in ("safetensors", "pt"):
+            content = weights_file(state, kind)
+        else:
+            assert shape
+            model.load_state_dict(state)
+            content = _program(model.eval(), kind, (2, shape[1], size, size))
+        name = f"{stem}{_SUFFIXES[kind]}"
+        sha256[name] = hashlib.sha256(content).hexdigest()
+        write_atomically(folder / name, content)
+        yield str(folder / name)
+
+    description = {
+        "run_dir": str(stored.path),
+        "epoch": stored.checkpoint.epoch,
+        "round": stored.checkpoint.round,
+        "model": config.model.name if built else None,
+        "model_arguments": {
+            "num_classes": shape[0],
+            "channels": shape[1],
+            "activation": config.model.activation,
+            "kwargs": config.model.kwargs,
+        }
+        if built and shape
+        else None,
+        "lead": config.graft.lead,
+        "classes": inputs.get("classes"),
+        "preprocessing": preprocessing or None,
+        "metrics": {
+            stem: _metrics(stored, network)
+            for network, stem in zip(stored.networks, stems, strict=True)
+        },
+        "results": _results(stored),
+        "method": {"name": config.method, "graft": asdict(config.graft)},
+        "data": config.data.name,
+        "sha256": sha256,
+        "versions": versions(),
+        "dist_graft": VERSION,
+    }
+    description["sha256"] = _same_export(folder, description) | sha256
+    write_atomically(
+        folder / EXPORT_DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode()
+    )
+
+
+def _same_export(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:
+    """Checksums of the files of the same checkpoint that were exported in other formats."""
+    try:
+        before = read_description(folder)
+    except RunDirectoryError:
+        return {}
+    same = all(before.get(key) == description[key] for key in ("run_dir", "epoch", "round"))
+    found = before["sha256"] if same else {}
+    return {name: digest for name, digest in found.items() if (folder / name).is_file()}
+
+
+def how_to_load(kind: Format) -> str:
+    """One line of Python, or a command."""
+    return {
+        "safetensors": "dist_graft.load(path), or safetensors.torch.load_file(path)",
+        "pt": "dist_graft.load(path), or "
+        "model.load_state_dict(torch.load(path, weights_only=True))",
+        "torch_export": "torch.export.load(path).module()",
+        "onnx": "onnxruntime.InferenceSession(path)",
+    }[kind]
+
+
+def weights_file(state: State, kind: Format) -> bytes:
+    """Content of a file with a plain state dict; tensors that share memory are written apart."""
+    contiguous = {
+        key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()
+    }
+    if kind == "safetensors":
+        return save(contiguous, metadata={"format": "pt"})
+    buffer = io.BytesIO()
+    torch.save(contiguous, buffer)
+    return buffer.getvalue()
+
+
+def _program(model: nn.Module, kind: Format, shape: tuple[int, int, int, int]) -> bytes:
+    """Export a module in evaluation mode, with a dynamic batch size."""
+    example: tuple[Tensor, ...] = (torch.zeros(shape),)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages, about their own future
+            program = torch.export.export(model, example, dynamic_shapes=dynamic)
+            if kind == "torch_export":
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer)
+                return buffer.getvalue()
+            converted = torch.onnx.export(
+                program,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+            )
+            assert converted
+            content: bytes = converted.model_proto.SerializeToString()
+            return content
+    except Exception as error:  # tracing runs the model's code, which may raise anything
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f"the model cannot be exported as {kind} ({type(error).__name__}: {first[:200]}): use "
+            "--format safetensors"
+        ) from error
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx
+        import onnxscript
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--format onnx needs the package {error.name}: pip install 'dist_graft[onnx]'"
+        ) from error
+    del onnx, onnxscript
+
+
+def _metrics(stored: StoredRun, network: int) -> dict[str, Any]:
+    """Numbers of the last finished epoch in metrics.jsonl, before the round of that epoch."""
+    lines = read_json_lines(RunDirectory(stored.path).metrics(network))
+    last = stored.members[network].epoch - 1
+    line: dict[str, Any] = next((line for line in reversed(lines) if line.get("epoch") == last), {})
+    return {name: value for name, value in line.items() if isinstance(value, (int, float))}
+
+
+def _results(stored: StoredRun) -> dict[str, Any]:
+    """Content of summary.json and evaluation.json, if they are of the exported epoch."""
+    found = {}
+    for name in ("summary", "evaluation"):
+        path = stored.path / f"{name}.json"
+        if path.exists():
+            content = read_json(path)
+            epoch = stored.config.epochs if name == "summary" else content.get("epoch")
+            if epoch == stored.checkpoint.epoch:
+                found[name] = content
+    return found

@@ -1,0 +1,176 @@
+"""Repositories of the Hugging Face Hub: weights, description, and model card of an export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_graft.analysis.exporting import weights_file
+from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
+
+_EXPORTED = (".safetensors", ".pt")
+
+
+def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
+    """Content of a repository's files by name; weights in the format pt become safetensors.
+
+    Raises: RunDirectoryError if the export is missing or damaged; ConfigError if it holds programs
+        instead of weights.
+    """
+    description = read_description(folder)
+    sha256 = description["sha256"]
+    chosen = {Path(name).stem: name for name in sorted(sha256) if name.endswith(_EXPORTED)}
+    if not chosen:
+        raise ConfigError(
+            f"{folder} does not hold weights: export the run with --format safetensors"
+        )
+    files = {}
+    for stem, name in chosen.items():  # of two formats, safetensors
+        content = read_file(folder / name)
+        if hashlib.sha256(content).hexdigest() != sha256[name]:
+            raise RunDirectoryError(f"{folder / name} is damaged: export the run again")
+        if name.endswith(".pt"):
+            content = weights_file(read_weights(folder / name), "safetensors")
+        files[f"{stem}.safetensors"] = content
+    description |= {
+        "run_dir": Path(description.get("run_dir", "")).name,  # no paths of this machine
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    for results in (description.get("results") or {}).values():
+        if "run_dir" in results:
+            results["run_dir"] = Path(results["run_dir"]).name
+    files[EXPORT_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
+    files["README.md"] = model_card(description, repo).encode()
+    return files
+
+
+def read_file(path: Path) -> bytes:
+    """Content of an exported file; RunDirectoryError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
+    """Create the repository unless it exists, and upload the files in one commit.
+
+    Returns: the address of the repository.
+    Raises: ConfigError if huggingface_hub is missing, or the Hub refuses or cannot be reached.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import CommitOperationAdd
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"dist-graft push needs the package {error.name}: pip install 'dist_graft[hub]'"
+        ) from error
+    api = huggingface_hub.HfApi()
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        for name, content in files.items()
+    ]
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.create_commit(
+            repo, operations, commit_message=f"Upload {len(files)} files of dist_graft"
+        )
+    except Exception as error:  # of the HTTP library, which depends on the version
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{repo} cannot be uploaded ({cause}): check the network, the name, and that you are "
+            "logged in (hf auth login, or HF_TOKEN); --out FOLDER writes the files instead"
+        ) from error
+    return f"uploaded {len(files)} files: {url}"
+
+
+def model_card(description: Mapping[str, Any], repo: str) -> str:
+    """README.md of the repository: what was trained, its accuracies, and how to load it."""
+    networks = [name for name in description["sha256"] if name.startswith("network")]
+    name = description["model"] or "a model built in Python"
+    graft = description.get("method") or {}
+    options = graft.get("graft") or {}
+    method = str(graft.get("name", "unknown"))
+    if method == "graft":
+        method += (
+            f" (amplitude {options.get('amplitude')}, sensitivity {options.get('sensitivity')})"
+        )
+    data = description.get("data", "unknown data")
+    lines = [
+        *("---", "library_name: dist_graft", "pipeline_tag: image-classification"),
+        *("tags:", "- image-classification", "- dist_graft", "---", ""),
+        f"# {repo.rpartition('/')[2]}",
+        "",
+        f"{len(networks)} x {name}, trained side by side on {data} for {description['epoch']} "
+        f"epochs; method: {method}, {description['round']} rounds. The networks differ, and each "
+        "can be used alone.",
+        "",
+        "## Results",
+        "",
+        *_results(description),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from huggingface_hub import snapshot_download",
+        "",
+        "import dist_graft",
+        "",
+        f'model = dist_graft.load(snapshot_download("{repo}"))',
+        'logits = model(model.preprocess("image.jpg")[None])',
+        "```",
+        "",
+        "Without dist_graft: `model.load_state_dict(safetensors.torch.load_file(path))`. "
+        "`export.json` has the class names, the preprocessing, and the sha256 of each file.",
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{what} {version}" for what, version in description["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _results(description: Mapping[str, Any]) -> list[str]:
+    """Table of the population, as Markdown."""
+    results = description.get("results") or {}
+    summary, evaluation = results.get("summary"), results.get("evaluation")
+    if not summary:
+        rows = [
+            (file, *(_number(values.get(key)) for key in ("test_accuracy", "test_loss")))
+            for file, values in (description.get("metrics") or {}).items()
+        ]
+        return _table(("network", "test accuracy (%)", "test loss"), rows) if rows else ["none"]
+    metric = summary.get("metric", "accuracy")
+    moments = (f"{metric}_before_last_round", f"{metric}_after_last_round")
+    unit = " (%)" if metric == "accuracy" else ""
+    rows = [
+        (f"network {each['network']} (lr {each['lr']:.4g})", *(_number(each[m]) for m in moments))
+        for each in summary["networks"]
+    ]
+    for name in ("mean", "ensemble"):
+        if f"{name}_{moments[0]}" in summary:
+            rows.append((name, *(_number(summary[f"{name}_{moment}"]) for moment in moments)))
+    header = ("", f"test {metric} before the last round{unit}", f"after it{unit}")
+    text = _table(header, rows)
+    if evaluation:
+        soup = evaluation["uniform_soup"]
+        text += [
+            "",
+            f"Uniform soup: {_number(soup['batch_norm_as_is'])}%, with re-estimated batch norm "
+            f"{_number(soup['batch_norm_reestimated'])}%.",
+        ]
+    return text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = (header, ["---"] * len(header), *rows)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, (int, float)) else "-"

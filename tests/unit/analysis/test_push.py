@@ -1,0 +1,150 @@
+"""`dist-graft push`, into a folder and to a recorded server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from stored_runs import export_run, network, write_run
+
+import dist_graft
+from dist_graft import cli
+
+pytestmark = pytest.mark.usefixtures("empty_working_directory")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export in the format pt of a run with a summary."""
+    folder = tmp_path_factory.mktemp("push")
+    states = [network(seed, name="resnet8").state_dict() for seed in range(2)]
+    run = write_run(folder / "run", states, model="resnet8", epochs=(20,))
+    summary = {
+        "networks": [
+            {
+                "network": k,
+                "lr": 0.1,
+                "accuracy_before_last_round": 60.0 + k,
+                "accuracy_after_last_round": 61.25 + k,
+            }
+            for k in range(2)
+        ],
+        "mean_accuracy_before_last_round": 60.5,
+        "mean_accuracy_after_last_round": 61.75,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    export_run(run, out=folder / "weights")
+    return folder / "weights"
+
+
+def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hub"
+    assert cli.run(["push", str(exported), "--repo", "me/boots", "--out", str(out)]) == 0
+    assert str(out / "README.md") in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        *("network00.safetensors", "network01.safetensors", "uniform_soup.safetensors"),
+        *("export.json", "README.md"),
+    }
+    state = safetensors.torch.load_file(out / "network01.safetensors")
+    expected = network(1, name="resnet8").state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+    card = (out / "README.md").read_text()
+    assert "| network 1 (lr 0.1) | 61.00 | 62.25 |" in card
+    assert "| mean | 60.50 | 61.75 |" in card
+    assert 'dist_graft.load(snapshot_download("me/boots"))' in card
+    assert str(exported.parent) not in card + (out / "export.json").read_text()
+    images = torch.randn(2, 1, 28, 28)
+    assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the Hub does, and records the requests."""
+
+    requests: list[tuple[str, bytes]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.requests.append((self.path, body))
+        host = f"http://{self.headers['Host']}"
+        answer: dict[str, Any] = {"url": f"{host}/me/boots"}
+        if "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            answer = {
+                "files": [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in files
+                ]
+            }
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{host}/me/boots/commit/1", "commitOid": "1", "success": True}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bytes]]]:
+    """Requests that reached a server in the Hub's place."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    _Hub.requests = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield _Hub.requests
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_recorded_request(
+    exported: Path, hub: list[tuple[str, bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["push", str(exported), "--repo", "me/boots", "--private"]) == 0
+    assert "uploaded 5 files: http://127.0.0.1" in capsys.readouterr().out
+    paths = [path for path, _ in hub]
+    assert paths[0] == "/api/repos/create"
+    assert b"private" in hub[0][1]  # the key depends on the version
+    (commit,) = (body for path, body in hub if "/commit/" in path)
+    lines = [json.loads(line) for line in commit.splitlines()]
+    files = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    assert files == {
+        *("network00.safetensors", "network01.safetensors", "uniform_soup.safetensors"),
+        *("export.json", "README.md"),
+    }
+
+
+def test_unreachable_hub(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert cli.run(["push", str(exported), "--repo", "me/boots"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert "me/boots cannot be uploaded" in error
+
+
+def test_programs_are_refused(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    description["sha256"] = {"network00.onnx": ""}
+    (tmp_path / "export.json").write_text(json.dumps(description))
+    assert cli.run(["push", str(tmp_path), "--repo", "me/boots", "--out", "out"]) == 2
+    assert "export the run with --format safetensors" in capsys.readouterr().err

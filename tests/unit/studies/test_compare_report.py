@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import struct
+import zlib
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,15 @@ import pandas as pd
 import pytest
 from made_up import carry_out, make_plan
 
+from dist_graft.studies.conclusions import (
+    conclusion,
+    digits_for,
+    findings,
+    format_signed,
+    format_spread,
+    overall_conclusions,
+    verdict,
+)
 from dist_graft.studies.controls import Arm, Contrast, Run
 from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import Results, read_starts, record_start
@@ -31,17 +41,7 @@ from dist_graft.studies.rendering import (
     to_html,
     to_markdown,
 )
-from dist_graft.studies.report import (
-    build_report,
-    caveats,
-    digits_for,
-    findings,
-    format_signed,
-    format_spread,
-    overall_conclusion,
-    verdict,
-    write_report,
-)
+from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
 from dist_graft.studies.statistics import ContrastResult, holm, paired_test
 
@@ -142,8 +142,9 @@ class TestReport:
     def test_has_pictures_of_modest_size(self, written: Written) -> None:
         out = written[0]
         pictures = {path.name: path.read_bytes() for path in (out / "pictures").iterdir()}
-        names = ["cost", "curves_2_networks", "curves_4_networks", "differences", "filters"]
-        assert sorted(pictures) == sorted(f"{n}.png" for n in [*names, "outcomes", "primary"])
+        names = ["cost", "differences", "filters", "outcomes", "primary", "published"]
+        names += [f"{kind}_{k}_networks" for kind in ("curves", "cost_curves") for k in (2, 4)]
+        assert sorted(pictures) == sorted(f"{name}.png" for name in names)
         embedded = [
             base64.b64decode(source.partition(",")[2])
             for source in Page((out / "report.html").read_text()).loaded
@@ -172,7 +173,7 @@ class TestReport:
         (failed,) = results.rows.index[results.rows["status"] == "failed"]
         rows = {row["run"]: row for row in table_of(blocks, "run", "core-s")}
         assert rows[failed]["on"] == "failed"
-        assert rows[failed]["largest lr"] == rows[failed]["each member"] == "–"
+        assert rows[failed]["outcome"] == rows[failed]["each member"] == "–"
         errors = [b.texts for b in blocks if isinstance(b, Items)]
         assert ["dlr, K = 4, seed 3: weights are not finite"] in errors
         contrasts = table_of(blocks, "min. detectable")
@@ -243,13 +244,13 @@ class TestIncompleteReport:
         known = sum(run.key in results.rows.index for run in runs)
         assert numbers(text) == [known, len(runs), len(runs) - known]
         if share == 0:
-            assert overall_conclusion([]) == conclusions[0]
+            assert overall_conclusions([]) == conclusions[:1]
 
     def test_with_one_seed_and_one_network(self, tmp_path: Path) -> None:
         single = plan(seeds=[1], networks=[1], methods={"internal": None})
         state, results = carry_out(single, tmp_path, value_of)
         blocks, conclusions = build_report(state, results, [])
-        assert overall_conclusion([]) == conclusions[0]
+        assert overall_conclusions([]) == conclusions[:1]
         (row,) = table_of(blocks, "min. detectable")
         assert (row["n"], row["p (Holm)"], row["conclusion"]) == ("1", "–", "no conclusion")
 
@@ -286,7 +287,9 @@ class TestIncompleteReport:
 
 
 def arm(name: str) -> Arm:
-    return Arm(name=name, role="method", networks=4, group=4, options={})
+    """An arm whose training differs from that of arms with other names."""
+    options = {"epochs": 1 + zlib.crc32(name.encode()) % 10_000}
+    return Arm(name=name, role="method", networks=4, group=4, options=options)
 
 
 GRAFT, PAPA = arm("graft"), arm("papa")
@@ -298,23 +301,29 @@ def contrast(
     method: Arm = GRAFT,
     control: str = "no exchange",
     planned: int | None = None,
+    margin: float = 0.3,
+    failed: dict[str, str] | None = None,
 ) -> ContrastResult:
-    """Result of the only contrast of a table."""
+    """Result of the only contrast of a table; `failed` has the reason by name of an arm."""
     test = paired_test(differences)
     (decision,) = holm([test.p])
     outcome = "largest_lr_member"
+    made = Contrast(
+        method=method,
+        control=arm(control),
+        control_name=control,
+        outcome=outcome,
+        control_outcome=outcome,
+    )
+    keys = {method.name: method.key, control: made.control.key}
     return ContrastResult(
-        contrast=Contrast(
-            method=method,
-            control=arm(control),
-            control_name=control,
-            outcome=outcome,
-            control_outcome=outcome,
-        ),
+        contrast=made,
         differences=pd.Series(differences),
         planned=len(differences) if planned is None else planned,
         test=test,
         decision=decision,
+        margin=margin,
+        failed={keys[name]: reason for name, reason in (failed or {}).items()},
     )
 
 
@@ -328,6 +337,7 @@ BETTER, WORSE, UNCLEAR = [0.5, 0.6, 0.55, 0.4], [-0.5, -0.6, -0.55, -0.4], [-0.4
         ([0.5, 0.6, 0.55, 0.4, 0.45], 5, "better", [0.5, 0.098, 5]),
         ([-5.0, -6.0, -5.5], 3, "worse", [-5.5, 1.2, 3]),
         ([0.5, 0.6, 0.55, 0.4], 5, "better", [0.51, 0.14, 4, 5]),
+        ([0.01, -0.02, 0.03, -0.01], 4, "no difference shown", [0.002, 0.035, 4, 0.3]),
         ([0.3], 1, "no conclusion", [1, 0.3]),
         ([0.0, 0.0, 0.0], 3, "no difference shown", [0.0, 3]),
         ([0.1, 0.1, 0.1], 3, "no difference shown", [0.1, 3]),
@@ -343,41 +353,67 @@ def test_verdict_and_its_numbers(
     assert numbers(findings(result)) == printed
 
 
-@pytest.mark.parametrize(
-    ("results", "printed", "named"),
-    [
-        ([contrast(UNCLEAR)], [], []),
-        ([contrast(UNCLEAR), contrast(UNCLEAR)], [2], []),
-        ([contrast(BETTER), contrast(UNCLEAR)], [1, 2, 4], ["Better", GRAFT.label]),
-        (
-            [contrast(BETTER), contrast(WORSE, method=PAPA)],
-            [1, 2, 4, 1, 2, 4],
-            ["Better", GRAFT.label, "Worse", PAPA.label],
-        ),
-        ([contrast([0.3])], [], ["No conclusion"]),
-        ([], [], ["No conclusion"]),
-    ],
-)
-def test_overall_conclusion(
-    results: list[ContrastResult], printed: list[float], named: list[str]
-) -> None:
-    text = overall_conclusion(results)
-    assert numbers(text) == printed
-    assert (
-        re.findall("Better|Worse|No conclusion|graft, 4 networks|papa, 4 networks", text) == named
-    )
+@pytest.mark.parametrize("differences", [BETTER, WORSE, UNCLEAR, [0.3], [], [0.1, 0.1]])
+@pytest.mark.parametrize("failed", ["graft", "no exchange"])
+def test_a_failed_check_leaves_no_other_verdict(differences: list[float], failed: str) -> None:
+    result = contrast(differences, failed={failed: "soup 70 points below"})
+    assert verdict(result) == "not tested"
+    text = conclusion(result)
+    assert "not tested: " in text
+    assert "soup 70 points below" in text
+    others = ("better", "worse", "no difference", "no conclusion", "equivalent")
+    assert not any(word in text for word in others)
 
 
-def test_caveats_name_the_controls_that_a_better_method_does_not_beat() -> None:
-    secondary = [
-        contrast(UNCLEAR, control="shuffled"),
-        contrast(BETTER, control="constant"),
-        contrast(WORSE, control="one network, 4 x epochs"),
-        contrast(UNCLEAR, control="wash", method=PAPA),
-    ]
-    texts = caveats([contrast(BETTER), contrast(UNCLEAR, method=PAPA)], secondary)
-    assert [text.partition(": ")[2] for text in texts] == ["shuffled.", "one network, 4 x epochs."]
-    assert all(text.startswith(GRAFT.label) for text in texts)
+def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:
+    """What each sentence of the summary says about which arms."""
+    pattern = "worse|better|No difference|No conclusion|not tested|graft, 4|papa, 4"
+    sentences = overall_conclusions(results, list(secondary))
+    return [" ".join(re.findall(pattern, text)) for text in sentences]
+
+
+class TestSummary:
+    def test_without_pairs(self) -> None:
+        assert summary() == summary(contrast([0.3])) == ["No conclusion"]
+
+    def test_names_what_is_worse_before_what_is_better(self) -> None:
+        better, worse = contrast(BETTER), contrast(WORSE, method=PAPA)
+        assert summary(better, worse) == ["papa, 4 worse", "graft, 4 better"]
+
+    def test_better_never_stands_above_worse_than_another_control(self) -> None:
+        long = contrast(WORSE, control="one network, 4 x epochs")
+        assert summary(contrast(BETTER), secondary=[long]) == ["graft, 4 worse", "graft, 4 better"]
+
+    def test_worse_than_every_control(self) -> None:
+        long = contrast(WORSE, control="one network, 4 x epochs")
+        (text,) = overall_conclusions([contrast(WORSE)], [long])
+        assert text.endswith("every control: no exchange (−0.51); one network, 4 x epochs (−0.51).")
+
+    def test_better_names_controls_without_a_shown_difference(self) -> None:
+        secondary = [
+            contrast(UNCLEAR, control="shuffled"),
+            contrast(BETTER, control="constant"),
+            contrast(UNCLEAR, control="of papa", method=PAPA),
+        ]
+        text, _ = overall_conclusions([contrast(BETTER), contrast(UNCLEAR, method=PAPA)], secondary)
+        assert text.endswith("not shown to differ from: shuffled.")
+
+    def test_failed_check_of_a_method(self) -> None:
+        failed = contrast(BETTER, method=PAPA, failed={"papa": "its soup is at chance"})
+        unclear = contrast(UNCLEAR)
+        assert summary(unclear, failed) == ["papa, 4 not tested", "No difference graft, 4"]
+        assert summary(failed) == ["papa, 4 not tested"]
+
+    def test_failed_check_of_a_control_keeps_the_differences_in_sight(self) -> None:
+        control = "one network, 4 x epochs"
+        secondary = [
+            contrast(values, control=control, method=method, failed={control: "under-trained"})
+            for values, method in ((WORSE, GRAFT), (BETTER, PAPA))
+        ]
+        first, *_ = overall_conclusions([contrast(UNCLEAR)], secondary)
+        assert first == (
+            "one network, 4 x epochs: under-trained; methods differ from it by −0.5 to +0.5 points."
+        )
 
 
 # Numbers and rendering

@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import carry_out, make_plan
+from made_up import carry_out, made_up_row, make_plan
+from matplotlib.figure import Figure
+from measured_rows import carry_out_measured
 
+from dist_graft.config import DataConfig
+from dist_graft.studies import measured_sections, plots, report
 from dist_graft.studies.conclusions import (
     conclusion,
     digits_for,
@@ -28,7 +32,13 @@ from dist_graft.studies.conclusions import (
     verdict,
 )
 from dist_graft.studies.controls import Arm, Contrast, Run
-from dist_graft.studies.plan import Plan
+from dist_graft.studies.measured_sections import (
+    beside_published,
+    image_sampling,
+    read_published,
+    superseded,
+)
+from dist_graft.studies.plan import BUILT_IN, Plan
 from dist_graft.studies.records import Results, read_starts, record_start
 from dist_graft.studies.rendering import (
     Block,
@@ -43,7 +53,13 @@ from dist_graft.studies.rendering import (
 )
 from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import ContrastResult, holm, paired_test
+from dist_graft.studies.statistics import (
+    ArmResult,
+    ContrastResult,
+    arm_result,
+    holm,
+    paired_test,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -110,7 +126,7 @@ Written = tuple[Path, StudyState, Results, list[Block]]
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     out = tmp_path_factory.mktemp("comparison")
     record_start(plan(), out, runs_before=0, command=["dist-graft", "compare", "my plan.yaml"])
-    state, results = carry_out(plan(), out, value_of)
+    state, results = carry_out_measured(plan(), out, value_of)
     blocks, conclusions = build_report(state, results, read_starts(out))
     assert blocks[1] == Paragraph(conclusions[0], "summary")
     write_report("fashion", blocks, out)
@@ -142,7 +158,8 @@ class TestReport:
     def test_has_pictures_of_modest_size(self, written: Written) -> None:
         out = written[0]
         pictures = {path.name: path.read_bytes() for path in (out / "pictures").iterdir()}
-        names = ["cost", "differences", "filters", "outcomes", "primary", "published"]
+        names = ["coefficients", "cost", "differences", "filters", "outcomes", "primary"]
+        names += ["published"]
         names += [f"{kind}_{k}_networks" for kind in ("curves", "cost_curves") for k in (2, 4)]
         assert sorted(pictures) == sorted(f"{name}.png" for name in names)
         embedded = [
@@ -214,6 +231,45 @@ class TestReport:
         mean = np.mean(method - control)
         assert numbers(row["difference"])[0] == pytest.approx(mean, abs=0.005)
 
+    def test_tables_of_measurements_equal_the_rows(self, written: Written) -> None:
+        _, state, results, blocks = written
+        runs = [run for run in state.comparison_runs if run.arm.label == "graft, 4 networks"]
+        rows = results.rows.loc[[run.key for run in runs]]
+        calibration, apart, coefficients, cost = (
+            {row["arm"]: row for row in table_of(blocks, column)}["graft, 4 networks"]
+            for column in ("NLL, members", "disagreement, %", "median", "moved, MB")
+        )
+        assert numbers(calibration["NLL, members"])[0] == round(rows["nll"].mean(), 3)
+        assert calibration["delivers"] == "member"
+        assert numbers(apart["disagreement, %"])[0] == round(rows["disagreement"].mean(), 2)
+        assert float(coefficients["95%"]) == rows["coefficient_95"].mean()
+        assert float(cost["moved, MB"]) == pytest.approx(rows["bytes_moved"].mean() / 1e6)
+        assert float(cost["images seen, million"]) == rows["images_seen"].mean() / 1e6
+        assert (cost["heals"], cost["diverged runs"]) == ("0", "0")
+
+    def test_head_names_the_setting(self, written: Written) -> None:
+        blocks = written[3]
+        (index,) = (i for i, block in enumerate(blocks) if block == Heading(2, "Setting"))
+        assert index <= 3
+        setting = blocks[index + 1]
+        assert isinstance(setting, Items)
+        facts = dict(text.split(": ", 1) for text in setting.texts)
+        assert facts["data"] == "fashion-mini, all training images, all test images"
+        assert facts["model"] == "resnet20"
+        assert facts["training"].startswith("8 to 32 epochs, batch size 128")
+        assert facts["images seen by an arm"] == "160,000 to 320,000"
+        assert facts["optimizer steps of a network"] == "632 to 2,528"
+        assert "core" in facts["hardware"]
+        assert facts["seeds"].startswith("3. They share their training and test images")
+
+    def test_names_runs_that_two_tables_share(self, written: Written) -> None:
+        blocks = written[3]
+        (text,) = [
+            b.text for b in blocks if isinstance(b, Paragraph) and b.text.startswith("Both tables")
+        ]
+        assert "graft, 2 networks" in text
+        assert "one network" not in text
+
     def test_states_its_provenance(self, written: Written) -> None:
         out, _, _, blocks = written
         plan_yaml = (out / "plan.yaml").read_bytes()
@@ -254,7 +310,11 @@ class TestIncompleteReport:
         (row,) = table_of(blocks, "min. detectable")
         assert (row["n"], row["p (Holm)"], row["conclusion"]) == ("1", "–", "no conclusion")
 
-    def test_during_and_after_a_search(self, tmp_path: Path) -> None:
+    def test_during_and_after_a_search(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (report, measured_sections):
+            monkeypatch.setattr(module, "png", lambda figure: PNG)  # drawn by other tests
         search = {
             "recipes": {"plain": None, "fast": {"optim.lr": 0.4}, "many": {"networks": 3}},
             "seeds": [0],
@@ -281,6 +341,94 @@ class TestIncompleteReport:
         assert len(table_of(blocks, "regime")) == 6
         with pytest.raises(StopIteration):
             table_of(blocks, "min. detectable")
+
+
+def test_superseded_rows_are_shown_with_the_reason(tmp_path: Path) -> None:
+    small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    assert superseded(state, results, small.primary) == []
+    first, second = state.comparison_runs[:2]
+    results.add(made_up_row(first, 90.0) | {"finished": "later"})
+    results.add(made_up_row(second, 0.0, error="out of memory"))
+    results.add(made_up_row(second, 91.0))
+    (row,) = [
+        row
+        for row in table_of(superseded(state, results, small.primary), "before")
+        if row["arm"] == first.arm.name and row["seed"] == str(first.seed)
+    ]
+    assert numbers(row["before"])[0] == pytest.approx(value_of(first), abs=0.006)
+    assert row["after"].startswith("90.00 (later, ")
+    assert row["reason"] == "no reason given"
+    reasons = [r["reason"] for r in table_of(superseded(state, results, small.primary), "before")]
+    assert sorted(reasons) == ["no reason given"] * 2 + ["retried after a failure"]
+    results.all_rows = results.all_rows.assign(reason="a bug in the schedule")
+    rows = table_of(superseded(state, results, small.primary), "before")
+    assert {row["reason"] for row in rows} == {"a bug in the schedule"}
+
+
+def test_diverged_runs_count(tmp_path: Path) -> None:
+    small = plan(networks=[2], methods={"average": None}, recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    run = state.comparison_runs[0]
+    results.rows.loc[run.key, ["status", "largest_lr_member"]] = ["diverged", 10.0]
+    found = arm_result(run.arm, small.seeds, results.rows)
+    assert found.diverged == [run.seed]
+    assert found.values("largest_lr_member")[run.seed] == 10.0
+    assert len(found.rows) == 3
+    assert found.failed == []
+
+
+def test_seeds_with_their_own_images_are_named() -> None:
+    shared = image_sampling(DataConfig())
+    assert "do not cover" in shared
+    assert "held out" not in shared
+    assert "held out" in image_sampling(DataConfig(val_fraction=0.1))
+
+
+class TestPublished:
+    def test_gains_are_differences_of_published_accuracies(self) -> None:
+        found = {(p.method, p.setting): p.gain for p in read_published()}
+        assert found["graft", "CIFAR-10, ResNet-32, 2 networks"] == 0.5
+        assert found["papa", "ImageNet, various models"] == 1.6
+        assert {p.method for p in read_published()} <= set(BUILT_IN)
+        assert all("arXiv" in p.source for p in read_published())
+
+    def test_only_methods_of_the_same_name_are_shown(self) -> None:
+        (*_, text, picture, sources) = beside_published(
+            [contrast(BETTER), contrast(UNCLEAR, method=arm("sharp"))]
+        )
+        assert isinstance(picture, Picture)
+        assert isinstance(text, Paragraph)
+        assert text.text.endswith("No published gain is on file for: sharp.")
+        assert isinstance(sources, Items)
+        assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
+        assert beside_published([contrast(UNCLEAR, method=arm("sharp"))]) == []
+
+
+class TestPlots:
+    @pytest.mark.parametrize("differences", [[-0.5, 0.5], [-0.1, 0.1, 0.05]])
+    def test_clipped_intervals_end_in_arrows(self, differences: list[float]) -> None:
+        result = contrast(differences)
+        for figure in (plots.differences([result]), plots.forest([result], [("a", "b", 0.1)])):
+            (axes,) = figure.axes
+            low, high = axes.get_xlim()
+            assert result.half_width is not None
+            clipped = {
+                "<": result.test.mean - result.half_width < low,
+                ">": result.test.mean + result.half_width > high,
+            }
+            markers = [line.get_marker() for line in axes.lines]
+            assert {marker: marker in markers for marker in clipped} == clipped
+        assert any(clipped.values()) == (len(differences) == 2)
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_filter_plot_says_that_none_is_invalid(self, count: int) -> None:
+        rows = pd.DataFrame({"filters": [100, 100], "invalid_0.1": [0, count]})
+        result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
+        figure = plots.invalid_filters([result], {"invalid_0.1": "below 0.1"})
+        assert isinstance(figure, Figure)
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts == ([] if count else ["no filter is invalid in any run"])
 
 
 # Verdicts

@@ -123,7 +123,7 @@ def build_report(
         *sections.setting(state, arms, starts),
         *_completeness(arms),
         Heading(2, "Comparisons with the plan's control"),
-        Items(sentences),
+        Items([*sentences, *getattr(state, "warnings", [])]),
         *sections.check_section(checks),
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),

@@ -209,8 +209,8 @@ class TestReport:
             {row["arm"]: row for row in table_of(blocks, column)}["graft, 4 networks"]
             for column in ("each seed", "uniform soup", "filters", "wall time, s")
         )
-        assert primary["mean ± std"] == spread("largest_lr_member", 2)
-        assert numbers(primary["each seed"]) == rows["largest_lr_member"].round(2).tolist()
+        assert primary["mean ± std"] == spread(plan().primary, 2)
+        assert numbers(primary["each seed"]) == rows[plan().primary].round(2).tolist()
         assert outcomes["ensemble"] == spread("ensemble", 2)
         assert outcomes["uniform soup, batch norm averaged"] == spread("uniform_soup_as_is", 2)
         assert filters["L1 norm below 0.1"] == spread("invalid_0.1", 1)
@@ -222,7 +222,7 @@ class TestReport:
         method, control = (
             results.rows.loc[
                 [run.key for run in state.comparison_runs if run.arm.label == label],
-                "largest_lr_member",
+                plan().primary,
             ].to_numpy()
             for label in ("graft, 2 networks", "no exchange, 2 networks")
         )

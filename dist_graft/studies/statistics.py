@@ -121,14 +121,13 @@ def seeds_needed(
 ) -> int:
     """Number of seeds that show a true difference with probability `power`.
 
-    From the noncentral t distribution of the paired t-test, two-sided at `alpha`, ignoring
-    rejections of the wrong sign.
+    The first number whose minimum detectable difference is at most `effect`.
 
     Args:
         deviation: standard deviation of the difference between two runs with the same seed.
         effect: true difference, in the same unit.
         power: probability of showing it.
-        alpha: level of the test.
+        alpha: level of the two-sided paired t-test.
 
     Raises: ValueError unless effect > 0 and deviation is finite and not negative.
     """
@@ -139,14 +138,10 @@ def seeds_needed(
     if deviation == 0:
         return 2
 
-    def shows(n: int) -> bool:
-        critical = stats.t.isf(alpha / 2, n - 1)
-        return float(stats.nct.sf(critical, n - 1, effect / deviation * math.sqrt(n))) >= power
-
     # The t-test needs more seeds than the test with a known deviation, and not many more.
     known = (stats.norm.isf(alpha / 2) + stats.norm.ppf(power)) * deviation / effect
     n = max(2, math.ceil(known**2))
-    while not shows(n):
+    while minimum_detectable_difference(n, deviation, alpha, power) > effect:
         n += 1
     return n
 

@@ -61,35 +61,61 @@ def evaluation_text(result: dict[str, Any]) -> str:
     """Format the content of evaluation.json as a table."""
     header = (
         f"{result['run_dir']}, epoch {result['epoch']}",
-        *("test %", "batch norm re-estimated %", "test loss", "validation %"),
+        *("test %", "batch norm re-estimated %", "test loss", "calibration error %"),
+        "validation %",
     )
     rows = [
         (
             f"network {member['network']} (lr {member['lr']:.4g})",
             f"{member['test_accuracy']:.2f}",
             f"{member['test_accuracy_reestimated']:.2f}",
-            "-" if member["test_loss"] is None else f"{member['test_loss']:.4f}",
-            "-" if member["val_accuracy"] is None else f"{member['val_accuracy']:.2f}",
+            _format(member["test_loss"], 4),
+            _format(member["test_calibration_error"]),
+            _format(member["val_accuracy"]),
         )
         for member in result["members"]
     ]
-    pairs = {
-        name: (result[f"{name}_test_accuracy"], result[f"{name}_test_accuracy_reestimated"])
-        for name in ("mean", "ensemble")
-    }
+    means = ("mean_test_accuracy", "mean_test_accuracy_reestimated")
+    first, second = (f"{result[name]:.2f}" for name in means)
+    rows.append(("mean", first, second, "", "", ""))
+    ensemble = [result[f"ensemble_test_{name}"] for name in ("loss", "calibration_error")]
     soups, greedy = {"uniform soup": result["uniform_soup"]}, result["greedy_soup"]
+    rows.append(
+        (
+            "ensemble",
+            f"{result['ensemble_test_accuracy']:.2f}",
+            f"{result['ensemble_test_accuracy_reestimated']:.2f}",
+            _format(ensemble[0], 4),
+            _format(ensemble[1]),
+            "",
+        )
+    )
     if greedy:
         soups[f"greedy soup of {'+'.join(map(str, greedy['members']))}"] = greedy
-    for name, soup in soups.items():
-        pairs[name] = (soup["batch_norm_as_is"], soup["batch_norm_reestimated"])
     rows += [
-        (name, f"{as_is:.2f}", f"{reestimated:.2f}", "", "")
-        for name, (as_is, reestimated) in pairs.items()
+        (
+            name,
+            f"{soup['batch_norm_as_is']:.2f}",
+            f"{soup['batch_norm_reestimated']:.2f}",
+            _format(soup["test_loss"], 4),
+            _format(soup["test_calibration_error"]),
+            "",
+        )
+        for name, soup in soups.items()
     ]
-    text = format_table(header, rows)
-    if greedy:
-        return text
-    return (
-        f"{text}\nno greedy soup: the run has no validation split (data.val_fraction is 0), and "
-        "the test set must not be used for selection"
-    )
+    lines = [format_table(header, rows)]
+    if result["disagreement"] is not None:
+        lines.append(
+            f"two networks predict different classes for {result['disagreement']:.2f} % of the "
+            f"test images; loss barrier between neighbors: {_format(result['barrier']['mean'], 4)}"
+        )
+    if not greedy:
+        lines.append(
+            "no greedy soup: the run has no validation split (data.val_fraction is 0), and the "
+            "test set must not be used for selection"
+        )
+    return "\n".join(lines)
+
+
+def _format(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,19 +1,22 @@
-"""Accuracies of a run's networks, their mean, their ensemble and their soups."""
+"""Accuracy and calibration of a run's networks, ensemble and soups, and how the networks differ."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
 from dist_graft.command import Options
@@ -30,8 +33,12 @@ from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
-PROTOCOL = 1
-"""Version of evaluation.json."""
+PROTOCOL = 2
+"""Version of evaluation.json. Version 1 has no calibration errors, disagreement and barrier."""
+BARRIER_POSITIONS = (0.25, 0.5, 0.75)
+"""Positions on the line between two networks at which the loss is measured."""
+BARRIER_IMAGES = 2048
+"""Training images that the losses of a barrier are measured on, rounded up to whole batches."""
 
 
 def evaluate_run(options: Options) -> dict[str, Any]:
@@ -107,6 +114,8 @@ class _Evaluator:
         self._source = stored.checkpoint.path
         self._bar = bar
         self._batches = min(batch_norm_batches or data.steps_per_epoch, data.steps_per_epoch)
+        needed = -(-BARRIER_IMAGES // config.data.batch_size)
+        self.barrier_batches = min(needed, data.steps_per_epoch)
 
     def evaluate(
         self, state: State, split: Literal["test", "val"], *, reestimated: bool = False
@@ -119,19 +128,54 @@ class _Evaluator:
         self._bar.update()
         return result
 
-    def evaluate_soup(self, state: State) -> dict[str, float]:
-        """Test accuracies of a soup, in percent."""
+    def evaluate_soup(self, state: State) -> dict[str, float | None]:
+        """Test accuracies of a soup; loss and calibration with re-estimated statistics."""
+        reestimated = self.evaluate(state, "test", reestimated=True)
         return {
             "batch_norm_as_is": self.evaluate(state, "test").accuracy,
-            "batch_norm_reestimated": self.evaluate(state, "test", reestimated=True).accuracy,
+            "batch_norm_reestimated": reestimated.accuracy,
+            "test_loss": _finite(reestimated.loss),
+            "test_calibration_error": _calibration_error(reestimated),
         }
+
+    @torch.no_grad()
+    def training_loss(self, state: State) -> float:
+        """Loss on the first training batches, on which batch norm is re-estimated before."""
+        load_state(self._predictor.model, state, self._source)
+        reestimate_batch_norm(self._predictor, self._barrier_data())
+        total, samples = 0.0, 0
+        for images, labels in self._barrier_data():
+            if len(images):
+                with self._predictor.autocast():
+                    logits = self._predictor.model(images)
+                total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+                samples += len(labels)
+        self._bar.update()
+        return total / max(samples, 1)
+
+    def _barrier_data(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.train_batches(0, 0, self.barrier_batches)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """Test results of all networks, with stored or with re-estimated batch norm statistics."""
+
+    members: list[EvalResult]
+    """Without probabilities."""
+    calibration_errors: list[float | None]
+    predictions: list[Tensor]
+    """Predicted class of each test image, int64 [samples], of each network."""
+    ensemble_accuracy: float
+    ensemble_loss: float | None
+    ensemble_calibration_error: float | None
 
 
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
     rates = learning_rates(stored.config.optim, stored.population)
-    tested, ensemble = _test_members(states, evaluator)
-    reestimated, ensemble_reestimated = _test_members(states, evaluator, reestimated=True)
+    tested = _test_members(states, evaluator)
+    reestimated = _test_members(states, evaluator, reestimated=True)
     validated: list[float] = []
     if evaluator.data.has_validation:
         validated = [evaluator.evaluate(state, "val").accuracy for state in states]
@@ -157,16 +201,25 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
                 "epoch": stored.members[network].epoch,
                 "lr": rates[network],
                 "test_accuracy": result.accuracy,
-                "test_accuracy_reestimated": reestimated[index].accuracy,
-                "test_loss": result.loss if math.isfinite(result.loss) else None,
+                "test_accuracy_reestimated": reestimated.members[index].accuracy,
+                "test_loss": _finite(result.loss),
+                "test_calibration_error": tested.calibration_errors[index],
                 "val_accuracy": validated[index] if validated else None,
             }
-            for index, (network, result) in enumerate(zip(stored.networks, tested, strict=True))
+            for index, (network, result) in enumerate(
+                zip(stored.networks, tested.members, strict=True)
+            )
         ],
-        "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested),
-        "mean_test_accuracy_reestimated": statistics.fmean(r.accuracy for r in reestimated),
-        "ensemble_test_accuracy": ensemble,
-        "ensemble_test_accuracy_reestimated": ensemble_reestimated,
+        "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested.members),
+        "mean_test_accuracy_reestimated": statistics.fmean(
+            result.accuracy for result in reestimated.members
+        ),
+        "ensemble_test_accuracy": tested.ensemble_accuracy,
+        "ensemble_test_accuracy_reestimated": reestimated.ensemble_accuracy,
+        "ensemble_test_loss": tested.ensemble_loss,
+        "ensemble_test_calibration_error": tested.ensemble_calibration_error,
+        "disagreement": disagreement(tested.predictions),
+        "barrier": _barrier(stored, states, evaluator),
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
@@ -174,19 +227,93 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
 
 def _test_members(
     states: Sequence[State], evaluator: _Evaluator, *, reestimated: bool = False
-) -> tuple[list[EvalResult], float]:
-    """Test results of each network, and the accuracy of their mean probability in percent.
-
-    Only the sum of their probabilities is kept.
-    """
-    results: list[EvalResult] = []
+) -> _Tested:
+    """Test each network and their ensemble. Only the sum of their probabilities is kept."""
+    members: list[EvalResult] = []
+    calibration_errors: list[float | None] = []
+    predictions: list[Tensor] = []
     total: Tensor | None = None
     for state in states:
         result = evaluator.evaluate(state, "test", reestimated=reestimated)
         assert result.probabilities is not None
         assert result.labels is not None
+        calibration_errors.append(_calibration_error(result))
+        predictions.append(result.probabilities.argmax(1))
         total = result.probabilities if total is None else total.add_(result.probabilities)
-        results.append(replace(result, probabilities=None))
+        members.append(replace(result, probabilities=None))
     assert total is not None
     assert result.labels is not None
-    return results, accuracy(total, result.labels)
+    ensemble_accuracy = accuracy(total, result.labels)
+    finite = all(member.finite for member in members)
+    mean = total.div_(len(states))
+    return _Tested(
+        members,
+        calibration_errors,
+        predictions,
+        ensemble_accuracy,
+        negative_log_likelihood(mean, result.labels) if finite else None,
+        calibration_error(mean, result.labels) if finite else None,
+    )
+
+
+def disagreement(predictions: Sequence[Tensor]) -> float | None:
+    """Percentage of samples on which two networks predict different classes, mean over all pairs.
+
+    Args: predictions: int64 [samples] of each network.
+    Returns: None for a single network.
+    """
+    pairs = list(itertools.combinations(predictions, 2))
+    if not pairs:
+        return None
+    return 100 * statistics.fmean(float((a != b).double().mean()) for a, b in pairs)
+
+
+def _barrier(
+    stored: StoredRun, states: Sequence[State], evaluator: _Evaluator
+) -> dict[str, Any] | None:
+    """Loss barriers (Frankle et al. 2020, arXiv 1912.05671) between neighbors on the ring.
+
+    The largest excess of the loss on the line between two networks over the line between their
+    losses, at least 0. None for a single network.
+    """
+    count = len(states)
+    if count < 2:
+        return None
+    neighbors = [(k - 1, k) for k in range(1, count)] + ([(count - 1, 0)] if count > 2 else [])
+    ends = [evaluator.training_loss(state) for state in states]
+    pairs = []
+    barriers: list[float | None] = []
+    for first, second in neighbors:
+        excess = [0.0]
+        for position in BARRIER_POSITIONS:
+            loss = evaluator.training_loss(_between(states[first], states[second], position))
+            straight = (1 - position) * ends[first] + position * ends[second]
+            excess.append(loss - straight)
+        barriers.append(max(excess) if all(map(math.isfinite, excess)) else None)
+        networks = [stored.networks[first], stored.networks[second]]
+        pairs.append({"networks": networks, "barrier": barriers[-1]})
+    known = [barrier for barrier in barriers if barrier is not None]
+    return {
+        "split": "train",
+        "batches": evaluator.barrier_batches,
+        "pairs": pairs,
+        "mean": statistics.fmean(known) if len(known) == len(pairs) else None,
+    }
+
+
+def _between(first: State, second: State, position: float) -> dict[str, Tensor]:
+    """Weights on the line between two networks; integer tensors are the first network's."""
+    return {
+        key: torch.lerp(tensor, second[key], position) if tensor.is_floating_point() else tensor
+        for key, tensor in first.items()
+    }
+
+
+def _calibration_error(result: EvalResult) -> float | None:
+    assert result.probabilities is not None
+    assert result.labels is not None
+    return calibration_error(result.probabilities, result.labels) if result.finite else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

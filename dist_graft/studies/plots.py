@@ -23,6 +23,7 @@ from dist_graft.plot_style import (
     Style,
     plot_style,
 )
+from dist_graft.studies.measurements import parse_list
 from dist_graft.studies.statistics import ArmResult, ContrastResult, mean_and_deviation
 
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -58,7 +59,7 @@ def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> Figure:
 
 @plot_style(grid="x")
 def differences(results: Sequence[ContrastResult]) -> Figure:
-    """Plot each seed's difference to the control as a dot, and the confidence interval as a bar."""
+    """Plot each seed's difference to the control as a dot, and its 95% interval as a bar."""
     names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
     figure, axes = _rows(names, height=0.55)
     axes.axvline(0, color=BLACK, lw=1)
@@ -67,7 +68,7 @@ def differences(results: Sequence[ContrastResult]) -> Figure:
         axes.plot(values, _spread_rows(row, len(values)), "o", color=SKY, ms=4.5)
         if not values:
             continue
-        color = VERMILION if result.decision.rejected else BLACK
+        color = _interval_color(result)
         mean = result.test.mean
         if result.half_width is not None:
             ends = (mean - result.half_width, mean + result.half_width)
@@ -77,31 +78,91 @@ def differences(results: Sequence[ContrastResult]) -> Figure:
     largest = max((abs(value) for r in results for value in r.differences), default=1.0)
     reach, (low, high) = 3 * largest or 1.0, axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
+    _mark_clipped(axes, results)
+    _show_margin(axes, results)
     axes.set_xlabel("difference in accuracy (percentage points)")
     _annotate(
         axes,
-        "dots: seeds; diamonds and bars: mean and t-interval with Holm's correction; red: a "
-        "difference is shown",
+        "dots: seeds; diamonds and bars: mean and 95% interval, unadjusted; red: a difference is "
+        "shown\n(Holm); gray: not tested; shaded: smaller than the smallest effect of interest",
     )
     return figure
 
 
 @plot_style(grid="x")
-def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str) -> Figure:
+def forest(
+    results: Sequence[ContrastResult], published: Sequence[tuple[str, str, float]]
+) -> Figure:
+    """Plot this comparison's intervals above published gains.
+
+    Args: published: method, setting and gain in percentage points.
+    """
+    names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
+    names += [f"{method}, published:\n{setting}" for method, setting, _ in published]
+    figure, axes = _rows(names, height=0.4)
+    axes.axvline(0, color=BLACK, lw=1)
+    for row, result in enumerate(results):
+        color, mean = _interval_color(result), result.test.mean
+        if result.half_width is not None:
+            ends = (mean - result.half_width, mean + result.half_width)
+            axes.plot(ends, (row, row), "-", color=color, lw=1.8, solid_capstyle="butt")
+        axes.plot([mean], [row], "D", color=color, ms=6)
+    axes.axhline(len(results) - 0.5, color="#999999", lw=0.8)
+    gains = [gain for _, _, gain in published]
+    axes.plot(gains, range(len(results), len(names)), "s", color=ORANGE, ms=6)
+    reach = 3 * max(map(abs, [*gains, *(r.test.mean for r in results)]))
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -reach), min(high, reach))
+    _mark_clipped(axes, results)
+    axes.set_xlabel("gain in accuracy (percentage points)")
+    _annotate(axes, "diamonds and bars: this comparison; squares: published, other data and models")
+    return figure
+
+
+def _interval_color(result: ContrastResult) -> str:
+    if result.not_tested:
+        return GREY
+    return VERMILION if result.decision.rejected else BLACK
+
+
+def _mark_clipped(axes: Axes, results: Sequence[ContrastResult]) -> None:
+    """Draw an arrow where an interval continues beyond the axis."""
+    low, high = axes.get_xlim()
+    for row, result in enumerate(results):
+        if result.half_width is None:
+            continue
+        style: Style = {"color": _interval_color(result), "ms": 8, "clip_on": False, "zorder": 5}
+        if result.test.mean - result.half_width < low:
+            axes.plot([low], [row], "<", **style)
+        if result.test.mean + result.half_width > high:
+            axes.plot([high], [row], ">", **style)
+    axes.set_xlim(low, high)
+
+
+def _show_margin(axes: Axes, results: Sequence[ContrastResult]) -> None:
+    """Shade the differences that are smaller than the smallest effect of interest."""
+    if results:
+        low, high = axes.get_xlim()
+        axes.axvspan(-results[0].margin, results[0].margin, color=GREEN, alpha=0.1, lw=0)
+        axes.set_xlim(low, high)
+
+
+@plot_style(grid="x")
+def learning_curves(
+    arms: Sequence[ArmResult], curves: pd.DataFrame, outcome: str, label: str
+) -> Figure:
     """Plot the mean over the seeds of each epoch's accuracy, for all epochs and the second half.
 
-    Bands are one standard deviation.
+    Bands are one standard deviation. `outcome` is a column of the curves.
     """
-    height = 3.1 + 0.2 * -(-len(arms) // 3)
-    figure = Figure(figsize=(PAGE_INCHES, height), dpi=DPI, layout="constrained")
-    whole, end = figure.subplots(1, 2)
+    figure, (whole, end) = _panels(2, len(arms))
     limits: list[float] = []
     epochs = 0
     for arm, style in zip(arms, _line_styles(arms), strict=True):
         points = curves[curves["key"].isin(arm.rows["key"])]
         if points.empty:
             continue
-        by_epoch = points.groupby("epoch")["largest_lr_member"]
+        by_epoch = points.groupby("epoch")[outcome]
         means, spreads = by_epoch.mean(), by_epoch.std().fillna(0.0)
         low, high = means - spreads, means + spreads
         epochs = len(means)
@@ -124,6 +185,75 @@ def learning_curves(arms: Sequence[ArmResult], curves: pd.DataFrame, label: str)
     _annotate(whole, "all epochs")
     _annotate(end, "second half")
     _add_legend(figure, end, columns=3)
+    return figure
+
+
+@plot_style(grid="x")
+def accuracy_by_cost(
+    arms: Sequence[ArmResult], curves: pd.DataFrame, outcome: str, label: str
+) -> Figure:
+    """Plot the mean accuracy against images seen, if they are known, and against wall time.
+
+    The epochs of a run are taken to be equally long. `outcome` is a column of the curves.
+    """
+    costs = [
+        (column, factor, text)
+        for column, factor, text in (
+            ("images_seen", 1e-6, "images seen by the arm (million)"),
+            ("wall_seconds", 1 / 60, "wall time (min)"),
+        )
+        if any(len(arm.values(column)) for arm in arms)
+    ]
+    figure, panels = _panels(len(costs), len(arms))
+    ends: list[float] = []
+    for arm, style in zip(arms, _line_styles(arms), strict=True):
+        points = curves[curves["key"].isin(arm.rows["key"])]
+        if points.empty:
+            continue
+        means = points.groupby("epoch")[outcome].mean()
+        ends.append(float(means.iloc[-1]))
+        for axes, (column, factor, _) in zip(panels, costs, strict=True):
+            total = arm.mean(column) * factor
+            x = [total * (epoch + 1) / len(means) for epoch in range(len(means))]
+            (curve,) = axes.plot(x, means, lw=1.6, **style)
+            axes.plot(x[-1:], means.iloc[-1:], "o", ms=5, color=style["color"])
+        curve.set_label(arm.arm.label)
+    for axes, (_, _, text) in zip(panels, costs, strict=True):
+        axes.set_xlabel(text)
+        axes.set_xlim(left=0)
+        axes.grid(visible=True)
+        if ends:
+            reach = max(max(ends) - min(ends), 1.0)
+            axes.set_ylim(min(ends) - 2 * reach, max(ends) + 0.3 * reach)
+    panels[0].set_ylabel(label)
+    _add_legend(figure, panels[-1])
+    return figure
+
+
+@plot_style(grid="y")
+def coefficients(arms: Sequence[ArmResult]) -> Figure:
+    """Plot the coefficients of each epoch's last round: median, and a band from 5% to 95%."""
+    columns = min(len(arms), 3)
+    rows = -(-len(arms) // columns)
+    figure = Figure(figsize=(PAGE_INCHES, 0.4 + 2.1 * rows), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(arms) :]:
+        axes.set_visible(False)
+    for axes, arm in zip(panels.flat, arms, strict=False):
+        low, middle, high = (
+            pd.DataFrame([parse_list(cell) for cell in arm.rows[f"coefficients_{name}"]]).mean()
+            for name in ("5", "median", "95")
+        )
+        epochs = middle.index + 1
+        color = BLUE if arm.arm.role == "method" else GREY
+        axes.axhline(0.5, color=BLACK, lw=0.6, ls=":")
+        axes.plot(epochs, middle, lw=1.6, color=color, marker="o" if len(epochs) < 3 else None)
+        axes.fill_between(epochs, low, high, color=color, alpha=0.25, lw=0)
+        axes.set_title(arm.arm.label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("coefficient")
     return figure
 
 
@@ -174,8 +304,15 @@ def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> Figu
         text: [(100 * arm.rows[name] / arm.rows["filters"]).dropna().tolist() for arm in arms]
         for name, text in names.items()
     }
-    label = "invalid filters of the member with the largest learning rate (%)"
-    return _dots_from_zero(arms, values, label)
+    figure = _dots_from_zero(
+        arms, values, "invalid filters of the member with the largest learning rate (%)"
+    )
+    if not any(any(of_arm) for by_arm in values.values() for of_arm in by_arm):
+        (axes,) = figure.axes
+        where: Style = {"ha": "center", "va": "center", "transform": axes.transAxes}
+        text = "no filter is invalid in any run"
+        axes.text(0.5, 0.5, text, fontsize=11, bbox={"fc": "white", "ec": GREY}, **where)
+    return figure
 
 
 @plot_style(grid="x")
@@ -203,6 +340,13 @@ def _dots_from_zero(
     axes.set_xlim(0.0, None if any_above_zero else 1.0)
     _add_legend(figure, axes)
     return figure
+
+
+def _panels(count: int, curves: int) -> tuple[Figure, list[Axes]]:
+    """Create a figure with panels side by side, and room for a legend of so many curves."""
+    height = 3.1 + 0.2 * -(-curves // 3)
+    figure = Figure(figsize=(PAGE_INCHES, height), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _line_styles(arms: Sequence[ArmResult]) -> Iterator[Style]:

@@ -9,7 +9,20 @@ import pandas as pd
 
 from dist_graft.plot_style import png
 from dist_graft.run_directory import flatten, write_atomically
+from dist_graft.studies import measured_sections as sections
 from dist_graft.studies import plots
+from dist_graft.studies.checks import check_arms
+from dist_graft.studies.conclusions import (
+    conclusion,
+    digits_for,
+    format_number,
+    format_p,
+    format_signed,
+    format_spread,
+    is_equivalent,
+    overall_conclusions,
+    verdict,
+)
 from dist_graft.studies.controls import Design
 from dist_graft.studies.plan import plan_text
 from dist_graft.studies.records import Results, Start, plan_sha256
@@ -32,7 +45,6 @@ from dist_graft.studies.statistics import (
     ContrastResult,
     arm_result,
     contrast_results,
-    mean_and_deviation,
 )
 from dist_graft.studies.train_options import (
     TrainOptions,
@@ -41,12 +53,14 @@ from dist_graft.studies.train_options import (
 )
 
 PRIMARY_TEXTS = {
+    "delivered": "test accuracy of the delivered model",
     "largest_lr_member": "test accuracy of the member with the largest learning rate",
     "mean_of_members": "mean test accuracy of the members",
     "ensemble": "test accuracy of the members' ensemble",
     "uniform_soup": "test accuracy of the members' uniform soup",
 }
 _OUTCOME_HEADERS = {
+    "delivered": "delivered",
     "largest_lr_member": "largest lr",
     "mean_of_members": "mean of members",
     "ensemble": "ensemble",
@@ -58,14 +72,16 @@ _FILTER_HEADERS = {"invalid_0.1": "L1 norm below 0.1", "invalid_0.01": "L1 norm 
 
 STATISTICS_TEXT = (
     "The sampling unit is the seed, because the networks of a population are not independent. Each "
-    "difference is between two runs with the same seed, which share initial weights, data order "
-    "and augmentation. p is the p-value of a two-sided paired t-test with Holm's correction within "
-    f"its table, so the probability of any false difference in a table is at most {ALPHA:.0%}. The "
-    "confidence interval of a row is the t-interval at the level that Holm's procedure compared "
-    "the row with: it excludes zero exactly if a difference is shown. The minimum detectable "
-    "difference is the true difference that this number of seeds would show with a probability of "
-    f"{POWER:.0%}, given the observed spread. There is no bootstrap, because its intervals are too "
-    "narrow with few seeds."
+    "difference is between two runs with the same seed. Intervals are unadjusted 95% t-intervals "
+    "of the mean difference. p is the p-value of a two-sided paired t-test with Holm's correction "
+    "within its table, so the probability of any false difference in a table is at most "
+    f"{ALPHA:.0%}. A difference is shown if p is below {ALPHA:g}; an interval that excludes zero "
+    "is not enough. Arms that were not tested stay in the correction. Two arms are equivalent if "
+    "two one-sided t-tests show, each at 5% and unadjusted, that their difference is within "
+    "the smallest effect of interest, which the plan fixes. The minimum detectable difference is "
+    "the true difference that this number of seeds would show, after the correction, with a "
+    f"probability of {POWER:.0%}, given the observed spread. Runs that diverged count with chance "
+    "accuracy. There is no bootstrap, because its intervals are too narrow with few seeds."
 )
 
 
@@ -90,137 +106,42 @@ def build_report(
         return [*blocks, *_details(state, results, starts)], [text]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
-    primary = contrast_results(state.design.primary, plan.test_seeds, rows)
-    secondary = contrast_results(state.design.secondary, plan.test_seeds, rows)
-    sentences = [*map(conclusion, primary), *caveats(primary, secondary)]
+    checks = check_arms(state.design, arms, results.curves, plan.primary)
+    margin = getattr(plan, "smallest_effect", 0.3)
+    failed = {check.arm.key: check.not_tested for check in checks if check.not_tested}
+    primary, secondary = (
+        contrast_results(contrasts, plan.test_seeds, rows, margin=margin, failed=failed)
+        for contrasts in (state.design.primary, state.design.secondary)
+    )
+    first, *others = overall_conclusions(primary, secondary)
+    sentences = [conclusion(result) for result in primary]
     blocks = [
         title,
-        Paragraph(overall_conclusion(primary), "summary"),
-        Items(sentences),
+        Paragraph(first, "summary"),
+        *([Items(others)] if others else []),
+        Heading(2, "Setting"),
+        *sections.setting(state, arms, starts),
         *_completeness(arms),
+        Heading(2, "Comparisons with the plan's control"),
+        Items([*sentences, *getattr(state, "warnings", [])]),
+        *sections.check_section(checks),
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),
+        *_shared_runs(primary, secondary),
+        *sections.superseded(state, results, plan.primary),
         *_learning_curves(state, arms, results),
         *_other_outcomes(arms),
+        *sections.calibration(arms),
+        *sections.differences_between_networks(arms),
+        *sections.coefficients(arms),
         *_invalid_filters(arms),
-        *_costs(arms),
+        *sections.costs(arms),
+        *sections.beside_published(primary),
         *_regime_search(state, rows),
         *_learning_rate_search(state, rows),
         *_details(state, results, starts),
     ]
-    return blocks, [overall_conclusion(primary), *sentences]
-
-
-# Conclusions
-
-
-def verdict(result: ContrastResult) -> str:
-    """Return what a contrast shows, for a table cell."""
-    if result.test.n < 2:
-        return "no conclusion"
-    if not result.decision.rejected:
-        return "no difference shown"
-    return "better" if result.test.mean > 0 else "worse"
-
-
-def conclusion(result: ContrastResult) -> str:
-    """Return what a contrast shows, as a sentence."""
-    names = f"{result.contrast.method.label}, compared with {result.contrast.control_name}"
-    return f"{names}: {findings(result)}."
-
-
-def findings(result: ContrastResult) -> str:
-    """Return the verdict with the numbers that it is based on."""
-    test, word = result.test, verdict(result)
-    seeds = f"{test.n} seed{'s' if result.planned > 1 else ''}"
-    if test.n < result.planned:
-        seeds = f"{test.n} of {result.planned} seeds"
-    if test.n == 0:
-        return f"{word}, no seed has both runs"
-    if test.n == 1:
-        return f"{word} from {seeds}, {format_signed(test.mean)}"
-    if result.half_width is None or result.detectable is None:
-        mean = format_signed(test.mean)
-        undefined = "" if mean == "0.00" else "; without variation the t-test is undefined"
-        return f"{word}, {mean} for each of {seeds}{undefined}"
-    digits = digits_for(result.half_width)
-    interval = f"{format_signed(test.mean, digits)} ± {result.half_width:.{digits}f}"
-    text = f"{word}, {interval} percentage points over {seeds}"
-    if result.decision.rejected:
-        return text
-    return f"{text}; the minimum detectable difference is {result.detectable:.{digits}f}"
-
-
-def overall_conclusion(primary: Sequence[ContrastResult]) -> str:
-    """Summarize the comparisons with the plan's control."""
-    compared = [result for result in primary if result.test.n > 1]
-    if not compared:
-        return "No conclusion yet: no method shares two seeds with its control."
-    sentences = []
-    for word in ("better", "worse"):
-        names = [r.contrast.method.label for r in compared if verdict(r) == word]
-        if names:
-            sentences.append(
-                f"{word.capitalize()} than its control in {len(names)} of {len(compared)} "
-                f"comparisons: {'; '.join(names)}."
-            )
-    if sentences:
-        return " ".join(sentences)
-    if len(compared) == 1:
-        return "The comparison shows no difference."
-    return f"None of the {len(compared)} comparisons shows a difference."
-
-
-def caveats(primary: Sequence[ContrastResult], secondary: Sequence[ContrastResult]) -> list[str]:
-    """Name the other controls that a better method is not better than."""
-    sentences = []
-    for result in primary:
-        method = result.contrast.method
-        if verdict(result) != "better":
-            continue
-        others = [other for other in secondary if other.contrast.method is method]
-        for text, names in (
-            (
-                "not shown to differ from",
-                [o.contrast.control_name for o in others if not o.decision.rejected],
-            ),
-            ("worse than", [o.contrast.control_name for o in others if verdict(o) == "worse"]),
-        ):
-            if names:
-                sentences.append(f"{method.label} is {text}: {'; '.join(names)}.")
-    return sentences
-
-
-# Numbers as text
-
-
-def format_signed(value: float, digits: int = 2) -> str:
-    """Format a number with its sign: +0.42, −0.10, 0.00."""
-    text = f"{abs(value):.{digits}f}"
-    if float(text) == 0:
-        return text
-    return f"{'+' if value > 0 else '−'}{text}"
-
-
-def digits_for(spread: float) -> int:
-    """Number of decimals, 1 to 4, that shows two significant figures of a spread."""
-    digits = 1
-    while digits < 4 and spread < 10 ** (1 - digits):
-        digits += 1
-    return digits
-
-
-def format_spread(values: Iterable[float], digits: int = 2) -> str:
-    """Format mean ± standard deviation; only the mean for a single value."""
-    spread = mean_and_deviation(values)
-    if spread is None:
-        return "–"
-    mean, deviation = spread
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def _format(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+    return blocks, [first, *others, *sentences]
 
 
 def _join(numbers: Iterable[int]) -> str:
@@ -247,22 +168,42 @@ def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
 def _contrast_table(results: Sequence[ContrastResult]) -> Table:
     rows = []
     for result in results:
-        width, p = result.half_width, result.decision.adjusted_p
+        width = result.half_width
         digits = 2 if width is None else digits_for(width)
         difference = format_signed(result.test.mean, digits) if result.test.n else "–"
+        equivalent = "–"
+        if result.equivalence_p is not None and not result.not_tested:
+            word = "yes" if is_equivalent(result) else "no"
+            equivalent = f"{word} ({format_p(result.equivalence_p)})"
         rows.append(
             (
                 result.contrast.method.label,
                 result.contrast.control_name,
                 difference if width is None else f"{difference} ± {width:.{digits}f}",
                 str(result.test.n),
-                "–" if result.test.p is None else f"{p:.3f}" if p >= 0.001 else "<0.001",
-                _format(result.detectable, digits),
+                "–" if result.test.p is None else format_p(result.decision.adjusted_p),
+                equivalent,
+                format_number(result.detectable, digits),
                 verdict(result),
             )
         )
-    header = ("method", "control", "difference", "n", "p (Holm)", "min. detectable", "conclusion")
-    return Table(header, rows)
+    margin = f"within ±{results[0].margin:g} (p)" if results else "equivalent (p)"
+    header = ("method", "control", "difference", "n", "p (Holm)", margin)
+    return Table((*header, "min. detectable", "conclusion"), rows)
+
+
+def _shared_runs(
+    primary: Sequence[ContrastResult], secondary: Sequence[ContrastResult]
+) -> list[Block]:
+    """Name the arms whose runs are in both tables."""
+    first, second = (
+        {arm.label for r in results for arm in (r.contrast.method, r.contrast.control)}
+        for results in (primary, secondary)
+    )
+    if not (shared := sorted(first & second)):
+        return []
+    text = f"Both tables use the same runs of: {'; '.join(shared)}. Their rows are not independent."
+    return [Paragraph(text, "small")]
 
 
 def _primary_outcome(
@@ -288,7 +229,7 @@ def _primary_outcome(
         Paragraph(
             f"Fixed before the first run: {text}, in percent, after the last epoch and the last "
             "round. Differences are between runs with the same seed, in percentage points, with "
-            "the half-width of their confidence interval."
+            "the half-width of their unadjusted 95% interval."
         ),
         _contrast_table(primary),
         Picture(
@@ -320,41 +261,49 @@ def _other_controls(secondary: Sequence[ContrastResult]) -> list[Block]:
     return [
         Heading(2, "Other controls"),
         Paragraph(
-            "The same outcome compared with controls that replace the exchange: the best learning "
-            "rate of a single network, K times the epochs, or coefficients that ignore the layer "
-            "(constant: 1/2; shuffled: those of other layers). An ensemble averages the "
-            "predictions of its K networks, at K times the inference cost. Holm's correction is "
-            "over this table, separately from the table above."
+            "The same outcome compared with the other controls, such as K times the epochs, or "
+            "coefficients that ignore the layer (constant: 1/2; shuffled: those of other layers). "
+            "An ensemble averages the predictions of its K networks, at K times the inference "
+            "cost. Holm's correction is over this table, separately from the table above."
         ),
         _contrast_table(secondary),
     ]
 
 
 def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Results) -> list[Block]:
+    primary = state.confirmed.primary
+    outcome = primary if primary in results.curves else "mean_of_members"
+    label = "test accuracy (%)"
     pictures: list[Block] = []
     for networks in state.confirmed.networks:
+        group = [arm for arm in arms if arm.arm.group == networks and len(arm.rows)]
         shown = [
             arm
-            for arm in arms
+            for arm in group
             if arm.arm.networks == networks
-            and len(arm.rows)
             and arm.arm.config(0).epochs == arms[0].arm.config(0).epochs
         ]
         if shown:
-            pictures.append(
-                Picture(
-                    f"curves_{networks}_networks",
-                    png(plots.learning_curves(shown, results.curves, "test accuracy (%)")),
-                    f"Learning curves, population size {networks}.",
-                )
+            figure = plots.learning_curves(shown, results.curves, outcome, label)
+            name = f"curves_{networks}_networks"
+            caption = f"Learning curves, population size {networks}."
+            pictures.append(Picture(name, png(figure), caption))
+        if group:
+            figure = plots.accuracy_by_cost(group, results.curves, outcome, label)
+            name = f"cost_curves_{networks}_networks"
+            caption = (
+                f"Accuracy by images seen and by wall time, population size {networks}, with the "
+                "controls that train longer. The epochs of a run are taken to be equally long."
             )
+            pictures.append(Picture(name, png(figure), caption))
     if not pictures:
         return []
+    what = "Accuracy" if outcome == primary else "Mean accuracy of the members"
     return [
         Heading(2, "Learning curves"),
         Paragraph(
-            "Accuracy of the member with the largest learning rate at the end of each epoch, "
-            "before its round: mean over the seeds, with a band of one standard deviation."
+            f"{what} at the end of each epoch, before its round: mean over the seeds, with a band "
+            "of one standard deviation."
         ),
         *pictures,
     ]
@@ -416,28 +365,6 @@ def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
     ]
 
 
-def _costs(arms: Sequence[ArmResult]) -> list[Block]:
-    trained = [arm for arm in arms if len(arm.rows)]
-    if not trained:
-        return []
-    columns = ("wall_seconds", "core_seconds")
-    return [
-        Heading(2, "Cost"),
-        Paragraph(
-            "Time to train the whole population once, startup and evaluation included, in seconds. "
-            "Wall time depends on the load of the machine."
-        ),
-        Table(
-            ("arm", "wall time, s", "CPU time, core-s"),
-            [
-                (arm.arm.label, *(format_spread(arm.rows[name], 1) for name in columns))
-                for arm in trained
-            ],
-        ),
-        Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
-    ]
-
-
 # Choices made on a validation split
 
 
@@ -455,8 +382,8 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
                 format_options(search.recipes[regime.recipe] or {}),
                 str(regime.networks),
                 regime.method,
-                _format(mean_outcome(regime.runs, rows, primary)),
-                _format(mean_outcome(regime.control_runs, rows, primary)),
+                format_number(mean_outcome(regime.runs, rows, primary)),
+                format_number(mean_outcome(regime.control_runs, rows, primary)),
                 f"{format_signed(test.mean)}{spread}" if test.n else "–",
                 str(test.n),
                 "chosen" if regime is state.chosen else "",
@@ -490,7 +417,7 @@ def _learning_rate_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
         (
             format_options(_beyond_recipe(without_exchange(candidate.trial.options), state)),
             f"{candidate.lr:.4g}",
-            _format(mean_outcome(candidate.runs, rows, "largest_lr_member")),
+            format_number(mean_outcome(candidate.runs, rows, "largest_lr_member")),
             "chosen" if state.best_lr[candidate.trial.key] == candidate.lr else "",
         )
         for candidate in state.candidates
@@ -522,20 +449,21 @@ def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> li
     blocks += [
         Heading(2, "All runs"),
         Paragraph(
-            "Accuracies are in percent; the column 'on' names the split. results.csv has the same "
-            "runs with more columns, and curves.csv has their learning curves."
+            "Accuracies are in percent; the column 'on' names the split, or says why there is no "
+            "accuracy, and 'outcome' is the primary one. results.csv has the same runs with more "
+            "columns, and curves.csv has their learning curves."
         ),
         Table(
-            ("arm", "K", "seed", "on", "largest lr", "each member", "ensemble", "core-s", "run"),
+            ("arm", "K", "seed", "on", "outcome", "each member", "ensemble", "core-s", "run"),
             [
                 (
                     row["arm"],
                     str(row["networks"]),
                     str(row["seed"]),
-                    row["split"] if row["status"] == "ok" else "failed",
-                    _format(row["largest_lr_member"]),
+                    row["split"] if row["status"] == "ok" else row["status"],
+                    format_number(row.get(state.plan.primary)),
                     " ".join(f"{float(member):.2f}" for member in row["members"].split()) or "–",
-                    _format(row["ensemble"]),
+                    format_number(row["ensemble"]),
                     f"{row['core_seconds']:.1f}",
                     str(key),
                 )

@@ -1,4 +1,4 @@
-"""Paired comparisons over seeds: t-tests, Holm's correction, minimum detectable differences.
+"""Paired comparisons over seeds: t-tests, Holm's correction, equivalence tests, sample sizes.
 
 The sampling unit is the seed. Networks of one population are not independent.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,11 @@ from statsmodels.stats.multitest import multipletests
 from dist_graft.studies.controls import Arm, Contrast, Run
 
 ALPHA = 0.05
-"""Family-wise error rate of a table."""
+"""Family-wise error rate of a table, level of each equivalence test, and 1 − confidence."""
 POWER = 0.8
-"""Power at which `minimum_detectable_difference` is computed."""
+"""Power at which minimum detectable differences and numbers of seeds are computed."""
+MEASURED_STATUSES = ("ok", "diverged")
+"""Status of the rows that count. A diverged run counts with chance accuracy."""
 _ROUNDING = 1e-9  # percentage points: differences this close count as equal
 
 
@@ -74,8 +76,7 @@ def holm(p_values: Sequence[float | None], alpha: float = ALPHA) -> list[HolmDec
     The i-th smallest of m p-values, counted from 0, is compared with alpha / (m − i), until one is
     larger. A missing p-value counts as 1.
 
-    Returns: one decision per p-value, in the same order. A confidence interval at a row's level
-    excludes zero exactly if the row is rejected.
+    Returns: one decision per p-value, in the same order.
     """
     if not p_values:
         return []
@@ -106,6 +107,45 @@ def minimum_detectable_difference(
     return float(special.nctdtrinc(n - 1, 1 - power, critical)) * deviation / math.sqrt(n)
 
 
+def equivalence_p(n: int, mean: float, deviation: float, margin: float) -> float:
+    """p-value of the hypothesis that the true mean is not within ±margin.
+
+    Two one-sided t-tests (TOST; Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15,
+    1987). Below 0.05 exactly if the 90% confidence interval of the mean is within ±margin.
+    """
+    return float(stats.t.sf((margin - abs(mean)) * math.sqrt(n) / deviation, n - 1))
+
+
+def seeds_needed(
+    deviation: float, effect: float, power: float = POWER, alpha: float = ALPHA
+) -> int:
+    """Number of seeds that show a true difference with probability `power`.
+
+    The first number whose minimum detectable difference is at most `effect`.
+
+    Args:
+        deviation: standard deviation of the difference between two runs with the same seed.
+        effect: true difference, in the same unit.
+        power: probability of showing it.
+        alpha: level of the two-sided paired t-test.
+
+    Raises: ValueError unless effect > 0 and deviation is finite and not negative.
+    """
+    if not (effect > 0 and 0 <= deviation < math.inf):
+        raise ValueError(
+            f"effect must be above 0 and deviation at least 0, got {effect} and {deviation}"
+        )
+    if deviation == 0:
+        return 2
+
+    # The t-test needs more seeds than the test with a known deviation, and not many more.
+    known = (stats.norm.isf(alpha / 2) + stats.norm.ppf(power)) * deviation / effect
+    n = max(2, math.ceil(known**2))
+    while minimum_detectable_difference(n, deviation, alpha, power) > effect:
+        n += 1
+    return n
+
+
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:
     """Mean and sample standard deviation (n − 1, None for one value); None without values."""
     values = list(values)
@@ -120,15 +160,26 @@ class ArmResult:
 
     arm: Arm
     rows: pd.DataFrame
-    """Rows of the runs that succeeded, indexed by seed."""
+    """Rows of the runs that count, indexed by seed: those that succeeded or diverged."""
     failed: Sequence[int]
     """Seeds of the runs that failed."""
     missing: Sequence[int]
     """Seeds of the runs that have not been started."""
 
-    def values(self, outcome: str) -> pd.Series[float]:
-        """Outcome by seed, where it was measured."""
-        return self.rows[outcome].dropna()
+    def values(self, column: str) -> pd.Series[float]:
+        """Numbers of a column by seed, where they were measured."""
+        if column not in self.rows:
+            return pd.Series(dtype="float64")
+        return self.rows[column].dropna().astype("float64")
+
+    def mean(self, column: str) -> float:
+        """Mean over the seeds; NaN if it was not measured."""
+        return float(self.values(column).mean())
+
+    @property
+    def diverged(self) -> list[int]:
+        """Seeds of the runs that diverged."""
+        return self.rows.index[self.rows["status"] == "diverged"].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,20 +193,39 @@ class ContrastResult:
     """Number of seeds in the plan."""
     test: PairedTest
     decision: HolmDecision
+    margin: float
+    """Smallest effect of interest."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Why the method or the control does not count (see `checks`), by the arm's key."""
+
+    @property
+    def not_tested(self) -> str | None:
+        """Why the contrast does not count; None if it does."""
+        control = self.failed.get(self.contrast.control.key)
+        if control:
+            control = f"{self.contrast.control_name}: {control}"
+        return self.failed.get(self.contrast.method.key) or control
 
     @property
     def half_width(self) -> float | None:
-        """Half-width of the confidence interval at the decision's level; None without variation."""
+        """Half-width of the unadjusted 95% confidence interval; None without variation."""
         if not self.test.deviation:
             return None
-        return half_width(self.test.n, self.test.deviation, self.decision.level)
+        return half_width(self.test.n, self.test.deviation, ALPHA)
 
     @property
     def detectable(self) -> float | None:
-        """Minimum detectable difference; None without variation."""
+        """Minimum detectable difference after Holm's correction; None without variation."""
         if not self.test.deviation:
             return None
         return minimum_detectable_difference(self.test.n, self.test.deviation, self.decision.level)
+
+    @property
+    def equivalence_p(self) -> float | None:
+        """p-value of the equivalence test within ±margin; None without variation."""
+        if not self.test.deviation:
+            return None
+        return equivalence_p(self.test.n, self.test.mean, self.test.deviation, self.margin)
 
 
 def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
@@ -164,16 +234,30 @@ def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
     found = rows.loc[[key for key in keys if key in rows.index]].reset_index().set_index("seed")
     return ArmResult(
         arm=arm,
-        rows=found[found["status"] == "ok"],
+        rows=found[found["status"].isin(MEASURED_STATUSES)],
         failed=found.index[found["status"] == "failed"].tolist(),
         missing=[seed for key, seed in keys.items() if key not in rows.index],
     )
 
 
 def contrast_results(
-    contrasts: Sequence[Contrast], seeds: Sequence[int], rows: pd.DataFrame
+    contrasts: Sequence[Contrast],
+    seeds: Sequence[int],
+    rows: pd.DataFrame,
+    *,
+    margin: float,
+    failed: Mapping[str, str] | None = None,
 ) -> list[ContrastResult]:
-    """Test each contrast, with Holm's correction over all of them."""
+    """Test each contrast, with Holm's correction over all of them.
+
+    Args:
+        contrasts: of one table.
+        seeds: of the plan.
+        rows: indexed by key, as `Results.rows`.
+        margin: smallest effect of interest, in percentage points.
+        failed: reason by key of each arm that failed its check. Their rows stay in Holm's
+            correction, so that a failed check does not make the other rows look better.
+    """
     differences = [
         (
             arm_result(contrast.method, seeds, rows).values(contrast.outcome)
@@ -192,6 +276,12 @@ def contrast_results(
             planned=len(seeds),
             test=test,
             decision=decision,
+            margin=margin,
+            failed={
+                arm.key: failed[arm.key]
+                for arm in (contrast.method, contrast.control)
+                if failed and arm.key in failed
+            },
         )
         for contrast, by_seed, test, decision in zip(
             contrasts, differences, tests, decisions, strict=True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from stored_runs import damage_file, evaluate_run, network, related_states, writ
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
+from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
 from dist_graft.analysis.evaluate import evaluation_text
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
@@ -44,11 +46,46 @@ class Reference:
         logits, labels = self.logits(state, split, reestimated=reestimated)
         return 100 * float((logits.argmax(1) == labels).mean())
 
-    def loss(self, state: dict[str, Tensor], split: str) -> float:
-        logits, labels = self.logits(state, split)
-        shifted = logits - logits.max(1, keepdims=True)
-        surprise = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
-        return float(surprise.mean())
+    def probabilities(
+        self, state: dict[str, Tensor], *, reestimated: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        logits, labels = self.logits(state, "test", reestimated=reestimated)
+        return softmax(logits), labels
+
+    def training_loss(self, state: dict[str, Tensor]) -> float:
+        """On all training batches, after batch norm was re-estimated on them."""
+        model = network(0)
+        model.load_state_dict(state)
+        batches = list(self.data.train_batches(0, 0, self.data.steps_per_epoch))
+        update_bn((images for images, _ in batches), model)
+        model.eval()
+        with torch.no_grad():
+            logits = torch.cat([model(images) for images, _ in batches]).double().numpy()
+        labels = torch.cat([labels for _, labels in batches]).numpy()
+        return surprise(softmax(logits), labels)
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+def surprise(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    return float(-np.log(probabilities[np.arange(len(labels)), labels]).mean())
+
+
+def reference_calibration_error(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64]
+) -> float:
+    """Bins as Guo et al. write them: ((m - 1) / M, m / M]."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    total = 0.0
+    for m in range(1, 16):
+        chosen = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if chosen.any():
+            gap = right[chosen].mean() - confidence[chosen].mean()
+            total += chosen.sum() / len(labels) * abs(gap)
+    return 100 * total
 
 
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -80,7 +117,10 @@ class TestNumbers:
             reestimated = reference.accuracy(state, "test", reestimated=True)
             assert member["test_accuracy_reestimated"] == reestimated
             assert member["val_accuracy"] == reference.accuracy(state, "val")
-            assert member["test_loss"] == pytest.approx(reference.loss(state, "test"), rel=1e-5)
+            scores = reference.probabilities(state)
+            assert member["test_loss"] == pytest.approx(surprise(*scores), rel=1e-5)
+            error = reference_calibration_error(*scores)
+            assert member["test_calibration_error"] == pytest.approx(error, rel=1e-4)
         assert [member["network"] for member in evaluated["members"]] == [0, 1, 2]
         assert [member["lr"] for member in evaluated["members"]] == [0.1, 0.2, 0.3]
 
@@ -96,16 +136,57 @@ class TestNumbers:
             total = np.zeros(())
             for state in related_states(3):
                 logits, labels = reference.logits(state, "test", reestimated=bool(how))
-                raised = np.exp(logits - logits.max(1, keepdims=True))
-                total = total + raised / raised.sum(1, keepdims=True) / 3
+                total = total + softmax(logits) / 3
             expected = 100 * float((total.argmax(1) == labels).mean())
             assert evaluated[f"ensemble_test_accuracy{how}"] == expected
+            if not how:
+                loss, error = surprise(total, labels), reference_calibration_error(total, labels)
+                assert evaluated["ensemble_test_loss"] == pytest.approx(loss, rel=1e-5)
+                found = evaluated["ensemble_test_calibration_error"]
+                assert found == pytest.approx(error, rel=1e-4)
+
+    def test_disagreement_is_the_mean_over_pairs(
+        self, evaluated: dict[str, Any], reference: Reference
+    ) -> None:
+        predictions = [reference.probabilities(s)[0].argmax(1) for s in related_states(3)]
+        shares = [np.mean(predictions[a] != predictions[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert evaluated["disagreement"] == pytest.approx(100 * np.mean(shares))
+        assert len(set(shares)) > 1
+
+    def test_barrier_between_neighbors(
+        self, evaluated: dict[str, Any], reference: Reference
+    ) -> None:
+        states = related_states(3)
+        ends = [reference.training_loss(state) for state in states]
+        expected = []
+        for first, second in ((0, 1), (1, 2), (2, 0)):
+            excess = [0.0]
+            for position in (0.25, 0.5, 0.75):
+                between = {
+                    key: tensor + position * (states[second][key] - tensor)
+                    if tensor.is_floating_point()
+                    else tensor
+                    for key, tensor in states[first].items()
+                }
+                straight = (1 - position) * ends[first] + position * ends[second]
+                excess.append(reference.training_loss(between) - straight)
+            expected.append(max(excess))
+        barrier = evaluated["barrier"]
+        assert [pair["networks"] for pair in barrier["pairs"]] == [[0, 1], [1, 2], [2, 0]]
+        found = [pair["barrier"] for pair in barrier["pairs"]]
+        assert found == pytest.approx(expected, abs=1e-3)
+        assert max(found) > 0.01
+        assert barrier["mean"] == pytest.approx(np.mean(found))
+        assert (barrier["split"], barrier["batches"]) == ("train", 2)
 
     def test_uniform_soup(self, evaluated: dict[str, Any], reference: Reference) -> None:
         soup = mean_of(related_states(3))
+        scores = reference.probabilities(soup, reestimated=True)
         assert evaluated["uniform_soup"] == {
             "batch_norm_as_is": reference.accuracy(soup, "test"),
             "batch_norm_reestimated": reference.accuracy(soup, "test", reestimated=True),
+            "test_loss": pytest.approx(surprise(*scores), rel=1e-4),
+            "test_calibration_error": pytest.approx(reference_calibration_error(*scores), rel=1e-3),
         }
 
     def test_greedy_soup_is_chosen_on_the_validation_split(
@@ -121,16 +202,17 @@ class TestNumbers:
             if value >= reached:
                 members, reached = tried, value
         soup = mean_of([states[k] for k in members])
-        assert evaluated["greedy_soup"] == {
-            "members": members,
-            "batch_norm_as_is": reference.accuracy(soup, "test"),
-            "batch_norm_reestimated": reference.accuracy(soup, "test", reestimated=True),
-        }
+        found = evaluated["greedy_soup"]
+        assert found["members"] == members
+        assert found["batch_norm_as_is"] == reference.accuracy(soup, "test")
+        reestimated = reference.accuracy(soup, "test", reestimated=True)
+        assert found["batch_norm_reestimated"] == reestimated
 
     def test_numbers_above_differ(self, evaluated: dict[str, Any]) -> None:
         result = evaluated
         values = [member["test_accuracy"] for member in result["members"]]
-        assert len({*values, *result["uniform_soup"].values()}) >= 4
+        soups = [result["uniform_soup"][f"batch_norm_{how}"] for how in ("as_is", "reestimated")]
+        assert len({*values, *soups}) >= 4
         assert result["greedy_soup"]["members"] == [1, 0]
 
     def test_keys(self, evaluated: dict[str, Any], trio: Path) -> None:
@@ -139,9 +221,10 @@ class TestNumbers:
             *("protocol", "run_dir", "epoch", "round", "members"),
             *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
             *("ensemble_test_accuracy", "ensemble_test_accuracy_reestimated"),
-            *("uniform_soup", "greedy_soup"),
+            *("ensemble_test_loss", "ensemble_test_calibration_error"),
+            *("disagreement", "barrier", "uniform_soup", "greedy_soup"),
         ]
-        assert (result["protocol"], result["epoch"], result["round"]) == (1, 2, 2)
+        assert (result["protocol"], result["epoch"], result["round"]) == (2, 2, 2)
         assert result["run_dir"] == str(trio)
 
     def test_table(self, evaluated: dict[str, Any]) -> None:
@@ -156,6 +239,8 @@ class TestNumbers:
         chosen = "+".join(map(str, result["greedy_soup"]["members"]))
         soup = next(line for line in lines if f"greedy soup of {chosen}" in line)
         assert f" {result['greedy_soup']['batch_norm_reestimated']:.2f}" in soup
+        assert f" {result['disagreement']:.2f} %" in lines[-1]
+        assert f" {result['barrier']['mean']:.4f}" in lines[-1]
 
 
 class TestWithoutValidation:
@@ -175,6 +260,46 @@ class TestWithoutValidation:
         assert result["mean_test_accuracy"] == alone
         assert result["ensemble_test_accuracy"] == alone
         assert result["uniform_soup"]["batch_norm_as_is"] == alone
+        assert result["ensemble_test_loss"] == pytest.approx(result["members"][0]["test_loss"])
+        assert result["disagreement"] is None
+        assert result["barrier"] is None
+        assert "barrier" not in evaluation_text(result)
+
+
+class TestNotFinite:
+    def test_a_network_with_nan_leaves_scores_unknown(self, tmp_path: Path) -> None:
+        states = related_states(2)
+        states[1]["conv1.weight"][0] = math.nan
+        run = write_run(tmp_path / "run", states)
+        evaluate_run(run, batch_norm_batches=1)
+        result = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        assert result["members"][0]["test_calibration_error"] is not None
+        assert result["members"][1]["test_calibration_error"] is None
+        assert result["ensemble_test_loss"] is None
+        assert result["barrier"]["mean"] is None
+        assert result["uniform_soup"]["test_calibration_error"] is None
+        assert " - " in evaluation_text(result)
+
+
+class TestCalibration:
+    def test_by_hand(self) -> None:
+        # Confidence 0.9 in bin 14 of 15: one of two is right; 0.6 in bin 9: right
+        probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+        labels = torch.tensor([0, 1, 1, 1])
+        assert calibration_error(probabilities, labels) == pytest.approx(100 * (0.4 + 0.4) / 2)
+        assert negative_log_likelihood(probabilities, labels) == pytest.approx(
+            -(math.log(0.9) + math.log(0.1) + 2 * math.log(0.6)) / 4
+        )
+
+    def test_gaps_of_one_bin_cancel(self) -> None:
+        probabilities = torch.tensor([[0.5, 0.5]] * 4)
+        assert calibration_error(probabilities, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
+
+    def test_certain_predictions(self) -> None:
+        certain = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        assert calibration_error(certain, torch.tensor([0, 0])) == 0
+        assert calibration_error(certain, torch.tensor([1, 1])) == 100
+        assert 80 < negative_log_likelihood(certain, torch.tensor([1, 1])) < math.inf
 
 
 @pytest.fixture(scope="module")

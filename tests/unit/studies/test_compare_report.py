@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import struct
+import zlib
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,10 +16,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import carry_out, make_plan
+from made_up import carry_out, made_up_row, make_plan
+from matplotlib.figure import Figure
+from measured_rows import carry_out_measured
 
+from dist_graft.config import DataConfig
+from dist_graft.studies import measured_sections, plots, report
+from dist_graft.studies.conclusions import (
+    conclusion,
+    digits_for,
+    findings,
+    format_signed,
+    format_spread,
+    overall_conclusions,
+    verdict,
+)
 from dist_graft.studies.controls import Arm, Contrast, Run
-from dist_graft.studies.plan import Plan
+from dist_graft.studies.measured_sections import (
+    beside_published,
+    image_sampling,
+    read_published,
+    superseded,
+)
+from dist_graft.studies.plan import BUILT_IN, Plan
 from dist_graft.studies.records import Results, read_starts, record_start
 from dist_graft.studies.rendering import (
     Block,
@@ -31,19 +51,15 @@ from dist_graft.studies.rendering import (
     to_html,
     to_markdown,
 )
-from dist_graft.studies.report import (
-    build_report,
-    caveats,
-    digits_for,
-    findings,
-    format_signed,
-    format_spread,
-    overall_conclusion,
-    verdict,
-    write_report,
-)
+from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import ContrastResult, holm, paired_test
+from dist_graft.studies.statistics import (
+    ArmResult,
+    ContrastResult,
+    arm_result,
+    holm,
+    paired_test,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -110,7 +126,7 @@ Written = tuple[Path, StudyState, Results, list[Block]]
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     out = tmp_path_factory.mktemp("comparison")
     record_start(plan(), out, runs_before=0, command=["dist-graft", "compare", "my plan.yaml"])
-    state, results = carry_out(plan(), out, value_of)
+    state, results = carry_out_measured(plan(), out, value_of)
     blocks, conclusions = build_report(state, results, read_starts(out))
     assert blocks[1] == Paragraph(conclusions[0], "summary")
     write_report("fashion", blocks, out)
@@ -142,8 +158,10 @@ class TestReport:
     def test_has_pictures_of_modest_size(self, written: Written) -> None:
         out = written[0]
         pictures = {path.name: path.read_bytes() for path in (out / "pictures").iterdir()}
-        names = ["cost", "curves_2_networks", "curves_4_networks", "differences", "filters"]
-        assert sorted(pictures) == sorted(f"{n}.png" for n in [*names, "outcomes", "primary"])
+        names = ["coefficients", "cost", "differences", "filters", "outcomes", "primary"]
+        names += ["published"]
+        names += [f"{kind}_{k}_networks" for kind in ("curves", "cost_curves") for k in (2, 4)]
+        assert sorted(pictures) == sorted(f"{name}.png" for name in names)
         embedded = [
             base64.b64decode(source.partition(",")[2])
             for source in Page((out / "report.html").read_text()).loaded
@@ -172,7 +190,7 @@ class TestReport:
         (failed,) = results.rows.index[results.rows["status"] == "failed"]
         rows = {row["run"]: row for row in table_of(blocks, "run", "core-s")}
         assert rows[failed]["on"] == "failed"
-        assert rows[failed]["largest lr"] == rows[failed]["each member"] == "–"
+        assert rows[failed]["outcome"] == rows[failed]["each member"] == "–"
         errors = [b.texts for b in blocks if isinstance(b, Items)]
         assert ["dlr, K = 4, seed 3: weights are not finite"] in errors
         contrasts = table_of(blocks, "min. detectable")
@@ -191,8 +209,8 @@ class TestReport:
             {row["arm"]: row for row in table_of(blocks, column)}["graft, 4 networks"]
             for column in ("each seed", "uniform soup", "filters", "wall time, s")
         )
-        assert primary["mean ± std"] == spread("largest_lr_member", 2)
-        assert numbers(primary["each seed"]) == rows["largest_lr_member"].round(2).tolist()
+        assert primary["mean ± std"] == spread(plan().primary, 2)
+        assert numbers(primary["each seed"]) == rows[plan().primary].round(2).tolist()
         assert outcomes["ensemble"] == spread("ensemble", 2)
         assert outcomes["uniform soup, batch norm averaged"] == spread("uniform_soup_as_is", 2)
         assert filters["L1 norm below 0.1"] == spread("invalid_0.1", 1)
@@ -204,7 +222,7 @@ class TestReport:
         method, control = (
             results.rows.loc[
                 [run.key for run in state.comparison_runs if run.arm.label == label],
-                "largest_lr_member",
+                plan().primary,
             ].to_numpy()
             for label in ("graft, 2 networks", "no exchange, 2 networks")
         )
@@ -212,6 +230,45 @@ class TestReport:
         assert (row["method"], row["control"]) == ("graft, 2 networks", "no exchange")
         mean = np.mean(method - control)
         assert numbers(row["difference"])[0] == pytest.approx(mean, abs=0.005)
+
+    def test_tables_of_measurements_equal_the_rows(self, written: Written) -> None:
+        _, state, results, blocks = written
+        runs = [run for run in state.comparison_runs if run.arm.label == "graft, 4 networks"]
+        rows = results.rows.loc[[run.key for run in runs]]
+        calibration, apart, coefficients, cost = (
+            {row["arm"]: row for row in table_of(blocks, column)}["graft, 4 networks"]
+            for column in ("NLL, members", "disagreement, %", "median", "moved, MB")
+        )
+        assert numbers(calibration["NLL, members"])[0] == round(rows["nll"].mean(), 3)
+        assert calibration["delivers"] == "member"
+        assert numbers(apart["disagreement, %"])[0] == round(rows["disagreement"].mean(), 2)
+        assert float(coefficients["95%"]) == rows["coefficient_95"].mean()
+        assert float(cost["moved, MB"]) == pytest.approx(rows["bytes_moved"].mean() / 1e6)
+        assert float(cost["images seen, million"]) == rows["images_seen"].mean() / 1e6
+        assert (cost["heals"], cost["diverged runs"]) == ("0", "0")
+
+    def test_head_names_the_setting(self, written: Written) -> None:
+        blocks = written[3]
+        (index,) = (i for i, block in enumerate(blocks) if block == Heading(2, "Setting"))
+        assert index <= 3
+        setting = blocks[index + 1]
+        assert isinstance(setting, Items)
+        facts = dict(text.split(": ", 1) for text in setting.texts)
+        assert facts["data"] == "fashion-mini, all training images, all test images"
+        assert facts["model"] == "resnet20"
+        assert facts["training"].startswith("8 to 32 epochs, batch size 128")
+        assert facts["images seen by an arm"] == "160,000 to 320,000"
+        assert facts["optimizer steps of a network"] == "632 to 2,528"
+        assert "core" in facts["hardware"]
+        assert facts["seeds"].startswith("3. They share their training and test images")
+
+    def test_names_runs_that_two_tables_share(self, written: Written) -> None:
+        blocks = written[3]
+        (text,) = [
+            b.text for b in blocks if isinstance(b, Paragraph) and b.text.startswith("Both tables")
+        ]
+        assert "graft, 2 networks" in text
+        assert "one network" not in text
 
     def test_states_its_provenance(self, written: Written) -> None:
         out, _, _, blocks = written
@@ -243,17 +300,21 @@ class TestIncompleteReport:
         known = sum(run.key in results.rows.index for run in runs)
         assert numbers(text) == [known, len(runs), len(runs) - known]
         if share == 0:
-            assert overall_conclusion([]) == conclusions[0]
+            assert overall_conclusions([]) == conclusions[:1]
 
     def test_with_one_seed_and_one_network(self, tmp_path: Path) -> None:
         single = plan(seeds=[1], networks=[1], methods={"internal": None})
         state, results = carry_out(single, tmp_path, value_of)
         blocks, conclusions = build_report(state, results, [])
-        assert overall_conclusion([]) == conclusions[0]
+        assert overall_conclusions([]) == conclusions[:1]
         (row,) = table_of(blocks, "min. detectable")
         assert (row["n"], row["p (Holm)"], row["conclusion"]) == ("1", "–", "no conclusion")
 
-    def test_during_and_after_a_search(self, tmp_path: Path) -> None:
+    def test_during_and_after_a_search(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (report, measured_sections):
+            monkeypatch.setattr(module, "png", lambda figure: PNG)  # drawn by other tests
         search = {
             "recipes": {"plain": None, "fast": {"optim.lr": 0.4}, "many": {"networks": 3}},
             "seeds": [0],
@@ -282,11 +343,101 @@ class TestIncompleteReport:
             table_of(blocks, "min. detectable")
 
 
+def test_superseded_rows_are_shown_with_the_reason(tmp_path: Path) -> None:
+    small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    assert superseded(state, results, small.primary) == []
+    first, second = state.comparison_runs[:2]
+    results.add(made_up_row(first, 90.0) | {"finished": "later"})
+    results.add(made_up_row(second, 0.0, error="out of memory"))
+    results.add(made_up_row(second, 91.0))
+    (row,) = [
+        row
+        for row in table_of(superseded(state, results, small.primary), "before")
+        if row["arm"] == first.arm.name and row["seed"] == str(first.seed)
+    ]
+    assert numbers(row["before"])[0] == pytest.approx(value_of(first), abs=0.006)
+    assert row["after"].startswith("90.00 (later, ")
+    assert row["reason"] == "no reason given"
+    reasons = [r["reason"] for r in table_of(superseded(state, results, small.primary), "before")]
+    assert sorted(reasons) == ["no reason given"] * 2 + ["retried after a failure"]
+    results.all_rows = results.all_rows.assign(reason="a bug in the schedule")
+    rows = table_of(superseded(state, results, small.primary), "before")
+    assert {row["reason"] for row in rows} == {"a bug in the schedule"}
+
+
+def test_diverged_runs_count(tmp_path: Path) -> None:
+    small = plan(networks=[2], methods={"average": None}, recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    run = state.comparison_runs[0]
+    results.rows.loc[run.key, ["status", "largest_lr_member"]] = ["diverged", 10.0]
+    found = arm_result(run.arm, small.seeds, results.rows)
+    assert found.diverged == [run.seed]
+    assert found.values("largest_lr_member")[run.seed] == 10.0
+    assert len(found.rows) == 3
+    assert found.failed == []
+
+
+def test_seeds_with_their_own_images_are_named() -> None:
+    shared = image_sampling(DataConfig())
+    assert "do not cover" in shared
+    assert "held out" not in shared
+    assert "held out" in image_sampling(DataConfig(val_fraction=0.1))
+
+
+class TestPublished:
+    def test_gains_are_differences_of_published_accuracies(self) -> None:
+        found = {(p.method, p.setting): p.gain for p in read_published()}
+        assert found["graft", "CIFAR-10, ResNet-32, 2 networks"] == 0.5
+        assert found["papa", "ImageNet, various models"] == 1.6
+        assert {p.method for p in read_published()} <= set(BUILT_IN)
+        assert all("arXiv" in p.source for p in read_published())
+
+    def test_only_methods_of_the_same_name_are_shown(self) -> None:
+        (*_, text, picture, sources) = beside_published(
+            [contrast(BETTER), contrast(UNCLEAR, method=arm("sharp"))]
+        )
+        assert isinstance(picture, Picture)
+        assert isinstance(text, Paragraph)
+        assert text.text.endswith("No published gain is on file for: sharp.")
+        assert isinstance(sources, Items)
+        assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
+        assert beside_published([contrast(UNCLEAR, method=arm("sharp"))]) == []
+
+
+class TestPlots:
+    @pytest.mark.parametrize("differences", [[-0.5, 0.5], [-0.1, 0.1, 0.05]])
+    def test_clipped_intervals_end_in_arrows(self, differences: list[float]) -> None:
+        result = contrast(differences)
+        for figure in (plots.differences([result]), plots.forest([result], [("a", "b", 0.1)])):
+            (axes,) = figure.axes
+            low, high = axes.get_xlim()
+            assert result.half_width is not None
+            clipped = {
+                "<": result.test.mean - result.half_width < low,
+                ">": result.test.mean + result.half_width > high,
+            }
+            markers = [line.get_marker() for line in axes.lines]
+            assert {marker: marker in markers for marker in clipped} == clipped
+        assert any(clipped.values()) == (len(differences) == 2)
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_filter_plot_says_that_none_is_invalid(self, count: int) -> None:
+        rows = pd.DataFrame({"filters": [100, 100], "invalid_0.1": [0, count]})
+        result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
+        figure = plots.invalid_filters([result], {"invalid_0.1": "below 0.1"})
+        assert isinstance(figure, Figure)
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts == ([] if count else ["no filter is invalid in any run"])
+
+
 # Verdicts
 
 
 def arm(name: str) -> Arm:
-    return Arm(name=name, role="method", networks=4, group=4, options={})
+    """An arm whose training differs from that of arms with other names."""
+    options = {"epochs": 1 + zlib.crc32(name.encode()) % 10_000}
+    return Arm(name=name, role="method", networks=4, group=4, options=options)
 
 
 GRAFT, PAPA = arm("graft"), arm("papa")
@@ -298,23 +449,29 @@ def contrast(
     method: Arm = GRAFT,
     control: str = "no exchange",
     planned: int | None = None,
+    margin: float = 0.3,
+    failed: dict[str, str] | None = None,
 ) -> ContrastResult:
-    """Result of the only contrast of a table."""
+    """Result of the only contrast of a table; `failed` has the reason by name of an arm."""
     test = paired_test(differences)
     (decision,) = holm([test.p])
     outcome = "largest_lr_member"
+    made = Contrast(
+        method=method,
+        control=arm(control),
+        control_name=control,
+        outcome=outcome,
+        control_outcome=outcome,
+    )
+    keys = {method.name: method.key, control: made.control.key}
     return ContrastResult(
-        contrast=Contrast(
-            method=method,
-            control=arm(control),
-            control_name=control,
-            outcome=outcome,
-            control_outcome=outcome,
-        ),
+        contrast=made,
         differences=pd.Series(differences),
         planned=len(differences) if planned is None else planned,
         test=test,
         decision=decision,
+        margin=margin,
+        failed={keys[name]: reason for name, reason in (failed or {}).items()},
     )
 
 
@@ -328,6 +485,7 @@ BETTER, WORSE, UNCLEAR = [0.5, 0.6, 0.55, 0.4], [-0.5, -0.6, -0.55, -0.4], [-0.4
         ([0.5, 0.6, 0.55, 0.4, 0.45], 5, "better", [0.5, 0.098, 5]),
         ([-5.0, -6.0, -5.5], 3, "worse", [-5.5, 1.2, 3]),
         ([0.5, 0.6, 0.55, 0.4], 5, "better", [0.51, 0.14, 4, 5]),
+        ([0.01, -0.02, 0.03, -0.01], 4, "no difference shown", [0.002, 0.035, 4, 0.3]),
         ([0.3], 1, "no conclusion", [1, 0.3]),
         ([0.0, 0.0, 0.0], 3, "no difference shown", [0.0, 3]),
         ([0.1, 0.1, 0.1], 3, "no difference shown", [0.1, 3]),
@@ -343,41 +501,67 @@ def test_verdict_and_its_numbers(
     assert numbers(findings(result)) == printed
 
 
-@pytest.mark.parametrize(
-    ("results", "printed", "named"),
-    [
-        ([contrast(UNCLEAR)], [], []),
-        ([contrast(UNCLEAR), contrast(UNCLEAR)], [2], []),
-        ([contrast(BETTER), contrast(UNCLEAR)], [1, 2, 4], ["Better", GRAFT.label]),
-        (
-            [contrast(BETTER), contrast(WORSE, method=PAPA)],
-            [1, 2, 4, 1, 2, 4],
-            ["Better", GRAFT.label, "Worse", PAPA.label],
-        ),
-        ([contrast([0.3])], [], ["No conclusion"]),
-        ([], [], ["No conclusion"]),
-    ],
-)
-def test_overall_conclusion(
-    results: list[ContrastResult], printed: list[float], named: list[str]
-) -> None:
-    text = overall_conclusion(results)
-    assert numbers(text) == printed
-    assert (
-        re.findall("Better|Worse|No conclusion|graft, 4 networks|papa, 4 networks", text) == named
-    )
+@pytest.mark.parametrize("differences", [BETTER, WORSE, UNCLEAR, [0.3], [], [0.1, 0.1]])
+@pytest.mark.parametrize("failed", ["graft", "no exchange"])
+def test_a_failed_check_leaves_no_other_verdict(differences: list[float], failed: str) -> None:
+    result = contrast(differences, failed={failed: "soup 70 points below"})
+    assert verdict(result) == "not tested"
+    text = conclusion(result)
+    assert "not tested: " in text
+    assert "soup 70 points below" in text
+    others = ("better", "worse", "no difference", "no conclusion", "equivalent")
+    assert not any(word in text for word in others)
 
 
-def test_caveats_name_the_controls_that_a_better_method_does_not_beat() -> None:
-    secondary = [
-        contrast(UNCLEAR, control="shuffled"),
-        contrast(BETTER, control="constant"),
-        contrast(WORSE, control="one network, 4 x epochs"),
-        contrast(UNCLEAR, control="wash", method=PAPA),
-    ]
-    texts = caveats([contrast(BETTER), contrast(UNCLEAR, method=PAPA)], secondary)
-    assert [text.partition(": ")[2] for text in texts] == ["shuffled.", "one network, 4 x epochs."]
-    assert all(text.startswith(GRAFT.label) for text in texts)
+def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:
+    """What each sentence of the summary says about which arms."""
+    pattern = "worse|better|No difference|No conclusion|not tested|graft, 4|papa, 4"
+    sentences = overall_conclusions(results, list(secondary))
+    return [" ".join(re.findall(pattern, text)) for text in sentences]
+
+
+class TestSummary:
+    def test_without_pairs(self) -> None:
+        assert summary() == summary(contrast([0.3])) == ["No conclusion"]
+
+    def test_names_what_is_worse_before_what_is_better(self) -> None:
+        better, worse = contrast(BETTER), contrast(WORSE, method=PAPA)
+        assert summary(better, worse) == ["papa, 4 worse", "graft, 4 better"]
+
+    def test_better_never_stands_above_worse_than_another_control(self) -> None:
+        long = contrast(WORSE, control="one network, 4 x epochs")
+        assert summary(contrast(BETTER), secondary=[long]) == ["graft, 4 worse", "graft, 4 better"]
+
+    def test_worse_than_every_control(self) -> None:
+        long = contrast(WORSE, control="one network, 4 x epochs")
+        (text,) = overall_conclusions([contrast(WORSE)], [long])
+        assert text.endswith("every control: no exchange (−0.51); one network, 4 x epochs (−0.51).")
+
+    def test_better_names_controls_without_a_shown_difference(self) -> None:
+        secondary = [
+            contrast(UNCLEAR, control="shuffled"),
+            contrast(BETTER, control="constant"),
+            contrast(UNCLEAR, control="of papa", method=PAPA),
+        ]
+        text, _ = overall_conclusions([contrast(BETTER), contrast(UNCLEAR, method=PAPA)], secondary)
+        assert text.endswith("not shown to differ from: shuffled.")
+
+    def test_failed_check_of_a_method(self) -> None:
+        failed = contrast(BETTER, method=PAPA, failed={"papa": "its soup is at chance"})
+        unclear = contrast(UNCLEAR)
+        assert summary(unclear, failed) == ["papa, 4 not tested", "No difference graft, 4"]
+        assert summary(failed) == ["papa, 4 not tested"]
+
+    def test_failed_check_of_a_control_keeps_the_differences_in_sight(self) -> None:
+        control = "one network, 4 x epochs"
+        secondary = [
+            contrast(values, control=control, method=method, failed={control: "under-trained"})
+            for values, method in ((WORSE, GRAFT), (BETTER, PAPA))
+        ]
+        first, *_ = overall_conclusions([contrast(UNCLEAR)], secondary)
+        assert first == (
+            "one network, 4 x epochs: under-trained; methods differ from it by −0.5 to +0.5 points."
+        )
 
 
 # Numbers and rendering

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dist_graft.studies.statistics import (
+    equivalence_p,
     half_width,
     holm,
     minimum_detectable_difference,
     paired_test,
+    seeds_needed,
 )
 
 
@@ -169,3 +171,50 @@ class TestWidths:
     def test_minimum_detectable_difference_exceeds_the_half_width(self) -> None:
         for n in range(2, 12):
             assert minimum_detectable_difference(n, 1.0, 0.05) > half_width(n, 1.0, 0.05)
+
+
+class TestEquivalence:
+    @pytest.mark.parametrize("mean", [-0.5, -0.31, -0.1, 0.0, 0.2, 0.3, 0.9])
+    @pytest.mark.parametrize("n", [2, 5, 12])
+    def test_is_the_larger_of_two_one_sided_tests(self, n: int, mean: float) -> None:
+        values = np.linspace(-1, 1, n) * 0.2
+        values += mean
+        low = stats.ttest_1samp(values, -0.3, alternative="greater").pvalue
+        high = stats.ttest_1samp(values, 0.3, alternative="less").pvalue
+        p = equivalence_p(n, float(values.mean()), float(values.std(ddof=1)), 0.3)
+        assert_near(p, float(max(low, high)))
+
+    @pytest.mark.parametrize("mean", [0.0, 0.1, 0.14, 0.15, 0.2])
+    def test_is_shown_exactly_if_the_90_percent_interval_is_inside(self, mean: float) -> None:
+        inside = abs(mean) + half_width(10, 0.25, 0.1) < 0.3
+        assert (equivalence_p(10, mean, 0.25, 0.3) < 0.05) == inside
+
+    def test_both_answers_occur_above(self) -> None:
+        assert equivalence_p(10, 0.0, 0.25, 0.3) < 0.05 < equivalence_p(10, 0.2, 0.25, 0.3)
+
+
+class TestSeedsNeeded:
+    @pytest.mark.parametrize(
+        ("deviation", "effect"), [(0.48, 0.3), (0.34, 0.3), (0.1, 0.3), (1.0, 0.3), (0.3, 2.0)]
+    )
+    @pytest.mark.parametrize(("power", "alpha"), [(0.8, 0.05), (0.91, 0.05), (0.8, 0.005)])
+    def test_is_the_first_number_whose_detectable_difference_is_small_enough(
+        self, deviation: float, effect: float, power: float, alpha: float
+    ) -> None:
+        n = seeds_needed(deviation, effect, power, alpha)
+        assert minimum_detectable_difference(n, deviation, alpha, power) <= effect * (1 + 1e-6)
+        if n > 2:
+            fewer = minimum_detectable_difference(n - 1, deviation, alpha, power)
+            assert fewer > effect * (1 - 1e-6)
+
+    def test_textbook_value(self) -> None:
+        # Cohen's d = 0.5, two-sided 5%, power 80%: 34 pairs (G*Power, two dependent means)
+        assert seeds_needed(1.0, 0.5) == 34
+
+    def test_needs_two_seeds_without_variation(self) -> None:
+        assert seeds_needed(0.0, 0.3) == 2
+
+    @pytest.mark.parametrize(("deviation", "effect"), [(0.3, 0.0), (-0.1, 0.3), (math.nan, 0.3)])
+    def test_rejects_what_has_no_answer(self, deviation: float, effect: float) -> None:
+        with pytest.raises(ValueError, match="effect must be above 0"):
+            seeds_needed(deviation, effect)

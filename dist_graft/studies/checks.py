@@ -1,0 +1,212 @@
+"""Checks whether the training regime let an arm of a comparison act at all.
+
+An arm that fails its check was not tested: its contrasts have no other verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from dist_graft.config import TrainConfig
+from dist_graft.studies.controls import ONE_NETWORK, Arm, Design
+from dist_graft.studies.measurements import NEAR_HALF, delivers_soup
+from dist_graft.studies.statistics import ArmResult
+from dist_graft.studies.train_options import has_exchange
+from dist_graft.training.data.sources import DATASET_INFO
+
+SOUP_MARGIN = 1.0
+"""Percentage points by which a soup may be below the mean of its members."""
+SATURATION_MARGIN = 0.3
+"""Percentage points that the last quarter of a long training may add."""
+FEW_INVALID = 3.0
+"""Percentage of invalid filters below which there is little to re-activate."""
+NEAR_CHANCE = 2.0
+"""An arm is near chance below this many times chance accuracy."""
+_ROUNDING = 1e-6  # results.csv has six digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Result of an arm's checks."""
+
+    arm: Arm
+    failures: Sequence[str] = ()
+    """Why the arm was not tested, with numbers; empty if it counts."""
+    warnings: Sequence[str] = ()
+    facts: Sequence[str] = ()
+    """What was measured, where neither of the above says it."""
+
+    @property
+    def not_tested(self) -> str | None:
+        """The failures as one text; None if the arm counts."""
+        return "; ".join(self.failures) or None
+
+
+def check_arms(
+    design: Design, arms: Sequence[ArmResult], curves: pd.DataFrame, outcome: str
+) -> list[Check]:
+    """Check every arm that has runs.
+
+    Args:
+        design: of the comparison.
+        arms: results of its arms, in order.
+        curves: learning curves, as `Results.curves`.
+        outcome: primary outcome.
+
+    Returns: one check per arm with a finding.
+    """
+    without = {
+        contrast.method.key: contrast.control
+        for contrast in (*design.primary, *design.secondary)
+        if not has_exchange(contrast.control.config(0), contrast.control.networks)
+        and contrast.control_name.startswith("no exchange")
+    }
+    results = {result.arm.key: result for result in arms}
+    checks = []
+    for result in arms:
+        if result.rows.empty:
+            continue
+        config = result.arm.config(0)
+        parts = [check_chance(result, outcome)]
+        if result.arm.name.startswith(ONE_NETWORK) and result.arm.role == "control":
+            parts.append(check_saturation(result, curves))
+        if result.arm.networks > 1 and delivered_model(result) == "soup":
+            parts.append(check_soup(result))
+        if result.arm.role == "method" and _reactivates(config, result.arm.networks):
+            control = without.get(result.arm.key)
+            parts.append(check_reactivation(result, results.get(control.key) if control else None))
+            if config.graft.source == "external":
+                parts.append(check_coefficients(result))
+        merged = Check(
+            arm=result.arm,
+            failures=[text for part in parts for text in part.failures],
+            warnings=[text for part in parts for text in part.warnings],
+            facts=[text for part in parts for text in part.facts],
+        )
+        if merged.failures or merged.warnings or merged.facts:
+            checks.append(merged)
+    return checks
+
+
+def delivered_model(result: ArmResult) -> str:
+    """What the arm delivers: member, soup, or another word of its rows."""
+    if "delivers" in result.rows and not result.rows.empty:
+        return str(result.rows["delivers"].iloc[0])
+    config = result.arm.config(0)
+    soup = has_exchange(config, result.arm.networks) and delivers_soup(config)
+    return "soup" if soup else "member"
+
+
+def check_soup(result: ArmResult) -> Check:
+    """A method that delivers a soup must form one: within 1 point of the mean member."""
+    strength = _strength(result)
+    behind = (result.values("mean_of_members") - result.values("uniform_soup")).dropna()
+    if behind.empty:
+        return Check(arm=result.arm, failures=["its soup was not evaluated", *strength])
+    gap = float(behind.mean())
+    if gap > SOUP_MARGIN:
+        text = (
+            f"its soup is {gap:.1f} points below the mean member (margin {SOUP_MARGIN:g}), so the "
+            "networks did not come together"
+        )
+        return Check(arm=result.arm, failures=[", ".join([text, *strength])])
+    where = "above" if gap < 0 else "below"
+    text = f"soup {abs(gap):.2f} points {where} the mean member"
+    return Check(arm=result.arm, facts=[", ".join([text, *strength])])
+
+
+def _strength(result: ArmResult) -> list[str]:
+    """How much a method that delivers a soup pulled or moved."""
+    return [
+        f"{text} {result.mean(column):.3g}{unit}"
+        for column, text, unit in (
+            ("cumulative_pull", "cumulative pull", " e-folds"),
+            ("moves_per_scalar", "moves per scalar", ""),
+        )
+        if len(result.values(column))
+    ]
+
+
+def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) -> Check:
+    """Grafting needs invalid filters in the same population without exchange."""
+    shares = pd.Series(dtype="float64")
+    if without_exchange:
+        invalid, filters = (without_exchange.values(name) for name in ("invalid_0.1", "filters"))
+        shares = 100 * invalid / filters
+    if shares.empty:
+        text = "invalid filters without exchange were not counted"
+        return Check(arm=result.arm, warnings=[text])
+    share = float(shares.mean())
+    if share == 0:
+        text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
+        return Check(arm=result.arm, failures=[text])
+    text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1)"
+    if share < FEW_INVALID:
+        return Check(arm=result.arm, warnings=[f"{text}: there is little to re-activate"])
+    return Check(arm=result.arm, facts=[text])
+
+
+def check_coefficients(result: ArmResult) -> Check:
+    """Coefficients must leave 1/2, or the method is an average of neighbors."""
+    low, high = result.values("coefficient_min"), result.values("coefficient_max")
+    if low.empty:
+        return Check(arm=result.arm, warnings=["its coefficients were not measured"])
+    middle = ", ".join(
+        f"{result.mean(f'coefficient_{name}'):.3f} ({text})"
+        for name, text in (("5", "5%"), ("median", "median"), ("95", "95%"))
+    )
+    text = (
+        f"coefficients {low.min():.3f} to {high.max():.3f}, {middle}; "
+        f"{result.mean('coefficient_near_half'):.0f} % within {NEAR_HALF:g} of 1/2"
+    )
+    if max(0.5 - low.min(), high.max() - 0.5) < NEAR_HALF + _ROUNDING:
+        return Check(arm=result.arm, failures=[f"{text}: the layers' information has no effect"])
+    return Check(arm=result.arm, facts=[text])
+
+
+def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
+    """The last quarter of a long training must add little; otherwise every run is too short."""
+    points = curves[curves["key"].isin(result.rows["key"])]
+    if points.empty:
+        return Check(arm=result.arm, warnings=["its learning curve is missing"])
+    accuracy = points.groupby("epoch")["mean_of_members"].mean()
+    epochs = len(accuracy)
+    if epochs < 4:
+        return Check(
+            arm=result.arm, failures=[f"under-trained regime: {epochs} epochs have no last quarter"]
+        )
+    added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
+    text = f"the last quarter of its training added {added:.2f} points"
+    if added >= SATURATION_MARGIN:
+        text = f"under-trained regime: {text} (margin {SATURATION_MARGIN:g})"
+        return Check(arm=result.arm, failures=[text])
+    return Check(arm=result.arm, facts=[text])
+
+
+def check_chance(result: ArmResult, outcome: str) -> Check:
+    """Warn about an arm whose primary outcome is near chance, or that diverged."""
+    warnings = []
+    info = DATASET_INFO.get(result.arm.config(0).data.name)
+    accuracy = result.mean(outcome)
+    if info and accuracy < NEAR_CHANCE * 100 / info.num_classes:
+        chance = 100 / info.num_classes
+        warnings.append(f"accuracy {accuracy:.1f} % is near chance ({chance:g} %)")
+    if diverged := result.diverged:
+        seeds = ", ".join(map(str, diverged))
+        warnings.append(f"diverged with seed {seeds}, which counts as chance accuracy")
+    if heals := int(result.values("heals").sum()):
+        warnings.append(f"{heals} times, a network that was not finite copied another one")
+    return Check(arm=result.arm, warnings=warnings)
+
+
+def _reactivates(config: TrainConfig, networks: int) -> bool:
+    """Whether a method grafts by a criterion; constant coefficients are plain averages."""
+    return (
+        config.method == "graft"
+        and config.graft.rule is None
+        and config.graft.criterion != "constant"
+        and has_exchange(config, networks)
+    )

@@ -1,0 +1,348 @@
+"""Sections of a report about what was measured besides accuracy, and about where it comes from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from dist_graft.plot_style import png
+from dist_graft.studies import plots
+from dist_graft.studies.checks import (
+    FEW_INVALID,
+    SATURATION_MARGIN,
+    SOUP_MARGIN,
+    Check,
+    delivered_model,
+)
+from dist_graft.studies.conclusions import format_number, format_spread
+from dist_graft.studies.measurements import NEAR_HALF
+from dist_graft.studies.records import Results, Start
+from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
+from dist_graft.studies.selection import StudyState
+from dist_graft.studies.statistics import ArmResult, ContrastResult
+
+_CALIBRATION_HEADERS = {
+    "nll": "NLL, members",
+    "soup_nll": "NLL, soup",
+    "ensemble_nll": "NLL, ensemble",
+    "calibration_error": "calibration error, members, %",
+    "soup_calibration_error": "soup, %",
+    "ensemble_calibration_error": "ensemble, %",
+}
+_DIFFERENCE_HEADERS = {"disagreement": "disagreement, %", "barrier": "loss barrier, nats"}
+
+
+# Setting and checks
+
+
+def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start]) -> list[Block]:
+    """Data, model, length and hardware: the head of the report."""
+    config = arms[0].arm.config(state.confirmed.test_seeds[0])
+    data, epochs = config.data, sorted({arm.arm.config(0).epochs for arm in arms})
+    images = "all" if data.train_samples is None else f"the first {data.train_samples:,}"
+    tested = "all test images"
+    if data.test_samples is not None:
+        tested = f"only the first {data.test_samples:,} test images, set by the plan"
+    lines = [
+        f"data: {data.name}, {images} training images, {tested}",
+        f"model: {config.model.name}",
+        f"training: {' to '.join(map(str, sorted({epochs[0], epochs[-1]})))} epochs, batch size "
+        f"{data.batch_size}, weight decay {config.optim.weight_decay:g}",
+    ]
+    for column, text in (
+        ("steps", "optimizer steps of a network"),
+        ("images_seen", "images seen by an arm"),
+    ):
+        values = [value for arm in arms for value in arm.values(column)]
+        if values:
+            low, high = min(values), max(values)
+            lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
+    if getattr(state.confirmed, "rates", None) == []:
+        lines.append("learning rates: given by the plan, not tuned")
+    hardware = dict.fromkeys(start.hardware for start in starts)
+    lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
+    lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
+    return [Items(lines)]
+
+
+def image_sampling(data: Any) -> str:
+    """Say which training images the seeds share, and so what the intervals do not cover."""
+    if getattr(data, "subset_seed", None) is not None:
+        return "Each seed trains on a training subset of its own, so the intervals cover its choice"
+    varied = "initial weights, data order and augmentation"
+    if data.val_fraction > 0:
+        varied += ", and in the images held out for validation"
+    return (
+        f"They share their training and test images and differ in {varied}: the intervals do not "
+        "cover the choice of images"
+    )
+
+
+def check_section(checks: Sequence[Check]) -> list[Block]:
+    """Whether each arm was tested, with the numbers."""
+    if not checks:
+        return []
+    rows = [
+        (check.arm.label, word, text)
+        for check in checks
+        for word, texts in (
+            ("not tested", check.failures),
+            ("warning", check.warnings),
+            ("passed", check.facts),
+        )
+        for text in texts
+    ]
+    return [
+        Heading(2, "Was it tested?"),
+        Paragraph(
+            "An arm that fails its check has no verdict. A method that delivers a soup must form "
+            f"one within {SOUP_MARGIN:g} point of the mean member. Grafting needs invalid filters "
+            f"in the population without exchange (a warning below {FEW_INVALID:g} %) and "
+            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}. The last quarter of the long "
+            f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
+            "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
+            "check is strict."
+        ),
+        Table(("arm", "result", "numbers"), rows),
+    ]
+
+
+# Measurements
+
+
+def calibration(arms: Sequence[ArmResult]) -> list[Block]:
+    """Likelihood and calibration of members, soups and ensembles."""
+    headers = _measured(_CALIBRATION_HEADERS, arms)
+    if not headers:
+        return []
+    rows = [
+        (
+            arm.arm.label,
+            delivered_model(arm),
+            *(format_spread(arm.values(name), 3 if "nll" in name else 2) for name in headers),
+        )
+        for arm in arms
+        if any(len(arm.values(name)) for name in headers)
+    ]
+    return [
+        Heading(2, "Likelihood and calibration"),
+        Paragraph(
+            "Negative log-likelihood (NLL) in nats and expected calibration error (15 equal-width "
+            "bins, arXiv 1706.04599) on the test set, mean ± standard deviation over the seeds. "
+            "Lower is better. Soups have re-estimated batch norm statistics."
+        ),
+        Table(("arm", "delivers", *headers.values()), rows),
+    ]
+
+
+def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
+    """How far the members of a population are apart."""
+    headers = _measured(_DIFFERENCE_HEADERS, arms)
+    if not headers:
+        return []
+    rows = [
+        (
+            arm.arm.label,
+            *(format_spread(arm.values(name), 3 if name == "barrier" else 2) for name in headers),
+        )
+        for arm in arms
+        if any(len(arm.values(name)) for name in headers)
+    ]
+    return [
+        Heading(2, "Differences between the members"),
+        Paragraph(
+            "After the last round. Disagreement: percentage of test images for which two members "
+            "predict different classes, mean over all pairs. Loss barrier (arXiv 1912.05671): how "
+            "far the training loss on the line between two neighbors on the ring exceeds the line "
+            "between their losses, with re-estimated batch norm statistics, mean over the "
+            "neighbors. Without a barrier, weights can be averaged."
+        ),
+        Table(("arm", *headers.values()), rows),
+    ]
+
+
+def coefficients(arms: Sequence[ArmResult]) -> list[Block]:
+    """Coefficients of the grafting arms: their spread, and their course over the epochs."""
+    shown = [arm for arm in arms if len(arm.values("coefficient_median"))]
+    if not shown:
+        return []
+    names = ("min", "5", "median", "95", "max")
+    rows = [
+        (
+            arm.arm.label,
+            *(f"{arm.mean(f'coefficient_{name}'):.3f}" for name in names),
+            f"{arm.mean('coefficient_near_half'):.0f} %",
+        )
+        for arm in shown
+    ]
+    header = ("arm", "min", "5%", "median", "95%", "max", f"within {NEAR_HALF:g} of 1/2")
+    blocks: list[Block] = [
+        Heading(2, "Coefficients"),
+        Paragraph(
+            "Share of its weights that a network keeps in the last round of an epoch, over all "
+            "networks, graft units and epochs; mean over the seeds."
+        ),
+        Table(header, rows),
+    ]
+    if any(any(arm.rows["coefficients_median"]) for arm in shown):
+        caption = "Coefficients of the rounds: median, and a band from 5% to 95%."
+        blocks.append(Picture("coefficients", png(plots.coefficients(shown)), caption))
+    return blocks
+
+
+def costs(arms: Sequence[ArmResult]) -> list[Block]:
+    """Time, images, rounds, bytes and heals of each arm."""
+    trained = [arm for arm in arms if len(arm.rows)]
+    if not trained:
+        return []
+    columns = {
+        "wall_seconds": ("wall time, s", 1.0, 1),
+        "core_seconds": ("CPU time, core-s", 1.0, 1),
+        "images_seen": ("images seen, million", 1e-6, 2),
+        "steps": ("steps", 1.0, 0),
+        "rounds": ("rounds", 1.0, 0),
+        "bytes_moved": ("moved, MB", 1e-6, 1),
+    }
+    columns = {
+        name: column
+        for name, column in columns.items()
+        if any(len(arm.values(name)) for arm in trained)
+    }
+    healed = any(len(arm.values("heals")) for arm in trained)
+    rows = [
+        (
+            arm.arm.label,
+            *(
+                format_spread(arm.values(name) * factor, digits)
+                if name.endswith("seconds")
+                else format_number(arm.mean(name) * factor, digits)
+                for name, (_, factor, digits) in columns.items()
+            ),
+            *((str(int(arm.values("heals").sum())),) if healed else ()),
+            str(len(arm.diverged)),
+        )
+        for arm in trained
+    ]
+    header = (
+        "arm",
+        *(text for text, _, _ in columns.values()),
+        *(("heals",) if healed else ()),
+        "diverged runs",
+    )
+    return [
+        Heading(2, "Cost"),
+        Paragraph(
+            "To train the whole population once, startup and evaluation included: mean (± standard "
+            "deviation) over the seeds. Wall time depends on the load of the machine. Moved: bytes "
+            "that the networks received in all rounds. Heals: how often a network that was not "
+            "finite copied another one, sum over the seeds. Diverged runs count with chance "
+            "accuracy."
+        ),
+        Table(header, rows),
+        Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
+    ]
+
+
+# Other sources
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published gain of a method over its authors' baseline."""
+
+    method: str
+    setting: str
+    """Data, model and number of networks."""
+    gain: float
+    """Percentage points."""
+    source: str
+
+
+def read_published() -> list[Published]:
+    """Return the published gains, method by method, from published.yaml."""
+    content = yaml.safe_load(files("dist_graft.studies").joinpath("published.yaml").read_text())
+    found = []
+    for method, entry in content.items():
+        for result in entry["results"]:
+            gain = result.get("gain")
+            if gain is None:
+                gain = round(result["accuracy"] - result["baseline"], 2)
+            text = f"{result['data']}, {result['model']}"
+            if networks := result.get("networks"):
+                text += f", {networks} network{'s' if networks > 1 else ''}"
+            found.append(Published(method, text, gain, entry["source"]))
+    return found
+
+
+def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
+    """Differences of this comparison beside the published gains of methods of the same name."""
+    names = {result.contrast.method.name for result in primary}
+    published = [gain for gain in read_published() if gain.method in names]
+    shown = [result for result in primary if result.test.n]
+    if not published or not shown:
+        return []
+    absent = sorted(names - {gain.method for gain in published})
+    text = (
+        "Published gains are over the authors' own baselines, on other data and models, at other "
+        "lengths, and most without an interval. They are no prediction for this comparison."
+    )
+    if absent:
+        text += f" No published gain is on file for: {', '.join(absent)}."
+    return [
+        Heading(2, "Published gains"),
+        Paragraph(text),
+        Picture(
+            "published",
+            png(plots.forest(shown, [(g.method, g.setting, g.gain) for g in published])),
+            "Differences of this comparison with 95% intervals (black), and published gains of "
+            "methods of the same name (orange).",
+        ),
+        Items(list(dict.fromkeys(f"{gain.method}: {gain.source}" for gain in published))),
+    ]
+
+
+def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]:
+    """Rows that later rows replaced, both with their outcome, and why."""
+    keys = {run.key for run in state.all_runs}
+    table = []
+    for key, attempts in results.all_rows.groupby("key", sort=False):
+        if key not in keys:
+            continue
+        for old, new in itertools.pairwise(attempts.to_dict("records")):
+            failed = "retried after a failure" if old["status"] == "failed" else "no reason given"
+            table.append(
+                (
+                    *(str(old[name]) for name in ("arm", "networks", "seed", "split")),
+                    _attempt(old, outcome),
+                    _attempt(new, outcome),
+                    str(new.get("reason") or failed),
+                )
+            )
+    if not table:
+        return []
+    return [
+        Heading(2, "Superseded runs"),
+        Paragraph(
+            "Rows of results.csv that a later row of the same run replaced. Only the last row of a "
+            "run counts. The primary outcome in percent, with finishing time and commit."
+        ),
+        Table(("arm", "K", "seed", "on", "before", "after", "reason"), table),
+    ]
+
+
+def _attempt(row: Mapping[Any, Any], outcome: str) -> str:
+    """Outcome of a row, and when and from which commit it came."""
+    result = row["status"] if row["status"] == "failed" else format_number(row.get(outcome))
+    return f"{result} ({row['finished']}, {str(row['commit'])[:8] or 'no commit'})"
+
+
+def _measured(headers: dict[str, str], arms: Sequence[ArmResult]) -> dict[str, str]:
+    """The columns that at least one arm has."""
+    return {
+        name: text for name, text in headers.items() if any(len(arm.values(name)) for arm in arms)
+    }

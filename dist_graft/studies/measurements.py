@@ -1,0 +1,173 @@
+"""Measurements of a finished run, read from its files: columns of results.csv."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_graft.analysis.run_files import read_json
+from dist_graft.config import TrainConfig
+from dist_graft.grafting.rules import RULES
+from dist_graft.grafting.rules.papa import PapaConfig
+from dist_graft.grafting.rules.wash import WashConfig
+from dist_graft.run_directory import RunDirectory
+from dist_graft.studies.controls import Run
+from dist_graft.studies.train_options import has_exchange
+
+NEAR_HALF = 0.02
+"""Coefficients this close to 1/2 make a layer a plain average of recipient and donor."""
+
+MEASURED: Mapping[str, str] = {
+    # Of the test set: mean over the members, ensemble, and uniform soup
+    **dict.fromkeys(("nll", "ensemble_nll", "soup_nll"), "float64"),
+    **dict.fromkeys(
+        ("calibration_error", "ensemble_calibration_error", "soup_calibration_error"), "float64"
+    ),
+    "disagreement": "float64",
+    "barrier": "float64",
+    **dict.fromkeys(
+        (
+            *("coefficient_min", "coefficient_5", "coefficient_median", "coefficient_95"),
+            *("coefficient_max", "coefficient_near_half"),
+        ),
+        "float64",
+    ),
+    # Per epoch, separated by spaces; nan in an epoch without a round
+    **dict.fromkeys(
+        ("coefficients_5", "coefficients_median", "coefficients_95"),
+        "str",
+    ),
+    **dict.fromkeys(("cumulative_pull", "moves_per_scalar"), "float64"),
+    **dict.fromkeys(("rounds", "heals", "bytes_moved"), "Int64"),
+}
+"""Columns with their dtypes; empty: not measured. See docs/compare.md for their meaning."""
+
+
+def measure(folder: Path, run: Run) -> dict[str, Any]:
+    """Read the measurements of a finished run.
+
+    Args:
+        folder: run directory.
+        run: its arm has the method's options and the number of networks.
+
+    Returns: values by column of MEASURED; columns that were not measured are absent. Lists are one
+    value per epoch.
+
+    Raises: RunDirectoryError if metrics.jsonl of a network, or a file that exists, cannot be read.
+    """
+    directory, config = RunDirectory(folder), run.config
+    metrics = [read_json(directory.metrics(network)) for network in range(run.arm.networks)]
+    events = read_json(directory.events) if directory.events.is_file() else []
+    measured: dict[str, Any] = {"heals": sum(event["kind"] == "healed" for event in events)}
+    if (folder / "evaluation.json").is_file():
+        measured |= read_evaluation(read_json(folder / "evaluation.json"))
+    if not has_exchange(config, run.arm.networks):
+        return measured
+    return measured | measure_rounds(config, metrics)
+
+
+def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the columns that ``dist-graft evaluate`` measures, from evaluation.json."""
+    members = evaluation["members"]
+    soup = evaluation["uniform_soup"]
+    values = {
+        "nll": _mean([member.get("test_loss") for member in members]),
+        "calibration_error": _mean([member.get("test_calibration_error") for member in members]),
+        "ensemble_nll": evaluation.get("ensemble_test_loss"),
+        "ensemble_calibration_error": evaluation.get("ensemble_test_calibration_error"),
+        "soup_nll": soup.get("test_loss"),
+        "soup_calibration_error": soup.get("test_calibration_error"),
+        "disagreement": evaluation.get("disagreement"),
+        "barrier": (evaluation.get("barrier") or {}).get("mean"),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def measure_rounds(
+    config: TrainConfig, metrics: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Return the columns about the rounds, from metrics.jsonl of every network.
+
+    Coefficients are those of the last round of each epoch, over all networks and graft units.
+    """
+    rounds = [line["graft"] for lines in metrics for line in lines if line["graft"]]
+    if not rounds:
+        return {"rounds": 0, "bytes_moved": 0}
+    measured: dict[str, Any] = {
+        "rounds": sum(line["graft"]["rounds"] for line in metrics[0] if line["graft"]),
+        "bytes_moved": sum(round_["bytes"] for round_ in rounds),
+    }
+    if config.method == "graft" and config.graft.source == "external":
+        measured |= _coefficients(metrics)
+    options = vars(config).get(config.method)
+    if isinstance(options, PapaConfig) and options.variant == "pull":
+        measured["cumulative_pull"] = cumulative_pull(options, metrics[0])
+    if isinstance(options, WashConfig):
+        # p decreases linearly from the first layer to 0 at the last one: p/2 on average
+        measured["moves_per_scalar"] = measured["rounds"] * options.probability / 2
+    return measured
+
+
+def cumulative_pull(options: PapaConfig, lines: Sequence[Mapping[str, Any]]) -> float:
+    """Sum of −ln(share kept) over the pulls of PAPA, in e-folds.
+
+    Without training, the distance of a network to the mean would shrink by this many factors of e.
+    The learning rate of a pull is taken to be that at the start of its epoch.
+
+    Args: lines: of one network's metrics.jsonl.
+    """
+    largest = max(line["lr"] for line in lines)
+    total = 0.0
+    for line in lines:
+        if line["graft"]:
+            kept = 1 - (1 - options.beta) * options.rate(line["lr"] / largest)
+            total += line["graft"]["rounds"] * (-math.log(kept) if kept > 0 else math.inf)
+    return total
+
+
+def _coefficients(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    by_epoch = [
+        [
+            value
+            for line in lines
+            if line["graft"]
+            for value in line["graft"]["coefficient"].values()
+        ]
+        for lines in zip(*metrics, strict=True)
+    ]
+    values = np.array([value for epoch in by_epoch for value in epoch])
+    if not values.size:
+        return {}
+    shares = {"5": 0.05, "median": 0.5, "95": 0.95}
+    near_half = np.abs(values - 0.5) <= NEAR_HALF
+    return {
+        "coefficient_min": float(values.min()),
+        "coefficient_max": float(values.max()),
+        "coefficient_near_half": 100 * float(near_half.mean()),
+        **{f"coefficient_{name}": float(np.quantile(values, q)) for name, q in shares.items()},
+        **{
+            f"coefficients_{name}": [
+                float(np.quantile(epoch, q)) if epoch else math.nan for epoch in by_epoch
+            ]
+            for name, q in shares.items()
+        },
+    }
+
+
+def delivers_soup(config: TrainConfig) -> bool:
+    """Whether the method delivers the mean of all networks' weights instead of a member."""
+    return config.method in RULES and RULES[config.method].delivers == "soup"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def parse_list(cell: str) -> list[float]:
+    """Return the numbers of a cell of MEASURED that has one per epoch."""
+    return [float(number) for number in cell.split()]

@@ -1,0 +1,264 @@
+"""Whether an arm was tested: each check on made-up rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up import make_plan
+from measured_rows import carry_out_measured
+
+from dist_graft.studies import statistics
+from dist_graft.studies.checks import (
+    Check,
+    check_arms,
+    check_chance,
+    check_coefficients,
+    check_reactivation,
+    check_saturation,
+    check_soup,
+)
+from dist_graft.studies.controls import Arm
+from dist_graft.studies.measurements import MEASURED
+from dist_graft.studies.records import Results
+from dist_graft.studies.rendering import Table
+from dist_graft.studies.report import build_report
+from dist_graft.studies.selection import StudyState
+from dist_graft.studies.statistics import ArmResult
+
+
+def arm_result(
+    options: dict[str, Any], *, networks: int = 4, **columns: Sequence[Any]
+) -> ArmResult:
+    """An arm with one row for each seed; columns have one value for each."""
+    arm = Arm(name="an arm", role="method", networks=networks, options=options, group=networks)
+    rows = pd.DataFrame(columns or {"seed": [0]})
+    defaults = {"status": "ok", "key": [f"run {seed}" for seed in range(len(rows))]}
+    rows = rows.assign(**{k: v for k, v in defaults.items() if k not in rows})
+    return ArmResult(arm=arm, rows=rows, failed=[], missing=[])
+
+
+PAPA, WASH = {"method": "papa"}, {"method": "wash"}
+
+
+class TestSoup:
+    @pytest.mark.parametrize(
+        ("soups", "passes"),
+        [([89.5, 88.5], True), ([89.01, 89.01], True), ([88.9, 88.9], False), ([10, 10], False)],
+    )
+    def test_must_be_within_one_point_of_the_mean_member(
+        self, soups: list[float], passes: bool
+    ) -> None:
+        check = check_soup(arm_result(PAPA, mean_of_members=[90, 90], uniform_soup=soups))
+        assert (check.not_tested is None) == passes
+        assert bool(check.facts) == passes
+
+    def test_prints_pull_and_moves(self) -> None:
+        columns = {"mean_of_members": [90, 90], "uniform_soup": [10, 10.5]}
+        pull = check_soup(arm_result(PAPA, cumulative_pull=[0.1, 0.14], **columns))
+        assert "79.8 points below" in pull.failures[0]
+        assert "cumulative pull 0.12 e-folds" in pull.failures[0]
+        moves = check_soup(arm_result(WASH, moves_per_scalar=[100.0, 100.0], **columns))
+        assert "moves per scalar 100" in moves.failures[0]
+        close = columns | {"uniform_soup": [90.25, 90.25]}
+        fact = check_soup(arm_result(WASH, moves_per_scalar=[100.0, 100.0], **close))
+        assert fact.facts == ["soup 0.25 points above the mean member, moves per scalar 100"]
+
+    def test_that_was_not_evaluated(self) -> None:
+        check = check_soup(arm_result(PAPA, mean_of_members=[90.0], uniform_soup=[np.nan]))
+        assert check.failures == ["its soup was not evaluated"]
+
+
+class TestReactivation:
+    @staticmethod
+    def check(invalid: Sequence[Any]) -> Check:
+        counts = {"invalid_0.1": invalid, "filters": [200] * len(invalid)}
+        return check_reactivation(arm_result({}), arm_result({}, **counts))
+
+    def test_fails_without_invalid_filters(self) -> None:
+        check = self.check([0, 0])
+        assert check.not_tested is not None
+        assert "no filter is invalid without exchange" in check.not_tested
+
+    def test_warns_of_few(self) -> None:
+        check = self.check([2, 4])
+        assert check.not_tested is None
+        (text,) = check.warnings
+        assert text.startswith("1.5 % of the filters are invalid without exchange")
+
+    def test_prints_the_share(self) -> None:
+        (text,) = self.check([6, 10]).facts
+        assert text.startswith("4 % of the filters are invalid without exchange")
+
+    @pytest.mark.parametrize(
+        "control", [None, arm_result({}, **{"invalid_0.1": [], "filters": []})]
+    )
+    def test_warns_if_they_were_not_counted(self, control: ArmResult | None) -> None:
+        check = check_reactivation(arm_result({}), control)
+        assert check.not_tested is None
+        assert len(check.warnings) == 1
+
+
+class TestCoefficients:
+    @staticmethod
+    def check(low: float, high: float) -> Check:
+        return check_coefficients(
+            arm_result(
+                {},
+                coefficient_min=[0.5, low],
+                coefficient_max=[high, 0.5],
+                **{f"coefficient_{name}": [0.5, 0.5] for name in ("5", "median", "95")},
+                coefficient_near_half=[80.0, 90.0],
+            )
+        )
+
+    @pytest.mark.parametrize(
+        ("low", "high", "passes"),
+        [
+            (0.5, 0.5, False),
+            (0.48, 0.52, False),
+            (0.485, 0.51, False),
+            (0.479, 0.51, True),
+            (0.49, 0.521, True),
+            (0.3, 0.7, True),
+        ],
+    )
+    def test_must_leave_one_half(self, low: float, high: float, passes: bool) -> None:
+        check = self.check(low, high)
+        assert (check.not_tested is None) == passes
+        (text,) = (*check.failures, *check.facts)
+        assert text.startswith(f"coefficients {low:.3f} to {high:.3f}")
+        assert "85 % within 0.02 of 1/2" in text
+
+    def test_warns_if_they_were_not_measured(self) -> None:
+        check = check_coefficients(arm_result({}))
+        assert check.not_tested is None
+        assert len(check.warnings) == 1
+
+
+class TestSaturation:
+    @staticmethod
+    def check(accuracy: Sequence[float]) -> Check:
+        result = arm_result({}, networks=1, key=["a", "b"])
+        curves = pd.concat(
+            pd.DataFrame({"key": key, "mean_of_members": np.array(accuracy) + shift})
+            .rename_axis("epoch")
+            .reset_index()
+            for key, shift in (("a", -1), ("b", 1), ("another arm", -50))
+        )
+        return check_saturation(result, curves)
+
+    def test_passes_if_the_last_quarter_adds_little(self) -> None:
+        check = self.check([50, 60, 70, 80, 85, 90, 90.1, 90.29])
+        assert check.not_tested is None
+        assert check.facts == ["the last quarter of its training added 0.29 points"]
+
+    def test_under_trained(self) -> None:
+        check = self.check([50, 60, 70, 80, 85, 90, 90.2, 90.4])
+        assert check.not_tested is not None
+        assert check.not_tested.startswith("under-trained regime: ")
+        assert "added 0.40 points (margin 0.3)" in check.not_tested
+
+    def test_needs_four_epochs(self) -> None:
+        assert "under-trained regime" in str(self.check([90, 90, 90]).not_tested)
+        assert self.check([80, 90, 90, 90]).not_tested is None
+
+    def test_warns_without_a_curve(self) -> None:
+        none = pd.DataFrame({"key": [], "epoch": [], "mean_of_members": []})
+        assert len(check_saturation(arm_result({}), none).warnings) == 1
+
+
+class TestChance:
+    @pytest.mark.parametrize(("accuracy", "count"), [(10.2, 1), (19.9, 1), (20.1, 0), (90, 0)])
+    def test_warns_near_chance(self, accuracy: float, count: int) -> None:
+        assert len(check_chance(arm_result({}, score=[accuracy]), "score").warnings) == count
+
+    def test_depends_on_the_number_of_classes(self) -> None:
+        many = {"data": {"name": "cifar100"}}
+        assert not check_chance(arm_result(many, score=[10.2]), "score").warnings
+        assert check_chance(arm_result(many, score=[1.3]), "score").warnings
+
+    def test_counts_divergence_and_heals(self) -> None:
+        rows = arm_result({}, score=[90, 90], status=["ok", "diverged"], heals=[2, 1])
+        diverged, heals = check_chance(rows, "score").warnings
+        assert "seed 1" in diverged
+        assert heals.startswith("3 times")
+
+
+class TestOfAComparison:
+    """Checks change verdicts, but neither differences nor Holm's correction."""
+
+    @staticmethod
+    def carry_out(
+        folder: Path, *, soup: float, invalid: int, **columns: Any
+    ) -> tuple[StudyState, Results, list[ArmResult]]:
+        """Made-up runs of three methods whose long control is saturated."""
+        folder.mkdir()
+        plan = make_plan(
+            methods=["graft", "papa", "average"],
+            networks=[4],
+            seeds=[1, 2, 3],
+            recipe={"epochs": 8},
+            leave_out=["constant", "shuffled"],
+        )
+        state, results = carry_out_measured(
+            plan, folder, lambda run: 86 + run.seed + (run.config.method == "graft"), **columns
+        )
+        soups = results.rows["mean_of_members"] - soup
+        results.rows = results.rows.assign(**{"uniform_soup": soups, "invalid_0.1": invalid})
+        results.curves = results.curves.assign(mean_of_members=86.0)
+        assert state.design is not None
+        arms = [statistics.arm_result(a, plan.seeds, results.rows) for a in state.design.arms]
+        return state, results, arms
+
+    def outcomes(self, folder: Path, **changes: Any) -> dict[str, list[str]]:
+        """Names of the arms that passed, failed, or have a warning."""
+        state, results, arms = self.carry_out(folder / "out", **changes)
+        assert state.design is not None
+        checks = check_arms(state.design, arms, results.curves, state.plan.primary)
+        return {
+            kind: [check.arm.name.partition(",")[0] for check in checks if getattr(check, kind)]
+            for kind in ("failures", "warnings", "facts")
+        }
+
+    def test_all_pass(self, tmp_path: Path) -> None:
+        found = self.outcomes(tmp_path, soup=0.5, invalid=20)
+        assert found == {
+            "failures": [],
+            "warnings": [],
+            "facts": ["graft", "papa", "one network"],
+        }
+
+    def test_coefficients_of_one_half_are_no_grafting(self, tmp_path: Path) -> None:
+        half = {"coefficient_min": 0.49, "coefficient_max": 0.51}
+        assert self.outcomes(tmp_path, soup=0.5, invalid=20, **half)["failures"] == ["graft"]
+
+    def test_rows_of_older_versions_have_no_measurements(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out", soup=0.5, invalid=20)
+        old = [
+            replace(result, rows=result.rows.drop(columns=list(MEASURED), errors="ignore"))
+            for result in arms
+        ]
+        assert state.design is not None
+        checks = check_arms(state.design, old, results.curves, state.plan.primary)
+        texts = [text for check in checks for text in (*check.warnings, *check.failures)]
+        assert texts == ["its coefficients were not measured"]
+
+    def test_failures_change_verdicts_only(self, tmp_path: Path) -> None:
+        tables = []
+        for soup, invalid in ((0.5, 20), (1.5, 0)):
+            state, results, _ = self.carry_out(tmp_path / str(soup), soup=soup, invalid=invalid)
+            blocks, _ = build_report(state, results, [])
+            tables.append(next(b for b in blocks if isinstance(b, Table) and "n" in b.header))
+        passed, failed = tables
+        assert "not tested" not in {row[-1] for row in passed.rows}
+        verdicts = {row[0]: row[-1] for row in failed.rows}
+        assert verdicts["graft, 4 networks"] == verdicts["papa, 4 networks"] == "not tested"
+        assert verdicts["average, 4 networks"] != "not tested"
+        for before, after in zip(passed.rows, failed.rows, strict=True):
+            assert before[2:5] == after[2:5]  # difference, n, p

@@ -1,0 +1,165 @@
+"""Measurements read from the files of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_graft.errors import RunDirectoryError
+from dist_graft.studies.controls import Arm, Run
+from dist_graft.studies.measurements import MEASURED, measure, parse_list
+from dist_graft.training.learning_rates import schedule
+
+
+def run_of(networks: int = 2, **options: Any) -> Run:
+    arm = Arm(name="a", role="method", networks=networks, group=networks, options=options)
+    return Run(phase="comparison", arm=arm, seed=0)
+
+
+def write_metrics(folder: Path, networks: list[list[dict[str, Any] | None]]) -> None:
+    """Write metrics.jsonl of each network: rounds of each epoch, and lr = 0.1 (1 + epoch)."""
+    for number, rounds in enumerate(networks):
+        path = folder / f"network{number:02d}" / "metrics.jsonl"
+        path.parent.mkdir(parents=True)
+        lines = [{"epoch": e, "lr": 0.1, "graft": graft} for e, graft in enumerate(rounds)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def grafted(*coefficients: float, rounds: int = 1, size: int = 100) -> dict[str, Any]:
+    units = {f"unit{number}": value for number, value in enumerate(coefficients)}
+    return {"rounds": rounds, "bytes": size, "coefficient": units}
+
+
+class TestRounds:
+    def test_coefficients_over_networks_units_and_epochs(self, tmp_path: Path) -> None:
+        write_metrics(
+            tmp_path,
+            [
+                [grafted(0.4, 0.6), None, grafted(0.5, 0.51)],
+                [grafted(0.6, 0.4), None, grafted(0.3, 0.49)],
+            ],
+        )
+        found = measure(tmp_path, run_of(epochs=3))
+        values = [0.4, 0.6, 0.6, 0.4, 0.5, 0.51, 0.3, 0.49]
+        assert found["coefficient_min"] == 0.3
+        assert found["coefficient_max"] == 0.6
+        assert found["coefficient_median"] == pytest.approx(np.median(values))
+        assert found["coefficient_5"] == pytest.approx(np.quantile(values, 0.05))
+        assert found["coefficient_95"] == pytest.approx(np.quantile(values, 0.95))
+        assert found["coefficient_near_half"] == pytest.approx(100 * 3 / 8)
+        first, second, third = found["coefficients_median"]
+        assert (first, math.isnan(second), third) == (0.5, True, pytest.approx(0.495))
+        assert found["coefficients_5"][0] == pytest.approx(0.4)
+
+    def test_counts_rounds_once_and_bytes_of_every_network(self, tmp_path: Path) -> None:
+        rounds = [grafted(0.5, rounds=3, size=10), None, grafted(0.5, rounds=2, size=7)]
+        write_metrics(tmp_path, [rounds, rounds])
+        found = measure(tmp_path, run_of(epochs=3))
+        assert (found["rounds"], found["bytes_moved"]) == (5, 34)
+
+    def test_without_exchange_there_are_no_rounds(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None, None], [None, None]])
+        assert measure(tmp_path, run_of(method="none")) == {"heals": 0}
+
+    def test_only_grafting_has_coefficients(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[grafted(0.5)], [grafted(0.5)]])
+        found = measure(tmp_path, run_of(method="average"))
+        assert set(found) == {"heals", "rounds", "bytes_moved"}
+
+    def test_a_row_formats_lists_as_numbers(self) -> None:
+        assert parse_list("0.4 nan 0.6")[::2] == [0.4, 0.6]
+        assert math.isnan(parse_list("0.4 nan 0.6")[1])
+
+
+class TestStrength:
+    def test_pull_of_papa_equals_the_product_of_its_shares(self, tmp_path: Path) -> None:
+        run = run_of(method="papa", papa={"beta": 0.9}, epochs=4)
+        factor = schedule(run.config.optim, epochs=4, steps_per_epoch=10)
+        rates = [factor(10 * epoch) for epoch in range(4)]
+        folder = tmp_path / "network00"
+        folder.mkdir()
+        lines = [
+            {"lr": 0.2 * rate, "graft": {"rounds": 3, "bytes": 0, "coefficient": {}}}
+            for rate in rates
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+        (tmp_path / "network01").mkdir()
+        (tmp_path / "network01" / "metrics.jsonl").write_text(text)
+        kept = math.prod((1 - 0.1 * rate) ** 3 for rate in rates)
+        assert measure(tmp_path, run)["cumulative_pull"] == pytest.approx(-math.log(kept))
+
+    def test_variants_without_a_pull_have_none(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[grafted(0.5)], [grafted(0.5)]])
+        found = measure(tmp_path, run_of(method="papa", papa={"variant": "all", "every": 1}))
+        assert "cumulative_pull" not in found
+
+    def test_moves_of_wash(self, tmp_path: Path) -> None:
+        # 240 steps with p = 0.001, which falls linearly to 0 at the last layer
+        write_metrics(tmp_path, [[grafted(rounds=240)], [grafted(rounds=240)]])
+        assert measure(tmp_path, run_of(method="wash"))["moves_per_scalar"] == pytest.approx(0.12)
+
+
+class TestOtherFiles:
+    def test_heals(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None], [None]])
+        events = [{"kind": kind} for kind in ("healed", "slow", "healed", "diverged")]
+        path = tmp_path / "population" / "events.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        assert measure(tmp_path, run_of(method="none"))["heals"] == 2
+
+    def test_evaluation(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None], [None]])
+        evaluation = {
+            "members": [
+                {"test_loss": loss, "test_calibration_error": error}
+                for loss, error in ((0.3, 4.0), (0.5, None))
+            ],
+            "ensemble_test_loss": 0.2,
+            "ensemble_test_calibration_error": 1.0,
+            "disagreement": 7.0,
+            "barrier": {"mean": 0.1},
+            "uniform_soup": {"test_loss": 0.25, "test_calibration_error": None},
+        }
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        assert measure(tmp_path, run_of(method="none")) == {
+            "heals": 0,
+            "nll": pytest.approx(0.4),
+            "ensemble_nll": 0.2,
+            "ensemble_calibration_error": 1.0,
+            "disagreement": 7.0,
+            "barrier": 0.1,
+            "soup_nll": 0.25,
+        }
+
+    def test_evaluation_of_an_older_version(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None]])
+        evaluation = {"members": [{}], "uniform_soup": {"batch_norm_as_is": 10.0}}
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        assert measure(tmp_path, run_of(1, method="none")) == {"heals": 0}
+
+    def test_missing_metrics(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None]])
+        with pytest.raises(RunDirectoryError, match=r"network01/metrics\.jsonl cannot be read"):
+            measure(tmp_path, run_of(2))
+
+
+def test_every_column_is_declared(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    for number, (method, options) in enumerate(
+        [("graft", {}), ("papa", {}), ("wash", {}), ("none", {})]
+    ):
+        folder = tmp_path / str(number)
+        write_metrics(folder, [[grafted(0.5)], [grafted(0.5)]])
+        score = {"test_loss": 1.0, "test_calibration_error": 1.0}
+        evaluation = {"members": [score], "uniform_soup": score, "disagreement": 1.0}
+        evaluation |= {f"ensemble_{name}": 1.0 for name in score} | {"barrier": {"mean": 0.0}}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        found |= measure(folder, run_of(method=method, **options))
+    assert set(found) == set(MEASURED)

@@ -540,7 +540,7 @@ class Trainer:
         self.units = build_units(config, self.state)
         self.criterion = criterion_name(config)
         user_rule = build_user_rule(config)
-        self.cadence = build_cadence(config, self.process.networks, user_rule)
+        self.cadence = build_cadence(config, self.process.networks, self.steps_per_epoch, user_rule)
         self.rate = build_rate(config, self.steps_per_epoch, user_rule)
         self.grafter: Grafter | None = None
         if not self.cadence.never and not is_self_grafting(config):
@@ -559,6 +559,8 @@ class Trainer:
             try:
                 self.progress = Progress.from_state_dict(state)
                 self.state.load_state_dict(state)
+                if self.grafter:
+                    self.grafter.load_rule_state(state.get("rule", {}))
                 buffers = self.progress.buffers
                 self.replicas.restore_buffers(self.state.model_and_average(), buffers)
             except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -884,8 +886,13 @@ class Trainer:
         if self.step:
             self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         with self.timer.phase("checkpoint"):
-            self.checkpoints.save(self.progress, self.state.state_dict())
+            self.checkpoints.save(self.progress, self._state_dict())
         self._last_checkpoint = time.monotonic()
+
+    def _state_dict(self) -> dict[str, Any]:
+        """The training state, and what the rule keeps from round to round."""
+        rule = self.grafter.rule_state if self.grafter else {}
+        return self.state.state_dict() | ({"rule": rule} if rule else {})
 
     def _report_checkpoint(self) -> None:
         """Report the checkpoints that have been completed to the callbacks."""
@@ -1147,7 +1154,7 @@ class Trainer:
         name = self.runtime.broadcast_text(
             "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
         )
-        path = self.checkpoints.save_and_wait(name, self.progress, self.state.state_dict())
+        path = self.checkpoints.save_and_wait(name, self.progress, self._state_dict())
         if self.grafter:
             self.grafter.flush()
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()

@@ -334,7 +334,7 @@ def test_the_search_looks_at_few_files(tmp_path: Path, monkeypatch: pytest.Monke
         ({"network": 3}, "network must be in 0 to 2, got 3"),
         ({"max_lag": -1}, "max_lag must be at least 0, got -1"),
         ({"wait_seconds": math.nan}, "wait_seconds must be at least 0, got nan"),
-        ({"rule": Wash()}, "Wash exchanges scalars among all networks at the same step"),
+        ({"rule": Wash()}, "Wash needs all networks at the same step"),
     ],
 )
 def test_options_are_checked(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import build, disturb_, places, same_bits, snapshot
 from harness import RankContext, result_or_error, run
 from rounds import Round
@@ -46,10 +47,11 @@ CASES = (
 Played = tuple[list[Round], dict[str, Tensor]]
 
 
-def grafter_of(model: nn.Module, case: Case) -> Grafter:
+def grafter_of(model: nn.Module, case: Case, **groups: dist.ProcessGroup) -> Grafter:
     return Grafter(
         model,
         rule=RULE,
+        **groups,
         exchange=case.exchange,  # type: ignore[arg-type]
         bucket_mb=case.bucket_bytes / 2**20,
         on_divergence="heal" if case.lost else "raise",
@@ -64,20 +66,26 @@ def train(model: nn.Module, case: Case, network: int, networks: int, number: int
             next(model.parameters()).fill_(math.nan)
 
 
-def play(context: RankContext) -> dict[Case, Played]:
+def play(context: RankContext, replicas: int) -> dict[Case, Played]:
     """All networks start with the same weights; returns rounds and final state."""
     played = {}
+    network, networks = context.rank // replicas, context.networks // replicas
+    groups = {}
+    if replicas > 1:
+        ranks = torch.arange(context.networks).view(networks, replicas)
+        groups["group"], _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+        groups["replica_group"], _ = dist.new_subgroups_by_enumeration(ranks.tolist())
     for case in CASES:
         model = build(case.architecture, 0)
-        grafter = grafter_of(model, case)
+        grafter = grafter_of(model, case, **groups)
         rounds = []
         for number in range(ROUNDS):
             if case.resumed:
                 saved = {key: value.clone() for key, value in grafter.rule_state.items()}
-                grafter = grafter_of(build(case.architecture, 1 + context.rank), case)
+                grafter = grafter_of(build(case.architecture, 1 + context.rank), case, **groups)
                 grafter.load_rule_state(saved)
                 grafter._module, grafter.round = model, number
-            train(model, case, context.rank, context.networks, number)
+            train(model, case, network, networks, number)
             before, there = snapshot(model), places(model)
             with forced_multi_tensor() if case.multi_tensor else nullcontext():
                 record = grafter.graft()
@@ -87,19 +95,19 @@ def play(context: RankContext) -> dict[Case, Played]:
 
 
 @cache
-def population(networks: int) -> list[dict[Case, Played]]:
-    return run(play, networks)
+def population(networks: int, replicas: int) -> list[dict[Case, Played]]:
+    return run(play, networks * replicas, replicas)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("networks", [2, 3])
-def test_rounds_equal_one_process_bit_for_bit(networks: int, case: Case) -> None:
+@pytest.mark.parametrize(("networks", "replicas"), [(2, 1), (3, 1), (2, 2)])
+def test_rounds_equal_one_process_bit_for_bit(networks: int, replicas: int, case: Case) -> None:
     start = build(case.architecture, 0)
     units = graft_units(start)
     state = RULE.init_state(units, graft_tensors(start))
-    by_network = [one[case] for one in population(networks)]
-    for number, round_ in enumerate(zip(*(rounds for rounds, _ in by_network), strict=True)):
-        befores = [one.before for one in round_]
+    by_rank = [one[case] for one in population(networks, replicas)]
+    for number, round_ in enumerate(zip(*(rounds for rounds, _ in by_rank), strict=True)):
+        befores = [one.before for one in round_[::replicas]]
         mixing = RULE.decide(torch.zeros(networks, len(units)), number)
         if case.lost:
             mixing = without_diverged(mixing, {networks - 1}, heal=True)
@@ -115,7 +123,7 @@ def test_rounds_equal_one_process_bit_for_bit(networks: int, case: Case) -> None
             }
             assert all(same_bits(one.after[key], one.before[key]) for key in integers)
             assert not all(same_bits(one.after[key], one.before[key]) for key in floating)
-    for _, kept in by_network:
+    for _, kept in by_rank:
         assert set(kept) == set(state)
         assert all(same_bits(kept[key], state[key]) for key in state)
 

@@ -15,7 +15,8 @@ def check_interval(*, every_n_epochs: int, every_n_steps: int | None) -> None:
 
 def refuse_rule_state(rule: Rule | None) -> None:
     """Raise ValueError for a rule with a state, which checkpoints of the frameworks do not hold."""
-    if getattr(rule, "same_start", False):  # a rule of the user may be any class
+    # A rule of the user may be any class.
+    if getattr(type(rule), "init_state", Rule.init_state) is not Rule.init_state:
         raise ValueError(
             f"{type(rule).__name__} keeps a state from round to round, which this callback does "
             "not save: use dist_graft.Trainer, or dist_graft.Grafter in a loop of your own"

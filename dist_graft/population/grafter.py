@@ -51,7 +51,7 @@ from dist_graft.population.round.exchange import (
     Transport,
     communication_device,
 )
-from dist_graft.population.round.file_choice import Place, Published, decide_among
+from dist_graft.population.round.file_choice import Place, Published, decide_among, needs_step
 from dist_graft.population.round.files import (
     Choice,
     FilesRound,
@@ -186,10 +186,12 @@ class Grafter:
         """What the rule keeps from round to round, such as the weights of an outer optimizer. Save
         it with the model, and restore it with `load_rule_state`."""
         self._state_digest = _digest(self.rule_state)
+        if self.rule_state and exchange == "files":
+            raise ValueError(needs_step(self._rule))
         if self.rule_state and on_divergence == "exclude":
             raise ValueError(
-                f"{type(self._rule).__name__} gives all networks the same weights: on_divergence "
-                "must be 'raise' or 'heal'"
+                f"{type(self._rule).__name__} keeps a state that all networks share, so that none "
+                "can be excluded: on_divergence must be 'raise' or 'heal'"
             )
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
         wrapped = getattr(model, "_orig_mod", model)

@@ -128,15 +128,20 @@ def test_rounds_equal_one_process_bit_for_bit(networks: int, replicas: int, case
         assert all(same_bits(kept[key], state[key]) for key in state)
 
 
-def start(context: RankContext) -> object:
-    grafter = Grafter(build("plain", context.rank), rule=RULE)
-    return result_or_error(grafter.check)
+def start(context: RankContext) -> list[object]:
+    model = build("plain", context.rank)
+    return [
+        result_or_error(Grafter(model, rule=RULE).check),
+        result_or_error(lambda: Grafter(model, rule=RULE, on_divergence="exclude")),
+    ]
 
 
-def test_different_weights_at_the_start_are_an_error_on_every_rank() -> None:
-    for kind, text in run(start, 2):
+def test_what_all_networks_must_share_is_checked_on_every_rank() -> None:
+    for (kind, text), excluded in run(start, 2):
         assert kind == "DisagreementError"
         assert "digest of the weights at the start (model.shared_init) is" in text
+        assert excluded[0] == "ValueError"
+        assert "none can be excluded: on_divergence must be 'raise' or 'heal'" in excluded[1]
 
 
 class Reducing(Grafter):

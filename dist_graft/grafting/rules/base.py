@@ -103,7 +103,8 @@ class Rule(Schedule, ABC):
     ) -> dict[str, Tensor]:
         """Return what the rule keeps from round to round, before the first step of training.
 
-        It must be equal on all networks. The trainer saves it in checkpoints. The default is empty.
+        It must be equal on all networks. The trainer saves it in checkpoints. A rule with a state
+        cannot exclude diverged networks nor use exchange "files". The default is empty.
 
         Args: as `measure`.
         """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dist_graft.grafting.coefficient import graft_coefficient
     from dist_graft.grafting.information import entropy, filter_entropy, l1
     from dist_graft.grafting.mixing import Mixing, mix
-    from dist_graft.grafting.rules import Average, Graft, Papa, Rule, Wash
+    from dist_graft.grafting.rules import Average, Diloco, Graft, Papa, Rule, Wash
     from dist_graft.grafting.units import GraftUnit, graft_units
     from dist_graft.monitoring.callback import Callback
     from dist_graft.monitoring.metrics import EpochReport
@@ -54,7 +54,7 @@ _NAMES = {
     "grafting.coefficient": ("graft_coefficient",),
     "grafting.information": ("entropy", "filter_entropy", "l1"),
     "grafting.mixing": ("Mixing", "mix"),
-    "grafting.rules": ("Average", "Graft", "Papa", "Rule", "Wash"),
+    "grafting.rules": ("Average", "Diloco", "Graft", "Papa", "Rule", "Wash"),
     "grafting.units": ("GraftUnit", "graft_units"),
     "monitoring.callback": ("Callback",),
     "monitoring.metrics": ("EpochReport",),
@@ -74,6 +74,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Datasets",
+    "Diloco",
     "DisagreementError",
     "DistGraftError",
     "EpochReport",

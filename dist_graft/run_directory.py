@@ -274,6 +274,11 @@ class RunDirectory:
                 f"schedule depends on the number of epochs: --epochs {config.epochs} needs "
                 "another run_dir"
             )
+        if config.epochs > before and config.graft.qsr_alpha is not None:
+            raise RunDirectoryError(
+                f"{self.path} holds a run of {before} epochs, and graft.qsr_alpha adds a round "
+                f"after the last one: --epochs {config.epochs} needs another run_dir"
+            )
 
 
 def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool = False) -> None:

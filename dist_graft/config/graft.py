@@ -21,7 +21,14 @@ class GraftConfig:
     every_steps: int = 0
     """Optimizer steps between rounds; overrides every. 0: use every."""
     start: int = 0
-    """Epochs to train before the first round."""
+    """Epochs to train before the first round, with any method."""
+    stop: int = 0
+    """Epochs after which there are no more rounds, with any method; 0: rounds until the end."""
+    qsr_alpha: float | None = None
+    """alpha of the Quadratic Synchronization Rule: the next round follows after
+    max(every_steps, floor((alpha / lr)^2)) steps, so that intervals grow as the learning rate
+    falls; lr is the largest of all networks. One more round follows the last step. Unset: rounds
+    every every_steps steps."""
     source: Literal["external", "internal", "noise"] = "external"
     """What is grafted: another network's weights (external), this network's strongest filters
     (internal), or noise. internal and noise need no exchange and work with a single network."""
@@ -34,6 +41,10 @@ class GraftConfig:
     level: Literal["layer", "filter"] = "layer"
     """layer: one coefficient per layer, from the criterion; filter: one per channel, from the batch
     norm scales (plain convolutional chains such as VGG only)."""
+    filter_rule: Literal["channel", "authors"] = "channel"
+    """level filter: how the shares of channels apply. channel: a weight keeps the mean of its two
+    channels' shares; authors: as in the published script, a weight keeps their product, and a batch
+    norm the product of all shares of its layer."""
     criterion: str = "entropy"
     """Information of a layer: entropy of its weights (eq. 6, in nats), filter_entropy (sum of its
     filters' entropies, eq. 5, in nats), l1 (mean absolute weight), or package.module:name of a
@@ -57,6 +68,9 @@ class GraftConfig:
     wait_seconds: float | Literal["inf"] = 0
     """files: how long a round waits for its donor (with max_lag 0: for all networks); inf: without
     limit."""
+    internal: Literal["replace", "add"] = "replace"
+    """source internal: a strong filter replaces an invalid one, or is added to it, as in the
+    authors' first release."""
     threshold: float = 0.1
     """Filters with an L1 norm below this are invalid and get replaced (internal and noise)."""
     noise_annealing: float = 0.975
@@ -73,6 +87,21 @@ class GraftConfig:
         at_least("graft.every", self.every, 0)
         at_least("graft.every_steps", self.every_steps, 0)
         at_least("graft.start", self.start, 0)
+        at_least("graft.stop", self.stop, 0)
+        if 0 < self.stop <= self.start:
+            raise ConfigError(
+                f"graft.stop must be above graft.start, got {self.stop} and {self.start}"
+            )
+        above_zero("graft.qsr_alpha", self.qsr_alpha)
+        if self.qsr_alpha is not None and not self.every_steps:
+            raise ConfigError(
+                "graft.qsr_alpha requires graft.every_steps, the smallest number of steps between "
+                "rounds"
+            )
+        if self.filter_rule != "channel" and self.level != "filter":
+            raise ConfigError("graft.filter_rule requires graft.level filter")
+        if self.internal != "replace" and self.source != "internal":
+            raise ConfigError("graft.internal requires graft.source internal")
         known_or_own("graft.criterion", self.criterion, _CRITERIA)
         known_or_own("graft.topology", self.topology, _TOPOLOGIES)
         if self.rule is not None:

@@ -31,7 +31,10 @@ class OptimConfig:
     weight_decay: float = 5e-4
     """Weight decay of all parameters; decoupled with AdamW."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Learning rate schedule, updated at the start of each epoch."""
+    """Learning rate schedule."""
+    schedule_unit: Literal["epoch", "step"] = "epoch"
+    """When the cosine schedule changes the learning rate: at the start of each epoch, or after
+    every step, as in the published scripts of filter grafting."""
     step_epochs: int = 60
     """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
@@ -59,6 +62,8 @@ class OptimConfig:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ConfigError("optim.nesterov requires optim.name sgd and optim.momentum above 0")
         at_least("optim.weight_decay", self.weight_decay, 0)
+        if self.schedule_unit == "step" and self.schedule != "cosine":
+            raise ConfigError("optim.schedule_unit step requires optim.schedule cosine")
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
         at_least("optim.warmup_epochs", self.warmup_epochs, 0)

@@ -60,8 +60,8 @@ class TrainConfig:
     of its networks."""
     method: str = "graft"
     """How the networks exchange weights. graft; average: replace all networks by their mean, every
-    graft.every epochs; papa; wash; none: no exchange; or package.module:name of a user-defined
-    rule."""
+    graft.every epochs; papa; wash; diloco; none: no exchange; or package.module:name of a
+    user-defined rule."""
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
     """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
     previous network; abort: stop the run; exclude: no network grafts from it."""
@@ -100,6 +100,8 @@ class TrainConfig:
             raise ConfigError("the options of section population require graft.exchange files")
         if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
             raise ConfigError("graft.rule requires method graft and graft.source external")
+        if self.method in RULES and RULES[self.method].same_start:
+            self._check_same_start()
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
@@ -121,6 +123,24 @@ class TrainConfig:
                 "resume_networks requires networks that run together: with graft.exchange files, "
                 "start jobs for more networks, with a larger population.size, or fewer jobs"
             )
+        if "fresh" in networks and self.method in RULES and RULES[self.method].same_start:
+            raise ConfigError(
+                f"method {self.method} keeps all networks equal after a round: none can start from "
+                "new weights (resume_networks fresh)"
+            )
+
+    def _check_same_start(self) -> None:
+        """Check what a method needs that keeps all networks equal after a round."""
+        if not self.model.shared_init:
+            raise ConfigError(
+                f"method {self.method} requires model.shared_init true: all networks start with "
+                "the same weights"
+            )
+        if self.on_divergence == "exclude":
+            raise ConfigError(
+                f"method {self.method} gives all networks the same weights, so that none can be "
+                "excluded: set on_divergence to heal or abort"
+            )
 
     def _check_files(self) -> None:
         """Check what `graft.exchange files` needs."""
@@ -135,7 +155,6 @@ class TrainConfig:
             )
         if self.method in RULES and RULES[self.method].in_step:
             raise ConfigError(
-                f"method {self.method} exchanges scalars among all networks at the same step, "
-                "which jobs that come and go (graft.exchange files) cannot do: use "
-                "graft.exchange all_gather or p2p"
+                f"method {self.method} needs all networks at the same step, which jobs that come "
+                "and go (graft.exchange files) cannot provide: use graft.exchange all_gather or p2p"
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_graft.grafting.mixing import Mixing
+from dist_graft.grafting.mixing import EqualMean, Mixing
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -
         mixing: the mixing that the rule decided.
         diverged: networks whose weights or losses are not finite.
         heal: whether a diverged network copies its healer (see `healer`); otherwise it keeps its
-            weights.
+            weights. With an EqualMean it becomes the mean of the finite networks.
 
     Returns: a Mixing in which the other networks' rows exclude the diverged donors; see
         `Mixing.row_without`.
@@ -47,8 +47,9 @@ def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -
         raise ValueError("all networks diverged: there are no weights to copy")
     shares = mixing.shares.clone()
     donors: list[tuple[int, ...]] = []
+    equal = isinstance(mixing, EqualMean)
     for network, planned in enumerate(mixing.donors):
-        if network in diverged:
+        if network in diverged and not equal:
             source = healer(mixing.donors, network, diverged) if heal else network
             shares[:, network] = 0.0
             shares[:, network, source] = 1.0
@@ -56,6 +57,8 @@ def without_diverged(mixing: Mixing, diverged: Collection[int], *, heal: bool) -
         else:
             shares[:, network] = mixing.row_without(network, diverged)
             donors.append(tuple(donor for donor in planned if donor not in diverged))
+    if equal:
+        return EqualMean(shares=shares, donors=tuple(donors))
     return Overridden(
         shares=shares, donors=tuple(donors), planned=mixing, replaced=frozenset(diverged)
     )

@@ -118,6 +118,10 @@ class Mixing:
         del network, donor, unit, key, shape, buffer
         return None
 
+    def sequence(self, network: int) -> list[tuple[int, list[float]]]:
+        """Return the networks to blend in order, each with its interpolation weight per unit."""
+        return list(zip(self.donors[network], self.fractions(network), strict=True))
+
     def fractions(self, network: int) -> list[list[float]]:
         """Return the interpolation weight of each donor and unit, in blending order.
 
@@ -131,6 +135,28 @@ class Mixing:
             backwards.append(torch.where(remaining > 0, share / remaining, 0.0).clamp(max=1.0))
             remaining = remaining - share
         return [fraction.tolist() for fraction in reversed(backwards)]
+
+
+@dataclass(frozen=True, eq=False)
+class EqualMean(Mixing):
+    """The population mean, with the same bits for all networks: all add up in the same order."""
+
+    def scaled(self, rate: float) -> EqualMean:
+        """Return the mixing itself at rate 1; raises ValueError for any other rate."""
+        if rate != 1:
+            raise ValueError(f"rate must be 1 for this method, got {rate!r}")
+        return self
+
+    def mean_fractions(self) -> list[float] | None:
+        """Return 1 for each unit; None if diverged networks are left out of the mean."""
+        left_out = self.networks == 1 or not self.shares.all()
+        return None if left_out else [1.0] * len(self.shares)
+
+    def sequence(self, network: int) -> list[tuple[int, list[float]]]:
+        """Return all networks that have a share: the first is copied, the others are blended."""
+        members = self.shares[0, network].nonzero().flatten().tolist()
+        units = len(self.shares)
+        return [(member, [1 / (index + 1)] * units) for index, member in enumerate(members)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +318,7 @@ def mix(
     mixed = []
     for network, state in enumerate(states):
         after = _copy(state)
-        for donor, fractions in zip(mixing.donors[network], mixing.fractions(network), strict=True):
+        for donor, fractions in mixing.sequence(network):
             for index, (unit, fraction) in enumerate(zip(units, fractions, strict=True)):
                 for key in unit.tensors:
                     other = states[donor][key].detach()

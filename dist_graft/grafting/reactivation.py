@@ -40,8 +40,8 @@ def graft_noise(
     return torch.where(invalid[:, None], filters + noise, filters)
 
 
-def graft_internal(filters: Tensor, *, threshold: float = 0.1) -> Tensor:
-    """Replace a layer's invalid filters by its strongest ones.
+def graft_internal(filters: Tensor, *, threshold: float = 0.1, add: bool = False) -> Tensor:
+    """Replace a layer's invalid filters by its strongest ones, or add these to them.
 
     With the filters sorted by L1 norm, the i-th largest replaces the i-th smallest if the smaller
     one is below the threshold and the two are different filters.
@@ -49,6 +49,7 @@ def graft_internal(filters: Tensor, *, threshold: float = 0.1) -> Tensor:
     Args:
         filters: [filters, weights per filter]; not changed.
         threshold: gamma; filters with a smaller L1 norm are invalid.
+        add: an invalid filter becomes the sum of both, as in the authors' first release.
 
     Returns: the filters after the graft, in a new tensor.
     """
@@ -58,5 +59,6 @@ def graft_internal(filters: Tensor, *, threshold: float = 0.1) -> Tensor:
     smallest, largest = order[:half], order.flip(0)[:half]
     chosen = norms[smallest] < threshold
     grafted = filters.clone()
-    grafted[smallest[chosen]] = filters[largest[chosen]]
+    invalid, strong = smallest[chosen], filters[largest[chosen]]
+    grafted[invalid] = filters[invalid] + strong if add else strong
     return grafted

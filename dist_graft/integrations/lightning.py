@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
-from dist_graft.integrations.rounds import check_interval, round_metrics
+from dist_graft.integrations.rounds import check_interval, refuse_rule_state, round_metrics
 from dist_graft.integrations.shared_paths import (
     encode_paths,
     network_folder,
@@ -120,14 +120,16 @@ class GraftCallback(lightning.Callback):
     Attributes:
         record (GraftRecord | None): the latest round.
 
-    Raises: ValueError for an interval below 1; at the start of training, when networks would write
-        the same files, or when a data-parallel strategy trains one network.
+    Raises: ValueError for an interval below 1 or a rule with a state (Diloco); at the start of
+        training, when networks would write the same files, or when a data-parallel strategy trains
+        one network.
     """
 
     def __init__(
         self, *, every_n_epochs: int = 1, every_n_steps: int | None = None, **options: Any
     ) -> None:
         check_interval(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        refuse_rule_state(options.get("rule"))
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.options = options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dist_graft.grafting.rules.base import Rule
 from dist_graft.population.round.record import GraftRecord
 
 
@@ -10,6 +11,16 @@ def check_interval(*, every_n_epochs: int, every_n_steps: int | None) -> None:
     for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def refuse_rule_state(rule: Rule | None) -> None:
+    """Raise ValueError for a rule with a state, which checkpoints of the frameworks do not hold."""
+    # A rule of the user may be any class.
+    if getattr(type(rule), "init_state", Rule.init_state) is not Rule.init_state:
+        raise ValueError(
+            f"{type(rule).__name__} keeps a state from round to round, which this callback does "
+            "not save: use dist_graft.Trainer, or dist_graft.Grafter in a loop of your own"
+        )
 
 
 def round_metrics(record: GraftRecord) -> dict[str, float]:

@@ -5,9 +5,10 @@ Networks that share only a directory (exchange "files") publish, choose, and ble
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,7 @@ from dist_graft.population.round.exchange import (
     Transport,
     communication_device,
 )
-from dist_graft.population.round.file_choice import Place, Published, decide_among
+from dist_graft.population.round.file_choice import Place, Published, decide_among, needs_step
 from dist_graft.population.round.files import (
     Choice,
     FilesRound,
@@ -70,6 +71,7 @@ from dist_graft.population.runtime.timeouts import Timeouts
 PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
 """Phases of a round."""
 OnDivergence = Literal["raise", "heal", "exclude"]
+_SAME_START = "digest of the weights at the start (model.shared_init)"
 _POLL_SECONDS = 1.0  # between two looks at requests to stop, while waiting for publications
 
 
@@ -178,6 +180,19 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
+        tensors = graft_tensors(self._module)
+        init_state = getattr(self._rule, "init_state", None)  # a rule of the user may be any class
+        self.rule_state: dict[str, Tensor] = init_state(self.units, tensors) if init_state else {}
+        """What the rule keeps from round to round, such as the weights of an outer optimizer. Save
+        it with the model, and restore it with `load_rule_state`."""
+        self._state_digest = _digest(self.rule_state)
+        if self.rule_state and exchange == "files":
+            raise ValueError(needs_step(self._rule))
+        if self.rule_state and on_divergence == "exclude":
+            raise ValueError(
+                f"{type(self._rule).__name__} keeps a state that all networks share, so that none "
+                "can be excluded: on_divergence must be 'raise' or 'heal'"
+            )
         self._groups = RoundGroups(group, replica_group, peers, timeouts)
         wrapped = getattr(model, "_orig_mod", model)
         if isinstance(wrapped, DistributedDataParallel) and exchange != "files":
@@ -304,6 +319,9 @@ class Grafter:
                 applied = replace(
                     applied, bytes_received=applied.bytes_received + more.bytes_received
                 )
+        if self.rule_state:
+            with timer.phase("blend"), torch.no_grad():
+                self._rule.after_exchange(self.units, tensors, self.rule_state)
 
         # Record.
         measured = matrix[network].tolist() if state == FINITE else []
@@ -451,6 +469,15 @@ class Grafter:
             )
         return next(iter(choice.places.items()), None)
 
+    def load_rule_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a copy of `rule_state`.
+
+        Raises: KeyError or RuntimeError if the state is of another rule or model.
+        """
+        for key, value in self.rule_state.items():
+            value.copy_(state[key])
+        self._state_digest = _digest(self.rule_state)
+
     def flush(self) -> None:
         """Wait until this network's last publication is written (exchange "files")."""
         if self._files:
@@ -551,13 +578,17 @@ class Grafter:
         return transfers_on.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
 
     def _options(self, device: torch.device) -> dict[str, Any]:
-        return rule_options(self._rule) | {
-            "lead": self._lead,
-            "exchange": self._exchange,
-            "on_divergence": self._on_divergence,
-            "bucket_bytes": self._bucket_bytes,
-            "all_reduce": self._reduces_means(device),
-        }
+        return (
+            rule_options(self._rule)
+            | {
+                "lead": self._lead,
+                "exchange": self._exchange,
+                "on_divergence": self._on_divergence,
+                "bucket_bytes": self._bucket_bytes,
+                "all_reduce": self._reduces_means(device),
+            }
+            | ({_SAME_START: self._state_digest} if self.rule_state else {})
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -581,6 +612,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if type(tensor).__name__ == "DTensor":
             raise ValueError(f"{key} is a DTensor: sharded models cannot be grafted")
     return model
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Return a short hash of the values of all tensors."""
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def _finite_state(tensors: dict[str, Tensor], diverged: bool) -> int:

@@ -24,6 +24,7 @@ BUILT_IN: dict[str, TrainOptions] = {
     "average": {"method": "average"},
     "papa": {"method": "papa"},
     "wash": {"method": "wash"},
+    "diloco": {"method": "diloco", "model": {"shared_init": True}},
     "constant": {"method": "graft", "graft": {"criterion": "constant"}},
     "shuffled": {"method": "graft", "graft": {"criterion": "shuffled"}},
     "internal": {"method": "graft", "graft": {"source": "internal"}},

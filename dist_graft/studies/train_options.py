@@ -17,7 +17,7 @@ from dist_graft.training.learning_rates import learning_rates
 
 TrainOptions = dict[str, Any]
 
-EXCHANGE_SECTIONS = ("method", "graft", "papa", "wash")
+EXCHANGE_SECTIONS = ("method", "graft", "papa", "wash", "diloco")
 """Options that define the exchange between networks; all others define how each one trains."""
 
 _LEARNING_RATES = ("lr", "lrs", "lr_diversity")

@@ -31,9 +31,9 @@ from dist_graft.seeding import stream_seed
 from dist_graft.training.data import Data, ImageData, load_data
 from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
-from dist_graft.training.learning_rates import schedule
+from dist_graft.training.learning_rates import learning_rates, schedule, warmup_steps
 from dist_graft.training.models import build_model
-from dist_graft.training.schedule import Cadence
+from dist_graft.training.schedule import Cadence, quadratic_steps
 from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
 from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
 from dist_graft.training.teachers import load_teachers
@@ -287,20 +287,46 @@ def is_self_grafting(config: TrainConfig) -> bool:
     return config.method == "graft" and config.graft.source != "external"
 
 
-def build_cadence(config: TrainConfig, networks: int, user_rule: Rule | None = None) -> Cadence:
-    """Return when rounds take place.
+def build_cadence(
+    config: TrainConfig, networks: int, steps_per_epoch: int, user_rule: Rule | None = None
+) -> Cadence:
+    """Return when rounds take place, the same for all networks.
 
     A single network has rounds only if it grafts itself. Methods that define no interval follow
-    graft.every, graft.every_steps and graft.start.
+    graft.every, graft.every_steps and graft.qsr_alpha. graft.start and graft.stop apply to all.
+
+    Raises: ConfigError if the method has its own interval and graft.qsr_alpha is given.
     """
+    graft = config.graft
     if config.method == "none" or (networks == 1 and not is_self_grafting(config)):
         return Cadence()
+    limits: dict[str, Any] = {"start_epoch": graft.start, "stop_epoch": graft.stop}
     if interval := _method_schedule(config, user_rule).interval:
-        return Cadence(every_epochs=interval.epochs, every_steps=interval.steps)
+        if graft.qsr_alpha is not None:
+            raise ConfigError(
+                f"method {config.method} has its own interval between rounds: leave out "
+                "graft.qsr_alpha"
+            )
+        return Cadence(every_epochs=interval.epochs, every_steps=interval.steps, **limits)
+    if graft.qsr_alpha is None:
+        return Cadence(
+            every_epochs=0 if graft.every_steps else graft.every,
+            every_steps=graft.every_steps,
+            **limits,
+        )
+    largest = max(learning_rates(config.optim, networks))
+    factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    warmup = warmup_steps(config.optim, steps_per_epoch)
+    end = min(graft.stop or config.epochs, config.epochs)
     return Cadence(
-        every_epochs=0 if config.graft.every_steps else config.graft.every,
-        every_steps=config.graft.every_steps,
-        start_epoch=config.graft.start,
+        after_steps=quadratic_steps(
+            lambda steps: largest * factor(max(steps, warmup)),  # in warm-up: the rate after it
+            alpha=graft.qsr_alpha,
+            base=graft.every_steps,
+            first=graft.start * steps_per_epoch,
+            last=end * steps_per_epoch,
+        ),
+        **limits,
     )
 
 

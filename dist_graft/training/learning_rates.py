@@ -36,17 +36,24 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
     """Factor of the learning rate as a function of the optimizer step, counted from 0.
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
-    (step) or 1 (constant). During warmup it is also multiplied by (step + 1) / warmup_steps.
+    (step) or 1 (constant). With schedule_unit "step", e is step / steps_per_epoch, not rounded
+    down. During warmup it is also multiplied by (step + 1) / warmup_steps.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps(config, steps_per_epoch)
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch
         value = 1.0
         if config.schedule == "cosine":
-            value = (1 + math.cos(math.pi * min(epoch, epochs) / epochs)) / 2
+            e = step / steps_per_epoch if config.schedule_unit == "step" else epoch
+            value = (1 + math.cos(math.pi * min(e, epochs) / epochs)) / 2
         elif config.schedule == "step":
             value = config.step_factor ** (epoch // config.step_epochs)
         return value * min(1.0, (step + 1) / warmup) if warmup else value
 
     return factor
+
+
+def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> int:
+    """Number of steps of the linear warmup."""
+    return round(config.warmup_epochs * steps_per_epoch)

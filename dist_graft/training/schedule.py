@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """When rounds take place: every N epochs, every N steps, or never."""
+    """When rounds take place: every N epochs, every N steps, after listed steps, or never."""
 
     every_epochs: int = 0
     """Rounds follow epochs N, 2N, ... of the run; 0: no rounds."""
@@ -16,38 +18,76 @@ class Cadence:
     """Rounds follow optimizer steps N, 2N, ... of the run, counted across epochs; 0: no rounds."""
     start_epoch: int = 0
     """Epochs that must be finished before the first round."""
+    stop_epoch: int = 0
+    """Epochs after which there are no more rounds; 0: rounds until the end."""
+    after_steps: tuple[int, ...] = ()
+    """Numbers of finished steps of the run after which rounds follow, ascending; replaces the
+    interval. See `quadratic_steps`."""
 
     @property
     def never(self) -> bool:
         """Whether there are no rounds."""
-        return self.every_epochs == 0 and self.every_steps == 0
+        return not (self.every_epochs or self.every_steps or self.after_steps)
 
     def after_epoch(self, epoch: int, steps_per_epoch: int) -> bool:
         """Whether a round follows the last step of an epoch (0-based)."""
-        if epoch < self.start_epoch:
-            return False
-        if self.every_steps:
-            return (epoch + 1) * steps_per_epoch % self.every_steps == 0
-        return self.every_epochs > 0 and (epoch + 1) % self.every_epochs == 0
+        return self._follows((epoch + 1) * steps_per_epoch, steps_per_epoch)
 
     def inside_epoch(self, epoch: int, steps_per_epoch: int) -> list[int]:
         """Steps of an epoch that a round precedes, except 0 and the number of steps."""
-        if not self.every_steps or epoch < self.start_epoch:
-            return []
         before = epoch * steps_per_epoch
         return [
-            step for step in range(1, steps_per_epoch) if (before + step) % self.every_steps == 0
+            step
+            for step in range(1, steps_per_epoch)
+            if self._follows(before + step, steps_per_epoch)
         ]
 
     def rounds_before(self, epoch: int, step: int, steps_per_epoch: int) -> int:
         """Number of rounds of the run that precede a step of an epoch."""
-        if self.every_steps:
-            steps = epoch * steps_per_epoch + step
-            skipped = self.start_epoch * steps_per_epoch // self.every_steps
-            return max(0, (steps - 1 if step else steps) // self.every_steps - skipped)
-        if not self.every_epochs:
-            return 0
-        return max(0, epoch // self.every_epochs - self.start_epoch // self.every_epochs)
+        steps = epoch * steps_per_epoch + step
+        return self._count(steps - 1 if step else steps, steps_per_epoch)
+
+    def _follows(self, steps: int, steps_per_epoch: int) -> bool:
+        """Whether a round follows when so many steps of the run are finished."""
+        count, before = (self._count(number, steps_per_epoch) for number in (steps, steps - 1))
+        return count > before
+
+    def _count(self, steps: int, steps_per_epoch: int) -> int:
+        """Number of rounds in the first steps of the run, including one after the last of them."""
+        first = self.start_epoch * steps_per_epoch
+        if self.stop_epoch:
+            steps = min(steps, self.stop_epoch * steps_per_epoch)
+        if self.after_steps:
+            before, rounds = (bisect_right(self.after_steps, number) for number in (first, steps))
+            return max(0, rounds - before)
+        every = self.every_steps or self.every_epochs * steps_per_epoch
+        return max(0, steps // every - first // every) if every else 0
+
+
+def quadratic_steps(
+    lr: Callable[[int], float], *, alpha: float, base: int, first: int, last: int
+) -> tuple[int, ...]:
+    """Numbers of finished steps after which rounds follow: the Quadratic Synchronization Rule.
+
+    From the round after t steps, the next one follows max(base, floor((alpha / lr(t))^2)) steps
+    later, or after the last step, whichever comes first (arXiv 2310.14423).
+
+    Args:
+        lr: learning rate of a step of the run, counted from 0.
+        alpha: growth coefficient: intervals exceed `base` once lr < alpha / sqrt(base).
+        base: smallest number of steps between two rounds.
+        first: steps before the first interval.
+        last: steps after which the last round follows.
+    """
+    found: list[int] = []
+    steps = first
+    while steps < last:
+        ratio = alpha / lr(steps) if lr(steps) > 0 else math.inf
+        longest = float(last - steps)  # bounds the square, which may overflow
+        grown = longest if ratio >= math.sqrt(longest) else ratio**2
+        steps = min(last, steps + max(base, math.floor(grown)))
+        found.append(steps)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def self_graft(state: TrainState, units: list[GraftUnit], config: GraftConfig, r
         weight = tensors[unit.lead]
         filters = unit.filters(weight)
         if config.source == "internal":
-            grafted = graft_internal(filters, threshold=config.threshold)
+            grafted = graft_internal(
+                filters, threshold=config.threshold, add=config.internal == "add"
+            )
         else:
             grafted = graft_noise(
                 filters, deviation=deviation, threshold=config.threshold, generator=generator

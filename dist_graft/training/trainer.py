@@ -546,7 +546,7 @@ class Trainer:
         self.units = build_units(config, self.state)
         self.criterion = criterion_name(config)
         user_rule = build_user_rule(config)
-        self.cadence = build_cadence(config, self.process.networks, user_rule)
+        self.cadence = build_cadence(config, self.process.networks, self.steps_per_epoch, user_rule)
         self.rate = build_rate(config, self.steps_per_epoch, user_rule)
         self.grafter: Grafter | None = None
         if not self.cadence.never and not is_self_grafting(config):
@@ -565,6 +565,8 @@ class Trainer:
             initial_lrs = list(self.state.scheduler.base_lrs)
             try:
                 self.progress = Progress.from_state_dict(state)
+                if self.grafter:
+                    self.grafter.load_rule_state(state.get("rule", {}))
                 if origin is None or origin.kind != "fresh":
                     self.state.load_state_dict(state)
                     buffers = self.progress.buffers
@@ -905,8 +907,13 @@ class Trainer:
         if self.step:
             self.progress.buffers = self.replicas.gather_buffers(self.state.model_and_average())
         with self.timer.phase("checkpoint"):
-            self.checkpoints.save(self.progress, self.state.state_dict())
+            self.checkpoints.save(self.progress, self._state_dict())
         self._last_checkpoint = time.monotonic()
+
+    def _state_dict(self) -> dict[str, Any]:
+        """The training state, and what the rule keeps from round to round."""
+        rule = self.grafter.rule_state if self.grafter else {}
+        return self.state.state_dict() | ({"rule": rule} if rule else {})
 
     def _report_checkpoint(self) -> None:
         """Report the checkpoints that have been completed to the callbacks."""
@@ -1168,7 +1175,7 @@ class Trainer:
         name = self.runtime.broadcast_text(
             "the name of the last checkpoint", self.checkpoints.next_path(self.progress).name
         )
-        path = self.checkpoints.save_and_wait(name, self.progress, self.state.state_dict())
+        path = self.checkpoints.save_and_wait(name, self.progress, self._state_dict())
         if self.grafter:
             self.grafter.flush()
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()

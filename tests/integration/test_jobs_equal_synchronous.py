@@ -23,6 +23,7 @@ METHODS = {
     "graft": (),
     "average": ("--method", "average"),
     "papa": ("--method", "papa", "--papa.every_steps", "3", "--papa.beta", "0.7"),
+    "qsr": ("--graft.every_steps", "3", "--graft.qsr_alpha", "0.16"),  # after 3, 6, 10, 12 steps
 }
 
 
@@ -88,6 +89,7 @@ def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
         pytest.param(3, "graft", {1: ["7:kill"]}, id="graft-3-killed"),
         pytest.param(2, "papa", {}, id="papa-2"),
         pytest.param(2, "graft", {}, id="graft-2", marks=pytest.mark.slow),
+        pytest.param(2, "qsr", {0: ["7:kill"]}, id="qsr-2-killed", marks=pytest.mark.slow),
         pytest.param(
             4,
             "average",

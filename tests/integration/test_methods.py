@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ STEPS = 4
 PAPA = ("--method", "papa", "--papa.every_steps", "3", "--papa.beta", "0.5")
 WASH = ("--method", "wash", "--wash.probability", "0.05")
 AVERAGE = ("--method", "average")
+DILOCO = (
+    *("--method", "diloco", "--diloco.every_steps", "4", "--diloco.outer_lr", "0.5"),
+    *("--model.shared_init", "true"),
+)
+QSR = (  # lr 0.1 in the first epoch, 0.05 in the second: intervals of 2 and (0.09 / 0.05)^2 steps
+    *("--graft.every_steps", "2", "--graft.qsr_alpha", "0.09", "--optim.lr_diversity", "cosine"),
+    *("--optim.schedule", "step", "--optim.step_epochs", "1", "--optim.step_factor", "0.5"),
+)
 RANDOM = ("--graft.every_steps", "3", "--graft.topology", "random")
 NOISE = ("--graft.source", "noise", "--graft.threshold")
 
@@ -48,6 +57,11 @@ def wash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def average(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(tmp_path_factory.mktemp("average"), *AVERAGE)
+
+
+@pytest.fixture(scope="module")
+def diloco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uninterrupted(tmp_path_factory.mktemp("diloco"), *DILOCO)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +101,20 @@ def assert_resumes_exactly(run: Path, tmp_path: Path, *options: str) -> None:
         for one, other in zip(entries(run, network), entries(resumed, network), strict=True):
             for what in ("round", "rounds", "bytes", "coefficient", "donor", "distance"):
                 assert one[what] == other[what]
+
+
+def assert_repeats_the_second_epoch(run: Path, tmp_path: Path, *options: str) -> None:
+    """Remove the last checkpoint, resume from the first, and compare with the removed one."""
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints/epoch_0002")
+    run_population(2, resumed, *TINY, *options, "--epochs", "2")
+    for network in (0, 1):
+        first, second = (checkpoint(folder, 2, network) for folder in (run, resumed))
+        for tensors in ("model", "rule"):
+            assert_same_bits(first.get(tensors, {}), second.get(tensors, {}))
+        assert_same_bits(optimizer_tensors(first), optimizer_tensors(second))
+        assert first["round"] == second["round"]
 
 
 @pytest.mark.parametrize("network", [0, 1])
@@ -144,6 +172,34 @@ def test_average_makes_the_networks_equal(average: Path, bytes_of_a_network: int
         assert {entry["bytes"] for entry in rounds} == {bytes_of_a_network}
         assert {share for entry in rounds for share in entry["coefficient"].values()} == {0.5}
     assert distance(average) < 1e-6
+
+
+def test_diloco_networks_are_equal_after_a_round(diloco: Path, bytes_of_a_network: int) -> None:
+    first, second = (checkpoint(diloco, 2, network) for network in (0, 1))
+    assert first["round"] == 2
+    assert_same_bits(first["model"], second["model"])
+    assert_same_bits(first["rule"], second["rule"])
+    assert not torch.equal(
+        *(optimizer_tensors(one)["0.momentum_buffer"] for one in (first, second))
+    )
+    outer = first["rule"]["outer.conv1.weight"]
+    assert torch.equal(outer, first["model"]["conv1.weight"])
+    assert first["rule"]["momentum.conv1.weight"].any()
+    for network in (0, 1):
+        assert {entry["bytes"] for entry in entries(diloco, network)} == {bytes_of_a_network}
+
+
+def test_diloco_resumes_exactly(diloco: Path, tmp_path: Path) -> None:
+    assert_repeats_the_second_epoch(diloco, tmp_path, *DILOCO)
+
+
+def test_intervals_grow_as_the_learning_rates_fall(tmp_path: Path) -> None:
+    """Networks with different learning rates have rounds at the same steps, also when resumed."""
+    run = uninterrupted(tmp_path, *QSR)
+    for network, lr in ((0, 0.05), (1, 0.1)):
+        assert [line["lr"] for line in metrics(run, network)] == [lr, lr / 2]
+        assert [entry["rounds"] for entry in entries(run, network)] == [2, 2]  # 2, 4, 7, 8
+    assert_repeats_the_second_epoch(run, tmp_path, *QSR)
 
 
 def test_random_donors(random_donors: Path, bytes_of_a_network: int) -> None:

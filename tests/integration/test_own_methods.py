@@ -134,7 +134,7 @@ def test_method_from_outside_of_the_package(tmp_path: Path) -> None:
 def test_method_from_outside_has_its_own_interval_and_rate() -> None:
     config = TrainConfig(method="outside:Follow")
     rule = build_user_rule(config)
-    assert build_cadence(config, 2, rule) == Cadence(every_steps=2)
+    assert build_cadence(config, 2, 4, rule) == Cadence(every_steps=2)
     assert build_rate(config, 10, rule)(40) == 0.5
 
 

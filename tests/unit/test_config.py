@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,9 @@ from dist_graft.config import (
     DataConfig,
     DistillConfig,
     GraftConfig,
+    ModelConfig,
     OptimConfig,
+    PopulationConfig,
     RuntimeConfig,
     TrainConfig,
 )
@@ -58,6 +62,8 @@ OUT_OF_RANGE = [
     (GraftConfig, "graft", "bucket_mb", 0.0, "above 0"),
     (GraftConfig, "graft", "every_steps", -1, "at least 0"),
     (GraftConfig, "graft", "start", -1, "at least 0"),
+    (GraftConfig, "graft", "stop", -1, "at least 0"),
+    (GraftConfig, "graft", "qsr_alpha", 0.0, "above 0"),
     (GraftConfig, "graft", "threshold", 0.0, "above 0"),
     (GraftConfig, "graft", "noise_annealing", 0.0, "in (0, 1]"),
     (GraftConfig, "graft", "noise_annealing", 1.1, "in (0, 1]"),
@@ -146,6 +152,9 @@ def test_an_error_names_field_value_and_legal_range(
         ("papa", "every", 0, "at least 1"),
         ("wash", "probability", -0.1, "in [0, 1]"),
         ("wash", "every_steps", 0, "at least 1"),
+        ("diloco", "every_steps", 0, "at least 1"),
+        ("diloco", "outer_lr", 0.0, "above 0 and below 1e6"),
+        ("diloco", "outer_momentum", 1.0, "in [0, 1)"),
     ],
 )
 def test_an_error_in_the_options_of_a_method_names_its_section(
@@ -154,6 +163,38 @@ def test_an_error_in_the_options_of_a_method_names_its_section(
     with pytest.raises(ConfigError) as caught:
         from_nested(TrainConfig, {section: {name: value}})
     assert str(caught.value) == f"{section}.{name} must be {legal}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: GraftConfig(start=2, stop=2), "graft.stop must be above graft.start, got 2 and 2"),
+        (lambda: GraftConfig(qsr_alpha=0.1), "graft.qsr_alpha requires graft.every_steps"),
+        (lambda: GraftConfig(filter_rule="authors"), "requires graft.level filter"),
+        (lambda: GraftConfig(internal="add"), "graft.internal requires graft.source internal"),
+        (
+            lambda: OptimConfig(schedule="step", schedule_unit="step"),
+            "optim.schedule_unit step requires optim.schedule cosine",
+        ),
+        (lambda: TrainConfig(method="diloco"), "diloco requires model.shared_init true"),
+        (lambda: diloco(on_divergence="exclude"), "none can be excluded: set on_divergence"),
+        (
+            lambda: diloco(
+                graft=GraftConfig(exchange="files"), population=PopulationConfig(size=2)
+            ),
+            "method diloco needs all networks at the same step",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def diloco(**options: Any) -> TrainConfig:
+    return TrainConfig(method="diloco", model=ModelConfig(shared_init=True), **options)
 
 
 def test_an_unknown_method_is_an_error_that_lists_the_methods() -> None:

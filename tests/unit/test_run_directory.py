@@ -67,6 +67,7 @@ OTHER: dict[str, Any] = {
     "optim.betas": (0.8, 0.9),
     "optim.weight_decay": 1e-5,
     "optim.schedule": "constant",
+    "optim.schedule_unit": "step",
     "optim.step_epochs": 30,
     "optim.step_factor": 0.2,
     "optim.warmup_epochs": 1.5,
@@ -78,6 +79,7 @@ OTHER: dict[str, Any] = {
     "graft.every": 2,
     "graft.every_steps": 5,
     "graft.start": 1,
+    "graft.stop": 9,
     "graft.source": "noise",
     "graft.topology": "random",
     "graft.level": "filter",
@@ -89,6 +91,9 @@ OTHER: dict[str, Any] = {
     "papa.every": 2,
     "wash.probability": 0.01,
     "wash.every_steps": 2,
+    "diloco.every_steps": 2,
+    "diloco.outer_lr": 0.5,
+    "diloco.outer_momentum": 0.5,
     "distill.teachers": ["RUN/checkpoints/epoch_0001/network00.pt"],
     "distill.temperature": 4.0,
     "distill.weight": 0.5,
@@ -198,7 +203,8 @@ class TestConfigFile:
         """In two parts, because some options exclude each other."""
         config = TrainConfig()
         for option, value in OTHER.items():
-            if option not in {*left_out, "optim.lr_diversity", "graft.rule"}:
+            conflicting = {"optim.lr_diversity", "optim.schedule_unit", "graft.rule"}
+            if option not in {*left_out, *conflicting}:
                 config = changed(config, option, value)
         assert read_back(started(tmp_path, config)) == config
 
@@ -241,6 +247,7 @@ def read_back(directory: RunDirectory) -> TrainConfig:
 class TestCheck:
     def test_all_options_are_tested(self) -> None:
         impossible_alone = {"runtime.sync_bn", "graft.max_lag", "graft.wait_seconds"}
+        impossible_alone |= {"graft.qsr_alpha", "graft.filter_rule", "graft.internal"}
         impossible_alone |= {f"population.{name}" for name in ("size", "network", "join")}
         assert set(OTHER) | {"epochs"} | impossible_alone == set(option_names())
 
@@ -331,6 +338,15 @@ class TestCheck:
         directory.check(dataclasses.replace(config, epochs=4), 2)
         with pytest.raises(RunDirectoryError, match="run of 3 epochs, more than --epochs 2"):
             directory.check(dataclasses.replace(config, epochs=2), 2)
+
+    def test_more_epochs_with_a_round_after_the_last_step(self, tmp_path: Path) -> None:
+        optim = OptimConfig(schedule="constant")
+        graft = GraftConfig(every_steps=2, qsr_alpha=0.1)
+        config = TrainConfig(epochs=3, optim=optim, graft=graft)
+        directory = started(tmp_path, config)
+        directory.check(config, 2)
+        with pytest.raises(RunDirectoryError, match=r"qsr_alpha adds a round .* another run_dir"):
+            directory.check(dataclasses.replace(config, epochs=4), 2)
 
     def test_more_epochs_when_it_does(self, tmp_path: Path) -> None:
         directory = started(tmp_path, TrainConfig(epochs=3))

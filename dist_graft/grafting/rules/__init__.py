@@ -6,11 +6,18 @@ only inside functions, because command-line help and validation read the rules' 
 
 from dist_graft.grafting.rules.average import Average
 from dist_graft.grafting.rules.base import Interval, Rule, Schedule
+from dist_graft.grafting.rules.diloco import Diloco
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa
 from dist_graft.grafting.rules.wash import Wash
 
-RULES: dict[str, type[Rule]] = {"graft": Graft, "average": Average, "papa": Papa, "wash": Wash}
+RULES: dict[str, type[Rule]] = {
+    "graft": Graft,
+    "average": Average,
+    "papa": Papa,
+    "wash": Wash,
+    "diloco": Diloco,
+}
 """Rule of each method, by the name that --method takes."""
 
-__all__ = ["RULES", "Average", "Graft", "Interval", "Papa", "Rule", "Schedule", "Wash"]
+__all__ = ["RULES", "Average", "Diloco", "Graft", "Interval", "Papa", "Rule", "Schedule", "Wash"]

@@ -31,7 +31,7 @@ class Schedule:
 
     @property
     def interval(self) -> Interval | None:
-        """Interval between two rounds; None: as set by graft.every, every_steps and start."""
+        """Interval between two rounds; None: as set by graft.every and every_steps."""
         return None
 
     def rate(self, lr_factor: float) -> float:
@@ -59,6 +59,8 @@ class Rule(Schedule, ABC):
     in_step: ClassVar[bool] = False
     """Whether all networks must exchange at the same time, so that jobs that come and go (exchange
     "files") cannot use the method."""
+    same_start: ClassVar[bool] = False
+    """Whether all networks must start with the same weights (model.shared_init)."""
 
     @classmethod
     def build(
@@ -95,6 +97,35 @@ class Rule(Schedule, ABC):
         import torch
 
         return torch.zeros(len(units), dtype=torch.float64)
+
+    def init_state(
+        self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what the rule keeps from round to round, before the first step of training.
+
+        It must be equal on all networks. The trainer saves it in checkpoints. A rule with a state
+        cannot exclude diverged networks nor use exchange "files". The default is empty.
+
+        Args: as `measure`.
+        """
+        del units, tensors
+        return {}
+
+    def after_exchange(
+        self,
+        units: Sequence[GraftUnit],
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Change a network after the exchange, without communication. The default does nothing.
+
+        A pure function of the rule and the arguments. Not called if `init_state` returned nothing.
+
+        Args:
+            units: the graft units.
+            tensors: the network's own tensors by state-dict key, mixed; changed in place.
+            state: what `init_state` returned; changed in place.
+        """
 
     @abstractmethod
     def decide(self, information: Tensor, round_: int) -> Mixing:

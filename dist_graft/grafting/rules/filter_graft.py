@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class FilterLink:
     groups: int
     channels: tuple[str, ...]
     """State-dict keys of the vectors over the output channels: bias and batch norm."""
+    bias: str
+    """State-dict key of the lead's bias, whether it has one or not."""
     classifier: str | None
     """State-dict key of the following matrix that reads the channels, if any."""
 
@@ -38,6 +40,8 @@ class FilterMixing(Mixing):
     links: tuple[FilterLink, ...] = ()
     own: tuple[tuple[Tensor, ...], ...] = ()
     """Share of its weights that each channel keeps, by network and unit: float64 [filters]."""
+    as_published: bool = False
+    """Whether shares multiply; see `FilterGraft.filter_rule`."""
 
     def scaled(self, rate: float) -> FilterMixing:
         """Return the mixing with every donor's share of every channel multiplied by the rate."""
@@ -47,12 +51,14 @@ class FilterMixing(Mixing):
     def tensor_fraction(
         self, network: int, donor: int, unit: int, key: str, shape: torch.Size, *, buffer: bool
     ) -> Tensor | None:
-        """Return 1 - share by channel; for a lead, 1 - mean of its two channels' shares."""
+        """Return 1 - share by channel; for a lead, of the mean or product of its two channels'."""
         del donor, buffer
         link, outputs = self.links[unit], self.own[network][unit]
         if key == link.lead:
             inputs = self.own[network][unit - 1] if unit else None
-            share = _weight_share(link, shape, outputs, inputs)
+            share = _weight_share(link, shape, outputs, inputs, product=self.as_published)
+        elif self.as_published and key in link.channels and key != link.bias:
+            share = outputs.prod()
         elif key in link.channels:
             share = outputs
         elif key == link.classifier:
@@ -72,6 +78,10 @@ class FilterGraft(Rule):
     """
 
     links: tuple[FilterLink, ...]
+    filter_rule: Literal["channel", "authors"] = "channel"
+    """authors: as in the published script, which blends a convolution twice, by input and then by
+    output channels, so that a weight keeps the product of the two shares. It blends a whole batch
+    norm once for every channel, which thus keeps the product of all shares, nearly 0."""
     topology: str = "ring"
     seed: int = 0
 
@@ -80,8 +90,12 @@ class FilterGraft(Rule):
         cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
     ) -> Rule:
         """Create the rule for a model; raises ValueError as `filter_links` does."""
-        links = filter_links(units, tensors)
-        return cls(links=links, topology=options.topology, seed=seed)
+        return cls(
+            links=filter_links(units, tensors),
+            filter_rule=options.filter_rule,
+            topology=options.topology,
+            seed=seed,
+        )
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the absolute scales of all channels, unit by unit: [channels], float64."""
@@ -96,7 +110,13 @@ class FilterGraft(Rule):
         parts = tuple(row.split([link.filters for link in self.links]) for row in own)
         means = torch.stack([torch.stack([part.mean() for part in row]) for row in parts])
         mixing = mixing_with_donor(donor, means)
-        return FilterMixing(shares=mixing.shares, donors=mixing.donors, links=self.links, own=parts)
+        return FilterMixing(
+            shares=mixing.shares,
+            donors=mixing.donors,
+            links=self.links,
+            own=parts,
+            as_published=self.filter_rule == "authors",
+        )
 
 
 def filter_links(
@@ -143,6 +163,7 @@ def _link(unit: GraftUnit, tensors: Mapping[str, Tensor], scale: str, filters: i
         transposed=unit.transposed,
         groups=unit.groups,
         channels=tuple(key for key in following[:first] if tensors[key].shape == (filters,)),
+        bias=f"{unit.name}.bias",
         classifier=(
             matrices[0] if reads and tensors[matrices[0]].shape[1] % filters == 0 else None
         ),
@@ -154,7 +175,7 @@ def _input_channels(unit: GraftUnit, weight: Tensor) -> int:
 
 
 def _weight_share(
-    link: FilterLink, shape: torch.Size, outputs: Tensor, inputs: Tensor | None
+    link: FilterLink, shape: torch.Size, outputs: Tensor, inputs: Tensor | None, *, product: bool
 ) -> Tensor:
     """Share of each weight, broadcastable to the shape [out, in / groups, ...].
 
@@ -169,5 +190,8 @@ def _weight_share(
     if by_column is not None:
         grouped = by_column.view(groups, 1, -1).expand(groups, rows // groups, -1)
         parts.append(grouped.reshape(rows, columns))
-    share = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+    if len(parts) == 1:
+        share = parts[0]
+    else:
+        share = parts[0] * parts[1] if product else (parts[0] + parts[1]) / 2
     return share.reshape(rows, columns, *[1] * (len(shape) - 2))

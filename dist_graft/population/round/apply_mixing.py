@@ -99,15 +99,16 @@ def blend_tensors(
     donors = mixing.donors[rank]
     mean = mixing.mean_fractions() if transport.reduces_means else None
     if mean is None:
-        fractions = dict(zip(donors, mixing.fractions(rank), strict=True))
+        sequence = mixing.sequence(rank)
         senders = len(donors) if transport.exchange == "p2p" else mixing.networks - 1
         bytes_received = senders * sum(bucket.bytes for bucket in buckets)
         received = EXCHANGES[transport.exchange](buckets, pack, mixing.donors, transport)
     else:
-        fractions = {POPULATION: mean}
+        sequence = [(POPULATION, mean)]
         bytes_received = sum(map(_reduced_bytes, buckets)) * 2 * (mixing.networks - 1)
         bytes_received //= mixing.networks
         received = all_reduce_mean(buckets, pack, transport)
+    blends_own = any(source == rank for source, _ in sequence)
     by_element = _ElementFractions(mixing, rank, tensors)
     group_size = sys.maxsize if multi_tensor(views) else _GROUP
     squares: list[Tensor] = []
@@ -130,16 +131,20 @@ def blend_tensors(
                 square_units += [number for number in numbers for _ in given]
             with transport.phase("blend"):
                 elementwise = [
-                    [by_element.of_piece(piece, donor, number, units[number]) for donor in given]
+                    [
+                        by_element.of_piece(piece, source, number, units[number])
+                        for source, _ in sequence
+                    ]
                     for piece, number in zip(pieces, numbers, strict=True)
                 ]
-                for column, (donor, part) in enumerate(rounded.items()):
-                    others = parts(pieces, part)
+                own = [each.clone() for each in recipients] if blends_own else []
+                for column, (source, fractions) in enumerate(sequence):
+                    others = own if source == rank else parts(pieces, rounded[source])
                     whole = [i for i, row in enumerate(elementwise) if row[column] is None]
                     blend_(
                         [recipients[i] for i in whole],
                         [others[i] for i in whole],
-                        [fractions[donor][numbers[i]] for i in whole],
+                        [fractions[numbers[i]] for i in whole],
                     )
                     for recipient, other, row in zip(recipients, others, elementwise, strict=True):
                         if (fraction := row[column]) is not None:

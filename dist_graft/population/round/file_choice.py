@@ -95,8 +95,8 @@ def uses_ring(rule: Rule) -> bool:
 def needs_step(rule: Rule) -> str:
     """Message of the error for a rule that jobs that come and go cannot use."""
     return (
-        f"{type(rule).__name__} exchanges scalars among all networks at the same step, which jobs "
-        "that come and go (exchange 'files') cannot do: use 'all_gather' or 'p2p'"
+        f"{type(rule).__name__} needs all networks at the same step, which jobs that come and go "
+        "(exchange 'files') cannot provide: use 'all_gather' or 'p2p'"
     )
 
 

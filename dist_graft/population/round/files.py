@@ -123,7 +123,8 @@ class FilesRound:
             publications of the same place.
         wait_seconds: how long a round waits for the networks it needs; may be infinite.
 
-    Raises: ValueError naming an option that is out of range, or for a rule that exchanges scalars.
+    Raises: ValueError naming an option that is out of range, or for a rule that needs all
+        networks at the same step.
     """
 
     def __init__(

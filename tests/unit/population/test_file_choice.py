@@ -142,5 +142,5 @@ def test_all_diverged_is_an_error() -> None:
 
 
 def test_a_rule_that_swaps_scalars_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Wash exchanges scalars .* use 'all_gather' or"):
+    with pytest.raises(ValueError, match=r"Wash needs all networks .* use 'all_gather' or"):
         decide_among(Wash(), published(0), [published(1)], rate=1.0, heal=True)

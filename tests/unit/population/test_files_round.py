@@ -15,7 +15,17 @@ import torch
 from tiny_network import TinyNetwork
 from torch import Tensor, nn
 
-from dist_graft import Average, Graft, Grafter, GraftRecord, NonFiniteError, Papa, Wash, graft_units
+from dist_graft import (
+    Average,
+    Diloco,
+    Graft,
+    Grafter,
+    GraftRecord,
+    NonFiniteError,
+    Papa,
+    Wash,
+    graft_units,
+)
 from dist_graft.errors import RoundStoppedError
 from dist_graft.grafting.mixing import mix
 from dist_graft.grafting.rules.base import Rule
@@ -326,6 +336,14 @@ def test_the_search_looks_at_few_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert opened == [publication_path(jobs[7].folder, Place(3))]
 
 
+class Counting(Average):
+    """Rule that keeps a state from round to round."""
+
+    def init_state(self, units: object, tensors: object) -> State:
+        del units, tensors
+        return {"rounds": torch.zeros(())}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -334,7 +352,9 @@ def test_the_search_looks_at_few_files(tmp_path: Path, monkeypatch: pytest.Monke
         ({"network": 3}, "network must be in 0 to 2, got 3"),
         ({"max_lag": -1}, "max_lag must be at least 0, got -1"),
         ({"wait_seconds": math.nan}, "wait_seconds must be at least 0, got nan"),
-        ({"rule": Wash()}, "Wash exchanges scalars among all networks at the same step"),
+        ({"rule": Wash()}, "Wash needs all networks at the same step"),
+        ({"rule": Diloco()}, "Diloco needs all networks at the same step"),
+        ({"rule": Counting()}, "Counting needs all networks at the same step"),
     ],
 )
 def test_options_are_checked(tmp_path: Path, options: dict[str, Any], message: str) -> None:

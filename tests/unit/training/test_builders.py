@@ -22,6 +22,7 @@ from dist_graft.errors import ConfigError, FunctionError
 from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.rules.average import Average
 from dist_graft.grafting.rules.base import Rule
+from dist_graft.grafting.rules.diloco import Diloco, DilocoConfig
 from dist_graft.grafting.rules.filter_graft import FilterGraft
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa, PapaConfig
@@ -120,8 +121,16 @@ CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3),
             TrainConfig(method="wash", seed=5, wash=WashConfig(probability=0.2)),
             Wash(probability=0.2, seed=5),
         ),
+        (
+            TrainConfig(
+                method="diloco",
+                model=ModelConfig(shared_init=True),
+                diloco=DilocoConfig(every_steps=7, outer_lr=0.4, outer_momentum=0.1),
+            ),
+            Diloco(every_steps=7, outer_lr=0.4, outer_momentum=0.1),
+        ),
     ],
-    ids=["graft", "average", "papa", "wash"],
+    ids=["graft", "average", "papa", "wash", "diloco"],
 )
 def test_the_rule_has_all_options(
     make_state: MakeState, config: TrainConfig, expected: Rule
@@ -131,10 +140,11 @@ def test_the_rule_has_all_options(
 
 
 def test_the_rule_of_the_filter_level(make_state: MakeState) -> None:
-    config = TrainConfig(graft=GraftConfig(level="filter"))
+    config = TrainConfig(graft=GraftConfig(level="filter", filter_rule="authors"))
     state = make_state(OptimConfig(), model=CHAIN)
     rule = build_rule(config, state, build_units(config, state))
     assert isinstance(rule, FilterGraft)
+    assert rule.filter_rule == "authors"
     assert [link.filters for link in rule.links] == [8, 4]
 
 
@@ -180,27 +190,71 @@ def test_the_interval_between_rounds(
     method: str, every: int, networks: int, expected: Cadence
 ) -> None:
     config = TrainConfig(method=method, graft=GraftConfig(every=every))
-    assert build_cadence(config, networks) == expected
+    assert build_cadence(config, networks, 10) == expected
 
 
 def test_every_steps_replaces_every() -> None:
-    config = TrainConfig(graft=GraftConfig(every_steps=7, start=2))
-    assert build_cadence(config, 2) == Cadence(every_steps=7, start_epoch=2)
+    config = TrainConfig(graft=GraftConfig(every_steps=7, start=2, stop=9))
+    assert build_cadence(config, 2, 10) == Cadence(every_steps=7, start_epoch=2, stop_epoch=9)
 
 
 @pytest.mark.parametrize("source", ["internal", "noise"])
 def test_single_network_can_graft_itself(source: str) -> None:
     config = TrainConfig(graft=GraftConfig(source=source))
-    assert build_cadence(config, 1) == Cadence(every_epochs=1)
+    assert build_cadence(config, 1, 10) == Cadence(every_epochs=1)
 
 
 def test_the_interval_of_papa_variants_is_in_epochs() -> None:
     config = TrainConfig(method="papa", papa=PapaConfig(variant="all", every=4))
-    assert build_cadence(config, 2) == Cadence(every_epochs=4)
+    assert build_cadence(config, 2, 10) == Cadence(every_epochs=4)
+
+
+def test_start_and_stop_apply_to_methods_with_an_interval_of_their_own() -> None:
+    config = TrainConfig(method="papa", graft=GraftConfig(start=1, stop=3))
+    assert build_cadence(config, 2, 4) == Cadence(every_steps=10, start_epoch=1, stop_epoch=3)
+
+
+class TestQuadraticSynchronization:
+    """graft.qsr_alpha: intervals of max(every_steps, floor((alpha / lr)^2)) steps."""
+
+    def rounds(self, networks: int = 2, *, epochs: int = 4, **optim: Any) -> tuple[int, ...]:
+        config = TrainConfig(
+            epochs=epochs,
+            optim=OptimConfig(**{"lr": 0.1, "schedule": "step", "step_epochs": 2} | optim),
+            graft=GraftConfig(every_steps=4, qsr_alpha=0.051),
+        )
+        return build_cadence(config, networks, 20).after_steps
+
+    def test_intervals_grow_after_the_decay(self) -> None:
+        # (0.051 / 0.1)^2 < 4; after 40 steps (0.051 / 0.01)^2 = 26.01; then the end.
+        assert self.rounds() == (*range(4, 41, 4), 66, 80)
+
+    def test_the_largest_learning_rate_counts_for_all_networks(self) -> None:
+        assert self.rounds(lr_diversity="cosine") == self.rounds()
+        assert self.rounds(lrs=[0.1, 0.01], lr=1.0) == self.rounds()
+
+    def test_warmup_has_the_interval_that_follows_it(self) -> None:
+        assert self.rounds(warmup_epochs=1) == self.rounds()
+
+    def test_rounds_end_with_graft_stop(self) -> None:
+        config = TrainConfig(
+            epochs=9,
+            optim=OptimConfig(lr=0.01, schedule="constant"),
+            graft=GraftConfig(every_steps=4, qsr_alpha=0.051, start=1, stop=3),
+        )
+        cadence = build_cadence(config, 2, 20)
+        assert cadence.after_steps == (46, 60)
+        assert [cadence.rounds_before(epoch, 0, 20) for epoch in (1, 2, 3, 9)] == [0, 0, 2, 2]
+
+    def test_a_method_with_its_own_interval_is_an_error(self) -> None:
+        config = TrainConfig(method="papa", graft=GraftConfig(every_steps=4, qsr_alpha=0.051))
+        with pytest.raises(ConfigError, match=r"method papa has its own interval.*qsr_alpha"):
+            build_cadence(config, 2, 20)
 
 
 def test_delivered_model_of_each_method() -> None:
-    expected = {"graft": "member", "average": "member", "papa": "soup", "wash": "soup"}
+    expected = dict.fromkeys(("graft", "average", "diloco"), "member")
+    expected |= {"papa": "soup", "wash": "soup"}
     assert {name: RULES[name].delivers for name in expected} == expected
 
 

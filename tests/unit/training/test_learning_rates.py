@@ -65,6 +65,11 @@ def test_cosine_is_updated_at_the_start_of_an_epoch() -> None:
     assert found[0] == 1.0
 
 
+def test_cosine_is_updated_after_every_step() -> None:
+    found = factors(OptimConfig(schedule_unit="step"), epochs=4, steps_per_epoch=2)
+    assert found == [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+
+
 def test_step_decays_every_step_epochs() -> None:
     config = OptimConfig(schedule="step", step_epochs=2, step_factor=0.5)
     assert factors(config, epochs=5, steps_per_epoch=2) == [1.0] * 4 + [0.5] * 4 + [0.25] * 2

@@ -1,20 +1,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.training.schedule import Cadence, Position, Segment, epoch_segments
+from dist_graft.training.schedule import (
+    Cadence,
+    Position,
+    Segment,
+    epoch_segments,
+    quadratic_steps,
+)
 
+LIMITS: Any = {"start_epoch": st.integers(0, 3), "stop_epoch": st.integers(0, 9)}
 RUNS = st.fixed_dictionaries(
     {
         "epochs": st.integers(1, 30),
         "steps_per_epoch": st.integers(1, 9),
         "cadence": st.one_of(
-            st.builds(Cadence, every_epochs=st.integers(0, 8), start_epoch=st.integers(0, 3)),
-            st.builds(Cadence, every_steps=st.integers(0, 12), start_epoch=st.integers(0, 3)),
+            st.builds(Cadence, every_epochs=st.integers(0, 8), **LIMITS),
+            st.builds(Cadence, every_steps=st.integers(0, 12), **LIMITS),
+            st.builds(
+                Cadence,
+                after_steps=st.sets(st.integers(1, 300)).map(lambda steps: tuple(sorted(steps))),
+                **LIMITS,
+            ),
         ),
         "save_every": st.integers(0, 8),
         "votes": st.integers(0, 4),
@@ -93,13 +107,18 @@ def test_the_number_of_rounds_before_a_step(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
-def test_rounds_follow_multiples_of_the_interval(run: dict[str, Any]) -> None:
+def test_rounds_follow_multiples_of_the_interval_or_the_listed_steps(run: dict[str, Any]) -> None:
     cadence, length = run["cadence"], run["steps_per_epoch"]
-    first = min(cadence.start_epoch, run["epochs"]) * length
+    epochs = run["epochs"]
+    first = min(cadence.start_epoch, epochs) * length
+    last = min(cadence.stop_epoch or epochs, epochs) * length
     every = cadence.every_steps or cadence.every_epochs * length
     rounds = [segment.epoch * length + segment.last for segment in of(run) if segment.round]
-    steps = range(first + 1, run["epochs"] * length + 1)
-    assert rounds == [step for step in steps if every and step % every == 0]
+    steps = range(first + 1, last + 1)
+    if cadence.after_steps:
+        assert rounds == [step for step in steps if step in cadence.after_steps]
+    else:
+        assert rounds == [step for step in steps if every and step % every == 0]
 
 
 @given(RUNS)
@@ -185,3 +204,56 @@ def test_more_epochs_change_only_the_checkpoint_at_the_former_end(
 def test_a_finished_run_has_no_segments() -> None:
     run = {"epochs": 3, "steps_per_epoch": 2, "cadence": Cadence(), "save_every": 1}
     assert of(run, Position(3)) == []
+
+
+RULES = st.fixed_dictionaries(
+    {
+        "alpha": st.floats(1e-3, 1e3),
+        "base": st.integers(1, 20),
+        "first": st.integers(0, 50),
+        "last": st.integers(0, 300),
+    }
+)
+
+
+@given(RULES, st.lists(st.floats(1e-3, 1), min_size=1, max_size=20))
+def test_quadratic_steps_follow_the_rule_and_end_with_the_run(
+    rule: dict[str, Any], rates: list[float]
+) -> None:
+    def lr(step: int) -> float:
+        return rates[step % len(rates)]
+
+    found = quadratic_steps(lr, **rule)
+    assert found[-1:] == ((rule["last"],) if rule["first"] < rule["last"] else ())
+    before = rule["first"]
+    for step in found:
+        interval = max(rule["base"], math.floor((rule["alpha"] / lr(before)) ** 2))
+        assert step == min(before + interval, rule["last"])
+        before = step
+
+
+@given(RULES, st.floats(1e-3, 1), st.data())
+def test_quadratic_steps_continue_from_any_round(
+    rule: dict[str, Any], decay: float, data: st.DataObject
+) -> None:
+    def lr(step: int) -> float:
+        return 1 / (1 + decay * step)
+
+    whole = quadratic_steps(lr, **rule)
+    start = data.draw(st.integers(0, len(whole)))
+    first = whole[start - 1] if start else rule["first"]
+    assert quadratic_steps(lr, **rule | {"first": first}) == whole[start:]
+
+
+@given(RULES, st.floats(1e-3, 1))
+def test_quadratic_intervals_grow_as_the_learning_rate_falls(
+    rule: dict[str, Any], decay: float
+) -> None:
+    found = quadratic_steps(lambda step: 1 / (1 + decay * step), **rule)
+    intervals = [after - before for before, after in itertools.pairwise(found[:-1])]
+    assert intervals == sorted(intervals)
+
+
+def test_quadratic_steps_at_a_learning_rate_of_zero_wait_for_the_end() -> None:
+    assert quadratic_steps(lambda step: 0.0, alpha=0.1, base=2, first=3, last=50) == (50,)
+    assert quadratic_steps(lambda step: 1e-300, alpha=1e200, base=2, first=3, last=50) == (50,)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import member_options
 from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
@@ -187,8 +188,10 @@ class RunDirectory:
             networks: size of the population.
             custom: what was passed to the Trainer in Python: "model", "data", "loss", ...
         """
+        members = [member_options(config, network) for network in range(networks)]
         run = {
             "networks": networks,
+            **({"members": _plain(members)} if any(members) else {}),
             "custom": list(custom),
             "versions": versions(),
             "git_commit": git_commit(),
@@ -303,14 +306,21 @@ def git_commit() -> str | None:
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML can hold it: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    plain: dict[str, Any] = _plain(asdict(config))
     return plain
 
 
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) for every option of nested sections."""
+    """Yield (dotted name, value) for every option of nested sections.
+
+    A mapping with dotted names (`diversity`) is a value.
+    """
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value and not any("." in str(name) for name in value):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import OptimConfig, TrainConfig
+from dist_graft.config.members import differing_options
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
@@ -48,6 +50,11 @@ def build_task(
     default = classification(config.optim.label_smoothing)
     if loss is None and metrics is None:
         return default
+    if config.data.mixes:
+        raise ConfigError(
+            "data.mixup and data.cutmix make probabilities of the targets: leave out loss and "
+            "metrics, or set both options to 0"
+        )
     if config.distill.teachers:
         raise ConfigError("distill.teachers needs image classification: leave out loss and metrics")
     if "loss" in (metrics or {}):
@@ -90,7 +97,7 @@ def build_state(
     """Build this process's network with its optimizer, before the first step.
 
     Args:
-        config: all options.
+        config: all options, with those of the network (`member_config`).
         data: determines classes, channels and steps per epoch.
         runtime: determines network, device and replicas.
         make_model: () -> module; None: `config.model`.
@@ -108,6 +115,8 @@ def build_state(
         model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     else:
         raise ConfigError("Trainer(data=...) needs model=, a function that returns the module")
+    if "model.dropout" in differing_options(config) or config.model.dropout is not None:
+        set_dropout(model, config.model.dropout)
     model.to(runtime.device)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -144,6 +153,21 @@ def build_state(
         ),
         ema=ema,
     )
+
+
+def set_dropout(model: nn.Module, probability: float | None) -> None:
+    """Set the probability of all dropout layers; None: leave it.
+
+    Raises: ConfigError if the model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _DropoutNd)]
+    if not layers:
+        raise ConfigError(
+            f"model.dropout requires a model with dropout layers: {type(model).__name__} has none"
+        )
+    if probability is not None:
+        for layer in layers:
+            layer.p = probability
 
 
 def build_optimizer(

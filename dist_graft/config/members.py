@@ -65,13 +65,14 @@ def differing_options(config: TrainConfig) -> list[str]:
 
 
 def member_config(config: TrainConfig, network: int) -> TrainConfig:
-    """The configuration with one network's own options in their sections.
+    """The configuration with one network's own options in their sections, without members.
 
     Raises: ConfigError naming the network if its options contradict each other.
     """
     options = member_options(config, network)
     try:
-        return dataclasses.replace(config, **_sections(config, options))
+        sections = _sections(config, options)
+        return dataclasses.replace(config, members=[], diversity={}, **sections)
     except ConfigError as error:
         raise ConfigError(f"options of network {network}: {error}") from error
 
@@ -83,8 +84,8 @@ def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
     """
     if config.members and len(config.members) != networks:
         raise ConfigError(
-            f"members has {len(config.members)} entries for {networks} networks: give one per "
-            "network; {} changes nothing"
+            f"members has length {len(config.members)} for {networks} networks: give one mapping "
+            "per network; {} changes nothing"
         )
     configs = [member_config(config, network) for network in range(networks)]
     if len({found.optim.ema_decay is None for found in configs}) > 1:

@@ -154,7 +154,10 @@ class TensorBoard(Callback):
         self._network = NetworkBoard(
             self._folder,
             start_epoch=epoch,
-            options=hparams(trainer.member_config, trainer.max_lr, process.networks),
+            options=hparams(
+                *(trainer.member_config, trainer.max_lr, process.networks),
+                differing=differing_options(trainer.config),
+            ),
             metric=self._metric,
         )
         if process.is_main and trainer.directory.job is None:
@@ -352,13 +355,16 @@ def _by_unit(
     return scalars
 
 
-def hparams(config: TrainConfig, lr: float, networks: int) -> dict[str, float | str]:
+def hparams(
+    config: TrainConfig, lr: float, networks: int, *, differing: Sequence[str] = ()
+) -> dict[str, float | str]:
     """Columns of the HParams tab that distinguish networks and runs.
 
     Args:
         config: all options, with those of the network (`member_config`).
         lr: initial learning rate of the network.
         networks: size of the population.
+        differing: names of the options in which networks differ.
     """
     options: dict[str, float | str] = {
         "networks": networks,
@@ -382,7 +388,7 @@ def hparams(config: TrainConfig, lr: float, networks: int) -> dict[str, float | 
             "every": config.graft.every,
             "every_steps": config.graft.every_steps,
         }
-    for name in differing_options(config):
+    for name in differing:
         section, _, option = name.partition(".")
         value = getattr(getattr(config, section), option)
         column = {"optim.name": "optimizer"}.get(name, option)

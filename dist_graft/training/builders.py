@@ -12,7 +12,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import OptimConfig, TrainConfig
-from dist_graft.config.members import differing_options
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
@@ -115,8 +114,9 @@ def build_state(
         model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     else:
         raise ConfigError("Trainer(data=...) needs model=, a function that returns the module")
-    if "model.dropout" in differing_options(config) or config.model.dropout is not None:
-        set_dropout(model, config.model.dropout)
+    if config.model.dropout is not None:
+        for layer in dropout_layers(model):
+            layer.p = config.model.dropout
     model.to(runtime.device)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -155,19 +155,17 @@ def build_state(
     )
 
 
-def set_dropout(model: nn.Module, probability: float | None) -> None:
-    """Set the probability of all dropout layers; None: leave it.
+def dropout_layers(model: nn.Module) -> list[_DropoutNd]:
+    """Dropout layers of a model, for `model.dropout`.
 
-    Raises: ConfigError if the model has none.
+    Raises: ConfigError if it has none.
     """
     layers = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     if not layers:
         raise ConfigError(
             f"model.dropout requires a model with dropout layers: {type(model).__name__} has none"
         )
-    if probability is not None:
-        for layer in layers:
-            layer.p = probability
+    return layers
 
 
 def build_optimizer(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.members import member_configs, member_options
+from dist_graft.config.members import differing_options, member_configs, member_options
 from dist_graft.errors import (
     ConfigError,
     DataError,
@@ -87,6 +87,7 @@ from dist_graft.training.builders import (
     built_in_callbacks,
     criterion_name,
     describe_data,
+    dropout_layers,
     is_self_grafting,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
@@ -556,6 +557,8 @@ class Trainer:
             *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
             lr=self.max_lr,
         )
+        if "model.dropout" in differing_options(config):
+            dropout_layers(self.model)  # fails on all ranks, not only where it is set
         self.state.train_forward = self.replicas.wrap(self.state.forward)
         self.units = build_units(config, self.state)
         self.criterion = criterion_name(config)

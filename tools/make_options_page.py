@@ -77,6 +77,8 @@ def _type_name(type_: object) -> str:
         return ", ".join(_type_name(part) for part in arguments if part is not type(None))
     if origin is list:
         return f"list of {_type_name(arguments[0])}s"
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         return " and ".join(_type_name(part) for part in arguments)
     names = {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}

@@ -265,7 +265,7 @@ class TestCommand:
         config = yaml.safe_load((run / "config.yaml").read_text())
         members = [{"optim.weight_decay": 0.00012345, "data.rand_augment": "2,9"}, {}]
         config["run"]["members"] = members
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         table = status(run).stdout.splitlines()
         assert table[2].endswith(" options")
         assert table[3].endswith("  weight_decay 0.000123, rand_augment 2,9")

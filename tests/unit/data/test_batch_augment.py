@@ -138,6 +138,16 @@ def test_draws_depend_on_the_step_and_a_batch_may_be_empty() -> None:
     assert targets.shape == (0, CLASSES)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    images, labels = batch(6, 8, channels_last=True)
+    augment = BatchAugment(DataConfig(**ALL), CLASSES)  # type: ignore[arg-type]
+    whole = {"stream": (1, 2, 3, 0), "positions": slice(0, 6), "size": 6}
+    on_gpu = augment(images.cuda(), labels.cuda(), **whole)  # type: ignore[arg-type]
+    for found, expected in zip(on_gpu, augment(images, labels, **whole), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(found.cpu(), expected)
+
+
 def test_the_memory_format_is_kept() -> None:
     images, labels = batch(6, 8, channels_last=True)
     augment = BatchAugment(DataConfig(**ALL), CLASSES)  # type: ignore[arg-type]

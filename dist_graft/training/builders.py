@@ -51,8 +51,8 @@ def build_task(
         return default
     if config.data.mixes:
         raise ConfigError(
-            "data.mixup and data.cutmix make probabilities of the targets: leave out loss and "
-            "metrics, or set both options to 0"
+            "data.mixup and data.cutmix turn targets into probabilities of classes: leave out loss "
+            "and metrics, or set both options to 0"
         )
     if config.distill.teachers:
         raise ConfigError("distill.teachers needs image classification: leave out loss and metrics")

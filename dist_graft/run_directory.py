@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import member_options
 from dist_graft.config.train import is_named_weights
 from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
@@ -158,7 +159,7 @@ class RunDirectory:
         files = config.graft.exchange == "files"
         changeable: tuple[str, ...] = _CHANGEABLE
         if config.resume_networks is not None:
-            changeable += ("optim.lrs",)  # one for each network
+            changeable += ("optim.lrs", "members")  # one for each network
         elif before_networks != networks and not (files and networks > before_networks):
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
@@ -205,8 +206,10 @@ class RunDirectory:
             networks: size of the population.
             custom: what was passed to the Trainer in Python: "model", "data", "loss", ...
         """
+        members = [member_options(config, network) for network in range(networks)]
         run = {
             "networks": networks,
+            **({"members": _plain(members)} if any(members) else {}),
             "custom": list(custom),
             "versions": versions(),
             "git_commit": git_commit(),
@@ -331,7 +334,7 @@ def git_commit() -> str | None:
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML can hold it: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    plain: dict[str, Any] = _plain(asdict(config))
     return plain
 
 
@@ -345,13 +348,19 @@ def as_stored(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) for every option of nested sections.
 
-    The arguments of a user's function (``model.kwargs``) are one option.
+    Arguments of a user's function (``model.kwargs``) are a value, as is a mapping with dotted names
+    (``diversity``).
     """
     for key, value in tree.items():
-        if isinstance(value, Mapping) and not key.endswith("kwargs"):
+        is_section = isinstance(value, Mapping) and value and not key.endswith("kwargs")
+        if is_section and not any("." in str(name) for name in value):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -26,7 +26,7 @@ from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.run_directory import write_atomically
 from dist_graft.training.data import ImageData, ensure_available, load_data
-from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.models import build_model
 from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
@@ -173,7 +173,7 @@ class _Tested:
 
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
-    rates = learning_rates(stored.config.optim, stored.population)
+    rates = initial_rates(stored.config, stored.population)
     tested = _test_members(states, evaluator)
     reestimated = _test_members(states, evaluator, reestimated=True)
     validated: list[float] = []

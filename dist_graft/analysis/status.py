@@ -40,6 +40,8 @@ _HEADER = (
     *("network", "host", "phase", "epoch", "step", "test %", "lr", "images/s"),
     *("last round", "events"),
 )
+_OPTIONS_HEADER = ("options",)
+"""One more column if the networks differ in options."""
 _JOB_HEADER = ("job", "lag", "lease", "checkpoint")
 """More columns if each network is a job of its own."""
 
@@ -239,14 +241,23 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
     """State, table of the networks, final accuracies, latest events and unreadable files."""
     known = facts(run, run_status, now)
     left = known["seconds_left"]
+    differ = any(row["options"] for row in known["networks"])
     lines = [
         f"{run.path}: {run_status.words}{'' if left is None else f', {duration(left)} left'}",
         f"{len(run.networks)} x {known['model'] or '?'} on {known['data'] or '?'}, method "
         f"{known['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
         format_table(
-            (*_HEADER, *(_JOB_HEADER if run.of_jobs else ())),
+            (
+                *_HEADER,
+                *(_OPTIONS_HEADER if differ else ()),
+                *(_JOB_HEADER if run.of_jobs else ()),
+            ),
             [
-                (*_row(row, known["epochs"] or "?"), *(_job_row(row) if run.of_jobs else ()))
+                (
+                    *_row(row, known["epochs"] or "?"),
+                    *((_options_text(row["options"]),) if differ else ()),
+                    *(_job_row(row) if run.of_jobs else ()),
+                )
                 for row in known["networks"]
             ],
         ),
@@ -321,6 +332,7 @@ def _network_facts(
         "smallest_coefficient": min(coefficients, default=None),
         "largest_coefficient": max(coefficients, default=None),
         "seconds_left": _as_float(status.get("seconds_left")) if alive else None,
+        "options": _options_in(run.config, files.network),
         "events": dict(Counter(str(event.get("kind")) for event in own_events)),
     }
 
@@ -340,6 +352,25 @@ def _row(row: dict[str, Any], epochs: object) -> tuple[str, ...]:
         _round_text(row),
         ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in row["events"].items()) or "-",
     )
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    """Options of one network without their sections."""
+    texts = (
+        f"{name.rpartition('.')[2]} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for name, value in options.items()
+    )
+    return ", ".join(texts) or "-"
+
+
+def _options_in(config: Mapping[str, Any], network: int) -> dict[str, Any]:
+    """Options of one network that members or diversity set."""
+    run = config.get("run")
+    members = run.get("members") if isinstance(run, dict) else None
+    if not isinstance(members, list) or network >= len(members):
+        return {}
+    options = members[network]
+    return {str(k): v for k, v in options.items()} if isinstance(options, dict) else {}
 
 
 def _job_row(row: dict[str, Any]) -> tuple[str, ...]:

@@ -32,6 +32,20 @@ class DataConfig:
     """Convert images to 1 (grayscale) or 3 channels; unset: as in the dataset."""
     augment: bool = True
     """Random crops and horizontal flips during training."""
+    mixup: float = 0.0
+    """Mixup (arXiv 1710.09412): training images are averaged in pairs with a share from
+    Beta(mixup, mixup), and so are their labels. 0: off. With cutmix, one of the two is drawn for
+    each image."""
+    cutmix: float = 0.0
+    """CutMix (arXiv 1905.04899): a box of each training image is replaced by that of another one,
+    with the area's share of its label; 1 minus this share is drawn from Beta(cutmix, cutmix). 0:
+    off."""
+    random_erasing: float = 0.0
+    """Random erasing (arXiv 1708.04896): probability that a box of a training image is replaced by
+    the mean color, in [0, 1]."""
+    rand_augment: int | str | None = None
+    """RandAugment (arXiv 1909.13719) of training images: the magnitude in 0 to 30, for two
+    operations per image, or "N,M" for N operations of magnitude M; unset: off."""
     workers: int | Literal["auto"] | None = None
     """DataLoader workers per process; 0: load in the training process; auto: one for each core of
     the process but one, between 1 and 16. Unset: auto for imagefolder, 0 for datasets passed in
@@ -48,5 +62,29 @@ class DataConfig:
         require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
         at_least("data.image_size", self.image_size, 1)
         require(self.channels in (None, 1, 3), "data.channels", self.channels, "1 or 3")
+        at_least("data.mixup", self.mixup, 0)
+        at_least("data.cutmix", self.cutmix, 0)
+        erasing = self.random_erasing
+        require(0 <= erasing <= 1, "data.random_erasing", erasing, "in [0, 1]")
+        if self.rand_augment is not None:
+            rand_augment_parameters(self.rand_augment)
         if self.workers != "auto":
             at_least("data.workers", self.workers, 0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed, and their targets are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def rand_augment_parameters(value: int | str) -> tuple[int, int]:
+    """Number of operations and magnitude of RandAugment, from data.rand_augment.
+
+    Raises: ConfigError naming the option.
+    """
+    text = str(value)
+    parts = text.split(",") if "," in text else ["2", text]
+    numbers = [int(part) for part in parts if part.strip().isdecimal()]
+    legal = len(numbers) == len(parts) == 2 and numbers[0] >= 1 and numbers[1] <= 30
+    require(legal, "data.rand_augment", value, "M or N,M with N at least 1 and M in 0 to 30")
+    return numbers[0], numbers[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dist_graft.config.validation import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -21,3 +23,10 @@ class ModelConfig:
     """Activation of the small-image ResNets."""
     shared_init: bool = False
     """Initialize all networks with the same weights."""
+    dropout: float | None = None
+    """Probability of the model's dropout layers, in [0, 1); unset: as the model defines it. An
+    error if it has none."""
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None:
+            require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")

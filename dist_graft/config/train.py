@@ -9,6 +9,7 @@ from dist_graft.config.checkpoint import CheckpointConfig
 from dist_graft.config.data import DataConfig
 from dist_graft.config.distill import DistillConfig
 from dist_graft.config.graft import GraftConfig
+from dist_graft.config.members import checked_diversity, checked_members
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
@@ -74,6 +75,14 @@ class TrainConfig:
     init_strict: bool = True
     """Refuse init_from when a tensor is missing or has another shape; false: such tensors, as of a
     head for other classes, keep their initialization."""
+    members: list[dict[str, Any]] = field(default_factory=list)
+    """Options of single networks: a list with one mapping per network, such as [{optim.lr: 0.05},
+    {data.mixup: 0.2}]. Options of sections optim (except the schedule), data (augmentation only),
+    and model (dropout only) may differ."""
+    diversity: dict[str, Any] = field(default_factory=dict)
+    """Options that are drawn for each network from the seed: a mapping such as
+    {optim.weight_decay: {log_uniform: [1e-5, 1e-3]}, data.mixup: {choice: [0, 0.2]}}, or uniform.
+    members overrides it."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -88,6 +97,8 @@ class TrainConfig:
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         for reference in self.callbacks:
             known_or_own("callbacks", reference, ())
+        object.__setattr__(self, "members", checked_members(self))
+        object.__setattr__(self, "diversity", checked_diversity(self))
         at_least("epochs", self.epochs, 1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         known_or_own("method", self.method, (*RULES, "none"))

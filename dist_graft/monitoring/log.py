@@ -13,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_graft.errors import RunDirectoryError, StoppedEarlyError, error_text
-from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import print_line, printable
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -113,11 +112,15 @@ def close_log() -> None:
         handler.close()
 
 
-def append_error(folder: Path, error: BaseException, process: ProcessInfo) -> None:
-    """Append the error that ends a run to a network's log if possible."""
-    line = error_text(error)
-    if process.world_size > 1:
-        line = f"{process}: {line}"
+def append_error(folder: Path, error: BaseException, *, process: str = "") -> None:
+    """Append the error that ends a run to a network's log if possible.
+
+    Args:
+        folder: of the network.
+        error: logged on one line.
+        process: name of the process, if there are several.
+    """
+    line = f"{process}: {error_text(error)}" if process else error_text(error)
     severity = "INFO" if isinstance(error, StoppedEarlyError) else "ERROR"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

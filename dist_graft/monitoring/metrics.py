@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 MOMENTS = ("before_last_round", "after_last_round")
@@ -45,6 +45,8 @@ class EpochMetrics:
     """By graft unit, before the round, in the unit of the criterion."""
     graft: dict[str, Any] | None
     """Rounds of the epoch; None in an epoch without one."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of this network that members or diversity set."""
 
     def to_json(self) -> dict[str, Any]:
         """One line of metrics.jsonl: train_NAME, test_NAME, val_NAME for each metric."""
@@ -54,6 +56,8 @@ class EpochMetrics:
             line |= {f"{split}_{name}": value for name, value in values.items()}
         if self.ema_test is not None:
             line |= {f"ema_test_{name}": value for name, value in self.ema_test.items()}
+        if self.options:
+            line["options"] = dict(self.options)
         return line | {
             "images_per_second": self.images_per_second,
             "phase_seconds": self.phase_seconds,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import differing_options
 from dist_graft.errors import RunDirectoryError
 from dist_graft.grafting.mixing import Mixing
 from dist_graft.monitoring.callback import Callback
@@ -149,11 +150,14 @@ class TensorBoard(Callback):
             self._population.round(self._record.round, names, self._record.mixing, epoch)
 
     def _open(self, trainer: Trainer, epoch: int) -> None:
-        config, process = trainer.config, trainer.process
+        process = trainer.process
         self._network = NetworkBoard(
             self._folder,
             start_epoch=epoch,
-            options=hparams(config, trainer.max_lr, process.networks),
+            options=hparams(
+                *(trainer.member_config, trainer.max_lr, process.networks),
+                differing=differing_options(trainer.config),
+            ),
             metric=self._metric,
         )
         if process.is_main and trainer.directory.job is None:
@@ -351,8 +355,17 @@ def _by_unit(
     return scalars
 
 
-def hparams(config: TrainConfig, lr: float, networks: int) -> dict[str, float | str]:
-    """Columns of the HParams tab that distinguish networks and runs."""
+def hparams(
+    config: TrainConfig, lr: float, networks: int, *, differing: Sequence[str] = ()
+) -> dict[str, float | str]:
+    """Columns of the HParams tab that distinguish networks and runs.
+
+    Args:
+        config: all options, with those of the network (`member_config`).
+        lr: initial learning rate of the network.
+        networks: size of the population.
+        differing: names of the options in which networks differ.
+    """
     options: dict[str, float | str] = {
         "networks": networks,
         "lr": lr,
@@ -375,6 +388,12 @@ def hparams(config: TrainConfig, lr: float, networks: int) -> dict[str, float | 
             "every": config.graft.every,
             "every_steps": config.graft.every_steps,
         }
+    for name in differing:
+        section, _, option = name.partition(".")
+        value = getattr(getattr(config, section), option)
+        column = {"optim.name": "optimizer"}.get(name, option)
+        if column != "lr":
+            options[column] = value if isinstance(value, (bool, int, float)) else str(value)
     return options
 
 

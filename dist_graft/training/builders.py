@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import OptimConfig, TrainConfig
@@ -48,6 +49,11 @@ def build_task(
     default = classification(config.optim.label_smoothing)
     if loss is None and metrics is None:
         return default
+    if config.data.mixes:
+        raise ConfigError(
+            "data.mixup and data.cutmix turn targets into probabilities of classes: leave out loss "
+            "and metrics, or set both options to 0"
+        )
     if config.distill.teachers:
         raise ConfigError("distill.teachers needs image classification: leave out loss and metrics")
     if "loss" in (metrics or {}):
@@ -90,7 +96,7 @@ def build_state(
     """Build this process's network with its optimizer, before the first step.
 
     Args:
-        config: all options.
+        config: all options, with those of the network (`member_config`).
         data: determines classes, channels and steps per epoch.
         runtime: determines network, device and replicas.
         make_model: () -> module; None: `config.model`.
@@ -108,6 +114,9 @@ def build_state(
         model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
     else:
         raise ConfigError("Trainer(data=...) needs model=, a function that returns the module")
+    if config.model.dropout is not None:
+        for layer in dropout_layers(model):
+            layer.p = config.model.dropout
     model.to(runtime.device)
     if config.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -144,6 +153,19 @@ def build_state(
         ),
         ema=ema,
     )
+
+
+def dropout_layers(model: nn.Module) -> list[_DropoutNd]:
+    """Dropout layers of a model, for `model.dropout`.
+
+    Raises: ConfigError if it has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _DropoutNd)]
+    if not layers:
+        raise ConfigError(
+            f"model.dropout requires a model with dropout layers: {type(model).__name__} has none"
+        )
+    return layers
 
 
 def build_optimizer(

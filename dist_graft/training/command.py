@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from dist_graft.command import Command, Options
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import member_configs
 from dist_graft.config.validation import at_least, from_nested
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_info import ProcessInfo
@@ -84,6 +85,7 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
 
     check_dataset_name(config.data.name)
     learning_rates(config.optim, networks or process.networks)
+    member_configs(config, networks or process.networks)
     if networks and networks * config.runtime.replicas > 1:
         from dist_graft.training.train import train
 

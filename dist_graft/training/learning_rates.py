@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dist_graft.config import OptimConfig
+from dist_graft.config import OptimConfig, TrainConfig
+from dist_graft.config.members import member_options
 from dist_graft.errors import ConfigError
+
+
+def initial_rates(config: TrainConfig, networks: int) -> list[float]:
+    """Initial learning rate of each network: its own optim.lr, or as `learning_rates` says."""
+    rates = learning_rates(config.optim, networks)
+    return [
+        member_options(config, network).get("optim.lr", rate) for network, rate in enumerate(rates)
+    ]
 
 
 def learning_rates(config: OptimConfig, networks: int) -> list[float]:

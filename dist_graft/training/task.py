@@ -59,7 +59,11 @@ class Task:
 
 
 def classification(label_smoothing: float = 0.0) -> Task:
-    """Cross entropy and accuracy in percent."""
+    """Cross entropy and accuracy in percent.
+
+    Targets are classes, int64 [batch], or the probabilities of mixed images [batch, classes], whose
+    accuracy is that of the most probable class.
+    """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
@@ -69,6 +73,8 @@ def classification(label_smoothing: float = 0.0) -> Task:
 
 def percent_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """100 for each sample whose label has the largest score, and the number of samples."""
+    if labels.dim() == 2:
+        labels = labels.argmax(1)
     return 100 * (logits.argmax(1) == labels).sum(), float(len(labels))
 
 

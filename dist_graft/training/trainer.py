@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import differing_options, member_configs, member_options
 from dist_graft.errors import (
     ConfigError,
     DataError,
@@ -85,6 +86,7 @@ from dist_graft.training.builders import (
     built_in_callbacks,
     criterion_name,
     describe_data,
+    dropout_layers,
     is_self_grafting,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
@@ -94,7 +96,7 @@ from dist_graft.training.checkpoint.membership import change_networks
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
-from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.data.datasets import Datasets, refuse_image_options
 from dist_graft.training.data.loader import too_many_workers
 from dist_graft.training.jobs import (
     assign_network,
@@ -113,7 +115,7 @@ from dist_graft.training.layer_stats import (
     naming_epoch,
     non_finite_part,
 )
-from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.same_options import (
     digest,
     options_text,
@@ -172,6 +174,7 @@ class Trainer:
 
     Attributes:
         config (TrainConfig): all options.
+        member_config (TrainConfig): all options, with this network's own (members, diversity).
         process (ProcessInfo): rank, network, replica and world size.
         directory (RunDirectory): paths of the run.
         log (logging.Logger): writes to the network's log.txt; on rank 0 also to the console.
@@ -201,6 +204,7 @@ class Trainer:
         self.process = ProcessInfo()
         self.directory = RunDirectory(self.config.run_dir)
         self.task = build_task(self.config, loss, metrics)
+        self._loss, self._metrics = loss, metrics
         self._make_model = model
         self._datasets = data
         self._make_optimizer = optimizer
@@ -217,6 +221,7 @@ class Trainer:
 
     def _reset(self) -> None:
         """Reset what an earlier call of `fit` has changed."""
+        self.member_config = self.config
         self.progress = Progress()
         self.stopping = False
         self.summary: dict[str, Any] = {}
@@ -313,9 +318,9 @@ class Trainer:
             except BaseException as error:
                 explained = self._explain(error)
                 if self._has_log and not isinstance(explained, LeaseHeldError):
-                    append_error(
-                        self.directory.network(self.process.network), explained, self.process
-                    )
+                    process = str(self.process) if self.process.world_size > 1 else ""
+                    folder = self.directory.network(self.process.network)
+                    append_error(folder, explained, process=process)
                 if explained is error:
                     raise
                 raise explained from error
@@ -370,7 +375,8 @@ class Trainer:
         self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
-        rates = learning_rates(self.config.optim, self.process.networks)
+        configs = self._member_configs()
+        rates = initial_rates(self.config, self.process.networks)
         if self.process.restarts and self.directory.stopped.exists():
             raise self._stopped_before()
         stop_on_signals()
@@ -384,6 +390,20 @@ class Trainer:
         if is_job(self.config):
             self._claim_network()
         self.max_lr = rates[self.process.network]
+        self.member_config = configs[self.process.network]
+        self.task = build_task(self.member_config, self._loss, self._metrics)
+
+    def _member_configs(self) -> list[TrainConfig]:
+        """Configuration of each network; every process checks those of all.
+
+        Raises: ConfigError if the options of a network do not fit its task or data.
+        """
+        configs = member_configs(self.config, self.process.networks)
+        for config in configs:
+            build_task(config, self._loss, self._metrics)
+            if self._datasets is not None:
+                refuse_image_options(config.data)
+        return configs
 
     def _claim_network(self) -> None:
         """Take the lease of this job's network; all its processes learn its number.
@@ -538,10 +558,13 @@ class Trainer:
         if self._datasets is None and self.process.local_rank == 0:
             ensure_available(config.data)
         runtime.gather([0.0], "the preparation of the data")
-        self.data = build_data(config, self._datasets, runtime)
+        self.data = build_data(self.member_config, self._datasets, runtime)
         self.state = build_state(
-            config, self.data, runtime, self._make_model, self._make_optimizer, lr=self.max_lr
+            *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
+            lr=self.max_lr,
         )
+        if "model.dropout" in differing_options(config):
+            dropout_layers(self.model)  # fails on all ranks, not only where it is set
         self.state.train_forward = self.replicas.wrap(self.state.forward)
         self.units = build_units(config, self.state)
         self.criterion = criterion_name(config)
@@ -626,6 +649,9 @@ class Trainer:
             if isinstance(self.data, ImageData):
                 self.directory.write_classes(self.data.classes, asdict(self.data.preprocessing))
         self.log.info("%s", _startup_message(self))
+        if own := member_options(self.config, self.process.network):
+            options = ", ".join(f"{name} {value}" for name, value in own.items())
+            self.log.info("options of network %d: %s", self.process.network, options)
         warning = too_many_workers(self.data.workers, self.process)
         if warning and self.process.is_main:
             self.log.warning("%s", warning)
@@ -736,7 +762,7 @@ class Trainer:
                         self.task,
                         inputs,
                         targets,
-                        config=self.config.optim,
+                        config=self.member_config.optim,
                         part=self.data.part(step),
                         sums=sums,
                         replicas=self.replicas,
@@ -948,6 +974,7 @@ class Trainer:
             phase_seconds=self.timer.reset(),
             information=dict(layers.information),
             graft=self.progress.rounds,
+            options=member_options(self.config, self.process.network),
         )
         metric = next(iter(self.task.metrics), None)
         non_finite = non_finite_part(self.state, loss=self.progress.diverged)

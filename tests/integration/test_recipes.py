@@ -53,6 +53,7 @@ def test_one_step(recipe: Path, train: Train, tmp_path: Path) -> None:
     if isinstance(section, str):
         section = yaml.safe_load((recipe.parent / section).read_text())
     assert resolved["graft"] == resolved["graft"] | section
+    assert resolved["diversity"].keys() == content.get("diversity", {}).keys()
     rates = yaml.safe_load((recipe.parent / content["optim"]).read_text())
     assert resolved["optim"] == resolved["optim"] | rates
 
@@ -60,7 +61,8 @@ def test_one_step(recipe: Path, train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
 def test_a_recipe_cites_its_source(recipe: Path) -> None:
     comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
-    assert any("arXiv 2001.05868" in line or "arXiv 2004.12311" in line for line in comment)
+    sources = [f"arXiv {number}" for number in ("2001.05868", "2004.12311", "2304.03094")]
+    assert any(source in line for line in comment for source in sources)
     assert len(recipe.read_text().splitlines()) < 20
 
 
@@ -69,6 +71,6 @@ def test_every_section_is_used() -> None:
         (path.parent / value).resolve()
         for path in RECIPES
         for value in yaml.safe_load(path.read_text()).values()
-        if isinstance(value, str)
+        if str(value).endswith(".yaml")
     }
     assert used == set((CONFIGS / "sections").glob("*.yaml"))

@@ -18,6 +18,7 @@ from dist_graft.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from dist_graft.config.data import rand_augment_parameters
 from dist_graft.config.parsing import append_repeated, option_names
 from dist_graft.config.validation import from_nested
 from dist_graft.errors import ConfigError
@@ -35,6 +36,16 @@ OUT_OF_RANGE = [
     (DataConfig, "data", "image_size", 0, "at least 1"),
     (DataConfig, "data", "channels", 2, "1 or 3"),
     (DataConfig, "data", "workers", -1, "at least 0"),
+    (DataConfig, "data", "mixup", -0.1, "at least 0"),
+    (DataConfig, "data", "cutmix", INF, "at least 0"),
+    (DataConfig, "data", "random_erasing", 1.1, "in [0, 1]"),
+    (DataConfig, "data", "random_erasing", NAN, "in [0, 1]"),
+    (DataConfig, "data", "rand_augment", 31, "M in 0 to 30"),
+    (DataConfig, "data", "rand_augment", -1, "M in 0 to 30"),
+    (DataConfig, "data", "rand_augment", "0,9", "N at least 1"),
+    (DataConfig, "data", "rand_augment", "2,9,1", "M or N,M"),
+    (DataConfig, "data", "rand_augment", "strong", "M or N,M"),
+    (ModelConfig, "model", "dropout", 1.0, "in [0, 1)"),
     (OptimConfig, "optim", "lr", 0.0, "above 0"),
     (OptimConfig, "optim", "lr", NAN, "above 0"),
     (OptimConfig, "optim", "lr", INF, "above 0"),
@@ -255,6 +266,13 @@ def test_mutually_exclusive_options(options: dict[str, object], names: tuple[str
     with pytest.raises(ConfigError) as caught:
         OptimConfig(**options)  # type: ignore[arg-type]
     assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("value", "parameters"), [(9, (2, 9)), ("9", (2, 9)), ("1,30", (1, 30)), ("3, 0", (3, 0))]
+)
+def test_the_parameters_of_rand_augment(value: int | str, parameters: tuple[int, int]) -> None:
+    assert rand_augment_parameters(value) == parameters
 
 
 @pytest.mark.parametrize("kind", sections())

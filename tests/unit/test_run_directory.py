@@ -49,6 +49,10 @@ OTHER: dict[str, Any] = {
     "data.image_size": 32,
     "data.channels": 3,
     "data.augment": False,
+    "data.mixup": 0.2,
+    "data.cutmix": 1.0,
+    "data.random_erasing": 0.3,
+    "data.rand_augment": "3,7",
     "data.workers": 1,
     "data.skip_broken": True,
     "data.download": False,
@@ -58,6 +62,7 @@ OTHER: dict[str, Any] = {
     "init_from": "/runs/before",
     "init_strict": False,
     "model.shared_init": True,
+    "model.dropout": 0.3,
     "optim.name": "adamw",
     "optim.lr": 0.2,
     "optim.lr_diversity": "cosine",
@@ -117,6 +122,8 @@ OTHER: dict[str, Any] = {
     "runtime.deterministic": True,
     "run_dir": "runs/elsewhere",
     "callbacks": ["mypackage.callbacks:MyCallback"],
+    "members": [{"optim.lr": 0.05, "data.mixup": 0.2}, {}],
+    "diversity": {"optim.weight_decay": {"log_uniform": [1e-5, 1e-3]}},
     "resume": "must",
     "resume_networks": [0, 1],
     "checkpoint.every": 3,
@@ -192,6 +199,16 @@ class TestConfigFile:
         assert "git_commit" in stored["run"]
         assert stored["graft"]["amplitude"] == 0.4
         assert list(stored)[-1] == "run"
+        assert "members" not in stored["run"]
+
+    def test_it_has_the_options_of_each_network(self, tmp_path: Path) -> None:
+        config = changed(TrainConfig(), "members", [{"optim.betas": (0.8, 0.9)}, {}])
+        config = changed(config, "diversity", {"data.cutmix": {"choice": [1.0]}})
+        run = yaml.safe_load(started(tmp_path, config).config.read_text())["run"]
+        assert run["members"] == [
+            {"data.cutmix": 1.0, "optim.betas": [0.8, 0.9]},
+            {"data.cutmix": 1.0},
+        ]
 
     @pytest.mark.parametrize(
         "left_out",
@@ -271,6 +288,14 @@ class TestCheck:
     def test_arguments_of_the_model_that_were_left_out(self, tmp_path: Path) -> None:
         directory = started(tmp_path, changed(TrainConfig(), "model.kwargs", {"width": 2}))
         with pytest.raises(RunDirectoryError, match=r"model\.kwargs was \{'width': 2\}"):
+            directory.check(TrainConfig(), 2)
+
+    @pytest.mark.parametrize("option", ["members", "diversity"])
+    def test_options_of_single_networks_may_not_be_left_out(
+        self, tmp_path: Path, option: str
+    ) -> None:
+        directory = started(tmp_path, changed(TrainConfig(), option, OTHER[option]))
+        with pytest.raises(RunDirectoryError, match=f"{option} was .*optim.* and is now"):
             directory.check(TrainConfig(), 2)
 
     def test_all_differences_are_named(self, tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ class ImageData(Data, Protocol):
     """Batches for image classification.
 
     Inputs are normalized images, float32 [batch, channels, image_size, image_size]; targets are
-    classes, int64 [batch]. With data.skip_broken, broken images are missing from their batch: a
-    training batch may be empty, an evaluation batch is never empty.
+    classes, int64 [batch]. Of mixed images (data.mixup, data.cutmix) training targets are
+    probabilities, float32 [batch, num_classes]. With data.skip_broken, broken images are missing
+    from their batch: a training batch may be empty, an evaluation batch is never empty.
     """
 
     num_classes: int

@@ -1,6 +1,7 @@
-"""Per-sample random crops and flips, and normalization, on the device of the images.
+"""Per-sample random crops, flips and RandAugment, and normalization, on the images' device.
 
 torchvision's v2 transforms draw once per batch, so crops are implemented here by indexing.
+RandAugment is torchvision's, image by image.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_graft.config import DataConfig
+from dist_graft.config.data import rand_augment_parameters
+from dist_graft.seeding import stream_seed
 from dist_graft.training.data.order import generator
 
 CROP_MARGIN = 4
@@ -55,6 +59,42 @@ def crop_and_flip(images: Tensor, draws: Tensor, size: int) -> Tensor:
         .gather(2, flat_indices.expand(-1, channels, -1))
         .view(batch, channels, size, size)
     )
+
+
+class RandAugment:
+    """torchvision's RandAugment, which draws from torch's default generator.
+
+    Args: operations: number of operations per image. magnitude: of all of them, in 0 to 30.
+    """
+
+    def __init__(self, operations: int, magnitude: int) -> None:
+        from torchvision.transforms import v2  # small images do not need torchvision otherwise
+
+        self._transform = v2.RandAugment(operations, magnitude)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Transform one image, uint8 [channels, size, size]."""
+        transformed: Tensor = self._transform(image)
+        return transformed
+
+    def each(self, images: Tensor, first: int, *, seed: int, network: int, epoch: int) -> Tensor:
+        """Transform images at positions first, first + 1, ... of an epoch, each with its own seed.
+
+        Args: images: uint8 [batch, channels, size, size].
+        """
+        transformed = []
+        with torch.random.fork_rng(devices=[]):
+            for position, image in enumerate(images, first):
+                draw = stream_seed("rand_augment", seed, network, epoch, position)
+                torch.default_generator.manual_seed(draw)
+                transformed.append(self(image))
+        return torch.stack(transformed)
+
+
+def rand_augment(config: DataConfig) -> RandAugment | None:
+    """RandAugment as data.rand_augment says; None without it."""
+    option = config.rand_augment
+    return None if option is None else RandAugment(*rand_augment_parameters(option))
 
 
 class Normalize:

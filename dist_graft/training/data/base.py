@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_graft.config import DataConfig
+from dist_graft.training.data.batch_augment import BatchAugment
 from dist_graft.training.data.order import Part, Share, Subsets, epoch_order
 
 SampleKey = tuple[int, int]
@@ -22,6 +24,9 @@ class BaseData(ABC):
     Args: config: batch size and options of the loader. subsets: indices of each split. share: which
     of the network's processes this is.
     """
+
+    num_classes: int
+    """Of image data; for data.mixup and data.cutmix."""
 
     def __init__(
         self,
@@ -44,8 +49,12 @@ class BaseData(ABC):
 
     def part(self, step: int) -> Part:
         """See `Data.part`."""
+        return self._share.of_batch(self._batch_size(step))
+
+    def _batch_size(self, step: int) -> int:
+        """Samples in the batch of a step, over all processes of the network."""
         size = self._config.batch_size
-        return self._share.of_batch(min(size, self.train_size - step * size))
+        return min(size, self.train_size - step * size)
 
     def train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]:
         """See `Data.train_batches`."""
@@ -54,10 +63,38 @@ class BaseData(ABC):
                 f"steps must be within [0, {self.steps_per_epoch}], got first {first} "
                 f"and last {last}"
             )
-        return self._train_batches(epoch, first, last)
+        batches = self._train_batches(epoch, first, last)
+        if self._config.mixes or self._config.random_erasing > 0:
+            return self._augmented(batches, epoch, first)
+        return batches
 
     @abstractmethod
-    def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]: ...
+    def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]:
+        """Batches of the samples at `_positions`."""
+
+    def _positions(self, step: int) -> slice:
+        """Positions in a step's batch to load: the process's part, in whole pairs if it mixes."""
+        positions = self.part(step).positions
+        if not self._config.mixes:
+            return positions
+        stop = min(positions.stop + positions.stop % 2, self._batch_size(step))
+        return slice(positions.start - positions.start % 2, stop)
+
+    def _augmented(
+        self, batches: Generator[tuple[Any, Any]], epoch: int, first: int
+    ) -> Generator[tuple[Any, Any]]:
+        augment = BatchAugment(self._config, self.num_classes)
+        with closing(batches):
+            for step, (images, labels) in enumerate(batches, first):
+                loaded, part = self._positions(step), self.part(step).positions
+                mixed = augment(
+                    *(images, labels),
+                    stream=(self._seed, self._network, epoch, step),
+                    positions=loaded,
+                    size=self._batch_size(step),
+                )
+                own = slice(part.start - loaded.start, part.stop - loaded.start)
+                yield mixed[0][own], mixed[1][own]
 
     def _local_keys(self, epoch: int, first: int, last: int) -> Iterator[list[SampleKey]]:
         """This process's part of each training batch of an epoch."""
@@ -65,7 +102,7 @@ class BaseData(ABC):
         indices = self._subsets.train[order]
         for step in range(first, last):
             start = step * self._config.batch_size
-            part = self.part(step).positions
+            part = self._positions(step)
             local = range(start + part.start, start + part.stop)
             yield list(zip(local, indices[local.start : local.stop].tolist(), strict=True))
 

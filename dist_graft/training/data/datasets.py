@@ -21,7 +21,10 @@ from dist_graft.training.data.batches import map_tensors
 from dist_graft.training.data.loader import start_loading, worker_count
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets
 
-_IMAGE_OPTIONS = ("image_size", "channels", "augment", "skip_broken")
+_IMAGE_OPTIONS = (
+    *("image_size", "channels", "augment", "skip_broken"),
+    *("mixup", "cutmix", "random_erasing", "rand_augment"),
+)
 
 
 class MapStyleDataset(Protocol):
@@ -103,12 +106,7 @@ class DatasetData(BaseData):
         device: torch.device,
         share: Share = SINGLE,
     ) -> None:
-        for name in _IMAGE_OPTIONS:
-            if getattr(config, name) != getattr(DataConfig, name):
-                raise ConfigError(
-                    f"data.{name} applies to built-in image datasets only, not to Datasets(...): "
-                    "leave it unset"
-                )
+        refuse_image_options(config)
         if datasets.val is not None and config.val_fraction > 0:
             raise ConfigError("data.val_fraction and Datasets(val=...) are mutually exclusive")
         subsets = choose_subsets(
@@ -149,6 +147,16 @@ class DatasetData(BaseData):
             if isinstance(batch, _Failure):
                 raise SampleError(batch.message) from WorkerError(batch.traceback)
             yield map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+
+
+def refuse_image_options(config: DataConfig) -> None:
+    """Raise ConfigError for an option that applies to built-in image datasets only."""
+    for name in _IMAGE_OPTIONS:
+        if getattr(config, name) != getattr(DataConfig, name):
+            raise ConfigError(
+                f"data.{name} applies to built-in image datasets only, not to Datasets(...): leave "
+                "it unset"
+            )
 
 
 class WorkerError(Exception):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from dist_graft.config import DataConfig
 from dist_graft.errors import DataError
 from dist_graft.seeding import stream_seed
-from dist_graft.training.data.augment import Normalize
+from dist_graft.training.data.augment import Normalize, RandAugment, rand_augment
 from dist_graft.training.data.base import BaseData, SampleKey
 from dist_graft.training.data.decoding import (
     CenterCrop,
@@ -88,7 +88,8 @@ class FolderImages(BaseData):
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Tensor, Tensor]]:
         kind = RandomCrop if self._config.augment else CenterCrop
         transform = kind(self.image_size, self.channels)
-        images = _Images(self._train, transform, (self._seed, self._network, epoch))
+        stream = (self._seed, self._network, epoch)
+        images = _Images(self._train, transform, stream, rand_augment(self._config))
         for pixels, labels in self._batches(images, self._local_keys(epoch, first, last)):
             if not len(labels):
                 self._raise_if_all_skipped(self._train, self._subsets.train)
@@ -150,6 +151,7 @@ class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
     """Decodes images to (uint8 [channels, size, size], class), or to the reason of a failure.
 
     Args: stream: (seed, network, epoch) that seeds the augmentation; None for no random draws.
+    rand_augment: of the transformed image, from the same stream.
     """
 
     def __init__(
@@ -157,10 +159,12 @@ class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
         files: ImageFiles,
         transform: Transform,
         stream: tuple[int, int, int] | None,
+        rand_augment: RandAugment | None = None,
     ) -> None:
         self._files = files
         self._transform = transform
         self._stream = stream
+        self._rand_augment = rand_augment
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int] | Unreadable:
         position, index = key
@@ -171,6 +175,8 @@ class _Images(Dataset[tuple[Tensor, int] | Unreadable]):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(stream_seed("augment", *self._stream, position))
                 image = read_image(path, self._transform)
+                if self._rand_augment and not isinstance(image, Unreadable):
+                    image = self._rand_augment(image)
         return image if isinstance(image, Unreadable) else (image, label)
 
 

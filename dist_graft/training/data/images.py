@@ -10,7 +10,13 @@ from torch import Tensor
 
 from dist_graft.config import DataConfig
 from dist_graft.errors import ConfigError
-from dist_graft.training.data.augment import Normalize, crop_and_flip, epoch_draws, pad_to
+from dist_graft.training.data.augment import (
+    Normalize,
+    crop_and_flip,
+    epoch_draws,
+    pad_to,
+    rand_augment,
+)
 from dist_graft.training.data.base import BaseData
 from dist_graft.training.data.order import SINGLE, Share, choose_subsets, epoch_order
 from dist_graft.training.data.preprocessing import Preprocessing
@@ -81,6 +87,7 @@ class ResidentImages(BaseData):
             mean=mean,
             std=std,
         )
+        self._rand_augment = rand_augment(config)
 
     def eval_batches(self, split: Literal["test", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Data.eval_batches`."""
@@ -95,12 +102,15 @@ class ResidentImages(BaseData):
         batch_size = self._config.batch_size
         for step in range(first, last):
             batch = slice(step * batch_size, (step + 1) * batch_size)
-            local = self.part(step).positions
+            local = self._positions(step)
             indices = order[batch][local]
             if self._config.augment:
                 pixels = crop_and_flip(images[indices], draws[batch][local], self.image_size)
             else:
                 pixels = pad_to(images[indices], self.image_size)
+            if self._rand_augment:
+                start = batch.start + local.start
+                pixels = self._rand_augment.each(pixels, start, **stream)
             yield self._normalize(pixels), labels[indices]
 
     def _eval_batches(

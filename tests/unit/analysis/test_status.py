@@ -260,6 +260,19 @@ class TestCommand:
         assert content["networks"][1]["round"] == 3
         assert content["seconds_left"] is None
 
+    def test_options_in_which_networks_differ(self, run: Path) -> None:
+        assert status(run).stdout.splitlines()[2].endswith(" events")
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        members = [{"optim.weight_decay": 0.00012345, "data.rand_augment": "2,9"}, {}]
+        config["run"]["members"] = members
+        (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        table = status(run).stdout.splitlines()
+        assert table[2].endswith(" options")
+        assert table[3].endswith("  weight_decay 0.000123, rand_augment 2,9")
+        assert table[4].endswith(" -")
+        content = json.loads(status(run, "--json").stdout)
+        assert [row["options"] for row in content["networks"]] == members
+
     def test_watch_ends_with_the_run(self, run: Path) -> None:
         finish_run(run)
         done = status(run, "--watch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dist_graft.training.data.order import Share
 from dist_graft.training.data.sources import DatasetInfo
 
 Make = Callable[..., Data]
+AUGMENTED = {"mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.5, "rand_augment": "1,9"}
+images_only = pytest.mark.parametrize("make", ["resident", "folder-0", "folder-2"], indirect=True)
 
 
 @pytest.fixture(params=["resident", "folder-0", "folder-2", "datasets-0", "datasets-2"])
@@ -94,6 +97,38 @@ def test_the_global_generators_are_left_unchanged(make: Make) -> None:
         assert global_states() == before
     list(data.eval_batches("val"))
     assert global_states() == before
+
+
+@images_only
+def test_augmented_batches_are_functions_of_seed_network_and_position(make: Make) -> None:
+    before = global_states()
+    whole = epoch(make(**AUGMENTED), 2)
+    assert global_states() == before
+    assert same(list(make(**AUGMENTED).train_batches(2, 1, 3)), whole[1:])
+    for other in (make(network=1, **AUGMENTED), make(seed=1, **AUGMENTED)):
+        assert not same(epoch(other, 2), whole)
+    classes = next(make().train_batches(2, 0, 1))[1]
+    assert whole[0][1].shape == (5, make().num_classes)  # type: ignore[attr-defined]
+    assert torch.all(whole[0][1].gather(1, classes[:, None]) >= 0)
+    assert same(list(make(**AUGMENTED).eval_batches("test")), list(make().eval_batches("test")))
+
+
+@images_only
+@pytest.mark.parametrize("option", ["random_erasing", "rand_augment"])
+def test_single_images_are_augmented_in_place(make: Make, option: str) -> None:
+    """Order, crops, and labels are those of a run without it."""
+    plain, changed = epoch(make()), epoch(make(**{option: AUGMENTED[option]}))
+    different = 0
+    for (images, classes), (others, same_classes) in zip(plain, changed, strict=True):
+        assert torch.equal(classes, same_classes)
+        different += sum(not torch.equal(*pair) for pair in zip(images, others, strict=True))
+    assert 0 < different <= 12
+
+
+@images_only
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_replicas_mix_the_same_pairs(make: Make, replicas: int) -> None:
+    test_replicas_load_their_parts_of_the_same_batches(partial(make, **AUGMENTED), replicas)
 
 
 @pytest.mark.parametrize("replicas", [2, 4])

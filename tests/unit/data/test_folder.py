@@ -37,8 +37,9 @@ def test_shapes_types_and_sizes(make):
     assert make(image_size=None).image_size == 224
 
 
-def test_batches_do_not_depend_on_workers(make):
-    none, two = make(workers=0), make(workers=2)
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.2, "random_erasing": 0.5, "rand_augment": 9}])
+def test_batches_do_not_depend_on_workers(make, options):
+    none, two = make(workers=0, **options), make(workers=2, **options)
     assert same(list(none.train_batches(1, 0, 3)), list(two.train_batches(1, 0, 3)))
     assert same(list(none.eval_batches("test")), list(two.eval_batches("test")))
 
@@ -194,6 +195,8 @@ class TestSkipBroken:
         (empty,) = (images for images, _ in data.train_batches(0, 0, 12) if not len(images))
         assert empty.shape == (0, channels, 16, 16)
         assert empty.dtype == torch.float32
+        mixed = make(skip_broken=True, batch_size=1, channels=channels, mixup=0.5, cutmix=0.5)
+        assert sorted(len(labels) for _, labels in mixed.train_batches(0, 0, 12)) == sorted(sizes)
         assert [len(classes) for _, classes in data.eval_batches("test")] == [1] * 5
 
     @pytest.mark.parametrize("split", ["train", "val"])

@@ -13,6 +13,7 @@ import torch
 
 from dist_graft import Graft, Trainer
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import member_config
 from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, LayerStats, NetworkRow
 from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.process_info import ProcessInfo
@@ -46,6 +47,7 @@ class FakeTrainer:
     lease_lost: bool = False
 
     def __post_init__(self) -> None:
+        self.member_config = member_config(self.config, self.process.network)
         self.directory = RunDirectory(self.run_dir)
         for folder in (self.directory.network(self.process.network), self.directory.population):
             folder.mkdir(parents=True, exist_ok=True)

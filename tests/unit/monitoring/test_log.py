@@ -8,7 +8,6 @@ import pytest
 
 from dist_graft.errors import RunDirectoryError, StoppedEarlyError
 from dist_graft.monitoring.log import append_error, close_log, open_log
-from dist_graft.population.runtime.process_info import ProcessInfo
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +85,14 @@ def test_a_log_that_cannot_be_recreated_is_reported_once(
 
 def test_errors_are_added(tmp_path: Path) -> None:
     stopped = StoppedEarlyError("stopped early")
-    append_error(tmp_path / "new", stopped, ProcessInfo(rank=1, world_size=2))
-    append_error(tmp_path / "new", ValueError("of\nours"), ProcessInfo())
+    append_error(tmp_path / "new", stopped, process="network 1")
+    append_error(tmp_path / "new", ValueError("of\nours"))
     first, second = (tmp_path / "new/log.txt").read_text().splitlines()
-    assert first.startswith("INFO network 1 (rank 1 on ")
-    assert first.endswith(": stopped early")
+    assert first == "INFO network 1: stopped early"
     assert second == "ERROR unexpected ValueError: of ours"
 
 
 def test_an_error_that_cannot_be_written_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
-    append_error(tmp_path / "file" / "network00", ValueError(), ProcessInfo())
+    append_error(tmp_path / "file" / "network00", ValueError())
     assert (tmp_path / "file").read_text() == "here"

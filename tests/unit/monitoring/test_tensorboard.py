@@ -19,6 +19,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from dist_graft import Graft
 from dist_graft.config import GraftConfig, TrainConfig
+from dist_graft.config.members import differing_options, member_config
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
 from dist_graft.monitoring.jsonl import MetricsJsonl
 from dist_graft.monitoring.layer_history import LayerHistory, informations
@@ -363,6 +364,25 @@ class TestCallback:
                 one.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(fake.epoch)))
         callback.teardown(fake.trainer)
         assert set(scalars(tmp_path / "run/network00")["accuracy/test"]) == {1, 2}
+
+
+def test_hparams_of_networks_that_differ() -> None:
+    config = TrainConfig(
+        members=[{"optim.lr": 0.2, "optim.weight_decay": 1e-3}, {"optim.name": "adamw"}],
+        diversity={"data.mixup": {"choice": [0.5]}, "data.rand_augment": {"choice": [None]}},
+    )
+    differing = differing_options(config)
+    rows = [
+        hparams(member_config(config, network), lr, 2, differing=differing)
+        for network, lr in enumerate((0.2, 0.1))
+    ]
+    shown = [{name: row[name] for name in ("lr", "weight_decay", "optimizer")} for row in rows]
+    assert shown == [
+        {"lr": 0.2, "weight_decay": 1e-3, "optimizer": "sgd"},
+        {"lr": 0.1, "weight_decay": 5e-4, "optimizer": "adamw"},
+    ]
+    assert [(row["mixup"], row["rand_augment"]) for row in rows] == [(0.5, "None")] * 2
+    assert set(rows[0]) - set(hparams(TrainConfig(), 0.1, 2)) == {"mixup", "rand_augment"}
 
 
 def test_hparams() -> None:

@@ -5,11 +5,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from small import MakeData, MakeState, make_runtime, train_steps
+from small import MakeData, MakeState, make_runtime, small_model, train_steps
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import (
+    DataConfig,
     DistillConfig,
     GraftConfig,
     ModelConfig,
@@ -37,6 +38,7 @@ from dist_graft.training.builders import (
     build_task,
     build_units,
     built_in_callbacks,
+    dropout_layers,
 )
 from dist_graft.training.data import Data
 from dist_graft.training.layer_stats import non_finite_part
@@ -324,6 +326,11 @@ class TestCustomParts:
         assert own_metrics.metrics == metrics
         assert not own_metrics.classification
         assert torch.equal(own_metrics.loss(output, target), default.loss(output, target))
+        mixed = TrainConfig(data=DataConfig(cutmix=1.0))
+        assert build_task(mixed, None, None).classification
+        for arguments in ((loss, None), (None, metrics)):
+            with pytest.raises(ConfigError, match=r"data\.cutmix .*leave out loss and metrics"):
+                build_task(mixed, *arguments)
         teachers = TrainConfig(distill=DistillConfig(teachers=["network00.pt"]))
         with pytest.raises(ConfigError, match=r"distill\.teachers needs image classification"):
             build_task(teachers, loss, None)
@@ -433,3 +440,24 @@ def test_frozen_parameters_are_excluded() -> None:
     model.bias.requires_grad_(False)
     parameters = build_optimizer(OptimConfig(), model, lr=0.1).param_groups[0]["params"]
     assert [parameter is model.weight for parameter in parameters] == [True]
+
+
+class TestDropout:
+    """model.dropout."""
+
+    def build(self, make_data: MakeData, dropout: float | None, layer: nn.Module) -> nn.Module:
+        config = TrainConfig(model=ModelConfig(dropout=dropout))
+        model = nn.Sequential(small_model(), layer)
+        return build_state(config, make_data(), make_runtime(), lambda: model, lr=0.1).model
+
+    @pytest.mark.parametrize(("dropout", "expected"), [(None, [0.0, 0.3]), (0.2, [0.2, 0.2])])
+    def test_all_layers_get_the_probability(
+        self, make_data: MakeData, dropout: float | None, expected: list[float]
+    ) -> None:
+        model = self.build(make_data, dropout, nn.Dropout1d(0.3))
+        assert [layer.p for layer in dropout_layers(model)] == expected
+
+    def test_a_model_without_dropout_is_refused(self, make_data: MakeData) -> None:
+        config = TrainConfig(model=ModelConfig(name="resnet8", dropout=0.0))
+        with pytest.raises(ConfigError, match=r"model\.dropout requires .*: ResNet has none"):
+            build_state(config, make_data(), make_runtime(), lr=0.1)

@@ -649,3 +649,45 @@ def test_running_sums_of_custom_metrics() -> None:
     empty = RunningSums(task, CPU).result(steps=0, seconds=1.0, data_seconds=0.0)
     assert (empty.loss, empty.samples) == (0.0, 0)
     assert empty.metrics == {"distance": 0.0, "above": 0.0}
+
+
+class TestMixedImages:
+    """data.mixup and data.cutmix: targets are probabilities."""
+
+    def test_the_loss_is_the_cross_entropy_with_probabilities(self) -> None:
+        torch.manual_seed(0)
+        logits, probabilities = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
+        smooth = 0.9 * probabilities + 0.1 / 4
+        expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
+        found = classification(label_smoothing=0.1).mean_loss(logits, probabilities)
+        torch.testing.assert_close(found, expected)
+
+    def test_accuracy_is_that_of_the_dominant_class(self) -> None:
+        probabilities = torch.tensor([[0.6, 0.4], [0.3, 0.7], [1.0, 0.0]])
+        scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0]])
+        total, count = classification().metrics["accuracy"](scores, probabilities)
+        assert float(total) / count == pytest.approx(100 / 3)
+
+    def test_an_epoch_equals_the_loop_over_its_batches(
+        self, make_data: MakeData, make_state: MakeState
+    ) -> None:
+        config = OptimConfig(accumulation=2, label_smoothing=0.1)
+        data, state, other = make_data(mixup=1.0, cutmix=1.0), make_state(config), small_model()
+        optimizer = torch.optim.SGD(
+            other.parameters(), lr=0.1, momentum=0.9, weight_decay=config.weight_decay
+        )
+        losses, right = 0.0, 0
+        for inputs, targets in data.train_batches(1, 0, 4):
+            output = other(inputs)
+            loss = F.cross_entropy(output, targets, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += float(loss.detach()) * len(targets)
+            right += int((output.argmax(1) == targets.argmax(1)).sum())
+        result = train_steps(state, data, config, epoch=1, first=0, last=4)
+        for parameter, expected in zip(state.model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected)
+        assert result.loss == pytest.approx(losses / 29)
+        assert result.metrics["accuracy"] == pytest.approx(100 * right / 29)
+        assert result.samples == 29

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 
 import dist_graft
 from dist_graft import Callback, GraftRecord, Trainer
-from dist_graft.config import CheckpointConfig, OptimConfig
+from dist_graft.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig
 from dist_graft.errors import LeaseLostError, StoppedEarlyError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints
@@ -204,6 +206,50 @@ class TestMovingAverage:
         assert state.averaged is not None
         assert_same_bits(state.averaged.model.state_dict(), small_model().state_dict())
         assert not state.optimizer.state
+
+
+class TestMembers:
+    """Options of single networks, and mixed images."""
+
+    OWN: ClassVar = {
+        "optim": {"lr": 0.05, "label_smoothing": 0.2, "accumulation": 2},
+        "data": {"mixup": 0.5, "cutmix": 1.0, "random_erasing": 0.5},
+    }
+
+    def config(self, run: Path, **options: Any) -> dist_graft.TrainConfig:
+        data = DataConfig(train_samples=28, test_samples=10, batch_size=6)
+        return dataclasses.replace(
+            config_of(run), data=data, model=ModelConfig(name="resnet8"), **options
+        )
+
+    def common(self, run: Path) -> dist_graft.TrainConfig:
+        """The options of the one network as those of all."""
+        config = self.config(run)
+        sections = {
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in self.OWN.items()
+        }
+        return dataclasses.replace(config, **sections)
+
+    def test_own_options_act_like_common_ones(self, tmp_path: Path) -> None:
+        Trainer(self.common(tmp_path / "common")).fit()
+        trainer = Trainer(self.config(tmp_path / "own", members=[self.OWN]))
+        trainer.fit()
+        assert trainer.config.optim.lr == 0.1
+        assert trainer.member_config.optim.lr == 0.05
+        assert_same_bits(final_state(tmp_path / "common"), final_state(tmp_path / "own"))
+        first, second = (metrics(tmp_path / name, 0) for name in ("common", "own"))
+        assert [line["train_loss"] for line in first] == [line["train_loss"] for line in second]
+        assert "options" not in first[0]
+        Trainer(self.config(tmp_path / "plain")).fit()
+        assert metrics(tmp_path / "plain", 0)[0]["train_loss"] != first[0]["train_loss"]
+
+    def test_a_resumed_run_mixes_the_same_images(self, tmp_path: Path) -> None:
+        Trainer(self.common(tmp_path / "whole")).fit()
+        with pytest.raises(StoppedEarlyError):
+            Trainer(self.common(tmp_path / "stopped"), callbacks=[StopAfter(8)]).fit()
+        Trainer(self.common(tmp_path / "stopped")).fit()
+        assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
 class TestCheckpointsByTheClock:

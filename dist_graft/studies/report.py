@@ -34,19 +34,16 @@ from dist_graft.studies.statistics import (
     contrast_results,
     mean_and_deviation,
 )
-from dist_graft.studies.train_options import (
-    TrainOptions,
-    format_options,
-    without_exchange,
-)
+from dist_graft.studies.train_options import TrainOptions, format_options
 
 PRIMARY_TEXTS = {
-    "largest_lr_member": "test accuracy of the member with the largest learning rate",
+    "delivered": "test accuracy of the delivered model",
     "mean_of_members": "mean test accuracy of the members",
     "ensemble": "test accuracy of the members' ensemble",
     "uniform_soup": "test accuracy of the members' uniform soup",
 }
 _OUTCOME_HEADERS = {
+    "delivered": "delivered",
     "largest_lr_member": "largest lr",
     "mean_of_members": "mean of members",
     "ensemble": "ensemble",
@@ -85,8 +82,9 @@ def build_report(
     plan, rows = state.confirmed, results.rows
     title = Heading(1, f"Comparison: {plan.name}")
     if state.design is None:
-        text = "No conclusion yet: the regime search has not finished."
+        text = "No conclusion yet: the trials on the validation split have not finished."
         blocks = [title, Paragraph(text, "summary"), *_regime_search(state, rows)]
+        blocks += _learning_rate_search(state)
         return [*blocks, *_details(state, results, starts)], [text]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
@@ -96,7 +94,7 @@ def build_report(
     blocks = [
         title,
         Paragraph(overall_conclusion(primary), "summary"),
-        Items(sentences),
+        Items([*sentences, *state.warnings]),
         *_completeness(arms),
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),
@@ -105,7 +103,7 @@ def build_report(
         *_invalid_filters(arms),
         *_costs(arms),
         *_regime_search(state, rows),
-        *_learning_rate_search(state, rows),
+        *_learning_rate_search(state),
         *_details(state, results, starts),
     ]
     return blocks, [overall_conclusion(primary), *sentences]
@@ -463,13 +461,15 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
             )
         )
     header = (
-        *("regime", "options", "networks", "method", "with exchange, %", "without, %"),
+        *("regime", "options", "networks", "method", "method, %", "best reference, %"),
         *("gain ± std", "n", ""),
     )
     return [
         Heading(2, "Regime search"),
         Paragraph(
             f"All regimes of the search, on a validation split, with seeds {_join(search.seeds)}. "
+            "The gain is over the better of independent networks and constant coefficients, all at "
+            "their best learning rates. "
             "Test accuracies of these runs were not read. The regime with the largest mean gain "
             f"was trained again with seeds {_join(search.confirm_seeds)} and evaluated on the test "
             "set. The largest of many gains is biased upward, so only the results on the test set "
@@ -479,29 +479,27 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
     ]
 
 
-def _learning_rate_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
-    heading = Heading(2, "Best learning rate of a single network")
-    if not state.candidates:
-        rates = sorted({f"{rate:.4g}" for rate in state.best_lr.values() if rate})
-        given = state.plan.best_lr.value is not None
-        source = "given by the plan" if given else "the only learning rate of the plan's networks"
-        return [heading, Paragraph(f"{', '.join(rates)}: {source}. There were no trials.")]
+def _learning_rate_search(state: StudyState) -> list[Block]:
+    if not state.trials:
+        return []
+    rates = sorted({rate for trial in state.trials for rate in trial.runs})
     table = [
         (
-            format_options(_beyond_recipe(without_exchange(candidate.trial.options), state)),
-            f"{candidate.lr:.4g}",
-            _format(mean_outcome(candidate.runs, rows, "largest_lr_member")),
-            "chosen" if state.best_lr[candidate.trial.key] == candidate.lr else "",
+            trial.arm.label,
+            *(_format(trial.scores.get(rate)) for rate in rates),
+            f"{trial.best:.4g}" if trial.finished and trial.best is not None else "–",
         )
-        for candidate in state.candidates
+        for trial in state.trials
     ]
     return [
-        heading,
+        Heading(2, "Learning rates"),
         Paragraph(
-            "Chosen by mean validation accuracy after the last epoch, with seeds "
-            f"{_join(state.plan.lr_seeds)}. Test accuracies of these runs were not read."
+            "Every method and control tried the same learning rates on a validation split, at its "
+            f"own length, with seeds {_join(state.plan.tuning_seeds)}. The table has the mean "
+            "accuracy of the delivered model in percent. While the best rate was the smallest or "
+            "the largest, another one was added. Test accuracies of these runs were not read."
         ),
-        Table(("options of the network", "learning rate", "validation accuracy, %", ""), table),
+        Table(("arm", *(f"{rate:.4g}" for rate in rates), "chosen"), table),
     ]
 
 

@@ -16,6 +16,7 @@ from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
 from dist_graft.studies.controls import Arm, Contrast, Run
+from dist_graft.studies.records import COUNTED
 
 ALPHA = 0.05
 """Family-wise error rate of a table."""
@@ -106,6 +107,23 @@ def minimum_detectable_difference(
     return float(special.nctdtrinc(n - 1, 1 - power, critical)) * deviation / math.sqrt(n)
 
 
+def seeds_needed(
+    deviation: float, effect: float, power: float = POWER, alpha: float = ALPHA
+) -> int:
+    """Number of seeds that show a true difference with probability `power`.
+
+    Args:
+        deviation: standard deviation of the difference between two runs with the same seed.
+        effect: true difference, above 0, in the same unit.
+        power: probability of showing it.
+        alpha: level of the two-sided paired t-test.
+    """
+    n = 2
+    while deviation and minimum_detectable_difference(n, deviation, alpha, power) > effect:
+        n += 1
+    return n
+
+
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:
     """Mean and sample standard deviation (n − 1, None for one value); None without values."""
     values = list(values)
@@ -120,7 +138,7 @@ class ArmResult:
 
     arm: Arm
     rows: pd.DataFrame
-    """Rows of the runs that succeeded, indexed by seed."""
+    """Rows of the runs that have a result, indexed by seed."""
     failed: Sequence[int]
     """Seeds of the runs that failed."""
     missing: Sequence[int]
@@ -164,7 +182,7 @@ def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
     found = rows.loc[[key for key in keys if key in rows.index]].reset_index().set_index("seed")
     return ArmResult(
         arm=arm,
-        rows=found[found["status"] == "ok"],
+        rows=found[found["status"].isin(COUNTED)],
         failed=found.index[found["status"] == "failed"].tolist(),
         missing=[seed for key, seed in keys.items() if key not in rows.index],
     )

@@ -139,7 +139,7 @@ class TestNumbers:
             *("protocol", "run_dir", "epoch", "round", "members"),
             *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
             *("ensemble_test_accuracy", "ensemble_test_accuracy_reestimated"),
-            *("uniform_soup", "greedy_soup"),
+            *("uniform_soup", "greedy_soup", "averages"),
         ]
         assert (result["protocol"], result["epoch"], result["round"]) == (1, 2, 2)
         assert result["run_dir"] == str(trio)

@@ -227,7 +227,7 @@ def dry_run(plan: Plan, folder: Path) -> str:
     runs = [run for run in state.all_runs if not results.succeeded(run.key)]
     seconds = _seconds_per_cost(results)
     lines = [f"{number}. {run.phase}: {run}" for number, run in enumerate(runs, start=1)]
-    if state.design is None:
+    if not all(trial.finished for trial in state.trials):
         count = len(build_design(state.confirmed).arms) * len(plan.test_seeds)
         lines.append(f"then up to {count} runs on the test set, once the trials have finished")
     hours = "unknown, no run has finished"
@@ -242,6 +242,8 @@ def pilot_text(state: StudyState, results: Results) -> str:
     The difference itself is not reported: the number of seeds must not depend on it.
     """
     assert state.design is not None
+    if not state.design.primary:
+        return f"no pair to compare: {'; '.join(state.design.omitted)}"
     contrast, plan = state.design.primary[0], state.plan
     seeds = plan.test_seeds[:PILOT_SEEDS]
     (pair,) = contrast_results([contrast], seeds, results.rows)
@@ -249,7 +251,8 @@ def pilot_text(state: StudyState, results: Results) -> str:
     if pair.test.deviation is None or pair.test.n < 2:
         return f"{names}: no deviation, {pair.test.n} seeds have both runs"
     needed = seeds_needed(pair.test.deviation, plan.smallest_effect)
-    cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in state.design.arms)
+    arms = build_design(state.confirmed).arms
+    cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in arms)
     lines = [
         f"{names}: the difference has a standard deviation of {pair.test.deviation:.2f} points "
         f"over {pair.test.n} seeds",
@@ -257,9 +260,8 @@ def pilot_text(state: StudyState, results: Results) -> str:
         f"(the plan has {len(plan.test_seeds)})",
     ]
     if (seconds := _seconds_per_cost(results)) is not None:
-        arms = len(state.design.arms)
         lines.append(
-            f"estimated time of {needed} seeds of {arms} arms, without trials: "
+            f"estimated time of {needed} seeds of {len(arms)} arms, without trials: "
             f"{needed * cost * seconds / 3600:.2f} h"
         )
     return "\n".join(lines)

@@ -165,7 +165,7 @@ class Design:
         except ConfigError as error:
             raise ConfigError(f"{arm.name} with {arm.networks} networks: {error}") from error
         if tuned is None:
-            self.omit(f"{arm.label}: no learning rate, its trials failed")
+            self.omit(f"{arm.label}: no learning rate, its trials failed or have not finished")
         elif same is None:
             self.arms.append(tuned)
         elif arm.name != same.name and arm.name not in self.aliases.setdefault(same.key, []):

@@ -105,7 +105,8 @@ class StudyState:
     trials: Sequence[Trial]
     """Learning rate trials of each method and control."""
     design: Design | None
-    """None until the search has chosen a regime and all learning rates are chosen."""
+    """Arms whose learning rates are chosen; None until the search has chosen a regime and one of
+    the rates is chosen."""
 
     @property
     def all_runs(self) -> list[Run]:
@@ -212,8 +213,8 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = F
                 for arm in arms
                 if arm.tunable
             ]
-        if all(trial.finished for trial in trials):
-            best = {trial.arm.key: trial.best for trial in trials}
+        best = {trial.arm.key: trial.best for trial in trials if trial.finished}
+        if best or not trials:
             design = build_design(confirmed, best if trials else None)
     return StudyState(
         plan=plan,

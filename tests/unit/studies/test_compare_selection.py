@@ -198,13 +198,15 @@ class TestTuning:
         warnings = [text for text in state.warnings if "at the edge of the rates" in text]
         assert len(warnings) == (3 if edge else 0)
 
-    def test_no_design_before_every_rate_is_chosen(self, tmp_path: Path) -> None:
+    def test_an_arm_is_left_out_until_its_rate_is_chosen(self, tmp_path: Path) -> None:
         state, results = carry_out(comparing(), tmp_path, near(0.1))
         assert state.design is not None
         last = study_state(comparing()).tuning_runs[-1]
         state = study_state(comparing(), results.rows.drop(last.key))
-        assert state.design is None
-        assert state.comparison_runs == []
+        assert state.design is not None
+        assert [arm.name for arm in state.design.arms] == ["graft", "no exchange"]
+        assert any(text.startswith("one network, 2 x epochs: no") for text in state.design.omitted)
+        assert study_state(comparing()).design is None
 
     def test_without_tuning_there_are_no_trials_and_a_warning(self) -> None:
         state = study_state(comparing(tuning="none"))

@@ -35,6 +35,12 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         default=None,
         help="training batches for re-estimating batch norm; unset: one epoch",
     )
+    add(
+        "--last_checkpoints",
+        type=int,
+        default=0,
+        help="also test the mean of the weights of so many last checkpoints; 0: none",
+    )
     return parser
 
 
@@ -43,6 +49,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     del process
     for name in ("batch_size", "batch_norm_batches"):
         at_least(name, options[name], 1)
+    at_least("last_checkpoints", options["last_checkpoints"], 0)
     from dist_graft.analysis.evaluation import evaluate_run
 
     yield evaluation_text(evaluate_run(options))
@@ -103,6 +110,11 @@ def evaluation_text(result: dict[str, Any]) -> str:
         )
         for name, soup in soups.items()
     ]
+    names = {"ema": "moving averages of the weights", "checkpoints": "mean of the last checkpoints"}
+    for kind, name in names.items():
+        if found := result["averages"].get(kind):
+            accuracy = f"{found['test_accuracy']:.2f}"
+            rows.append((name, accuracy, "", "", "", _format(found["val_accuracy"])))
     lines = [format_table(header, rows)]
     if result["disagreement"] is not None:
         lines.append(

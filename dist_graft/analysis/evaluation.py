@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_graft.analysis.averages import evaluate_averages
 from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
@@ -78,6 +79,14 @@ def evaluate_run(options: Options) -> dict[str, Any]:
             batches = options["batch_norm_batches"]
             evaluator = _Evaluator(config, data, runtime.device, stored, batches, bar)
             result = _evaluate(stored, states, evaluator)
+            result["averages"] = evaluate_averages(
+                stored,
+                states,
+                evaluator,
+                splits=("test", "val") if data.has_validation else ("test",),
+                soup_test_accuracy=result["uniform_soup"]["batch_norm_reestimated"],
+                last_checkpoints=options["last_checkpoints"],
+            )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch_size"

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from dist_graft.command import Command, Options
-from dist_graft.errors import StartError
+from dist_graft.errors import ConfigError, StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
 
 EXTRA = ("jinja2", "pandas", "scipy", "statsmodels")
@@ -37,6 +37,27 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         default=False,
         help="report on the existing results without training, also during a comparison",
     )
+    add(
+        "--dry_run",
+        type=bool,
+        default=False,
+        help="list the runs that remain and estimate their time, without training",
+    )
+    add(
+        "--pilot",
+        type=bool,
+        default=False,
+        help="train three seeds of the first primary pair, and print how many seeds and hours the "
+        "comparison needs",
+    )
+    add(
+        "--redo",
+        type=str | None,
+        default=None,
+        help="name of an arm whose runs on the test set are repeated; the new rows supersede the "
+        "old ones, which are kept",
+    )
+    add("--reason", type=str | None, default=None, help="why the runs are repeated (with --redo)")
     return parser
 
 
@@ -49,12 +70,29 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise StartError(f"compare needs {', '.join(missing)}: pip install dist_graft[studies]")
-    from dist_graft.studies.comparison import compare
+    from dist_graft.studies.comparison import compare, dry_run
     from dist_graft.studies.selection import load_plan
 
+    redo, reason = options["redo"] or "", " ".join((options["reason"] or "").split())
+    if bool(redo) != bool(reason):
+        raise ConfigError("--redo and --reason belong together: name an arm, and say why")
+    modes = ("report_only", "dry_run", "pilot", "redo")
+    given = [f"--{mode}" for mode in modes if options[mode]]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are mutually exclusive: give one")
     plan = load_plan(Path(options["plan"]))
-    out = options["out"] or plan.out or f"comparisons/{plan.name}"
-    yield compare(plan, Path(out), report_only=options["report_only"])
+    out = Path(options["out"] or plan.out or f"comparisons/{plan.name}")
+    if options["dry_run"]:
+        yield dry_run(plan, out)
+        return
+    yield compare(
+        plan,
+        out,
+        report_only=options["report_only"],
+        pilot=options["pilot"],
+        redo=redo,
+        reason=reason,
+    )
 
 
 COMMAND = Command(

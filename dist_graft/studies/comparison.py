@@ -5,28 +5,45 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from dist_graft.errors import ConfigError, DistGraftError, RunDirectoryError, StoppedError
 from dist_graft.population.runtime.process import stop_on_signals
-from dist_graft.studies.controls import Run
+from dist_graft.studies.controls import Run, build_design
 from dist_graft.studies.execution import Row, execute_run
-from dist_graft.studies.plan import Plan
-from dist_graft.studies.records import Results, plan_sha256, read_starts, record_start
+from dist_graft.studies.plan import PILOT_SEEDS, Plan
+from dist_graft.studies.records import (
+    COUNTED,
+    Results,
+    Start,
+    plan_sha256,
+    read_starts,
+    record_start,
+)
 from dist_graft.studies.report import build_report, write_report
-from dist_graft.studies.selection import study_state
+from dist_graft.studies.selection import StudyState, study_state
+from dist_graft.studies.statistics import contrast_results, seeds_needed
 
 
 class FailedRunsError(DistGraftError):
     """The comparison has finished, but some of its runs failed."""
 
 
-def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
+def compare(
+    plan: Plan,
+    folder: Path,
+    *,
+    report_only: bool = False,
+    pilot: bool = False,
+    redo: str = "",
+    reason: str = "",
+) -> str:
     """Run a plan, resuming where an earlier call stopped, and write its report.
 
     Args:
@@ -34,11 +51,17 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
         folder: output directory.
         report_only: report on the existing rows without running anything. Allowed while another
             process runs the comparison.
+        pilot: train only the first seeds of the first primary pair, and return the number of seeds
+            that the plan needs instead of a report.
+        redo: name of an arm whose runs on the test set are repeated. The new rows supersede the old
+            ones, which are kept, as are the run directories.
+        reason: why they are repeated.
 
     Returns: the conclusions and the path of the report.
 
     Raises: StoppedError on a signal; the next call resumes. FailedRunsError if runs failed; the
-    report is written first. ConfigError if a part of the plan changed that must stay fixed.
+    report is written first. ConfigError if a part of the plan changed that must stay fixed, or for
+    an unknown arm.
     """
     if report_only:
         _require_same_plan(plan, folder)
@@ -54,97 +77,227 @@ def compare(plan: Plan, folder: Path, *, report_only: bool = False) -> str:
                 f"search must not grow after its result in {folder} was tested: choose new seeds "
                 "and another directory with --out"
             )
-        record_start(plan, folder, runs_before=len(rows), command=["dist-graft", *sys.argv[1:]])
+        if redo:
+            _require_arm(redo, study_state(plan, rows))
+        record_start(
+            plan,
+            folder,
+            runs_before=len(rows),
+            command=["dist-graft", *sys.argv[1:]],
+            redo=redo,
+            reason=reason,
+        )
+        study = _Study(plan, folder, results, pilot=pilot)
 
-        # Choose the regime, then the learning rate, then run what is measured on the test set.
-        runs = study_state(plan, results.rows).search_runs
-        _run_all("search", runs, plan, results, folder, retry=not tested)
-        state = study_state(plan, results.rows)
-        if state.design is None:
+        # Choose the regime, then the learning rates, then run what is measured on the test set.
+        study.run_all("search", lambda state: state.search_runs, retry=not tested)
+        study.run_all("tuning", lambda state: state.tuning_runs, retry=not tested)
+        if study.state.design is None:
             raise FailedRunsError(
                 f"every regime of the search has failed runs, see {folder / 'results.csv'}: rerun "
                 "the command to retry them"
             )
-        _run_all("best lr", state.lr_runs, plan, results, folder, retry=not tested)
-        runs = study_state(plan, results.rows).comparison_runs
-        _run_all("comparison", runs, plan, results, folder)
-        text = _report(plan, results, folder)
+        if pilot:
+            study.run_all("pilot", lambda state: state.pilot_runs)
+            runs = [*study.state.tuning_runs, *study.state.pilot_runs]
+            text = pilot_text(study.state, results)
+        else:
+            study.run_all("comparison", lambda state: state.comparison_runs)
+            runs = study.state.all_runs
+            text = _report(plan, results, folder)
 
-    rows = results.rows.loc[[run.key for run in study_state(plan, results.rows).all_runs]]
+    rows = results.rows.loc[[run.key for run in runs]]
     failed = rows[rows["status"] == "failed"]
     if len(failed):
         print(text)
         raise FailedRunsError(
             f"{len(failed)} of {len(rows)} runs failed, the first with: {failed['error'].iloc[0]}; "
-            f"see {folder / 'report.html'}, and rerun the command to retry them"
+            f"see {folder / 'results.csv'}, and rerun the command to retry them"
         )
     return text
 
 
-def _run_all(
-    title: str,
-    runs: Sequence[Run],
-    plan: Plan,
-    results: Results,
-    folder: Path,
-    *,
-    retry: bool = True,
-) -> None:
-    """Execute the runs that have no results yet, one at a time, and record each as it ends.
+class _Study:
+    """Executes the runs of a plan that have no results yet, and records them."""
 
-    Args: retry: also retry failed runs. Choices made before a test must not change after it.
+    def __init__(self, plan: Plan, folder: Path, results: Results, *, pilot: bool) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._results = results
+        self._pilot = pilot
+        self._starts = read_starts(folder)
+
+    @property
+    def state(self) -> StudyState:
+        """Choices so far, and the runs that the plan needs."""
+        return study_state(self._plan, self._results.rows, pilot=self._pilot)
+
+    def run_all(
+        self, title: str, runs_of: Callable[[StudyState], Sequence[Run]], *, retry: bool = True
+    ) -> None:
+        """Execute the runs one at a time, and those that their results make necessary.
+
+        Args:
+            title: of the phase.
+            runs_of: the runs of the phase.
+            retry: also retry failed runs. Choices made before a test must not change after it.
+        """
+        attempted: set[str] = set()
+        while runs := [
+            run
+            for run in runs_of(self.state)
+            if run.key not in attempted and self._is_due(run, retry=retry)
+        ]:
+            self._execute(title, runs, len(runs_of(self.state)))
+            attempted |= {run.key for run in runs}
+
+    def _repetitions(self, run: Run) -> list[Start]:
+        """Starts that asked to repeat the run."""
+        tested = run.phase == "comparison"
+        return [start for start in self._starts if tested and start.repeats(run)]
+
+    def _is_due(self, run: Run, *, retry: bool) -> bool:
+        if run.key not in self._results.rows.index:
+            return True
+        for start in self._repetitions(run)[-1:]:
+            rows = self._results.all_rows
+            rows = rows[(rows["key"] == run.key) & (rows["reason"] == start.reason)]
+            if not (rows["finished"] >= start.time).any():
+                return True
+        return retry and not self._results.succeeded(run.key)
+
+    def _execute(self, title: str, runs: Sequence[Run], count: int) -> None:
+        """Execute runs and record each as it ends."""
+        done, start = count - len(runs), time.monotonic()
+        total = sum(run.cost for run in runs)
+        finished = 0
+        bar: tqdm[Any]
+        with tqdm(total=total, desc=title, unit="epoch", disable=None, dynamic_ncols=True) as bar:
+            for number, run in enumerate(runs, start=done + 1):
+                bar.set_postfix_str(f"run {number} of {count}: {run}")
+                if number == done + 1:
+                    _print(f"{title} {number}/{count}: {run}: started")
+
+                def show(epochs: int, run: Run = run, finished: int = finished) -> None:
+                    bar.n = finished + min(epochs * run.arm.networks, run.cost)
+                    bar.refresh()
+
+                repetitions = self._repetitions(run)
+                try:
+                    row, curve = execute_run(
+                        run,
+                        self._folder,
+                        keep_checkpoints=self._plan.keep_checkpoints,
+                        on_epochs=show,
+                        repetition=len(repetitions),
+                    )
+                except StoppedError as error:
+                    cause = str(error).partition(";")[0]  # "stopped by SIGTERM"
+                    raise StoppedError(
+                        f"{cause} in {run}, after {number - 1} of {count} runs ({title}): rerun "
+                        "the command to resume"
+                    ) from error
+                self._record(run, row, curve, repetitions[-1].reason if repetitions else "")
+                finished += run.cost
+                bar.n = finished
+                line = f"{title} {number}/{count}: {run}: {_describe(row)}"
+                if finished < total:
+                    seconds = (time.monotonic() - start) * (total / finished - 1)
+                    line += f"; about {tqdm.format_interval(seconds)} left"
+                _print(line)
+
+    def _record(self, run: Run, row: Row, curve: pd.DataFrame | None, reason: str) -> None:
+        """Append a row with its provenance, and why it supersedes another one if it does."""
+        row |= {"plan_sha256": plan_sha256(self._plan), "reason": reason}
+        rows = self._results.rows
+        if run.key in rows.index:
+            row["supersedes"] = rows.loc[run.key, "finished"]
+            row["reason"] = reason or "the earlier attempt failed"
+        self._results.add(row, curve)
+
+
+def dry_run(plan: Plan, folder: Path) -> str:
+    """Return the runs that a comparison would still train, in order, and the estimated hours.
+
+    The estimate is from the finished runs of the folder. Runs that depend on results are not
+    listed: those on the test set before the learning rates are chosen, for example.
     """
-    remaining = [
-        run
-        for run in runs
-        if not results.succeeded(run.key) and (retry or run.key not in results.rows.index)
+    results = Results(folder)
+    state = study_state(plan, results.rows)
+    runs = [run for run in state.all_runs if not results.succeeded(run.key)]
+    seconds = _seconds_per_cost(results)
+    lines = [f"{number}. {run.phase}: {run}" for number, run in enumerate(runs, start=1)]
+    if not all(trial.finished for trial in state.trials):
+        count = len(build_design(state.confirmed).arms) * len(plan.test_seeds)
+        lines.append(f"then up to {count} runs on the test set, once the trials have finished")
+    hours = "unknown, no run has finished"
+    if seconds is not None:
+        hours = f"{seconds * sum(run.cost for run in runs) / 3600:.2f} h"
+    return "\n".join([*lines, f"{len(runs)} runs, estimated time: {hours}", *state.warnings])
+
+
+def pilot_text(state: StudyState, results: Results) -> str:
+    """Return what a pilot shows about the size of the comparison.
+
+    The difference itself is not reported: the number of seeds must not depend on it.
+    """
+    assert state.design is not None
+    if not state.design.primary:
+        return f"no pair to compare: {'; '.join(state.design.omitted)}"
+    contrast, plan = state.design.primary[0], state.plan
+    seeds = plan.test_seeds[:PILOT_SEEDS]
+    (pair,) = contrast_results([contrast], seeds, results.rows, margin=plan.smallest_effect)
+    names = f"{contrast.method.label}, compared with {contrast.control_name}"
+    if pair.test.deviation is None or pair.test.n < 2:
+        return f"{names}: no deviation, {pair.test.n} seeds have both runs"
+    needed = seeds_needed(pair.test.deviation, plan.smallest_effect)
+    arms = build_design(state.confirmed).arms
+    cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in arms)
+    lines = [
+        f"{names}: the difference has a standard deviation of {pair.test.deviation:.2f} points "
+        f"over {pair.test.n} seeds",
+        f"seeds needed to show {plan.smallest_effect:g} points with a power of 80%: {needed} "
+        f"(the plan has {len(plan.test_seeds)})",
     ]
-    if not remaining:
-        return
-    done, start = len(runs) - len(remaining), time.monotonic()
-    total = sum(run.cost for run in remaining)
-    finished = 0
-    bar: tqdm[Any]
-    with tqdm(total=total, desc=title, unit="epoch", disable=None, dynamic_ncols=True) as bar:
-        for number, run in enumerate(remaining, start=done + 1):
-            bar.set_postfix_str(f"run {number} of {len(runs)}: {run}")
+    if (seconds := _seconds_per_cost(results)) is not None:
+        lines.append(
+            f"estimated time of {needed} seeds of {len(arms)} arms, without trials: "
+            f"{needed * cost * seconds / 3600:.2f} h"
+        )
+    return "\n".join(lines)
 
-            def show(epochs: int, run: Run = run, finished: int = finished) -> None:
-                bar.n = finished + min(epochs * run.arm.networks, run.cost)
-                bar.refresh()
 
-            try:
-                row, curve = execute_run(
-                    run, folder, keep_checkpoints=plan.keep_checkpoints, on_epochs=show
-                )
-            except StoppedError as error:
-                cause = str(error).partition(";")[0]  # "stopped by SIGTERM"
-                raise StoppedError(
-                    f"{cause} in {run}, after {number - 1} of {len(runs)} runs ({title}): rerun "
-                    "the command to resume"
-                ) from error
-            results.add(row, curve)
-            finished += run.cost
-            bar.n = finished
-            line = f"{title} {number}/{len(runs)}: {run}: {_describe(row)}"
-            if number < len(runs):
-                seconds = (time.monotonic() - start) * (total / finished - 1)
-                line += f"; about {tqdm.format_interval(seconds)} left"
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+def _seconds_per_cost(results: Results) -> float | None:
+    """Mean wall time of an epoch of a network over the finished runs."""
+    rows = results.rows[results.rows["status"].isin(COUNTED)]
+    cost = int((rows["epochs"] * rows["networks"]).sum())
+    return float(rows["wall_seconds"].sum()) / cost if cost else None
+
+
+def _print(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _describe(row: Row) -> str:
     if row["status"] == "failed":
         return f"failed: {row['error']}"
-    return f"{row['largest_lr_member']:.2f} % ({row['split']}), {row['wall_seconds']:.0f} s"
+    diverged = ", diverged" if row["status"] == "diverged" else ""
+    return f"{row['delivered']:.2f} % ({row['split']}{diverged}), {row['wall_seconds']:.0f} s"
 
 
 def _report(plan: Plan, results: Results, folder: Path) -> str:
     state = study_state(plan, results.rows)
     blocks, conclusions = build_report(state, results, read_starts(folder))
     write_report(plan.name, blocks, folder)
-    return "\n".join([*conclusions, f"report: {folder / 'report.html'}"])
+    return "\n".join([*conclusions, *state.warnings, f"report: {folder / 'report.html'}"])
+
+
+def _require_arm(name: str, state: StudyState) -> None:
+    arms = state.design.arms if state.design else []
+    if not any(name in (arm.name, arm.label) for arm in arms):
+        known = "; ".join(arm.label for arm in arms) or "none yet"
+        raise ConfigError(f"--redo {name!r} is not an arm of the comparison, which has: {known}")
 
 
 def _require_same_plan(plan: Plan, folder: Path) -> None:

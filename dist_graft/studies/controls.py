@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from dist_graft.config import GraftConfig, TrainConfig
 from dist_graft.errors import ConfigError
-from dist_graft.studies.plan import Plan
+from dist_graft.studies.plan import BASELINES, Plan
 from dist_graft.studies.train_options import (
+    NO_EXCHANGE,
+    Delivery,
     TrainOptions,
+    delivery,
+    key_of,
     merge,
     resolve,
-    run_key,
+    single_network,
     without_exchange,
     without_learning_rates,
 )
-from dist_graft.training.learning_rates import learning_rates
 
 Role = Literal["method", "control"]
-Phase = Literal["search", "best_lr", "comparison"]
+Phase = Literal["search", "tuning", "comparison"]
 
-NO_EXCHANGE: TrainOptions = {"method": "none", "graft": {"every": 0}}
 ONE_NETWORK = "one network"
 _UNINFORMED: dict[str, TrainOptions] = {
     # The coefficient is 1/2 for any of these options. With their defaults, equal runs share a key.
@@ -47,18 +49,34 @@ class Arm:
     """Options of ``train``, including the recipe's."""
     group: int
     """Population size under which tables and plots show the arm."""
+    explicit_delivery: Delivery | None = None
+    """The delivered model, if it is not the one that the rule declares."""
 
     @property
     def label(self) -> str:
         """Name and population size, for tables and plots."""
-        if self.name.startswith(ONE_NETWORK):
+        if ONE_NETWORK in self.name:
             return self.name
         return f"{self.name}, {self.networks} network{'s' if self.networks > 1 else ''}"
 
     @cached_property
     def key(self) -> str:
         """Hash of the training; arms with equal keys have equal runs."""
-        return run_key(self.config(0), self.networks)
+        return key_of(self.options, self.networks, 0, self.explicit_delivery)
+
+    @cached_property
+    def delivers(self) -> Delivery:
+        """The model by which the arm is judged."""
+        return self.explicit_delivery or delivery(self._config, self.networks)
+
+    @property
+    def tunable(self) -> bool:
+        """Whether optim.lr sets the learning rates of its networks."""
+        return self._config.optim.lrs is None
+
+    def at(self, lr: float) -> Arm:
+        """Return the arm with this learning rate."""
+        return replace(self, options=merge(self.options, {"optim": {"lr": lr}}))
 
     @cached_property
     def _config(self) -> TrainConfig:
@@ -85,7 +103,8 @@ class Run:
     @property
     def key(self) -> str:
         """Hash of everything that determines the results."""
-        return run_key(self.config, self.arm.networks)
+        arm = self.arm
+        return key_of(arm.options, arm.networks, self.seed, arm.explicit_delivery)
 
     @property
     def split(self) -> Literal["test", "validation"]:
@@ -123,6 +142,8 @@ class Contrast:
 class Design:
     """Arms of a comparison and the contrasts between them."""
 
+    tuned: Callable[[Arm], Arm | None]
+    """Returns an arm with the learning rate that it trains with; None if there is none."""
     arms: list[Arm] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     """Other names of an arm, by key: arms that train identically are run once."""
@@ -133,21 +154,23 @@ class Design:
     omitted: list[str] = field(default_factory=list)
     """Controls that are not run, each with the reason."""
 
-    def add(
-        self, name: str, role: Role, networks: int, options: TrainOptions, *, group: int
-    ) -> Arm:
-        """Add an arm and return it, or return the arm that trains identically."""
-        arm = Arm(name=name, role=role, networks=networks, options=options, group=group)
+    def add(self, arm: Arm) -> Arm | None:
+        """Add an arm with its learning rate, and return it or an arm that trains identically.
+
+        Returns None if no learning rate is known.
+        """
         try:
-            same = next((other for other in self.arms if other.key == arm.key), None)
+            tuned = self.tuned(arm)
+            same = next((other for other in self.arms if tuned and other.key == tuned.key), None)
         except ConfigError as error:
-            raise ConfigError(f"{name} with {networks} networks: {error}") from error
-        if same is None:
-            self.arms.append(arm)
-            return arm
-        if name != same.name and name not in self.aliases.setdefault(same.key, []):
-            self.aliases[same.key].append(name)
-        return same
+            raise ConfigError(f"{arm.name} with {arm.networks} networks: {error}") from error
+        if tuned is None:
+            self.omit(f"{arm.label}: no learning rate, its trials failed or have not finished")
+        elif same is None:
+            self.arms.append(tuned)
+        elif arm.name != same.name and arm.name not in self.aliases.setdefault(same.key, []):
+            self.aliases[same.key].append(arm.name)
+        return same or tuned
 
     def compare(self, contrast: Contrast, *, primary: bool) -> None:
         """Add a contrast, unless it compares a run with itself or exists already."""
@@ -165,97 +188,149 @@ class Design:
             self.omitted.append(reason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LrTrial:
-    """Search for the best learning rate of a single network under one recipe."""
-
-    key: str
-    options: TrainOptions
-    candidates: tuple[float, ...]
-
-
-def lr_trials(plan: Plan, confirmed: Plan) -> list[LrTrial]:
-    """Return the learning rate searches that the controls need, one for each way of training.
-
-    Args:
-        plan: the learning rates of its networks, in all of its regimes, are the candidates.
-        confirmed: the plan whose populations need controls.
-    """
-    candidates = tuple(plan.best_lr.candidates or sorted(set(_learning_rates(plan))))
-    if plan.best_lr.value is not None:
-        candidates = (plan.best_lr.value,)
-    trials: dict[str, LrTrial] = {}
-    for name in confirmed.methods:
-        training = without_exchange(confirmed.method_options(name))
-        options = _single_network(merge(confirmed.recipe, training))
-        key = run_key(resolve(options, 1), 1)
-        trials[key] = LrTrial(key=key, options=options, candidates=candidates)
-    return list(trials.values())
-
-
-def build_design(plan: Plan, best_lr: Mapping[str, float | None]) -> Design:
+def build_design(plan: Plan, best_lr: Mapping[str, float | None] | None = None) -> Design:
     """Build the arms and contrasts of every population size.
 
     Args:
         plan: a plan without a search, or with the regime that the search chose.
-        best_lr: best learning rate by key of its trial; None: it was not found.
+        best_lr: best learning rate of each arm, by the key of the arm with the first rate of the
+            plan; None: all arms with the first rate.
 
     Raises: ConfigError naming the method whose options ``train`` would reject.
     """
-    design = Design()
+
+    def tuned(arm: Arm) -> Arm | None:
+        if not plan.rates or not arm.tunable:
+            return arm
+        first = arm.at(plan.rates[0])
+        if best_lr is None:
+            return first
+        lr = best_lr.get(first.key)
+        return None if lr is None else arm.at(lr)
+
+    design = Design(tuned=tuned)
     for control in plan.leave_out:
         design.omit(f"{control}: left out by the plan")
     for networks in plan.networks:
-        methods = {
-            name: design.add(
-                name,
-                "method",
-                networks,
-                merge(plan.recipe, plan.method_options(name)),
-                group=networks,
-            )
-            for name in plan.methods
-        }
+        methods = {name: design.add(method_arm(plan, name, networks)) for name in plan.methods}
         for name, method in methods.items():
-            if method.name == name:  # otherwise an earlier method trains identically
-                _add_controls(design, plan, method, best_lr)
+            if method and method.name == name:  # otherwise an earlier method trains identically
+                _add_controls(design, plan, method)
     return design
 
 
-def _add_controls(
-    design: Design, plan: Plan, method: Arm, best_lr: Mapping[str, float | None]
-) -> None:
-    networks, options = method.networks, plan.method_options(method.name)
-    training = without_exchange(options)
+def method_arm(plan: Plan, name: str, networks: int) -> Arm:
+    """The arm of a method, with the learning rate that the plan declares."""
+    return Arm(
+        name=name,
+        role="method",
+        networks=networks,
+        options=merge(plan.recipe, plan.method_options(name)),
+        group=networks,
+        explicit_delivery=plan.method_delivery(name),
+    )
+
+
+def independent_arm(plan: Plan, method: Arm) -> Arm:
+    """As many independent networks as the method has, with one learning rate."""
+    training = without_exchange(plan.method_options(method.name))
+    if plan.rates:  # they replace the method's
+        training = without_learning_rates(training)
+    alone = single_network(plan.recipe)
+    suffix = "" if single_network(merge(plan.recipe, training)) == alone else f" (as {method.name})"
+    return _control(f"independent{suffix}", method, single_network(merge(plan.recipe, training)))
+
+
+def uninformed_arm(plan: Plan, method: Arm, criterion: str) -> Arm | None:
+    """The method with coefficients that ignore the layer's information.
+
+    Returns None for methods without coefficients of layers.
+    """
+    if not _has_layer_coefficients(method):
+        return None
+    suffix = f" (as {method.name})" if method.name != "graft" else ""
+    options = merge(plan.recipe, plan.method_options(method.name))
+    return _control(
+        f"{criterion}{suffix}", method, merge(options, {"graft": _UNINFORMED[criterion]})
+    )
+
+
+def _control(name: str, method: Arm, options: TrainOptions, networks: int | None = None) -> Arm:
+    return Arm(
+        name=name,
+        role="control",
+        networks=networks or method.networks,
+        options=options,
+        group=method.networks,
+    )
+
+
+def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
+    networks = method.networks
+    training = without_exchange(plan.method_options(method.name))
 
     # The same population without exchange
     suffix = f" (as {method.name})" if training else ""
     isolated = merge(plan.recipe, training, NO_EXCHANGE)
-    _add_contrast(design, plan, method, "no_exchange", f"no exchange{suffix}", isolated)
+    _add_contrast(
+        design, plan, method, "no_exchange", _control(f"no exchange{suffix}", method, isolated)
+    )
 
-    # Independent networks, and one network trained longer, at the best learning rate
-    single = _single_network(merge(plan.recipe, training))
-    lr = best_lr.get(run_key(resolve(single, 1), 1))
-    suffix = f" (as {method.name})" if without_learning_rates(training) else ""
-    if lr is None:
-        design.omit(f"best learning rate{suffix}: unknown, its trials are missing or failed")
-    else:
-        at_best = merge(single, {"optim": {"lr": lr}})
-        name = f"independent, best lr {lr:.4g}{suffix}"
-        _add_contrast(design, plan, method, "best_lr", name, at_best)
-        if networks > 1 and "one_network" not in plan.leave_out:
-            name = f"{ONE_NETWORK}, {networks} x epochs, best lr {lr:.4g}{suffix}"
-            longer = merge(at_best, _longer_training(at_best, networks))
-            _add_contrast(design, plan, method, "one_network", name, longer)
+    # Independent networks with one learning rate, and one network trained longer
+    independent = independent_arm(plan, method)
+    _add_contrast(design, plan, method, "best_lr", independent)
+    if networks > 1 and "one_network" not in plan.leave_out:
+        suffix = independent.name.removeprefix("independent")
+        name = f"{ONE_NETWORK}, {networks} x epochs{suffix}"
+        longer = merge(independent.options, _longer_training(independent.options, networks))
+        _add_contrast(design, plan, method, "one_network", _control(name, method, longer, 1))
 
     # Coefficients that ignore the layer's information
-    suffix = f" (as {method.name})" if method.name != "graft" else ""
-    if _has_layer_coefficients(method):
-        for criterion, graft in _UNINFORMED.items():
-            if criterion not in plan.leave_out:
-                uninformed = merge(plan.recipe, options, {"graft": graft})
-                name = f"{criterion}{suffix}"
-                _add_contrast(design, plan, method, criterion, name, uninformed)
+    for criterion in _UNINFORMED:
+        uninformed = uninformed_arm(plan, method, criterion)
+        if uninformed and criterion not in plan.leave_out:
+            _add_contrast(design, plan, method, criterion, uninformed)
+
+    for baseline in baseline_arms(plan, method):
+        _add_contrast(design, plan, method, "baseline", baseline)
+
+
+def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:
+    """Yield the plan's baselines for a population size K.
+
+    - ema: the moving average of the weights of one network, at the recipe's length and K times as
+      long.
+    - checkpoint_average: the mean of the last checkpoints of one network, likewise. The checkpoints
+      of the long run are K times as far apart.
+    - data_parallel: one network on K processes, with K times the batch size and K times the epochs:
+      as many steps as a member, and as many images as the population.
+    - local_sgd: K networks that become their mean every few steps.
+    """
+    networks = method.networks
+    for name, own in plan.baselines.items():
+        options = merge(plan.recipe, BASELINES[name], own or {})
+        explicit: Delivery | None = options.pop("delivers", None)
+        if name == "local_sgd":
+            yield replace(_control("local SGD", method, options), explicit_delivery=explicit)
+            continue
+        alone = single_network(options)
+        longer = merge(alone, _longer_training(alone, networks))
+        title = {"ema": "EMA", "checkpoint_average": "mean of checkpoints"}.get(name)
+        if title:
+            variants = {f"{title} of {ONE_NETWORK}": alone}
+            if networks > 1:
+                variants[f"{title} of {ONE_NETWORK}, {networks} x epochs"] = longer
+        else:
+            batch_size = resolve(alone, 1).data.batch_size
+            parallel = {
+                "data": {"batch_size": networks * batch_size},
+                "runtime": {"replicas": networks},
+            }
+            title = f"data parallel, {ONE_NETWORK} on {networks} processes"
+            variants = {title: merge(longer, parallel)} if networks > 1 else {}
+        for label, variant in variants.items():
+            arm = _control(label, method, variant, 1)
+            yield replace(arm, explicit_delivery=explicit)
 
 
 def _has_layer_coefficients(method: Arm) -> bool:
@@ -270,29 +345,26 @@ def _has_layer_coefficients(method: Arm) -> bool:
     )
 
 
-def _add_contrast(
-    design: Design, plan: Plan, method: Arm, kind: str, name: str, options: TrainOptions
-) -> None:
-    networks = 1 if kind == "one_network" else method.networks
-    control = design.add(name, "control", networks, options, group=method.networks)
+def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: Arm) -> None:
+    control = design.add(declared)
+    if control is None:
+        return
     contrast = Contrast(
         method=method,
         control=control,
-        control_name=name,
+        control_name=declared.name,
         outcome=plan.primary,
-        control_outcome=plan.primary,
+        control_outcome="delivered" if kind == "baseline" else plan.primary,
     )
     design.compare(contrast, primary=kind == plan.against)
-    if kind == "best_lr" and networks > 1:
-        ensemble = f"ensemble of {networks} {name}"
-        design.compare(
-            replace(contrast, control_name=ensemble, control_outcome="ensemble"), primary=False
+    if kind == "best_lr" and method.networks > 1:
+        ensembles = replace(
+            contrast,
+            control_name=f"{declared.name} (both as ensembles)",
+            outcome="ensemble",
+            control_outcome="ensemble",
         )
-
-
-def _single_network(options: TrainOptions) -> TrainOptions:
-    """Options of a single network, without a learning rate."""
-    return merge(without_learning_rates(options), NO_EXCHANGE)
+        design.compare(ensembles, primary=False)
 
 
 def _longer_training(options: TrainOptions, factor: int) -> TrainOptions:
@@ -301,18 +373,6 @@ def _longer_training(options: TrainOptions, factor: int) -> TrainOptions:
     longer: TrainOptions = {"epochs": config.epochs * factor}
     if config.optim.schedule == "step":
         longer["optim"] = {"step_epochs": config.optim.step_epochs * factor}
+    if config.checkpoint.every:
+        longer["checkpoint"] = {"every": config.checkpoint.every * factor}
     return longer
-
-
-def _learning_rates(plan: Plan) -> Iterator[float]:
-    """Yield the learning rates of all networks of all methods, in every regime."""
-    for regime in plan.with_each_regime():
-        for name in plan.methods:
-            for networks in regime.networks:
-                options = merge(regime.recipe, plan.method_options(name))
-                try:
-                    config = resolve(options, networks)
-                except ConfigError as error:
-                    raise ConfigError(f"{name} with {networks} networks: {error}") from error
-                for rate in learning_rates(config.optim, networks):
-                    yield float(f"{rate:.6g}")

@@ -21,14 +21,17 @@ import pandas as pd
 import yaml
 
 from dist_graft.analysis.run_files import read_json
+from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
+from dist_graft.studies.measurements import measure
 from dist_graft.studies.records import THRESHOLDS
 from dist_graft.training.learning_rates import learning_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
+_DIVERGED = re.compile(r"non-finite (weight|training loss|loss)|diverged")
 _KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # table of torchrun
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
@@ -42,8 +45,19 @@ class RunFailedError(Exception):
     """A run failed; the text is one line that says why."""
 
 
+def run_folder(run: Run, out: Path, repetition: int = 0) -> Path:
+    """Return the directory of a run, or of its n-th repetition."""
+    suffix = f"-redo{repetition}" if repetition else ""
+    return out / "runs" / f"k{run.arm.networks}-seed{run.seed}-{run.key}{suffix}"
+
+
 def execute_run(
-    run: Run, out: Path, *, keep_checkpoints: int, on_epochs: Callable[[int], None]
+    run: Run,
+    out: Path,
+    *,
+    keep_checkpoints: int,
+    on_epochs: Callable[[int], None],
+    repetition: int = 0,
 ) -> tuple[Row, pd.DataFrame | None]:
     """Train, or resume training, and evaluate.
 
@@ -52,13 +66,16 @@ def execute_run(
         out: directory of the comparison; the run's own directory is created in its runs/.
         keep_checkpoints: number of checkpoints to keep after the run.
         on_epochs: called repeatedly with the number of finished epochs.
+        repetition: number of earlier attempts that this one supersedes; they keep their
+            directories.
 
     Returns: the run's row and learning curve (columns epoch, largest_lr_member, mean_of_members).
-    A failed run has a row with the error, and no curve.
+    A failed run has a row with the error, and no curve. A run in which a network diverged delivers
+    chance accuracy, whether it was stopped, or the network was healed or excluded.
 
     Raises: StoppedError on a signal. The next call resumes the training.
     """
-    folder = out / "runs" / f"k{run.arm.networks}-seed{run.seed}-{run.key}"
+    folder = run_folder(run, out, repetition)
     try:
         if not is_finished(folder):
             _train(run, folder, on_epochs)
@@ -66,20 +83,32 @@ def execute_run(
         rates = learning_rates(run.config.optim, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
         outcomes |= summarize(outcomes["members"], rates)
+        outcomes["delivered"] = read_delivered(run, folder, outcomes)
+        outcomes |= measure(folder, run) | count_images(run, folder)
         try:
             outcomes |= count_filters(folder, largest(rates))
         except (DistGraftError, ValueError) as error:
             remarks.append(f"filters not counted: {error}")
         curve = read_curve(folder, rates, run.split)
-        versions = read_versions(folder)
+        outcomes |= {"learning_rates": rates} | read_versions(folder)
+        divergence = read_divergence(folder)
     except RunFailedError as error:
-        return _row(run, folder, status="failed", error=str(error)), None
+        if not _DIVERGED.search(str(error)):
+            return _row(run, folder, status="failed", error=str(error)), None
+        outcomes, curve, remarks, divergence = {}, None, [], str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:
         message = f"{folder} has no results: {error}"
         return _row(run, folder, status="failed", error=message), None
+    if divergence:
+        outcomes["delivered"] = 100.0 / count_classes(run.config)
     _prune(folder / "checkpoints", keep_checkpoints)
-    row = _row(run, folder, status="ok", error="; ".join(remarks))
-    return row | outcomes | {"learning_rates": rates} | versions, curve
+    row = _row(
+        run,
+        folder,
+        status="diverged" if divergence else "ok",
+        error="; ".join([divergence, *remarks] if divergence else remarks),
+    )
+    return row | outcomes, curve
 
 
 # Processes
@@ -95,9 +124,12 @@ def train_command(run: Run, folder: Path) -> list[str]:
     ]
 
 
-def evaluate_command(folder: Path) -> list[str]:
+def evaluate_command(run: Run, folder: Path) -> list[str]:
     """Return the command that evaluates a finished run."""
-    return [sys.executable, "-m", "dist_graft", "evaluate", str(folder)]
+    command = [sys.executable, "-m", "dist_graft", "evaluate", str(folder)]
+    if run.arm.delivers == "checkpoints":
+        command += ["--last_checkpoints", str(run.config.checkpoint.keep)]
+    return command
 
 
 def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
@@ -124,14 +156,14 @@ def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
 
 def _evaluate(run: Run, folder: Path) -> list[str]:
     """Evaluate the run if necessary. Returns remarks."""
-    single = run.split == "validation" and run.arm.networks == 1
-    if single or (folder / "evaluation.json").is_file():
+    measured = run.split == "validation" and run.arm.delivers == "network"  # in metrics.jsonl
+    if measured or (folder / "evaluation.json").is_file():
         return []
     try:
-        _execute(evaluate_command(folder), folder / "output.txt", lambda: None)
+        _execute(evaluate_command(run, folder), folder / "output.txt", lambda: None)
     except RunFailedError as error:
-        if run.split == "validation":  # the members' accuracies are in evaluation.json only
-            raise
+        if run.split == "validation" or run.arm.delivers not in ("network", "member"):
+            raise  # the accuracy of the delivered model is in evaluation.json only
         return [f"not evaluated: {error}"]
     return []
 
@@ -193,7 +225,7 @@ def error_line(output: str, status: int) -> str:
     return lines[-1] if lines else f"exit status {status} without output"
 
 
-def _row(run: Run, folder: Path, *, status: Literal["ok", "failed"], error: str) -> Row:
+def _row(run: Run, folder: Path, *, status: Literal["ok", "diverged", "failed"], error: str) -> Row:
     return {
         "key": run.key,
         "phase": run.phase,
@@ -203,6 +235,7 @@ def _row(run: Run, folder: Path, *, status: Literal["ok", "failed"], error: str)
         "seed": run.seed,
         "status": status,
         "split": run.split,
+        "delivers": run.arm.delivers,
         "epochs": run.config.epochs,
         "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "error": " ".join(error.split()),
@@ -296,6 +329,59 @@ def read_validation(run: Path, networks: int) -> Row:
     return {"members": members}
 
 
+def read_delivered(run: Run, folder: Path, outcomes: Row) -> float:
+    """Return the accuracy of the delivered model on the run's split, in percent.
+
+    Args: outcomes: the other accuracies of the run.
+    Raises: RunDirectoryError or KeyError if it was not measured.
+    """
+    kind = run.arm.delivers
+    if kind in ("network", "member"):
+        return float(outcomes["mean_of_members"])
+    name = "test_accuracy" if run.split == "test" else "val_accuracy"
+    accuracy = read_json(folder / "evaluation.json")["averages"][kind][name]
+    if accuracy is None:
+        raise RunDirectoryError(f"{folder} has no validation accuracies: data.val_fraction is 0")
+    return float(accuracy)
+
+
+def read_divergence(folder: Path) -> str:
+    """Return how a network of a finished run diverged; empty if none did."""
+    networks = read_json(folder / "summary.json").get("diverged", [])
+    if networks:
+        return f"network {networks[0]} diverged"
+    path = RunDirectory(folder).events
+    events = read_json(path) if path.is_file() else []
+    found = (event["text"] for event in events if event["kind"] in ("diverged", "healed"))
+    return str(next(found, ""))
+
+
+def count_images(run: Run, folder: Path) -> Row:
+    """Count the optimizer steps of a network, and the training images of all networks."""
+    path = RunDirectory(folder).status(0)
+    if not path.is_file():
+        return {}
+    steps = int(read_json(path)["steps_per_epoch"])
+    data = run.config.data
+    images = steps * data.batch_size
+    if data.train_samples:
+        held_out = round(data.train_samples * data.val_fraction)
+        images = min(images, data.train_samples - held_out)
+    epochs = run.config.epochs
+    return {"steps": epochs * steps, "images_seen": run.arm.networks * epochs * images}
+
+
+def count_classes(config: TrainConfig) -> int:
+    """Number of classes of the dataset."""
+    import torch
+
+    from dist_graft.training.data import load_data
+
+    device = torch.device("cpu")
+    data = load_data(config.data, seed=0, network=0, device=device, channels_last=False)
+    return data.num_classes
+
+
 def read_curve(run: Path, rates: Sequence[float], split: str) -> pd.DataFrame:
     """Read accuracies of each epoch, before its round, on the split "test" or "validation"."""
     name = "test_accuracy" if split == "test" else "val_accuracy"
@@ -315,7 +401,9 @@ def read_versions(run: Path) -> Row:
     """Read the versions and the commit that trained the run."""
     stored = yaml.safe_load((run / "config.yaml").read_text())["run"]
     versions = " ".join(f"{name} {version}" for name, version in stored["versions"].items())
-    return {"versions": versions, "commit": stored["git_commit"] or ""}
+    commit = stored["git_commit"] or ""
+    dirty = ("yes" if commit.endswith("-dirty") else "no") if commit else ""
+    return {"versions": versions, "commit": commit, "dirty": dirty}
 
 
 def count_filters(run: Path, network: int) -> Row:

@@ -62,7 +62,7 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
         if values:
             low, high = min(values), max(values)
             lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
-    if getattr(state.confirmed, "rates", None) == []:
+    if not state.confirmed.rates:
         lines.append("learning rates: given by the plan, not tuned")
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
@@ -72,8 +72,6 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
 
 def image_sampling(data: Any) -> str:
     """Say which training images the seeds share, and so what the intervals do not cover."""
-    if getattr(data, "subset_seed", None) is not None:
-        return "Each seed trains on a training subset of its own, so the intervals cover its choice"
     varied = "initial weights, data order and augmentation"
     if data.val_fraction > 0:
         varied += ", and in the images held out for validation"

@@ -13,10 +13,19 @@ import yaml
 from dist_graft.config.parsing import SECTIONS, from_mapping, load_strictly
 from dist_graft.config.validation import above_zero, at_least, require
 from dist_graft.errors import ConfigError
-from dist_graft.studies.train_options import TrainOptions, expand, merge
+from dist_graft.studies.train_options import (
+    DELIVERIES,
+    Delivery,
+    TrainOptions,
+    expand,
+    merge,
+    parse,
+)
 
-Primary = Literal["largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
+Primary = Literal["delivered", "mean_of_members", "ensemble", "uniform_soup"]
 """Outcomes of a run that a comparison can be about: accuracies after the last round."""
+Control = Literal["one_network", "constant", "shuffled"]
+"""Controls that a plan can leave out."""
 
 BUILT_IN: dict[str, TrainOptions] = {
     "graft": {"method": "graft"},
@@ -30,40 +39,53 @@ BUILT_IN: dict[str, TrainOptions] = {
     "internal": {"method": "graft", "graft": {"source": "internal"}},
     "noise": {"method": "graft", "graft": {"source": "noise"}},
     "filter": {"method": "graft", "graft": {"level": "filter"}},
+    "local_sgd": {"method": "average", "graft": {"every_steps": 10}},
 }
 """Options of the built-in methods. Options in the plan take precedence."""
+
+BASELINES: dict[str, TrainOptions] = {
+    "ema": {"optim": {"ema_decay": 0.995}},
+    "checkpoint_average": {"checkpoint": {"keep": 5}, "delivers": "checkpoints"},
+    "data_parallel": {},
+    "local_sgd": BUILT_IN["local_sgd"],
+}
+"""Options of the baselines, see `controls.add_baselines`. Options in the plan take precedence."""
 
 SET_BY_COMPARISON = ("run_dir", "resume", "seed")
 MIN_CONFIRM_SEEDS = 5
 FIRST_SPARE_SEED = 1000
+PILOT_SEEDS = 3
+"""Number of the plan's seeds that a pilot uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LrSearch:
-    """How to find the best learning rate of a single network. The test set is never used."""
+class Tuning:
+    """Choice of the learning rate of every method and control. The test set is never used.
 
-    value: float | None = None
-    """Learning rate, when it is known."""
-    candidates: list[float] | None = None
-    """Learning rates to try on a validation split; default: the learning rates of the plan's
-    networks. A single candidate is used without a trial."""
+    Each one is trained at its own length with each rate, and scored by the model that it delivers.
+    """
+
+    rates: list[float] | None = None
+    """Learning rates (optim.lr) to try; default: half, one and two times the recipe's. A single
+    rate is used without trials; an empty list (`tuning: none`) leaves all learning rates as they
+    are."""
     seeds: list[int] | None = None
     """Seeds of the trials, disjoint from the comparison's; default: two that the plan does not
     use."""
     val_fraction: float = 0.1
     """Fraction of the training images held out in the trials, when the recipe holds out none."""
+    max_extensions: int = 2
+    """How often the rates of a method or control are extended by one more while the smallest or the
+    largest is the best."""
 
     def __post_init__(self) -> None:
-        if self.value is not None and self.candidates is not None:
-            raise ConfigError(
-                "best_lr.value and best_lr.candidates are mutually exclusive: give one"
-            )
-        for value in (self.candidates or []) if self.value is None else [self.value]:
-            above_zero("learning rates in best_lr", value)
-        if self.candidates is not None and not self.candidates:
-            raise ConfigError("best_lr.candidates must contain at least one learning rate")
-        _check_seeds("best_lr.seeds", self.seeds)
-        _check_fraction("best_lr.val_fraction", self.val_fraction)
+        for value in self.rates or []:
+            above_zero("tuning.rates", value)
+        if len(set(self.rates or [])) < len(self.rates or []):
+            raise ConfigError(f"tuning.rates contains a rate twice: {self.rates!r}")
+        _check_seeds("tuning.seeds", self.seeds)
+        _check_fraction("tuning.val_fraction", self.val_fraction)
+        at_least("tuning.max_extensions", self.max_extensions, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +134,28 @@ class Plan:
     from, relative to the plan's directory."""
     methods: dict[str, dict[str, Any] | None]
     """Options of each method, on top of the recipe. The names graft, independent, average, papa,
-    wash, constant, shuffled, internal, noise and filter have options of their own."""
+    wash, constant, shuffled, internal, noise, filter and local_sgd have options of their own. The
+    option `delivers` (member, soup, ema or checkpoints) replaces the model that the method's rule
+    delivers."""
     networks: list[int]
     """Population sizes."""
     seeds: list[int] = field(default_factory=list)
     """Seeds of the comparison; every method and control trains once with each."""
-    primary: Primary = "largest_lr_member"
-    """Primary outcome, measured on the test set after the last round: the accuracy of the member
-    with the largest learning rate (the last one in case of ties), the members' mean, their
-    ensemble, or their uniform soup with batch norm re-estimated."""
+    primary: Primary = "delivered"
+    """Primary outcome, measured on the test set after the last round: the accuracy of the model
+    that each method delivers, the members' mean, their ensemble, or their uniform soup with batch
+    norm re-estimated."""
     against: Literal["no_exchange", "best_lr", "one_network"] = "no_exchange"
     """Control of the primary comparison: the same population without exchange, independent networks
-    at the best learning rate of a single network, or one network trained K times as long."""
-    best_lr: LrSearch = field(default_factory=LrSearch)
+    with one learning rate, or one network trained K times as long."""
+    smallest_effect: float = 0.3
+    """Smallest difference of interest, in percentage points."""
+    tuning: Tuning = field(default_factory=Tuning)
     search: RegimeSearch = field(default_factory=RegimeSearch)
-    leave_out: list[Literal["one_network", "constant", "shuffled"]] = field(default_factory=list)
+    baselines: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Further controls, each with options on top of the recipe: ema, checkpoint_average,
+    data_parallel, local_sgd."""
+    leave_out: list[Control] = field(default_factory=list)
     """Controls to skip; the report lists them."""
     keep_checkpoints: int = 1
     """Number of checkpoints to keep of a finished run."""
@@ -141,7 +170,15 @@ class Plan:
         if not self.methods:
             raise ConfigError("methods must contain at least one method")
         _check_networks("networks", self.networks)
+        above_zero("smallest_effect", self.smallest_effect)
         at_least("keep_checkpoints", self.keep_checkpoints, 0)
+        if self.primary == "ensemble" and self.against == "one_network":
+            raise ConfigError(
+                "primary ensemble must not be compared with one_network: an ensemble of K networks "
+                "costs K times the inference; choose primary delivered, or against best_lr"
+            )
+        for name in self.baselines:
+            require(name in BASELINES, "baselines", name, f"among {', '.join(BASELINES)}")
         _check_seeds("seeds", self.seeds)
         if self.search.recipes:
             if self.seeds:
@@ -150,10 +187,10 @@ class Plan:
                     "search.confirm_seeds instead of seeds"
                 )
             require(
-                self.primary in ("largest_lr_member", "mean_of_members"),
+                self.primary in ("delivered", "mean_of_members"),
                 "primary",
                 self.primary,
-                "largest_lr_member or mean_of_members in a search",
+                "delivered or mean_of_members in a search",
             )
         elif not self.seeds:
             raise ConfigError("seeds must contain at least one seed")
@@ -162,7 +199,7 @@ class Plan:
             ("search.seeds", self.search.seeds),
             ("search.confirm_seeds", self.search.confirm_seeds),
         ):
-            _check_disjoint("best_lr.seeds", self.best_lr.seeds or [], name, seeds)
+            _check_disjoint("tuning.seeds", self.tuning.seeds or [], name, seeds)
 
     @property
     def test_seeds(self) -> list[int]:
@@ -170,17 +207,31 @@ class Plan:
         return self.search.confirm_seeds or self.seeds
 
     @property
-    def lr_seeds(self) -> list[int]:
+    def rates(self) -> list[float]:
+        """Learning rates that every method and control tries, ascending; [] without tuning."""
+        if self.tuning.rates is not None:
+            return sorted(self.tuning.rates)
+        lr = parse(self.recipe).optim.lr
+        return [float(f"{factor * lr:.6g}") for factor in (0.5, 1, 2)]
+
+    @property
+    def tuning_seeds(self) -> list[int]:
         """Seeds of the learning rate trials."""
-        if self.best_lr.seeds:
-            return self.best_lr.seeds
+        if self.tuning.seeds:
+            return self.tuning.seeds
         used = {*self.test_seeds, *self.search.seeds}
         spare = (seed for seed in range(FIRST_SPARE_SEED, 2**63) if seed not in used)
         return [next(spare), next(spare)]
 
     def method_options(self, name: str) -> TrainOptions:
-        """Options of a method, on top of the recipe."""
-        return merge(BUILT_IN.get(name, {}), self.methods[name] or {})
+        """Options of a method, on top of the recipe, without `delivers`."""
+        options = merge(BUILT_IN.get(name, {}), self.methods[name] or {})
+        options.pop("delivers", None)
+        return options
+
+    def method_delivery(self, name: str) -> Delivery | None:
+        """The model that a method delivers, if the plan sets it."""
+        return (self.methods[name] or {}).get("delivers")
 
     def with_regime(self, name: str) -> Plan:
         """Return the plan with the recipe and the population sizes of one regime of its search."""
@@ -217,20 +268,35 @@ def parse_plan(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
     values = dict(content)
     if isinstance(values.get("recipe"), str):
         values["recipe"] = {"config": values["recipe"]}
-    if isinstance(values.get("methods"), list):
-        values["methods"] = dict.fromkeys(values["methods"])
+    for name in ("methods", "baselines"):
+        if isinstance(values.get(name), list):
+            values[name] = dict.fromkeys(values[name])
+    if values.get("tuning") == "none":
+        values["tuning"] = {"rates": []}
+    if "best_lr" in values:
+        raise ConfigError(
+            "best_lr was replaced by tuning, which applies to every method and control: write "
+            "tuning: {rates: [...], seeds: [...]}"
+        )
     plan: Plan = from_mapping(Plan, values)
     recipe = {name: value for name, value in plan.recipe.items() if name != "config"}
     methods = {name: expand(options or {}) for name, options in plan.methods.items()}
+    baselines = {name: expand(options or {}) for name, options in plan.baselines.items()}
     regimes = {name: expand(options or {}) for name, options in plan.search.recipes.items()}
     for section, options in [
         ("recipe", recipe),
         *((f"methods.{name}", options) for name, options in methods.items()),
+        *((f"baselines.{name}", options) for name, options in baselines.items()),
         *((f"search.recipes.{name}", options) for name, options in regimes.items()),
     ]:
         for name in set(SET_BY_COMPARISON) & set(options):
             raise ConfigError(f"{section} must not set {name}: the comparison sets it")
     for name, options in methods.items():
+        if options.get("delivers", "soup") not in DELIVERIES:
+            raise ConfigError(
+                f"methods.{name}.delivers must be one of {', '.join(DELIVERIES)}, got "
+                f"{options['delivers']!r}"
+            )
         if not options and name not in BUILT_IN:
             raise ConfigError(
                 f"methods.{name} needs options, or a name among {', '.join(BUILT_IN)}"
@@ -239,6 +305,7 @@ def parse_plan(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
         plan,
         recipe=merge(_read_recipes(plan.recipe.get("config", []), folder), recipe),
         methods=dict(methods),
+        baselines=dict(baselines),
         search=replace(plan.search, recipes=dict(regimes)),
     )
 

@@ -23,10 +23,15 @@ import pandas as pd
 from dist_graft.analysis.run_files import read_json
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import git_commit, write_atomically
+from dist_graft.studies.controls import Run
+from dist_graft.studies.measurements import MEASURED
 from dist_graft.studies.plan import Plan, plan_text
 from dist_graft.version import VERSION
 
+COUNTED = ("ok", "diverged")
+"""Status of runs that have a result; a diverged run delivers chance accuracy."""
 OUTCOMES = (
+    "delivered",
     "largest_lr_member",
     "mean_of_members",
     "ensemble",
@@ -44,13 +49,21 @@ COLUMNS: Mapping[str, str] = {
     "key": "str",
     **dict.fromkeys(("phase", "arm", "role"), "str"),
     **dict.fromkeys(("networks", "seed"), "int64"),
-    **dict.fromkeys(("status", "split"), "str"),  # status: ok or failed
+    **dict.fromkeys(("status", "split"), "str"),  # status: ok, diverged or failed
+    "delivers": "str",  # see `train_options.Delivery`
     **dict.fromkeys(OUTCOMES, "float64"),
     **dict.fromkeys(("members", "learning_rates"), "str"),  # of each network, separated by spaces
     **dict.fromkeys(FILTER_COUNTS, "Int64"),
     **dict.fromkeys(("wall_seconds", "core_seconds"), "float64"),  # training, all attempts
     "epochs": "int64",
+    "steps": "Int64",  # optimizer steps of one network
+    "images_seen": "Int64",  # training images, summed over the networks
+    **MEASURED,
     **dict.fromkeys(("finished", "versions", "commit", "error"), "str"),
+    "dirty": "str",  # yes: the package had uncommitted changes; empty: without git
+    "plan_sha256": "str",
+    "supersedes": "str",  # `finished` of the row of the same key that this one replaces
+    "reason": "str",  # why it was replaced
 }
 """Columns of results.csv with their dtypes."""
 CURVE_COLUMNS: Mapping[str, str] = {
@@ -106,8 +119,20 @@ class Results:
         self._read()
 
     def succeeded(self, key: str) -> bool:
-        """Whether the run has finished without an error."""
-        return bool(self.rows["status"].get(key) == "ok")
+        """Whether the run has a result. Diverging is a result."""
+        return self.rows["status"].get(key) in COUNTED
+
+    def superseded(self) -> pd.DataFrame:
+        """Return the rows that a later row of the same key replaced, oldest first.
+
+        The column `superseded_by` is the later row's `finished`, and `superseded_because` its
+        `reason`.
+        """
+        later = self.all_rows.groupby("key")[["finished", "reason"]].shift(-1)
+        replaced = later["finished"].notna()
+        return self.all_rows[replaced].assign(
+            superseded_by=later["finished"], superseded_because=later["reason"]
+        )
 
 
 def _read_csv(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -159,10 +184,21 @@ class Start:
     against: str
     runs_before: int
     """Number of runs that had results already."""
+    smallest_effect: float | None = None
+    tuning: dict[str, Any] | None = None
+    """None in files of earlier versions, as the field above."""
+    redo: str = ""
+    """Arm whose runs are repeated."""
+    reason: str = ""
+    """Why they are repeated."""
     command: str
     hardware: str
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
+
+    def repeats(self, run: Run) -> bool:
+        """Whether this start asked to repeat a run."""
+        return bool(self.redo) and self.redo in (run.arm.name, run.arm.label)
 
 
 def plan_sha256(plan: Plan) -> str:
@@ -170,18 +206,29 @@ def plan_sha256(plan: Plan) -> str:
     return hashlib.sha256(plan_text(plan).encode()).hexdigest()
 
 
-def record_start(plan: Plan, folder: Path, *, runs_before: int, command: Sequence[str]) -> None:
+def record_start(
+    plan: Plan,
+    folder: Path,
+    *,
+    runs_before: int,
+    command: Sequence[str],
+    redo: str = "",
+    reason: str = "",
+) -> None:
     """Write plan.yaml and append a line to history.jsonl. Called before anything runs.
 
     A plan that replaces another one renames the old file to plan-SHA.yaml.
 
-    Raises: ConfigError if there are runs and the primary outcome or its control has changed.
+    Raises: ConfigError if there are runs and the primary outcome, its control, the smallest effect
+    or the tuning has changed.
     """
     starts = read_starts(folder)
+    fixed = {name: getattr(plan, name) for name in ("primary", "against", "smallest_effect")}
+    fixed["tuning"] = asdict(plan.tuning)
     if starts and runs_before:
-        for name in ("primary", "against"):
-            before, now = getattr(starts[-1], name), getattr(plan, name)
-            if before != now:
+        for name, now in fixed.items():
+            before = getattr(starts[-1], name)
+            if before is not None and before != now:
                 raise ConfigError(
                     f"{name} must not change once there are runs in {folder}: it was {before}, got "
                     f"{now}; choose another directory with --out"
@@ -193,9 +240,10 @@ def record_start(plan: Plan, folder: Path, *, runs_before: int, command: Sequenc
     start = Start(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         plan_sha256=sha256,
-        primary=plan.primary,
-        against=plan.against,
+        **fixed,
         runs_before=runs_before,
+        redo=redo,
+        reason=reason,
         command=shlex.join(command),
         hardware=_hardware(),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -46,15 +46,10 @@ from dist_graft.studies.statistics import (
     arm_result,
     contrast_results,
 )
-from dist_graft.studies.train_options import (
-    TrainOptions,
-    format_options,
-    without_exchange,
-)
+from dist_graft.studies.train_options import TrainOptions, format_options
 
 PRIMARY_TEXTS = {
     "delivered": "test accuracy of the delivered model",
-    "largest_lr_member": "test accuracy of the member with the largest learning rate",
     "mean_of_members": "mean test accuracy of the members",
     "ensemble": "test accuracy of the members' ensemble",
     "uniform_soup": "test accuracy of the members' uniform soup",
@@ -101,13 +96,14 @@ def build_report(
     plan, rows = state.confirmed, results.rows
     title = Heading(1, f"Comparison: {plan.name}")
     if state.design is None:
-        text = "No conclusion yet: the regime search has not finished."
+        text = "No conclusion yet: the trials on the validation split have not finished."
         blocks = [title, Paragraph(text, "summary"), *_regime_search(state, rows)]
+        blocks += _learning_rate_search(state)
         return [*blocks, *_details(state, results, starts)], [text]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
     checks = check_arms(state.design, arms, results.curves, plan.primary)
-    margin = getattr(plan, "smallest_effect", 0.3)
+    margin = plan.smallest_effect
     failed = {check.arm.key: check.not_tested for check in checks if check.not_tested}
     primary, secondary = (
         contrast_results(contrasts, plan.test_seeds, rows, margin=margin, failed=failed)
@@ -123,7 +119,7 @@ def build_report(
         *sections.setting(state, arms, starts),
         *_completeness(arms),
         Heading(2, "Comparisons with the plan's control"),
-        Items([*sentences, *getattr(state, "warnings", [])]),
+        Items([*sentences, *state.warnings]),
         *sections.check_section(checks),
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),
@@ -138,7 +134,7 @@ def build_report(
         *sections.costs(arms),
         *sections.beside_published(primary),
         *_regime_search(state, rows),
-        *_learning_rate_search(state, rows),
+        *_learning_rate_search(state),
         *_details(state, results, starts),
     ]
     return blocks, [first, *others, *sentences]
@@ -390,13 +386,15 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
             )
         )
     header = (
-        *("regime", "options", "networks", "method", "with exchange, %", "without, %"),
+        *("regime", "options", "networks", "method", "method, %", "best reference, %"),
         *("gain ± std", "n", ""),
     )
     return [
         Heading(2, "Regime search"),
         Paragraph(
             f"All regimes of the search, on a validation split, with seeds {_join(search.seeds)}. "
+            "The gain is over the better of independent networks and constant coefficients, all at "
+            "their best learning rates. "
             "Test accuracies of these runs were not read. The regime with the largest mean gain "
             f"was trained again with seeds {_join(search.confirm_seeds)} and evaluated on the test "
             "set. The largest of many gains is biased upward, so only the results on the test set "
@@ -406,29 +404,27 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
     ]
 
 
-def _learning_rate_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
-    heading = Heading(2, "Best learning rate of a single network")
-    if not state.candidates:
-        rates = sorted({f"{rate:.4g}" for rate in state.best_lr.values() if rate})
-        given = state.plan.best_lr.value is not None
-        source = "given by the plan" if given else "the only learning rate of the plan's networks"
-        return [heading, Paragraph(f"{', '.join(rates)}: {source}. There were no trials.")]
+def _learning_rate_search(state: StudyState) -> list[Block]:
+    if not state.trials:
+        return []
+    rates = sorted({rate for trial in state.trials for rate in trial.runs})
     table = [
         (
-            format_options(_beyond_recipe(without_exchange(candidate.trial.options), state)),
-            f"{candidate.lr:.4g}",
-            format_number(mean_outcome(candidate.runs, rows, "largest_lr_member")),
-            "chosen" if state.best_lr[candidate.trial.key] == candidate.lr else "",
+            trial.arm.label,
+            *(format_number(trial.scores.get(rate)) for rate in rates),
+            f"{trial.best:.4g}" if trial.finished and trial.best is not None else "–",
         )
-        for candidate in state.candidates
+        for trial in state.trials
     ]
     return [
-        heading,
+        Heading(2, "Learning rates"),
         Paragraph(
-            "Chosen by mean validation accuracy after the last epoch, with seeds "
-            f"{_join(state.plan.lr_seeds)}. Test accuracies of these runs were not read."
+            "Every method and control tried the same learning rates on a validation split, at its "
+            f"own length, with seeds {_join(state.plan.tuning_seeds)}. The table has the mean "
+            "accuracy of the delivered model in percent. While the best rate was the smallest or "
+            "the largest, another one was added. Test accuracies of these runs were not read."
         ),
-        Table(("options of the network", "learning rate", "validation accuracy, %", ""), table),
+        Table(("arm", *(f"{rate:.4g}" for rate in rates), "chosen"), table),
     ]
 
 

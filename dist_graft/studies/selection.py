@@ -11,39 +11,81 @@ import pandas as pd
 
 from dist_graft.errors import ConfigError
 from dist_graft.studies.controls import (
-    NO_EXCHANGE,
     Arm,
     Design,
-    LrTrial,
-    Role,
+    Phase,
     Run,
     build_design,
-    lr_trials,
+    independent_arm,
+    method_arm,
+    uninformed_arm,
 )
-from dist_graft.studies.plan import Plan, read_plan
-from dist_graft.studies.records import COLUMNS
+from dist_graft.studies.plan import PILOT_SEEDS, Plan, read_plan
+from dist_graft.studies.records import COLUMNS, COUNTED
 from dist_graft.studies.statistics import PairedTest, paired_test
-from dist_graft.studies.train_options import TrainOptions, merge, resolve, without_exchange
+from dist_graft.studies.train_options import TrainOptions, merge
 
 
 @dataclass(frozen=True, kw_only=True)
-class LrCandidate:
-    """A learning rate of a single network and the runs that try it."""
+class Trial:
+    """The runs that choose the learning rate of one arm on a validation split."""
 
-    trial: LrTrial
-    lr: float
-    runs: Sequence[Run]
+    arm: Arm
+    """With the first learning rate of the plan."""
+    runs: Mapping[float, Sequence[Run]]
+    """Runs by learning rate, ascending."""
+    scores: Mapping[float, float]
+    """Mean accuracy of the delivered model, of the rates whose runs have all finished."""
+    finished: bool
+    """Whether all runs have ended, and the rates need no extension."""
+
+    @property
+    def best(self) -> float | None:
+        """Learning rate with the best score; ties go to the smaller one. None without scores."""
+        return max(sorted(self.scores), key=self.scores.__getitem__, default=None)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best of several rates is the smallest or the largest one."""
+        return len(self.runs) > 1 and self.best in (min(self.runs), max(self.runs))
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs of all rates."""
+        return [run for runs in self.runs.values() for run in runs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regime:
-    """A recipe, population size and method, with the paired runs that try it."""
+    """A recipe, population size and method, with the trials of the method and its references."""
 
     recipe: str
     networks: int
     method: str
-    runs: Sequence[Run]
-    control_runs: Sequence[Run]
+    trial: Trial
+    """Of the method."""
+    references: Sequence[Trial]
+    """Of independent networks and, for grafting, of constant coefficients."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all runs have ended."""
+        return all(trial.finished for trial in (self.trial, *self.references))
+
+    @property
+    def reference(self) -> Trial:
+        """The best reference so far."""
+        return max(self.references, key=lambda trial: max(trial.scores.values(), default=-1.0))
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Runs of the method at its best learning rate so far."""
+        return _best_runs(self.trial)
+
+    @property
+    def control_runs(self) -> Sequence[Run]:
+        """Runs of the best reference at its best learning rate so far."""
+        return _best_runs(self.reference)
 
     def __str__(self) -> str:
         return f"{self.method}, {self.networks} networks, {self.recipe}"
@@ -60,36 +102,76 @@ class StudyState:
     """Regimes of the search."""
     chosen: Regime | None
     """Regime that the search chose; None without a search, or before it has finished."""
-    candidates: Sequence[LrCandidate]
-    best_lr: Mapping[str, float | None]
-    """Best learning rate by key of its trial."""
+    trials: Sequence[Trial]
+    """Learning rate trials of each method and control."""
     design: Design | None
-    """None until the search has chosen a regime."""
+    """Arms whose learning rates are chosen; None until the search has chosen a regime and one of
+    the rates is chosen."""
 
     @property
     def all_runs(self) -> list[Run]:
         """Runs of the searches and of the comparison."""
-        return [*self.search_runs, *self.lr_runs, *self.comparison_runs]
+        return [*self.search_runs, *self.tuning_runs, *self.comparison_runs]
 
     @property
     def search_runs(self) -> list[Run]:
-        """Runs of the regime search, seed by seed, the runs of a pair next to each other."""
-        return _distinct(
+        """Runs of the regime search, seed by seed."""
+        runs = [
             run
-            for number in range(len(self.plan.search.seeds))
             for regime in self.regimes
-            for run in (regime.control_runs[number], regime.runs[number])
-        )
+            for trial in (*regime.references, regime.trial)
+            for run in trial.all_runs
+        ]
+        return _distinct(sorted(runs, key=lambda run: self.plan.search.seeds.index(run.seed)))
 
     @property
-    def lr_runs(self) -> list[Run]:
-        """Runs of the learning rate search."""
-        return _distinct(run for candidate in self.candidates for run in candidate.runs)
+    def tuning_runs(self) -> list[Run]:
+        """Runs of the learning rate trials."""
+        return _distinct(run for trial in self.trials for run in trial.all_runs)
 
     @property
     def comparison_runs(self) -> list[Run]:
         """Runs that are evaluated on the test set, seed by seed, so that pairs finish early."""
+        return self._runs(self.design.arms if self.design else [])
+
+    @property
+    def pilot_runs(self) -> list[Run]:
+        """The first seeds of the first primary pair."""
+        pair = self.design.primary[:1] if self.design else []
+        arms = [arm for contrast in pair for arm in (contrast.method, contrast.control)]
+        seeds = self.plan.test_seeds[:PILOT_SEEDS]
+        return [run for run in self._runs(arms) if run.seed in seeds]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader of a report must know about the protocol of the comparison."""
+        plan, texts = self.confirmed, []
+        if len(plan.rates) < 2:
+            source = f"{plan.rates[0]:.4g} in all arms" if plan.rates else "as the plan sets them"
+            texts.append(f"Learning rates were not tuned: {source}.")
+        for trial in self.trials:
+            name = trial.arm.label
+            if trial.finished and trial.at_edge:
+                texts.append(
+                    f"The best learning rate of {name}, {trial.best:.4g}, is at the edge of the "
+                    f"rates that were tried ({_join(trial.runs)})."
+                )
+            failed = sorted(set(trial.runs) - set(trial.scores))
+            if trial.finished and failed:
+                texts.append(f"Trials of {name} failed at learning rate {_join(failed)}.")
+        if self.design and len(plan.rates) > 1:
+            texts += [
+                f"{arm.label} was not tuned: optim.lrs fixes its learning rates."
+                for arm in self.design.arms
+                if not arm.tunable
+            ]
         arms = self.design.arms if self.design else []
+        samples = sorted({n for arm in arms if (n := arm.config(0).data.test_samples)})
+        if samples:
+            texts.append(f"Only the first {_join(samples)} test images are used.")
+        return texts
+
+    def _runs(self, arms: Sequence[Arm]) -> list[Run]:
         return _distinct(
             Run(phase="comparison", arm=arm, seed=seed)
             for seed in self.plan.test_seeds
@@ -97,17 +179,20 @@ class StudyState:
         )
 
 
-def study_state(plan: Plan, rows: pd.DataFrame | None = None) -> StudyState:
+def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = False) -> StudyState:
     """Derive choices and runs from a plan and its results.
 
-    Args: rows: indexed by key, as `Results.rows`; None: no results.
+    Args:
+        plan: as `read_plan` returns it.
+        rows: indexed by key, as `Results.rows`; None: no results.
+        pilot: whether only the first primary pair is needed.
+
     Raises: ConfigError naming the method whose options ``train`` would reject.
     """
     if rows is None:
         rows = pd.DataFrame(columns=list(COLUMNS)).set_index("key")
-    regimes, chosen, confirmed = search_regimes(plan), None, plan
-    searched = [run for regime in regimes for run in (*regime.runs, *regime.control_runs)]
-    if regimes and all(run.key in rows.index for run in searched):
+    regimes, chosen, confirmed = search_regimes(plan, rows), None, plan
+    if regimes and all(regime.finished for regime in regimes):
         chosen = best_regime(plan, regimes, rows)
     if chosen:
         confirmed = replace(
@@ -115,18 +200,29 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None) -> StudyState:
             networks=[chosen.networks],
             methods={chosen.method: plan.methods[chosen.method]},
         )
-    decided = chosen is not None or not regimes
-    trials = lr_trials(plan, confirmed) if decided else []
-    candidates = lr_candidates(plan, trials)
-    best_lr = best_learning_rates(trials, candidates, rows)
+    trials: list[Trial] = []
+    design: Design | None = None
+    if chosen is not None or not regimes:
+        declared = build_design(confirmed)
+        arms = declared.arms
+        if pilot:
+            arms = [arm for pair in declared.primary[:1] for arm in (pair.method, pair.control)]
+        if len(confirmed.rates) > 1:
+            trials = [
+                run_trial(confirmed, arm, "tuning", plan.tuning_seeds, rows)
+                for arm in arms
+                if arm.tunable
+            ]
+        best = {trial.arm.key: trial.best for trial in trials if trial.finished}
+        if best or not trials:
+            design = build_design(confirmed, best if trials else None)
     return StudyState(
         plan=plan,
         confirmed=confirmed,
         regimes=regimes,
         chosen=chosen,
-        candidates=candidates,
-        best_lr=best_lr,
-        design=build_design(confirmed, best_lr) if decided else None,
+        trials=trials,
+        design=design,
     )
 
 
@@ -138,96 +234,104 @@ def load_plan(path: Path) -> Plan:
     plan = read_plan(path)
     try:
         for regime in plan.with_each_regime():
-            trials = lr_trials(plan, regime)
-            if not build_design(
-                regime, {trial.key: trial.candidates[0] for trial in trials}
-            ).primary:
+            if not build_design(regime).primary:
                 raise ConfigError(
                     f"against: no method has the control {plan.against!r}, nothing can be compared"
                 )
-        state = study_state(plan)
-        for run in (*state.search_runs, *state.lr_runs):
-            resolve(run.arm.options, run.arm.networks)
+        for run in study_state(plan).all_runs:
+            _ = run.config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return plan
 
 
-def lr_candidates(plan: Plan, trials: Sequence[LrTrial]) -> list[LrCandidate]:
-    """Return the learning rates to try; none for a trial with a single candidate."""
-    candidates = []
-    for trial in trials:
-        if len(trial.candidates) == 1:
-            continue
-        for lr in trial.candidates:
-            options = merge(trial.options, {"optim": {"lr": lr}})
-            options = _with_validation(options, plan.best_lr.val_fraction)
-            name = f"one network, lr {lr:.4g}"
-            arm = Arm(name=name, role="control", networks=1, options=options, group=1)
-            runs = [Run(phase="best_lr", arm=arm, seed=seed) for seed in plan.lr_seeds]
-            candidates.append(LrCandidate(trial=trial, lr=lr, runs=runs))
-    return candidates
+def run_trial(
+    plan: Plan, arm: Arm, phase: Phase, seeds: Sequence[int], rows: pd.DataFrame
+) -> Trial:
+    """Return the runs that try the plan's learning rates for an arm, and their scores.
 
-
-def best_learning_rates(
-    trials: Sequence[LrTrial], candidates: Sequence[LrCandidate], rows: pd.DataFrame
-) -> dict[str, float | None]:
-    """Return the learning rate with the best mean validation accuracy, by key of the trial.
-
-    Ties go to the smaller rate. Rates with a failed run are excluded; None if none remains.
+    While the best rate is the smallest or the largest, the next one in the same ratio is added, at
+    most `tuning.max_extensions` times. An arm that is not tuned has a single rate, its own.
     """
-    best: dict[str, float | None] = {}
-    for trial in trials:
-        if len(trial.candidates) == 1:
-            best[trial.key] = trial.candidates[0]
-            continue
+    fraction = plan.search.val_fraction if phase == "search" else plan.tuning.val_fraction
+    rates = plan.rates if plan.rates and arm.tunable else [arm.config(0).optim.lr]
+    extensions = plan.tuning.max_extensions if len(rates) > 1 else 0
+    while True:
+        runs = {}
+        for rate in rates:
+            tried = arm.at(rate) if plan.rates and arm.tunable else arm
+            options = _with_validation(tried.options, fraction)
+            name = f"{arm.name}, lr {rate:.4g}" if len(rates) > 1 else arm.name
+            tried = replace(tried, name=name, options=options)
+            runs[rate] = [Run(phase=phase, arm=tried, seed=seed) for seed in seeds]
         scores = {
-            candidate.lr: score
-            for candidate in candidates
-            if candidate.trial.key == trial.key
-            and (score := mean_outcome(candidate.runs, rows, "largest_lr_member")) is not None
+            rate: score
+            for rate in rates
+            if (score := mean_outcome(runs[rate], rows, "delivered")) is not None
         }
-        best[trial.key] = max(sorted(scores), key=scores.__getitem__, default=None)
-    return best
+        ended = all(run.key in rows.index for tried in runs.values() for run in tried)
+        trial = Trial(arm=arm, runs=runs, scores=scores, finished=ended)
+        if not ended or not trial.at_edge or extensions == 0:
+            return trial
+        extensions -= 1
+        rates = _extended(rates, downward=trial.best == rates[0])
 
 
-def search_regimes(plan: Plan) -> list[Regime]:
+def _extended(rates: Sequence[float], *, downward: bool) -> list[float]:
+    """Add a rate below or above, in the ratio of the two rates that are closest to it."""
+    if downward:
+        return [float(f"{rates[0] * rates[0] / rates[1]:.6g}"), *rates]
+    return [*rates, float(f"{rates[-1] * rates[-1] / rates[-2]:.6g}")]
+
+
+def search_regimes(plan: Plan, rows: pd.DataFrame) -> list[Regime]:
     """Return each combination of recipe, population size and method that the plan searches."""
-
-    def runs(name: str, role: Role, networks: int, options: TrainOptions) -> list[Run]:
-        options = _with_validation(options, plan.search.val_fraction)
-        arm = Arm(name=name, role=role, networks=networks, options=options, group=networks)
-        return [Run(phase="search", arm=arm, seed=seed) for seed in plan.search.seeds]
-
     regimes = []
     for name in plan.search.recipes:
         regime = plan.with_regime(name)
         for networks in regime.networks:
-            for method in plan.methods:
-                options = plan.method_options(method)
-                isolated = merge(regime.recipe, without_exchange(options), NO_EXCHANGE)
+            for method_name in plan.methods:
+                method = method_arm(regime, method_name, networks)
+                arms = [
+                    method,
+                    independent_arm(regime, method),
+                    uninformed_arm(regime, method, "constant"),
+                ]
+                trial, *references = (
+                    run_trial(
+                        regime,
+                        replace(arm, name=f"{arm.name}, {name}"),
+                        "search",
+                        plan.search.seeds,
+                        rows,
+                    )
+                    for arm in arms
+                    if arm is not None
+                )
                 regimes.append(
                     Regime(
                         recipe=name,
                         networks=networks,
-                        method=method,
-                        runs=runs(
-                            f"{method}, {name}", "method", networks, merge(regime.recipe, options)
-                        ),
-                        control_runs=runs(f"no exchange, {name}", "control", networks, isolated),
+                        method=method_name,
+                        trial=trial,
+                        references=references,
                     )
                 )
     return regimes
 
 
 def gain(regime: Regime, rows: pd.DataFrame, outcome: str) -> PairedTest:
-    """Test validation accuracy with exchange minus without, by seed, in percentage points."""
+    """Test the method's validation accuracy minus the best reference's, by seed, in points.
+
+    Method and references are each at their best learning rate. The references are independent
+    networks and constant coefficients.
+    """
     values = _outcomes(regime.runs, rows, outcome) - _outcomes(regime.control_runs, rows, outcome)
     return paired_test(values.dropna())
 
 
 def best_regime(plan: Plan, regimes: Sequence[Regime], rows: pd.DataFrame) -> Regime | None:
-    """Return the regime with the largest mean gain; regimes with failed runs are excluded."""
+    """Return the regime with the largest mean gain; regimes without a score are excluded."""
     gains = {
         str(regime): test.mean
         for regime in regimes
@@ -245,8 +349,17 @@ def mean_outcome(runs: Sequence[Run], rows: pd.DataFrame, outcome: str) -> float
 
 def _outcomes(runs: Sequence[Run], rows: pd.DataFrame, outcome: str) -> pd.Series[float]:
     """Outcome by seed; NaN for runs that are missing or failed."""
-    known = rows.loc[rows["status"] == "ok", outcome].astype(float)
+    known = rows.loc[rows["status"].isin(COUNTED), outcome].astype(float)
     return known.reindex([run.key for run in runs]).set_axis([run.seed for run in runs])
+
+
+def _best_runs(trial: Trial) -> Sequence[Run]:
+    rate = trial.best
+    return next(iter(trial.runs.values())) if rate is None else trial.runs[rate]
+
+
+def _join(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:.6g}" for number in numbers)
 
 
 def _with_validation(options: TrainOptions, fraction: float) -> TrainOptions:

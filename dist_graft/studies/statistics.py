@@ -16,13 +16,12 @@ from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
 from dist_graft.studies.controls import Arm, Contrast, Run
+from dist_graft.studies.records import COUNTED
 
 ALPHA = 0.05
 """Family-wise error rate of a table, level of each equivalence test, and 1 − confidence."""
 POWER = 0.8
 """Power at which minimum detectable differences and numbers of seeds are computed."""
-MEASURED_STATUSES = ("ok", "diverged")
-"""Status of the rows that count. A diverged run counts with chance accuracy."""
 _ROUNDING = 1e-9  # percentage points: differences this close count as equal
 
 
@@ -234,7 +233,7 @@ def arm_result(arm: Arm, seeds: Sequence[int], rows: pd.DataFrame) -> ArmResult:
     found = rows.loc[[key for key in keys if key in rows.index]].reset_index().set_index("seed")
     return ArmResult(
         arm=arm,
-        rows=found[found["status"].isin(MEASURED_STATUSES)],
+        rows=found[found["status"].isin(COUNTED)],
         failed=found.index[found["status"] == "failed"].tolist(),
         missing=[seed for key, seed in keys.items() if key not in rows.index],
     )

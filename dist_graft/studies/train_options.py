@@ -6,20 +6,31 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from dist_graft.config import TrainConfig
 from dist_graft.config.parsing import from_mapping
+from dist_graft.config.validation import own
+from dist_graft.grafting.rules import RULES, Rule
+from dist_graft.references import is_reference
 from dist_graft.run_directory import flatten
 from dist_graft.training.data import check_dataset_name
 from dist_graft.training.learning_rates import learning_rates
 
 TrainOptions = dict[str, Any]
 
-EXCHANGE_SECTIONS = ("method", "graft", "papa", "wash", "diloco")
+Delivery = Literal["network", "member", "soup", "ema", "checkpoints"]
+"""The model that a run delivers: its only network; any of its networks (the expected accuracy is
+their mean); the uniform soup, batch norm re-estimated; the moving average of the weights; or the
+mean of the last checkpoints, batch norm re-estimated. The last two are means over the networks."""
+DELIVERIES: tuple[Delivery, ...] = ("member", "soup", "ema", "checkpoints")
+
+EXCHANGE_SECTIONS = ("method", "graft", *(name for name, rule in RULES.items() if rule.options))
 """Options that define the exchange between networks; all others define how each one trains."""
 
+_PER_NETWORK = ("members", "diversity")
+NO_EXCHANGE: TrainOptions = {"method": "none", "graft": {"every": 0}}
 _LEARNING_RATES = ("lr", "lrs", "lr_diversity")
 _NO_EFFECT_ON_RESULTS = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_")
 _KEY_LENGTH = 12
@@ -63,12 +74,31 @@ def without_learning_rates(options: Mapping[str, Any]) -> TrainOptions:
     return kept | ({"optim": optim} if optim else {})
 
 
+def single_network(options: Mapping[str, Any]) -> TrainOptions:
+    """Return the options that one network trains with: no exchange, and the largest rate."""
+    alone = {k: v for k, v in without_exchange(options).items() if k not in _PER_NETWORK}
+    optim = alone.get("optim", {})
+    rates = {"lr": optim.get("lr"), "lrs": optim.get("lrs")}
+    lr = max(rates["lrs"]) if rates["lrs"] else rates["lr"]
+    return merge(
+        without_learning_rates(alone), {} if lr is None else {"optim": {"lr": lr}}, NO_EXCHANGE
+    )
+
+
+def parse(options: Mapping[str, Any]) -> TrainConfig:
+    """Build a configuration. Cached, since parsing takes a tenth of a second.
+
+    Raises: ConfigError naming the option.
+    """
+    return _parse(json.dumps(options, default=str))
+
+
 def resolve(options: Mapping[str, Any], networks: int) -> TrainConfig:
     """Build the configuration of a run, with the checks of ``train``.
 
     Raises: ConfigError for options that ``train`` would reject.
     """
-    config = _parse(json.dumps(options, default=str))
+    config = parse(options)
     check_dataset_name(config.data.name)
     learning_rates(config.optim, networks)
     return config
@@ -76,7 +106,7 @@ def resolve(options: Mapping[str, Any], networks: int) -> TrainConfig:
 
 @functools.cache
 def _parse(options: str) -> TrainConfig:
-    """Parse options given as JSON. Cached, since parsing takes a tenth of a second."""
+    """Parse options given as JSON."""
     config: TrainConfig = from_mapping(TrainConfig, json.loads(options))
     return config
 
@@ -91,11 +121,41 @@ def has_exchange(config: TrainConfig, networks: int) -> bool:
     return True
 
 
-def run_key(config: TrainConfig, networks: int) -> str:
+def delivery(config: TrainConfig, networks: int) -> Delivery:
+    """Return the model that a run delivers, as its rule declares.
+
+    With `optim.ema_decay`, the moving average is delivered instead of a member.
+    """
+    rule: Any = Rule
+    if has_exchange(config, networks):
+        name = config.graft.rule or config.method
+        rule = own("method", name) if is_reference(name) else RULES[name]
+    if getattr(rule, "delivers", "member") == "soup" and networks > 1:
+        return "soup"
+    if config.optim.ema_decay is not None:
+        return "ema"
+    return "member" if networks > 1 else "network"
+
+
+def key_of(
+    options: Mapping[str, Any], networks: int, seed: int, delivers: Delivery | None = None
+) -> str:
+    """Return `run_key` of a run with these options. Cached."""
+    return _key_of(json.dumps(options, default=str), networks, seed, delivers)
+
+
+@functools.cache
+def _key_of(options: str, networks: int, seed: int, delivers: Delivery | None) -> str:
+    config = resolve(json.loads(options), networks)
+    return run_key(replace(config, seed=seed), networks, delivers)
+
+
+def run_key(config: TrainConfig, networks: int, delivers: Delivery | None = None) -> str:
     """Hash of everything that determines a run's results: equal keys mean equal runs.
 
     Only options that differ from their defaults are hashed, so keys stay valid when a later version
-    adds an option. Options of the exchange are ignored in a run without exchange.
+    adds an option. Options of the exchange are ignored in a run without exchange. `delivers` is
+    hashed if it is not what the run delivers anyway.
     """
     defaults = dict(flatten(asdict(TrainConfig())))
     changed = {
@@ -109,7 +169,10 @@ def run_key(config: TrainConfig, networks: int) -> str:
             for name, value in changed.items()
             if name.partition(".")[0] not in EXCHANGE_SECTIONS
         } | {"method": "none"}
-    text = json.dumps({"networks": networks, "options": changed}, sort_keys=True)
+    hashed: dict[str, Any] = {"networks": networks, "options": changed}
+    if delivers not in (None, delivery(config, networks)):
+        hashed["delivers"] = delivers
+    text = json.dumps(hashed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 
 

@@ -26,6 +26,7 @@ recipe:
 methods: [graft]
 networks: [2]
 seeds: [0, 1]
+tuning: none
 leave_out: [one_network, constant, shuffled]
 """
 
@@ -92,6 +93,10 @@ def test_interrupted_comparison_resumes(tmp_path: Path) -> None:
         row = rows.loc[run.key]
         last = found["networks"][-1]["accuracy_after_last_round"]
         assert row["largest_lr_member"] == pytest.approx(last)
+        mean = found["mean_accuracy_after_last_round"]
+        assert row["delivered"] == pytest.approx(mean)
+        assert row["images_seen"] == 2 * 2 * 64
+        assert row["steps"] == 4
         assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy"])
         soup = evaluation["uniform_soup"]["batch_norm_reestimated"]
         assert row["uniform_soup"] == pytest.approx(soup)

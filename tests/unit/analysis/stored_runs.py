@@ -97,7 +97,8 @@ def export_run(
 def evaluate_run(run: Path, **changes: object) -> dict[str, Any]:
     """Evaluate a run with changed options, by default with those of the run."""
     names = ("checkpoint", "device", "precision", "batch_size", "batch_norm_batches")
-    options = {"run": str(run), "data": {"root": None}, **dict.fromkeys(names), **changes}
+    options = {"run": str(run), "data": {"root": None}, "last_checkpoints": 0}
+    options |= {**dict.fromkeys(names), **changes}
     return evaluation.evaluate_run(options)
 
 

@@ -222,7 +222,7 @@ class TestNumbers:
             *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
             *("ensemble_test_accuracy", "ensemble_test_accuracy_reestimated"),
             *("ensemble_test_loss", "ensemble_test_calibration_error"),
-            *("disagreement", "barrier", "uniform_soup", "greedy_soup"),
+            *("disagreement", "barrier", "uniform_soup", "greedy_soup", "averages"),
         ]
         assert (result["protocol"], result["epoch"], result["round"]) == (2, 2, 2)
         assert result["run_dir"] == str(trio)

@@ -19,9 +19,9 @@ from dist_graft.training.learning_rates import learning_rates
 
 
 def make_plan(**changes: Any) -> Plan:
-    """A plan of one method, two networks and two seeds, with changes to its fields."""
+    """A plan of one method, two networks and two seeds without tuning, with changes."""
     content = {"name": "p", "methods": ["graft"], "networks": [2], "seeds": [0, 1]}
-    return parse_plan(content | changes)
+    return parse_plan(content | {"tuning": "none"} | changes)
 
 
 def made_up_row(run: Run, value: float, *, error: str = "") -> Row:
@@ -32,7 +32,8 @@ def made_up_row(run: Run, value: float, *, error: str = "") -> Row:
     rates = learning_rates(run.config.optim, run.arm.networks)
     draws = random.Random(run.key)
     members = [value - draws.uniform(0, 0.8) for _ in rates[1:]] + [value]
-    outcomes = {"largest_lr_member": value, "mean_of_members": sum(members) / len(members)}
+    outcomes = {"delivered": value, "largest_lr_member": value}
+    outcomes["mean_of_members"] = sum(members) / len(members)
     if run.split == "test":
         outcomes |= {
             "ensemble": value + 0.4 * math.log2(len(members)),
@@ -54,6 +55,7 @@ def made_up_row(run: Run, value: float, *, error: str = "") -> Row:
         "seed": run.seed,
         "status": "failed" if error else "ok",
         "split": run.split,
+        "delivers": run.arm.delivers,
         "learning_rates": rates,
         "wall_seconds": 11.0 * run.cost * draws.uniform(0.95, 1.1),
         "core_seconds": 6.0 * run.cost * draws.uniform(0.97, 1.03),
@@ -82,11 +84,16 @@ def carry_out(
 ) -> tuple[StudyState, Results]:
     """Record a result for every run of the plan, `value_of(run)`; NaN means that it failed."""
     results = Results(folder)
-    for phase in ("search_runs", "lr_runs", "comparison_runs"):
-        for run in getattr(study_state(plan, results.rows), phase):
-            value = value_of(run)
-            if math.isnan(value):
-                results.add(made_up_row(run, value, error="weights are not finite"))
-            else:
-                results.add(made_up_row(run, value), made_up_curve(run, value))
+    for phase in ("search_runs", "tuning_runs", "comparison_runs"):
+        while runs := [
+            run
+            for run in getattr(study_state(plan, results.rows), phase)
+            if run.key not in results.rows.index
+        ]:
+            for run in runs:
+                value = value_of(run)
+                if math.isnan(value):
+                    results.add(made_up_row(run, value, error="weights are not finite"))
+                else:
+                    results.add(made_up_row(run, value), made_up_curve(run, value))
     return study_state(plan, results.rows), results

@@ -4,7 +4,7 @@
     stand_in.py evaluate RUN_DIR
 
 BEHAVIOUR is a folder. A file with the name of the run directory contains what the run does: fail,
-silent, killed or sleep. Each start appends the name to the file `starts`.
+diverge, heal, silent, killed or sleep. Each start appends the name to the file `starts`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     print(f"training {run}")
     if action == "fail":
         print("dist-graft: error: network 1: stopped by SIGTERM; another network failed")
-        print(
-            "dist-graft: error: epoch 0: network 0 has a weight that is not finite in conv.weight"
-        )
+        print("dist-graft: error: out of memory")
         print("and a table of failures")
+        return 1
+    if action == "diverge":
+        print("dist-graft: error: epoch 0: network 0 has a non-finite weight in conv.weight; try")
         return 1
     if action == "silent":
         return 3
@@ -40,6 +41,11 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         folder.mkdir(exist_ok=True)
         line = {"test_accuracy": value, "val_accuracy": value - 1}
         (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * options["epochs"])
+        (folder / "status.json").write_text(json.dumps({"steps_per_epoch": 8}))
+    if action == "heal":
+        (run / "population").mkdir()
+        event = {"kind": "healed", "text": "network 1 copied network 0"}
+        (run / "population" / "events.jsonl").write_text(json.dumps(event) + "\n")
     if action == "sleep":
         time.sleep(60)
     for epoch in (1, 2):
@@ -64,7 +70,12 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
 
 def evaluate(run: Path) -> int:
     networks = len(list(run.glob("network*")))
+    averages = {
+        kind: {"test_accuracy": 60.0 + n, "val_accuracy": 50.0 + n}
+        for n, kind in enumerate(("soup", "ema", "checkpoints"))
+    }
     result = {
+        "averages": averages,
         "members": [{"val_accuracy": 79.0} for _ in range(networks)],
         "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0},
         "greedy_soup": None,

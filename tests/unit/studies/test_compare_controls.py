@@ -7,17 +7,22 @@ import pytest
 from made_up import make_plan
 
 from dist_graft.config import TrainConfig
-from dist_graft.studies.controls import Design, build_design, lr_trials
+from dist_graft.studies.controls import Arm, Design, build_design
 from dist_graft.studies.plan import Plan
-from dist_graft.studies.train_options import expand, merge, resolve, run_key
+from dist_graft.studies.train_options import delivery, expand, merge, resolve, run_key
 
 
 def plan(**changes: Any) -> Plan:
     return make_plan(**{"seeds": [0], "leave_out": ["constant", "shuffled"]} | changes)
 
 
-def designed(plan: Plan, best_lr: float | None = 0.1) -> Design:
-    return build_design(plan, {trial.key: best_lr for trial in lr_trials(plan, plan)})
+def designed(plan: Plan) -> Design:
+    return build_design(plan)
+
+
+def arm_of(design: Design, name: str) -> Arm:
+    (arm,) = (arm for arm in design.arms if arm.name == name)
+    return arm
 
 
 def labels(design: Design) -> list[str]:
@@ -30,15 +35,17 @@ class TestControls:
         assert labels(found) == [
             "graft, 2 networks",
             "no exchange, 2 networks",
-            "one network, 2 x epochs, best lr 0.1",
+            "one network, 2 x epochs",
         ]
-        assert found.aliases[found.arms[1].key] == ["independent, best lr 0.1"]
+        assert found.aliases[found.arms[1].key] == ["independent"]
         (contrast,) = found.primary
         assert (contrast.method, contrast.control) == (found.arms[0], found.arms[1])
         assert [further.control_name for further in found.secondary] == [
-            "ensemble of 2 independent, best lr 0.1",
-            "one network, 2 x epochs, best lr 0.1",
+            "independent (both as ensembles)",
+            "one network, 2 x epochs",
         ]
+        outcomes = [(c.outcome, c.control_outcome) for c in (contrast, *found.secondary)]
+        assert outcomes == [(name, name) for name in ("delivered", "ensemble", "delivered")]
         assert [role.role for role in found.arms] == ["method", "control", "control"]
 
     def test_no_exchange_differs_from_the_method_only_in_the_exchange(self) -> None:
@@ -52,13 +59,32 @@ class TestControls:
         assert replace(control, method=method.method, graft=method.graft) == method
         assert control.optim.lr_diversity == "cosine"
 
-    def test_independent_networks_use_the_best_learning_rate(self) -> None:
-        found = designed(plan(recipe={"optim.lr_diversity": "cosine"}), best_lr=0.05)
-        control = next(c for c in found.secondary if c.control_name == "independent, best lr 0.05")
-        config = control.control.config(0)
-        assert (config.optim.lr, config.optim.lr_diversity) == (0.05, "none")
-        assert config.method == "none"
-        assert control.control.networks == 2
+    def test_independent_networks_have_one_learning_rate(self) -> None:
+        found = designed(plan(recipe={"optim.lr_diversity": "cosine"}))
+        control = arm_of(found, "independent")
+        assert control.config(0).optim.lr_diversity == "none"
+        assert control.config(0).method == "none"
+        assert control.networks == 2
+
+    def test_every_arm_trains_with_its_own_best_rate(self) -> None:
+        study = plan(tuning={"rates": [0.1, 0.2, 0.4]})
+        declared = build_design(study)
+        assert {arm.config(0).optim.lr for arm in declared.arms} == {0.1}
+        rates = dict(zip((arm.key for arm in declared.arms), (0.4, 0.1, 0.2), strict=True))
+        found = build_design(study, rates)
+        assert [arm.config(0).optim.lr for arm in found.arms] == [0.4, 0.1, 0.2]
+
+    def test_an_arm_without_a_rate_is_left_out(self) -> None:
+        study = plan(tuning={"rates": [0.1, 0.2]})
+        keys = [arm.key for arm in build_design(study).arms]
+        found = build_design(study, {keys[0]: 0.1, keys[1]: None, keys[2]: 0.2})
+        assert [arm.name for arm in found.arms] == ["graft", "one network, 2 x epochs"]
+        assert any(text.startswith("no exchange, 2 networks: no learn") for text in found.omitted)
+
+    def test_methods_that_differ_in_a_tuned_rate_are_one_arm(self) -> None:
+        methods = {"graft": None, "hot": {"optim.lr": 0.4}}
+        found = designed(plan(methods=methods, tuning={"rates": [0.1, 0.2]}))
+        assert found.aliases[found.arms[0].key] == ["hot"]
 
     @pytest.mark.parametrize("networks", [2, 4])
     def test_one_network_trains_for_the_epochs_of_the_whole_population(self, networks: int) -> None:
@@ -89,9 +115,9 @@ class TestControls:
         names = [arm.name for arm in found.arms if arm.role == "control"]
         assert names == [
             "no exchange",
-            "one network, 2 x epochs, best lr 0.1",
+            "one network, 2 x epochs",
             "no exchange (as long)",
-            "one network, 2 x epochs, best lr 0.1 (as long)",
+            "one network, 2 x epochs (as long)",
         ]
 
     def test_a_method_without_exchange_is_not_compared_with_itself(self) -> None:
@@ -104,21 +130,17 @@ class TestControls:
         found = designed(plan(methods={"graft": None, "again": {"graft.amplitude": 0.4}}))
         assert found.aliases[found.arms[0].key] == ["again"]
 
-    def test_an_unknown_learning_rate_is_reported(self) -> None:
-        found = designed(plan(), best_lr=None)
-        assert any("best learning rate: unknown" in text for text in found.omitted)
-        assert len(found.arms) == 2
-
     @pytest.mark.parametrize(
         ("against", "name"),
         [
             ("no_exchange", "no exchange"),
-            ("best_lr", "independent, best lr 0.3"),
-            ("one_network", "one network, 2 x epochs, best lr 0.3"),
+            ("best_lr", "independent"),
+            ("one_network", "one network, 2 x epochs"),
         ],
     )
     def test_against_selects_the_primary_contrasts(self, against: str, name: str) -> None:
-        found = designed(plan(against=against), best_lr=0.3)
+        recipe = {"optim.lr_diversity": "cosine"}  # otherwise two controls are the same
+        found = designed(plan(against=against, recipe=recipe))
         assert [contrast.control_name for contrast in found.primary] == [name]
         assert name not in [contrast.control_name for contrast in found.secondary]
 
@@ -163,22 +185,77 @@ class TestUninformedCoefficients:
         assert not any(arm.name.startswith(("one network", "shuff")) for arm in found.arms)
 
 
-class TestLearningRates:
-    def test_candidates_default_to_the_members_rates(self) -> None:
-        methods = {"graft": None, "dlr": {"optim.lr_diversity": "cosine"}}
-        study = plan(methods=methods, networks=[2, 3])
-        (trial,) = lr_trials(study, study)
-        assert trial.candidates == (0.025, 0.05, 0.075, 0.1)
+class TestBaselines:
+    def named(self, **changes: Any) -> dict[str, Arm]:
+        found = designed(plan(leave_out=["one_network", "constant", "shuffled"], **changes))
+        return {arm.name: arm for arm in found.arms[2:]}
 
-    def test_candidates_of_the_plan(self) -> None:
-        study = plan(best_lr={"candidates": [0.3, 0.2]})
-        assert lr_trials(study, study)[0].candidates == (0.3, 0.2)
-        study = plan(best_lr={"value": 0.3})
-        assert lr_trials(study, study)[0].candidates == (0.3,)
+    def test_averages_of_one_network_at_both_lengths(self) -> None:
+        recipe = {"epochs": 6, "optim.lr_diversity": "cosine"}
+        found = self.named(baselines=["ema", "checkpoint_average"], recipe=recipe)
+        del found["independent"]
+        described = {
+            name: (arm.networks, arm.config(0).epochs, arm.delivers) for name, arm in found.items()
+        }
+        assert described == {
+            "EMA of one network": (1, 6, "ema"),
+            "EMA of one network, 2 x epochs": (1, 12, "ema"),
+            "mean of checkpoints of one network": (1, 6, "checkpoints"),
+            "mean of checkpoints of one network, 2 x epochs": (1, 12, "checkpoints"),
+        }
+        every = [arm.config(0).checkpoint.every for arm in found.values()]
+        assert every == [1, 2, 1, 2]
+        assert all(arm.config(0).optim.lr_diversity == "none" for arm in found.values())
 
-    def test_ways_of_training_have_separate_trials(self) -> None:
-        study = plan(methods={"graft": None, "heavy": {"optim.weight_decay": 0.01}})
-        assert len(lr_trials(study, study)) == 2
+    def test_data_parallel_training_takes_the_steps_of_a_member(self) -> None:
+        (arm,) = self.named(
+            baselines=["data_parallel"], networks=[4], recipe={"epochs": 5}
+        ).values()
+        config = arm.config(0)
+        assert (arm.networks, config.runtime.replicas) == (1, 4)
+        assert (config.data.batch_size, config.epochs) == (4 * TrainConfig().data.batch_size, 20)
+
+    def test_local_sgd_is_a_population(self) -> None:
+        (arm,) = self.named(baselines={"local_sgd": {"graft.every_steps": 7}}).values()
+        config = arm.config(0)
+        assert (arm.networks, config.method, config.graft.every_steps) == (2, "average", 7)
+
+    def test_are_compared_by_the_model_that_they_deliver(self) -> None:
+        found = designed(plan(baselines=["ema"], primary="mean_of_members"))
+        contrasts = [c for c in found.secondary if c.control_name.startswith("EMA")]
+        outcomes = [(contrast.outcome, contrast.control_outcome) for contrast in contrasts]
+        assert outcomes == [("mean_of_members", "delivered")] * 2
+
+    def test_mean_of_checkpoints_is_not_the_run_of_a_plain_network(self) -> None:
+        found = self.named(baselines=["checkpoint_average"], networks=[1], methods=["internal"])
+        keys = [arm.key for arm in found.values()]
+        assert len(keys) == 1
+        assert keys[0] != run_key(resolve({"method": "none"}, 1), 1)
+
+
+class TestDelivery:
+    @pytest.mark.parametrize(
+        ("options", "networks", "delivered"),
+        [
+            ({"method": "graft"}, 2, "member"),
+            ({"method": "average"}, 2, "member"),
+            ({"method": "papa"}, 2, "soup"),
+            ({"method": "wash"}, 4, "soup"),
+            ({"method": "papa"}, 1, "network"),
+            ({"method": "none"}, 2, "member"),
+            ({"method": "none"}, 1, "network"),
+            ({"method": "none", "optim.ema_decay": 0.9}, 1, "ema"),
+            ({"method": "graft", "optim.ema_decay": 0.9}, 2, "ema"),
+            ({"method": "papa", "optim.ema_decay": 0.9}, 2, "soup"),
+        ],
+    )
+    def test_of_a_run(self, options: dict[str, Any], networks: int, delivered: str) -> None:
+        assert delivery(resolve(expand(options), networks), networks) == delivered
+
+    def test_of_the_plan_replaces_that_of_the_rule(self) -> None:
+        methods = {"graft": None, "soup": {"method": "graft", "delivers": "soup"}}
+        found = designed(plan(methods=methods))
+        assert [arm_of(found, name).delivers for name in methods] == ["member", "soup"]
 
 
 class TestKeys:

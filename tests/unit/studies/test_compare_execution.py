@@ -21,7 +21,7 @@ from made_up import make_plan
 from dist_graft.errors import ConfigError, RunDirectoryError, StartError, StoppedError
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.studies import command, comparison, execution
-from dist_graft.studies.comparison import FailedRunsError, compare
+from dist_graft.studies.comparison import FailedRunsError, compare, dry_run
 from dist_graft.studies.controls import Run
 from dist_graft.studies.execution import (
     error_line,
@@ -34,8 +34,9 @@ from dist_graft.studies.execution import (
     train_command,
 )
 from dist_graft.studies.plan import Plan
-from dist_graft.studies.records import OUTCOMES, Results, read_starts
+from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
 from dist_graft.studies.selection import study_state
+from dist_graft.studies.statistics import seeds_needed
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -56,7 +57,7 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         execution,
         "evaluate_command",
-        lambda at: [sys.executable, str(STAND_IN), "evaluate", str(at)],
+        lambda run, at: [sys.executable, str(STAND_IN), "evaluate", str(at)],
     )
     return folder
 
@@ -94,18 +95,27 @@ class TestComparison:
         self, behaviour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         text = compare(plan(), tmp_path / "out")
-        assert text.splitlines() == ["the conclusion", f"report: {tmp_path / 'out/report.html'}"]
+        first, *warnings, last = text.splitlines()
+        assert (first, last) == ("the conclusion", f"report: {tmp_path / 'out/report.html'}")
+        assert warnings == study_state(plan()).warnings
         runs = study_state(plan()).comparison_runs
         assert starts(behaviour) == [folder_of(run) for run in runs]
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("comparison 1/4: graft, 2 networks, seed 0: 80.50 % (test), ")
-        assert "about" in lines[0]
+        assert lines[0] == "comparison 1/4: graft, 2 networks, seed 0: started"
+        assert lines[1].startswith("comparison 1/4: graft, 2 networks, seed 0: 80.50 % (test), ")
+        assert "about" in lines[1]
         assert "about" not in lines[-1]
         rows = Results(tmp_path / "out").rows
         assert rows.index.tolist() == [run.key for run in runs]
-        assert rows["largest_lr_member"].tolist() == [80.5, 80.0, 81.5, 81.0]
+        assert rows["delivered"].tolist() == [80.5, 80.0, 81.5, 81.0]
         row = rows.iloc[0]
-        assert row[["status", "split", "commit"]].tolist() == ["ok", "test", "c0ffee"]
+        assert row[["status", "split", "commit", "dirty"]].tolist() == [
+            *("ok", "test", "c0ffee", "no")
+        ]
+        assert row[["delivers", "plan_sha256", "supersedes", "reason"]].tolist() == [
+            *("member", plan_sha256(plan()), "", "")
+        ]
+        assert row[["steps", "images_seen"]].tolist() == [8, 2 * 8 * 128]
         assert row["uniform_soup"] == 20.0
         assert row["wall_seconds"] > 0
         assert row["core_seconds"] > 0
@@ -139,13 +149,21 @@ class TestComparison:
         (entry,) = read_starts(tmp_path / "out")
         content = (tmp_path / "out/plan.yaml").read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry.plan_sha256
-        assert entry.primary == "largest_lr_member"
+        assert (entry.primary, entry.smallest_effect) == ("delivered", 0.3)
         assert entry.runs_before == 0
         assert not (tmp_path / "out/results.csv").exists()
 
-    @pytest.mark.parametrize("change", [{"primary": "ensemble"}, {"against": "best_lr"}])
-    def test_primary_outcome_and_control_must_not_change(
-        self, behaviour: Path, tmp_path: Path, change: dict[str, str]
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"primary": "ensemble"},
+            {"against": "best_lr"},
+            {"smallest_effect": 0.5},
+            {"tuning": {"rates": [0.1, 0.2]}},
+        ],
+    )
+    def test_what_decides_must_not_change(
+        self, behaviour: Path, tmp_path: Path, change: dict[str, Any]
     ) -> None:
         compare(plan(), tmp_path / "out")
         with pytest.raises(ConfigError, match="must not change once there are runs"):
@@ -167,12 +185,19 @@ class TestComparison:
             with pytest.raises(RunDirectoryError, match="another comparison is running in"):
                 compare(plan(), tmp_path / "out")
 
-    def test_learning_rate_search_comes_first(self, behaviour: Path, tmp_path: Path) -> None:
-        asked = plan(best_lr={"candidates": [0.1, 0.2]})
-        compare(asked, tmp_path / "out")
+    def test_tuning_comes_first_and_extends_its_rates(
+        self, behaviour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        asked = plan(tuning={"rates": [0.1, 0.2], "max_extensions": 1}, methods=["graft"])
+        text = compare(asked, tmp_path / "out")
         rows = Results(tmp_path / "out").rows
-        assert rows["phase"].tolist() == ["best_lr"] * 4 + ["comparison"] * (len(rows) - 4)
-        assert set(rows["largest_lr_member"][:4]) == {79.0 + 1000, 79.0 + 1001}
+        # 2 arms, 3 rates (ties go to the smaller rate, so one is added below), 2 seeds
+        assert rows["phase"].tolist() == ["tuning"] * 12 + ["comparison"] * 4
+        assert set(rows["delivered"][:12]) == {79.0}  # on the validation split
+        assert text.count("0.05, is at the edge of the rates that were tried (0.05, 0.1, 0.2)") == 2
+        assert "tuning 1/8: graft, lr 0.1, 2 networks, seed 1000: started" in (
+            capsys.readouterr().out
+        )
 
     def test_report_only_runs_nothing(self, behaviour: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -192,12 +217,12 @@ class TestFailedRun:
         broken = study_state(plan()).comparison_runs[1]
         (behaviour / folder_of(broken)).write_text("fail")
         with pytest.raises(
-            FailedRunsError, match="1 of 4 runs failed, the first with: epoch 0: net"
+            FailedRunsError, match="1 of 4 runs failed, the first with: out of memory"
         ):
             compare(plan(), tmp_path / "out")
         rows = Results(tmp_path / "out").rows
         assert rows["status"].tolist() == ["ok", "failed", "ok", "ok"]
-        line = "epoch 0: network 0 has a weight that is not finite in conv.weight"
+        line = "out of memory"
         assert rows.loc[broken.key, "error"] == line
         assert rows.loc[broken.key, list(OUTCOMES)].isna().all()
         assert f"failed: {line}" in capsys.readouterr().out
@@ -213,6 +238,12 @@ class TestFailedRun:
         results = Results(tmp_path / "out")
         assert set(results.rows["status"]) == {"ok"}
         assert results.all_rows["status"].tolist() == ["ok", "failed", "ok", "ok", "ok"]
+        assert results.rows.loc[broken.key, "reason"] == "the earlier attempt failed"
+        (old,) = results.superseded().to_dict("records")
+        assert (old["status"], old["superseded_because"]) == (
+            "failed",
+            "the earlier attempt failed",
+        )
 
     @pytest.mark.parametrize(
         ("what", "line"), [("silent", "training "), ("killed", "killed by SIGKILL")]
@@ -227,23 +258,158 @@ class TestFailedRun:
         assert Results(tmp_path / "out").rows.loc[broken.key, "error"].startswith(line)
 
 
+class TestDivergence:
+    @pytest.mark.parametrize(
+        ("action", "error"),
+        [
+            ("diverge", "epoch 0: network 0 has a non-finite"),
+            ("heal", "network 1 copied network 0"),
+        ],
+    )
+    def test_counts_as_chance_accuracy_and_is_not_retried(
+        self, action: str, error: str, behaviour: Path, tmp_path: Path
+    ) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text(action)
+        compare(plan(), tmp_path / "out")
+        rows = Results(tmp_path / "out").rows
+        assert rows["status"].tolist() == ["diverged", "ok", "ok", "ok"]
+        assert rows.loc[broken.key, "delivered"] == 10.0  # ten classes
+        assert rows.loc[broken.key, "error"].startswith(error)
+        compare(plan(), tmp_path / "out")
+        assert len(starts(behaviour)) == 4
+
+
+class TestRedo:
+    def redo(self, out: Path, arm: str = "graft", reason: str = "a bug in graft") -> str:
+        return compare(plan(), out, redo=arm, reason=reason)
+
+    def test_appends_rows_that_supersede(self, behaviour: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        compare(plan(), out)
+        before = (out / "results.csv").read_text()
+        self.redo(out)
+        assert (out / "results.csv").read_text().startswith(before)
+        runs = [run for run in study_state(plan()).comparison_runs if run.arm.name == "graft"]
+        assert starts(behaviour)[4:] == [f"{folder_of(run)}-redo1" for run in runs]
+        results = Results(out)
+        for run in runs:
+            old, new = results.all_rows[results.all_rows["key"] == run.key].to_dict("records")
+            assert (new["supersedes"], new["reason"]) == (old["finished"], "a bug in graft")
+            assert (out / "runs" / folder_of(run) / "summary.json").exists()
+        assert set(results.superseded()["superseded_because"]) == {"a bug in graft"}
+        assert results.superseded()["key"].tolist() == [run.key for run in runs]
+        compare(plan(), out)
+        assert len(starts(behaviour)) == 6
+
+    def test_resumes_without_asking_again(
+        self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        compare(plan(), out)
+
+        def stopped(*_: object, **__: object) -> None:
+            raise StoppedError("stopped by SIGTERM; ...")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(comparison, "execute_run", stopped)
+            with pytest.raises(StoppedError):
+                self.redo(out)
+        compare(plan(), out)
+        assert len(starts(behaviour)) == 6
+        assert len(Results(out).superseded()) == 2
+
+    def test_can_be_repeated(self, behaviour: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        compare(plan(seeds=[0]), out)
+        for reason in ("first", "second"):
+            compare(plan(seeds=[0]), out, redo="graft, 2 networks", reason=reason)
+        assert [name.partition("-redo")[2] for name in starts(behaviour)] == ["", "", "1", "2"]
+        assert Results(out).superseded()["superseded_because"].tolist() == ["first", "second"]
+
+    def test_of_an_unknown_arm(self, behaviour: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="--redo 'papa' is not an arm of the comparison"):
+            self.redo(tmp_path / "out", arm="papa")
+        assert not (tmp_path / "out/history.jsonl").exists()
+
+
+class TestPilotAndDryRun:
+    def test_dry_run_lists_the_runs(self, behaviour: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        tuned = plan(tuning={"rates": [0.1, 0.2]})
+        lines = dry_run(tuned, out).splitlines()
+        assert lines[0] == "1. tuning: graft, lr 0.1, 2 networks, seed 1000"
+        assert lines[8] == "then up to 4 runs on the test set, once the trials have finished"
+        assert lines[9] == "8 runs, estimated time: unknown, no run has finished"
+        assert not out.exists()
+        compare(plan(), out)
+        results = Results(out)
+        more = dry_run(plan(seeds=[0, 1, 2]), out).splitlines()
+        assert more[:2] == [
+            "1. comparison: graft, 2 networks, seed 2",
+            "2. comparison: no exchange, 2 networks, seed 2",
+        ]
+        hours = results.rows["wall_seconds"].mean() * 2 / 3600
+        assert more[2] == f"2 runs, estimated time: {hours:.2f} h"
+        assert len(starts(behaviour)) == 4
+
+    def test_pilot_plans_the_number_of_seeds(
+        self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = plan(seeds=[3, 4, 5, 6], methods=["graft", "papa"], smallest_effect=0.5)
+        deviations = iter([0.0, 0.4, -0.4, 0.0])
+        execute_run = comparison.execute_run
+
+        def noisy(run: Run, *args: Any, **options: Any) -> Any:
+            row, curve = execute_run(run, *args, **options)
+            if run.arm.name == "graft":
+                row["delivered"] += next(deviations)
+            return row, curve
+
+        monkeypatch.setattr(comparison, "execute_run", noisy)
+        text = compare(asked, tmp_path / "out", pilot=True)
+        assert len(starts(behaviour)) == 6
+        lines = text.splitlines()
+        assert "standard deviation of 0.40 points over 3 seeds" in lines[0]
+        assert lines[1] == (
+            "seeds needed to show 0.5 points with a power of 80%: "
+            f"{seeds_needed(0.4, 0.5)} (the plan has 4)"
+        )
+        assert "3 arms" in lines[2]
+        compare(asked, tmp_path / "out")
+        assert len(starts(behaviour)) == 3 * 4  # those of the pilot are not repeated
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"redo": "graft"}, "--redo and --reason belong together"),
+            ({"reason": "why"}, "--redo and --reason belong together"),
+            ({"redo": "graft", "reason": " "}, "--redo and --reason belong together"),
+            ({"pilot": True, "dry_run": True}, "--dry_run and --pilot are mutually exclusive"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, options: dict[str, Any], message: str) -> None:
+        given = {"plan": "x", "out": None, "report_only": False, "dry_run": False, "pilot": False}
+        with pytest.raises(ConfigError, match=message):
+            next(command.run(given | {"redo": None, "reason": None} | options, ProcessInfo()))
+
+
 SEARCH = {
-    "recipes": {"plain": None, "fast": {"optim.lr": 0.4}},
+    "recipes": {"plain": None, "fast": {"optim.momentum": 0.5}},
     "seeds": [0],
     "confirm_seeds": [10, 11, 12, 13, 14],
 }
 
 
 class TestSearch:
-    def plan(self, **changes: Any) -> Plan:
-        search = SEARCH | changes
-        return plan(seeds=[], search=search, best_lr={"candidates": [0.1, 0.2]})
+    def plan(self, search: dict[str, Any] = SEARCH, **changes: Any) -> Plan:
+        return plan(seeds=[], search=search, **changes)
 
     def test_comes_before_trials_and_comparison(self, behaviour: Path, tmp_path: Path) -> None:
-        compare(self.plan(), tmp_path / "out")
+        compare(self.plan(tuning={"rates": [0.1, 0.2], "max_extensions": 0}), tmp_path / "out")
         phases = Results(tmp_path / "out").rows["phase"].tolist()
-        assert phases == ["search"] * 4 + ["best_lr"] * 4 + ["comparison"] * len(phases[8:])
-        assert len(phases) > 8
+        # 2 recipes, 3 arms, 2 rates; then 2 arms, 2 rates, 2 seeds
+        assert phases == ["search"] * 12 + ["tuning"] * 8 + ["comparison"] * 10
 
     def test_is_not_retried_after_its_regime_was_tested(
         self, behaviour: Path, tmp_path: Path
@@ -266,7 +432,7 @@ class TestSearch:
         compare(self.plan(), tmp_path / "out")
         before = starts(behaviour)
         with pytest.raises(ConfigError, match="search must not grow after its result"):
-            compare(self.plan(seeds=[0, 1]), tmp_path / "out")
+            compare(self.plan(SEARCH | {"seeds": [0, 1]}), tmp_path / "out")
         assert starts(behaviour) == before
 
 

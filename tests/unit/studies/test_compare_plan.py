@@ -36,10 +36,12 @@ def write_plan(folder: Path, content: dict[str, Any] | str) -> Path:
 class TestReading:
     def test_minimal_plan(self, tmp_path: Path) -> None:
         plan = load_plan(write_plan(tmp_path, MINIMAL))
-        assert plan.primary == "largest_lr_member"
+        assert plan.primary == "delivered"
         assert plan.against == "no_exchange"
         assert plan.method_options("graft") == {"method": "graft"}
         assert plan.test_seeds == [0, 1]
+        assert plan.rates == [0.05, 0.1, 0.2]
+        assert plan.smallest_effect == 0.3
 
     def test_option_names_may_contain_dots(self) -> None:
         dotted = parse_plan(MINIMAL | {"methods": {"sharp": {"graft.sensitivity": 500}}})
@@ -85,9 +87,22 @@ class TestReading:
         assert again == plan
         assert plan_text(again) == plan_text(plan)
 
-    def test_lr_seeds_are_disjoint_from_the_plans_seeds(self) -> None:
+    def test_tuning_seeds_are_disjoint_from_the_plans_seeds(self) -> None:
         plan = parse_plan(MINIMAL | {"seeds": [1000, 0, 1002]})
-        assert plan.lr_seeds == [1001, 1003]
+        assert plan.tuning_seeds == [1001, 1003]
+
+    @pytest.mark.parametrize(
+        ("tuning", "rates"),
+        [({}, [0.2, 0.4, 0.8]), ({"rates": [0.3, 0.1]}, [0.1, 0.3]), ("none", [])],
+    )
+    def test_learning_rates_to_try(self, tuning: Any, rates: list[float]) -> None:
+        plan = parse_plan(MINIMAL | {"recipe": {"optim.lr": 0.4}, "tuning": tuning})
+        assert plan.rates == rates
+
+    def test_delivers_is_no_option_of_train(self) -> None:
+        plan = parse_plan(MINIMAL | {"methods": {"graft": {"delivers": "soup"}, "papa": None}})
+        assert plan.method_options("graft") == {"method": "graft"}
+        assert [plan.method_delivery(name) for name in plan.methods] == ["soup", None]
 
     def test_test_seeds_of_a_search_are_its_confirm_seeds(self) -> None:
         plan = parse_plan(WITHOUT_SEEDS | {"search": SEARCH})
@@ -127,11 +142,22 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"primary": "best"}, "primary"),
     ({"keep_checkpoints": -1}, "keep_checkpoints must be at least 0, got -1"),
     ({"leave_out": ["no_exchange"]}, "leave_out"),
-    ({"best_lr": {"value": 0.1, "candidates": [0.1]}}, "best_lr.value and best_lr.candidates"),
-    ({"best_lr": {"value": 0}}, "learning rates in best_lr must be above 0, got 0"),
-    ({"best_lr": {"candidates": []}}, "best_lr.candidates must contain at least one"),
-    ({"best_lr": {"seeds": [1]}}, "best_lr.seeds and seeds must be disjoint, both contain 1"),
-    ({"best_lr": {"val_fraction": 1.0}}, "best_lr.val_fraction must be above 0 and below 1"),
+    ({"best_lr": {"value": 0.1}}, "best_lr was replaced by tuning"),
+    ({"tuning": {"rates": [0.1, 0]}}, "tuning.rates must be above 0, got 0"),
+    ({"tuning": {"rates": [0.1, 0.1]}}, "tuning.rates contains a rate twice"),
+    ({"tuning": {"seeds": [1]}}, "tuning.seeds and seeds must be disjoint, both contain 1"),
+    ({"tuning": {"val_fraction": 1.0}}, "tuning.val_fraction must be above 0 and below 1"),
+    ({"tuning": {"max_extensions": -1}}, "tuning.max_extensions must be at least 0, got -1"),
+    ({"smallest_effect": 0}, "smallest_effect must be above 0, got 0"),
+    ({"primary": "largest_lr_member"}, "primary"),
+    (
+        {"primary": "ensemble", "against": "one_network"},
+        "primary ensemble must not be compared with one_network",
+    ),
+    ({"baselines": ["swa"]}, "baselines must be among ema, checkpoint_average, data_parallel"),
+    ({"baselines": {"ema": {"seed": 1}}}, "baselines.ema must not set seed"),
+    ({"baselines": {"ema": {"optim.ema_decay": 2}}}, "optim.ema_decay must be in (0, 1), got 2"),
+    ({"methods": {"graft": {"delivers": "best"}}}, "methods.graft.delivers must be one of member"),
     ({"search": SEARCH}, "seeds and search are mutually exclusive"),
     ({"search": {"seeds": [1]}}, "search.recipes must contain at least one regime"),
     # What train would refuse, and what compares nothing
@@ -177,15 +203,15 @@ class TestErrors:
                 for change, message in INVALID_SEARCHES
             ),
             *(
-                (WITHOUT_SEEDS | {"search": SEARCH, "best_lr": {"seeds": [seed]}}, message)
+                (WITHOUT_SEEDS | {"search": SEARCH, "tuning": {"seeds": [seed]}}, message)
                 for seed, message in (
-                    (0, "best_lr.seeds and search.seeds must be disjoint"),
-                    (14, "best_lr.seeds and search.confirm_seeds must be disjoint"),
+                    (0, "tuning.seeds and search.seeds must be disjoint"),
+                    (14, "tuning.seeds and search.confirm_seeds must be disjoint"),
                 )
             ),
             (
                 WITHOUT_SEEDS | {"search": SEARCH, "primary": "ensemble"},
-                "primary must be largest_lr_member or mean_of_members in a search",
+                "primary must be delivered or mean_of_members in a search",
             ),
             ("name: a\nname: b\n", "key 'name' is given twice"),
             ("methods:\n  graft:\n  graft:\n", "key 'graft' is given twice"),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import carry_out, make_plan
+from made_up import carry_out, made_up_row, make_plan
 
-from dist_graft.studies.controls import Run, lr_trials
+from dist_graft.studies.controls import Run
 from dist_graft.studies.plan import Plan, parse_plan
+from dist_graft.studies.records import Results
 from dist_graft.studies.selection import gain, study_state
 
 SEARCH = {
@@ -22,13 +24,15 @@ SEARCH = {
 
 def searching(**changes: Any) -> Plan:
     content = {"name": "p", "methods": ["graft", "papa"], "networks": [2, 4], "search": SEARCH}
-    return parse_plan(content | changes)
+    return parse_plan(content | {"tuning": "none"} | changes)
 
 
 def best_when_fast_and_four(run: Run) -> float:
     """Accuracy such that grafting gains 1 for four fast networks, and other exchanges lose 1."""
     config, k = run.config, run.arm.networks
     gains = {"none": 0.0, "graft": 1.0 if k == 4 and config.optim.lr == 0.4 else -1.0}
+    if config.graft.criterion == "constant":
+        return 70.0
     return 80.0 + run.seed / 10 + gains.get(config.method, -1.0)
 
 
@@ -50,8 +54,8 @@ class TestRegimes:
         runs = study_state(searching()).search_runs
         assert {run.config.data.val_fraction for run in runs} == {0.1}
         assert {run.split for run in runs} == {"validation"}
-        # 2 recipes, 2 sizes: graft, papa and one control that both share; 2 seeds
-        assert len(runs) == 2 * 2 * 3 * 2
+        # 2 recipes, 2 sizes: graft, papa, independent (which both share) and constant; 2 seeds
+        assert len(runs) == 2 * 2 * 4 * 2
 
     def test_confirmation_trains_on_all_images(self, tmp_path: Path) -> None:
         state, _ = carry_out(searching(), tmp_path, best_when_fast_and_four)
@@ -84,7 +88,8 @@ class TestRegimes:
         plan = searching(methods=["graft"], search=SEARCH | {"recipes": recipes})
 
         def value(run: Run) -> float:
-            gains = run.arm.networks == 3 and run.config.method == "graft"
+            entropy = run.config.graft.criterion == "entropy"
+            gains = run.arm.networks == 3 and run.config.method == "graft" and entropy
             return 80.0 + run.seed / 10 + gains
 
         state, _ = carry_out(plan, tmp_path, value)
@@ -96,72 +101,206 @@ class TestRegimes:
         assert state.confirmed.recipe == {"optim": {"lr": 0.4}}
         assert {run.arm.networks for run in state.comparison_runs} == {3, 1}
 
-    def test_candidates_include_the_rates_of_every_regime(self) -> None:
-        recipes = {"many": {"networks": 3, "optim.lr_diversity": "cosine"}}
-        plan = searching(search=SEARCH | {"recipes": recipes})
-        (trial,) = lr_trials(plan, plan.with_regime("many"))
-        assert trial.candidates == (0.025, 0.075, 0.1)
+    def test_gain_is_over_the_better_of_independent_and_constant(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            if run.config.graft.criterion == "constant":
+                return 80.5 if run.config.optim.lr == 0.4 else 70.0
+            return best_when_fast_and_four(run)
+
+        state, results = carry_out(searching(), tmp_path, value)
+        gains = {str(r): gain(r, results.rows, "delivered").mean for r in state.regimes}
+        assert gains["graft, 4 networks, fast"] == pytest.approx(81.05 - 80.5)
+        assert gains["graft, 4 networks, plain"] == pytest.approx(-1.0)
+        references = {r.reference.arm.name for r in state.regimes if r.method == "graft"}
+        assert references == {"constant, fast", "independent, plain"}
+
+    def test_regimes_are_compared_at_the_best_rates(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            best = 0.2 if run.config.method == "papa" else 0.1
+            return 80.0 - 10 * abs(run.config.optim.lr - best)
+
+        tuned = {"rates": [0.05, 0.1, 0.2, 0.4]}
+        plan = searching(methods=["papa"], networks=[2], tuning=tuned)
+        state, results = carry_out(plan, tmp_path, value)
+        for regime in state.regimes:
+            assert (regime.trial.best, regime.reference.best) == (0.2, 0.1)
+            assert gain(regime, results.rows, "delivered").mean == pytest.approx(0)
 
     def test_gain_is_paired_by_seed(self, tmp_path: Path) -> None:
         state, results = carry_out(searching(), tmp_path, best_when_fast_and_four)
         assert state.chosen is not None
-        result = gain(state.chosen, results.rows, "largest_lr_member")
+        result = gain(state.chosen, results.rows, "delivered")
         assert (result.n, result.deviation) == (2, 0.0)
         assert result.mean == pytest.approx(1.0)
 
 
+TUNED = {"tuning": {"rates": [0.05, 0.1, 0.2]}, "leave_out": ["constant", "shuffled"]}
+
+
 def comparing(**changes: Any) -> Plan:
-    return make_plan(**{"recipe": {"optim.lr_diversity": "cosine"}} | changes)
+    return make_plan(**TUNED | changes)
 
 
-class TestLearningRates:
-    def test_best_rate_on_validation_is_chosen(self, tmp_path: Path) -> None:
+def near(best: float) -> Callable[[Run], float]:
+    """Accuracy that falls with the distance of the learning rate from the best one."""
+    return lambda run: 80.0 - abs(math.log2(run.config.optim.lr / best))
+
+
+class TestTuning:
+    def test_every_arm_is_tuned_over_the_same_rates_and_seeds(self, tmp_path: Path) -> None:
         def value(run: Run) -> float:
-            return 80.0 - 100 * abs(run.config.optim.lr - 0.05)
+            if run.config.method == "graft":
+                return near(0.2)(run) if run.config.epochs == 20 else 0.0
+            return near(0.1)(run) if run.config.epochs == 20 else near(0.05)(run)
 
-        state, results = carry_out(comparing(), tmp_path, value)
-        assert list(state.best_lr.values()) == [0.05]
-        trials = results.rows[results.rows["phase"] == "best_lr"]
-        assert set(trials["split"]) == {"validation"}
-        assert set(trials["seed"]) == {1000, 1001}
-        assert set(trials["networks"]) == {1}
-        assert any(arm.name == "independent, best lr 0.05" for arm in state.design.arms)
+        state, results = carry_out(
+            comparing(tuning={**TUNED["tuning"], "max_extensions": 0}), tmp_path, value
+        )
+        assert [trial.arm.name for trial in state.trials] == [
+            "graft",
+            "no exchange",
+            "one network, 2 x epochs",
+        ]
+        assert [trial.best for trial in state.trials] == [0.2, 0.1, 0.05]
+        assert [list(trial.runs) for trial in state.trials] == [[0.05, 0.1, 0.2]] * 3
+        assert state.design is not None
+        assert [arm.config(0).optim.lr for arm in state.design.arms] == [0.2, 0.1, 0.05]
+        rows = results.rows[results.rows["phase"] == "tuning"]
+        assert len(rows) == 3 * 3 * 2
+        assert set(rows["split"]) == {"validation"}
+        assert set(rows["seed"]) == {1000, 1001}
+        assert set(rows.loc[rows["arm"].str.startswith("one network"), "epochs"]) == {40}
 
-    def test_single_candidate_needs_no_trial(self, tmp_path: Path) -> None:
-        plan = comparing(recipe={})
-        assert study_state(plan).lr_runs == []
-        assert list(study_state(plan).best_lr.values()) == [0.1]
+    def test_the_delivered_model_decides(self, tmp_path: Path) -> None:
+        plan = comparing(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
+        results = Results(tmp_path)
+        for run in study_state(plan).tuning_runs:
+            lr = run.config.optim.lr
+            results.add(made_up_row(run, 80.0) | {"delivered": 100 * lr, "mean_of_members": -lr})
+        assert {trial.best for trial in study_state(plan, results.rows).trials} == {0.2}
+
+    @pytest.mark.parametrize(
+        ("best", "extensions", "tried", "edge"),
+        [
+            (0.1, 2, [0.05, 0.1, 0.2], False),
+            (0.4, 2, [0.05, 0.1, 0.2, 0.4, 0.8], False),
+            (0.0125, 1, [0.025, 0.05, 0.1, 0.2], True),
+            (0.8, 2, [0.05, 0.1, 0.2, 0.4, 0.8], True),
+            (0.8, 0, [0.05, 0.1, 0.2], True),
+        ],
+    )
+    def test_a_choice_at_the_edge_extends_the_rates(
+        self, best: float, extensions: int, tried: list[float], edge: bool, tmp_path: Path
+    ) -> None:
+        plan = comparing(tuning={**TUNED["tuning"], "max_extensions": extensions})
+        state, _ = carry_out(plan, tmp_path, near(best))
+        assert [list(trial.runs) for trial in state.trials] == [tried] * 3
+        warnings = [text for text in state.warnings if "at the edge of the rates" in text]
+        assert len(warnings) == (3 if edge else 0)
+
+    def test_an_arm_is_left_out_until_its_rate_is_chosen(self, tmp_path: Path) -> None:
+        state, results = carry_out(comparing(), tmp_path, near(0.1))
+        assert state.design is not None
+        last = study_state(comparing()).tuning_runs[-1]
+        state = study_state(comparing(), results.rows.drop(last.key))
+        assert state.design is not None
+        assert [arm.name for arm in state.design.arms] == ["graft", "no exchange"]
+        assert any(text.startswith("one network, 2 x epochs: no") for text in state.design.omitted)
+        assert study_state(comparing()).design is None
+
+    def test_without_tuning_there_are_no_trials_and_a_warning(self) -> None:
+        state = study_state(comparing(tuning="none"))
+        assert state.tuning_runs == []
+        assert state.design is not None
+        assert state.warnings[0].startswith("Learning rates were not tuned")
+
+    def test_a_single_rate_is_that_of_all_arms(self) -> None:
+        state = study_state(comparing(tuning={"rates": [0.3]}))
+        assert state.tuning_runs == []
+        assert state.design is not None
+        assert {arm.config(0).optim.lr for arm in state.design.arms} == {0.3}
+        assert "0.3 in all arms" in state.warnings[0]
+
+    def test_learning_rates_of_each_network_are_not_tuned(self, tmp_path: Path) -> None:
+        methods = {"graft": {"optim.lrs": [0.1, 0.2]}}
+        state, _ = carry_out(comparing(methods=methods), tmp_path, near(0.1))
+        assert [trial.arm.name for trial in state.trials] == [
+            "independent",
+            "one network, 2 x epochs",
+        ]
+        assert sum("was not tuned: optim.lrs" in text for text in state.warnings) == 2
 
     def test_ties_go_to_the_smaller_rate(self, tmp_path: Path) -> None:
-        state, _ = carry_out(comparing(), tmp_path, lambda run: 80.0)
-        assert list(state.best_lr.values()) == [0.05]
+        plan = comparing(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
+        state, _ = carry_out(plan, tmp_path, lambda run: 80.0)
+        assert {trial.best for trial in state.trials} == {0.1}
 
-    def test_rate_with_a_failed_run_is_excluded(self, tmp_path: Path) -> None:
+    def test_a_rate_with_a_failed_run_is_excluded(self, tmp_path: Path) -> None:
         def value(run: Run) -> float:
-            broken = run.phase == "best_lr" and run.config.optim.lr == 0.05 and run.seed == 1001
-            return math.nan if broken else 80.0 - run.config.optim.lr
+            broken = run.phase == "tuning" and run.config.optim.lr == 0.1 and run.seed == 1001
+            return math.nan if broken else near(0.1)(run)
+
+        plan = comparing(tuning={**TUNED["tuning"], "max_extensions": 0})
+        state, _ = carry_out(plan, tmp_path, value)
+        assert {trial.best for trial in state.trials} == {0.05}
+        assert sum("failed at learning rate 0.1" in text for text in state.warnings) == 3
+
+    def test_an_arm_without_a_rate_is_omitted(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            broken = run.phase == "tuning" and run.config.method == "none"
+            return math.nan if broken else 80.0
 
         state, _ = carry_out(comparing(), tmp_path, value)
-        assert list(state.best_lr.values()) == [0.1]
+        assert state.design is not None
+        assert [arm.name for arm in state.design.arms] == ["graft"]
+        assert state.design.primary == []
+        omitted = [text for text in state.design.omitted if "no learning rate" in text]
+        assert [text.partition(",")[0] for text in omitted] == [
+            "no exchange",
+            "independent",
+            "one network",
+        ]
 
-    def test_no_rate_remains(self, tmp_path: Path) -> None:
-        def value(run: Run) -> float:
-            return math.nan if run.phase == "best_lr" else 80.0
+    def test_a_diverged_trial_counts(self, tmp_path: Path) -> None:
+        plan = comparing(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
+        results = Results(tmp_path)
+        for run in study_state(plan).tuning_runs:
+            row = made_up_row(run, 80.0)
+            if run.config.optim.lr == 0.1 and run.seed == 1000:
+                row |= {"status": "diverged", "delivered": 10.0}
+            results.add(row)
+        state = study_state(plan, results.rows)
+        assert {trial.best for trial in state.trials} == {0.2}
+        assert all(trial.scores[0.1] == 45.0 for trial in state.trials)
 
-        state, _ = carry_out(comparing(), tmp_path, value)
-        assert list(state.best_lr.values()) == [None]
-        assert "best learning rate: unknown, its trials are missing or failed" in (
-            state.design.omitted
-        )
+
+def test_a_plan_with_few_test_images_says_so() -> None:
+    assert study_state(make_plan(recipe={"data.test_samples": 500})).warnings[-1:] == [
+        "Only the first 500 test images are used."
+    ]
+
+
+def test_a_pilot_needs_the_first_seeds_of_the_primary_pair(tmp_path: Path) -> None:
+    plan = comparing(methods=["graft", "papa"], seeds=[4, 5, 6, 7], baselines=["ema"])
+    state = study_state(plan, pilot=True)
+    assert {trial.arm.name for trial in state.trials} == {"graft", "no exchange"}
+    results = Results(tmp_path)
+    for run in state.tuning_runs:
+        results.add(made_up_row(run, near(0.1)(run)))
+    runs = study_state(plan, results.rows, pilot=True).pilot_runs
+    names = [(run.arm.name, run.seed) for run in runs]
+    assert names == [(name, seed) for seed in (4, 5, 6) for name in ("graft", "no exchange")]
+    keys = {run.key for run in study_state(plan, results.rows).tuning_runs}
+    assert set(results.rows.index) <= keys  # the trials of a pilot are those of the comparison
 
 
 def test_runs_are_ordered_by_seed() -> None:
-    runs = study_state(comparing(recipe={})).comparison_runs
+    runs = study_state(make_plan()).comparison_runs
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
 def test_runs_are_distinct() -> None:
-    runs = study_state(comparing(methods=["graft", "independent"], recipe={})).comparison_runs
+    runs = study_state(make_plan(methods=["graft", "independent"])).comparison_runs
     keys = [run.key for run in runs]
     assert len(keys) == len(set(keys))
 

@@ -1,0 +1,97 @@
+"""Accuracies of soups, moving averages, and means of checkpoints, as `evaluate` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stored_runs import evaluate_run, network, write_run
+from test_evaluation import Reference, mean_of
+from torch import Tensor
+
+from dist_graft.analysis.evaluate import evaluation_text
+from dist_graft.errors import ConfigError
+from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
+
+EPOCHS = (1, 2, 3)
+
+
+def weights(number: int, epoch: int) -> dict[str, Tensor]:
+    """Weights of a network after an epoch: those of one network with noise."""
+    state = {key: tensor.clone() for key, tensor in network(0).state_dict().items()}
+    generator = torch.Generator().manual_seed(10 * number + epoch)
+    for tensor in state.values():
+        if tensor.dim() > 1:
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * tensor.std() * 0.4)
+    return state
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run of two networks with moving averages and three checkpoints."""
+    states = [weights(number, 3) for number in range(2)]
+    run = write_run(tmp_path_factory.mktemp("averages") / "run", states, val_fraction=0.4)
+    for epoch in EPOCHS:
+        path = checkpoint_path(RunDirectory(run).checkpoints, epoch)
+        sums = [
+            save_network(
+                path / f"network{number:02d}.pt",
+                {
+                    "network": number,
+                    "model": weights(number, epoch),
+                    "ema": {f"module.{key}": t for key, t in weights(number, 100 + epoch).items()},
+                },
+            )
+            for number in range(2)
+        ]
+        mark_complete(path, epoch=epoch, round_=epoch, sha256=sums)
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluated(pair: Path) -> dict[str, Any]:
+    """Content of evaluation.json."""
+    return evaluate_run(pair, last_checkpoints=2)
+
+
+def expected(run: Path, states: list[dict[str, Tensor]], *, reestimated: bool) -> Any:
+    reference = Reference(run)
+    return {
+        f"{split}_accuracy": pytest.approx(
+            np.mean([reference.accuracy(s, split, reestimated=reestimated) for s in states])
+        )
+        for split in ("test", "val")
+    }
+
+
+def test_soup(pair: Path, evaluated: dict[str, Any]) -> None:
+    soup = mean_of([weights(number, 3) for number in range(2)])
+    assert evaluated["averages"]["soup"] == expected(pair, [soup], reestimated=True)
+
+
+def test_moving_averages_keep_their_batch_norm(pair: Path, evaluated: dict[str, Any]) -> None:
+    states = [weights(number, 103) for number in range(2)]
+    assert evaluated["averages"]["ema"] == expected(pair, states, reestimated=False)
+
+
+def test_means_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) -> None:
+    means = [mean_of([weights(number, epoch) for epoch in (2, 3)]) for number in range(2)]
+    found = evaluated["averages"]["checkpoints"]
+    assert found == expected(pair, means, reestimated=True)
+    line = next(s for s in evaluation_text(evaluated).splitlines() if "last checkpoints" in s)
+    assert f"{found['test_accuracy']:.2f}" in line
+
+
+def test_without_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [network(0).state_dict()])
+    result = evaluate_run(run, batch_norm_batches=1)
+    assert list(result["averages"]) == ["soup"]
+    soup = result["averages"]["soup"]
+    assert soup["test_accuracy"] == result["uniform_soup"]["batch_norm_reestimated"]
+    assert soup["val_accuracy"] is None
+    with pytest.raises(ConfigError, match="has 1 checkpoints of all networks, fewer than --last_c"):
+        evaluate_run(run, batch_norm_batches=1, last_checkpoints=2)

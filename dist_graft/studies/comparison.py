@@ -28,7 +28,7 @@ from dist_graft.studies.records import (
 )
 from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import contrast_results, seeds_needed
+from dist_graft.studies.statistics import arm_result, paired_test, seeds_needed
 
 
 class FailedRunsError(DistGraftError):
@@ -246,16 +246,18 @@ def pilot_text(state: StudyState, results: Results) -> str:
         return f"no pair to compare: {'; '.join(state.design.omitted)}"
     contrast, plan = state.design.primary[0], state.plan
     seeds = plan.test_seeds[:PILOT_SEEDS]
-    (pair,) = contrast_results([contrast], seeds, results.rows)
+    method = arm_result(contrast.method, seeds, results.rows).values(contrast.outcome)
+    control = arm_result(contrast.control, seeds, results.rows).values(contrast.control_outcome)
+    test = paired_test((method - control).dropna())
     names = f"{contrast.method.label}, compared with {contrast.control_name}"
-    if pair.test.deviation is None or pair.test.n < 2:
-        return f"{names}: no deviation, {pair.test.n} seeds have both runs"
-    needed = seeds_needed(pair.test.deviation, plan.smallest_effect)
+    if test.deviation is None or test.n < 2:
+        return f"{names}: no deviation, {test.n} seeds have both runs"
+    needed = seeds_needed(test.deviation, plan.smallest_effect)
     arms = build_design(state.confirmed).arms
     cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in arms)
     lines = [
-        f"{names}: the difference has a standard deviation of {pair.test.deviation:.2f} points "
-        f"over {pair.test.n} seeds",
+        f"{names}: the difference has a standard deviation of {test.deviation:.2f} points "
+        f"over {test.n} seeds",
         f"seeds needed to show {plan.smallest_effect:g} points with a power of 80%: {needed} "
         f"(the plan has {len(plan.test_seeds)})",
     ]

@@ -91,7 +91,10 @@ def compare(
 
         # Choose the regime, then the learning rates, then run what is measured on the test set.
         study.run_all("search", lambda state: state.search_runs, retry=not tested)
-        study.run_all("tuning", lambda state: state.tuning_runs, retry=not tested)
+        done = rows[rows["phase"] == "comparison"]
+        judged = set(zip(done["arm"], done["networks"], strict=True))
+        study.run_all("tuning", lambda state: state.trial_runs(exclude=judged))
+        study.run_all("tuning", lambda state: state.tuning_runs, retry=False)
         if study.state.design is None:
             raise FailedRunsError(
                 f"every regime of the search has failed runs, see {folder / 'results.csv'}: rerun "
@@ -140,7 +143,7 @@ class _Study:
         Args:
             title: of the phase.
             runs_of: the runs of the phase.
-            retry: also retry failed runs. Choices made before a test must not change after it.
+            retry: also retry failed runs. Choices for an arm must not change after its test.
         """
         attempted: set[str] = set()
         while runs := [

@@ -28,7 +28,7 @@ from dist_graft.studies.records import (
 )
 from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import contrast_results, seeds_needed
+from dist_graft.studies.statistics import arm_result, paired_test, seeds_needed
 
 
 class FailedRunsError(DistGraftError):
@@ -91,7 +91,10 @@ def compare(
 
         # Choose the regime, then the learning rates, then run what is measured on the test set.
         study.run_all("search", lambda state: state.search_runs, retry=not tested)
-        study.run_all("tuning", lambda state: state.tuning_runs, retry=not tested)
+        done = rows[rows["phase"] == "comparison"]
+        judged = set(zip(done["arm"], done["networks"], strict=True))
+        study.run_all("tuning", lambda state: state.trial_runs(exclude=judged))
+        study.run_all("tuning", lambda state: state.tuning_runs, retry=False)
         if study.state.design is None:
             raise FailedRunsError(
                 f"every regime of the search has failed runs, see {folder / 'results.csv'}: rerun "
@@ -140,7 +143,7 @@ class _Study:
         Args:
             title: of the phase.
             runs_of: the runs of the phase.
-            retry: also retry failed runs. Choices made before a test must not change after it.
+            retry: also retry failed runs. Choices for an arm must not change after its test.
         """
         attempted: set[str] = set()
         while runs := [
@@ -246,16 +249,18 @@ def pilot_text(state: StudyState, results: Results) -> str:
         return f"no pair to compare: {'; '.join(state.design.omitted)}"
     contrast, plan = state.design.primary[0], state.plan
     seeds = plan.test_seeds[:PILOT_SEEDS]
-    (pair,) = contrast_results([contrast], seeds, results.rows, margin=plan.smallest_effect)
+    method = arm_result(contrast.method, seeds, results.rows).values(contrast.outcome)
+    control = arm_result(contrast.control, seeds, results.rows).values(contrast.control_outcome)
+    test = paired_test((method - control).dropna())
     names = f"{contrast.method.label}, compared with {contrast.control_name}"
-    if pair.test.deviation is None or pair.test.n < 2:
-        return f"{names}: no deviation, {pair.test.n} seeds have both runs"
-    needed = seeds_needed(pair.test.deviation, plan.smallest_effect)
+    if test.deviation is None or test.n < 2:
+        return f"{names}: no deviation, {test.n} seeds have both runs"
+    needed = seeds_needed(test.deviation, plan.smallest_effect)
     arms = build_design(state.confirmed).arms
     cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in arms)
     lines = [
-        f"{names}: the difference has a standard deviation of {pair.test.deviation:.2f} points "
-        f"over {pair.test.n} seeds",
+        f"{names}: the difference has a standard deviation of {test.deviation:.2f} points "
+        f"over {test.n} seeds",
         f"seeds needed to show {plan.smallest_effect:g} points with a power of 80%: {needed} "
         f"(the plan has {len(plan.test_seeds)})",
     ]

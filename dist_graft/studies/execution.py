@@ -84,7 +84,11 @@ def execute_run(
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
         outcomes |= summarize(outcomes["members"], rates)
         outcomes["delivered"] = read_delivered(run, folder, outcomes)
-        outcomes |= measure(folder, run) | count_images(run, folder)
+        outcomes |= count_images(run, folder)
+        try:
+            outcomes |= measure(folder, run)
+        except (DistGraftError, KeyError, TypeError, ValueError) as error:
+            remarks.append(f"not measured: {error}")
         try:
             outcomes |= count_filters(folder, largest(rates))
         except (DistGraftError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,7 +127,16 @@ class StudyState:
     @property
     def tuning_runs(self) -> list[Run]:
         """Runs of the learning rate trials."""
-        return _distinct(run for trial in self.trials for run in trial.all_runs)
+        return self.trial_runs()
+
+    def trial_runs(self, exclude: Collection[tuple[str, int]] = ()) -> list[Run]:
+        """Return the runs of the trials, except those of some arms: name and networks of each."""
+        return _distinct(
+            run
+            for trial in self.trials
+            if (trial.arm.name, trial.arm.networks) not in exclude
+            for run in trial.all_runs
+        )
 
     @property
     def comparison_runs(self) -> list[Run]:

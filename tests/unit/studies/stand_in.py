@@ -39,7 +39,7 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     for network in range(networks):
         folder = run / f"network{network:02d}"
         folder.mkdir(exist_ok=True)
-        line = {"test_accuracy": value, "val_accuracy": value - 1}
+        line = {"test_accuracy": value, "val_accuracy": value - 1, "graft": None}
         (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * options["epochs"])
         (folder / "status.json").write_text(json.dumps({"steps_per_epoch": 8}))
     if action == "heal":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dist_graft.studies.execution import (
     finished_epochs,
     largest,
     read_curve,
+    read_delivered,
     read_test,
     read_validation,
     summarize,
@@ -244,6 +246,26 @@ class TestFailedRun:
             "failed",
             "the earlier attempt failed",
         )
+
+    def test_a_trial_is_retried_until_its_arm_was_tested(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        tuning = {"rates": [0.1, 0.2], "seeds": [9], "max_extensions": 0}
+        asked = plan(methods=["graft", "papa"], seeds=[0], tuning=tuning)
+        compare(asked, tmp_path / "out", pilot=True)  # tests graft and its control
+        trials = study_state(asked).tuning_runs
+        assert len(starts(behaviour)) == 4 + 2
+        broken = [run for run in trials if run.config.method == "papa"]
+        for run in broken:
+            (behaviour / folder_of(run)).write_text("fail")
+        with pytest.raises(FailedRunsError, match="2 of 8 runs failed"):
+            compare(asked, tmp_path / "out")
+        for run in broken:
+            (behaviour / folder_of(run)).unlink()
+        before = len(starts(behaviour))
+        compare(asked, tmp_path / "out")
+        assert len(starts(behaviour)) == before + 2 + 1  # the trials, and the test of papa
+        assert set(Results(tmp_path / "out").rows["status"]) == {"ok"}
 
     @pytest.mark.parametrize(
         ("what", "line"), [("silent", "training "), ("killed", "killed by SIGKILL")]
@@ -605,6 +627,31 @@ class TestReading:
         write_metrics(tmp_path, "val_accuracy", [None])
         with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
             read_validation(tmp_path, 1)
+
+    @pytest.mark.parametrize(
+        ("method", "accuracy"),
+        [
+            ({"method": "graft"}, 82.0),
+            ({"method": "papa"}, 61.0),
+            ({"method": "graft", "optim.ema_decay": 0.9}, 71.0),
+            ({"method": "graft", "delivers": "checkpoints"}, 72.0),
+        ],
+    )
+    def test_delivered_model(self, method: dict[str, Any], accuracy: float, tmp_path: Path) -> None:
+        kinds = {"soup": 61.0, "ema": 71.0, "checkpoints": 72.0}
+        averages = {
+            kind: {"test_accuracy": value, "val_accuracy": None} for kind, value in kinds.items()
+        }
+        write_json(tmp_path / "evaluation.json", {"averages": averages})
+        run = study_state(plan(methods={"own": method})).comparison_runs[0]
+        outcomes = {"mean_of_members": 82.0}
+        assert read_delivered(run, tmp_path, outcomes) == accuracy
+        trial = replace(run, phase="tuning")
+        if accuracy == 82.0:
+            assert read_delivered(trial, tmp_path, outcomes) == accuracy
+        else:
+            with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
+                read_delivered(trial, tmp_path, outcomes)
 
     def test_curve(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, "test_accuracy", [10.0, 20.0], [30.0, 50.0])

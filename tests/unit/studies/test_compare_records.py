@@ -54,6 +54,20 @@ def test_a_failed_row_is_superseded_and_kept(tmp_path: Path, runs: list[Run]) ->
     assert results.all_rows["status"].tolist() == ["failed", "ok"]
 
 
+def test_superseded_rows_name_the_rows_that_replaced_them(tmp_path: Path, runs: list[Run]) -> None:
+    results = Results(tmp_path)
+    for attempt, reason in enumerate(["", "first", "second"]):
+        for run in runs[: 1 if attempt else 2]:
+            finished = f"2026-01-0{attempt + 1}T00:00:00Z"
+            results.add(made_up_row(run, 80.0) | {"finished": finished, "reason": reason})
+    found = results.superseded()
+    assert found["key"].tolist() == [runs[0].key] * 2
+    assert found["reason"].tolist() == ["", "first"]
+    assert found["superseded_because"].tolist() == ["first", "second"]
+    assert found["superseded_by"].tolist() == ["2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"]
+    assert results.rows.loc[runs[0].key, "reason"] == "second"
+
+
 def test_a_truncated_line_is_ignored(tmp_path: Path, runs: list[Run]) -> None:
     results = Results(tmp_path)
     for run in runs[:2]:

@@ -63,8 +63,6 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
         if values:
             low, high = min(values), max(values)
             lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
-    if getattr(state.confirmed, "rates", None) == []:
-        lines.append("learning rates: given by the plan, not tuned")
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")

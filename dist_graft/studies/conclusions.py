@@ -31,29 +31,35 @@ def conclusion(result: ContrastResult) -> str:
 
 def findings(result: ContrastResult) -> str:
     """Return the verdict with the numbers that it is based on."""
-    test, word = result.test, str(verdict(result))
     if result.not_tested:
-        word = f"not tested: {result.not_tested}; the difference was"
-    seeds = f"{test.n} seed{'s' if result.planned > 1 else ''}"
-    if test.n < result.planned:
-        seeds = f"{test.n} of {result.planned} seeds"
-    if test.n == 0:
-        return f"{word.removesuffix('; the difference was')}, no seed has both runs"
-    joined = word if result.not_tested else f"{word},"
-    if test.n == 1:
-        return f"{joined.removesuffix(',')} from {seeds}, {format_signed(test.mean)}"
-    if result.half_width is None or result.detectable is None:
-        mean = format_signed(test.mean)
-        undefined = "" if mean == "0.00" else "; without variation the t-test is undefined"
-        return f"{joined} {mean} for each of {seeds}{undefined}"
-    digits = digits_for(result.half_width)
-    interval = f"{format_signed(test.mean, digits)} ± {result.half_width:.{digits}f}"
-    text = f"{joined} {interval} percentage points over {seeds}"
-    if result.decision.rejected or result.not_tested:
+        return f"not tested: {result.not_tested}; difference: {_difference(result)}"
+    word = verdict(result)
+    text = f"{word}, {_difference(result)}"
+    if word != "no difference shown" or result.half_width is None:
         return text
     if is_equivalent(result):
         return f"{text}; equivalent within ±{result.margin:g} points"
+    digits = digits_for(result.half_width)
     return f"{text}; the minimum detectable difference is {result.detectable:.{digits}f}"
+
+
+def _difference(result: ContrastResult) -> str:
+    """Mean difference, its interval, and the number of seeds."""
+    test, width = result.test, result.half_width
+    if test.n == 0:
+        return "no seed has both runs"
+    seeds = f"{test.n} seed{'s' if result.planned > 1 else ''}"
+    if test.n < result.planned:
+        seeds = f"{test.n} of {result.planned} seeds"
+    if test.n == 1:
+        return f"{format_signed(test.mean)} from {seeds}"
+    if width is None:
+        mean = format_signed(test.mean)
+        undefined = "" if mean == "0.00" else "; without variation the t-test is undefined"
+        return f"{mean} for each of {seeds}{undefined}"
+    digits = digits_for(width)
+    interval = f"{format_signed(test.mean, digits)} ± {width:.{digits}f}"
+    return f"{interval} percentage points over {seeds}"
 
 
 def is_equivalent(result: ContrastResult) -> bool:

@@ -35,6 +35,7 @@ _CALIBRATION_HEADERS = {
     "ensemble_calibration_error": "ensemble, %",
 }
 _DIFFERENCE_HEADERS = {"disagreement": "disagreement, %", "barrier": "loss barrier, nats"}
+_DIGITS = dict.fromkeys(("nll", "soup_nll", "ensemble_nll", "barrier"), 3)
 
 
 # Setting and checks
@@ -62,8 +63,6 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
         if values:
             low, high = min(values), max(values)
             lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
-    if not state.confirmed.rates:
-        lines.append("learning rates: given by the plan, not tuned")
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
@@ -118,15 +117,6 @@ def calibration(arms: Sequence[ArmResult]) -> list[Block]:
     headers = _measured(_CALIBRATION_HEADERS, arms)
     if not headers:
         return []
-    rows = [
-        (
-            arm.arm.label,
-            delivered_model(arm),
-            *(format_spread(arm.values(name), 3 if "nll" in name else 2) for name in headers),
-        )
-        for arm in arms
-        if any(len(arm.values(name)) for name in headers)
-    ]
     return [
         Heading(2, "Likelihood and calibration"),
         Paragraph(
@@ -134,7 +124,7 @@ def calibration(arms: Sequence[ArmResult]) -> list[Block]:
             "bins, arXiv 1706.04599) on the test set, mean ± standard deviation over the seeds. "
             "Lower is better. Soups have re-estimated batch norm statistics."
         ),
-        Table(("arm", "delivers", *headers.values()), rows),
+        _spreads(headers, arms),
     ]
 
 
@@ -143,14 +133,6 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
     headers = _measured(_DIFFERENCE_HEADERS, arms)
     if not headers:
         return []
-    rows = [
-        (
-            arm.arm.label,
-            *(format_spread(arm.values(name), 3 if name == "barrier" else 2) for name in headers),
-        )
-        for arm in arms
-        if any(len(arm.values(name)) for name in headers)
-    ]
     return [
         Heading(2, "Differences between the members"),
         Paragraph(
@@ -160,8 +142,22 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "between their losses, with re-estimated batch norm statistics, mean over the "
             "neighbors. Without a barrier, weights can be averaged."
         ),
-        Table(("arm", *headers.values()), rows),
+        _spreads(headers, arms),
     ]
+
+
+def _spreads(headers: Mapping[str, str], arms: Sequence[ArmResult]) -> Table:
+    """Mean ± standard deviation of columns, for each arm that has one of them."""
+    rows = [
+        (
+            arm.arm.label,
+            delivered_model(arm),
+            *(format_spread(arm.values(name), _DIGITS.get(name, 2)) for name in headers),
+        )
+        for arm in arms
+        if any(len(arm.values(name)) for name in headers)
+    ]
+    return Table(("arm", "delivers", *headers.values()), rows)
 
 
 def coefficients(arms: Sequence[ArmResult]) -> list[Block]:

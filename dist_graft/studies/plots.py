@@ -68,12 +68,7 @@ def differences(results: Sequence[ContrastResult]) -> Figure:
         axes.plot(values, _spread_rows(row, len(values)), "o", color=SKY, ms=4.5)
         if not values:
             continue
-        color = _interval_color(result)
-        mean = result.test.mean
-        if result.half_width is not None:
-            ends = (mean - result.half_width, mean + result.half_width)
-            axes.plot(ends, (row, row), "-", color=color, lw=1.8, solid_capstyle="butt")
-        axes.plot([mean], [row], "D", color=color, ms=6)
+        _draw_interval(axes, row, result)
     # Show all dots, but clip intervals that are much wider, as with two seeds.
     largest = max((abs(value) for r in results for value in r.differences), default=1.0)
     reach, (low, high) = 3 * largest or 1.0, axes.get_xlim()
@@ -102,11 +97,7 @@ def forest(
     figure, axes = _rows(names, height=0.4)
     axes.axvline(0, color=BLACK, lw=1)
     for row, result in enumerate(results):
-        color, mean = _interval_color(result), result.test.mean
-        if result.half_width is not None:
-            ends = (mean - result.half_width, mean + result.half_width)
-            axes.plot(ends, (row, row), "-", color=color, lw=1.8, solid_capstyle="butt")
-        axes.plot([mean], [row], "D", color=color, ms=6)
+        _draw_interval(axes, row, result)
     axes.axhline(len(results) - 0.5, color="#999999", lw=0.8)
     gains = [gain for _, _, gain in published]
     axes.plot(gains, range(len(results), len(names)), "s", color=ORANGE, ms=6)
@@ -117,6 +108,14 @@ def forest(
     axes.set_xlabel("gain in accuracy (percentage points)")
     _annotate(axes, "diamonds and bars: this comparison; squares: published, other data and models")
     return figure
+
+
+def _draw_interval(axes: Axes, row: int, result: ContrastResult) -> None:
+    color, mean = _interval_color(result), result.test.mean
+    if result.half_width is not None:
+        ends = (mean - result.half_width, mean + result.half_width)
+        axes.plot(ends, (row, row), "-", color=color, lw=1.8, solid_capstyle="butt")
+    axes.plot([mean], [row], "D", color=color, ms=6)
 
 
 def _interval_color(result: ContrastResult) -> str:

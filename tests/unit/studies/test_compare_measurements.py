@@ -22,7 +22,7 @@ def run_of(networks: int = 2, **options: Any) -> Run:
 
 
 def write_metrics(folder: Path, networks: list[list[dict[str, Any] | None]]) -> None:
-    """Write metrics.jsonl of each network: rounds of each epoch, and lr = 0.1 (1 + epoch)."""
+    """Write metrics.jsonl of each network: the rounds of each epoch."""
     for number, rounds in enumerate(networks):
         path = folder / f"network{number:02d}" / "metrics.jsonl"
         path.parent.mkdir(parents=True)
@@ -71,7 +71,7 @@ class TestRounds:
         found = measure(tmp_path, run_of(method="average"))
         assert set(found) == {"heals", "rounds", "bytes_moved"}
 
-    def test_a_row_formats_lists_as_numbers(self) -> None:
+    def test_cells_with_one_number_per_epoch(self) -> None:
         assert parse_list("0.4 nan 0.6")[::2] == [0.4, 0.6]
         assert math.isnan(parse_list("0.4 nan 0.6")[1])
 

@@ -74,3 +74,10 @@ def test_every_section_is_used() -> None:
         if str(value).endswith(".yaml")
     }
     assert used == set((CONFIGS / "sections").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
+def test_a_cosine_schedule_follows_steps_as_in_the_scripts(recipe: Path) -> None:
+    optim = yaml.safe_load(recipe.read_text())["optim"]
+    rates = yaml.safe_load((recipe.parent / optim).read_text())
+    assert rates.get("schedule_unit", "epoch") == {"cosine": "step"}.get(rates["schedule"], "epoch")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_graft.analysis.stored_weights import architecture, exported_model, load_state
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.references import is_reference
-from dist_graft.training.data.preprocessing import Preprocessing
+from dist_graft.training.data.preprocessing import DAMAGED, Preprocessing
 from dist_graft.training.weights import (
     EXPORT_DESCRIPTION,
     WEIGHT_SUFFIXES,
@@ -46,7 +46,7 @@ class ExportedModel(nn.Module):
         values = description.get("preprocessing")
         try:
             self._preprocessing = Preprocessing.from_json(values) if values else None
-        except (TypeError, KeyError, ValueError) as error:
+        except DAMAGED as error:
             raise RunDirectoryError(f"{EXPORT_DESCRIPTION}: preprocessing: {error}") from error
         self.eval().requires_grad_(requires_grad=False)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from datetime import date
 
 import pytest
 
@@ -10,6 +11,7 @@ from dist_graft.config import (
     DataConfig,
     DistillConfig,
     GraftConfig,
+    ModelConfig,
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
@@ -31,6 +33,9 @@ OUT_OF_RANGE = [
     (DataConfig, "data", "image_size", 0, "at least 1"),
     (DataConfig, "data", "channels", 2, "1 or 3"),
     (DataConfig, "data", "workers", -1, "at least 0"),
+    (ModelConfig, "model", "kwargs", {"num_classes": 3}, "without num_classes of the data"),
+    (ModelConfig, "model", "kwargs", {"since": date(2026, 1, 1)}, "a mapping of plain values"),
+    (TrainConfig, "", "init_from", "", "a path or a name"),
     (OptimConfig, "optim", "lr", 0.0, "above 0"),
     (OptimConfig, "optim", "lr", NAN, "above 0"),
     (OptimConfig, "optim", "lr", INF, "above 0"),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from dist_graft.config.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +21,3 @@ class ModelConfig:
     """Activation of the small-image ResNets."""
     shared_init: bool = False
     """Initialize all networks with the same weights."""
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("num_classes", "channels") if name in self.kwargs]
-        require(
-            not given, "model.kwargs", self.kwargs, f"without {' and '.join(given)} of the data"
-        )
-        try:
-            json.dumps(self.kwargs)
-        except (TypeError, ValueError):
-            plain = False
-        else:
-            plain = True
-        require(plain, "model.kwargs", self.kwargs, "a mapping of plain values")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from datetime import date
 
 import pytest
 
@@ -11,7 +10,6 @@ from dist_graft.config import (
     DataConfig,
     DistillConfig,
     GraftConfig,
-    ModelConfig,
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
@@ -33,9 +31,6 @@ OUT_OF_RANGE = [
     (DataConfig, "data", "image_size", 0, "at least 1"),
     (DataConfig, "data", "channels", 2, "1 or 3"),
     (DataConfig, "data", "workers", -1, "at least 0"),
-    (ModelConfig, "model", "kwargs", {"num_classes": 3}, "without num_classes of the data"),
-    (ModelConfig, "model", "kwargs", {"since": date(2026, 1, 1)}, "a mapping of plain values"),
-    (TrainConfig, "", "init_from", "", "a path or a name"),
     (OptimConfig, "optim", "lr", 0.0, "above 0"),
     (OptimConfig, "optim", "lr", NAN, "above 0"),
     (OptimConfig, "optim", "lr", INF, "above 0"),
@@ -238,3 +233,16 @@ def test_public_options_keep_their_names_and_defaults() -> None:
         for part in option.split("."):
             value = getattr(value, part)
         assert value == default, option
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model": {"kwargs": {"num_classes": 3}}}, "without num_classes of the data"),
+        ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must be plain values"),
+        ({"init_from": ""}, "init_from must be a path or a name"),
+    ],
+)
+def test_arguments_of_models_and_initial_weights(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        from_nested(TrainConfig, options)

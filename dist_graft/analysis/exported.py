@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_graft.analysis.stored_weights import architecture, exported_model, load_state
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.references import is_reference
-from dist_graft.training.data.preprocessing import Preprocessing
+from dist_graft.training.data.preprocessing import DAMAGED, Preprocessing
 from dist_graft.training.weights import (
     EXPORT_DESCRIPTION,
     WEIGHT_SUFFIXES,
@@ -46,7 +46,7 @@ class ExportedModel(nn.Module):
         values = description.get("preprocessing")
         try:
             self._preprocessing = Preprocessing.from_json(values) if values else None
-        except (TypeError, KeyError, ValueError) as error:
+        except DAMAGED as error:
             raise RunDirectoryError(f"{EXPORT_DESCRIPTION}: preprocessing: {error}") from error
         self.eval().requires_grad_(requires_grad=False)
 
@@ -99,7 +99,7 @@ def load(
     elif file.suffix not in WEIGHT_SUFFIXES:
         raise ConfigError(f"{file} is neither an exported folder nor a .safetensors or .pt file")
     description = read_description(file.parent)
-    _check_digest(file, description)
+    verified_content(file, description)
     state = read_weights(file)
     if model is not None:
         load_state(model, state, file)
@@ -121,15 +121,20 @@ def is_export(path: Path) -> bool:
     )
 
 
-def _check_digest(file: Path, description: dict[str, Any]) -> None:
+def verified_content(file: Path, description: dict[str, Any]) -> bytes:
+    """Content of an exported file.
+
+    Raises: RunDirectoryError if it is missing, or is not the file that export.json describes.
+    """
     try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        content = file.read_bytes()
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
-    if digest != description["sha256"].get(file.name):
+    if hashlib.sha256(content).hexdigest() != description["sha256"].get(file.name):
         raise RunDirectoryError(
             f"{file} is not the file that {EXPORT_DESCRIPTION} describes: export the run again"
         )
+    return content
 
 
 def predict(

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import weights_file
-from dist_graft.errors import ConfigError, RunDirectoryError
+from dist_graft.errors import ConfigError
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
 
 _EXPORTED = (".safetensors", ".pt")
@@ -22,17 +23,15 @@ def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
         instead of weights.
     """
     description = read_description(folder)
-    sha256 = description["sha256"]
-    chosen = {Path(name).stem: name for name in sorted(sha256) if name.endswith(_EXPORTED)}
+    names = sorted(description["sha256"])
+    chosen = {Path(name).stem: name for name in names if name.endswith(_EXPORTED)}
     if not chosen:
         raise ConfigError(
             f"{folder} does not hold weights: export the run with --format safetensors"
         )
     files = {}
     for stem, name in chosen.items():  # of two formats, safetensors
-        content = read_file(folder / name)
-        if hashlib.sha256(content).hexdigest() != sha256[name]:
-            raise RunDirectoryError(f"{folder / name} is damaged: export the run again")
+        content = verified_content(folder / name, description)
         if name.endswith(".pt"):
             content = weights_file(read_weights(folder / name), "safetensors")
         files[f"{stem}.safetensors"] = content
@@ -41,19 +40,11 @@ def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     for results in (description.get("results") or {}).values():
-        if "run_dir" in results:
-            results["run_dir"] = Path(results["run_dir"]).name
+        results.pop("run_dir", None)
+        results.pop("events", None)  # they name machines
     files[EXPORT_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
     files["README.md"] = model_card(description, repo).encode()
     return files
-
-
-def read_file(path: Path) -> bytes:
-    """Content of an exported file; RunDirectoryError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:

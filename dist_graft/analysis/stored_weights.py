@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dist_graft.training.checkpoint.files import (
     network_file,
     run_of_checkpoint,
 )
+from dist_graft.training.data.preprocessing import DAMAGED, Preprocessing
 from dist_graft.training.models import build_model
 from dist_graft.training.weights import (
     EXPORT_DESCRIPTION,
@@ -62,19 +63,26 @@ class StoredRun:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Content of classes.json; empty for data of the user's own, and in older runs."""
+        """Content of classes.json; empty for data of the user's own, and in older runs.
+
+        Raises: RunDirectoryError if it is damaged.
+        """
         path = RunDirectory(self.path).classes
-        content: dict[str, Any] = read_json(path) if path.exists() else {}
-        return content
+        if not path.exists():
+            return {}
+        content = read_json(path)
+        try:
+            classes = [str(name) for name in content["classes"]]
+            preprocessing = Preprocessing.from_json(content["preprocessing"])
+        except DAMAGED as error:
+            raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+        return {"classes": classes, "preprocessing": asdict(preprocessing)}
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """Numbers of classes and channels; None: unknown."""
         inputs = self.inputs
-        try:
-            return len(inputs["classes"]), int(inputs["preprocessing"]["channels"])
-        except (KeyError, TypeError, ValueError):
-            return None
+        return (len(inputs["classes"]), inputs["preprocessing"]["channels"]) if inputs else None
 
     def require_configured(self, *parts: str) -> None:
         """Raise ConfigError if one of these parts of the run was given in Python."""
@@ -295,13 +303,13 @@ def exported_model(
             f"{folder} holds a model that was built in Python, which this command cannot build: "
             "load the weights in Python"
         )
-    arguments = dict(description.get("model_arguments") or {})  # missing in older exports
-    shape = arguments.pop("num_classes", None), arguments.pop("channels", None)
     try:
+        arguments = dict(description.get("model_arguments") or {})  # missing in older exports
+        shape = arguments.pop("num_classes", None), arguments.pop("channels", None)
         model = ModelConfig(name=description["model"], **arguments)
-    except TypeError as error:
+        return model, None if None in shape else (int(shape[0]), int(shape[1]))
+    except (TypeError, ValueError) as error:
         raise RunDirectoryError(f"{folder / EXPORT_DESCRIPTION} cannot be read: {error}") from error
-    return model, None if None in shape else shape
 
 
 def _name(path: Path) -> str:

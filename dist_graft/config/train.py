@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,16 @@ from dist_graft.errors import ConfigError
 from dist_graft.grafting.rules import RULES
 
 _Config = TypeVar("_Config")
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Require further arguments of a model that config.yaml can hold."""
+    given = [name for name in ("num_classes", "channels") if name in kwargs]
+    require(not given, "model.kwargs", kwargs, f"without {' and '.join(given)} of the data")
+    try:
+        json.dumps(kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model.kwargs must be plain values, got {kwargs!r}") from error
 
 
 def is_named_weights(init_from: str) -> bool:
@@ -105,6 +116,7 @@ class TrainConfig:
         if self.resume_networks is not None:
             self._check_resume_networks(self.resume_networks)
         require(self.init_from != "", "init_from", self.init_from, "a path or a name")
+        _check_kwargs(self.model.kwargs)
         if self.graft.exchange == "files":
             self._check_files()
         elif self.population != PopulationConfig():

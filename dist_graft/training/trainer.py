@@ -618,6 +618,8 @@ class Trainer:
             )
         else:
             if self.config.init_from:
+                # If it fails, the store's host may exit before the others have the name.
+                self.runtime.gather([0.0], "the initial weights")
                 self.log.info("%s", initialize(self.model, self.config, self.process.network))
                 self.state.reset_optimizer()  # its moving average starts from the same weights
             if self.config.population.join == "donor":

@@ -51,6 +51,7 @@ def test_files_of_the_contract_and_no_others(pair: Path) -> None:
     found = {re.sub(r"tfevents\..*", "tfevents", name) for name in contents(pair)}
     assert found - {"population/log.txt"} == {
         "config.yaml",
+        "classes.json",
         "summary.json",
         *(f"network{k:02d}/metrics.jsonl" for k in NETWORKS),
         *(f"network{k:02d}/log.txt" for k in NETWORKS),

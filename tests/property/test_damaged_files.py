@@ -34,7 +34,8 @@ from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 
 CONFIG = TrainConfig(epochs=3)
 FILES = (
-    *("config.yaml", "summary.json", "lease.json", "STOPPED_EARLY", "population/events.jsonl"),
+    *("config.yaml", "classes.json", "summary.json", "lease.json", "STOPPED_EARLY"),
+    "population/events.jsonl",
     *("network00/metrics.jsonl", "network00/status.json", "network00/log.txt"),
     *("checkpoints/epoch_0002/COMPLETE.json", "checkpoints/epoch_0002/network00.pt"),
 )
@@ -46,6 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     directory = RunDirectory(path)
     directory.write_config(CONFIG, 1)
+    sizes = {"channels": 1, "resize": 28, "crop": 28, "image_size": 32}
+    directory.write_classes(["cat", "dog"], {**sizes, "mean": [0.5], "std": [0.2]})
     for epoch in (1, 2):
         folder = directory.checkpoints / f"epoch_{epoch:04d}"
         state = {"network": 0, "model": nn.Linear(2, 2).state_dict(), **Progress().state_dict()}
@@ -181,6 +184,7 @@ def readers(path: Path, file: str) -> list[Callable[[], object]]:
 
     kinds = {
         "config.yaml": [status, lambda: open_run(path), lambda: directory.check(CONFIG, 1)],
+        "classes.json": [lambda: open_run(path).inputs],
         "COMPLETE.json": [status, lambda: read_source(path), resume],
         "network00.pt": [lambda: open_run(path).state(0), resume],
         "checkpoints": [status, resume],

@@ -292,3 +292,16 @@ def test_public_options_keep_their_names_and_defaults() -> None:
         for part in option.split("."):
             value = getattr(value, part)
         assert value == default, option
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model": {"kwargs": {"num_classes": 3}}}, "without num_classes of the data"),
+        ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must be plain values"),
+        ({"init_from": ""}, "init_from must be a path or a name"),
+    ],
+)
+def test_arguments_of_models_and_initial_weights(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        from_nested(TrainConfig, options)

@@ -19,6 +19,9 @@ from dist_graft.training.data.augment import Normalize, pad_to
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+DAMAGED = (KeyError, TypeError, ValueError, OverflowError)
+"""Errors of `Preprocessing.from_json`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -39,9 +42,13 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Restore `dataclasses.asdict` after JSON; raises TypeError or KeyError."""
-        pair = {name: tuple(map(float, values[name])) for name in ("mean", "std")}
-        return cls(**{**values, **pair})
+        """Restore `dataclasses.asdict` after JSON.
+
+        Raises: one of `DAMAGED` if the values are not such a description.
+        """
+        sizes = {name: int(values[name]) for name in ("channels", "resize", "crop", "image_size")}
+        mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+        return cls(**sizes, mean=mean, std=std)
 
     def __call__(self, image: str | Path | Image | Tensor) -> Tensor:
         """Prepare one image.

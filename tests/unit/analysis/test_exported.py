@@ -191,6 +191,19 @@ class TestExport:
             expected = network(3, name="resnet8").eval()(images)
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
 
+    def test_a_model_from_python_is_exported_as_weights_only(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", related_states(1))
+        directory = RunDirectory(run)
+        config, networks = directory.read_config()
+        directory.write_config(config, networks, ["model"])
+        with pytest.raises(ConfigError, match="use --format safetensors"):
+            export_run(run, kind="torch_export")
+        export_run(run, kind="safetensors")
+        with pytest.raises(ConfigError, match="built in Python"):
+            dist_graft.load(run / "export")
+        given = dist_graft.load(run / "export", model=network(5))
+        assert torch.equal(given.model.conv1.weight, related_states(1)[0]["conv1.weight"])
+
     def test_onnx_without_its_packages(
         self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

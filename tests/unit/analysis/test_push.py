@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             for k in range(2)
         ],
+        "events": [{"kind": "slow", "text": "network 0 on secret-host is slow"}],
         "mean_accuracy_before_last_round": 60.5,
         "mean_accuracy_after_last_round": 61.75,
     }
@@ -59,7 +61,9 @@ def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "| network 1 (lr 0.1) | 61.00 | 62.25 |" in card
     assert "| mean | 60.50 | 61.75 |" in card
     assert 'dist_graft.load(snapshot_download("me/boots"))' in card
-    assert str(exported.parent) not in card + (out / "export.json").read_text()
+    published = card + (out / "export.json").read_text()
+    assert str(exported.parent) not in published
+    assert "secret-host" not in published
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
 
@@ -138,6 +142,14 @@ def test_unreachable_hub(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1, error
     assert "me/boots cannot be uploaded" in error
+
+
+def test_huggingface_hub_is_missing(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert cli.run(["push", str(exported), "--repo", "me/boots"]) == 2
+    assert "pip install 'dist_graft[hub]'" in capsys.readouterr().err
 
 
 def test_programs_are_refused(

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from launching import run_population
+from launching import end_population, run_population
 from reading import assert_same_bits, checkpoint
 from runs import EPOCHS, REGRESSION, Regressor, StopAfter, config_of
 from torch import Tensor, nn
@@ -265,6 +265,13 @@ class TestRuns:
         )
         REGRESSION.trainer(options, first).fit()
         assert_same_bits(first.model, regressor(1).state_dict())
+
+    def test_all_networks_end_when_there_are_no_weights(self, tmp_path: Path) -> None:
+        ends = end_population(2, tmp_path / "run", "--init_from", str(tmp_path / "nowhere"))
+        for end in ends:
+            assert end.status == 2
+            assert len(end.errors.splitlines()) == 1, end.errors
+            assert "no such run, checkpoint, or file" in end.errors
 
     def test_replicas_start_from_the_same_weights(self, tmp_path: Path) -> None:
         torch.manual_seed(9)

@@ -28,7 +28,7 @@ from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import measure
 from dist_graft.studies.records import THRESHOLDS
-from dist_graft.training.learning_rates import learning_rates
+from dist_graft.training.learning_rates import initial_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
 _DIVERGED = re.compile(r"non-finite (weight|training loss|loss)|diverged")
@@ -80,7 +80,7 @@ def execute_run(
         if not is_finished(folder):
             _train(run, folder, on_epochs)
         remarks = _evaluate(run, folder)
-        rates = learning_rates(run.config.optim, run.arm.networks)
+        rates = initial_rates(run.config, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
         outcomes |= summarize(outcomes["members"], rates)
         outcomes["delivered"] = read_delivered(run, folder, outcomes)

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.members import member_configs
 from dist_graft.config.parsing import from_mapping
 from dist_graft.config.validation import own
 from dist_graft.grafting.rules import RULES, Rule
@@ -100,6 +101,7 @@ def resolve(options: Mapping[str, Any], networks: int) -> TrainConfig:
     """
     config = parse(options)
     check_dataset_name(config.data.name)
+    member_configs(config, networks)
     learning_rates(config.optim, networks)
     return config
 

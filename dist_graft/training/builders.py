@@ -32,7 +32,7 @@ from dist_graft.seeding import stream_seed
 from dist_graft.training.data import Data, ImageData, load_data
 from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
-from dist_graft.training.learning_rates import learning_rates, schedule, warmup_steps
+from dist_graft.training.learning_rates import initial_rates, schedule, warmup_steps
 from dist_graft.training.models import build_model
 from dist_graft.training.schedule import Cadence, quadratic_steps
 from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
@@ -336,7 +336,7 @@ def build_cadence(
             every_steps=graft.every_steps,
             **limits,
         )
-    largest = max(learning_rates(config.optim, networks))
+    largest = max(initial_rates(config, networks))
     factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     warmup = warmup_steps(config.optim, steps_per_epoch)
     end = min(graft.stop or config.epochs, config.epochs)

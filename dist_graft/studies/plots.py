@@ -223,7 +223,7 @@ def accuracy_by_cost(
         axes.grid(visible=True)
         if ends:
             reach = max(max(ends) - min(ends), 1.0)
-            axes.set_ylim(min(ends) - 2 * reach, max(ends) + 0.3 * reach)
+            axes.set_ylim(max(0.0, min(ends) - 2 * reach), max(ends) + 0.3 * reach)
     panels[0].set_ylabel(label)
     _add_legend(figure, panels[-1])
     return figure
@@ -378,7 +378,7 @@ def _rows(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # room for arrows
     axes.spines.left.set_visible(False)
     return figure, axes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
-from dist_graft.studies.measurements import measure
+from dist_graft.studies.measurements import measure, read_events
 from dist_graft.studies.records import THRESHOLDS
 from dist_graft.training.learning_rates import initial_rates
 
@@ -105,7 +106,8 @@ def execute_run(
         return _row(run, folder, status="failed", error=message), None
     if divergence:
         outcomes["delivered"] = 100.0 / count_classes(run.config)
-    _prune(folder / "checkpoints", keep_checkpoints)
+    for checkpoints in (folder / "checkpoints", *folder.glob("network*/checkpoints")):
+        _prune(checkpoints, keep_checkpoints)
     row = _row(
         run,
         folder,
@@ -118,13 +120,19 @@ def execute_run(
 # Processes
 
 
-def train_command(run: Run, folder: Path) -> list[str]:
-    """Return the command that trains the run."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={run.arm.networks * run.config.runtime.replicas}",
+def train_commands(run: Run, folder: Path) -> list[list[str]]:
+    """Return the commands that train the run: one, or one for each job (graft.exchange files)."""
+    networks, replicas = run.arm.networks, run.config.runtime.replicas
+    train = [
         *("-m", "dist_graft", "train", "--config", str(folder / "options.yaml")),
         *("--run_dir", str(folder), "--resume", "auto", "--monitor.progress", "lines"),
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if run.config.graft.exchange != "files":
+        return [[*torchrun, f"--nproc-per-node={networks * replicas}", *train]]
+    launcher = [*torchrun, f"--nproc-per-node={replicas}"] if replicas > 1 else [sys.executable]
+    return [
+        [*launcher, *train, "--population.network", str(network)] for network in range(networks)
     ]
 
 
@@ -144,7 +152,7 @@ def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
     before, wall, cores = _cost(folder), time.monotonic(), _children_seconds()
     try:
         _execute(
-            train_command(run, folder),
+            train_commands(run, folder),
             folder / "output.txt",
             lambda: on_epochs(finished_epochs(folder)),
         )
@@ -164,7 +172,7 @@ def _evaluate(run: Run, folder: Path) -> list[str]:
     if measured or (folder / "evaluation.json").is_file():
         return []
     try:
-        _execute(evaluate_command(run, folder), folder / "output.txt", lambda: None)
+        _execute([evaluate_command(run, folder)], folder / "output.txt", lambda: None)
     except RunFailedError as error:
         if run.split == "validation" or run.arm.delivers not in ("network", "member"):
             raise  # the accuracy of the delivered model is in evaluation.json only
@@ -172,44 +180,50 @@ def _evaluate(run: Run, folder: Path) -> list[str]:
     return []
 
 
-def _execute(command: Sequence[str], output: Path, on_wait: Callable[[], None]) -> None:
-    """Run a command in a new process group, so that only this process forwards signals to it.
+def _execute(commands: Sequence[Sequence[str]], output: Path, on_wait: Callable[[], None]) -> None:
+    """Run commands at the same time; when one fails, the others are terminated.
+
+    Each has a process group of its own, so that only this process forwards signals to it.
 
     Raises: RunFailedError with the line that explains the failure.
     """
+    processes: list[subprocess.Popen[bytes]] = []
     with output.open("ab") as file:
         start = file.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_launcher,  # noqa: PLW1509  no orphans if this process is killed
-        )
         try:
-            while process.poll() is None:
+            for command in commands:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_launcher,  # noqa: PLW1509  no orphans if this one is killed
+                )
+                processes.append(process)
+            while not (failed := [p.returncode for p in processes if p.poll()]):
+                running = [process for process in processes if process.poll() is None]
+                if not running:
+                    return
                 on_wait()
-                try:
-                    process.wait(_POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running[0].wait(_POLL_SECONDS)
         finally:
-            _stop(process)
-    if process.returncode != 0:
-        with output.open("rb") as file:
-            file.seek(start)
-            raise RunFailedError(
-                error_line(file.read().decode(errors="replace"), process.returncode)
-            )
+            _stop(processes)
+    with output.open("rb") as file:
+        file.seek(start)
+        raise RunFailedError(error_line(file.read().decode(errors="replace"), failed[0]))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a command if it is running, and kill it after a grace period."""
-    if process.poll() is None:
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Terminate the commands that are running, and kill them after a grace period."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
         process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in running:
         try:
-            process.wait(_GRACE_SECONDS)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -354,9 +368,9 @@ def read_divergence(folder: Path) -> str:
     networks = read_json(folder / "summary.json").get("diverged", [])
     if networks:
         return f"network {networks[0]} diverged"
-    path = RunDirectory(folder).events
-    events = read_json(path) if path.is_file() else []
-    found = (event["text"] for event in events if event["kind"] in ("diverged", "healed"))
+    found = (
+        event["text"] for event in read_events(folder) if event["kind"] in ("diverged", "healed")
+    )
     return str(next(found, ""))
 
 

@@ -61,13 +61,19 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     """
     directory, config = RunDirectory(folder), run.config
     metrics = [read_json(directory.metrics(network)) for network in range(run.arm.networks)]
-    events = read_json(directory.events) if directory.events.is_file() else []
-    measured: dict[str, Any] = {"heals": sum(event["kind"] == "healed" for event in events)}
+    healed = [event for event in read_events(folder) if event["kind"] == "healed"]
+    measured: dict[str, Any] = {"heals": len(healed)}
     if (folder / "evaluation.json").is_file():
         measured |= read_evaluation(read_json(folder / "evaluation.json"))
     if not has_exchange(config, run.arm.networks):
         return measured
     return measured | measure_rounds(config, metrics)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of a run, or of all of its jobs."""
+    paths = [RunDirectory(folder).events, *sorted(folder.glob("network*/events.jsonl"))]
+    return [event for path in paths if path.is_file() for event in read_json(path)]
 
 
 def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:

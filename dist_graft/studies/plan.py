@@ -15,6 +15,7 @@ from dist_graft.config.validation import above_zero, at_least, require
 from dist_graft.errors import ConfigError
 from dist_graft.studies.train_options import (
     DELIVERIES,
+    HALF_SLOW,
     Delivery,
     TrainOptions,
     expand,
@@ -30,6 +31,12 @@ Control = Literal["one_network", "constant", "shuffled"]
 BUILT_IN: dict[str, TrainOptions] = {
     "graft": {"method": "graft"},
     "independent": {"method": "none", "graft": {"every": 0}},
+    "graft-files": {
+        "method": "graft",
+        "graft": {"exchange": "files"},
+        "population": {"size": 1},  # set to the number of networks
+        "callbacks": [HALF_SLOW],
+    },
     "average": {"method": "average"},
     "papa": {"method": "papa"},
     "wash": {"method": "wash"},

@@ -27,7 +27,14 @@ their mean); the uniform soup, batch norm re-estimated; the moving average of th
 mean of the last checkpoints, batch norm re-estimated. The last two are means over the networks."""
 DELIVERIES: tuple[Delivery, ...] = ("member", "soup", "ema", "checkpoints")
 
-EXCHANGE_SECTIONS = ("method", "graft", *(name for name, rule in RULES.items() if rule.options))
+HALF_SLOW = "dist_graft.studies.speeds:HalfSlow"
+"""Callback that simulates networks of different speeds."""
+EXCHANGE_SECTIONS = (
+    "method",
+    "graft",
+    "population",
+    *(name for name, rule in RULES.items() if rule.options),
+)
 """Options that define the exchange between networks; all others define how each one trains."""
 
 _PER_NETWORK = ("members", "diversity")
@@ -63,8 +70,10 @@ def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> TrainOption
 
 
 def without_exchange(options: Mapping[str, Any]) -> TrainOptions:
-    """Return the options without those that define the exchange."""
-    return {name: value for name, value in options.items() if name not in EXCHANGE_SECTIONS}
+    """Return the options without those that define the exchange, or the speed of the networks."""
+    kept = {name: value for name, value in options.items() if name not in EXCHANGE_SECTIONS}
+    callbacks = [name for name in kept.pop("callbacks", ()) if name != HALF_SLOW]
+    return kept | ({"callbacks": callbacks} if callbacks else {})
 
 
 def without_learning_rates(options: Mapping[str, Any]) -> TrainOptions:
@@ -99,6 +108,8 @@ def resolve(options: Mapping[str, Any], networks: int) -> TrainConfig:
 
     Raises: ConfigError for options that ``train`` would reject.
     """
+    if options.get("graft", {}).get("exchange") == "files":
+        options = merge(options, {"population": {"size": networks}})
     config = parse(options)
     check_dataset_name(config.data.name)
     member_configs(config, networks)

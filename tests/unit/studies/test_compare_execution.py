@@ -25,6 +25,7 @@ from dist_graft.studies import command, comparison, execution
 from dist_graft.studies.comparison import FailedRunsError, compare, dry_run
 from dist_graft.studies.controls import Run
 from dist_graft.studies.execution import (
+    RunFailedError,
     error_line,
     finished_epochs,
     largest,
@@ -33,7 +34,7 @@ from dist_graft.studies.execution import (
     read_test,
     read_validation,
     summarize,
-    train_command,
+    train_commands,
 )
 from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
@@ -49,13 +50,13 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "behaviour"
     folder.mkdir()
 
-    def train(run: Run, at: Path) -> list[str]:
+    def train(run: Run, at: Path) -> list[list[str]]:
         options = yaml.safe_load((at / "options.yaml").read_text())
         (at / "options.json").write_text(json.dumps(options))
         words = ["train", at / "options.json", at, run.arm.networks, folder]
-        return [sys.executable, str(STAND_IN), *map(str, words)]
+        return [[sys.executable, str(STAND_IN), *map(str, words)]]
 
-    monkeypatch.setattr(execution, "train_command", train)
+    monkeypatch.setattr(execution, "train_commands", train)
     monkeypatch.setattr(
         execution,
         "evaluate_command",
@@ -142,10 +143,10 @@ class TestComparison:
     def test_plan_is_recorded_before_the_first_run(
         self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def no_training(run: Run, at: Path) -> list[str]:
+        def no_training(run: Run, at: Path) -> list[list[str]]:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(execution, "train_command", no_training)
+        monkeypatch.setattr(execution, "train_commands", no_training)
         with pytest.raises(KeyboardInterrupt):
             compare(plan(), tmp_path / "out")
         (entry,) = read_starts(tmp_path / "out")
@@ -520,12 +521,31 @@ def test_error_line(output: str, status: int, line: str) -> None:
 
 def test_training_uses_torchrun() -> None:
     run = study_state(plan()).comparison_runs[0]
-    words = train_command(run, Path("out/runs/x"))
+    (words,) = train_commands(run, Path("out/runs/x"))
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in words
     assert words[words.index("-m", 3) + 1 :][:2] == ["dist_graft", "train"]
     assert words[words.index("--config") + 1] == "out/runs/x/options.yaml"
     assert words[words.index("--run_dir") + 1] == "out/runs/x"
+
+
+def test_jobs_are_trained_by_a_command_for_each_network() -> None:
+    state = study_state(plan(methods={"graft-files": None}))
+    run = next(run for run in state.comparison_runs if run.arm.name == "graft-files")
+    assert run.config.population.size == 2
+    commands = train_commands(run, Path("out/runs/x"))
+    assert [words[-2:] for words in commands] == [["--population.network", n] for n in "01"]
+    assert all(words[1:4] == ["-m", "dist_graft", "train"] for words in commands)
+    others = [run.config for run in state.comparison_runs if run.arm.name != "graft-files"]
+    assert others
+    assert not any(config.callbacks for config in others), "controls are not slowed down"
+
+
+def test_a_job_that_fails_ends_the_others(tmp_path: Path) -> None:
+    forever = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    failing = [sys.executable, "-c", "print('dist-graft: error: no space', flush=True); exit(3)"]
+    with pytest.raises(RunFailedError, match="no space"):
+        execution._execute([forever, failing], tmp_path / "output.txt", lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ immediately.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -163,6 +164,20 @@ class _VersionAction(Action):
         parser.exit()
 
 
+class _CompletionAction(Action):
+    """Prints a script for tab completion in a shell."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        shells = ("bash", "zsh", "tcsh")
+        super().__init__(option_strings, SUPPRESS, default=SUPPRESS, choices=shells, **settings)
+
+    def __call__(self, parser: Any, _: Any, shell: Any, *__: Any) -> None:
+        if importlib.util.find_spec("shtab") is None:
+            raise StartError("--print_completion needs shtab: pip install dist_graft[completion]")
+        _print(parser.get_completion_script(f"shtab-{shell}"))
+        sys.exit()  # the parser cannot be used after that, not even its exit
+
+
 def command_parsers() -> dict[str, ArgumentParser]:
     """Parser of each command, by the command's name."""
     return _subparsers(_build_parser())
@@ -176,6 +191,11 @@ def _build_parser() -> ArgumentParser:
         **PARSER_SETTINGS,
     )
     parser.add_argument("--version", action=_VersionAction, help="print all relevant versions")
+    parser.add_argument(
+        "--print_completion",
+        action=_CompletionAction,
+        help="print a script for tab completion (extra completion)",
+    )
     subcommands = parser.add_subcommands(dest="command", required=True)
     for command in COMMANDS.values():
         subparser = command.build_parser(PARSER_SETTINGS)

@@ -174,6 +174,28 @@ class TestInvalidOptions:
         refused(capsys, *argv)
 
 
+def test_completion_knows_commands_options_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ending:
+        cli.run(["--print_completion", "bash"])
+    assert not ending.value.code
+    script = capsys.readouterr().out
+    words = "dist-graft train --optim.schedule ''"
+    asked = f"COMP_WORDS=({words}); COMP_CWORD=3; _shtab_dist_graft; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["cosine", "step", "constant"]
+
+
+def test_completion_names_the_missing_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.run(["--print_completion", "zsh"]) == 1
+    assert "pip install dist_graft[completion]" in capsys.readouterr().err
+
+
 class TestRefusal:
     def test_nothing_is_written(self, capsys: pytest.CaptureFixture[str]) -> None:
         refused(capsys, "train", "--run_dir", "run", "--graft.amplitude", "2")

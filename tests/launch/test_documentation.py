@@ -46,6 +46,7 @@ NOT_PARSED = {
     'pip install ".[transformers]"': "pip, needs a network",
     "pip install .": "tests/launch/test_packaging.py installs the wheel",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
+    "pip install '.[completion]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
     "tensorboard --logdir runs/first": "TensorBoard",
     "touch runs/first/STOP": "tests/integration/test_status_of_a_run.py",

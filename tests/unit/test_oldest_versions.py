@@ -1,4 +1,4 @@
-"""tests/oldest.txt, which CI installs, has the lower bounds of setup.cfg."""
+"""The versions that CI installs: tests/oldest.txt and .ci/constraints.txt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
@@ -35,3 +36,19 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
         name: (extra, "==", version) for name, (extra, _, version) in bounds.items()
     }
     assert not requirements(indirect).keys() & bounds.keys()
+
+
+def test_constraints_have_all_requirements() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    groups = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
+    pinned = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+    for line in filter(None, "\n".join(groups).splitlines()):
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name != "dist-graft":
+            assert requirement.specifier.contains(pinned[name]), line

@@ -86,6 +86,17 @@ class RunFiles:
         return epochs if isinstance(epochs, int) else 0
 
 
+def run_paths(path: Path) -> list[Path]:
+    """Run directories: the path itself if it is one, else those in it, by name."""
+
+    def is_run(folder: Path) -> bool:
+        return (folder / "config.yaml").is_file() or any(folder.glob("network[0-9][0-9]"))
+
+    if is_run(path) or not path.is_dir():
+        return [path] if is_run(path) else []
+    return sorted(folder for folder in path.iterdir() if is_run(folder))
+
+
 def read_run(path: Path) -> RunFiles:
     """Read a run directory. Damaged files are listed in `problems`.
 

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import socket
+import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run
+from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run, run_paths
 from dist_graft.command import Command, Options
 from dist_graft.config.validation import above_zero
 from dist_graft.monitoring.console import duration
@@ -49,34 +50,44 @@ _JOB_HEADER = ("job", "lag", "lease", "checkpoint")
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Show the progress of a run, or how it ended, from the files it wrote.",
+        description="Show the progress of a run, or how it ended, from the files it wrote; of a "
+        "folder of runs, the state of each.",
         **settings,
     )
     add = parser.add_argument
-    add("run", type=str, help="run directory")
-    add("--watch", action="store_true", help="repeat until the run has ended")
+    add("run", type=str, help="run directory, or a folder of run directories")
+    add("--watch", action="store_true", help="wait for the run, and repeat until it has ended")
     add("--every", type=float, default=5.0, help="seconds between repetitions")
     add("--json", action="store_true", help="print one JSON object per repetition, for scripts")
     return parser
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Show the status once, or repeatedly until the run has ended.
+    """Show the status once, or repeatedly until the run, or all runs of a folder, have ended.
 
-    Raises: RunDirectoryError if there is no run.
+    Raises: RunDirectoryError if there is no run, unless it is waited for.
     """
     del process
     above_zero("every", options["every"])
     path, watch, as_json = Path(options["run"]), options["watch"], options["json"]
     clear = _CLEAR_SCREEN if watch and not as_json and sys.stdout.isatty() else ""
+    waiting = False
     while True:
-        files, now = read_run(path), time.time()
-        run_status = judge(files, now)
+        paths, now = run_paths(path), time.time()
+        if not paths and watch:
+            if not waiting and not as_json:
+                yield f"{clear}waiting for a run to start in {path}"
+            waiting = True
+            time.sleep(options["every"])
+            continue
+        runs = [(files, judge(files, now)) for files in map(read_run, paths or [path])]
+        one = paths in ([], [path])
         if as_json:
-            yield json.dumps(facts(files, run_status, now), indent=None if watch else 1)
+            known = [facts(*each, now) for each in runs]
+            yield json.dumps(known[0] if one else known, indent=None if watch else 1)
         else:
-            yield clear + status_text(files, run_status, now)
-        if not watch or run_status.state not in ACTIVE:
+            yield clear + (status_text(*runs[0], now) if one else overview(runs, now))
+        if not watch or not any(run_status.state in ACTIVE for _, run_status in runs):
             return
         time.sleep(options["every"])
 
@@ -273,6 +284,31 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
     if run_status.state in ACTIVE:
         lines.append(f"to stop the run after a checkpoint: touch {run.path / 'STOP'}")
     return "\n".join(lines)
+
+
+def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
+    """Table of several runs: state, finished epochs, mean test accuracy, time left."""
+    rows = []
+    for files, run_status in runs:
+        known = facts(files, run_status, now)
+        networks = known["networks"]
+        accuracies = [row["test_accuracy"] for row in networks if row["test_accuracy"] is not None]
+        epochs = min((row["epochs_finished"] for row in networks), default=0)
+        left = known["seconds_left"]
+        rows.append(
+            (
+                files.path.name,
+                run_status.state,
+                str(len(networks)),
+                str(known["model"] or "?"),
+                str(known["method"] or "?"),
+                f"{epochs}/{known['epochs'] or '?'}",
+                _fixed(statistics.fmean(accuracies) if accuracies else None, 2),
+                "-" if left is None else duration(left),
+            )
+        )
+    header = ("run", "state", "networks", "model", "method", "epochs", "mean test %", "time left")
+    return format_table(header, rows)
 
 
 def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:

@@ -280,6 +280,33 @@ class TestCommand:
         assert done.stdout.startswith(f"{run}: finished")
         assert "\x1b" not in done.stdout
 
+    def test_a_folder_of_runs(self, tmp_path: Path) -> None:
+        for name in ("second", "first"):
+            make_run(tmp_path / name)
+        (tmp_path / "notes").mkdir()
+        write_summary(tmp_path / "first")
+        finish_run(tmp_path / "second")
+        done = status(tmp_path)
+        assert done.returncode == 0, done
+        rows = [line.split() for line in done.stdout.splitlines()]
+        assert [row[0] for row in rows[1:]] == ["first", "second"]
+        assert rows[1][1:] == [*("died", "2", "resnet20", "graft", "3/4", "52.00", "-")]
+        known = json.loads(status(tmp_path, "--json").stdout)
+        assert [row["run"] for row in known] == [str(tmp_path / n) for n in ("first", "second")]
+
+    def test_watch_waits_for_a_run_that_starts(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "dist_graft", "status", str(tmp_path / "run")]
+        with subprocess.Popen(
+            [*command, "--watch", "--every", "0.1"], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert "waiting for a run to start in" in process.stdout.readline()
+            finish_run(make_run(tmp_path / "new"))
+            (tmp_path / "new").rename(tmp_path / "run")
+            output = process.stdout.read()
+        assert process.returncode == 0
+        assert "finished" in output
+
     def test_not_a_run_directory_is_an_error_of_one_line(self, tmp_path: Path) -> None:
         done = status(tmp_path)
         assert done.returncode == 1

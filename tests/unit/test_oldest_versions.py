@@ -1,4 +1,4 @@
-"""The versions that CI installs: tests/oldest.txt and .ci/constraints.txt."""
+"""The versions that CI installs: tests/oldest.txt and tests/constraints.txt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_constraints_have_all_requirements() -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     groups = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
+    lines = (ROOT / "tests/constraints.txt").read_text().splitlines()
     pinned = {
         canonicalize_name(name): version
         for name, _, version in (line.partition("==") for line in lines if "==" in line)

@@ -39,7 +39,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--last_checkpoints",
         type=int,
         default=0,
-        help="also test the mean of the weights of so many last checkpoints; 0: none",
+        help="also test the mean of the weights of this many latest checkpoints; 0: none",
     )
     return parser
 

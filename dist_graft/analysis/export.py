@@ -17,9 +17,9 @@ Format = Literal["safetensors", "pt", "torch_export", "onnx"]
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Write networkNN for each network, networkNN_ema with the moving average of "
-        "its weights if the run has one, uniform_soup, the average of the networks' weights, and "
-        "export.json, which describes them.",
+        description="Write the weights of each network (networkNN), the moving average of its "
+        "weights if the run has one (networkNN_ema), the average of the networks' weights "
+        "(uniform_soup), and export.json, which describes the files.",
         **settings,
     )
     add_run_arguments(parser)

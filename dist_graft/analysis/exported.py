@@ -30,7 +30,7 @@ _BATCH = 32
 
 
 class ExportedModel(nn.Module):
-    """A trained network in evaluation mode, with the preparation of its images.
+    """A trained network in evaluation mode, with its image preprocessing.
 
     Attributes:
         model (nn.Module): the plain module.
@@ -51,7 +51,7 @@ class ExportedModel(nn.Module):
         self.eval().requires_grad_(requires_grad=False)
 
     def preprocess(self, image: str | Path | Image | Tensor) -> Tensor:
-        """Prepare one image as the test images of the run.
+        """Prepare one image like the run's test images.
 
         Args: image: path of a file, PIL image, or uint8 tensor [1 or 3, height, width].
         Returns: float32 [channels, image_size, image_size].
@@ -60,8 +60,8 @@ class ExportedModel(nn.Module):
         """
         if self._preprocessing is None:
             raise ConfigError(
-                "this export does not say how its images were prepared (its run had data of its "
-                "own, or is of an older version): prepare them yourself and call the module"
+                "this export does not say how its images were prepared (its run used its own "
+                "data, or an older version): prepare them yourself and call the module"
             )
         return self._preprocessing(image)
 
@@ -82,7 +82,7 @@ class ExportedModel(nn.Module):
 def load(
     path: str | Path, *, model: nn.Module | None = None, trust_code: bool = False
 ) -> ExportedModel:
-    """Load an exported network on the CPU, in evaluation mode. Nothing is unpickled but tensors.
+    """Load an exported network on the CPU, in evaluation mode. Only tensors are unpickled.
 
     Args:
         path: file of an export in the format safetensors or pt, or its folder: its first network.
@@ -107,8 +107,8 @@ def load(
     config, shape = exported_model(description, file.parent)
     if is_reference(config.name) and not trust_code:
         raise ConfigError(
-            f"{file.parent} needs your model {config.name}, whose code would be called: pass "
-            "trust_code if you trust this export, or model= in Python"
+            f"{file.parent} needs to call your model function {config.name}: pass trust_code if "
+            "you trust this export, or model= in Python"
         )
     return ExportedModel(architecture(config, state, file, shape), description)
 

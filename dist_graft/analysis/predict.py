@@ -29,14 +29,14 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         type=str,
         nargs="+",
         metavar="EXPORT [EXPORT ...] IMAGE",
-        help="exported files, or folders (their first network), then images",
+        help="exported files, or folders (for their first network), then images",
     )
     add("--top", type=int, default=5, help="number of classes for each image")
     add("--json", action="store_true", help="print a JSON list")
     add(
         "--trust_code",
         action="store_true",
-        help="call the function package.module:name of an export whose model is your own",
+        help="allow an export to call its own model function, package.module:name",
     )
     return parser
 

@@ -33,7 +33,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 
 
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
-    """Upload an export, or write what would be uploaded. Yields where it is.
+    """Upload an export, or write what would be uploaded. Yields its location.
 
     Raises: RunDirectoryError; ConfigError if huggingface_hub is missing or the Hub refuses.
     """

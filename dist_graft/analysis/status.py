@@ -50,13 +50,13 @@ _JOB_HEADER = ("job", "lag", "lease", "checkpoint")
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     """Build the parser of the command's options."""
     parser = ArgumentParser(
-        description="Show the progress of a run, or how it ended, from the files it wrote; of a "
-        "folder of runs, the state of each.",
+        description="Show the progress of a run, or how it ended, from the files it wrote; for a "
+        "folder of runs, show the state of each.",
         **settings,
     )
     add = parser.add_argument
     add("run", type=str, help="run directory, or a folder of run directories")
-    add("--watch", action="store_true", help="wait for the run, and repeat until it has ended")
+    add("--watch", action="store_true", help="wait for the run to start, and repeat until it ends")
     add("--every", type=float, default=5.0, help="seconds between repetitions")
     add("--json", action="store_true", help="print one JSON object per repetition, for scripts")
     return parser

@@ -63,7 +63,7 @@ class StoredRun:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Content of classes.json; empty for data of the user's own, and in older runs.
+        """Content of classes.json; empty for the user's own data, and in older runs.
 
         Raises: RunDirectoryError if it is damaged.
         """

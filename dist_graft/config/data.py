@@ -33,19 +33,18 @@ class DataConfig:
     augment: bool = True
     """Random crops and horizontal flips during training."""
     mixup: float = 0.0
-    """Mixup (arXiv 1710.09412): training images are averaged in pairs with a share from
-    Beta(mixup, mixup), and so are their labels. 0: off. With cutmix, one of the two is drawn for
-    each image."""
+    """Mixup (arXiv 1710.09412): training images and their labels are averaged in pairs, with
+    weights from Beta(mixup, mixup). 0: off. With cutmix, one of the two is drawn for each image."""
     cutmix: float = 0.0
-    """CutMix (arXiv 1905.04899): a box of each training image is replaced by that of another one,
-    with the area's share of its label; 1 minus this share is drawn from Beta(cutmix, cutmix). 0:
-    off."""
+    """CutMix (arXiv 1905.04899): a box of each training image is copied from another image, whose
+    label gets the box's share of the area; 1 minus this share is drawn from Beta(cutmix, cutmix).
+    0: off."""
     random_erasing: float = 0.0
-    """Random erasing (arXiv 1708.04896): probability that a box of a training image is replaced by
-    the mean color, in [0, 1]."""
+    """Random erasing (arXiv 1708.04896): probability, in [0, 1], that a box of a training image is
+    filled with the mean color."""
     rand_augment: int | str | None = None
-    """RandAugment (arXiv 1909.13719) of training images: the magnitude in 0 to 30, for two
-    operations per image, or "N,M" for N operations of magnitude M; unset: off."""
+    """RandAugment (arXiv 1909.13719) of training images: magnitude, from 0 to 30, of two operations
+    per image, or "N,M" for N operations of magnitude M; unset: off."""
     workers: int | Literal["auto"] | None = None
     """DataLoader workers per process; 0: load in the training process; auto: one for each core of
     the process but one, between 1 and 16. Unset: auto for imagefolder, 0 for datasets passed in

@@ -23,12 +23,12 @@ class GraftConfig:
     start: int = 0
     """Epochs to train before the first round, with any method."""
     stop: int = 0
-    """Epochs after which there are no more rounds, with any method; 0: rounds until the end."""
+    """No rounds after this many epochs, with any method; 0: no limit."""
     qsr_alpha: float | None = None
-    """alpha of the Quadratic Synchronization Rule: the next round follows after
-    max(every_steps, floor((alpha / lr)^2)) steps, so that intervals grow as the learning rate
-    falls; lr is the largest of all networks. One more round follows the last step. Unset: rounds
-    every every_steps steps."""
+    """alpha of the Quadratic Synchronization Rule (arXiv 2310.14423): the next round follows after
+    max(every_steps, floor((alpha / lr)^2)) steps, so intervals grow as the learning rate falls; lr
+    is the largest learning rate among the networks. One more round follows the last step. Unset: a
+    round every every_steps steps."""
     source: Literal["external", "internal", "noise"] = "external"
     """What is grafted: another network's weights (external), this network's strongest filters
     (internal), or noise. internal and noise need no exchange and work with a single network."""
@@ -42,9 +42,9 @@ class GraftConfig:
     """layer: one coefficient per layer, from the criterion; filter: one per channel, from the batch
     norm scales (plain convolutional chains such as VGG only)."""
     filter_rule: Literal["channel", "authors"] = "channel"
-    """level filter: how the shares of channels apply. channel: a weight keeps the mean of its two
-    channels' shares; authors: as in the published script, a weight keeps their product, and a batch
-    norm the product of all shares of its layer."""
+    """With level filter: how channel shares apply to a weight. channel: it keeps the mean of the
+    shares of its two channels; authors: as in the published script, it keeps their product, and
+    batch norm keeps the product of all shares of its layer."""
     criterion: str = "entropy"
     """Information of a layer: entropy of its weights (eq. 6, in nats), filter_entropy (sum of its
     filters' entropies, eq. 5, in nats), l1 (mean absolute weight), or package.module:name of a
@@ -69,8 +69,8 @@ class GraftConfig:
     """files: how long a round waits for its donor (with max_lag 0: for all networks); inf: without
     limit."""
     internal: Literal["replace", "add"] = "replace"
-    """source internal: a strong filter replaces an invalid one, or is added to it, as in the
-    authors' first release."""
+    """With source internal: a strong filter replaces an invalid one (replace), or is added to it
+    (add), as in the authors' first release."""
     threshold: float = 0.1
     """Filters with an L1 norm below this are invalid and get replaced (internal and noise)."""
     noise_annealing: float = 0.975

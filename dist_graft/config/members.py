@@ -80,7 +80,7 @@ def member_config(config: TrainConfig, network: int) -> TrainConfig:
 def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
     """Configuration of each network.
 
-    Raises: ConfigError if `members` has not one entry per network, or an option does not fit.
+    Raises: ConfigError if `members` does not have one entry per network, or an option does not fit.
     """
     if config.members and len(config.members) != networks:
         raise ConfigError(
@@ -150,7 +150,7 @@ def _sections(config: TrainConfig, options: Options) -> dict[str, Any]:
 
 
 def _dotted(options: object) -> Options:
-    """Options with dotted names, which may be given as sections."""
+    """Options with dotted names; sections are flattened."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"must be a mapping of options to values, got {options!r}")
     dotted: Options = {}

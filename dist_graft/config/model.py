@@ -17,15 +17,15 @@ class ModelConfig:
     classifier of torchvision.models (torchvision/NAME if both have that name), timm/NAME, or
     package.module:name of a function (num_classes, channels) -> nn.Module."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the model's function, as a YAML mapping; for models of torchvision,
-    timm, and your own."""
+    """Additional arguments of the model's function, as a YAML mapping; for models of torchvision
+    and timm, and for your own."""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """Activation of the small-image ResNets."""
     shared_init: bool = False
     """Initialize all networks with the same weights."""
     dropout: float | None = None
-    """Probability of the model's dropout layers, in [0, 1); unset: as the model defines it. An
-    error if it has none."""
+    """Probability of the model's dropout layers, in [0, 1); unset: as the model defines it.
+    Requires a model with dropout layers."""
 
     def __post_init__(self) -> None:
         if self.dropout is not None:

@@ -26,7 +26,7 @@ _Config = TypeVar("_Config")
 def _check_kwargs(kwargs: dict[str, Any]) -> None:
     """Require further arguments of a model that config.yaml can hold."""
     given = [name for name in ("num_classes", "channels") if name in kwargs]
-    require(not given, "model.kwargs", kwargs, f"without {' and '.join(given)} of the data")
+    require(not given, "model.kwargs", kwargs, f"without {' and '.join(given)}, set by the data")
     try:
         json.dumps(kwargs)
     except TypeError as error:
@@ -67,9 +67,9 @@ class TrainConfig:
     """auto: resume from the latest complete checkpoint in run_dir if there is one; must: fail if
     there is none; never: fail if run_dir already contains a run."""
     resume_networks: list[int | Literal["fresh"]] | None = None
-    """Resume with other networks: network 0, 1, ... of the resumed run continues this network of
-    the checkpoint, or starts from new weights (fresh). Networks beyond the list start from copies
-    of its networks."""
+    """Resume with other networks: for network 0, 1, ... of the resumed run, the network of the
+    checkpoint that it continues, or fresh to start from new weights. Networks beyond the list start
+    from copies of the listed ones."""
     method: str = "graft"
     """How the networks exchange weights. graft; average: replace all networks by their mean, every
     graft.every epochs; papa; wash; diloco; none: no exchange; or package.module:name of a
@@ -80,19 +80,19 @@ class TrainConfig:
     callbacks: list[str] = field(default_factory=list)
     """package.module:Name of callbacks to add; repeat the option to add several."""
     init_from: str | None = None
-    """Start from weights: a run, a checkpoint, or an export (network k starts from its network k),
+    """Initial weights: a run, a checkpoint, or an export (network k starts from its network k),
     one .safetensors or .pt file for all networks, or pretrained weights of the model by name:
-    torchvision:DEFAULT or another of its weights, timm:DEFAULT. Not read when a run resumes."""
+    torchvision:DEFAULT or another of its weights, timm:DEFAULT. Ignored when a run resumes."""
     init_strict: bool = True
-    """Refuse init_from when a tensor is missing or has another shape; false: such tensors, as of a
-    head for other classes, keep their initialization."""
+    """Refuse init_from if a tensor is missing or has another shape; false: such tensors, like those
+    of a head for other classes, keep their initialization."""
     members: list[dict[str, Any]] = field(default_factory=list)
-    """Options of single networks: a list with one mapping per network, such as [{optim.lr: 0.05},
-    {data.mixup: 0.2}]. Options of sections optim (except the schedule), data (augmentation only),
-    and model (dropout only) may differ."""
+    """Options of individual networks: a list with one mapping per network, such as
+    [{optim.lr: 0.05}, {data.mixup: 0.2}]. Options of sections optim (except the schedule), data
+    (augmentation only), and model (dropout only) may differ."""
     diversity: dict[str, Any] = field(default_factory=dict)
-    """Options that are drawn for each network from the seed: a mapping such as
-    {optim.weight_decay: {log_uniform: [1e-5, 1e-3]}, data.mixup: {choice: [0, 0.2]}}, or uniform.
+    """Options to draw for each network from the seed, by uniform, log_uniform, or choice: a mapping
+    such as {optim.weight_decay: {log_uniform: [1e-5, 1e-3]}, data.mixup: {choice: [0, 0.2]}}.
     members overrides it."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -132,7 +132,7 @@ class TrainConfig:
 
     def _check_resume_networks(self, networks: list[int | Literal["fresh"]]) -> None:
         numbers = [entry for entry in networks if isinstance(entry, int)]
-        legal = "numbers of networks, at least one, and fresh"
+        legal = "a list of network numbers (at least one) and fresh"
         require(
             bool(numbers) and all(number >= 0 for number in numbers),
             "resume_networks",
@@ -161,7 +161,7 @@ class TrainConfig:
             )
         if self.on_divergence == "exclude":
             raise ConfigError(
-                f"method {self.method} gives all networks the same weights, so that none can be "
+                f"method {self.method} gives all networks the same weights, so none can be "
                 "excluded: set on_divergence to heal or abort"
             )
 

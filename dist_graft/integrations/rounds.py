@@ -14,11 +14,11 @@ def check_interval(*, every_n_epochs: int, every_n_steps: int | None) -> None:
 
 
 def refuse_rule_state(rule: Rule | None) -> None:
-    """Raise ValueError for a rule with a state, which checkpoints of the frameworks do not hold."""
-    # A rule of the user may be any class.
+    """Raise ValueError for a stateful rule: the frameworks' checkpoints do not hold its state."""
+    # A user's rule may be any class.
     if getattr(type(rule), "init_state", Rule.init_state) is not Rule.init_state:
         raise ValueError(
-            f"{type(rule).__name__} keeps a state from round to round, which this callback does "
+            f"{type(rule).__name__} keeps state between rounds, which this callback does "
             "not save: use dist_graft.Trainer, or dist_graft.Grafter in a loop of your own"
         )
 

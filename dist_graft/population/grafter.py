@@ -183,14 +183,14 @@ class Grafter:
         tensors = graft_tensors(self._module)
         init_state = getattr(self._rule, "init_state", None)  # a rule of the user may be any class
         self.rule_state: dict[str, Tensor] = init_state(self.units, tensors) if init_state else {}
-        """What the rule keeps from round to round, such as the weights of an outer optimizer. Save
-        it with the model, and restore it with `load_rule_state`."""
+        """Tensors that the rule keeps between rounds, such as the weights of an outer optimizer.
+        Save them with the model, and restore them with `load_rule_state`."""
         self._state_digest = _digest(self.rule_state)
         if self.rule_state and exchange == "files":
             raise ValueError(needs_step(self._rule))
         if self.rule_state and on_divergence == "exclude":
             raise ValueError(
-                f"{type(self._rule).__name__} keeps a state that all networks share, so that none "
+                f"{type(self._rule).__name__} keeps a state that all networks share, so none "
                 "can be excluded: on_divergence must be 'raise' or 'heal'"
             )
         self._groups = RoundGroups(group, replica_group, peers, timeouts)

@@ -54,10 +54,10 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--redo",
         type=str | None,
         default=None,
-        help="name of an arm whose runs on the test set are repeated; the new rows supersede the "
-        "old ones, which are kept",
+        help="repeat the test runs of this arm; the new rows supersede the old ones, which are "
+        "kept",
     )
-    add("--reason", type=str | None, default=None, help="why the runs are repeated (with --redo)")
+    add("--reason", type=str | None, default=None, help="why to repeat them (with --redo)")
     return parser
 
 
@@ -75,7 +75,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
 
     redo, reason = options["redo"] or "", " ".join((options["reason"] or "").split())
     if bool(redo) != bool(reason):
-        raise ConfigError("--redo and --reason belong together: name an arm, and say why")
+        raise ConfigError("--redo and --reason belong together: name an arm, and give the reason")
     modes = ("report_only", "dry_run", "pilot", "redo")
     given = [f"--{mode}" for mode in modes if options[mode]]
     if len(given) > 1:

@@ -234,7 +234,7 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
             "To train the whole population once, startup and evaluation included: mean (± standard "
             "deviation) over the seeds. Wall time depends on the load of the machine. Moved: bytes "
             "that the networks received in all rounds. Heals: how often a network that was not "
-            "finite copied another one, sum over the seeds. Diverged runs count with chance "
+            "finite copied another one, sum over the seeds. Diverged runs count as chance "
             "accuracy."
         ),
         Table(header, rows),
@@ -283,7 +283,7 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
     absent = sorted(names - {gain.method for gain in published})
     text = (
         "Published gains are over the authors' own baselines, on other data and models, at other "
-        "lengths, and most without an interval. They are no prediction for this comparison."
+        "lengths, and most without an interval. They do not predict this comparison."
     )
     if absent:
         text += f" No published gain is on file for: {', '.join(absent)}."

@@ -67,7 +67,7 @@ PILOT_SEEDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Choice of the learning rate of every method and control. The test set is never used.
+    """How the learning rate of every method and control is chosen. The test set is never used.
 
     Each one is trained at its own length with each rate, and scored by the model that it delivers.
     """
@@ -82,8 +82,8 @@ class Tuning:
     val_fraction: float = 0.1
     """Fraction of the training images held out in the trials, when the recipe holds out none."""
     max_extensions: int = 2
-    """How often the rates of a method or control are extended by one more while the smallest or the
-    largest is the best."""
+    """How many further rates are tried for a method or control while the smallest or the largest
+    rate is the best."""
 
     def __post_init__(self) -> None:
         for value in self.rates or []:

@@ -75,7 +75,7 @@ STATISTICS_TEXT = (
     "two one-sided t-tests show, each at 5% and unadjusted, that their difference is within "
     "the smallest effect of interest, which the plan fixes. The minimum detectable difference is "
     "the true difference that this number of seeds would show, after the correction, with a "
-    f"probability of {POWER:.0%}, given the observed spread. Runs that diverged count with chance "
+    f"probability of {POWER:.0%}, given the observed spread. Runs that diverged count as chance "
     "accuracy. There is no bootstrap, because its intervals are too narrow with few seeds."
 )
 

@@ -51,7 +51,7 @@ def build_task(
         return default
     if config.data.mixes:
         raise ConfigError(
-            "data.mixup and data.cutmix turn targets into probabilities of classes: leave out loss "
+            "data.mixup and data.cutmix turn targets into class probabilities: leave out loss "
             "and metrics, or set both options to 0"
         )
     if config.distill.teachers:

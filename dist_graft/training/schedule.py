@@ -19,7 +19,7 @@ class Cadence:
     start_epoch: int = 0
     """Epochs that must be finished before the first round."""
     stop_epoch: int = 0
-    """Epochs after which there are no more rounds; 0: rounds until the end."""
+    """No rounds after this many epochs; 0: no limit."""
     after_steps: tuple[int, ...] = ()
     """Numbers of finished steps of the run after which rounds follow, ascending; replaces the
     interval. See `quadratic_steps`."""
@@ -48,7 +48,7 @@ class Cadence:
         return self._count(steps - 1 if step else steps, steps_per_epoch)
 
     def _follows(self, steps: int, steps_per_epoch: int) -> bool:
-        """Whether a round follows when so many steps of the run are finished."""
+        """Whether a round follows after this many finished steps of the run."""
         count, before = (self._count(number, steps_per_epoch) for number in (steps, steps - 1))
         return count > before
 

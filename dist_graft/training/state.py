@@ -102,7 +102,7 @@ class TrainState(Predictor):
             self.ema.module.load_state_dict(self.model.state_dict())
 
     def skip_to(self, steps: int, initial_lrs: Sequence[float | Tensor] | None = None) -> None:
-        """Set the learning rate of the step after so many steps of the run.
+        """Set the learning rate of the step that follows this many steps.
 
         Args:
             steps: of the run.

@@ -100,11 +100,11 @@ def initialize(model: nn.Module, config: TrainConfig, network: int) -> str:
     problems = [*shapes.values(), *missing.values(), *unknown.values()]
     fitting = {key: state[key] for key in own if key in state and key not in shapes}
     if not fitting:
-        raise ConfigError(f"init_from {source} does not fit the model: no tensor has a place in it")
+        raise ConfigError(f"init_from {source} does not fit the model: none of its tensors matches")
     if problems and config.init_strict:
         raise ConfigError(
             f"init_from {source} does not fit the model: {_first(problems)}; init_strict false "
-            "takes what fits and leaves the rest at its initialization"
+            "loads what fits and keeps the initialization of the rest"
         )
     model.load_state_dict(fitting, strict=False)
     line = f"initial weights from {source}: {len(fitting)} of {len(own)} tensors"
@@ -145,7 +145,7 @@ def _stored_state(path: Path, network: int) -> State:
     else:
         members = {number: found[-1] for number, found in job_checkpoints(path).items()}
     if not members:
-        raise ConfigError(f"init_from {path}: it holds no complete checkpoint")
+        raise ConfigError(f"init_from {path} holds no complete checkpoint")
     number = sorted(members)[network % len(members)]
     name = network_file(number)
     state: State = load_network(members[number].path / name, members[number].sha256[name])["model"]

@@ -297,7 +297,7 @@ def test_public_options_keep_their_names_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model": {"kwargs": {"num_classes": 3}}}, "without num_classes of the data"),
+        ({"model": {"kwargs": {"num_classes": 3}}}, "without num_classes, set by the data"),
         ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must be plain values"),
         ({"init_from": ""}, "init_from must be a path or a name"),
     ],

@@ -101,10 +101,10 @@ class Rule(Schedule, ABC):
     def init_state(
         self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return what the rule keeps from round to round, before the first step of training.
+        """Return the tensors that the rule keeps between rounds, before the first training step.
 
-        It must be equal on all networks. The trainer saves it in checkpoints. A rule with a state
-        cannot exclude diverged networks nor use exchange "files". The default is empty.
+        They must be equal on all networks. The trainer saves them in checkpoints. A rule with state
+        can neither exclude diverged networks nor use exchange "files". The default is empty.
 
         Args: as `measure`.
         """

@@ -1,7 +1,7 @@
 """DiLoCo: local training with an outer optimizer (arXiv 2311.08105)."""
 
-# Annotations are evaluated: to resolve postponed ones of a class with options, jsonargparse would
-# execute the block under TYPE_CHECKING and import torch.
+# No postponed annotations: to resolve those of a class with options, jsonargparse would execute the
+# block under TYPE_CHECKING and import torch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,8 +24,8 @@ class DilocoConfig(Schedule):
     outer_lr: float = 0.7
     """Learning rate of the outer optimizer, SGD with Nesterov momentum; not scheduled."""
     outer_momentum: float = 0.9
-    """Nesterov momentum of the outer optimizer, in [0, 1). With outer_lr 1 and outer_momentum 0 the
-    networks become their mean."""
+    """Nesterov momentum of the outer optimizer, in [0, 1). With outer_lr 1 and outer_momentum 0,
+    all networks become their mean."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
@@ -40,7 +40,7 @@ class DilocoConfig(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Diloco(DilocoConfig, Rule):
-    """DiLoCo (arXiv 2311.08105): the networks' mean is a step of an outer optimizer.
+    """DiLoCo (arXiv 2311.08105): an outer optimizer steps toward the mean of the networks.
 
     All networks start with the same weights theta, the outer weights. Every H steps, with the outer
     gradient delta = theta - 1/K sum_j theta_j, momentum mu and learning rate eta:

@@ -129,8 +129,13 @@ class RunDirectory:
         """Current state of one network."""
         return self.network(network) / "status.json"
 
-    def check(self, config: TrainConfig, networks: int) -> None:
+    def check(self, config: TrainConfig, networks: int, *, changes: bool = False) -> None:
         """Refuse to start when the folder holds another run, or when `resume` forbids it.
+
+        Args:
+            config: of the run.
+            networks: number of networks that were started.
+            changes: whether the run continues with other networks (resume_networks).
 
         Raises: RunDirectoryError that lists the differences and says what to do.
         """
@@ -158,7 +163,7 @@ class RunDirectory:
             raise self._cannot_be_read(error) from error
         files = config.graft.exchange == "files"
         changeable: tuple[str, ...] = _CHANGEABLE
-        if config.resume_networks is not None:
+        if changes:
             changeable += ("optim.lrs", "members")  # one for each network
         elif before_networks != networks and not (files and networks > before_networks):
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""

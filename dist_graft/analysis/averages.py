@@ -75,7 +75,12 @@ def evaluate_averages(
 
 
 def _means_of_checkpoints(stored: StoredRun, count: int) -> list[State]:
-    found = complete_checkpoints(RunDirectory(stored.path).checkpoints)
+    found = [
+        each
+        for each in complete_checkpoints(RunDirectory(stored.path).checkpoints)
+        if (each.networks, each.resumed_networks)
+        == (stored.checkpoint.networks, stored.checkpoint.resumed_networks)
+    ]
     if len(found) < count:
         raise ConfigError(
             f"{stored.path} has {len(found)} checkpoints of all networks, fewer than "

@@ -84,6 +84,9 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "run_dir": str(stored.path),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,
+        "checkpoints": [
+            stored.members[network].sha256[network_file(network)] for network in stored.networks
+        ],
         "model": config.model.name if built else None,
         "model_arguments": {
             "num_classes": shape[0],
@@ -119,7 +122,9 @@ def _same_export(folder: Path, description: Mapping[str, Any]) -> dict[str, str]
         before = read_description(folder)
     except RunDirectoryError:
         return {}
-    same = all(before.get(key) == description[key] for key in ("run_dir", "epoch", "round"))
+    same = all(
+        before.get(key) == description[key] for key in ("run_dir", "epoch", "round", "checkpoints")
+    )
     found = before["sha256"] if same else {}
     return {name: digest for name, digest in found.items() if (folder / name).is_file()}
 

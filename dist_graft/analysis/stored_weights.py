@@ -137,9 +137,11 @@ def open_run(path: Path, checkpoint: str | None = None) -> StoredRun:
     directory = RunDirectory(path)
     config, networks = directory.read_config()
     together = complete_checkpoints(directory.checkpoints)
-    by_network = (
-        dict.fromkeys(together[-1].numbers, together) if together else job_checkpoints(path)
-    )
+    by_network = job_checkpoints(path)
+    if together:  # the networks may have changed between two checkpoints
+        chosen = [each for each in together if checkpoint in (None, each.path.name)] or together
+        by_network = dict.fromkeys(chosen[-1].numbers, chosen)
+        networks = chosen[-1].networks
     if not by_network:
         raise RunDirectoryError(f"{path} holds no complete checkpoint")
     members = {

@@ -141,6 +141,11 @@ class TrainConfig:
         )
         if self.resume == "never":
             raise ConfigError("resume_networks requires resume auto or must")
+        if self.graft.qsr_alpha is not None:
+            raise ConfigError(
+                "resume_networks requires rounds that do not depend on the learning rates: leave "
+                "out graft.qsr_alpha"
+            )
         if self.graft.exchange == "files":
             raise ConfigError(
                 "resume_networks requires networks that run together: with graft.exchange files, "

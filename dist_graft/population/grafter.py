@@ -180,12 +180,10 @@ class Grafter:
         self._rule = rule or Graft(
             amplitude=amplitude, sensitivity=sensitivity, num_bins=num_bins, criterion=criterion
         )
-        tensors = graft_tensors(self._module)
-        init_state = getattr(self._rule, "init_state", None)  # a rule of the user may be any class
-        self.rule_state: dict[str, Tensor] = init_state(self.units, tensors) if init_state else {}
+        self.rule_state: dict[str, Tensor] = {}
         """Tensors that the rule keeps between rounds, such as the weights of an outer optimizer.
         Save them with the model, and restore them with `load_rule_state`."""
-        self._state_digest = _digest(self.rule_state)
+        self.reset_rule_state()
         if self.rule_state and exchange == "files":
             raise ValueError(needs_step(self._rule))
         if self.rule_state and on_divergence == "exclude":
@@ -468,6 +466,13 @@ class Grafter:
                 "pass --population.join fresh"
             )
         return next(iter(choice.places.items()), None)
+
+    def reset_rule_state(self) -> None:
+        """Start `rule_state` anew from the module's weights, after these were replaced."""
+        init_state = getattr(self._rule, "init_state", None)  # a rule of the user may be any class
+        if init_state:
+            self.rule_state = init_state(self.units, graft_tensors(self._module))
+        self._state_digest = _digest(self.rule_state)
 
     def load_rule_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a copy of `rule_state`.

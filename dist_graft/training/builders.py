@@ -275,20 +275,26 @@ def build_rule(config: TrainConfig, state: TrainState, units: list[GraftUnit]) -
 
 
 def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: Runtime) -> Grafter:
-    """Create the Grafter that runs this network's rounds."""
-    return Grafter(
-        state.model,
-        lead=config.graft.lead,
-        exchange=config.graft.exchange,
-        bucket_mb=config.graft.bucket_mb,
-        rule=rule,
-        group=runtime.group_across_networks,
-        replica_group=runtime.replicas.group,
-        on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
-        peers=runtime.peers,
-        timeouts=runtime.timeouts,
-        **_files_options(config, runtime.process),
-    )
+    """Create the Grafter that runs this network's rounds.
+
+    Raises: ConfigError if the rule cannot be used with these options.
+    """
+    try:
+        return Grafter(
+            state.model,
+            lead=config.graft.lead,
+            exchange=config.graft.exchange,
+            bucket_mb=config.graft.bucket_mb,
+            rule=rule,
+            group=runtime.group_across_networks,
+            replica_group=runtime.replicas.group,
+            on_divergence="raise" if config.on_divergence == "abort" else config.on_divergence,
+            peers=runtime.peers,
+            timeouts=runtime.timeouts,
+            **_files_options(config, runtime.process),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _files_options(config: TrainConfig, process: ProcessInfo) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_graft.config.runtime import CompileMode
+from dist_graft.errors import ConfigError
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -141,6 +142,23 @@ class TrainState(Predictor):
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """Restore what another network's `state_dict` returned, but keep the optimizer's options.
+
+        Raises: ConfigError if that network has another optimizer.
+        """
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in group if name != "params"} for group in groups]
+        names = [set(group) - {"params"} for group in state["optimizer"]["param_groups"]]
+        if names != [set(group) for group in own]:
+            raise ConfigError(
+                "resume_networks cannot continue a network that had another optimizer: pass its "
+                "optim.name"
+            )
+        self.load_state_dict(state)
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Load the optimizer's state; whether its kernels are fused depends on this device only."""

@@ -92,7 +92,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
-from dist_graft.training.checkpoint.membership import change_networks
+from dist_graft.training.checkpoint.membership import archive_networks, pending_change
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
@@ -456,7 +456,8 @@ class Trainer:
         if self.directory.job is None:
             self._acquire_lease()
         if self.process.is_main:
-            self.directory.check(self.config, self.process.networks)
+            change = pending_change(self.directory, self.config, self.process.networks)
+            self.directory.check(self.config, self.process.networks, changes=change is not None)
             if self.config.resume == "must" and not complete_checkpoints(
                 self.directory.checkpoints
             ):
@@ -464,7 +465,8 @@ class Trainer:
                     f"{self.directory.path} holds no complete checkpoint to resume from "
                     "(--resume must)"
                 )
-            change_networks(self.directory, self.config.resume_networks, self.process.networks)
+            if change:
+                archive_networks(self.directory, change)
             if not self.process.restarts:
                 self.directory.clear_stop()
         self._check_shared_directory()
@@ -588,12 +590,20 @@ class Trainer:
             initial_lrs = list(self.state.scheduler.base_lrs)
             try:
                 self.progress = Progress.from_state_dict(state)
-                if self.grafter:
-                    self.grafter.load_rule_state(state.get("rule", {}))
-                if origin is None or origin.kind != "fresh":
+                if origin is None:
                     self.state.load_state_dict(state)
+                elif origin.kind == "continue":
+                    self.state.continue_from(state)
+                elif origin.kind == "copy":
+                    self.model.load_state_dict(state["model"])
+                if origin is None or origin.kind != "fresh":
                     buffers = self.progress.buffers
                     self.replicas.restore_buffers(self.state.model_and_average(), buffers)
+                if self.grafter:
+                    if origin is None or "rule" in state:
+                        self.grafter.load_rule_state(state.get("rule", {}))
+                    else:
+                        self.grafter.reset_rule_state()
             except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
                 first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
                 raise RunDirectoryError(
@@ -605,6 +615,7 @@ class Trainer:
                 if origin.kind != "continue":
                     self.state.reset_optimizer()
                 self.state.skip_to(self.global_step, initial_lrs)
+                self.progress.adopt(self.state.lr, fresh=origin.kind == "fresh")
                 self.log.info("%s", origin)
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
@@ -622,6 +633,8 @@ class Trainer:
                 self.runtime.gather([0.0], "the initial weights")
                 self.log.info("%s", initialize(self.model, self.config, self.process.network))
                 self.state.reset_optimizer()  # its moving average starts from the same weights
+                if self.grafter:
+                    self.grafter.reset_rule_state()
             if self.config.population.join == "donor":
                 self._join()
         self._start_time -= self.progress.seconds

@@ -65,7 +65,7 @@ def exported_files(folder: Path) -> list[Path]:
 
     Raises: RunDirectoryError if there is no valid export.json, or it describes no such file.
     """
-    described = sorted(read_description(folder)["sha256"], reverse=True)
+    described = sorted(read_description(folder)["sha256"])  # .safetensors after .pt, and preferred
     files = {Path(name).stem: folder / name for name in described if _EXPORTED.fullmatch(name)}
     if not files:
         raise RunDirectoryError(

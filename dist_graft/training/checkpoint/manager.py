@@ -52,6 +52,19 @@ class Progress:
     buffers: Tensor | None = None
     """Floating-point buffers of each replica, [replicas, elements]."""
 
+    def adopt(self, lr: float, *, fresh: bool) -> None:
+        """Make the progress of another network this network's own, at the same position.
+
+        Args:
+            lr: learning rate of this network.
+            fresh: whether it starts from new weights; otherwise from those of the other network.
+        """
+        if self.lr is not None:
+            self.lr = lr
+        if fresh:
+            self.trained = self.rounds = self.buffers = None
+            self.diverged = False
+
     def count_round(self) -> None:
         """Count one more round."""
         self.position = replace(self.position, round=self.position.round + 1)
@@ -208,7 +221,8 @@ class CheckpointManager:
             )
         changed, number = None, self._process.network
         self._writer.resumed_networks = chosen.resumed_networks
-        if resume_networks is not None and changes_networks(resume_networks, chosen):
+        networks = self._process.networks
+        if resume_networks is not None and changes_networks(resume_networks, chosen, networks):
             changed = origin(resume_networks, chosen, network=number)
             number = changed.network
             self._writer.resumed_networks = resume_networks

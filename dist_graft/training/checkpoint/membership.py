@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import Checkpoint, complete_checkpoints
@@ -31,12 +32,17 @@ class Origin:
         return f"{weights[self.kind].format(self.network)} of the checkpoint"
 
 
-def changes_networks(requested: Sequence[int | str] | None, checkpoint: Checkpoint) -> bool:
+def changes_networks(
+    requested: Sequence[int | str] | None, checkpoint: Checkpoint, networks: int
+) -> bool:
     """Whether `resume_networks` still has to be applied to a checkpoint.
 
     Checkpoints of the changed run store the request, so the same command resumes it.
+
+    Args: networks: number of networks that were started.
     """
-    return requested is not None and checkpoint.resumed_networks != list(requested)
+    done = checkpoint.resumed_networks, checkpoint.networks
+    return requested is not None and done != (list(requested), networks)
 
 
 def origin(requested: Sequence[int | str], checkpoint: Checkpoint, *, network: int) -> Origin:
@@ -62,15 +68,16 @@ def origin(requested: Sequence[int | str], checkpoint: Checkpoint, *, network: i
     return Origin(entry, "continue") if isinstance(entry, int) else Origin(numbers[0], "fresh")
 
 
-def change_networks(
-    directory: RunDirectory, requested: Sequence[int | str] | None, networks: int
-) -> None:
-    """Check `resume_networks`, and make room for other networks if it changes them; for rank 0.
+def pending_change(
+    directory: RunDirectory, config: TrainConfig, networks: int
+) -> Checkpoint | None:
+    """Checkpoint to which `resume_networks` still has to be applied, if any; for rank 0.
 
-    Raises: ConfigError for a request that does not fit; RunDirectoryError on a disk error.
+    Raises: ConfigError for a request that does not fit.
     """
+    requested = config.resume_networks
     if requested is None:
-        return
+        return None
     if len(requested) > networks:
         raise ConfigError(
             f"resume_networks names {len(requested)} networks, but {networks} were started: start "
@@ -79,13 +86,20 @@ def change_networks(
     complete = complete_checkpoints(directory.checkpoints)
     if not complete:
         raise ConfigError(f"resume_networks requires a checkpoint, and {directory.path} holds none")
-    if changes_networks(requested, complete[-1]):
-        for network in range(networks):
-            origin(requested, complete[-1], network=network)
-        _archive(directory, complete[-1])
+    newest = complete[-1]
+    if not changes_networks(requested, newest, networks):
+        return None
+    for network in range(networks):
+        origin(requested, newest, network=network)
+    if newest.epoch >= config.epochs:
+        raise ConfigError(
+            f"resume_networks has nothing to train: {newest.path} is after epoch {newest.epoch} of "
+            f"{config.epochs}; raise --epochs"
+        )
+    return newest
 
 
-def _archive(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+def archive_networks(directory: RunDirectory, checkpoint: Checkpoint) -> None:
     """Move the networks' folders to RUN/before_NAME/, where NAME is the checkpoint's.
 
     Their metrics and logs belong to networks that now have another number. Folders that are there

@@ -31,6 +31,13 @@ def model_names() -> list[str]:
     return [*_RESNET_DEPTHS, *_OTHERS]
 
 
+_LOADING = {
+    *("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
+}
+"""Arguments with which torchvision and timm download or unpickle weights."""
+
+
 def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
     """Build an image classifier, initialized from torch's global generator.
 
@@ -49,6 +56,11 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
     name = config.name
     if is_reference(name):
         return _build_custom(config, num_classes=num_classes, channels=channels)
+    if loading := sorted(_LOADING & set(config.kwargs)):
+        raise ConfigError(
+            f"model.kwargs must not load weights, got {loading[0]}: use init_from, which reads "
+            "nothing but tensors"
+        )
     if config.kwargs and name in model_names():
         raise ConfigError(
             f"model.kwargs applies to models of torchvision, timm, and your own; {name} has none"

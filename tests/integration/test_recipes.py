@@ -76,7 +76,10 @@ def test_every_section_is_used() -> None:
     assert used == set((CONFIGS / "sections").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
+GRAFTING = [path for path in RECIPES if path.parent.name != "papa"]
+
+
+@pytest.mark.parametrize("recipe", GRAFTING, ids=recipe_id)
 def test_a_cosine_schedule_follows_steps_as_in_the_scripts(recipe: Path) -> None:
     optim = yaml.safe_load(recipe.read_text())["optim"]
     rates = yaml.safe_load((recipe.parent / optim).read_text())

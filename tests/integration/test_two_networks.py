@@ -82,7 +82,7 @@ def test_only_one_process_prints(pair: Path) -> None:
 
 
 def test_saved_configuration_equals_the_options(pair: Path) -> None:
-    options = ["--run_dir", str(pair), *SMALL, *PAIR]
+    options = ["--run_dir", str(pair), *SMALL, *PAIR, "--data.root", str(Path("data").absolute())]
     configs = [
         read_options(cli._parse(["train", *argv])[1])[0]
         for argv in (options, ["--config", str(pair / "config.yaml")])

@@ -280,6 +280,12 @@ def test_kwargs_that_do_not_fit(name: str, says: str):
     assert says in message_of(name, kwargs={"depth": 3})
 
 
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+def test_kwargs_do_not_load_weights(name: str):
+    """Also not those of an export.json from elsewhere: torchvision would unpickle a download."""
+    assert "model.kwargs must not load weights" in message_of(name, kwargs={"weights": "DEFAULT"})
+
+
 def test_timm():
     pytest.importorskip("timm")
     with torch.device("meta"):

@@ -17,10 +17,13 @@ from stored_runs import damage_file, export_run, network, related_states, write_
 
 import dist_graft
 from dist_graft import cli
+from dist_graft.analysis.stored_weights import open_run
 from dist_graft.config import DataConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import mark_complete, save_network
 from dist_graft.training.data import load_data
+from dist_graft.training.weights import exported_files
 
 
 def data(**options: Any) -> Any:
@@ -265,3 +268,21 @@ class TestPredict:
         assert status != 0
         assert len(err.splitlines()) == 1
         assert says in err
+
+
+def test_new_safetensors_are_preferred_to_an_old_state_dict(tmp_path: Path) -> None:
+    names = ("network00.pt", "network00.safetensors", "network01.pt", "uniform_soup.pt")
+    content = {"model": None, "lead": "conv", "sha256": dict.fromkeys(names, "0")}
+    (tmp_path / "export.json").write_text(json.dumps(content))
+    files = [path.name for path in exported_files(tmp_path)]
+    assert files == ["network00.safetensors", "network01.pt"]
+
+
+def test_networks_may_change_between_two_checkpoints(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", related_states(2), epochs=(1, 2))
+    path = RunDirectory(run).checkpoints / "epoch_0003"
+    digests = [save_network(path / f"network0{k}.pt", {"model": {}}) for k in range(3)]
+    mark_complete(path, epoch=3, round_=3, sha256=digests, resumed_networks=[0, 1])
+    for checkpoint, networks in ((None, 3), ("epoch_0003", 3), ("epoch_0002", 2)):
+        stored = open_run(run, checkpoint)
+        assert (list(stored.networks), stored.population) == (list(range(networks)), networks)

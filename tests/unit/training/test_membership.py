@@ -41,7 +41,7 @@ def test_a_change_is_pending_until_a_checkpoint_has_it(directory: RunDirectory) 
 
 def test_a_finished_run_is_refused(directory: RunDirectory) -> None:
     with pytest.raises(
-        ConfigError, match="nothing to train: .* after epoch 3 of 3; raise --epochs"
+        ConfigError, match=r"nothing to train: .* after epoch 3 of 3; raise --epochs"
     ):
         pending_change(directory, requested(0, epochs=3), 1)
 
@@ -91,5 +91,5 @@ def test_a_network_continues_with_its_own_options(
 
 def test_another_optimizer_is_refused(make_state: MakeState) -> None:
     before = make_state(OptimConfig(name="adamw", lr=0.1))
-    with pytest.raises(ConfigError, match="had another optimizer: pass its optim.name"):
+    with pytest.raises(ConfigError, match=r"had another optimizer: pass its optim\.name"):
         make_state(OptimConfig(lr=0.1)).continue_from(before.state_dict())

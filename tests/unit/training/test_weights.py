@@ -273,14 +273,25 @@ class TestRuns:
             assert len(end.errors.splitlines()) == 1, end.errors
             assert "no such run, checkpoint, or file" in end.errors
 
-    def test_replicas_start_from_the_same_weights(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--runtime.replicas", "2"),
+            # The outer optimizer's weights start from them, too.
+            ("--method", "diloco", "--model.shared_init", "true", "--diloco.every_steps", "1"),
+        ],
+        ids=["replicas", "diloco"],
+    )
+    def test_processes_start_from_the_same_weights(
+        self, tmp_path: Path, options: tuple[str, ...]
+    ) -> None:
         torch.manual_seed(9)
         model = build_model(ModelConfig(name="resnet8"), num_classes=10, channels=1)
         safetensors.torch.save_file(model.state_dict(), tmp_path / "mine.safetensors")
         run_population(
             2,
             tmp_path / "run",
-            *("--epochs", "1", "--model.name", "resnet8", "--runtime.replicas", "2"),
+            *("--epochs", "1", "--model.name", "resnet8", *options),
             *("--optim.lr", "1e-30", "--init_from", str(tmp_path / "mine.safetensors")),
         )
         state = checkpoint(tmp_path / "run", 1, 0)["model"]

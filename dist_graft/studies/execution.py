@@ -28,11 +28,11 @@ from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import measure, read_events
-from dist_graft.studies.records import THRESHOLDS
+from dist_graft.studies.records import OUTCOMES, THRESHOLDS
 from dist_graft.training.learning_rates import initial_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
-_DIVERGED = re.compile(r"non-finite (weight|training loss|loss)|diverged")
+_DIVERGED = re.compile(r"network \d+ has a non-finite (weight|training loss)")
 _KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # table of torchrun
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
@@ -71,8 +71,8 @@ def execute_run(
             directories.
 
     Returns: the run's row and learning curve (columns epoch, largest_lr_member, mean_of_members).
-    A failed run has a row with the error, and no curve. A run in which a network diverged delivers
-    chance accuracy, whether it was stopped, or the network was healed or excluded.
+    A failed run has a row with the error, and no curve. A run in which a network diverged has
+    chance accuracy in every outcome, whether it was stopped, or the network was healed or excluded.
 
     Raises: StoppedError on a signal. The next call resumes the training.
     """
@@ -105,7 +105,7 @@ def execute_run(
         message = f"{folder} has no results: {error}"
         return _row(run, folder, status="failed", error=message), None
     if divergence:
-        outcomes["delivered"] = 100.0 / count_classes(run.config)
+        outcomes |= _chance(run, outcomes)
     for checkpoints in (folder / "checkpoints", *folder.glob("network*/checkpoints")):
         _prune(checkpoints, keep_checkpoints)
     row = _row(
@@ -115,6 +115,14 @@ def execute_run(
         error="; ".join([divergence, *remarks] if divergence else remarks),
     )
     return row | outcomes, curve
+
+
+def _chance(run: Run, outcomes: Row) -> Row:
+    """Accuracies of a run that diverged, in percent: those of guessing, measured or not."""
+    names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble"]
+    names += ["uniform_soup"] if run.arm.networks > 1 else []
+    names += [name for name in OUTCOMES if name in outcomes]
+    return dict.fromkeys(names, 100.0 / count_classes(run.config))
 
 
 # Processes

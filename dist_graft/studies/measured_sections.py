@@ -21,7 +21,7 @@ from dist_graft.studies.checks import (
 )
 from dist_graft.studies.conclusions import format_number, format_spread
 from dist_graft.studies.measurements import NEAR_HALF
-from dist_graft.studies.records import Results, Start
+from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
 from dist_graft.studies.selection import StudyState
 from dist_graft.studies.statistics import ArmResult, ContrastResult
@@ -326,6 +326,50 @@ def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]
             "run counts. The primary outcome in percent, with finishing time and commit."
         ),
         Table(("arm", "K", "seed", "on", "before", "after", "reason"), table),
+    ]
+
+
+def of_earlier_plans(
+    state: StudyState, results: Results, starts: Sequence[Start], outcome: str
+) -> tuple[list[str], list[Block]]:
+    """What the reader must know about changes of the plan: warnings, and the rows it left out.
+
+    Test runs whose key the plan does not have are in no table and no test.
+    """
+    first = next((s for s in starts if s.plan_sha256 == plan_sha256(state.plan)), None)
+    changes = [
+        after
+        for before, after in itertools.pairwise(starts)
+        if after.plan_sha256 != before.plan_sha256
+    ]
+    changes = [first, *changes] if first and first not in changes else changes
+    texts = [
+        f"The plan was changed on {start.time}, when {start.runs_before} runs had results."
+        for start in changes
+        if start.runs_before
+    ]
+    unused = results.rows[results.rows["phase"] == "comparison"]
+    unused = unused.drop([run.key for run in state.all_runs], errors="ignore")
+    if unused.empty:
+        return texts, []
+    names = dict.fromkeys(f"{row['arm']}, K = {row['networks']}" for _, row in unused.iterrows())
+    texts.append(f"{len(unused)} test runs of an earlier plan are not used: {'; '.join(names)}.")
+    table = [
+        (
+            *(str(row[name]) for name in ("arm", "networks", "seed", "status")),
+            format_number(row.get(outcome)),
+            str(row["finished"]),
+        )
+        for _, row in unused.iterrows()
+    ]
+    return texts, [
+        Heading(2, "Runs of an earlier plan"),
+        Paragraph(
+            "Runs on the test set that the present plan does not have, because a seed, an arm, or "
+            "an option was changed, or another learning rate was chosen. No other table or test "
+            "uses them. The primary outcome in percent."
+        ),
+        Table(("arm", "K", "seed", "status", "unused outcome", "finished"), table),
     ]
 
 

@@ -95,11 +95,12 @@ def build_report(
     """Return the blocks of the report and its conclusions."""
     plan, rows = state.confirmed, results.rows
     title = Heading(1, f"Comparison: {plan.name}")
+    changes, unused = sections.of_earlier_plans(state, results, starts, plan.primary)
     if state.design is None:
-        text = "No conclusion yet: the trials on the validation split have not finished."
-        blocks = [title, Paragraph(text, "summary"), *_regime_search(state, rows)]
-        blocks += _learning_rate_search(state)
-        return [*blocks, *_details(state, results, starts)], [text]
+        text = "No conclusion yet: the trials on the validation split have not finished, or failed."
+        blocks = [title, Paragraph(text, "summary"), *_items(changes), *unused]
+        blocks += [*_regime_search(state, rows), *_learning_rate_search(state)]
+        return [*blocks, *_details(state, results, starts)], [text, *changes]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
     checks = check_arms(state.design, arms, results.curves, plan.primary)
@@ -114,7 +115,7 @@ def build_report(
     blocks = [
         title,
         Paragraph(first, "summary"),
-        *([Items(others)] if others else []),
+        *_items([*others, *changes]),
         Heading(2, "Setting"),
         *sections.setting(state, arms, starts),
         *_completeness(arms),
@@ -124,6 +125,7 @@ def build_report(
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),
         *_shared_runs(primary, secondary),
+        *unused,
         *sections.superseded(state, results, plan.primary),
         *_learning_curves(state, arms, results),
         *_other_outcomes(arms),
@@ -137,7 +139,11 @@ def build_report(
         *_learning_rate_search(state),
         *_details(state, results, starts),
     ]
-    return blocks, [first, *others, *sentences]
+    return blocks, [first, *others, *changes, *sentences]
+
+
+def _items(texts: Sequence[str]) -> list[Block]:
+    return [Items(texts)] if texts else []
 
 
 def _join(numbers: Iterable[int]) -> str:
@@ -493,10 +499,11 @@ def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) 
         if first.runs_before:
             before = f"the remaining runs, {first.runs_before} existed"
         lines.append(f"plan fixed: {first.time}, before {before}")
-    replaced = {start.plan_sha256: start for start in starts if start.plan_sha256 != sha256}
+    own = max((n for n, start in enumerate(starts) if start.plan_sha256 == sha256), default=-1)
+    others = {start.plan_sha256: n for n, start in enumerate(starts) if start.plan_sha256 != sha256}
     lines += [
-        f"replaced plan: sha256 {start.plan_sha256}, fixed {start.time}"
-        for start in replaced.values()
+        f"{'earlier' if n < own else 'later'} plan: sha256 {other}, last started {starts[n].time}"
+        for other, n in others.items()
     ]
     for name, values in (
         ("command", [start.command for start in starts]),

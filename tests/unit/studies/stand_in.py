@@ -4,7 +4,7 @@
     stand_in.py evaluate RUN_DIR
 
 BEHAVIOUR is a folder. A file with the name of the run directory contains what the run does: fail,
-diverge, heal, silent, killed or sleep. Each start appends the name to the file `starts`.
+diverge, no space, heal, silent, killed or sleep. Each start appends the name to the file `starts`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         return 1
     if action == "diverge":
         print("dist-graft: error: epoch 0: network 0 has a non-finite weight in conv.weight; try")
+        return 1
+    if action == "no space":
+        print("dist-graft: error: /runs/diverged/network00 cannot be written: No space left")
         return 1
     if action == "silent":
         return 3

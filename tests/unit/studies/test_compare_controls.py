@@ -283,9 +283,25 @@ class TestKeys:
             "checkpoint.keep": 5,
             "monitor.tensorboard": False,
             "runtime.timeout_seconds": 3.0,
+            "data.root": "elsewhere",
+            "data.workers": 2,
+            "data.download": False,
+            "data.skip_broken": True,
+            "graft.bucket_mb": 1.0,
             "graft.amplitude": 0.4,
         }.items():
             assert self.key(**{name: value}) == self.key(), name
+
+    def test_the_root_of_own_data_changes_the_key(self) -> None:
+        own = {"data.name": "torchvision.datasets:fake"}
+        assert self.key(**own, **{"data.root": "a"}) != self.key(**own, **{"data.root": "b"})
+
+    def test_options_of_checkpoints_change_the_mean_of_checkpoints(self) -> None:
+        options = [{}, {"keep": 5}, {"keep": 10}, {"every": 2}, {"every_minutes": 1.0}]
+        keys = [
+            run_key(resolve({"checkpoint": changed}, 2), 2, "checkpoints") for changed in options
+        ]
+        assert len(set(keys)) == len(keys)
 
     def test_options_of_the_exchange_are_ignored_without_exchange(self) -> None:
         none = self.key(method="none")

@@ -297,10 +297,18 @@ class TestDivergence:
         compare(plan(), tmp_path / "out")
         rows = Results(tmp_path / "out").rows
         assert rows["status"].tolist() == ["diverged", "ok", "ok", "ok"]
-        assert rows.loc[broken.key, "delivered"] == 10.0  # ten classes
+        names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
+        assert rows.loc[broken.key, names].tolist() == [10.0] * 5  # ten classes
         assert rows.loc[broken.key, "error"].startswith(error)
         compare(plan(), tmp_path / "out")
         assert len(starts(behaviour)) == 4
+
+    def test_a_path_with_the_word_is_no_divergence(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("no space")
+        with pytest.raises(FailedRunsError, match="No space left"):
+            compare(plan(), tmp_path / "out")
+        assert Results(tmp_path / "out").rows.loc[broken.key, "status"] == "failed"
 
 
 class TestRedo:

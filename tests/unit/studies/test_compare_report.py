@@ -39,7 +39,7 @@ from dist_graft.studies.measured_sections import (
     superseded,
 )
 from dist_graft.studies.plan import BUILT_IN, Plan
-from dist_graft.studies.records import Results, read_starts, record_start
+from dist_graft.studies.records import Results, Start, read_starts, record_start
 from dist_graft.studies.rendering import (
     Block,
     Code,
@@ -343,6 +343,54 @@ class TestIncompleteReport:
         assert len(table_of(blocks, "regime")) == 6
         with pytest.raises(StopIteration):
             table_of(blocks, "min. detectable")
+
+
+class TestChangedPlan:
+    """Runs of a plan that was changed after it had results."""
+
+    @staticmethod
+    def build(
+        folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[Plan, Plan, Results, list[Start]]:
+        """Plans of three and of two seeds, of which the second was made after the results."""
+        for module in (report, measured_sections):
+            monkeypatch.setattr(module, "png", lambda figure: PNG)
+        first, second = (
+            make_plan(name="p", recipe={"epochs": 8}, methods=["average"], seeds=seeds)
+            for seeds in ([1, 2, 3], [1, 2])
+        )
+        record_start(first, folder, runs_before=0, command=["compare"])
+        _, results = carry_out(first, folder, value_of)
+        record_start(second, folder, runs_before=len(results.rows), command=["compare"])
+        return first, second, results, read_starts(folder)
+
+    def test_lists_the_runs_that_it_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, second, results, starts = self.build(tmp_path, monkeypatch)
+        blocks, conclusions = build_report(study_state(second, results.rows), results, starts)
+        assert isinstance(blocks[2], Items)
+        texts = list(blocks[2].texts)
+        assert any("when 9 runs had results" in text for text in texts)
+        assert any(text.startswith("3 test runs of an earlier plan are not used") for text in texts)
+        assert set(texts) <= set(conclusions)
+        rows = table_of(blocks, "unused outcome")
+        assert [row["seed"] for row in rows] == ["3"] * 3
+        run = study_state(make_plan(name="p", recipe={"epochs": 8}, methods=["average"], seeds=[3]))
+        value = results.rows.loc[run.comparison_runs[0].key, "delivered"]
+        assert float(rows[0]["unused outcome"]) == pytest.approx(value, abs=0.006)
+        assert "earlier plan: sha256" in to_markdown(blocks)
+
+    def test_a_later_plan_replaced_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, _, results, starts = self.build(tmp_path, monkeypatch)
+        state = study_state(first, results.rows)
+        text = to_markdown(build_report(state, results, starts)[0])
+        assert "later plan: sha256" in text
+        assert "earlier plan" not in text
+        text = to_markdown(build_report(state, results, starts[:1])[0])
+        assert "plan was changed" not in text
 
 
 def test_superseded_rows_are_shown_with_the_reason(tmp_path: Path) -> None:

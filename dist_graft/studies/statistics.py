@@ -145,6 +145,11 @@ def seeds_needed(
     return n
 
 
+def upper_limit(n: int, deviation: float, confidence: float = POWER) -> float:
+    """Upper confidence limit of the standard deviation, from that of n normal values."""
+    return deviation * math.sqrt((n - 1) / float(stats.chi2.ppf(1 - confidence, n - 1)))
+
+
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:
     """Mean and sample standard deviation (n − 1, None for one value); None without values."""
     values = list(values)

@@ -39,7 +39,7 @@ from dist_graft.studies.execution import (
 from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
 from dist_graft.studies.selection import study_state
-from dist_graft.studies.statistics import seeds_needed
+from dist_graft.studies.statistics import seeds_needed, upper_limit
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -402,11 +402,14 @@ class TestPilotAndDryRun:
         assert len(starts(behaviour)) == 6
         lines = text.splitlines()
         assert "standard deviation of 0.40 points over 3 seeds" in lines[0]
-        assert lines[1] == (
-            "seeds needed to show 0.5 points with a power of 80%: "
-            f"{seeds_needed(0.4, 0.5)} (the plan has 4)"
+        needed, careful = (
+            seeds_needed(deviation, 0.5, alpha=0.05 / 2)  # two methods
+            for deviation in (0.4, upper_limit(3, 0.4))
         )
-        assert "3 arms" in lines[2]
+        assert "0.05 / 2" in lines[1]
+        assert lines[1].endswith(f": {needed} (the plan has 4)")
+        assert lines[2].endswith(f"it takes {careful} seeds")
+        assert "3 arms" in lines[3]
         compare(asked, tmp_path / "out")
         assert len(starts(behaviour)) == 3 * 4  # those of the pilot are not repeated
 

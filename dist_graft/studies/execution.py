@@ -78,9 +78,7 @@ def execute_run(
     """
     folder = run_folder(run, out, repetition)
     try:
-        if not is_finished(folder):
-            _train(run, folder, on_epochs)
-        remarks = _evaluate(run, folder)
+        remarks = _train_and_evaluate(run, folder, on_epochs)
         rates = initial_rates(run.config, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
         outcomes |= summarize(outcomes["members"], rates)
@@ -150,6 +148,35 @@ def evaluate_command(run: Run, folder: Path) -> list[str]:
     if run.arm.delivers == "checkpoints":
         command += ["--last_checkpoints", str(run.config.checkpoint.keep)]
     return command
+
+
+def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> list[str]:
+    """Do what is left of a run, and check that its last epoch was evaluated. Returns remarks.
+
+    A run that was killed between summary.json and its last checkpoint trains its last epochs again.
+    """
+    for _ in range(2):
+        if not is_finished(folder):
+            _train(run, folder, on_epochs)
+        remarks = _evaluate(run, folder)
+        evaluated = _evaluated_epochs(folder)
+        if evaluated <= {run.config.epochs}:
+            return remarks
+        for name in ("evaluation.json", "summary.json"):
+            (folder / name).unlink()
+    epochs = ", ".join(map(str, sorted(evaluated)))
+    raise RunFailedError(
+        f"its last checkpoint is of epoch {epochs}, but it trained {run.config.epochs}"
+    )
+
+
+def _evaluated_epochs(folder: Path) -> set[int]:
+    """Epochs of the checkpoints that were evaluated; empty if none was."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return set()
+    evaluation = read_json(path)
+    return {part["epoch"] for part in (evaluation, *evaluation["members"]) if "epoch" in part}
 
 
 def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:

@@ -25,6 +25,7 @@ from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
 from dist_graft.studies.selection import StudyState
 from dist_graft.studies.statistics import ArmResult, ContrastResult
+from dist_graft.studies.train_options import HALF_SLOW
 
 _CALIBRATION_HEADERS = {
     "nll": "NLL, members",
@@ -65,8 +66,16 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
             lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
+    lines += [slow] if (slow := _simulated_speed(arms)) else []
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
     return [Items(lines)]
+
+
+def _simulated_speed(arms: Sequence[ArmResult]) -> str:
+    """Say whose times include pauses that simulate slow networks; empty if none do."""
+    slow = [arm.arm.label for arm in arms if HALF_SLOW in arm.arm.config(0).callbacks]
+    text = f"times include the pauses of simulated slow networks: {'; '.join(slow)}"
+    return text if slow else ""
 
 
 def image_sampling(data: Any) -> str:
@@ -237,6 +246,7 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
             "finite copied another one, sum over the seeds. Diverged runs count as chance "
             "accuracy."
         ),
+        *([Paragraph(f"Note: {slow}.")] if (slow := _simulated_speed(trained)) else []),
         Table(header, rows),
         Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
     ]

@@ -21,6 +21,7 @@ from dist_graft.studies.conclusions import (
     format_spread,
     is_equivalent,
     overall_conclusions,
+    under_trained_sizes,
     verdict,
 )
 from dist_graft.studies.controls import Design
@@ -111,7 +112,11 @@ def build_report(
         for contrasts in (state.design.primary, state.design.secondary)
     )
     first, *others = overall_conclusions(primary, secondary)
-    sentences = [conclusion(result) for result in primary]
+    short = under_trained_sizes([*primary, *secondary])
+    sentences = [
+        conclusion(result, under_trained=result.contrast.method.group in short)
+        for result in primary
+    ]
     blocks = [
         title,
         Paragraph(first, "summary"),
@@ -316,6 +321,17 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
     measured = [name for name in _OUTCOME_HEADERS if any(len(a.values(name)) for a in populations)]
     if not measured:
         return []
+    drawn = any("soup" not in name for name in plots.OUTCOME_STYLES if name in measured)
+    picture = (
+        Picture(
+            "outcomes",
+            png(plots.outcomes(populations, "test accuracy (%)")),
+            "Single networks, ensembles and soups; bars are one standard deviation. A number at "
+            "the left edge is the accuracy of a soup far below the axis.",
+        )
+        if drawn
+        else None
+    )
     return [
         Heading(2, "Members, ensembles and soups"),
         Paragraph(
@@ -331,12 +347,7 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
                 for arm in populations
             ],
         ),
-        Picture(
-            "outcomes",
-            png(plots.outcomes(populations, "test accuracy (%)")),
-            "Single networks, ensembles and soups; bars are one standard deviation. A number at "
-            "the left edge is the accuracy of a soup far below the axis.",
-        ),
+        *([picture] if picture else []),
     ]
 
 

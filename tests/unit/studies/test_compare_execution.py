@@ -281,6 +281,29 @@ class TestFailedRun:
         assert Results(tmp_path / "out").rows.loc[broken.key, "error"].startswith(line)
 
 
+class TestLostCheckpoint:
+    """A run that was killed between summary.json and its last checkpoint."""
+
+    def test_is_trained_again(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("lose once")
+        compare(plan(), tmp_path / "out")
+        assert starts(behaviour).count(folder_of(broken)) == 2
+        assert len(starts(behaviour)) == 5
+        assert set(Results(tmp_path / "out").rows["status"]) == {"ok"}
+
+    def test_fails_the_second_time(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("lose")
+        with pytest.raises(
+            FailedRunsError, match="last checkpoint is of epoch 0, but it trained 1"
+        ):
+            compare(plan(), tmp_path / "out")
+        assert starts(behaviour).count(folder_of(broken)) == 2
+        rows = Results(tmp_path / "out").rows
+        assert rows["status"].tolist() == ["failed", "ok", "ok", "ok"]
+
+
 class TestDivergence:
     @pytest.mark.parametrize(
         ("action", "error"),

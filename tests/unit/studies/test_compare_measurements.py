@@ -56,6 +56,27 @@ class TestRounds:
         assert (first, math.isnan(second), third) == (0.5, True, pytest.approx(0.495))
         assert found["coefficients_5"][0] == pytest.approx(0.4)
 
+    def test_rounds_without_a_donor_have_no_coefficients(self, tmp_path: Path) -> None:
+        alone, healed = {"donor": None}, {"donor": 0, "healed_from": 0}
+        write_metrics(
+            tmp_path,
+            [
+                [grafted(1.0) | alone, grafted(1.0) | alone],
+                [grafted(0.0) | healed, grafted(0.4) | {"donor": 0, "healed_from": None}],
+            ],
+        )
+        found = measure(tmp_path, run_of(epochs=2))
+        assert found["coefficient_min"] == found["coefficient_max"] == 0.4
+        assert math.isnan(found["coefficients_median"][0])
+        assert found["rounds_with_donor"] == 50.0
+
+    def test_no_round_had_a_donor(self, tmp_path: Path) -> None:
+        rounds = [grafted(1.0) | {"donor": None}]
+        write_metrics(tmp_path, [rounds, rounds])
+        found = measure(tmp_path, run_of(epochs=1))
+        assert found["rounds_with_donor"] == 0.0
+        assert "coefficient_min" not in found
+
     def test_counts_rounds_once_and_bytes_of_every_network(self, tmp_path: Path) -> None:
         rounds = [grafted(0.5, rounds=3, size=10), None, grafted(0.5, rounds=2, size=7)]
         write_metrics(tmp_path, [rounds, rounds])

@@ -29,6 +29,7 @@ from dist_graft.studies.conclusions import (
     format_signed,
     format_spread,
     overall_conclusions,
+    under_trained_sizes,
     verdict,
 )
 from dist_graft.studies.controls import Arm, Contrast, Run
@@ -428,6 +429,29 @@ def test_diverged_runs_count(tmp_path: Path) -> None:
     assert found.failed == []
 
 
+def test_outcomes_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_sections, "png", lambda figure: PNG)
+    small = plan(networks=[2], methods={"average": None}, recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    names = ["largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
+    results.rows = results.rows.assign(**dict.fromkeys(names, np.nan))
+    blocks, _ = build_report(state, results, [])
+    assert "Members, ensembles and soups" in [b.text for b in blocks if isinstance(b, Heading)]
+    assert "outcomes" not in [b.name for b in blocks if isinstance(b, Picture)]
+
+
+def test_simulated_speeds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    for method, count in (("graft-files", 2), ("average", 0)):
+        small = plan(networks=[2], methods=[method], recipe={"epochs": 4}, seeds=[1])
+        (folder := tmp_path / method).mkdir()
+        state, results = carry_out(small, folder, value_of)
+        blocks, _ = build_report(state, results, [])
+        text = "imes include the pauses of simulated slow networks: graft-files, 2 networks"
+        assert to_markdown(blocks).count(text) == count
+
+
 def test_seeds_with_their_own_images_are_named() -> None:
     shared = image_sampling(DataConfig())
     assert "do not cover" in shared
@@ -561,6 +585,47 @@ def test_a_failed_check_leaves_no_other_verdict(differences: list[float], failed
     assert "soup 70 points below" in text
     others = ("better", "worse", "no difference", "no conclusion", "equivalent")
     assert not any(word in text for word in others)
+
+
+SMALL = [0.1, 0.12, 0.11, 0.09]
+"""Differences that are shown, and smaller than the smallest effect of interest."""
+ONE = "one network, 4 x epochs"
+SHORT = {ONE: "under-trained regime: the last quarter added 2 points"}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_difference_that_is_too_small_says_so(sign: int) -> None:
+    result = contrast([sign * value for value in SMALL])
+    remark = "smaller than the smallest effect of interest (equivalent within ±0.3 points)"
+    assert remark in findings(result)
+    assert remark in overall_conclusions([result])[0]
+    large = contrast([10 * sign * value for value in SMALL])
+    assert remark not in findings(large)
+    assert remark not in overall_conclusions([large])[0]
+
+
+def test_worse_than_a_training_that_still_improves_is_worse() -> None:
+    worse, better, unclear = (
+        contrast(values, control=ONE, failed=SHORT) for values in (WORSE, BETTER, UNCLEAR)
+    )
+    assert [verdict(r) for r in (worse, better, unclear)] == ["worse", "not tested", "not tested"]
+    assert findings(worse).endswith("(under-trained regime)")
+    first, *_ = overall_conclusions([contrast(UNCLEAR)], [worse])
+    assert first == "graft, 4 networks is worse than one network, 4 x epochs (−0.51, " + (
+        "under-trained regime)."
+    )
+    failed = contrast(WORSE, control=ONE, failed=SHORT | {"graft": "its soup is at chance"})
+    assert verdict(failed) == "not tested"
+
+
+def test_better_in_an_under_trained_regime_says_so() -> None:
+    better, long = contrast(BETTER), contrast(UNCLEAR, control=ONE, failed=SHORT)
+    remark = "under-trained regime, so longer training alone may gain as much."
+    assert under_trained_sizes([better, long]) == {4}
+    assert overall_conclusions([better], [long])[-1].endswith(remark)
+    assert remark not in overall_conclusions([better])[-1]
+    assert conclusion(better, under_trained=True).endswith(remark)
+    assert remark not in conclusion(contrast(UNCLEAR), under_trained=True)
 
 
 def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from dist_graft.plot_style import png
 from dist_graft.studies import plots
 from dist_graft.studies.checks import (
+    FEW_DONORS,
     FEW_INVALID,
     SATURATION_MARGIN,
     SOUP_MARGIN,
@@ -106,10 +107,12 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
     return [
         Heading(2, "Was it tested?"),
         Paragraph(
-            "An arm that fails its check has no verdict. A method that delivers a soup must form "
+            "An arm that fails its check has no verdict, but a method can still be worse than an "
+            "under-trained long training. A method that delivers a soup must form "
             f"one within {SOUP_MARGIN:g} point of the mean member. Grafting needs invalid filters "
             f"in the population without exchange (a warning below {FEW_INVALID:g} %) and "
-            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}. The last quarter of the long "
+            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}, in rounds that had a donor "
+            f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,14 @@ class TestOtherFiles:
             "barrier": 0.1,
             "soup_nll": 0.25,
         }
+
+    def test_a_trial_does_not_read_test_measurements(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None], [None]])
+        evaluation = {"members": [{"test_loss": 0.5}], "uniform_soup": {"test_loss": 0.4}}
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        test = run_of(method="none")
+        assert measure(tmp_path, test) == {"heals": 0, "nll": 0.5, "soup_nll": 0.4}
+        assert measure(tmp_path, replace(test, phase="tuning")) == {"heals": 0}
 
     def test_evaluation_of_an_older_version(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None]])

@@ -6,14 +6,14 @@ An arm that fails its check was not tested: its contrasts have no other verdict.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from dist_graft.config import TrainConfig
 from dist_graft.studies.controls import ONE_NETWORK, Arm, Design
 from dist_graft.studies.measurements import NEAR_HALF, delivers_soup
-from dist_graft.studies.statistics import ArmResult
+from dist_graft.studies.statistics import UNDER_TRAINED, ArmResult
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.data.sources import DATASET_INFO
 
@@ -21,6 +21,8 @@ SOUP_MARGIN = 1.0
 """Percentage points by which a soup may be below the mean of its members."""
 SATURATION_MARGIN = 0.3
 """Percentage points that the last quarter of a long training may add."""
+FEW_DONORS = 50.0
+"""Percentage of rounds with a donor below which grafting was rare."""
 FEW_INVALID = 3.0
 """Percentage of invalid filters below which there is little to re-activate."""
 NEAR_CHANCE = 2.0
@@ -101,7 +103,13 @@ def delivered_model(result: ArmResult) -> str:
 
 
 def check_soup(result: ArmResult) -> Check:
-    """A method that delivers a soup must form one: within 1 point of the mean member."""
+    """A method that delivers a soup must form one: within 1 point of the mean member.
+
+    Runs that diverged have no soup; if all did, the arm has its verdict from chance accuracy.
+    """
+    result = replace(result, rows=result.rows[result.rows["status"] != "diverged"])
+    if result.rows.empty:
+        return Check(arm=result.arm)
     strength = _strength(result)
     behind = (result.values("mean_of_members") - result.values("uniform_soup")).dropna()
     if behind.empty:
@@ -124,7 +132,7 @@ def _strength(result: ArmResult) -> list[str]:
         f"{text} {result.mean(column):.3g}{unit}"
         for column, text, unit in (
             ("cumulative_pull", "cumulative pull", " e-folds"),
-            ("moves_per_scalar", "moves per scalar", ""),
+            ("moves_per_scalar", "moves per scalar (mean over the layers)", ""),
         )
         if len(result.values(column))
     ]
@@ -152,8 +160,16 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
 def check_coefficients(result: ArmResult) -> Check:
     """Coefficients must leave 1/2, or the method is an average of neighbors."""
     low, high = result.values("coefficient_min"), result.values("coefficient_max")
+    with_donor = result.values("rounds_with_donor")
     if low.empty:
+        if len(with_donor) and not with_donor.any():
+            return Check(arm=result.arm, failures=["no round had a donor: nothing was grafted"])
+        if result.values("rounds").any():
+            return Check(arm=result.arm, failures=["its rounds have no coefficients"])
         return Check(arm=result.arm, warnings=["its coefficients were not measured"])
+    warnings = []
+    if len(with_donor) and with_donor.mean() < FEW_DONORS:
+        warnings.append(f"only {with_donor.mean():.0f} % of its rounds had a donor")
     middle = ", ".join(
         f"{result.mean(f'coefficient_{name}'):.3f} ({text})"
         for name, text in (("5", "5%"), ("median", "median"), ("95", "95%"))
@@ -163,8 +179,9 @@ def check_coefficients(result: ArmResult) -> Check:
         f"{result.mean('coefficient_near_half'):.0f} % within {NEAR_HALF:g} of 1/2"
     )
     if max(0.5 - low.min(), high.max() - 0.5) < NEAR_HALF + _ROUNDING:
-        return Check(arm=result.arm, failures=[f"{text}: the layers' information has no effect"])
-    return Check(arm=result.arm, facts=[text])
+        text = f"{text}: the layers' information has no effect"
+        return Check(arm=result.arm, failures=[text], warnings=warnings)
+    return Check(arm=result.arm, facts=[text], warnings=warnings)
 
 
 def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
@@ -176,12 +193,12 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
     epochs = len(accuracy)
     if epochs < 4:
         return Check(
-            arm=result.arm, failures=[f"under-trained regime: {epochs} epochs have no last quarter"]
+            arm=result.arm, failures=[f"{UNDER_TRAINED}: {epochs} epochs have no last quarter"]
         )
     added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
     text = f"the last quarter of its training added {added:.2f} points"
     if added >= SATURATION_MARGIN:
-        text = f"under-trained regime: {text} (margin {SATURATION_MARGIN:g})"
+        text = f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"
         return Check(arm=result.arm, failures=[text])
     return Check(arm=result.arm, facts=[text])
 

@@ -28,7 +28,13 @@ from dist_graft.studies.records import (
 )
 from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
-from dist_graft.studies.statistics import arm_result, paired_test, seeds_needed
+from dist_graft.studies.statistics import (
+    ALPHA,
+    arm_result,
+    paired_test,
+    seeds_needed,
+    upper_limit,
+)
 
 
 class FailedRunsError(DistGraftError):
@@ -97,8 +103,8 @@ def compare(
         study.run_all("tuning", lambda state: state.tuning_runs, retry=False)
         if study.state.design is None:
             raise FailedRunsError(
-                f"every regime of the search has failed runs, see {folder / 'results.csv'}: rerun "
-                "the command to retry them"
+                "every regime of the search, or every trial of each method, has failed runs, see "
+                f"{folder / 'results.csv'}: rerun the command to retry them"
             )
         if pilot:
             study.run_all("pilot", lambda state: state.pilot_runs)
@@ -255,14 +261,22 @@ def pilot_text(state: StudyState, results: Results) -> str:
     names = f"{contrast.method.label}, compared with {contrast.control_name}"
     if test.deviation is None or test.n < 2:
         return f"{names}: no deviation, {test.n} seeds have both runs"
-    needed = seeds_needed(test.deviation, plan.smallest_effect)
-    arms = build_design(state.confirmed).arms
+    declared = build_design(state.confirmed)
+    arms, pairs = declared.arms, len(declared.primary)
+    upper = upper_limit(test.n, test.deviation)
+    needed, careful = (
+        seeds_needed(deviation, plan.smallest_effect, alpha=ALPHA / pairs)
+        for deviation in (test.deviation, upper)
+    )
     cost = sum(Run(phase="comparison", arm=arm, seed=0).cost for arm in arms)
     lines = [
         f"{names}: the difference has a standard deviation of {test.deviation:.2f} points "
         f"over {test.n} seeds",
-        f"seeds needed to show {plan.smallest_effect:g} points with a power of 80%: {needed} "
-        f"(the plan has {len(plan.test_seeds)})",
+        f"seeds needed to show {plan.smallest_effect:g} points with a power of 80%, at "
+        f"{ALPHA:g} / {pairs} (Holm's correction over the primary table): {needed} (the plan has "
+        f"{len(plan.test_seeds)})",
+        f"{test.n} seeds say little about the deviation: at its upper 80% confidence limit, "
+        f"{upper:.2f} points, it takes {careful} seeds",
     ]
     if (seconds := _seconds_per_cost(results)) is not None:
         lines.append(

@@ -7,9 +7,16 @@ from typing import Literal
 
 import pandas as pd
 
-from dist_graft.studies.statistics import ALPHA, ContrastResult, mean_and_deviation
+from dist_graft.studies.statistics import (
+    ALPHA,
+    UNDER_TRAINED,
+    ContrastResult,
+    mean_and_deviation,
+)
 
 Verdict = Literal["not tested", "no conclusion", "no difference shown", "better", "worse"]
+
+_IN_SHORT_TRAINING = f"; {UNDER_TRAINED}, so longer training alone may gain as much"
 
 
 def verdict(result: ContrastResult) -> Verdict:
@@ -23,10 +30,16 @@ def verdict(result: ContrastResult) -> Verdict:
     return "better" if result.test.mean > 0 else "worse"
 
 
-def conclusion(result: ContrastResult) -> str:
-    """Return what a contrast shows, as a sentence."""
+def conclusion(result: ContrastResult, *, under_trained: bool = False) -> str:
+    """Return what a contrast shows, as a sentence; `under_trained` as its population size is."""
     names = f"{result.contrast.method.label}, compared with {result.contrast.control_name}"
-    return f"{names}: {findings(result)}."
+    remark = _IN_SHORT_TRAINING if under_trained and verdict(result) == "better" else ""
+    return f"{names}: {findings(result)}{remark}."
+
+
+def under_trained_sizes(results: Iterable[ContrastResult]) -> set[int]:
+    """Population sizes of the plan whose long control had not converged."""
+    return {result.contrast.method.group for result in results if result.under_trained}
 
 
 def findings(result: ContrastResult) -> str:
@@ -35,7 +48,13 @@ def findings(result: ContrastResult) -> str:
         return f"not tested: {result.not_tested}; difference: {_difference(result)}"
     word = verdict(result)
     text = f"{word}, {_difference(result)}"
-    if word != "no difference shown" or result.half_width is None:
+    if word == "worse" and result.under_trained:
+        text += f" ({UNDER_TRAINED})"
+    if result.half_width is None:
+        return text
+    if word in ("better", "worse"):
+        return f"{text}{_small(result)}"
+    if word != "no difference shown":
         return text
     if is_equivalent(result):
         return f"{text}; equivalent within ±{result.margin:g} points"
@@ -65,6 +84,16 @@ def _difference(result: ContrastResult) -> str:
 def is_equivalent(result: ContrastResult) -> bool:
     """Whether the true difference is shown to be smaller than the smallest effect of interest."""
     return result.equivalence_p is not None and result.equivalence_p < ALPHA
+
+
+def _small(result: ContrastResult) -> str:
+    """Remark on a difference that is shown, but too small to matter."""
+    if not is_equivalent(result):
+        return ""
+    return (
+        f", smaller than the smallest effect of interest (equivalent within ±{result.margin:g} "
+        "points)"
+    )
 
 
 def overall_conclusions(
@@ -103,7 +132,9 @@ def _worse(primary: Sequence[ContrastResult], secondary: Sequence[ContrastResult
         if not worse:
             continue
         names = "; ".join(
-            f"{r.contrast.control_name} ({format_signed(r.test.mean)})" for r in worse
+            f"{r.contrast.control_name} ({format_signed(r.test.mean)}"
+            f"{f', {UNDER_TRAINED}' if r.under_trained else ''}{_small(r)})"
+            for r in worse
         )
         every = "every control: " if len(worse) == len(results) > 1 else ""
         sentences.append(f"{method} is worse than {every}{names}.")
@@ -132,7 +163,7 @@ def _not_tested(results: Sequence[ContrastResult]) -> list[str]:
 
 def _better(tested: Sequence[ContrastResult], secondary: Sequence[ContrastResult]) -> list[str]:
     """One sentence for each method that is better than the plan's control, with its limits."""
-    sentences = []
+    sentences, results = [], [*tested, *secondary]
     for result in tested:
         if verdict(result) != "better":
             continue
@@ -140,11 +171,13 @@ def _better(tested: Sequence[ContrastResult], secondary: Sequence[ContrastResult
         others = [other for other in secondary if other.contrast.method is method]
         text = (
             f"{method.label} is better than {result.contrast.control_name} "
-            f"({format_signed(result.test.mean)})"
+            f"({format_signed(result.test.mean)}{_small(result)})"
         )
         unclear = [o.contrast.control_name for o in others if verdict(o) == "no difference shown"]
         if unclear:
             text += f", and not shown to differ from: {'; '.join(unclear)}"
+        if method.group in under_trained_sizes(results):
+            text += _IN_SHORT_TRAINING
         sentences.append(f"{text}.")
     return sentences
 

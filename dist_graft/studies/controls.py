@@ -72,7 +72,8 @@ class Arm:
     @property
     def tunable(self) -> bool:
         """Whether optim.lr sets the learning rates of its networks."""
-        return self._config.optim.lrs is None
+        own = [self._config.diversity, *self._config.members]
+        return self._config.optim.lrs is None and not any("optim.lr" in names for names in own)
 
     def at(self, lr: float) -> Arm:
         """Return the arm with this learning rate."""
@@ -173,14 +174,21 @@ class Design:
         return same or tuned
 
     def compare(self, contrast: Contrast, *, primary: bool) -> None:
-        """Add a contrast, unless it compares a run with itself or exists already."""
+        """Add a contrast, unless it compares a run with itself or exists already.
+
+        One of the other controls may turn out to be the plan's, by another name.
+        """
         if contrast.control.key == contrast.method.key and (
             contrast.outcome == contrast.control_outcome
         ):
             return
-        known = {other.identity for other in (*self.primary, *self.secondary)}
-        if contrast.identity not in known:
+        known = {other.identity: other for other in (*self.primary, *self.secondary)}
+        same = known.get(contrast.identity)
+        if same is None:
             (self.primary if primary else self.secondary).append(contrast)
+        elif primary and same not in self.primary:
+            self.secondary.remove(same)
+            self.primary.append(same)
 
     def omit(self, reason: str) -> None:
         """Record that a control is not run."""
@@ -237,8 +245,12 @@ def independent_arm(plan: Plan, method: Arm) -> Arm:
     if plan.rates:  # they replace the method's
         training = without_learning_rates(training)
     alone = single_network(plan.recipe)
-    suffix = "" if single_network(merge(plan.recipe, training)) == alone else f" (as {method.name})"
-    return _control(f"independent{suffix}", method, single_network(merge(plan.recipe, training)))
+    options = single_network(merge(plan.recipe, training))
+    explicit = _delivery_of_training(method)
+    suffix = "" if options == alone and not explicit else f" (as {method.name})"
+    config = method.config(0)
+    suffix += " (without the members' options)" if config.members or config.diversity else ""
+    return replace(_control(f"independent{suffix}", method, options), explicit_delivery=explicit)
 
 
 def uninformed_arm(plan: Plan, method: Arm, criterion: str) -> Arm | None:
@@ -250,9 +262,16 @@ def uninformed_arm(plan: Plan, method: Arm, criterion: str) -> Arm | None:
         return None
     suffix = f" (as {method.name})" if method.name != "graft" else ""
     options = merge(plan.recipe, plan.method_options(method.name))
-    return _control(
+    control = _control(
         f"{criterion}{suffix}", method, merge(options, {"graft": _UNINFORMED[criterion]})
     )
+    return replace(control, explicit_delivery=method.explicit_delivery)
+
+
+def _delivery_of_training(method: Arm) -> Delivery | None:
+    """The averages over a training that the plan sets, which its controls deliver as well."""
+    explicit = method.explicit_delivery
+    return explicit if explicit in ("ema", "checkpoints") else None
 
 
 def _control(name: str, method: Arm, options: TrainOptions, networks: int | None = None) -> Arm:
@@ -270,11 +289,11 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
     training = without_exchange(plan.method_options(method.name))
 
     # The same population without exchange
-    suffix = f" (as {method.name})" if training else ""
-    isolated = merge(plan.recipe, training, NO_EXCHANGE)
-    _add_contrast(
-        design, plan, method, "no_exchange", _control(f"no exchange{suffix}", method, isolated)
-    )
+    explicit = _delivery_of_training(method)
+    suffix = f" (as {method.name})" if training or explicit else ""
+    isolated = _control(f"no exchange{suffix}", method, merge(plan.recipe, training, NO_EXCHANGE))
+    isolated = replace(isolated, explicit_delivery=explicit)
+    _add_contrast(design, plan, method, "no_exchange", isolated)
 
     # Independent networks with one learning rate, and one network trained longer
     independent = independent_arm(plan, method)
@@ -283,7 +302,8 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
         suffix = independent.name.removeprefix("independent")
         name = f"{ONE_NETWORK}, {networks} x epochs{suffix}"
         longer = merge(independent.options, _longer_training(independent.options, networks))
-        _add_contrast(design, plan, method, "one_network", _control(name, method, longer, 1))
+        one = replace(_control(name, method, longer, 1), explicit_delivery=explicit)
+        _add_contrast(design, plan, method, "one_network", one)
 
     # Coefficients that ignore the layer's information
     for criterion in _UNINFORMED:
@@ -346,15 +366,21 @@ def _has_layer_coefficients(method: Arm) -> bool:
 
 
 def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: Arm) -> None:
+    if plan.primary == "ensemble" and (kind == "baseline" or declared.networks < method.networks):
+        design.omit(f"{declared.label}: an ensemble is not compared with a single model")
+        return
     control = design.add(declared)
     if control is None:
         return
+    by_delivered = kind == "baseline" or (
+        plan.primary == "uniform_soup" and control.delivers != "soup"
+    )
     contrast = Contrast(
         method=method,
         control=control,
         control_name=declared.name,
         outcome=plan.primary,
-        control_outcome="delivered" if kind == "baseline" else plan.primary,
+        control_outcome="delivered" if by_delivered else plan.primary,
     )
     design.compare(contrast, primary=kind == plan.against)
     if kind == "best_lr" and method.networks > 1:

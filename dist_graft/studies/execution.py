@@ -28,11 +28,11 @@ from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import measure, read_events
-from dist_graft.studies.records import THRESHOLDS
+from dist_graft.studies.records import OUTCOMES, THRESHOLDS
 from dist_graft.training.learning_rates import initial_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
-_DIVERGED = re.compile(r"non-finite (weight|training loss|loss)|diverged")
+_DIVERGED = re.compile(r"network \d+ has a non-finite (weight|training loss)")
 _KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # table of torchrun
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
@@ -71,16 +71,14 @@ def execute_run(
             directories.
 
     Returns: the run's row and learning curve (columns epoch, largest_lr_member, mean_of_members).
-    A failed run has a row with the error, and no curve. A run in which a network diverged delivers
-    chance accuracy, whether it was stopped, or the network was healed or excluded.
+    A failed run has a row with the error, and no curve. A run in which a network diverged has
+    chance accuracy in every outcome, whether it was stopped, or the network was healed or excluded.
 
     Raises: StoppedError on a signal. The next call resumes the training.
     """
     folder = run_folder(run, out, repetition)
     try:
-        if not is_finished(folder):
-            _train(run, folder, on_epochs)
-        remarks = _evaluate(run, folder)
+        remarks = _train_and_evaluate(run, folder, on_epochs)
         rates = initial_rates(run.config, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
         outcomes |= summarize(outcomes["members"], rates)
@@ -105,7 +103,7 @@ def execute_run(
         message = f"{folder} has no results: {error}"
         return _row(run, folder, status="failed", error=message), None
     if divergence:
-        outcomes["delivered"] = 100.0 / count_classes(run.config)
+        outcomes |= _chance(run, outcomes)
     for checkpoints in (folder / "checkpoints", *folder.glob("network*/checkpoints")):
         _prune(checkpoints, keep_checkpoints)
     row = _row(
@@ -115,6 +113,14 @@ def execute_run(
         error="; ".join([divergence, *remarks] if divergence else remarks),
     )
     return row | outcomes, curve
+
+
+def _chance(run: Run, outcomes: Row) -> Row:
+    """Accuracies of a run that diverged, in percent: those of guessing, measured or not."""
+    names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble"]
+    names += ["uniform_soup"] if run.arm.networks > 1 else []
+    names += [name for name in OUTCOMES if name in outcomes]
+    return dict.fromkeys(names, 100.0 / count_classes(run.config))
 
 
 # Processes
@@ -142,6 +148,35 @@ def evaluate_command(run: Run, folder: Path) -> list[str]:
     if run.arm.delivers == "checkpoints":
         command += ["--last_checkpoints", str(run.config.checkpoint.keep)]
     return command
+
+
+def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> list[str]:
+    """Do what is left of a run, and check that its last epoch was evaluated. Returns remarks.
+
+    A run that was killed between summary.json and its last checkpoint trains its last epochs again.
+    """
+    for _ in range(2):
+        if not is_finished(folder):
+            _train(run, folder, on_epochs)
+        remarks = _evaluate(run, folder)
+        evaluated = _evaluated_epochs(folder)
+        if evaluated <= {run.config.epochs}:
+            return remarks
+        for name in ("evaluation.json", "summary.json"):
+            (folder / name).unlink()
+    epochs = ", ".join(map(str, sorted(evaluated)))
+    raise RunFailedError(
+        f"its last checkpoint is of epoch {epochs}, but it trained {run.config.epochs}"
+    )
+
+
+def _evaluated_epochs(folder: Path) -> set[int]:
+    """Epochs of the checkpoints that were evaluated; empty if none was."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return set()
+    evaluation = read_json(path)
+    return {part["epoch"] for part in (evaluation, *evaluation["members"]) if "epoch" in part}
 
 
 def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:

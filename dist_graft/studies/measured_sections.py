@@ -13,6 +13,7 @@ import yaml
 from dist_graft.plot_style import png
 from dist_graft.studies import plots
 from dist_graft.studies.checks import (
+    FEW_DONORS,
     FEW_INVALID,
     SATURATION_MARGIN,
     SOUP_MARGIN,
@@ -21,10 +22,11 @@ from dist_graft.studies.checks import (
 )
 from dist_graft.studies.conclusions import format_number, format_spread
 from dist_graft.studies.measurements import NEAR_HALF
-from dist_graft.studies.records import Results, Start
+from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
 from dist_graft.studies.selection import StudyState
 from dist_graft.studies.statistics import ArmResult, ContrastResult
+from dist_graft.studies.train_options import HALF_SLOW
 
 _CALIBRATION_HEADERS = {
     "nll": "NLL, members",
@@ -65,8 +67,16 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
             lines.append(f"{text}: {low:,.0f}" + (f" to {high:,.0f}" if high > low else ""))
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
+    lines += [slow] if (slow := _simulated_speed(arms)) else []
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
     return [Items(lines)]
+
+
+def _simulated_speed(arms: Sequence[ArmResult]) -> str:
+    """Say whose times include pauses that simulate slow networks; empty if none do."""
+    slow = [arm.arm.label for arm in arms if HALF_SLOW in arm.arm.config(0).callbacks]
+    text = f"times include the pauses of simulated slow networks: {'; '.join(slow)}"
+    return text if slow else ""
 
 
 def image_sampling(data: Any) -> str:
@@ -97,10 +107,12 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
     return [
         Heading(2, "Was it tested?"),
         Paragraph(
-            "An arm that fails its check has no verdict. A method that delivers a soup must form "
+            "An arm that fails its check has no verdict, but a method can still be worse than an "
+            "under-trained long training. A method that delivers a soup must form "
             f"one within {SOUP_MARGIN:g} point of the mean member. Grafting needs invalid filters "
             f"in the population without exchange (a warning below {FEW_INVALID:g} %) and "
-            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}. The last quarter of the long "
+            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}, in rounds that had a donor "
+            f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict."
@@ -237,6 +249,7 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
             "finite copied another one, sum over the seeds. Diverged runs count as chance "
             "accuracy."
         ),
+        *([Paragraph(f"Note: {slow}.")] if (slow := _simulated_speed(trained)) else []),
         Table(header, rows),
         Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
     ]
@@ -326,6 +339,50 @@ def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]
             "run counts. The primary outcome in percent, with finishing time and commit."
         ),
         Table(("arm", "K", "seed", "on", "before", "after", "reason"), table),
+    ]
+
+
+def of_earlier_plans(
+    state: StudyState, results: Results, starts: Sequence[Start], outcome: str
+) -> tuple[list[str], list[Block]]:
+    """What the reader must know about changes of the plan: warnings, and the rows it left out.
+
+    Test runs whose key the plan does not have are in no table and no test.
+    """
+    first = next((s for s in starts if s.plan_sha256 == plan_sha256(state.plan)), None)
+    changes = [
+        after
+        for before, after in itertools.pairwise(starts)
+        if after.plan_sha256 != before.plan_sha256
+    ]
+    changes = [first, *changes] if first and first not in changes else changes
+    texts = [
+        f"The plan was changed on {start.time}, when {start.runs_before} runs had results."
+        for start in changes
+        if start.runs_before
+    ]
+    unused = results.rows[results.rows["phase"] == "comparison"]
+    unused = unused.drop([run.key for run in state.all_runs], errors="ignore")
+    if unused.empty:
+        return texts, []
+    names = dict.fromkeys(f"{row['arm']}, K = {row['networks']}" for _, row in unused.iterrows())
+    texts.append(f"{len(unused)} test runs of an earlier plan are not used: {'; '.join(names)}.")
+    table = [
+        (
+            *(str(row[name]) for name in ("arm", "networks", "seed", "status")),
+            format_number(row.get(outcome)),
+            str(row["finished"]),
+        )
+        for _, row in unused.iterrows()
+    ]
+    return texts, [
+        Heading(2, "Runs of an earlier plan"),
+        Paragraph(
+            "Runs on the test set that the present plan does not have, because a seed, an arm, or "
+            "an option was changed, or another learning rate was chosen. No other table or test "
+            "uses them. The primary outcome in percent."
+        ),
+        Table(("arm", "K", "seed", "status", "unused outcome", "finished"), table),
     ]
 
 

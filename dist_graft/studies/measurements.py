@@ -32,7 +32,7 @@ MEASURED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("coefficient_min", "coefficient_5", "coefficient_median", "coefficient_95"),
-            *("coefficient_max", "coefficient_near_half"),
+            *("coefficient_max", "coefficient_near_half", "rounds_with_donor"),
         ),
         "float64",
     ),
@@ -63,7 +63,7 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     metrics = [read_json(directory.metrics(network)) for network in range(run.arm.networks)]
     healed = [event for event in read_events(folder) if event["kind"] == "healed"]
     measured: dict[str, Any] = {"heals": len(healed)}
-    if (folder / "evaluation.json").is_file():
+    if run.split == "test" and (folder / "evaluation.json").is_file():
         measured |= read_evaluation(read_json(folder / "evaluation.json"))
     if not has_exchange(config, run.arm.networks):
         return measured
@@ -136,21 +136,25 @@ def cumulative_pull(options: PapaConfig, lines: Sequence[Mapping[str, Any]]) -> 
 
 
 def _coefficients(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    by_epoch = [
-        [
-            value
-            for line in lines
-            if line["graft"]
-            for value in line["graft"]["coefficient"].values()
-        ]
-        for lines in zip(*metrics, strict=True)
+    """Coefficients of the rounds in which a network mixed in a donor's weights.
+
+    A round without a donor that is ready, and one that copies a donor, has no such coefficients.
+    """
+    rounds = [
+        [line["graft"] for line in lines if line["graft"]] for lines in zip(*metrics, strict=True)
     ]
+    mixed = [
+        [r for r in epoch if _has_donor(r) and r.get("healed_from") is None] for epoch in rounds
+    ]
+    by_epoch = [[value for r in epoch for value in r["coefficient"].values()] for epoch in mixed]
+    every = [r for epoch in rounds for r in epoch]
+    share = {"rounds_with_donor": 100 * sum(map(_has_donor, every)) / len(every)}
     values = np.array([value for epoch in by_epoch for value in epoch])
     if not values.size:
-        return {}
+        return share
     shares = {"5": 0.05, "median": 0.5, "95": 0.95}
     near_half = np.abs(values - 0.5) <= NEAR_HALF
-    return {
+    return share | {
         "coefficient_min": float(values.min()),
         "coefficient_max": float(values.max()),
         "coefficient_near_half": 100 * float(near_half.mean()),
@@ -162,6 +166,10 @@ def _coefficients(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
             for name, q in shares.items()
         },
     }
+
+
+def _has_donor(round_: Mapping[str, Any]) -> bool:
+    return round_.get("donor", 0) is not None  # earlier versions do not write it
 
 
 def delivers_soup(config: TrainConfig) -> bool:

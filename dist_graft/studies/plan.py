@@ -308,9 +308,13 @@ def parse_plan(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
             raise ConfigError(
                 f"methods.{name} needs options, or a name among {', '.join(BUILT_IN)}"
             )
+    recipe = merge(_read_recipes(plan.recipe.get("config", []), folder), recipe)
+    for options in (recipe, *methods.values(), *baselines.values(), *regimes.values()):
+        if options.get("population", {}).get("join") == "donor":
+            raise ConfigError("population.join must be fresh in a comparison, got 'donor'")
     return replace(
         plan,
-        recipe=merge(_read_recipes(plan.recipe.get("config", []), folder), recipe),
+        recipe=recipe,
         methods=dict(methods),
         baselines=dict(baselines),
         search=replace(plan.search, recipes=dict(regimes)),

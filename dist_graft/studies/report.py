@@ -21,6 +21,7 @@ from dist_graft.studies.conclusions import (
     format_spread,
     is_equivalent,
     overall_conclusions,
+    under_trained_sizes,
     verdict,
 )
 from dist_graft.studies.controls import Design
@@ -95,11 +96,12 @@ def build_report(
     """Return the blocks of the report and its conclusions."""
     plan, rows = state.confirmed, results.rows
     title = Heading(1, f"Comparison: {plan.name}")
+    changes, unused = sections.of_earlier_plans(state, results, starts, plan.primary)
     if state.design is None:
-        text = "No conclusion yet: the trials on the validation split have not finished."
-        blocks = [title, Paragraph(text, "summary"), *_regime_search(state, rows)]
-        blocks += _learning_rate_search(state)
-        return [*blocks, *_details(state, results, starts)], [text]
+        text = "No conclusion yet: the trials on the validation split have not finished, or failed."
+        blocks = [title, Paragraph(text, "summary"), *_items(changes), *unused]
+        blocks += [*_regime_search(state, rows), *_learning_rate_search(state)]
+        return [*blocks, *_details(state, results, starts)], [text, *changes]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
     checks = check_arms(state.design, arms, results.curves, plan.primary)
@@ -110,11 +112,15 @@ def build_report(
         for contrasts in (state.design.primary, state.design.secondary)
     )
     first, *others = overall_conclusions(primary, secondary)
-    sentences = [conclusion(result) for result in primary]
+    short = under_trained_sizes([*primary, *secondary])
+    sentences = [
+        conclusion(result, under_trained=result.contrast.method.group in short)
+        for result in primary
+    ]
     blocks = [
         title,
         Paragraph(first, "summary"),
-        *([Items(others)] if others else []),
+        *_items([*others, *changes]),
         Heading(2, "Setting"),
         *sections.setting(state, arms, starts),
         *_completeness(arms),
@@ -124,6 +130,7 @@ def build_report(
         *_primary_outcome(plan.primary, state.design, arms, primary),
         *_other_controls(secondary),
         *_shared_runs(primary, secondary),
+        *unused,
         *sections.superseded(state, results, plan.primary),
         *_learning_curves(state, arms, results),
         *_other_outcomes(arms),
@@ -137,7 +144,11 @@ def build_report(
         *_learning_rate_search(state),
         *_details(state, results, starts),
     ]
-    return blocks, [first, *others, *sentences]
+    return blocks, [first, *others, *changes, *sentences]
+
+
+def _items(texts: Sequence[str]) -> list[Block]:
+    return [Items(texts)] if texts else []
 
 
 def _join(numbers: Iterable[int]) -> str:
@@ -310,6 +321,17 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
     measured = [name for name in _OUTCOME_HEADERS if any(len(a.values(name)) for a in populations)]
     if not measured:
         return []
+    drawn = any("soup" not in name for name in plots.OUTCOME_STYLES if name in measured)
+    picture = (
+        Picture(
+            "outcomes",
+            png(plots.outcomes(populations, "test accuracy (%)")),
+            "Single networks, ensembles and soups; bars are one standard deviation. A number at "
+            "the left edge is the accuracy of a soup far below the axis.",
+        )
+        if drawn
+        else None
+    )
     return [
         Heading(2, "Members, ensembles and soups"),
         Paragraph(
@@ -325,12 +347,7 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
                 for arm in populations
             ],
         ),
-        Picture(
-            "outcomes",
-            png(plots.outcomes(populations, "test accuracy (%)")),
-            "Single networks, ensembles and soups; bars are one standard deviation. A number at "
-            "the left edge is the accuracy of a soup far below the axis.",
-        ),
+        *([picture] if picture else []),
     ]
 
 
@@ -493,10 +510,11 @@ def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) 
         if first.runs_before:
             before = f"the remaining runs, {first.runs_before} existed"
         lines.append(f"plan fixed: {first.time}, before {before}")
-    replaced = {start.plan_sha256: start for start in starts if start.plan_sha256 != sha256}
+    own = max((n for n, start in enumerate(starts) if start.plan_sha256 == sha256), default=-1)
+    others = {start.plan_sha256: n for n, start in enumerate(starts) if start.plan_sha256 != sha256}
     lines += [
-        f"replaced plan: sha256 {start.plan_sha256}, fixed {start.time}"
-        for start in replaced.values()
+        f"{'earlier' if n < own else 'later'} plan: sha256 {other}, last started {starts[n].time}"
+        for other, n in others.items()
     ]
     for name, values in (
         ("command", [start.command for start in starts]),

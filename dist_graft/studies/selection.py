@@ -105,8 +105,8 @@ class StudyState:
     trials: Sequence[Trial]
     """Learning rate trials of each method and control."""
     design: Design | None
-    """Arms whose learning rates are chosen; None until the search has chosen a regime and one of
-    the rates is chosen."""
+    """Arms whose learning rates are chosen; None until the search has chosen a regime and the rate
+    of a method is chosen."""
 
     @property
     def all_runs(self) -> list[Run]:
@@ -170,11 +170,16 @@ class StudyState:
                 texts.append(f"Trials of {name} failed at learning rate {_join(failed)}.")
         if self.design and len(plan.rates) > 1:
             texts += [
-                f"{arm.label} was not tuned: optim.lrs fixes its learning rates."
+                f"{arm.label} was not tuned: optim.lrs, members, or diversity set its rates."
                 for arm in self.design.arms
                 if not arm.tunable
             ]
         arms = self.design.arms if self.design else []
+        if "one_network" in plan.leave_out or plan.primary == "ensemble":
+            texts.append(
+                "There is no control that trains longer, so it is not known whether the regime is "
+                "under-trained."
+            )
         samples = sorted({n for arm in arms if (n := arm.config(0).data.test_samples)})
         if samples:
             texts.append(f"Only the first {_join(samples)} test images are used.")
@@ -222,9 +227,10 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = F
                 for arm in arms
                 if arm.tunable
             ]
-        best = {trial.arm.key: trial.best for trial in trials if trial.finished}
+        best = {t.arm.key: t.best for t in trials if t.finished and t.best is not None}
         if best or not trials:
             design = build_design(confirmed, best if trials else None)
+            design = design if design.arms else None
     return StudyState(
         plan=plan,
         confirmed=confirmed,

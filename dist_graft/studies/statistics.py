@@ -22,6 +22,8 @@ ALPHA = 0.05
 """Family-wise error rate of a table, level of each equivalence test, and 1 − confidence."""
 POWER = 0.8
 """Power at which minimum detectable differences and numbers of seeds are computed."""
+UNDER_TRAINED = "under-trained regime"
+"""How the reason begins for which a long training does not count."""
 _ROUNDING = 1e-9  # percentage points: differences this close count as equal
 
 
@@ -145,6 +147,11 @@ def seeds_needed(
     return n
 
 
+def upper_limit(n: int, deviation: float, confidence: float = POWER) -> float:
+    """Upper confidence limit of the standard deviation, from that of n normal values."""
+    return deviation * math.sqrt((n - 1) / float(stats.chi2.ppf(1 - confidence, n - 1)))
+
+
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:
     """Mean and sample standard deviation (n − 1, None for one value); None without values."""
     values = list(values)
@@ -199,11 +206,21 @@ class ContrastResult:
 
     @property
     def not_tested(self) -> str | None:
-        """Why the contrast does not count; None if it does."""
+        """Why the contrast does not count; None if it does.
+
+        A method that is worse than a long training that still improves is worse all the same.
+        """
+        if self.under_trained and self.decision.rejected and self.test.mean < 0:
+            return self.failed.get(self.contrast.method.key)
         control = self.failed.get(self.contrast.control.key)
         if control:
             control = f"{self.contrast.control_name}: {control}"
         return self.failed.get(self.contrast.method.key) or control
+
+    @property
+    def under_trained(self) -> bool:
+        """Whether the control is a long training that had not converged."""
+        return self.failed.get(self.contrast.control.key, "").startswith(UNDER_TRAINED)
 
     @property
     def half_width(self) -> float | None:

@@ -40,7 +40,14 @@ EXCHANGE_SECTIONS = (
 _PER_NETWORK = ("members", "diversity")
 NO_EXCHANGE: TrainOptions = {"method": "none", "graft": {"every": 0}}
 _LEARNING_RATES = ("lr", "lrs", "lr_diversity")
-_NO_EFFECT_ON_RESULTS = ("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_")
+_NO_EFFECT_ON_RESULTS = (
+    *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
+    *("data.root", "data.workers", "data.download", "data.skip_broken", "graft.bucket_mb"),
+)
+_OF_CHECKPOINTS = ("checkpoint.keep", "checkpoint.every", "checkpoint.every_minutes")
+"""Options that decide what the mean of the last checkpoints is."""
+_OF_OWN_DATA = ("data.root", "data.skip_broken")
+"""Options that decide what images a function of the user returns."""
 _KEY_LENGTH = 12
 
 
@@ -171,10 +178,13 @@ def run_key(config: TrainConfig, networks: int, delivers: Delivery | None = None
     hashed if it is not what the run delivers anyway.
     """
     defaults = dict(flatten(asdict(TrainConfig())))
+    effective: tuple[str, ...] = _OF_CHECKPOINTS if delivers == "checkpoints" else ()
+    effective += _OF_OWN_DATA if is_reference(config.data.name) else ()
     changed = {
         name: value
         for name, value in flatten(asdict(config))
-        if value != defaults[name] and not name.startswith(_NO_EFFECT_ON_RESULTS)
+        if value != defaults[name]
+        and (name in effective or not name.startswith(_NO_EFFECT_ON_RESULTS))
     }
     if not has_exchange(config, networks):
         changed = {

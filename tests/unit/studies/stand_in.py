@@ -4,7 +4,8 @@
     stand_in.py evaluate RUN_DIR
 
 BEHAVIOUR is a folder. A file with the name of the run directory contains what the run does: fail,
-diverge, heal, silent, killed or sleep. Each start appends the name to the file `starts`.
+diverge, no space, heal, lose,
+lose once, silent, killed or sleep. Each start appends the name to the file `starts`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     if action == "diverge":
         print("dist-graft: error: epoch 0: network 0 has a non-finite weight in conv.weight; try")
         return 1
+    if action == "no space":
+        print("dist-graft: error: /runs/diverged/network00 cannot be written: No space left")
+        return 1
+    if action in ("lose", "lose once"):
+        (run / "lost").touch()
+    if action == "lose once":
+        path.write_text("find")
+    if action == "find":
+        (run / "lost").unlink()
     if action == "silent":
         return 3
     if action == "killed":
@@ -74,7 +84,10 @@ def evaluate(run: Path) -> int:
         kind: {"test_accuracy": 60.0 + n, "val_accuracy": 50.0 + n}
         for n, kind in enumerate(("soup", "ema", "checkpoints"))
     }
+    lost = run / "lost"  # the last checkpoint, until another training
+    epochs = len((run / "network00" / "metrics.jsonl").read_text().splitlines())
     result = {
+        "epoch": epochs - lost.exists(),
         "averages": averages,
         "members": [{"val_accuracy": 79.0} for _ in range(networks)],
         "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0},

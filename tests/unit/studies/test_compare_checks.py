@@ -64,10 +64,18 @@ class TestSoup:
         assert "79.8 points below" in pull.failures[0]
         assert "cumulative pull 0.12 e-folds" in pull.failures[0]
         moves = check_soup(arm_result(WASH, moves_per_scalar=[100.0, 100.0], **columns))
-        assert "moves per scalar 100" in moves.failures[0]
+        text = "moves per scalar (mean over the layers) 100"
+        assert text in moves.failures[0]
         close = columns | {"uniform_soup": [90.25, 90.25]}
         fact = check_soup(arm_result(WASH, moves_per_scalar=[100.0, 100.0], **close))
-        assert fact.facts == ["soup 0.25 points above the mean member, moves per scalar 100"]
+        assert fact.facts == [f"soup 0.25 points above the mean member, {text}"]
+
+    def test_of_the_runs_that_did_not_diverge(self) -> None:
+        columns = {"mean_of_members": [90, 10], "uniform_soup": [90, 10]}
+        one = check_soup(arm_result(PAPA, status=["ok", "diverged"], **columns))
+        assert one.facts == ["soup 0.00 points below the mean member"]
+        none = check_soup(arm_result(PAPA, status=["diverged", "diverged"], **columns))
+        assert none == Check(arm=none.arm)
 
     def test_that_was_not_evaluated(self) -> None:
         check = check_soup(arm_result(PAPA, mean_of_members=[90.0], uniform_soup=[np.nan]))
@@ -139,6 +147,19 @@ class TestCoefficients:
         check = check_coefficients(arm_result({}))
         assert check.not_tested is None
         assert len(check.warnings) == 1
+
+    def test_needs_donors(self) -> None:
+        none = arm_result({}, rounds=[8, 8], rounds_with_donor=[0.0, 0.0])
+        assert check_coefficients(none).failures == ["no round had a donor: nothing was grafted"]
+        names = ("min", "5", "median", "95", "max", "near_half")
+        columns = {f"coefficient_{name}": [0.3] for name in names}
+        few = check_coefficients(arm_result({}, rounds_with_donor=[40.0], **columns))
+        assert (few.not_tested, few.warnings) == (None, ["only 40 % of its rounds had a donor"])
+        assert not check_coefficients(arm_result({}, rounds_with_donor=[60.0], **columns)).warnings
+
+    def test_rounds_without_coefficients_fail(self) -> None:
+        check = check_coefficients(arm_result({}, rounds=[8, 8]))
+        assert check.failures == ["its rounds have no coefficients"]
 
 
 class TestSaturation:

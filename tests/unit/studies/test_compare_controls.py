@@ -144,6 +144,55 @@ class TestControls:
         assert [contrast.control_name for contrast in found.primary] == [name]
         assert name not in [contrast.control_name for contrast in found.secondary]
 
+    def test_the_plans_control_may_have_another_name(self) -> None:
+        found = designed(plan(against="best_lr"))
+        (contrast,) = found.primary
+        assert contrast.control.key == arm_of(found, "no exchange").key
+        assert found.aliases[contrast.control.key] == ["independent"]
+        assert contrast.identity not in [other.identity for other in found.secondary]
+
+    def test_an_ensemble_is_compared_with_populations_only(self) -> None:
+        found = designed(plan(primary="ensemble", baselines=["ema", "local_sgd"]))
+        assert labels(found) == ["graft, 2 networks", "no exchange, 2 networks"]
+        assert [c.outcome for c in (*found.primary, *found.secondary)] == ["ensemble"]
+        assert [text.partition(":")[0] for text in found.omitted[2:]] == [
+            "one network, 2 x epochs",
+            "EMA of one network",
+            "EMA of one network, 2 x epochs",
+            "local SGD, 2 networks",
+        ]
+
+    def test_a_soup_is_compared_with_the_model_that_a_control_delivers(self) -> None:
+        found = designed(plan(primary="uniform_soup", methods={"graft": {"delivers": "soup"}}))
+        outcomes = {c.control_name: c.control_outcome for c in (*found.primary, *found.secondary)}
+        assert outcomes["no exchange"] == outcomes["one network, 2 x epochs"] == "delivered"
+        assert {c.outcome for c in found.primary} == {"uniform_soup"}
+
+    def test_independent_networks_drop_the_members_options(self) -> None:
+        methods = {"graft": {"members": [{"optim.momentum": 0.8}, {}]}}
+        found = designed(plan(methods=methods))
+        names = [arm.name for arm in found.arms if arm.role == "control"]
+        assert names == [
+            "no exchange (as graft)",
+            "independent (without the members' options)",
+            "one network, 2 x epochs (without the members' options)",
+        ]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"members": [{"optim.lr": 0.1}, {"optim.lr": 0.2}]},
+            {"diversity": {"optim.lr": {"uniform": [0.1, 0.2]}}},
+            {"optim.lrs": [0.1, 0.2]},
+        ],
+    )
+    def test_rates_of_single_networks_are_not_tuned(self, options: dict[str, Any]) -> None:
+        found = designed(plan(methods={"graft": options}))
+        assert not arm_of(found, "graft").tunable
+        assert arm_of(designed(plan()), "graft").tunable
+        momentum = {"members": [{"optim.momentum": 0.8}, {}]}
+        assert arm_of(designed(plan(methods={"graft": momentum})), "graft").tunable
+
     def test_contrasts_are_distinct(self) -> None:
         methods = {"graft": None, "dlr": {"optim.lr_diversity": "cosine"}}
         found = designed(plan(methods=methods, networks=[2, 4]))
@@ -257,6 +306,21 @@ class TestDelivery:
         found = designed(plan(methods=methods))
         assert [arm_of(found, name).delivers for name in methods] == ["member", "soup"]
 
+    @pytest.mark.parametrize(
+        ("delivers", "of_controls"),
+        [
+            ("soup", ["soup", "soup", "member", "member", "network"]),
+            ("checkpoints", ["checkpoints"] * 5),
+        ],
+    )
+    def test_of_controls(self, delivers: str, of_controls: list[str]) -> None:
+        recipe = {"optim.lr_diversity": "cosine"}
+        methods = {"graft": {"delivers": delivers}}
+        found = designed(plan(methods=methods, recipe=recipe, leave_out=[]))
+        starts = ("constant", "shuffled", "no exchange", "independent", "one network")
+        controls = [next(a for a in found.arms if a.name.startswith(name)) for name in starts]
+        assert [arm.delivers for arm in controls] == of_controls
+
 
 class TestKeys:
     CONFIG = TrainConfig()
@@ -283,9 +347,25 @@ class TestKeys:
             "checkpoint.keep": 5,
             "monitor.tensorboard": False,
             "runtime.timeout_seconds": 3.0,
+            "data.root": "elsewhere",
+            "data.workers": 2,
+            "data.download": False,
+            "data.skip_broken": True,
+            "graft.bucket_mb": 1.0,
             "graft.amplitude": 0.4,
         }.items():
             assert self.key(**{name: value}) == self.key(), name
+
+    def test_the_root_of_own_data_changes_the_key(self) -> None:
+        own = {"data.name": "torchvision.datasets:fake"}
+        assert self.key(**own, **{"data.root": "a"}) != self.key(**own, **{"data.root": "b"})
+
+    def test_options_of_checkpoints_change_the_mean_of_checkpoints(self) -> None:
+        options = [{}, {"keep": 5}, {"keep": 10}, {"every": 2}, {"every_minutes": 1.0}]
+        keys = [
+            run_key(resolve({"checkpoint": changed}, 2), 2, "checkpoints") for changed in options
+        ]
+        assert len(set(keys)) == len(keys)
 
     def test_options_of_the_exchange_are_ignored_without_exchange(self) -> None:
         none = self.key(method="none")

@@ -39,7 +39,7 @@ from dist_graft.studies.execution import (
 from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
 from dist_graft.studies.selection import study_state
-from dist_graft.studies.statistics import seeds_needed
+from dist_graft.studies.statistics import seeds_needed, upper_limit
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -281,6 +281,29 @@ class TestFailedRun:
         assert Results(tmp_path / "out").rows.loc[broken.key, "error"].startswith(line)
 
 
+class TestLostCheckpoint:
+    """A run that was killed between summary.json and its last checkpoint."""
+
+    def test_is_trained_again(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("lose once")
+        compare(plan(), tmp_path / "out")
+        assert starts(behaviour).count(folder_of(broken)) == 2
+        assert len(starts(behaviour)) == 5
+        assert set(Results(tmp_path / "out").rows["status"]) == {"ok"}
+
+    def test_fails_the_second_time(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("lose")
+        with pytest.raises(
+            FailedRunsError, match="last checkpoint is of epoch 0, but it trained 1"
+        ):
+            compare(plan(), tmp_path / "out")
+        assert starts(behaviour).count(folder_of(broken)) == 2
+        rows = Results(tmp_path / "out").rows
+        assert rows["status"].tolist() == ["failed", "ok", "ok", "ok"]
+
+
 class TestDivergence:
     @pytest.mark.parametrize(
         ("action", "error"),
@@ -297,10 +320,18 @@ class TestDivergence:
         compare(plan(), tmp_path / "out")
         rows = Results(tmp_path / "out").rows
         assert rows["status"].tolist() == ["diverged", "ok", "ok", "ok"]
-        assert rows.loc[broken.key, "delivered"] == 10.0  # ten classes
+        names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
+        assert rows.loc[broken.key, names].tolist() == [10.0] * 5  # ten classes
         assert rows.loc[broken.key, "error"].startswith(error)
         compare(plan(), tmp_path / "out")
         assert len(starts(behaviour)) == 4
+
+    def test_a_path_with_the_word_is_no_divergence(self, behaviour: Path, tmp_path: Path) -> None:
+        broken = study_state(plan()).comparison_runs[0]
+        (behaviour / folder_of(broken)).write_text("no space")
+        with pytest.raises(FailedRunsError, match="No space left"):
+            compare(plan(), tmp_path / "out")
+        assert Results(tmp_path / "out").rows.loc[broken.key, "status"] == "failed"
 
 
 class TestRedo:
@@ -394,11 +425,14 @@ class TestPilotAndDryRun:
         assert len(starts(behaviour)) == 6
         lines = text.splitlines()
         assert "standard deviation of 0.40 points over 3 seeds" in lines[0]
-        assert lines[1] == (
-            "seeds needed to show 0.5 points with a power of 80%: "
-            f"{seeds_needed(0.4, 0.5)} (the plan has 4)"
+        needed, careful = (
+            seeds_needed(deviation, 0.5, alpha=0.05 / 2)  # two methods
+            for deviation in (0.4, upper_limit(3, 0.4))
         )
-        assert "3 arms" in lines[2]
+        assert "0.05 / 2" in lines[1]
+        assert lines[1].endswith(f": {needed} (the plan has 4)")
+        assert lines[2].endswith(f"it takes {careful} seeds")
+        assert "3 arms" in lines[3]
         compare(asked, tmp_path / "out")
         assert len(starts(behaviour)) == 3 * 4  # those of the pilot are not repeated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ class TestRounds:
         first, second, third = found["coefficients_median"]
         assert (first, math.isnan(second), third) == (0.5, True, pytest.approx(0.495))
         assert found["coefficients_5"][0] == pytest.approx(0.4)
+
+    def test_rounds_without_a_donor_have_no_coefficients(self, tmp_path: Path) -> None:
+        alone, healed = {"donor": None}, {"donor": 0, "healed_from": 0}
+        write_metrics(
+            tmp_path,
+            [
+                [grafted(1.0) | alone, grafted(1.0) | alone],
+                [grafted(0.0) | healed, grafted(0.4) | {"donor": 0, "healed_from": None}],
+            ],
+        )
+        found = measure(tmp_path, run_of(epochs=2))
+        assert found["coefficient_min"] == found["coefficient_max"] == 0.4
+        assert math.isnan(found["coefficients_median"][0])
+        assert found["rounds_with_donor"] == 50.0
+
+    def test_no_round_had_a_donor(self, tmp_path: Path) -> None:
+        rounds = [grafted(1.0) | {"donor": None}]
+        write_metrics(tmp_path, [rounds, rounds])
+        found = measure(tmp_path, run_of(epochs=1))
+        assert found["rounds_with_donor"] == 0.0
+        assert "coefficient_min" not in found
 
     def test_counts_rounds_once_and_bytes_of_every_network(self, tmp_path: Path) -> None:
         rounds = [grafted(0.5, rounds=3, size=10), None, grafted(0.5, rounds=2, size=7)]
@@ -137,6 +159,14 @@ class TestOtherFiles:
             "barrier": 0.1,
             "soup_nll": 0.25,
         }
+
+    def test_a_trial_does_not_read_test_measurements(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path, [[None], [None]])
+        evaluation = {"members": [{"test_loss": 0.5}], "uniform_soup": {"test_loss": 0.4}}
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        test = run_of(method="none")
+        assert measure(tmp_path, test) == {"heals": 0, "nll": 0.5, "soup_nll": 0.4}
+        assert measure(tmp_path, replace(test, phase="tuning")) == {"heals": 0}
 
     def test_evaluation_of_an_older_version(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None]])

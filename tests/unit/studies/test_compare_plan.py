@@ -145,6 +145,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"best_lr": {"value": 0.1}}, "best_lr was replaced by tuning"),
     ({"tuning": {"rates": [0.1, 0]}}, "tuning.rates must be above 0, got 0"),
     ({"tuning": {"rates": [0.1, 0.1]}}, "tuning.rates contains a rate twice"),
+    ({"recipe": {"population.join": "donor"}}, "population.join must be fresh"),
     ({"tuning": {"seeds": [1]}}, "tuning.seeds and seeds must be disjoint, both contain 1"),
     ({"tuning": {"val_fraction": 1.0}}, "tuning.val_fraction must be above 0 and below 1"),
     ({"tuning": {"max_extensions": -1}}, "tuning.max_extensions must be at least 0, got -1"),

@@ -29,6 +29,7 @@ from dist_graft.studies.conclusions import (
     format_signed,
     format_spread,
     overall_conclusions,
+    under_trained_sizes,
     verdict,
 )
 from dist_graft.studies.controls import Arm, Contrast, Run
@@ -39,7 +40,7 @@ from dist_graft.studies.measured_sections import (
     superseded,
 )
 from dist_graft.studies.plan import BUILT_IN, Plan
-from dist_graft.studies.records import Results, read_starts, record_start
+from dist_graft.studies.records import Results, Start, read_starts, record_start
 from dist_graft.studies.rendering import (
     Block,
     Code,
@@ -345,6 +346,54 @@ class TestIncompleteReport:
             table_of(blocks, "min. detectable")
 
 
+class TestChangedPlan:
+    """Runs of a plan that was changed after it had results."""
+
+    @staticmethod
+    def build(
+        folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[Plan, Plan, Results, list[Start]]:
+        """Plans of three and of two seeds, of which the second was made after the results."""
+        for module in (report, measured_sections):
+            monkeypatch.setattr(module, "png", lambda figure: PNG)
+        first, second = (
+            make_plan(name="p", recipe={"epochs": 8}, methods=["average"], seeds=seeds)
+            for seeds in ([1, 2, 3], [1, 2])
+        )
+        record_start(first, folder, runs_before=0, command=["compare"])
+        _, results = carry_out(first, folder, value_of)
+        record_start(second, folder, runs_before=len(results.rows), command=["compare"])
+        return first, second, results, read_starts(folder)
+
+    def test_lists_the_runs_that_it_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, second, results, starts = self.build(tmp_path, monkeypatch)
+        blocks, conclusions = build_report(study_state(second, results.rows), results, starts)
+        assert isinstance(blocks[2], Items)
+        texts = list(blocks[2].texts)
+        assert any("when 9 runs had results" in text for text in texts)
+        assert any(text.startswith("3 test runs of an earlier plan are not used") for text in texts)
+        assert set(texts) <= set(conclusions)
+        rows = table_of(blocks, "unused outcome")
+        assert [row["seed"] for row in rows] == ["3"] * 3
+        run = study_state(make_plan(name="p", recipe={"epochs": 8}, methods=["average"], seeds=[3]))
+        value = results.rows.loc[run.comparison_runs[0].key, "delivered"]
+        assert float(rows[0]["unused outcome"]) == pytest.approx(value, abs=0.006)
+        assert "earlier plan: sha256" in to_markdown(blocks)
+
+    def test_a_later_plan_replaced_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, _, results, starts = self.build(tmp_path, monkeypatch)
+        state = study_state(first, results.rows)
+        text = to_markdown(build_report(state, results, starts)[0])
+        assert "later plan: sha256" in text
+        assert "earlier plan" not in text
+        text = to_markdown(build_report(state, results, starts[:1])[0])
+        assert "plan was changed" not in text
+
+
 def test_superseded_rows_are_shown_with_the_reason(tmp_path: Path) -> None:
     small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
     state, results = carry_out(small, tmp_path, value_of)
@@ -378,6 +427,29 @@ def test_diverged_runs_count(tmp_path: Path) -> None:
     assert found.values("largest_lr_member")[run.seed] == 10.0
     assert len(found.rows) == 3
     assert found.failed == []
+
+
+def test_outcomes_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_sections, "png", lambda figure: PNG)
+    small = plan(networks=[2], methods={"average": None}, recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    names = ["largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
+    results.rows = results.rows.assign(**dict.fromkeys(names, np.nan))
+    blocks, _ = build_report(state, results, [])
+    assert "Members, ensembles and soups" in [b.text for b in blocks if isinstance(b, Heading)]
+    assert "outcomes" not in [b.name for b in blocks if isinstance(b, Picture)]
+
+
+def test_simulated_speeds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    for method, count in (("graft-files", 2), ("average", 0)):
+        small = plan(networks=[2], methods=[method], recipe={"epochs": 4}, seeds=[1])
+        (folder := tmp_path / method).mkdir()
+        state, results = carry_out(small, folder, value_of)
+        blocks, _ = build_report(state, results, [])
+        text = "imes include the pauses of simulated slow networks: graft-files, 2 networks"
+        assert to_markdown(blocks).count(text) == count
 
 
 def test_seeds_with_their_own_images_are_named() -> None:
@@ -513,6 +585,47 @@ def test_a_failed_check_leaves_no_other_verdict(differences: list[float], failed
     assert "soup 70 points below" in text
     others = ("better", "worse", "no difference", "no conclusion", "equivalent")
     assert not any(word in text for word in others)
+
+
+SMALL = [0.1, 0.12, 0.11, 0.09]
+"""Differences that are shown, and smaller than the smallest effect of interest."""
+ONE = "one network, 4 x epochs"
+SHORT = {ONE: "under-trained regime: the last quarter added 2 points"}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_difference_that_is_too_small_says_so(sign: int) -> None:
+    result = contrast([sign * value for value in SMALL])
+    remark = "smaller than the smallest effect of interest (equivalent within ±0.3 points)"
+    assert remark in findings(result)
+    assert remark in overall_conclusions([result])[0]
+    large = contrast([10 * sign * value for value in SMALL])
+    assert remark not in findings(large)
+    assert remark not in overall_conclusions([large])[0]
+
+
+def test_worse_than_a_training_that_still_improves_is_worse() -> None:
+    worse, better, unclear = (
+        contrast(values, control=ONE, failed=SHORT) for values in (WORSE, BETTER, UNCLEAR)
+    )
+    assert [verdict(r) for r in (worse, better, unclear)] == ["worse", "not tested", "not tested"]
+    assert findings(worse).endswith("(under-trained regime)")
+    first, *_ = overall_conclusions([contrast(UNCLEAR)], [worse])
+    assert first == "graft, 4 networks is worse than one network, 4 x epochs (−0.51, " + (
+        "under-trained regime)."
+    )
+    failed = contrast(WORSE, control=ONE, failed=SHORT | {"graft": "its soup is at chance"})
+    assert verdict(failed) == "not tested"
+
+
+def test_better_in_an_under_trained_regime_says_so() -> None:
+    better, long = contrast(BETTER), contrast(UNCLEAR, control=ONE, failed=SHORT)
+    remark = "under-trained regime, so longer training alone may gain as much."
+    assert under_trained_sizes([better, long]) == {4}
+    assert overall_conclusions([better], [long])[-1].endswith(remark)
+    assert remark not in overall_conclusions([better])[-1]
+    assert conclusion(better, under_trained=True).endswith(remark)
+    assert remark not in conclusion(contrast(UNCLEAR), under_trained=True)
 
 
 def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:

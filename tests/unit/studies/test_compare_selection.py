@@ -13,6 +13,8 @@ from made_up import carry_out, made_up_row, make_plan
 from dist_graft.studies.controls import Run
 from dist_graft.studies.plan import Plan, parse_plan
 from dist_graft.studies.records import Results
+from dist_graft.studies.rendering import to_markdown
+from dist_graft.studies.report import build_report
 from dist_graft.studies.selection import gain, study_state
 
 SEARCH = {
@@ -261,6 +263,17 @@ class TestTuning:
             "one network",
         ]
 
+    def test_without_a_rate_of_any_method_there_is_no_design(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            broken = run.phase == "tuning" and run.arm.name.startswith("graft")
+            return math.nan if broken else 80.0
+
+        state, results = carry_out(comparing(), tmp_path, value)
+        assert state.design is None
+        blocks, (conclusion,) = build_report(state, results, [])
+        assert conclusion.startswith("No conclusion yet")
+        assert "Learning rates" in to_markdown(blocks)
+
     def test_a_diverged_trial_counts(self, tmp_path: Path) -> None:
         plan = comparing(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
         results = Results(tmp_path)
@@ -272,6 +285,12 @@ class TestTuning:
         state = study_state(plan, results.rows)
         assert {trial.best for trial in state.trials} == {0.2}
         assert all(trial.scores[0.1] == 45.0 for trial in state.trials)
+
+
+def test_a_plan_without_a_longer_training_says_so() -> None:
+    for changes in ({"leave_out": ["one_network"]}, {"primary": "ensemble"}):
+        assert any("under-trained" in text for text in study_state(make_plan(**changes)).warnings)
+    assert not any("under-trained" in text for text in study_state(make_plan()).warnings)
 
 
 def test_a_plan_with_few_test_images_says_so() -> None:

@@ -18,6 +18,7 @@ from dist_graft.studies.statistics import (
     minimum_detectable_difference,
     paired_test,
     seeds_needed,
+    upper_limit,
 )
 
 
@@ -77,6 +78,11 @@ class TestPairedTest:
     @given(st.lists(accuracies, min_size=2, max_size=8))
     def test_p_does_not_depend_on_the_sign(self, differences: list[float]) -> None:
         assert paired_test(differences).p == paired_test([-value for value in differences]).p
+
+
+def test_upper_limit_of_a_deviation() -> None:
+    """By hand: 20% of the chi-squared distribution with 2 degrees are below 2 ln 1.25."""
+    assert_near(upper_limit(3, 0.4), 0.4 * math.sqrt(2 / (2 * math.log(1.25))))
 
 
 class TestHolm:

@@ -35,6 +35,8 @@ _CHANGEABLE = (
     "data.skip_broken",  # without it the run ends at the first broken image
 )
 """Options that may differ when a run is resumed: names and prefixes of names."""
+_PER_NETWORK = ("optim.lrs", "members")
+"""Options with one value for each network."""
 _UNREADABLE = (
     *(OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError, OverflowError),
     *(RecursionError, IndexError),
@@ -162,10 +164,11 @@ class RunDirectory:
         except _UNREADABLE as error:
             raise self._cannot_be_read(error) from error
         files = config.graft.exchange == "files"
+        grows = files and networks > before_networks
         changeable: tuple[str, ...] = _CHANGEABLE
         if changes:
-            changeable += ("optim.lrs", "members")  # one for each network
-        elif before_networks != networks and not (files and networks > before_networks):
+            changeable += _PER_NETWORK
+        elif before_networks != networks and not grows:
             option = f" with --runtime.replicas {replicas}" if replicas > 1 else ""
             raise RunDirectoryError(
                 f"{self.path} holds a run of {before_networks} networks, but "
@@ -183,6 +186,7 @@ class RunDirectory:
             if before.get(name) != value
             and not name.startswith(changeable)
             and name != "epochs"
+            and not (grows and name in _PER_NETWORK and _starts_with(value, before.get(name)))
             and (name != "graft.exchange" or "files" in (before.get(name), value))
         ]
         if differences:
@@ -287,6 +291,13 @@ class RunDirectory:
                 f"{self.path} holds a run of {before} epochs, and graft.qsr_alpha adds a round "
                 f"after the last one: --epochs {config.epochs} needs another run_dir"
             )
+
+
+def _starts_with(longer: Any, shorter: Any) -> bool:
+    """Whether both are lists, and the longer one only adds to the shorter one."""
+    if not isinstance(longer, list) or not isinstance(shorter, list):
+        return False
+    return bool(shorter) and longer[: len(shorter)] == shorter
 
 
 def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool = False) -> None:

@@ -315,6 +315,21 @@ class TestCheck:
         with pytest.raises(RunDirectoryError, match=f"run of 2 networks, but {networks} processes"):
             started(tmp_path).check(TrainConfig(), networks)
 
+    def test_a_population_that_grows_has_options_of_new_networks(self, tmp_path: Path) -> None:
+        def of(*members: dict[str, float]) -> TrainConfig:
+            return TrainConfig(
+                graft=GraftConfig(exchange="files"),
+                population=PopulationConfig(size=len(members)),
+                members=list(members),
+            )
+
+        first, second = {"optim.lr": 0.1}, {"optim.lr": 0.2}
+        directory = RunDirectory(tmp_path, job=0)
+        directory.write_config(of(first, second), 2)
+        directory.check(of(first, second, first), 3)
+        with pytest.raises(RunDirectoryError, match="members was"):
+            directory.check(of(second, second, first), 3)
+
     @pytest.mark.parametrize(
         ("option", "value", "free"),
         [

@@ -169,6 +169,7 @@ class TestExport:
         assert description["metrics"]["network01"] == {"epoch": 1, "test_accuracy": 61.5}
         assert description["versions"]["torch"] == torch.__version__
 
+    @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 loads so
     def test_torch_export(self, run: Path, tmp_path: Path) -> None:
         export_run(run, out=tmp_path, kind="torch_export")
         program = torch.export.load(tmp_path / "network01.pt2").module()

@@ -102,7 +102,7 @@ def test_other_rules_keep_no_state() -> None:
 
 
 def test_callbacks_of_frameworks_refuse_a_rule_with_a_state() -> None:
-    with pytest.raises(ValueError, match=r"Diloco keeps a state .* use dist_graft\.Trainer"):
+    with pytest.raises(ValueError, match=r"Diloco keeps state .* use dist_graft\.Trainer"):
         refuse_rule_state(Diloco())
     refuse_rule_state(Average())
     refuse_rule_state(None)

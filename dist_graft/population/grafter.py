@@ -468,7 +468,7 @@ class Grafter:
         return next(iter(choice.places.items()), None)
 
     def reset_rule_state(self) -> None:
-        """Start `rule_state` anew from the module's weights, after these were replaced."""
+        """Reset `rule_state` to the module's current weights. Call it after replacing them."""
         init_state = getattr(self._rule, "init_state", None)  # a rule of the user may be any class
         if init_state:
             self.rule_state = init_state(self.units, graft_tensors(self._module))

@@ -17,8 +17,8 @@ class ModelConfig:
     classifier of torchvision.models (torchvision/NAME if both have that name), timm/NAME, or
     package.module:name of a function (num_classes, channels) -> nn.Module."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Additional arguments of the model's function, as a YAML mapping; for models of torchvision
-    and timm, and for your own."""
+    """Additional arguments of the model's function, as a YAML mapping, e.g. {width: 8, stem_stride:
+    2} for resnet8 to resnet110."""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """Activation of the small-image ResNets."""
     shared_init: bool = False

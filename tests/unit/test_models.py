@@ -270,14 +270,26 @@ def test_kwargs_reach_the_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "kwargs"),
     [
-        ("resnet20", "model.kwargs applies to models of torchvision, timm, and your own"),
-        ("resnet18", "model.kwargs {'depth': 3} do not fit resnet18"),
+        ("resnet20", {"depth": 3}),
+        ("resnet20", {"activation": "relu"}),
+        ("resnet20", {"stem_stride": 0}),
+        ("resnet20", {"width": "wide"}),
+        ("vgg16_bn", {"width": 8}),
+        ("resnet18", {"depth": 3}),
     ],
 )
-def test_kwargs_that_do_not_fit(name: str, says: str):
-    assert says in message_of(name, kwargs={"depth": 3})
+def test_kwargs_that_do_not_fit(name: str, kwargs: dict[str, object]):
+    assert f"model.kwargs {kwargs} do not fit {name}: " in message_of(name, kwargs=kwargs)
+
+
+def test_narrow_resnet_with_strided_stem():
+    narrow = build("resnet8", kwargs={"width": 8, "stem_stride": 2})
+    assert [narrow.conv1.stride, narrow.conv1.out_channels] == [(2, 2), 8]
+    assert narrow.linear.in_features == 32
+    assert parameters(narrow) == 19_218
+    assert narrow(torch.zeros(2, 3, 28, 28)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -61,24 +62,13 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
             f"model.kwargs must not load weights, got {loading[0]}: use init_from, which reads "
             "nothing but tensors"
         )
-    if config.kwargs and name in model_names():
-        raise ConfigError(
-            f"model.kwargs applies to models of torchvision, timm, and your own; {name} has none"
-        )
-    if name in _RESNET_DEPTHS:
-        return ResNet(
-            _RESNET_DEPTHS[name],
-            num_classes=num_classes,
-            channels=channels,
-            activation=config.activation,
-        )
-    if config.activation != "relu":
+    if config.activation != "relu" and name not in _RESNET_DEPTHS:
         raise ConfigError(
             f"model.activation {config.activation!r} requires one of {', '.join(_RESNET_DEPTHS)}; "
             f"model.name is {name!r}"
         )
-    if name in _OTHERS:
-        return _OTHERS[name](num_classes=num_classes, channels=channels)
+    if name in model_names():
+        return _build_own(config, num_classes=num_classes, channels=channels)
 
     if name.startswith("timm/"):
         from dist_graft.training.models import timm_names
@@ -96,6 +86,22 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.M
         kwargs=config.kwargs,
         own_names=model_names(),
     )
+
+
+def _build_own(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:
+    arguments: dict[str, Any] = {"num_classes": num_classes, "channels": channels}
+    function = _OTHERS.get(config.name)
+    if function is None:
+        function = partial(ResNet, _RESNET_DEPTHS[config.name])
+        arguments["activation"] = config.activation
+    try:
+        return function(**arguments, **config.kwargs)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if not config.kwargs:
+            raise
+        raise ConfigError(
+            f"model.kwargs {config.kwargs} do not fit {config.name}: {error}"
+        ) from error
 
 
 def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:

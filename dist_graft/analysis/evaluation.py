@@ -34,8 +34,9 @@ from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
-PROTOCOL = 2
-"""Version of evaluation.json. Version 1 has no calibration errors, disagreement and barrier."""
+PROTOCOL = 3
+"""Version of evaluation.json. Version 2 has no averages.member; version 1 also has no calibration
+errors, disagreement and barrier."""
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
 """Positions on the line between two networks at which the loss is measured."""
 BARRIER_IMAGES = 2048
@@ -84,6 +85,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
                 states,
                 evaluator,
                 splits=("test", "val") if data.has_validation else ("test",),
+                member_test_accuracy=result["mean_test_accuracy_reestimated"],
                 soup_test_accuracy=result["uniform_soup"]["batch_norm_reestimated"],
                 last_checkpoints=options["last_checkpoints"],
             )

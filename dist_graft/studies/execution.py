@@ -77,12 +77,13 @@ def execute_run(
     Raises: StoppedError on a signal. The next call resumes the training.
     """
     folder = run_folder(run, out, repetition)
+    remarks: list[str] = []
     try:
-        remarks = _train_and_evaluate(run, folder, on_epochs)
+        _train_and_evaluate(run, folder, on_epochs)
         rates = initial_rates(run.config, run.arm.networks)
-        outcomes = read_test(folder) if run.split == "test" else read_validation(folder, len(rates))
+        outcomes = read_test(folder) if run.split == "test" else read_validation(folder)
         outcomes |= summarize(outcomes["members"], rates)
-        outcomes["delivered"] = read_delivered(run, folder, outcomes)
+        outcomes["delivered"] = read_delivered(run, folder)
         outcomes |= count_images(run, folder)
         try:
             outcomes |= measure(folder, run)
@@ -98,7 +99,7 @@ def execute_run(
     except RunFailedError as error:
         if not _DIVERGED.search(str(error)):
             return _row(run, folder, status="failed", error=str(error)), None
-        outcomes, curve, remarks, divergence = {}, None, [], str(error)
+        outcomes, curve, divergence = {}, None, str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:
         message = f"{folder} has no results: {error}"
         return _row(run, folder, status="failed", error=message), None
@@ -150,18 +151,18 @@ def evaluate_command(run: Run, folder: Path) -> list[str]:
     return command
 
 
-def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> list[str]:
-    """Do what is left of a run, and check that its last epoch was evaluated. Returns remarks.
+def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
+    """Do what is left of a run, and check that its last epoch was evaluated.
 
     A run that was killed between summary.json and its last checkpoint trains its last epochs again.
     """
     for _ in range(2):
         if not is_finished(folder):
             _train(run, folder, on_epochs)
-        remarks = _evaluate(run, folder)
+        _evaluate(run, folder)
         evaluated = _evaluated_epochs(folder)
         if evaluated <= {run.config.epochs}:
-            return remarks
+            return
         for name in ("evaluation.json", "summary.json"):
             (folder / name).unlink()
     epochs = ", ".join(map(str, sorted(evaluated)))
@@ -201,18 +202,10 @@ def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
         raise RunFailedError("the training exited without writing summary.json")
 
 
-def _evaluate(run: Run, folder: Path) -> list[str]:
-    """Evaluate the run if necessary. Returns remarks."""
-    measured = run.split == "validation" and run.arm.delivers == "network"  # in metrics.jsonl
-    if measured or (folder / "evaluation.json").is_file():
-        return []
-    try:
+def _evaluate(run: Run, folder: Path) -> None:
+    """Evaluate the run if necessary."""
+    if not (folder / "evaluation.json").is_file():
         _execute([evaluate_command(run, folder)], folder / "output.txt", lambda: None)
-    except RunFailedError as error:
-        if run.split == "validation" or run.arm.delivers not in ("network", "member"):
-            raise  # the accuracy of the delivered model is in evaluation.json only
-        return [f"not evaluated: {error}"]
-    return []
 
 
 def _execute(commands: Sequence[Sequence[str]], output: Path, on_wait: Callable[[], None]) -> None:
@@ -346,7 +339,7 @@ def finished_epochs(run: Path) -> int:
 
 
 def read_test(run: Path) -> Row:
-    """Read test accuracies in percent: members, ensemble and, if the run was evaluated, soups.
+    """Read test accuracies in percent: members, ensemble, and soups.
 
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
@@ -355,42 +348,32 @@ def read_test(run: Path) -> Row:
         "members": [network["accuracy_after_last_round"] for network in summary["networks"]],
         "ensemble": float(summary["ensemble_accuracy_after_last_round"]),
     }
-    if (run / "evaluation.json").is_file():
-        evaluation = read_json(run / "evaluation.json")
-        row["uniform_soup"] = evaluation["uniform_soup"]["batch_norm_reestimated"]
-        row["uniform_soup_as_is"] = evaluation["uniform_soup"]["batch_norm_as_is"]
-        if evaluation["greedy_soup"]:
-            row["greedy_soup"] = evaluation["greedy_soup"]["batch_norm_reestimated"]
+    evaluation = read_json(run / "evaluation.json")
+    row["uniform_soup"] = evaluation["uniform_soup"]["batch_norm_reestimated"]
+    row["uniform_soup_as_is"] = evaluation["uniform_soup"]["batch_norm_as_is"]
+    if evaluation["greedy_soup"]:
+        row["greedy_soup"] = evaluation["greedy_soup"]["batch_norm_reestimated"]
     return row
 
 
-def read_validation(run: Path, networks: int) -> Row:
+def read_validation(run: Path) -> Row:
     """Read the members' validation accuracies in percent. Test accuracies are not read.
-
-    A single network has no rounds, so its last metrics are those of its final weights. Populations
-    are evaluated after their last round.
 
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
-    if networks == 1:
-        members = [read_json(RunDirectory(run).metrics(0))[-1]["val_accuracy"]]
-    else:
-        evaluation = read_json(run / "evaluation.json")
-        members = [member["val_accuracy"] for member in evaluation["members"]]
+    evaluation = read_json(run / "evaluation.json")
+    members = [member["val_accuracy"] for member in evaluation["members"]]
     if None in members:
         raise RunDirectoryError(f"{run} has no validation accuracies: data.val_fraction is 0")
     return {"members": members}
 
 
-def read_delivered(run: Run, folder: Path, outcomes: Row) -> float:
+def read_delivered(run: Run, folder: Path) -> float:
     """Return the accuracy of the delivered model on the run's split, in percent.
 
-    Args: outcomes: the other accuracies of the run.
     Raises: RunDirectoryError or KeyError if it was not measured.
     """
-    kind = run.arm.delivers
-    if kind in ("network", "member"):
-        return float(outcomes["mean_of_members"])
+    kind = "member" if run.arm.delivers == "network" else run.arm.delivers
     name = "test_accuracy" if run.split == "test" else "val_accuracy"
     accuracy = read_json(folder / "evaluation.json")["averages"][kind][name]
     if accuracy is None:

@@ -224,7 +224,7 @@ class TestNumbers:
             *("ensemble_test_loss", "ensemble_test_calibration_error"),
             *("disagreement", "barrier", "uniform_soup", "greedy_soup", "averages"),
         ]
-        assert (result["protocol"], result["epoch"], result["round"]) == (2, 2, 2)
+        assert (result["protocol"], result["epoch"], result["round"]) == (3, 2, 2)
         assert result["run_dir"] == str(trio)
 
     def test_table(self, evaluated: dict[str, Any]) -> None:

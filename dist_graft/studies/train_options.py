@@ -92,8 +92,15 @@ def without_learning_rates(options: Mapping[str, Any]) -> TrainOptions:
 
 
 def single_network(options: Mapping[str, Any]) -> TrainOptions:
-    """Return the options that one network trains with: no exchange, and the largest rate."""
+    """Return the options that one network trains with: no exchange, and the largest rate.
+
+    A single network shares its initial weights with no other one.
+    """
     alone = {k: v for k, v in without_exchange(options).items() if k not in _PER_NETWORK}
+    if "shared_init" in alone.get("model", {}):
+        alone["model"] = {k: v for k, v in alone["model"].items() if k != "shared_init"}
+        if not alone["model"]:
+            del alone["model"]
     optim = alone.get("optim", {})
     rates = {"lr": optim.get("lr"), "lrs": optim.get("lrs")}
     lr = max(rates["lrs"]) if rates["lrs"] else rates["lr"]

@@ -375,6 +375,12 @@ class TestKeys:
         assert self.key(graft={"every": 0, "every_steps": 5}) != none
         assert self.key(method="papa", graft={"every": 0}) != none
 
+    def test_single_networks_do_not_depend_on_shared_initial_weights(self) -> None:
+        methods = {"graft": None, "wash": {"model.shared_init": True}}
+        names = [arm.name for arm in designed(plan(methods=methods)).arms]
+        assert "no exchange (as wash)" in names
+        assert sum(name.startswith("one network") for name in names) == 1
+
     def test_single_network_has_no_exchange(self) -> None:
         none = self.key(1, method="none")
         assert self.key(1) == self.key(1, method="wash") == none

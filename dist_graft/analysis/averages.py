@@ -1,4 +1,4 @@
-"""Accuracies of what a run can deliver: members, soup, moving averages, means of checkpoints."""
+"""Accuracies of a run's averaged weights: soup, moving averages, and means of checkpoints."""
 
 from __future__ import annotations
 
@@ -31,31 +31,29 @@ def evaluate_averages(
     evaluator: Evaluator,
     *,
     splits: Sequence[Split],
-    member_test_accuracy: float,
     soup_test_accuracy: float,
     last_checkpoints: int,
 ) -> dict[str, dict[str, float | None]]:
-    """Evaluate the models that a run can deliver.
+    """Evaluate the averaged weights that a run can deliver.
 
     Args:
         stored: the run.
         states: weights of its networks.
         evaluator: of weights.
         splits: "test", and "val" if there is a validation split.
-        member_test_accuracy: mean of the networks with re-estimated batch norm, already tested.
-        soup_test_accuracy: of the uniform soup, already tested.
+        soup_test_accuracy: of the uniform soup, which has been tested already.
         last_checkpoints: number of checkpoints to average; 0: none.
 
     Returns: test_accuracy and val_accuracy in percent (None without a validation split) of the
-        networks as they are ("member"), of the uniform soup ("soup"), of the moving averages of
-        the weights ("ema", if the run has them), and of the mean of the last checkpoints
-        ("checkpoints"). All except the soup are means over the networks. Batch norm is
-        re-estimated, except in moving averages, which contain averages of its statistics.
+        uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has them),
+        and of the mean of the last checkpoints ("checkpoints"). The last two are means over the
+        networks. Batch norm is re-estimated, except in moving averages, which contain averages of
+        its statistics.
 
     Raises: ConfigError if the run has fewer checkpoints.
     """
-    averages: dict[str, Sequence[State]] = {"member": states, "soup": [uniform_soup(states)]}
-    known = {("member", "test"): member_test_accuracy, ("soup", "test"): soup_test_accuracy}
+    averages: dict[str, list[State]] = {"soup": [uniform_soup(states)]}
+    known = {("soup", "test"): soup_test_accuracy}
     moving = [stored.averaged_state(network) for network in stored.networks]
     if all(moving):
         averages["ema"] = [state for state in moving if state]

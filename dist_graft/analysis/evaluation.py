@@ -35,8 +35,8 @@ from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
 PROTOCOL = 3
-"""Version of evaluation.json. Version 2 has no averages.member; version 1 also has no calibration
-errors, disagreement and barrier."""
+"""Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
+also has no calibration errors, disagreement and barrier."""
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
 """Positions on the line between two networks at which the loss is measured."""
 BARRIER_IMAGES = 2048
@@ -85,7 +85,6 @@ def evaluate_run(options: Options) -> dict[str, Any]:
                 states,
                 evaluator,
                 splits=("test", "val") if data.has_validation else ("test",),
-                member_test_accuracy=result["mean_test_accuracy_reestimated"],
                 soup_test_accuracy=result["uniform_soup"]["batch_norm_reestimated"],
                 last_checkpoints=options["last_checkpoints"],
             )
@@ -187,9 +186,12 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
     rates = initial_rates(stored.config, stored.population)
     tested = _test_members(states, evaluator)
     reestimated = _test_members(states, evaluator, reestimated=True)
-    validated: list[float] = []
-    if evaluator.data.has_validation:
-        validated = [evaluator.evaluate(state, "val").accuracy for state in states]
+    validated, validated_reestimated = (
+        [evaluator.evaluate(state, "val", reestimated=again).accuracy for state in states]
+        if evaluator.data.has_validation
+        else []
+        for again in (False, True)
+    )
     uniform = evaluator.evaluate_soup(uniform_soup(states))
     greedy: dict[str, Any] | None = None
     if validated:
@@ -214,8 +216,13 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
                 "test_accuracy": result.accuracy,
                 "test_accuracy_reestimated": reestimated.members[index].accuracy,
                 "test_loss": _finite(result.loss),
+                "test_loss_reestimated": _finite(reestimated.members[index].loss),
                 "test_calibration_error": tested.calibration_errors[index],
+                "test_calibration_error_reestimated": reestimated.calibration_errors[index],
                 "val_accuracy": validated[index] if validated else None,
+                "val_accuracy_reestimated": (
+                    validated_reestimated[index] if validated_reestimated else None
+                ),
             }
             for index, (network, result) in enumerate(
                 zip(stored.networks, tested.members, strict=True)
@@ -228,7 +235,9 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         "ensemble_test_accuracy": tested.ensemble_accuracy,
         "ensemble_test_accuracy_reestimated": reestimated.ensemble_accuracy,
         "ensemble_test_loss": tested.ensemble_loss,
+        "ensemble_test_loss_reestimated": reestimated.ensemble_loss,
         "ensemble_test_calibration_error": tested.ensemble_calibration_error,
+        "ensemble_test_calibration_error_reestimated": reestimated.ensemble_calibration_error,
         "disagreement": disagreement(tested.predictions),
         "barrier": _barrier(stored, states, evaluator),
         "uniform_soup": uniform,

@@ -83,7 +83,7 @@ def execute_run(
         rates = initial_rates(run.config, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder)
         outcomes |= summarize(outcomes["members"], rates)
-        outcomes["delivered"] = read_delivered(run, folder)
+        outcomes["delivered"] = read_delivered(run, folder, outcomes)
         outcomes |= count_images(run, folder)
         try:
             outcomes |= measure(folder, run)
@@ -339,41 +339,45 @@ def finished_epochs(run: Path) -> int:
 
 
 def read_test(run: Path) -> Row:
-    """Read test accuracies in percent: members, ensemble, and soups.
+    """Read test accuracies in percent with batch norm re-estimated: members, ensemble, and soups.
 
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
-    summary = read_json(run / "summary.json")
-    row: Row = {
-        "members": [network["accuracy_after_last_round"] for network in summary["networks"]],
-        "ensemble": float(summary["ensemble_accuracy_after_last_round"]),
-    }
     evaluation = read_json(run / "evaluation.json")
-    row["uniform_soup"] = evaluation["uniform_soup"]["batch_norm_reestimated"]
-    row["uniform_soup_as_is"] = evaluation["uniform_soup"]["batch_norm_as_is"]
+    row: Row = {
+        "members": [member["test_accuracy_reestimated"] for member in evaluation["members"]],
+        "ensemble": float(evaluation["ensemble_test_accuracy_reestimated"]),
+        "uniform_soup": evaluation["uniform_soup"]["batch_norm_reestimated"],
+        "uniform_soup_as_is": evaluation["uniform_soup"]["batch_norm_as_is"],
+    }
     if evaluation["greedy_soup"]:
         row["greedy_soup"] = evaluation["greedy_soup"]["batch_norm_reestimated"]
     return row
 
 
 def read_validation(run: Path) -> Row:
-    """Read the members' validation accuracies in percent. Test accuracies are not read.
+    """Read the members' validation accuracies in percent, with batch norm re-estimated.
+
+    Test accuracies are not read.
 
     Raises: RunDirectoryError or KeyError if a file is missing or incomplete.
     """
     evaluation = read_json(run / "evaluation.json")
-    members = [member["val_accuracy"] for member in evaluation["members"]]
+    members = [member["val_accuracy_reestimated"] for member in evaluation["members"]]
     if None in members:
         raise RunDirectoryError(f"{run} has no validation accuracies: data.val_fraction is 0")
     return {"members": members}
 
 
-def read_delivered(run: Run, folder: Path) -> float:
+def read_delivered(run: Run, folder: Path, outcomes: Row) -> float:
     """Return the accuracy of the delivered model on the run's split, in percent.
 
+    Args: outcomes: the other accuracies of the run.
     Raises: RunDirectoryError or KeyError if it was not measured.
     """
-    kind = "member" if run.arm.delivers == "network" else run.arm.delivers
+    kind = run.arm.delivers
+    if kind in ("network", "member"):
+        return float(outcomes["mean_of_members"])
     name = "test_accuracy" if run.split == "test" else "val_accuracy"
     accuracy = read_json(folder / "evaluation.json")["averages"][kind][name]
     if accuracy is None:

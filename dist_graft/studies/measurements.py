@@ -81,10 +81,12 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
     members = evaluation["members"]
     soup = evaluation["uniform_soup"]
     values = {
-        "nll": _mean([member.get("test_loss") for member in members]),
-        "calibration_error": _mean([member.get("test_calibration_error") for member in members]),
-        "ensemble_nll": evaluation.get("ensemble_test_loss"),
-        "ensemble_calibration_error": evaluation.get("ensemble_test_calibration_error"),
+        "nll": _mean([member.get("test_loss_reestimated") for member in members]),
+        "calibration_error": _mean(
+            [member.get("test_calibration_error_reestimated") for member in members]
+        ),
+        "ensemble_nll": evaluation.get("ensemble_test_loss_reestimated"),
+        "ensemble_calibration_error": evaluation.get("ensemble_test_calibration_error_reestimated"),
         "soup_nll": soup.get("test_loss"),
         "soup_calibration_error": soup.get("test_calibration_error"),
         "disagreement": evaluation.get("disagreement"),

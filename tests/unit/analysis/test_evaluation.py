@@ -221,7 +221,9 @@ class TestNumbers:
             *("protocol", "run_dir", "epoch", "round", "members"),
             *("mean_test_accuracy", "mean_test_accuracy_reestimated"),
             *("ensemble_test_accuracy", "ensemble_test_accuracy_reestimated"),
-            *("ensemble_test_loss", "ensemble_test_calibration_error"),
+            *("ensemble_test_loss", "ensemble_test_loss_reestimated"),
+            "ensemble_test_calibration_error",
+            "ensemble_test_calibration_error_reestimated",
             *("disagreement", "barrier", "uniform_soup", "greedy_soup", "averages"),
         ]
         assert (result["protocol"], result["epoch"], result["round"]) == (3, 2, 2)

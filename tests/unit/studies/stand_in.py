@@ -85,13 +85,14 @@ def evaluate(run: Path) -> int:
         for n, kind in enumerate(("soup", "ema", "checkpoints"))
     }
     last = json.loads((run / "network00" / "metrics.jsonl").read_text().splitlines()[-1])
-    averages["member"] = {name: last[name] for name in ("test_accuracy", "val_accuracy")}
+    member = {f"{name}_reestimated": last[name] for name in ("test_accuracy", "val_accuracy")}
     lost = run / "lost"  # the last checkpoint, until another training
     epochs = len((run / "network00" / "metrics.jsonl").read_text().splitlines())
     result = {
         "epoch": epochs - lost.exists(),
         "averages": averages,
-        "members": [{"val_accuracy": last["val_accuracy"]} for _ in range(networks)],
+        "members": [member] * networks,
+        "ensemble_test_accuracy_reestimated": last["test_accuracy"] + 1,
         "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0},
         "greedy_soup": None,
     }

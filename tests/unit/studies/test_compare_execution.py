@@ -613,15 +613,13 @@ def test_the_package_runs_without_the_extra() -> None:
 # Results of a run directory
 
 RATES = [0.05, 0.1]
-SUMMARY = {
-    "networks": [
-        {"network": k, "lr": lr, "accuracy_before_last_round": 1.0, "accuracy_after_last_round": a}
-        for k, (lr, a) in enumerate(zip(RATES, [80.0, 84.0], strict=True))
-    ],
-    "ensemble_accuracy_after_last_round": 86.0,
-}
 EVALUATION = {
-    "members": [{"val_accuracy": 70.0}, {"val_accuracy": 75.0}],
+    "members": [
+        {"test_accuracy": 8.0, "test_accuracy_reestimated": test, "val_accuracy_reestimated": val}
+        for test, val in ((80.0, 70.0), (84.0, 75.0))
+    ],
+    "ensemble_test_accuracy": 9.0,
+    "ensemble_test_accuracy_reestimated": 86.0,
     "uniform_soup": {"batch_norm_as_is": 60.0, "batch_norm_reestimated": 82.0},
     "greedy_soup": {"members": [1], "batch_norm_as_is": 83.0, "batch_norm_reestimated": 83.5},
 }
@@ -642,7 +640,6 @@ def write_metrics(run: Path, name: str, *accuracies: list[float | None]) -> None
 
 class TestReading:
     def test_test_accuracies(self, tmp_path: Path) -> None:
-        write_json(tmp_path / "summary.json", SUMMARY)
         trained = {"members": [80.0, 84.0], "ensemble": 86.0}
         write_json(tmp_path / "evaluation.json", EVALUATION)
         soups = {"uniform_soup": 82.0, "uniform_soup_as_is": 60.0, "greedy_soup": 83.5}
@@ -677,29 +674,34 @@ class TestReading:
         assert curve["largest_lr_member"].tolist() == [50.0, 61.0]
 
     def test_validation_needs_a_split(self, tmp_path: Path) -> None:
-        write_json(tmp_path / "evaluation.json", {"members": [{"val_accuracy": None}]})
+        write_json(tmp_path / "evaluation.json", {"members": [{"val_accuracy_reestimated": None}]})
         with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
             read_validation(tmp_path)
 
     @pytest.mark.parametrize(
         ("method", "accuracy"),
         [
-            ({"method": "graft"}, 62.0),
+            ({"method": "graft"}, 82.0),
             ({"method": "papa"}, 61.0),
             ({"method": "graft", "optim.ema_decay": 0.9}, 71.0),
             ({"method": "graft", "delivers": "checkpoints"}, 72.0),
         ],
     )
     def test_delivered_model(self, method: dict[str, Any], accuracy: float, tmp_path: Path) -> None:
-        kinds = {"member": 62.0, "soup": 61.0, "ema": 71.0, "checkpoints": 72.0}
+        kinds = {"soup": 61.0, "ema": 71.0, "checkpoints": 72.0}
         averages = {
             kind: {"test_accuracy": value, "val_accuracy": None} for kind, value in kinds.items()
         }
         write_json(tmp_path / "evaluation.json", {"averages": averages})
         run = study_state(plan(methods={"own": method})).comparison_runs[0]
-        assert read_delivered(run, tmp_path) == accuracy
-        with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
-            read_delivered(replace(run, phase="tuning"), tmp_path)
+        outcomes = {"mean_of_members": 82.0}
+        assert read_delivered(run, tmp_path, outcomes) == accuracy
+        trial = replace(run, phase="tuning")
+        if accuracy == 82.0:
+            assert read_delivered(trial, tmp_path, outcomes) == accuracy
+        else:
+            with pytest.raises(RunDirectoryError, match="has no validation accuracies"):
+                read_delivered(trial, tmp_path, outcomes)
 
     def test_curve(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, "test_accuracy", [10.0, 20.0], [30.0, 50.0])
@@ -712,5 +714,5 @@ class TestReading:
 
     def test_run_that_has_not_started(self, tmp_path: Path) -> None:
         assert finished_epochs(tmp_path) == 0
-        with pytest.raises(RunDirectoryError, match=r"summary\.json cannot be read"):
+        with pytest.raises(RunDirectoryError, match=r"evaluation\.json cannot be read"):
             read_test(tmp_path)

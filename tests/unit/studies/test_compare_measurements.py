@@ -140,11 +140,11 @@ class TestOtherFiles:
         write_metrics(tmp_path, [[None], [None]])
         evaluation = {
             "members": [
-                {"test_loss": loss, "test_calibration_error": error}
+                {"test_loss_reestimated": loss, "test_calibration_error_reestimated": error}
                 for loss, error in ((0.3, 4.0), (0.5, None))
             ],
-            "ensemble_test_loss": 0.2,
-            "ensemble_test_calibration_error": 1.0,
+            "ensemble_test_loss_reestimated": 0.2,
+            "ensemble_test_calibration_error_reestimated": 1.0,
             "disagreement": 7.0,
             "barrier": {"mean": 0.1},
             "uniform_soup": {"test_loss": 0.25, "test_calibration_error": None},
@@ -162,7 +162,10 @@ class TestOtherFiles:
 
     def test_a_trial_does_not_read_test_measurements(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None], [None]])
-        evaluation = {"members": [{"test_loss": 0.5}], "uniform_soup": {"test_loss": 0.4}}
+        evaluation = {
+            "members": [{"test_loss_reestimated": 0.5}],
+            "uniform_soup": {"test_loss": 0.4},
+        }
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
         test = run_of(method="none")
         assert measure(tmp_path, test) == {"heals": 0, "nll": 0.5, "soup_nll": 0.4}

@@ -191,8 +191,9 @@ def test_every_column_is_declared(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         write_metrics(folder, [[grafted(0.5)], [grafted(0.5)]])
         score = {"test_loss": 1.0, "test_calibration_error": 1.0}
-        evaluation = {"members": [score], "uniform_soup": score, "disagreement": 1.0}
-        evaluation |= {f"ensemble_{name}": 1.0 for name in score} | {"barrier": {"mean": 0.0}}
+        members = {f"{name}_reestimated": 1.0 for name in score}
+        evaluation = {"members": [members], "uniform_soup": score, "disagreement": 1.0}
+        evaluation |= {f"ensemble_{name}": 1.0 for name in members} | {"barrier": {"mean": 0.0}}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         found |= measure(folder, run_of(method=method, **options))
     assert set(found) == set(MEASURED)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.members import differing_options, member_configs, member_options
+from dist_graft.config.members import differing_options, member_options
 from dist_graft.errors import (
     ConfigError,
     DataError,
@@ -35,6 +35,7 @@ from dist_graft.errors import (
     StartError,
     StoppedEarlyError,
     StoppedError,
+    caught,
 )
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
@@ -51,7 +52,7 @@ from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
-from dist_graft.population.runtime.lease import Lease, is_taken_over, this_process
+from dist_graft.population.runtime.lease import Lease, is_taken_over
 from dist_graft.population.runtime.process import (
     SIGNALS,
     die_with_launcher,
@@ -90,13 +91,11 @@ from dist_graft.training.builders import (
     is_self_grafting,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
-from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
-from dist_graft.training.checkpoint.membership import archive_networks, pending_change
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
-from dist_graft.training.data.datasets import Datasets, refuse_image_options
+from dist_graft.training.data.datasets import Datasets
 from dist_graft.training.data.loader import too_many_workers
 from dist_graft.training.jobs import (
     assign_network,
@@ -116,6 +115,13 @@ from dist_graft.training.layer_stats import (
     non_finite_part,
 )
 from dist_graft.training.learning_rates import initial_rates
+from dist_graft.training.opening import (
+    configs_of_networks,
+    prepare_directory,
+    refuse_stopped,
+    take_lease,
+)
+from dist_graft.training.resuming import restore
 from dist_graft.training.same_options import (
     digest,
     options_text,
@@ -375,10 +381,14 @@ class Trainer:
         self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
-        configs = self._member_configs()
+        configs = configs_of_networks(
+            *(self.config, self.process.networks),
+            datasets=self._datasets,
+            loss=self._loss,
+            metrics=self._metrics,
+        )
         rates = initial_rates(self.config, self.process.networks)
-        if self.process.restarts and self.directory.stopped.exists():
-            raise self._stopped_before()
+        refuse_stopped(self.directory, self.process)
         stop_on_signals()
         self._handle_signals()
         if self.process.launched:
@@ -393,51 +403,23 @@ class Trainer:
         self.member_config = configs[self.process.network]
         self.task = build_task(self.member_config, self._loss, self._metrics)
 
-    def _member_configs(self) -> list[TrainConfig]:
-        """Configuration of each network; every process checks those of all.
-
-        Raises: ConfigError if the options of a network do not fit its task or data.
-        """
-        configs = member_configs(self.config, self.process.networks)
-        for config in configs:
-            build_task(config, self._loss, self._metrics)
-            if self._datasets is not None:
-                refuse_image_options(config.data)
-        return configs
-
     def _claim_network(self) -> None:
         """Take the lease of this job's network; all its processes learn its number.
 
         Raises: LeaseHeldError or RunDirectoryError, on all replicas.
         """
-        answer = ""
-        if self.process.is_main:
-            try:
+        network = 0
+        with caught() as found:
+            if self.process.is_main:
                 network, self._lease = claim_network(self.config, self.process)
-                answer = f"{network} {self._lease.token}"
-            except (LeaseHeldError, RunDirectoryError) as error:
-                answer = f"- {error}"
-        answer = self.runtime.broadcast_text("the network of this job", answer)
-        self.replicas.gather(
-            [0.0], "the network of this job"
-        )  # the store's host may exit after this
-        number, _, rest = answer.partition(" ")
-        if number == "-":
-            raise LeaseHeldError(rest)
-        self._lease_token = rest
-        self.process = replace(self.process, first_network=int(number))
+        self.runtime.raise_together(found.error, "the lease of this job's network")
+        network = int(self.runtime.broadcast_text("the network of this job", str(network)))
+        self.process = replace(self.process, first_network=network)
         self.runtime = replace(self.runtime, process=self.process)
         if self.runtime.peers:
-            self.runtime.peers.first_network = int(number)
-        self.directory = RunDirectory(self.config.run_dir, job=int(number))
-        if self.process.restarts and self.directory.stopped.exists():
-            raise self._stopped_before()
-
-    def _stopped_before(self) -> StoppedEarlyError:
-        return StoppedEarlyError(
-            f"{self.directory.own} was asked to stop, and the launcher started it again: left "
-            "unchanged"
-        )
+            self.runtime.peers.first_network = network
+        self.directory = RunDirectory(self.config.run_dir, job=network)
+        refuse_stopped(self.directory, self.process)
 
     def _handle_signals(self) -> None:
         """Start the grace period at the first signal, wherever the main thread is."""
@@ -453,23 +435,7 @@ class Trainer:
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
         self._compare_options()
-        if self.directory.job is None:
-            self._acquire_lease()
-        if self.process.is_main:
-            change = pending_change(self.directory, self.config, self.process.networks)
-            self.directory.check(self.config, self.process.networks, changes=change is not None)
-            if self.config.resume == "must" and not complete_checkpoints(
-                self.directory.checkpoints
-            ):
-                raise RunDirectoryError(
-                    f"{self.directory.path} holds no complete checkpoint to resume from "
-                    "(--resume must)"
-                )
-            if change:
-                archive_networks(self.directory, change)
-            if not self.process.restarts:
-                self.directory.clear_stop()
-        self._check_shared_directory()
+        self._open_directory()
         folders = []
         if self.process.is_leader:
             folders.append(self.directory.network(self.process.network))
@@ -508,37 +474,20 @@ class Trainer:
             self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
             refuse_different_options(texts, names)
 
-    def _acquire_lease(self) -> None:
-        """Take the run directory for this run. A collective.
+    def _open_directory(self) -> None:
+        """Take the run directory for this run, and check that all processes see it. A collective.
 
-        Raises: LeaseHeldError, on all ranks, if another run uses it.
+        Raises: RunDirectoryError or ConfigError, on all ranks, if the run cannot start there.
         """
-        refusal = ""
-        if self.process.is_main:
-            self._lease = Lease(self.directory.lease, holder=this_process())
-            try:
-                self._lease.acquire()
-            except LeaseHeldError as error:
-                refusal = str(error)
-        token = self._lease.token if self._lease else ""
-        what = "the lease of the run directory"
-        self._lease_token, _, refusal = self.runtime.broadcast_text(
-            what, f"{token} {refusal}"
-        ).partition(" ")
-        self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
-        if refusal:
-            raise LeaseHeldError(refusal)
-
-    def _check_shared_directory(self) -> None:
-        """Check that all processes see the same run directory.
-
-        Raises: RunDirectoryError, on all ranks, naming the networks that do not see it.
-        """
-        if self.process.world_size == 1:
-            return
-        folder, runtime = self.directory.path, self.runtime
-        token = write_token(folder) if self.process.is_main else ""
-        token = runtime.broadcast_text("the check of the run directory", token)
+        folder, runtime, tokens = self.directory.path, self.runtime, ""
+        with caught() as found:
+            if self.process.is_main:
+                self._lease = self._lease or take_lease(self.directory)
+                prepare_directory(self.directory, self.config, self.process)
+                tokens = f"{self._lease.token} {write_token(folder)}"
+        runtime.raise_together(found.error, "the opening of the run directory")
+        tokens = runtime.broadcast_text("the tokens of the run directory", tokens)
+        self._lease_token, token = tokens.split()
         lag = min(MAX_LAG_SECONDS, runtime.timeouts.seconds / 3)
         hosts = runtime.hosts()
         # Not through the store: the process that hosts it may exit as soon as it has the answers.
@@ -547,19 +496,15 @@ class Trainer:
         )
         if self.process.is_main:
             remove_token(folder, token)
-        blind = [
-            f"network {rank // self.process.replicas} on {host}"
-            for rank, (host, (sees,)) in enumerate(zip(hosts, seen, strict=True))
-            if not sees
-        ]
-        refuse_unshared(folder, blind, lag)
+        refuse_unshared(folder, seen, hosts, self.process.replicas, lag)
 
     def _build(self) -> None:
         """Load the data and build the network, its graft units and its grafter."""
         config, runtime = self.config, self.runtime
-        if self._datasets is None and self.process.local_rank == 0:
-            ensure_available(config.data)
-        runtime.gather([0.0], "the preparation of the data")
+        with caught() as found:
+            if self._datasets is None and self.process.local_rank == 0:
+                ensure_available(config.data)
+        runtime.raise_together(found.error, "the preparation of the data")
         self.data = build_data(self.member_config, self._datasets, runtime)
         self.state = build_state(
             *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
@@ -583,55 +528,42 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the latest checkpoint, if there is one; all networks load the same one."""
-        name = self.checkpoints.choose() if self.process.is_main else ""
+        name = ""
+        with caught() as found:
+            if self.process.is_main:
+                name = self.checkpoints.choose()
+        self.runtime.raise_together(found.error, "the search for a checkpoint")
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
-            path, state, origin = self.checkpoints.load(name, self.config.resume_networks)
-            initial_lrs = list(self.state.scheduler.base_lrs)
-            try:
-                self.progress = Progress.from_state_dict(state)
-                if origin is None:
-                    self.state.load_state_dict(state)
-                elif origin.kind == "continue":
-                    self.state.continue_from(state)
-                elif origin.kind == "copy":
-                    self.model.load_state_dict(state["model"])
-                if origin is None or origin.kind != "fresh":
-                    buffers = self.progress.buffers
-                    self.replicas.restore_buffers(self.state.model_and_average(), buffers)
-                if self.grafter:
-                    if origin is None or "rule" in state:
-                        self.grafter.load_rule_state(state.get("rule", {}))
-                    else:
-                        self.grafter.reset_rule_state()
-            except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-                first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
-                raise RunDirectoryError(
-                    f"{path} does not fit this model and optimizer ({first}): pass the options of "
-                    "the run that wrote it, or choose another run_dir"
-                ) from error
-            self.resumed_from = path
+            with caught() as found:
+                loaded = self.checkpoints.load(name, self.config.resume_networks)
+                self.progress = restore(
+                    *loaded,
+                    state=self.state,
+                    grafter=self.grafter,
+                    replicas=self.replicas,
+                    steps_per_epoch=self.steps_per_epoch,
+                )
+            self.runtime.raise_together(found.error, f"the restoring of {name}")
+            self.resumed_from, _, origin = loaded
             if origin is not None:
-                if origin.kind != "continue":
-                    self.state.reset_optimizer()
-                self.state.skip_to(self.global_step, initial_lrs)
-                self.progress.adopt(self.state.lr, fresh=origin.kind == "fresh")
                 self.log.info("%s", origin)
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
             self._votes_after = int(max(step for (step,) in steps))
             self.log.info(
                 "resumed from %s: epoch %d, step %d, round %d",
-                path,
+                self.resumed_from,
                 self.epoch,
                 self.step,
                 self.round,
             )
         else:
             if self.config.init_from:
-                # If it fails, the store's host may exit before the others have the name.
-                self.runtime.gather([0.0], "the initial weights")
-                self.log.info("%s", initialize(self.model, self.config, self.process.network))
+                with caught() as found:
+                    done = initialize(self.model, self.config, self.process.network)
+                self.runtime.raise_together(found.error, "the initial weights")
+                self.log.info("%s", done)
                 self.state.reset_optimizer()  # its moving average starts from the same weights
                 if self.grafter:
                     self.grafter.reset_rule_state()

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
-from dist_graft.errors import ConfigError, DisagreementError, StartError
+from dist_graft.errors import (
+    ConfigError,
+    DisagreementError,
+    DistGraftError,
+    StartError,
+    from_text,
+    to_text,
+)
 from dist_graft.population.collectives import (
     communicating,
     first_line,
@@ -143,6 +150,32 @@ class Runtime:
             return [text]
         self.peers.publish(key, text)
         return self.peers.collect(key, self.timeouts.seconds)
+
+    def raise_together(self, error: DistGraftError | None, what: str) -> None:
+        """Raise the error of the lowest rank that has one, on all ranks: a collective.
+
+        Otherwise that rank would exit alone, and the others would report its loss.
+
+        Args:
+            error: of this process; None if it has none.
+            what: the operation that may have failed, for the error when a peer is lost.
+
+        Raises: that error; PeerError when a peer died or did not answer.
+        """
+        rows = self.gather_all_ranks([float(error is not None)], what)
+        failed = [rank for rank, (flag,) in enumerate(rows) if flag]
+        if not failed:
+            return
+        if self.peers is not None:
+            key = f"{what}: the error"
+            if error is not None:
+                self.peers.publish(key, to_text(error))
+            text = self.peers.read(key, failed[0], self.timeouts.seconds)
+            self.gather([0.0], f"{what}: the end")  # the store's host may exit after this
+            if failed[0] != self.process.rank:
+                error = from_text(text)
+        assert error is not None
+        raise error
 
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of the networks' tensors of equal shape, on the CPU: a collective.

@@ -320,16 +320,22 @@ def _refuse_uneven_machines(
     sizes, replicas, backends = (
         sorted(set(column)) for column in zip(*map(str.split, texts), strict=True)
     )
+    refusal: DistGraftError | None = None
     for name, values in (("runtime.replicas", replicas), ("runtime.backend", backends)):
-        if len(values) > 1:
-            raise DisagreementError(
+        if len(values) > 1 and refusal is None:
+            refusal = DisagreementError(
                 f"the processes were started with different options: {name} is "
                 f"{' and '.join(values)}; start all with the same options"
             )
-    if len(sizes) > 1 and process.replicas > 1:
-        raise uneven_machines(
+    if len(sizes) > 1 and process.replicas > 1 and refusal is None:
+        refusal = uneven_machines(
             process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
         )
+    if refusal:
+        peers.publish("group: read", "")
+        if process.is_main:  # which may host the store: it exits last
+            peers.collect("group: read", seconds)
+        raise refusal
 
 
 def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:

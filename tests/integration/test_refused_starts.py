@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from harness import Done
 from launching import (
     ERROR,
-    PROMPT_SECONDS,
     end_population,
     error_line,
     program,
@@ -44,16 +42,17 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def refusals(run: Path, *options: str) -> list[str]:
-    """Start three networks, and return the only line that each of them prints."""
-    ends = end_population(NETWORKS, run, *options, limit=PROMPT_SECONDS + 10)
-    return [only_line(done) for done in ends]
+    """Start three networks, and return the only line that each of them prints.
 
-
-def only_line(done: Done) -> str:
-    line = error_line(done)
-    assert done.errors.splitlines() == [ERROR + line]
-    assert not done.output
-    return line
+    Except for warnings of torch's store about slow waits: a program silences them before it imports
+    torch, but the server that these processes are forked from has imported it already.
+    """
+    ends = end_population(NETWORKS, run, *options)
+    for done in ends:
+        lines = [line for line in done.errors.splitlines() if not line.startswith("[W")]
+        assert lines == [ERROR + error_line(done)]
+        assert not done.output
+    return [error_line(done) for done in ends]
 
 
 def assert_equal(lines: Sequence[str], *parts: str) -> None:
@@ -115,7 +114,7 @@ def test_one_network_had_another_optimizer(run: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_shows_the_same_line_of_every_rank(run: Path) -> None:
-    done = run_program(torchrun(NETWORKS, run, *OTHER), timeout=60)
+    done = run_program(torchrun(NETWORKS, run, *OTHER), timeout=150)
     assert done.status
     lines = [line for line in done.errors.splitlines() if line.startswith(ERROR)]
     assert_equal(sorted(lines), f"{run} {SAYS}")
@@ -125,4 +124,7 @@ def test_torchrun_shows_the_same_line_of_every_rank(run: Path) -> None:
 @pytest.mark.slow
 def test_train_networks_prints_one_line(run: Path) -> None:
     command = [*program(run, *OTHER), "--networks", str(NETWORKS)]
-    assert f"{run} {SAYS}" in only_line(run_program(command, timeout=60))
+    done = run_program(command, timeout=150)
+    assert f"{run} {SAYS}" in error_line(done)
+    assert done.errors.splitlines() == [ERROR + error_line(done)]
+    assert not done.output

@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
     except StoppedError as error:
         return _fail(error, error.exit_status, process, root_cause=False)
     except DistGraftError as error:
-        if isinstance(error, UserCodeError):
+        if isinstance(error, UserCodeError) and error.__cause__:
             print_line(error.user_traceback())
         return _fail(error, error.exit_status, process)
     except KeyboardInterrupt:

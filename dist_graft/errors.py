@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class DistGraftError(Exception):
@@ -104,7 +105,9 @@ class UserCodeError(DistGraftError):
     """User code raised an exception, which is the cause of this error."""
 
     def user_traceback(self) -> str:
-        """The traceback of the user's exception."""
+        """The traceback of the user's exception; empty if that was raised in another process."""
+        if self.__cause__ is None:
+            return ""
         return "".join(traceback.format_exception(self.__cause__)).rstrip()
 
 
@@ -134,3 +137,37 @@ class CallbackError(UserCodeError):
 
 class SampleError(DataError, UserCodeError):
     """A user-defined dataset raised an exception."""
+
+
+@dataclass
+class CaughtError:
+    """Result of `caught`."""
+
+    error: DistGraftError | None = None
+
+
+@contextmanager
+def caught() -> Iterator[CaughtError]:
+    """Catch an error for the user, so that all ranks can raise it together.
+
+    Not a stop by a signal, after which a process must not wait for the others.
+    """
+    found = CaughtError()
+    try:
+        yield found
+    except StoppedError:
+        raise
+    except DistGraftError as error:
+        found.error = error
+
+
+def to_text(error: DistGraftError) -> str:
+    """The error as text, which `from_text` converts back in another process."""
+    return f"{type(error).__name__} {error}"
+
+
+def from_text(text: str) -> DistGraftError:
+    """The error that `to_text` has converted; a DistGraftError if its class is the user's."""
+    name, _, message = text.partition(" ")
+    kind: type[DistGraftError] = globals().get(name, DistGraftError)
+    return kind(message)

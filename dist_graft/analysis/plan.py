@@ -17,6 +17,7 @@ from dist_graft.command import Command, Options
 from dist_graft.config import ModelConfig
 from dist_graft.config.validation import above_zero, at_least, require
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.topology import TOPOLOGIES
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import format_table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dist_graft.grafting.rules import Rule
     from dist_graft.population.round.exchange import Exchange
 
 MAX_NETWORKS = 1024
@@ -68,6 +70,7 @@ class PlanOptions:
     optimizer: Literal["sgd", "adamw"] = _option(
         "sgd: momentum, one number per weight; adamw: two numbers per weight", "sgd"
     )
+    method: str = _option("as train's --method; diloco keeps outer weights and momentum", "graft")
     classes: int | None = _option(
         "classes of the data set; unset: 10 for models of small images, otherwise 1000", None
     )
@@ -75,6 +78,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         legal = 1 <= self.networks <= MAX_NETWORKS
         require(legal, "networks", self.networks, f"in [1, {MAX_NETWORKS}]")
+        require(self.method in RULES, "method", self.method, f"one of {', '.join(RULES)}")
         for name in ("replicas", "gpus_per_node", "classes"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("bandwidth_intra", "bandwidth_inter", "bucket_mb"):
@@ -126,7 +130,7 @@ def run(values: Options, process: ProcessInfo) -> Iterator[str]:
     """
     del process
     options = PlanOptions(**{option.name: values[option.name] for option in fields(PlanOptions)})
-    size = size_of(build(options.model, options.classes))
+    size = size_of(build(options.model, options.classes), RULES[options.method]())
     rounds = []
     if options.networks > 1:
         rounds = [plan_round(options, size, "all_gather", "ring")]
@@ -135,7 +139,8 @@ def run(values: Options, process: ProcessInfo) -> Iterator[str]:
     replicas = f", {options.replicas} replicas each" if options.replicas > 1 else ""
     yield (
         f"{options.networks} x {options.model}{replicas}: {size.parameters:,} parameters, "
-        f"{_bytes(size.round_bytes)} per network and round\n"
+        f"{_bytes(size.round_bytes)} per network and round, "
+        f"{_bytes(checkpoint_bytes(options, size))} per network and checkpoint\n"
     )
     yield format_table(("node", "GPUs", "networks"), _nodes(options))
     where = "host" if options.backend == "gloo" else "GPU"
@@ -186,6 +191,8 @@ class NetworkSize:
     """Bytes of all parameters and buffers."""
     trained_bytes: int
     """Bytes of the parameters that require a gradient."""
+    rule_bytes: int = 0
+    """Bytes of the tensors that the method keeps between rounds."""
 
     @property
     def round_bytes(self) -> int:
@@ -211,16 +218,18 @@ def build(name: str, classes: int | None = None) -> nn.Module:
         return build_model(config, num_classes=num_classes, channels=3)
 
 
-def size_of(model: nn.Module) -> NetworkSize:
-    """Count the tensors of a model; tied tensors count once.
+def size_of(model: nn.Module, rule: Rule | None = None) -> NetworkSize:
+    """Count the tensors of a model, and of a rule's state for it; tied tensors count once.
 
     Raises: ConfigError if there is nothing to graft.
     """
-    from dist_graft.grafting.units import graft_tensors
+    from dist_graft.grafting.units import graft_tensors, graft_units
 
-    mixed = graft_tensors(model).values()
+    tensors = graft_tensors(model)
+    mixed = tensors.values()
     if not mixed:
         raise ConfigError("the model has no weights to graft")
+    state = rule.init_state(graft_units(model), tensors) if rule else {}
     parameters = list(model.parameters())
     return NetworkSize(
         elements=tuple(tensor.numel() for tensor in mixed),
@@ -228,6 +237,7 @@ def size_of(model: nn.Module) -> NetworkSize:
         parameters=sum(parameter.numel() for parameter in parameters),
         state_bytes=sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
         trained_bytes=sum(p.nbytes for p in parameters if p.requires_grad),
+        rule_bytes=sum(tensor.nbytes for tensor in state.values()),
     )
 
 
@@ -345,12 +355,23 @@ def memory(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> 
     held = {
         "parameters and buffers": size.state_bytes,
         "gradients": size.trained_bytes,
-        f"optimizer ({options.optimizer})": _OPTIMIZER_STATES[options.optimizer]
-        * size.trained_bytes,
+        f"optimizer ({options.optimizer})": optimizer_bytes(options, size),
     }
+    if size.rule_bytes:
+        held[f"state of {options.method}"] = size.rule_bytes
     if options.replicas > 1:
         held["gradient buckets of DDP"] = size.trained_bytes
     return held | {f"buckets of {each.exchange}": each.buffers for each in rounds}
+
+
+def checkpoint_bytes(options: PlanOptions, size: NetworkSize) -> int:
+    """Bytes of one network in a checkpoint: weights, and the state of optimizer and method."""
+    return size.state_bytes + optimizer_bytes(options, size) + size.rule_bytes
+
+
+def optimizer_bytes(options: PlanOptions, size: NetworkSize) -> int:
+    """Bytes of the optimizer's state in each process."""
+    return _OPTIMIZER_STATES[options.optimizer] * size.trained_bytes
 
 
 def warnings(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> Iterator[str]:

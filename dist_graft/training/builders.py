@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,19 @@ from dist_graft.training.schedule import Cadence, quadratic_steps
 from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
 from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
 from dist_graft.training.teachers import load_teachers
+
+
+class Rounds(NamedTuple):
+    """What decides when and how a network takes part in rounds."""
+
+    units: list[GraftUnit]
+    criterion: str
+    """Name of the criterion that is reported."""
+    cadence: Cadence
+    rate: Callable[[int], float]
+    """Strength of a round after so many steps of the run."""
+    grafter: Grafter | None
+    """None without rounds, or if each network grafts itself."""
 
 
 def build_task(
@@ -308,6 +321,22 @@ def _files_options(config: TrainConfig, process: ProcessInfo) -> dict[str, Any]:
         "max_lag": config.graft.max_lag,
         "wait_seconds": float(config.graft.wait_seconds),
     }
+
+
+def build_rounds(
+    config: TrainConfig, state: TrainState, runtime: Runtime, steps_per_epoch: int
+) -> Rounds:
+    """Build what decides when and how a network takes part in rounds; communicates nothing."""
+    units = build_units(config, state)
+    criterion = criterion_name(config)
+    user_rule = build_user_rule(config)
+    cadence = build_cadence(config, runtime.process.networks, steps_per_epoch, user_rule)
+    rate = build_rate(config, steps_per_epoch, user_rule)
+    grafter = None
+    if not cadence.never and not is_self_grafting(config):
+        rule = user_rule or build_rule(config, state, units)
+        grafter = build_grafter(config, state, rule, runtime)
+    return Rounds(units, criterion, cadence, rate, grafter)
 
 
 def is_self_grafting(config: TrainConfig) -> bool:

@@ -47,8 +47,23 @@ def remove_token(folder: Path, token: str) -> None:
     _path(folder, token).unlink(missing_ok=True)
 
 
-def refuse_unshared(folder: Path, blind: Sequence[str], lag: float) -> None:
-    """Raise RunDirectoryError if some processes did not see the token within `lag` seconds."""
+def refuse_unshared(
+    folder: Path, seen: Sequence[Sequence[float]], hosts: Sequence[str], replicas: int, lag: float
+) -> None:
+    """Raise RunDirectoryError if some processes did not see the token within `lag` seconds.
+
+    Args:
+        folder: the run directory.
+        seen: of each process, by rank: whether it sees the token.
+        hosts: of each process.
+        replicas: processes per network.
+        lag: in seconds.
+    """
+    blind = [
+        f"network {rank // replicas} on {host}"
+        for rank, (host, (sees,)) in enumerate(zip(hosts, seen, strict=True))
+        if not sees
+    ]
     if blind:
         raise RunDirectoryError(
             f"{folder} is not shared by all processes: {'; '.join(dict.fromkeys(blind))} did not "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -78,6 +79,12 @@ class TrainState(Predictor):
     def loss_scale_collapsed(self) -> bool:
         """Whether the loss scale is so small, after skipped steps, that gradients underflow."""
         return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
+
+    def has_diverged(self, loss: float) -> bool:
+        """Whether training has diverged. Loss scaling in fp16 skips single non-finite steps."""
+        if self.scaler.is_enabled():
+            return self.loss_scale_collapsed
+        return not math.isfinite(loss)
 
     @property
     def scaler_reads_gradients(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_graft.config import OptimConfig
 from dist_graft.population.runtime.replicas import Replicas
+from dist_graft.seeding import stream_seed
 from dist_graft.training.data import Data
 from dist_graft.training.data.batches import batch_size, split_batch
 from dist_graft.training.data.order import Part
@@ -129,6 +130,12 @@ class RunningSums:
             metrics={name: total / (count or 1.0) for name, (total, count) in sums.items()},
             counts={name: count for name, (_, count) in sums.items()},
         )
+
+
+def seed_step(seed: int, network: int, epoch: int, step: int, *, replica: int) -> None:
+    """Seed dropout as a function of seed, network, epoch, step and replica only."""
+    replicas = (replica,) if replica else ()
+    torch.manual_seed(stream_seed("step", seed, network, epoch, step, *replicas))
 
 
 def train_step(

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -23,41 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.members import differing_options, member_configs, member_options
+from dist_graft.config.members import differing_options, member_options
 from dist_graft.errors import (
-    ConfigError,
-    DataError,
     LeaseHeldError,
     LeaseLostError,
-    PeerError,
     RoundStoppedError,
     RunDirectoryError,
-    StartError,
     StoppedEarlyError,
-    StoppedError,
+    caught,
 )
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
-from dist_graft.monitoring.metrics import (
-    EpochMetrics,
-    EpochReport,
-    LayerStats,
-    NetworkRow,
-    network_row,
-)
+from dist_graft.monitoring.metrics import EpochReport, LayerStats, NetworkRow, network_row
 from dist_graft.phase_timer import PhaseTimer, profiler_label
-from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
-from dist_graft.population.runtime.lease import Lease, is_taken_over, this_process
-from dist_graft.population.runtime.process import (
-    SIGNALS,
-    die_with_launcher,
-    leave,
-    stop_on_signals,
-)
+from dist_graft.population.runtime.lease import Lease, is_taken_over
+from dist_graft.population.runtime.process import SIGNALS, die_with_launcher, stop_on_signals
 from dist_graft.population.runtime.process_group import Runtime, start
 from dist_graft.population.runtime.process_info import (
     ProcessInfo,
@@ -65,62 +48,50 @@ from dist_graft.population.runtime.process_info import (
     read_process_info,
 )
 from dist_graft.population.runtime.replicas import Replicas
-from dist_graft.population.runtime.stop_requests import (
-    GracePeriod,
-    SignalMonitor,
-    StopRequests,
-)
-from dist_graft.printing import format_table, print_line
+from dist_graft.population.runtime.stop_requests import GracePeriod, SignalMonitor, StopRequests
 from dist_graft.run_directory import RunDirectory, write_atomically
-from dist_graft.seeding import stream_seed
 from dist_graft.training.builders import (
-    build_cadence,
     build_data,
-    build_grafter,
-    build_rate,
-    build_rule,
+    build_rounds,
     build_state,
     build_task,
-    build_units,
-    build_user_rule,
     built_in_callbacks,
-    criterion_name,
-    describe_data,
     dropout_layers,
-    is_self_grafting,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
-from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
-from dist_graft.training.checkpoint.membership import archive_networks, pending_change
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
-from dist_graft.training.data.datasets import Datasets, refuse_image_options
-from dist_graft.training.data.loader import too_many_workers
-from dist_graft.training.jobs import (
-    assign_network,
-    claim_network,
-    final_states,
+from dist_graft.training.data.datasets import Datasets
+from dist_graft.training.failures import explain, leave_without_peers
+from dist_graft.training.job_summary import (
+    add_probabilities,
     finished_summaries,
-    is_job,
     next_or_error,
-    published_states,
-    read_events,
+    no_ensemble,
+    population_summary,
     row_of,
+    states_around_round,
 )
-from dist_graft.training.layer_stats import (
-    check_finite,
-    layer_stats,
-    naming_epoch,
-    non_finite_part,
-)
+from dist_graft.training.jobs import assign_network, claim_network, is_job
+from dist_graft.training.layer_stats import check_finite, layer_stats, naming_epoch, non_finite_part
 from dist_graft.training.learning_rates import initial_rates
-from dist_graft.training.same_options import (
-    digest,
-    options_text,
-    refuse_different_options,
+from dist_graft.training.opening import (
+    configs_of_networks,
+    prepare_directory,
+    refuse_stopped,
+    take_lease,
 )
+from dist_graft.training.reporting import (
+    epoch_metrics,
+    log_start,
+    process_row,
+    process_table,
+    warn_of_skipped_images,
+)
+from dist_graft.training.resuming import restore
+from dist_graft.training.same_options import digest, options_text, refuse_different_options
 from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
 from dist_graft.training.shared_directory import (
@@ -138,6 +109,7 @@ from dist_graft.training.step import (
     evaluate,
     merge_eval_results,
     merge_train_results,
+    seed_step,
     train_step,
 )
 from dist_graft.training.summary import (
@@ -316,7 +288,7 @@ class Trainer:
                 self._open_run()
                 self._fit()
             except BaseException as error:
-                explained = self._explain(error)
+                explained = explain(error, self.runtime.peers)
                 if self._has_log and not isinstance(explained, LeaseHeldError):
                     process = str(self.process) if self.process.world_size > 1 else ""
                     folder = self.directory.network(self.process.network)
@@ -361,7 +333,7 @@ class Trainer:
             self.runtime.shutdown()
         except BaseException as error:
             if not isinstance(error, LeaseLostError):
-                self.callbacks.call("on_exception", self, self._explain(error))
+                self.callbacks.call("on_exception", self, explain(error, self.runtime.peers))
             raise
         finally:
             if not self.process.launched:  # a launched process is about to exit
@@ -375,10 +347,14 @@ class Trainer:
         self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
-        configs = self._member_configs()
+        configs = configs_of_networks(
+            *(self.config, self.process.networks),
+            datasets=self._datasets,
+            loss=self._loss,
+            metrics=self._metrics,
+        )
         rates = initial_rates(self.config, self.process.networks)
-        if self.process.restarts and self.directory.stopped.exists():
-            raise self._stopped_before()
+        refuse_stopped(self.directory, self.process)
         stop_on_signals()
         self._handle_signals()
         if self.process.launched:
@@ -393,56 +369,28 @@ class Trainer:
         self.member_config = configs[self.process.network]
         self.task = build_task(self.member_config, self._loss, self._metrics)
 
-    def _member_configs(self) -> list[TrainConfig]:
-        """Configuration of each network; every process checks those of all.
-
-        Raises: ConfigError if the options of a network do not fit its task or data.
-        """
-        configs = member_configs(self.config, self.process.networks)
-        for config in configs:
-            build_task(config, self._loss, self._metrics)
-            if self._datasets is not None:
-                refuse_image_options(config.data)
-        return configs
-
     def _claim_network(self) -> None:
         """Take the lease of this job's network; all its processes learn its number.
 
         Raises: LeaseHeldError or RunDirectoryError, on all replicas.
         """
-        answer = ""
-        if self.process.is_main:
-            try:
+        network = 0
+        with caught() as found:
+            if self.process.is_main:
                 network, self._lease = claim_network(self.config, self.process)
-                answer = f"{network} {self._lease.token}"
-            except (LeaseHeldError, RunDirectoryError) as error:
-                answer = f"- {error}"
-        answer = self.runtime.broadcast_text("the network of this job", answer)
-        self.replicas.gather(
-            [0.0], "the network of this job"
-        )  # the store's host may exit after this
-        number, _, rest = answer.partition(" ")
-        if number == "-":
-            raise LeaseHeldError(rest)
-        self._lease_token = rest
-        self.process = replace(self.process, first_network=int(number))
+        self.runtime.raise_together(found.error, "the lease of this job's network")
+        network = int(self.runtime.broadcast_text("the network of this job", str(network)))
+        self.process = replace(self.process, first_network=network)
         self.runtime = replace(self.runtime, process=self.process)
         if self.runtime.peers:
-            self.runtime.peers.first_network = int(number)
-        self.directory = RunDirectory(self.config.run_dir, job=int(number))
-        if self.process.restarts and self.directory.stopped.exists():
-            raise self._stopped_before()
-
-    def _stopped_before(self) -> StoppedEarlyError:
-        return StoppedEarlyError(
-            f"{self.directory.own} was asked to stop, and the launcher started it again: left "
-            "unchanged"
-        )
+            self.runtime.peers.first_network = network
+        self.directory = RunDirectory(self.config.run_dir, job=network)
+        refuse_stopped(self.directory, self.process)
 
     def _handle_signals(self) -> None:
         """Start the grace period at the first signal, wherever the main thread is."""
         seconds = self.config.checkpoint.grace_seconds
-        self._grace = GracePeriod(seconds, lambda: _leave_without_peers(self.process, seconds))
+        self._grace = GracePeriod(seconds, lambda: leave_without_peers(self.process, seconds))
 
         def on_signal(number: signal.Signals) -> None:
             self._grace.start()
@@ -453,23 +401,7 @@ class Trainer:
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
         self._compare_options()
-        if self.directory.job is None:
-            self._acquire_lease()
-        if self.process.is_main:
-            change = pending_change(self.directory, self.config, self.process.networks)
-            self.directory.check(self.config, self.process.networks, changes=change is not None)
-            if self.config.resume == "must" and not complete_checkpoints(
-                self.directory.checkpoints
-            ):
-                raise RunDirectoryError(
-                    f"{self.directory.path} holds no complete checkpoint to resume from "
-                    "(--resume must)"
-                )
-            if change:
-                archive_networks(self.directory, change)
-            if not self.process.restarts:
-                self.directory.clear_stop()
-        self._check_shared_directory()
+        self._open_directory()
         folders = []
         if self.process.is_leader:
             folders.append(self.directory.network(self.process.network))
@@ -508,37 +440,20 @@ class Trainer:
             self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
             refuse_different_options(texts, names)
 
-    def _acquire_lease(self) -> None:
-        """Take the run directory for this run. A collective.
+    def _open_directory(self) -> None:
+        """Take the run directory for this run, and check that all processes see it. A collective.
 
-        Raises: LeaseHeldError, on all ranks, if another run uses it.
+        Raises: RunDirectoryError or ConfigError, on all ranks, if the run cannot start there.
         """
-        refusal = ""
-        if self.process.is_main:
-            self._lease = Lease(self.directory.lease, holder=this_process())
-            try:
-                self._lease.acquire()
-            except LeaseHeldError as error:
-                refusal = str(error)
-        token = self._lease.token if self._lease else ""
-        what = "the lease of the run directory"
-        self._lease_token, _, refusal = self.runtime.broadcast_text(
-            what, f"{token} {refusal}"
-        ).partition(" ")
-        self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
-        if refusal:
-            raise LeaseHeldError(refusal)
-
-    def _check_shared_directory(self) -> None:
-        """Check that all processes see the same run directory.
-
-        Raises: RunDirectoryError, on all ranks, naming the networks that do not see it.
-        """
-        if self.process.world_size == 1:
-            return
-        folder, runtime = self.directory.path, self.runtime
-        token = write_token(folder) if self.process.is_main else ""
-        token = runtime.broadcast_text("the check of the run directory", token)
+        folder, runtime, tokens = self.directory.path, self.runtime, ""
+        with caught() as found:
+            if self.process.is_main:
+                self._lease = self._lease or take_lease(self.directory)
+                prepare_directory(self.directory, self.config, self.process)
+                tokens = f"{self._lease.token} {write_token(folder)}"
+        runtime.raise_together(found.error, "the opening of the run directory")
+        tokens = runtime.broadcast_text("the tokens of the run directory", tokens)
+        self._lease_token, token = tokens.split()
         lag = min(MAX_LAG_SECONDS, runtime.timeouts.seconds / 3)
         hosts = runtime.hosts()
         # Not through the store: the process that hosts it may exit as soon as it has the answers.
@@ -547,19 +462,15 @@ class Trainer:
         )
         if self.process.is_main:
             remove_token(folder, token)
-        blind = [
-            f"network {rank // self.process.replicas} on {host}"
-            for rank, (host, (sees,)) in enumerate(zip(hosts, seen, strict=True))
-            if not sees
-        ]
-        refuse_unshared(folder, blind, lag)
+        refuse_unshared(folder, seen, hosts, self.process.replicas, lag)
 
     def _build(self) -> None:
         """Load the data and build the network, its graft units and its grafter."""
         config, runtime = self.config, self.runtime
-        if self._datasets is None and self.process.local_rank == 0:
-            ensure_available(config.data)
-        runtime.gather([0.0], "the preparation of the data")
+        with caught() as found:
+            if self._datasets is None and self.process.local_rank == 0:
+                ensure_available(config.data)
+        runtime.raise_together(found.error, "the preparation of the data")
         self.data = build_data(self.member_config, self._datasets, runtime)
         self.state = build_state(
             *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
@@ -568,70 +479,51 @@ class Trainer:
         if "model.dropout" in differing_options(config):
             dropout_layers(self.model)  # fails on all ranks, not only where it is set
         self.state.train_forward = self.replicas.wrap(self.state.forward)
-        self.units = build_units(config, self.state)
-        self.criterion = criterion_name(config)
-        user_rule = build_user_rule(config)
-        self.cadence = build_cadence(config, self.process.networks, self.steps_per_epoch, user_rule)
-        self.rate = build_rate(config, self.steps_per_epoch, user_rule)
-        self.grafter: Grafter | None = None
-        if not self.cadence.never and not is_self_grafting(config):
-            rule = user_rule or build_rule(config, self.state, self.units)
-            self.grafter = build_grafter(config, self.state, rule, runtime)
+        self.units, self.criterion, self.cadence, self.rate, self.grafter = build_rounds(
+            config, self.state, runtime, self.steps_per_epoch
+        )
         self._tolerant = config.on_divergence == "exclude" or (
             config.on_divergence == "heal" and self.grafter is not None
         )
 
     def _resume(self) -> None:
         """Restore the latest checkpoint, if there is one; all networks load the same one."""
-        name = self.checkpoints.choose() if self.process.is_main else ""
+        name = ""
+        with caught() as found:
+            if self.process.is_main:
+                name = self.checkpoints.choose()
+        self.runtime.raise_together(found.error, "the search for a checkpoint")
         name = self.runtime.broadcast_text("the choice of a checkpoint", name)
         if name:
-            path, state, origin = self.checkpoints.load(name, self.config.resume_networks)
-            initial_lrs = list(self.state.scheduler.base_lrs)
-            try:
-                self.progress = Progress.from_state_dict(state)
-                if origin is None:
-                    self.state.load_state_dict(state)
-                elif origin.kind == "continue":
-                    self.state.continue_from(state)
-                elif origin.kind == "copy":
-                    self.model.load_state_dict(state["model"])
-                if origin is None or origin.kind != "fresh":
-                    buffers = self.progress.buffers
-                    self.replicas.restore_buffers(self.state.model_and_average(), buffers)
-                if self.grafter:
-                    if origin is None or "rule" in state:
-                        self.grafter.load_rule_state(state.get("rule", {}))
-                    else:
-                        self.grafter.reset_rule_state()
-            except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-                first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()
-                raise RunDirectoryError(
-                    f"{path} does not fit this model and optimizer ({first}): pass the options of "
-                    "the run that wrote it, or choose another run_dir"
-                ) from error
-            self.resumed_from = path
+            with caught() as found:
+                loaded = self.checkpoints.load(name, self.config.resume_networks)
+                self.progress = restore(
+                    *loaded,
+                    state=self.state,
+                    grafter=self.grafter,
+                    replicas=self.replicas,
+                    steps_per_epoch=self.steps_per_epoch,
+                )
+            self.runtime.raise_together(found.error, f"the restoring of {name}")
+            self.resumed_from, _, origin = loaded
             if origin is not None:
-                if origin.kind != "continue":
-                    self.state.reset_optimizer()
-                self.state.skip_to(self.global_step, initial_lrs)
-                self.progress.adopt(self.state.lr, fresh=origin.kind == "fresh")
                 self.log.info("%s", origin)
             # Networks that stopped at different steps must take part in the same votes.
             steps = self.runtime.gather([float(self.step)], "the steps of the networks")
             self._votes_after = int(max(step for (step,) in steps))
             self.log.info(
                 "resumed from %s: epoch %d, step %d, round %d",
-                path,
+                self.resumed_from,
                 self.epoch,
                 self.step,
                 self.round,
             )
         else:
             if self.config.init_from:
-                # If it fails, the store's host may exit before the others have the name.
-                self.runtime.gather([0.0], "the initial weights")
-                self.log.info("%s", initialize(self.model, self.config, self.process.network))
+                with caught() as found:
+                    done = initialize(self.model, self.config, self.process.network)
+                self.runtime.raise_together(found.error, "the initial weights")
+                self.log.info("%s", done)
                 self.state.reset_optimizer()  # its moving average starts from the same weights
                 if self.grafter:
                     self.grafter.reset_rule_state()
@@ -663,24 +555,12 @@ class Trainer:
             self.directory.write_config(self.config, self.process.networks, self.custom)
             if isinstance(self.data, ImageData):
                 self.directory.write_classes(self.data.classes, asdict(self.data.preprocessing))
-        self.log.info("%s", _startup_message(self))
-        if own := member_options(self.config, self.process.network):
-            options = ", ".join(f"{name} {value}" for name, value in own.items())
-            self.log.info("options of network %d: %s", self.process.network, options)
-        warning = too_many_workers(self.data.workers, self.process)
-        if warning and self.process.is_main:
-            self.log.warning("%s", warning)
+        log_start(self)
         self.hosts = self.runtime.hosts()[:: self.process.replicas]
         if self.process.world_size > 1:
-            device = str(self.device)
-            if self.device.type == "cuda":
-                device = f"{device} ({torch.cuda.get_device_name(self.device)})"
-            replica = (str(self.process.replica),) if self.process.replicas > 1 else ()
-            cells = (str(self.process.network), *replica, str(self.process.rank))
-            row = "\t".join([*cells, socket.gethostname(), device])
+            row = process_row(self.process, self.device)
             rows = self.runtime.gather_texts("the table of processes", row)
-            header = ("network", *(("replica",) if replica else ()), "rank", "host", "device")
-            self.log.info("%s", format_table(header, [text.split("\t") for text in rows]))
+            self.log.info("%s", process_table(self.process, rows))
 
     # ---- One epoch -------------------------------------------------------------------------------
 
@@ -769,7 +649,10 @@ class Trainer:
             data_seconds += time.perf_counter() - batch_start
 
             # ---- Step; replicas average their gradients in the backward pass ----
-            self._seed_step(segment.epoch, step)
+            seed_step(
+                *(self.config.seed, self.process.network, segment.epoch, step),
+                replica=self.replicas.index,
+            )
             with profiler_label("step"):
                 if batch_size(targets):
                     train_step(
@@ -803,20 +686,7 @@ class Trainer:
         self.timer.add("step", result.seconds - result.data_seconds)
         progress = self.progress
         progress.trained = progress.trained + result if progress.trained else result
-        progress.diverged |= self._has_diverged(result.loss)
-
-    def _seed_step(self, epoch: int, step: int) -> None:
-        """Seed dropout as a function of seed, network, epoch, step and replica only."""
-        replica = (self.replicas.index,) if self.replicas.index else ()
-        torch.manual_seed(
-            stream_seed("step", self.config.seed, self.process.network, epoch, step, *replica)
-        )
-
-    def _has_diverged(self, loss: float) -> bool:
-        """Whether training has diverged. Loss scaling in fp16 skips single non-finite steps."""
-        if self.state.scaler.is_enabled():
-            return self.state.loss_scale_collapsed
-        return not math.isfinite(loss)
+        progress.diverged |= self.state.has_diverged(result.loss)
 
     def evaluate(self, *, last: bool = False) -> dict[str, EvalResult]:
         """Evaluate the network on the "test" and "val" splits, and its moving average on "test".
@@ -973,22 +843,15 @@ class Trainer:
         """
         # ---- This network ----
         self._check_lease()
-        self._warn_of_skipped_images(epoch)
-        trained, lr = self.progress.trained, self.progress.lr
+        trained = self.progress.trained
         assert trained is not None
-        assert lr is not None
-        splits = {name: {"loss": result.loss, **result.metrics} for name, result in results.items()}
-        metrics = EpochMetrics(
-            epoch=epoch,
-            lr=lr,
-            train={"loss": trained.loss, **trained.metrics},
-            test=splits["test"],
-            val=splits.get("val"),
-            ema_test=splits.get("ema_test"),
-            images_per_second=trained.samples / trained.seconds,
+        warn_of_skipped_images(self.log, self.data, epoch)
+        metrics = epoch_metrics(
+            epoch,
+            self.progress,
+            results,
+            layers,
             phase_seconds=self.timer.reset(),
-            information=dict(layers.information),
-            graft=self.progress.rounds,
             options=member_options(self.config, self.process.network),
         )
         metric = next(iter(self.task.metrics), None)
@@ -1027,18 +890,6 @@ class Trainer:
                 first=self.process.first_network,
             )
         return not non_finite
-
-    def _warn_of_skipped_images(self, epoch: int) -> None:
-        skipped: Mapping[str, str] = getattr(self.data, "skipped", {})
-        if skipped:
-            path, reason = next(iter(skipped.items()))
-            self.log.warning(
-                "epoch %d: broken images skipped so far: %d, the first is %s (%s)",
-                epoch,
-                len(skipped),
-                path,
-                reason,
-            )
 
     def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
         """Accuracy of the ensemble after an epoch, in percent. A collective.
@@ -1144,22 +995,18 @@ class Trainer:
 
         A collective of the network's replicas.
         """
-        if self.process.is_main and self.summary:
-            self._write_summary(self.directory.summary_job, self.summary)
         found = None
         if self.process.is_main:
+            if self.summary:
+                self._write_summary(self.directory.summary_job, self.summary)
             found = finished_summaries(self.directory, self.process.networks, self.config.epochs)
         text = self.runtime.broadcast_text("the summary of the population", json.dumps(found))
         summaries = json.loads(text)
         if not summaries:
             return
-        metric = str(summaries[0].get("metric", "accuracy"))
-        rows = [row_of(summary) for summary in summaries]
-        check_equal_samples(rows)
+        check_equal_samples([row_of(summary) for summary in summaries])
         ensembles = self._job_ensembles() if self.task.classification else None
-        seconds = max(float(summary["wall_seconds"]) for summary in summaries)
-        self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds)
-        self.summary["events"] = read_events(self.directory, self.process.networks)
+        self.summary = population_summary(self.directory, summaries, ensembles)
         if self.process.is_main:
             self._write_summary(self.directory.summary, self.summary)
 
@@ -1169,32 +1016,23 @@ class Trainer:
         All networks are evaluated here. None, with a warning, if weights of one are missing. A
         collective of the network's replicas.
         """
-        networks, own = self.process.networks, to_host_memory(self.model.state_dict())
-        last = self.config.epochs
-        moments = [final_states(self.directory, networks)]
-        if self.cadence.after_epoch(last - 1, self.steps_per_epoch) and self.grafter:
-            place = self._place(last, 0)
-            moments.insert(0, published_states(self.directory, networks, place))
+        networks, last = self.process.networks, self.config.epochs
+        own = to_host_memory(self.model.state_dict())
+        has_round = self.cadence.after_epoch(last - 1, self.steps_per_epoch) and self.grafter
+        place = self._place(last, 0) if has_round else None
         accuracies = []
         try:
-            for states in moments:
+            for states in states_around_round(self.directory, networks, place):
                 sums: list[tuple[Tensor, Tensor]] = []
                 for _ in range(networks):
                     state, problem = next_or_error(states)
                     (missing,) = self.replicas.agree([problem is not None])
                     if missing:
-                        self.log.warning(
-                            "no ensemble: %s; dist-graft evaluate %s computes it from the "
-                            "checkpoints",
-                            *(problem or "another process cannot read it", self.directory.path),
-                        )
+                        self.log.warning("%s", no_ensemble(self.directory, problem))
                         return None
                     self.model.load_state_dict(state, strict=False)
                     result = self._evaluate_split("test", max_numbers=math.inf)
-                    parts = list(ensemble_chunks(result))
-                    for (total, _), (part, _) in zip(sums, parts, strict=False):
-                        total.add_(part)
-                    sums = sums or parts
+                    sums = add_probabilities(sums, result)
                 accuracies.append(self._accuracy_of_sums(sums, "the ensemble"))
         finally:
             self.model.load_state_dict(own)
@@ -1229,78 +1067,3 @@ class Trainer:
         raise StoppedEarlyError(
             f"stopped early by {reason}; everything is saved in {path}: rerun the command to resume"
         )
-
-    def _explain(self, error: BaseException) -> BaseException:
-        """Return the error to report: the peer that exited, or what the user can do."""
-        if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
-            peers = self.runtime.peers
-            if exited := peers.dead_peers() if peers else []:
-                return PeerError(
-                    f"{'; '.join(exited)} ended: see its own output; rerun the command to resume "
-                    "from the latest checkpoint"
-                )
-        text = " ".join(str(error).split())[:300]
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
-            return ConfigError(
-                f"out of memory ({text or type(error).__name__}): reduce data.batch_size, or the "
-                "number of networks on this machine"
-            )
-        if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-            return DataError(
-                f"a loader worker has died ({text}): often memory or /dev/shm is full; reduce "
-                "data.workers or data.batch_size"
-            )
-        if isinstance(error, RuntimeError) and text.startswith("can't start new thread"):
-            return StartError(
-                "can't start new thread: the limit of processes is reached (ulimit -u, or the "
-                "container's); raise it, or reduce data.workers or the networks on this machine"
-            )
-        if isinstance(error, torch.OutOfMemoryError):
-            return ConfigError(
-                f"out of GPU memory ({str(error).splitlines()[0]}): reduce data.batch_size, or "
-                "split batches with optim.accumulation"
-            )
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            cause = " ".join(str(error).splitlines()[:2])[:200]  # pages of compiler output follow
-            return ConfigError(
-                f"torch.compile failed ({cause}): check the C++ compiler (on a "
-                "GPU also Triton), or use runtime.compile false, which shows errors of the model"
-            )
-        return error
-
-
-def _leave_without_peers(process: ProcessInfo, seconds: float) -> None:
-    """Exit after the grace period of a requested stop: the peers did not respond in time."""
-    print_line(
-        f"dist-graft: error: {process}: could not stop gracefully within {seconds:g} s "
-        "(--checkpoint.grace_seconds); rerun the command to resume from the latest checkpoint"
-    )
-    leave(1)
-
-
-def _startup_message(trainer: Trainer) -> str:
-    """First lines of the log: model, data, devices, and how to stop and monitor the run."""
-    config, process, data = trainer.config, trainer.process, trainer.data
-    run_dir = trainer.directory.path
-    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
-    device, runtime, threads = trainer.device.type, trainer.runtime, torch.get_num_threads()
-    where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
-    counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
-    who = f"{process.local_world_size} of {process.world_size} {counted}"
-    stop = trainer.directory.stop
-    if trainer.directory.job is not None:
-        replicas = f", {process.replicas} processes," if process.replicas > 1 else ""
-        who = f"network {process.network} of {process.networks}{replicas}"
-        stop = trainer.directory.stop_job
-    return "\n".join(
-        [
-            f"{process.networks} x {trainer.model_name} ({weights:,} parameters), method "
-            f"{config.method}, epochs {trainer.epoch + 1} to {config.epochs}, in {run_dir}",
-            f"data     {describe_data(config, data)}",
-            f"where    {who} on "
-            f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
-            f"{threads} thread{'s' if threads > 1 else ''} each",
-            f"to stop  Ctrl-C, or touch {stop}; rerun the command to resume",
-            f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
-        ]
-    )

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_graft.config import RuntimeConfig
-from dist_graft.errors import ConfigError, DisagreementError, StartError
+from dist_graft.errors import (
+    ConfigError,
+    DisagreementError,
+    DistGraftError,
+    StartError,
+    from_text,
+    to_text,
+)
 from dist_graft.population.collectives import (
     communicating,
     first_line,
@@ -143,6 +150,32 @@ class Runtime:
             return [text]
         self.peers.publish(key, text)
         return self.peers.collect(key, self.timeouts.seconds)
+
+    def raise_together(self, error: DistGraftError | None, what: str) -> None:
+        """Raise the error of the lowest rank that has one, on all ranks: a collective.
+
+        Otherwise that rank would exit alone, and the others would report its loss.
+
+        Args:
+            error: of this process; None if it has none.
+            what: the operation that may have failed, for the error when a peer is lost.
+
+        Raises: that error; PeerError when a peer died or did not answer.
+        """
+        rows = self.gather_all_ranks([float(error is not None)], what)
+        failed = [rank for rank, (flag,) in enumerate(rows) if flag]
+        if not failed:
+            return
+        if self.peers is not None:
+            key = f"{what}: the error"
+            if error is not None:
+                self.peers.publish(key, to_text(error))
+            text = self.peers.read(key, failed[0], self.timeouts.seconds)
+            self.gather([0.0], f"{what}: the end")  # the store's host may exit after this
+            if failed[0] != self.process.rank:
+                error = from_text(text)
+        assert error is not None
+        raise error
 
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of the networks' tensors of equal shape, on the CPU: a collective.
@@ -287,16 +320,22 @@ def _refuse_uneven_machines(
     sizes, replicas, backends = (
         sorted(set(column)) for column in zip(*map(str.split, texts), strict=True)
     )
+    refusal: DistGraftError | None = None
     for name, values in (("runtime.replicas", replicas), ("runtime.backend", backends)):
-        if len(values) > 1:
-            raise DisagreementError(
+        if len(values) > 1 and refusal is None:
+            refusal = DisagreementError(
                 f"the processes were started with different options: {name} is "
                 f"{' and '.join(values)}; start all with the same options"
             )
-    if len(sizes) > 1 and process.replicas > 1:
-        raise uneven_machines(
+    if len(sizes) > 1 and process.replicas > 1 and refusal is None:
+        refusal = uneven_machines(
             process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
         )
+    if refusal:
+        peers.publish("group: read", "")
+        if process.is_main:  # which may host the store: it exits last
+            peers.collect("group: read", seconds)
+        raise refusal
 
 
 def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:

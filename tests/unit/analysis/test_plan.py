@@ -16,12 +16,15 @@ from dist_graft.analysis.plan import (
     Traffic,
     build,
     busiest,
+    checkpoint_bytes,
     gather_moves,
     memory,
     plan_round,
     size_of,
 )
 from dist_graft.errors import ConfigError
+from dist_graft.grafting.rules import RULES
+from dist_graft.grafting.units import graft_tensors, graft_units
 
 EXAMPLE = (
     *("plan", "--networks", "64", "--model", "resnet50", "--gpus-per-node", "8"),
@@ -200,6 +203,34 @@ class TestSize:
         options = options_of((2, replicas, 8), optimizer=optimizer)
         assert list(memory(options, SMALL, []).values()) == expected
 
+    def test_methods_without_a_state(self) -> None:
+        for name in ("graft", "average", "papa", "wash"):
+            assert size_of(build("resnet50"), RULES[name]()).rule_bytes == 0
+
+    def test_diloco_keeps_two_copies_of_the_parameters(self) -> None:
+        """Outer weights and momentum, also in checkpoints; not of batch norm's statistics."""
+        size = size_of(build("resnet50"), RULES["diloco"]())
+        assert size.rule_bytes == 2 * 4 * 25_557_032
+        options = options_of((2, 1, 8), method="diloco", optimizer="adamw")
+        assert memory(options, size, [])["state of diloco"] == size.rule_bytes
+        assert checkpoint_bytes(options, size) == 5 * 4 * 25_557_032 + 4 * 2 * 26_560 + 8 * 53
+
+    def test_planned_bytes_of_a_checkpoint_are_those_of_its_tensors(self) -> None:
+        options, model = options_of((2, 1, 8), method="diloco", optimizer="adamw"), build("resnet8")
+        model = model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        units, tensors = graft_units(model), graft_tensors(model)
+        rule = RULES["diloco"]()
+        kept = [*model.state_dict().values(), *rule.init_state(units, tensors).values()]
+        moments = [
+            state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+        ]
+        stored = sum(tensor.nbytes for tensor in (*kept, *moments))
+        assert checkpoint_bytes(options, size_of(model, rule)) == stored
+
 
 @pytest.mark.usefixtures("empty_working_directory")
 class TestCommand:
@@ -251,6 +282,13 @@ class TestCommand:
     ) -> None:
         assert says in self.output(capsys, "plan", "--model", "resnet18", *options)
 
+    def test_diloco(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.output(
+            capsys, *("plan", "--model", "resnet50", "--networks", "2", "--method", "diloco")
+        )
+        assert "102 MB per network and round, 409 MB per network and checkpoint" in out
+        assert re.search(r"\n +state of diloco +195\.0\n", out)
+
     def test_no_warning(self, capsys: pytest.CaptureFixture[str]) -> None:
         out = self.output(capsys, "plan", "--model", "resnet18", "--networks", "4")
         assert "warning" not in out
@@ -265,6 +303,7 @@ class TestCommand:
             (("--networks", "4", "--bandwidth-intra", ".inf"), "bandwidth-intra must be above 0"),
             (("--networks", "4", "--replicas", "3"), "runtime.replicas 3 does not fit 8 of 12"),
             (("--networks", "4", "--model", "resnet19"), "model.name 'resnet19' is unknown"),
+            (("--networks", "4", "--method", "none"), "method must be one of graft, average, "),
             (("--networks", "4", "--backend", "mpi"), "'nccl', 'gloo'"),
             (("--networks", "4", "--epoch-seconds", "1"), "--epoch-seconds was removed: "),
             (("--networks", "4", "--gpus-per-nod", "1"), "did you mean --gpus-per-node?"),
@@ -297,6 +336,7 @@ class TestCommand:
             "--bucket-mb": "0.1",
             "--optimizer": "adamw",
             "--classes": "100",
+            "--method": "diloco",
         }
         options = {
             option

@@ -1,0 +1,133 @@
+"""What a run reports: the first lines of its log, and the results of an epoch."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dist_graft.config.members import member_options
+from dist_graft.monitoring.metrics import EpochMetrics, LayerStats
+from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.printing import format_table
+from dist_graft.training.builders import describe_data
+from dist_graft.training.checkpoint.manager import Progress
+from dist_graft.training.data import Data
+from dist_graft.training.data.loader import too_many_workers
+from dist_graft.training.step import EvalResult
+
+if TYPE_CHECKING:
+    from dist_graft.training.trainer import Trainer
+
+
+def log_start(trainer: Trainer) -> None:
+    """Log the run, the options of this network, and a warning about too many loader workers."""
+    config, process, log = trainer.config, trainer.process, trainer.log
+    log.info("%s", startup_message(trainer))
+    if own := member_options(config, process.network):
+        options = ", ".join(f"{name} {value}" for name, value in own.items())
+        log.info("options of network %d: %s", process.network, options)
+    warning = too_many_workers(trainer.data.workers, process)
+    if warning and process.is_main:
+        log.warning("%s", warning)
+
+
+def startup_message(trainer: Trainer) -> str:
+    """First lines of the log: model, data, devices, and how to stop and monitor the run."""
+    config, process, data = trainer.config, trainer.process, trainer.data
+    run_dir = trainer.directory.path
+    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
+    device, runtime, threads = trainer.device.type, trainer.runtime, torch.get_num_threads()
+    where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
+    counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
+    who = f"{process.local_world_size} of {process.world_size} {counted}"
+    stop = trainer.directory.stop
+    if trainer.directory.job is not None:
+        replicas = f", {process.replicas} processes," if process.replicas > 1 else ""
+        who = f"network {process.network} of {process.networks}{replicas}"
+        stop = trainer.directory.stop_job
+    return "\n".join(
+        [
+            f"{process.networks} x {trainer.model_name} ({weights:,} parameters), method "
+            f"{config.method}, epochs {trainer.epoch + 1} to {config.epochs}, in {run_dir}",
+            f"data     {describe_data(config, data)}",
+            f"where    {who} on "
+            f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
+            f"{threads} thread{'s' if threads > 1 else ''} each",
+            f"to stop  Ctrl-C, or touch {stop}; rerun the command to resume",
+            f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
+        ]
+    )
+
+
+def process_row(process: ProcessInfo, device: torch.device) -> str:
+    """This process's row of `process_table`, as text."""
+    name = str(device)
+    if device.type == "cuda":
+        name = f"{name} ({torch.cuda.get_device_name(device)})"
+    replica = (str(process.replica),) if process.replicas > 1 else ()
+    return "\t".join(
+        [str(process.network), *replica, str(process.rank), socket.gethostname(), name]
+    )
+
+
+def process_table(process: ProcessInfo, rows: list[str]) -> str:
+    """Table of the processes of a run, from their rows by rank."""
+    replica = ("replica",) if process.replicas > 1 else ()
+    header = ("network", *replica, "rank", "host", "device")
+    return format_table(header, [text.split("\t") for text in rows])
+
+
+def warn_of_skipped_images(log: logging.Logger, data: Data, epoch: int) -> None:
+    """Warn of broken images that were skipped (data.skip_broken)."""
+    skipped: Mapping[str, str] = getattr(data, "skipped", {})
+    if skipped:
+        path, reason = next(iter(skipped.items()))
+        log.warning(
+            "epoch %d: broken images skipped so far: %d, the first is %s (%s)",
+            epoch,
+            len(skipped),
+            path,
+            reason,
+        )
+
+
+def epoch_metrics(
+    epoch: int,
+    progress: Progress,
+    results: Mapping[str, EvalResult],
+    layers: LayerStats,
+    *,
+    phase_seconds: dict[str, float],
+    options: Mapping[str, Any],
+) -> EpochMetrics:
+    """Results of one network in one epoch.
+
+    Args:
+        epoch: finished epoch.
+        progress: with the results of training and of the rounds.
+        results: of `Trainer.evaluate`.
+        layers: information of the layers, before the round.
+        phase_seconds: seconds of each phase.
+        options: of this network.
+    """
+    trained, lr = progress.trained, progress.lr
+    assert trained is not None
+    assert lr is not None
+    splits = {name: {"loss": result.loss, **result.metrics} for name, result in results.items()}
+    return EpochMetrics(
+        epoch=epoch,
+        lr=lr,
+        train={"loss": trained.loss, **trained.metrics},
+        test=splits["test"],
+        val=splits.get("val"),
+        ema_test=splits.get("ema_test"),
+        images_per_second=trained.samples / trained.seconds,
+        phase_seconds=phase_seconds,
+        information=dict(layers.information),
+        graft=progress.rounds,
+        options=options,
+    )

@@ -310,17 +310,6 @@ def _successor(path: Path, token: str) -> Path:
     return path.with_name(f".{path.name}.{token}")
 
 
-def _create(new: Path, target: Path, token: str) -> bool:
-    """Give a new file its name; False if another process has created the target before."""
-    try:
-        os.link(new, target)
-    except FileExistsError:  # by us, if NFS repeated a request whose answer was lost
-        with contextlib.suppress(FileNotFoundError):
-            return _read(target).get("token") == token
-        return False
-    return True
-
-
 def _attempts() -> dict[str, int]:
     """Attempts of the jobs that this process belongs to, by job. A new one replaces the others."""
     jobs = {

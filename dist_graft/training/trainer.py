@@ -116,6 +116,7 @@ from dist_graft.training.layer_stats import (
     non_finite_part,
 )
 from dist_graft.training.learning_rates import initial_rates
+from dist_graft.training.references import check_names
 from dist_graft.training.same_options import (
     digest,
     options_text,
@@ -151,6 +152,10 @@ from dist_graft.training.weights import initialize
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
+
+
+_LARGE_TEST_LOSS = 100.0
+"""Cross entropy that no network reaches unless it diverges: guessing has ln(classes)."""
 
 
 class Trainer:
@@ -401,6 +406,11 @@ class Trainer:
         configs = member_configs(self.config, self.process.networks)
         for config in configs:
             build_task(config, self._loss, self._metrics)
+            check_names(
+                config,
+                model=self._make_model is None and self._datasets is None,
+                optimizer=self._make_optimizer is None,
+            )
             if self._datasets is not None:
                 refuse_image_options(config.data)
         return configs
@@ -874,7 +884,10 @@ class Trainer:
         try:
             if segment.round and self.grafter:
                 steps = segment.epoch * self.steps_per_epoch + segment.last
-                with naming_epoch(segment.epoch), self.timer.phase("round"):
+                with (
+                    naming_epoch(segment.epoch, self._rate_hint(segment.epoch)),
+                    self.timer.phase("round"),
+                ):
                     record = self.grafter.graft(
                         rate=self.rate(steps),
                         stop=self.stopping,
@@ -898,7 +911,7 @@ class Trainer:
                 self_graft(self.state, self.units, self.config.graft, self.round)
             self.progress.count_round()
         if segment.round and self.config.graft.reset_momentum:
-            self.state.optimizer.state.clear()
+            self.state.clear_optimizer()
 
     def _averages_to_graft(self) -> list[nn.Module]:
         """The moving average, if it takes part in rounds."""
@@ -1006,6 +1019,7 @@ class Trainer:
         networks = [NetworkRow(*numbers) for numbers in gathered]
         ensemble = self._epoch_ensemble(results["test"], epoch)
         self.runtime.observe_epoch(max(other.epoch_seconds for other in networks))
+        self._warn_of_learning_rates(epoch, networks)
         report = EpochReport(
             metrics=metrics,
             layers=layers,
@@ -1025,8 +1039,34 @@ class Trainer:
                 non_finite,
                 tolerant=self._tolerant,
                 first=self.process.first_network,
+                hint=self._rate_hint(epoch),
             )
         return not non_finite
+
+    def _warn_of_learning_rates(self, epoch: int, networks: Sequence[NetworkRow]) -> None:
+        """Log each network whose test loss after the first epoch shows that it diverges.
+
+        Rank 0 logs all networks, the others their own.
+        """
+        largest = _LARGE_TEST_LOSS if self.task.classification else math.inf
+        rates = initial_rates(self.config, self.process.networks)
+        for network, row in enumerate(networks, self.process.first_network):
+            listed = self.process.is_main or network == self.process.network
+            if epoch == 0 and listed and not row.test_loss <= largest:
+                self.log.warning(
+                    "network %d: test loss %.3g after the first epoch; if it does not recover, use "
+                    "a lower learning rate (optim.lr is %g)",
+                    *(network, row.test_loss, rates[network]),
+                )
+
+    def _rate_hint(self, epoch: int) -> str:
+        """The learning rates, for errors of networks that diverge in the first epoch."""
+        if epoch:
+            return ""
+        rates = initial_rates(self.config, self.process.networks)
+        largest = max(rates)
+        up_to = "up to " if min(rates) < largest else ""
+        return f" (optim.lr is {up_to}{largest:g})"
 
     def _warn_of_skipped_images(self, epoch: int) -> None:
         skipped: Mapping[str, str] = getattr(self.data, "skipped", {})

@@ -117,7 +117,8 @@ class TrainState(Predictor):
                 self._initial_optimizer["param_groups"], self.optimizer.param_groups, strict=True
             )
         ]
-        self.optimizer.load_state_dict(self._initial_optimizer | {"param_groups": groups})
+        state = copy.deepcopy(self._initial_optimizer["state"])  # the optimizer changes it in place
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def skip_to(self, steps: int, initial_lrs: Sequence[float | Tensor] | None = None) -> None:
         """Set the learning rate of the step that follows this many steps.

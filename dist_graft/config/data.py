@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from dist_graft.config.validation import at_least, require
+from dist_graft.config.validation import at_least, check_kwargs, known_or_own, require
+from dist_graft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ class DataConfig:
     rand_augment: int | str | None = None
     """RandAugment (arXiv 1909.13719) of training images: magnitude, from 0 to 30, of two operations
     per image, or "N,M" for N operations of magnitude M; unset: off."""
+    transform: str | None = None
+    """package.module:name of a function (images, generator) -> images, the last step of the
+    augmentation: it gets each batch of training images on the device, normalized, and must draw
+    its random numbers from the torch.Generator."""
+    transform_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Additional arguments of data.transform, as a YAML mapping."""
     workers: int | Literal["auto"] | None = None
     """DataLoader workers per process; 0: load in the training process; auto: one for each core of
     the process but one, between 1 and 16. Unset: auto for imagefolder, 0 for datasets passed in
@@ -67,6 +74,11 @@ class DataConfig:
         require(0 <= erasing <= 1, "data.random_erasing", erasing, "in [0, 1]")
         if self.rand_augment is not None:
             rand_augment_parameters(self.rand_augment)
+        if self.transform is not None:
+            known_or_own("data.transform", self.transform, ())
+        elif self.transform_kwargs:
+            raise ConfigError("data.transform_kwargs requires data.transform")
+        check_kwargs("data.transform_kwargs", self.transform_kwargs, {"generator": "the run"})
         if self.workers != "auto":
             at_least("data.workers", self.workers, 0)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_graft.config.data import DataConfig
 from dist_graft.config.model import ModelConfig
-from dist_graft.config.optim import OptimConfig
+from dist_graft.config.optim import OWN_OPTIONS, OptimConfig
 from dist_graft.errors import ConfigError
 from dist_graft.seeding import stream_seed
 
@@ -32,10 +32,13 @@ _SECTIONS: dict[str, type[Any]] = {"optim": OptimConfig, "data": DataConfig, "mo
 # many steps in an epoch.
 _NAMES = {
     "optim": (
-        *("name", "lr", "momentum", "nesterov", "betas", "weight_decay", "clip_norm"),
-        *("accumulation", "label_smoothing", "ema_decay"),
+        *("name", "kwargs", "lr", "momentum", "nesterov", "betas", "weight_decay", "clip_norm"),
+        *("accumulation", "label_smoothing", "loss", "loss_kwargs", "ema_decay"),
     ),
-    "data": ("augment", "mixup", "cutmix", "random_erasing", "rand_augment"),
+    "data": (
+        *("augment", "mixup", "cutmix", "random_erasing", "rand_augment"),
+        *("transform", "transform_kwargs"),
+    ),
     "model": ("dropout",),
 }
 MEMBER_OPTIONS = {
@@ -92,7 +95,21 @@ def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
         raise ConfigError(
             "optim.ema_decay is set for some networks only: set it for all of them, or for none"
         )
+    _refuse_unused(config, configs)
     return configs
+
+
+def _refuse_unused(config: TrainConfig, configs: Sequence[TrainConfig]) -> None:
+    """Raise ConfigError for an option of an optimizer that no network can have."""
+    names = {found.optim.name for found in configs}
+    names.update(config.diversity.get("optim.name", {}).get("choice", ()))
+    for option, name in OWN_OPTIONS.items():
+        default = getattr(OptimConfig, option)
+        if name not in names and any(getattr(c.optim, option) != default for c in configs):
+            raise ConfigError(
+                f"optim.{option} applies to optim.name {name} only: pass the arguments of "
+                "another optimizer as optim.kwargs"
+            )
 
 
 def checked_members(config: TrainConfig) -> list[Options]:
@@ -198,6 +215,8 @@ def _typed(name: str, value: Any) -> Any:
         origin, parts = typing.get_origin(each), typing.get_args(each)
         if each is float and _is_number(value):
             return float(value)
+        if origin is dict and isinstance(value, Mapping):
+            return dict(value)
         values = value if isinstance(value, (list, tuple)) else ()
         if origin is tuple and len(values) == len(parts) and all(map(_is_number, values)):
             return tuple(map(float, values))
@@ -214,5 +233,7 @@ def _is_number(value: object) -> bool:
 def _described(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is dict:
+        return "a mapping"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names.get(kind, "null" if kind is type(None) else "a list of numbers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dist_graft.config.validation import require
+from dist_graft.config.validation import check_kwargs, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +28,6 @@ class ModelConfig:
     Requires a model with dropout layers."""
 
     def __post_init__(self) -> None:
+        check_kwargs("model.kwargs", self.kwargs, {"num_classes": "data", "channels": "data"})
         if self.dropout is not None:
             require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from dist_graft.config.validation import above_zero, at_least, require
+from dist_graft.config.validation import (
+    above_zero,
+    at_least,
+    check_kwargs,
+    known_or_own,
+    require,
+)
 from dist_graft.errors import ConfigError
+from dist_graft.references import is_reference
+
+_SCHEDULES = ("cosine", "step", "constant")
+OWN_OPTIONS = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw"}
+"""Options of one optimizer only, and its name; the others get them by optim.kwargs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, learning rate schedule and loss."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer."""
+    name: str = "sgd"
+    """sgd, adamw, another optimizer of torch.optim by name, such as rmsprop, or package.module:name
+    of a class or function (parameters, lr, weight_decay) -> optimizer; weight_decay is passed if it
+    has that argument."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Additional arguments of the optimizer, as a YAML mapping, e.g. {alpha: 0.9, momentum: 0.9}
+    for rmsprop."""
     lr: float = 0.1
     """Initial learning rate; with lr_diversity, the largest of all networks."""
     lr_diversity: Literal["none", "cosine"] = "none"
@@ -30,11 +46,15 @@ class OptimConfig:
     """Betas of AdamW, each in [0, 1)."""
     weight_decay: float = 5e-4
     """Weight decay of all parameters; decoupled with AdamW."""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Learning rate schedule."""
+    schedule: str = "cosine"
+    """Learning rate schedule: cosine, step, constant, or package.module:name of a function
+    (progress) -> factor of the learning rate in [0, 1]; progress is the finished fraction of the
+    run, in [0, 1]."""
+    schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Additional arguments of the function of optim.schedule, as a YAML mapping."""
     schedule_unit: Literal["epoch", "step"] = "epoch"
-    """When the cosine schedule changes the learning rate: at the start of each epoch, or after
-    every step, as in the published scripts of filter grafting."""
+    """When cosine, or a function of your own, changes the learning rate: at the start of each
+    epoch, or after every step, as in the published scripts of filter grafting."""
     step_epochs: int = 60
     """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
@@ -47,11 +67,23 @@ class OptimConfig:
     """Microbatches per batch; their gradients are accumulated before the optimizer step."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross entropy, in [0, 1)."""
+    loss: str | None = None
+    """package.module:name of a function (scores, labels) -> mean loss that replaces the cross
+    entropy in training, or of a class of such functions, e.g. torch.nn:MultiMarginLoss. Test losses
+    remain cross entropies."""
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Additional arguments of the function or class of optim.loss, as a YAML mapping."""
     ema_decay: float | None = None
     """Exponential moving average of the weights, evaluated beside the network; decay per optimizer
     step in (0, 1); unset: none."""
 
     def __post_init__(self) -> None:
+        require(bool(self.name), "optim.name", self.name, "a name")
+        if not is_reference(self.name):
+            object.__setattr__(self, "name", self.name.lower())
+        options = [option for option, name in OWN_OPTIONS.items() if name == self.name]
+        reserved = {option: f"optim.{option}" for option in ("lr", "weight_decay", *options)}
+        check_kwargs("optim.kwargs", self.kwargs, reserved)
         above_zero("optim.lr", self.lr)
         for value in self.lrs or ():
             above_zero("optim.lrs", value)
@@ -62,8 +94,14 @@ class OptimConfig:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ConfigError("optim.nesterov requires optim.name sgd and optim.momentum above 0")
         at_least("optim.weight_decay", self.weight_decay, 0)
-        if self.schedule_unit == "step" and self.schedule != "cosine":
-            raise ConfigError("optim.schedule_unit step requires optim.schedule cosine")
+        known_or_own("optim.schedule", self.schedule, _SCHEDULES)
+        if self.schedule_unit == "step" and self.schedule in ("step", "constant"):
+            raise ConfigError(
+                "optim.schedule_unit step requires optim.schedule cosine or a function of your own"
+            )
+        if self.schedule_kwargs and not is_reference(self.schedule):
+            raise ConfigError("optim.schedule_kwargs requires optim.schedule package.module:name")
+        check_kwargs("optim.schedule_kwargs", self.schedule_kwargs, {})
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
         at_least("optim.warmup_epochs", self.warmup_epochs, 0)
@@ -75,5 +113,14 @@ class OptimConfig:
             self.label_smoothing,
             "in [0, 1)",
         )
+        if self.loss is not None:
+            known_or_own("optim.loss", self.loss, ())
+            if self.label_smoothing:
+                raise ConfigError(
+                    "optim.label_smoothing applies to the cross entropy, which optim.loss replaces"
+                )
+        elif self.loss_kwargs:
+            raise ConfigError("optim.loss_kwargs requires optim.loss")
+        check_kwargs("optim.loss_kwargs", self.loss_kwargs, {})
         if self.ema_decay is not None:
             require(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in (0, 1)")

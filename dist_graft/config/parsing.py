@@ -108,12 +108,13 @@ def _options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def append_repeated(argv: Sequence[str]) -> list[str]:
-    """Make the options of type list[str] repeatable: `--name VALUE` becomes `--name+=VALUE`.
+    """Make options repeatable: `--name VALUE` becomes `--name+=VALUE`.
 
-    The values are appended to those of a configuration file. A YAML list (`--name "[a, b]"`)
-    replaces them.
+    These are `callbacks` and the options of type list[str]. The values are appended to those of a
+    configuration file. A YAML list (`--name "[a, b]"`) replaces them.
     """
     repeatable = {f"--{name}" for name, kind in _options(TrainConfig) if kind == list[str]}
+    repeatable.add("--callbacks")
     rewritten: list[str] = []
     words = iter(argv)
     for word in words:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -16,21 +15,27 @@ from dist_graft.config.monitor import MonitorConfig
 from dist_graft.config.optim import OptimConfig
 from dist_graft.config.population import PopulationConfig
 from dist_graft.config.runtime import RuntimeConfig
-from dist_graft.config.validation import at_least, known_or_own, require
+from dist_graft.config.validation import at_least, check_kwargs, known_or_own, require
 from dist_graft.errors import ConfigError
 from dist_graft.grafting.rules import RULES
 
 _Config = TypeVar("_Config")
 
 
-def _check_kwargs(kwargs: dict[str, Any]) -> None:
-    """Require further arguments of a model that config.yaml can hold."""
-    given = [name for name in ("num_classes", "channels") if name in kwargs]
-    require(not given, "model.kwargs", kwargs, f"without {' and '.join(given)}, set by the data")
-    try:
-        json.dumps(kwargs)
-    except TypeError as error:
-        raise ConfigError(f"model.kwargs must be plain values, got {kwargs!r}") from error
+def callback_with_arguments(
+    entry: str | dict[str, dict[str, Any]],
+) -> tuple[str, dict[str, Any]]:
+    """Reference and arguments of an entry of `callbacks`.
+
+    Raises: ConfigError if it is a mapping of another form.
+    """
+    if isinstance(entry, str):
+        return entry, {}
+    legal = "package.module:Name or {package.module:Name: {argument: value}}"
+    require(len(entry) == 1, "callbacks", entry, legal)
+    ((reference, kwargs),) = entry.items()
+    require(isinstance(kwargs, dict), "callbacks", entry, legal)
+    return reference, kwargs
 
 
 def is_named_weights(init_from: str) -> bool:
@@ -77,8 +82,9 @@ class TrainConfig:
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
     """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
     previous network; abort: stop the run; exclude: no network grafts from it."""
-    callbacks: list[str] = field(default_factory=list)
-    """package.module:Name of callbacks to add; repeat the option to add several."""
+    callbacks: list[str | dict[str, dict[str, Any]]] = field(default_factory=list)
+    """package.module:Name of callbacks to add; repeat the option to add several. A mapping
+    {package.module:Name: {argument: value}} passes arguments."""
     init_from: str | None = None
     """Initial weights: a run, a checkpoint, or an export (network k starts from its network k),
     one .safetensors or .pt file for all networks, or pretrained weights of the model by name:
@@ -106,8 +112,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
-        for reference in self.callbacks:
+        for reference, kwargs in map(callback_with_arguments, self.callbacks):
             known_or_own("callbacks", reference, ())
+            check_kwargs(f"callbacks {reference}", kwargs, {})
         object.__setattr__(self, "members", checked_members(self))
         object.__setattr__(self, "diversity", checked_diversity(self))
         at_least("epochs", self.epochs, 1)
@@ -116,7 +123,6 @@ class TrainConfig:
         if self.resume_networks is not None:
             self._check_resume_networks(self.resume_networks)
         require(self.init_from != "", "init_from", self.init_from, "a path or a name")
-        _check_kwargs(self.model.kwargs)
         if self.graft.exchange == "files":
             self._check_files()
         elif self.population != PopulationConfig():

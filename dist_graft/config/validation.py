@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import json
 import math
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dist_graft.errors import ConfigError
@@ -69,6 +71,24 @@ def known_or_own(option: str, name: str, known: Collection[str]) -> None:
         raise ConfigError(f"{option} {error}") from error
 
 
+def check_kwargs(option: str, kwargs: Mapping[str, Any], reserved: Mapping[str, str]) -> None:
+    """Require additional arguments of a function that config.yaml can hold.
+
+    Args:
+        option: its name.
+        kwargs: its value.
+        reserved: arguments that it must not contain, and what sets them.
+
+    Raises: ConfigError naming the option.
+    """
+    given = [f"{name} (set by {by})" for name, by in reserved.items() if name in kwargs]
+    require(not given, option, kwargs, f"without {' and '.join(given)}")
+    try:
+        json.dumps(kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{option} must be plain values, got {kwargs!r}") from error
+
+
 def own(option: str, reference: str) -> Callable[..., Any]:
     """Import the object of an option's reference package.module:name.
 
@@ -78,6 +98,39 @@ def own(option: str, reference: str) -> Callable[..., Any]:
         return resolve(reference)
     except ValueError as error:
         raise ConfigError(f"{option} {error}") from error
+
+
+def own_function(
+    option: str, reference: str, kwargs: Mapping[str, Any], *, arguments: int
+) -> Callable[..., Any]:
+    """Import the function of an option's reference, to be called with `kwargs`.
+
+    Args:
+        option: its name; `kwargs` are those of the option NAME_kwargs.
+        reference: its value, package.module:name.
+        kwargs: arguments by name.
+        arguments: number of arguments before them.
+
+    Raises: ConfigError if it does not exist, or does not take these arguments.
+    """
+    function = own(option, reference)
+    check_call(f"{option} {reference}", function, (None,) * arguments, kwargs)
+    return function
+
+
+def check_call(
+    what: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError unless the function takes these arguments. Does not call it."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(["..."] * len(args)), *(f"{name}=..." for name in kwargs)])
+        raise ConfigError(f"{what} cannot be called as function({given}): {error}") from error
 
 
 def from_nested(kind: type[Any], values: Mapping[str, Any]) -> Any:

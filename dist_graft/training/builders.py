@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_graft.config import OptimConfig, TrainConfig
+from dist_graft.config import TrainConfig
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
@@ -34,9 +34,16 @@ from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
 from dist_graft.training.learning_rates import initial_rates, schedule, warmup_steps
 from dist_graft.training.models import build_model
+from dist_graft.training.optimizers import build_optimizer, checked_optimizer
 from dist_graft.training.schedule import Cadence, quadratic_steps
 from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
-from dist_graft.training.task import LossFunction, MetricFunction, Task, classification
+from dist_graft.training.task import (
+    LossFunction,
+    MetricFunction,
+    Task,
+    build_loss,
+    classification,
+)
 from dist_graft.training.teachers import load_teachers
 
 
@@ -59,7 +66,8 @@ def build_task(
     metrics: Mapping[str, MetricFunction] | None,
 ) -> Task:
     """Build the task from the trainer's arguments. The default is image classification."""
-    default = classification(config.optim.label_smoothing)
+    own_loss = None if config.optim.loss is None else build_loss(config.optim)
+    default = classification(config.optim.label_smoothing, own_loss)
     if loss is None and metrics is None:
         return default
     if config.data.mixes:
@@ -139,10 +147,10 @@ def build_state(
         model = runtime.replicas.convert_sync_batchnorm(model)
     if make_optimizer is None:
         fused = runtime.device.type == "cuda"
-        optimizer: torch.optim.Optimizer = build_optimizer(config.optim, model, lr=lr, fused=fused)
+        optimizer = build_optimizer(config.optim, model, lr=lr, fused=fused)
     else:
         with user_code("optimizer="):
-            optimizer = make_optimizer(model, lr)
+            optimizer = checked_optimizer("optimizer=", make_optimizer(model, lr))
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
@@ -179,38 +187,6 @@ def dropout_layers(model: nn.Module) -> list[_DropoutNd]:
             f"model.dropout requires a model with dropout layers: {type(model).__name__} has none"
         )
     return layers
-
-
-def build_optimizer(
-    config: OptimConfig, model: nn.Module, *, lr: float, fused: bool = False
-) -> torch.optim.SGD | torch.optim.AdamW:
-    """SGD or AdamW over all parameters that require a gradient.
-
-    Args:
-        config: name and options of the optimizer.
-        model: its parameters.
-        lr: initial learning rate.
-        fused: take a step in one kernel where the parameters allow it. In fp16 it then also skips
-            steps on the device: the host does not wait for the gradients.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = fused and all(parameter.is_floating_point() for parameter in parameters)
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            parameters,
-            lr=lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=fused or None,
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=fused or None,
-    )
 
 
 def built_in_callbacks(

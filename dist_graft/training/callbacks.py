@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dist_graft.config.train import callback_with_arguments
 from dist_graft.config.validation import own
 from dist_graft.errors import CallbackError, ConfigError, DistGraftError, StoppedError
 from dist_graft.monitoring.callback import Callback
@@ -71,19 +72,20 @@ def _name(callback: Callback) -> str:
     return type(callback).__name__
 
 
-def load_callbacks(references: Sequence[str]) -> list[Callback]:
-    """Create the callbacks that `--callbacks package.module:Name` names, without arguments.
+def load_callbacks(entries: Sequence[str | dict[str, dict[str, Any]]]) -> list[Callback]:
+    """Create the callbacks that `--callbacks` names, with their arguments.
 
     Raises: ConfigError when a name is neither a subclass of Callback nor a function that returns
         an instance of one; CallbackError when creating one fails.
     """
     callbacks = []
-    for reference in references:
+    for entry in entries:
+        reference, kwargs = callback_with_arguments(entry)
         factory = own("callbacks", reference)
         if inspect.isclass(factory) and not issubclass(factory, Callback):
             raise ConfigError(f"callbacks {reference!r} must be a subclass of dist_graft.Callback")
         try:
-            callback = factory()
+            callback = factory(**kwargs)
         except Exception as error:
             raise CallbackError(
                 f"callbacks {reference!r} cannot be created: {type(error).__name__}: {error}"

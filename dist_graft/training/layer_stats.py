@@ -59,6 +59,7 @@ def check_finite(
     *,
     tolerant: bool,
     first: int = 0,
+    hint: str = "",
 ) -> None:
     """Raise NonFiniteError, on all ranks, when diverged networks end the run.
 
@@ -69,6 +70,7 @@ def check_finite(
         non_finite: what `non_finite_part` found in it.
         tolerant: whether the run continues as long as one network is finite.
         first: number of the first network.
+        hint: appended to the message.
     """
     diverged = [other for other, row in enumerate(networks, first) if not row.finite]
     if not diverged or (tolerant and len(diverged) < len(networks)):
@@ -78,14 +80,14 @@ def check_finite(
         f"network {other} has {non_finite if other == network else elsewhere}" for other in diverged
     )
     raise NonFiniteError(
-        f"epoch {epoch}: {who}; try a lower learning rate, warm-up or gradient clipping"
+        f"epoch {epoch}: {who}; try a lower learning rate, warm-up or gradient clipping{hint}"
     )
 
 
 @contextmanager
-def naming_epoch(epoch: int) -> Iterator[None]:
-    """Add the epoch to the NonFiniteError of a round."""
+def naming_epoch(epoch: int, hint: str) -> Iterator[None]:
+    """Add the epoch and a hint to the NonFiniteError of a round."""
     try:
         yield
     except NonFiniteError as error:
-        raise NonFiniteError(f"epoch {epoch}: {error}") from error
+        raise NonFiniteError(f"epoch {epoch}: {error}{hint}") from error

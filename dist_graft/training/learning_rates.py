@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from dist_graft.config import OptimConfig, TrainConfig
 from dist_graft.config.members import member_options
-from dist_graft.errors import ConfigError
+from dist_graft.config.validation import own_function
+from dist_graft.errors import ConfigError, user_code
+from dist_graft.references import is_reference
 
 
 def initial_rates(config: TrainConfig, networks: int) -> list[float]:
@@ -45,21 +47,49 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
     """Factor of the learning rate as a function of the optimizer step, counted from 0.
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
-    (step) or 1 (constant). With schedule_unit "step", e is step / steps_per_epoch, not rounded
-    down. During warmup it is also multiplied by (step + 1) / warmup_steps.
+    (step), 1 (constant), or f(e / epochs) for a function f of the user's. With schedule_unit
+    "step", e is step / steps_per_epoch, not rounded down. During warmup it is also multiplied by
+    (step + 1) / warmup_steps.
+
+    Raises: ConfigError if there is no such function, or it returns no number in [0, 1];
+        FunctionError if it fails. So does the function that is returned.
     """
+    own_factor = own_schedule(config) if is_reference(config.schedule) else None
     warmup = warmup_steps(config, steps_per_epoch)
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch
+        e = min(step / steps_per_epoch if config.schedule_unit == "step" else epoch, epochs)
         value = 1.0
-        if config.schedule == "cosine":
-            e = step / steps_per_epoch if config.schedule_unit == "step" else epoch
-            value = (1 + math.cos(math.pi * min(e, epochs) / epochs)) / 2
+        if own_factor is not None:
+            value = own_factor(e / epochs)
+        elif config.schedule == "cosine":
+            value = (1 + math.cos(math.pi * e / epochs)) / 2
         elif config.schedule == "step":
             value = config.step_factor ** (epoch // config.step_epochs)
         return value * min(1.0, (step + 1) / warmup) if warmup else value
 
+    return factor
+
+
+def own_schedule(config: OptimConfig) -> Callable[[float], float]:
+    """The function of the user's, from progress in [0, 1] to the factor of the learning rate.
+
+    Raises: as `schedule`.
+    """
+    what = f"optim.schedule {config.schedule}"
+    kwargs = config.schedule_kwargs
+    function = own_function("optim.schedule", config.schedule, kwargs, arguments=1)
+
+    def factor(progress: float) -> float:
+        with user_code(what):
+            value = float(function(progress, **kwargs))
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{what} must return a factor in [0, 1], got {value} at {progress}")
+        return value
+
+    for progress in (0.0, 0.5, 1.0):
+        factor(progress)
     return factor
 
 

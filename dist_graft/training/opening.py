@@ -14,6 +14,7 @@ from dist_graft.training.builders import build_task
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.membership import archive_networks, pending_change
 from dist_graft.training.data.datasets import Datasets, refuse_image_options
+from dist_graft.training.references import check_names
 from dist_graft.training.task import LossFunction, MetricFunction
 
 
@@ -24,6 +25,8 @@ def configs_of_networks(
     datasets: Datasets | None,
     loss: LossFunction | None,
     metrics: Mapping[str, MetricFunction] | None,
+    model_by_name: bool,
+    optimizer_by_name: bool,
 ) -> list[TrainConfig]:
     """Configuration of each network; every process checks those of all.
 
@@ -32,6 +35,7 @@ def configs_of_networks(
     configs = member_configs(config, networks)
     for each in configs:
         build_task(each, loss, metrics)
+        check_names(each, model=model_by_name and datasets is None, optimizer=optimizer_by_name)
         if datasets is not None:
             refuse_image_options(each.data)
     return configs

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_graft.config import TrainConfig
 from dist_graft.config.members import member_options
-from dist_graft.monitoring.metrics import EpochMetrics, LayerStats
+from dist_graft.monitoring.metrics import EpochMetrics, LayerStats, NetworkRow
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import format_table
 from dist_graft.training.builders import describe_data
 from dist_graft.training.checkpoint.manager import Progress
 from dist_graft.training.data import Data
 from dist_graft.training.data.loader import too_many_workers
+from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.step import EvalResult
 
 if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
+
+_LARGE_TEST_LOSS = 100.0
+"""Cross entropy that no network reaches unless it diverges: guessing has ln(classes)."""
 
 
 def log_start(trainer: Trainer) -> None:
@@ -93,6 +99,34 @@ def warn_of_skipped_images(log: logging.Logger, data: Data, epoch: int) -> None:
             path,
             reason,
         )
+
+
+def warn_of_learning_rates(trainer: Trainer, epoch: int, networks: Sequence[NetworkRow]) -> None:
+    """Warn of each network whose test loss after the first epoch shows that it diverges.
+
+    Rank 0 logs all networks, the others their own.
+    """
+    process = trainer.process
+    largest = _LARGE_TEST_LOSS if trainer.task.classification else math.inf
+    rates = initial_rates(trainer.config, process.networks)
+    for network, row in enumerate(networks, process.first_network):
+        listed = process.is_main or network == process.network
+        if epoch == 0 and listed and not row.test_loss <= largest:
+            trainer.log.warning(
+                "network %d: test loss %.3g after the first epoch; if it does not recover, use "
+                "a lower learning rate (optim.lr is %g)",
+                *(network, row.test_loss, rates[network]),
+            )
+
+
+def rate_hint(config: TrainConfig, process: ProcessInfo, epoch: int) -> str:
+    """The learning rates, for errors of networks that diverge in the first epoch."""
+    if epoch:
+        return ""
+    rates = initial_rates(config, process.networks)
+    largest = max(rates)
+    up_to = "up to " if min(rates) < largest else ""
+    return f" (optim.lr is {up_to}{largest:g})"
 
 
 def epoch_metrics(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_graft.config.runtime import CompileMode
 from dist_graft.errors import ConfigError
+from dist_graft.training.optimizers import check_optimizer_state
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -69,6 +71,11 @@ class TrainState(Predictor):
     """Frozen networks to distill from."""
     ema: AveragedModel | None = None
     """Exponential moving average of the weights; None without `optim.ema_decay`."""
+    _initial_optimizer: dict[str, Any] = field(init=False, repr=False)
+    """State of the optimizer before the first step: empty, unless its constructor fills it."""
+
+    def __post_init__(self) -> None:
+        self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
 
     @property
     def lr(self) -> float:
@@ -103,11 +110,22 @@ class TrainState(Predictor):
 
     def reset_optimizer(self) -> None:
         """Reset optimizer state, loss scale and moving average after the weights were replaced."""
-        self.optimizer.state.clear()
+        self.clear_optimizer()
         fresh = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(fresh.state_dict())
         if self.ema is not None:
             self.ema.module.load_state_dict(self.model.state_dict())
+
+    def clear_optimizer(self) -> None:
+        """Reset the optimizer to its state before the first step; learning rates stay."""
+        groups = [
+            initial | {name: group[name] for name in ("lr", "initial_lr") if name in group}
+            for initial, group in zip(
+                self._initial_optimizer["param_groups"], self.optimizer.param_groups, strict=True
+            )
+        ]
+        state = copy.deepcopy(self._initial_optimizer["state"])  # the optimizer changes it in place
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def skip_to(self, steps: int, initial_lrs: Sequence[float | Tensor] | None = None) -> None:
         """Set the learning rate of the step that follows this many steps.
@@ -132,7 +150,11 @@ class TrainState(Predictor):
         return self.model if self.ema is None else nn.ModuleList([self.model, self.ema.module])
 
     def state_dict(self) -> dict[str, Any]:
-        """State of model, optimizer, scheduler, loss scaler and moving average."""
+        """State of model, optimizer, scheduler, loss scaler and moving average.
+
+        Raises: ConfigError if a checkpoint cannot hold the state of a user's optimizer.
+        """
+        check_optimizer_state(self.optimizer)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

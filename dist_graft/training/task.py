@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from dist_graft.config import OptimConfig
+from dist_graft.config.validation import check_call, own
 from dist_graft.errors import ConfigError, user_code
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -58,17 +62,42 @@ class Task:
             )
 
 
-def classification(label_smoothing: float = 0.0) -> Task:
-    """Cross entropy and accuracy in percent.
+def build_loss(config: OptimConfig) -> LossFunction:
+    """The function that optim.loss names, or an instance of the class.
+
+    Raises: ConfigError if it does not exist, or optim.loss_kwargs do not fit. The function that is
+        returned raises FunctionError if the user's fails, and ConfigError if it returns no scalar.
+    """
+    assert config.loss is not None
+    what = f"optim.loss {config.loss}"
+    function, kwargs = own("optim.loss", config.loss), config.loss_kwargs
+    is_class = inspect.isclass(function)
+    check_call(what, function, () if is_class else (None, None), kwargs)
+    with user_code(what):
+        function = function(**kwargs) if is_class else partial(function, **kwargs)
+
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        with user_code(what):
+            value: Any = function(scores.float(), labels)
+        if not isinstance(value, Tensor) or value.dim():
+            shape = list(value.shape) if isinstance(value, Tensor) else value
+            raise ConfigError(f"{what} must return a scalar tensor, got {shape}")
+        return value
+
+    return loss
+
+
+def classification(label_smoothing: float = 0.0, loss: LossFunction | None = None) -> Task:
+    """Cross entropy, or another loss, and accuracy in percent.
 
     Targets are classes, int64 [batch], or the probabilities of mixed images [batch, classes], whose
     accuracy is that of the most probable class.
     """
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
-    return Task(loss, {"accuracy": percent_correct}, classification=True)
+    return Task(loss or cross_entropy, {"accuracy": percent_correct}, classification=True)
 
 
 def percent_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:

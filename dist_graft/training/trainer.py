@@ -88,6 +88,8 @@ from dist_graft.training.reporting import (
     log_start,
     process_row,
     process_table,
+    rate_hint,
+    warn_of_learning_rates,
     warn_of_skipped_images,
 )
 from dist_graft.training.resuming import restore
@@ -352,6 +354,8 @@ class Trainer:
             datasets=self._datasets,
             loss=self._loss,
             metrics=self._metrics,
+            model_by_name=self._make_model is None,
+            optimizer_by_name=self._make_optimizer is None,
         )
         rates = initial_rates(self.config, self.process.networks)
         refuse_stopped(self.directory, self.process)
@@ -744,7 +748,12 @@ class Trainer:
         try:
             if segment.round and self.grafter:
                 steps = segment.epoch * self.steps_per_epoch + segment.last
-                with naming_epoch(segment.epoch), self.timer.phase("round"):
+                with (
+                    naming_epoch(
+                        segment.epoch, rate_hint(self.config, self.process, segment.epoch)
+                    ),
+                    self.timer.phase("round"),
+                ):
                     record = self.grafter.graft(
                         rate=self.rate(steps),
                         stop=self.stopping,
@@ -768,7 +777,7 @@ class Trainer:
                 self_graft(self.state, self.units, self.config.graft, self.round)
             self.progress.count_round()
         if segment.round and self.config.graft.reset_momentum:
-            self.state.optimizer.state.clear()
+            self.state.clear_optimizer()
 
     def _averages_to_graft(self) -> list[nn.Module]:
         """The moving average, if it takes part in rounds."""
@@ -869,6 +878,7 @@ class Trainer:
         networks = [NetworkRow(*numbers) for numbers in gathered]
         ensemble = self._epoch_ensemble(results["test"], epoch)
         self.runtime.observe_epoch(max(other.epoch_seconds for other in networks))
+        warn_of_learning_rates(self, epoch, networks)
         report = EpochReport(
             metrics=metrics,
             layers=layers,
@@ -888,6 +898,7 @@ class Trainer:
                 non_finite,
                 tolerant=self._tolerant,
                 first=self.process.first_network,
+                hint=rate_hint(self.config, self.process, epoch),
             )
         return not non_finite
 

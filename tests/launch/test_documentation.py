@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,17 @@ def check_tiny(run: Path) -> None:
     assert (run / "summary.json").exists()
 
 
+def check_recipe(run: Path) -> None:
+    rates = [line["lr"] for line in metrics(run, 0)]
+    assert rates == pytest.approx([0, 0.001 * 0.5 / 0.7])
+
+
+def check_noise(run: Path) -> None:
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert (data["transform"], data["transform_kwargs"]) == ("noise:add", {"std": 0.05})
+    assert (run / "summary.json").exists()
+
+
 def check_spread(run: Path) -> None:
     for network in (0, 1):
         information = metrics(run, network)[0]["graft"]["information"]
@@ -191,6 +203,8 @@ def check_best_so_far(run: Path) -> None:
 CHECKS = {
     "stripes.py": (check_stripes, ("--runtime.threads", "1")),
     "tiny.py": (check_tiny, SMALL),
+    "recipe.py": (check_recipe, SMALL),
+    "noise.py": (check_noise, SMALL),
     "spread.py": (check_spread, ("--model.name", "resnet8", *SMALL)),
     "two_back.py": (check_two_back, ("--model.name", "resnet8", *SMALL)),
     "best.py": (check_best, ("--model.name", "resnet8", *SMALL)),
@@ -225,7 +239,7 @@ def test_a_file_of_the_documentation(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(block.text)
     module = name.removesuffix(".py")
     command = next(line for line in commands(block.document) if f" {module}:" in line)
-    program, *words = command.split()
+    program, *words = shlex.split(command)
     launcher = {"torchrun": ["torch.distributed.run"], "dist-graft": ["dist_graft"]}[program]
     run_python(tmp_path, "-m", *launcher, *words, *options, "--runtime.device", "cpu")
     check(tmp_path / "runs" / module)

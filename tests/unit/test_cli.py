@@ -60,10 +60,12 @@ class TestValidOptions:
             *("--epochs", "3", "--graft.amplitude", "0.25", "--optim.lrs", "[0.1, 1e-3]"),
             *("--optim.nesterov", "true", "--data.channels", "3", "--graft.exchange=p2p"),
             *("--optim.betas", "[0.8, 0.9]", "--callbacks", "a:B", "--callbacks=c.d:E"),
+            *("--callbacks", "{f:G: {x: 1.5, y: [a]}}", "--model.kwargs", "{width: 8}"),
         )
         assert config == TrainConfig(
             epochs=3,
-            callbacks=["a:B", "c.d:E"],
+            callbacks=["a:B", "c.d:E", {"f:G": {"x": 1.5, "y": ["a"]}}],
+            model=type(config.model)(kwargs={"width": 8}),
             graft=GraftConfig(amplitude=0.25, exchange="p2p"),
             optim=OptimConfig(lrs=[0.1, 1e-3], nesterov=True, betas=(0.8, 0.9)),
             data=type(config.data)(channels=3),
@@ -133,7 +135,7 @@ class TestInvalidOptions:
             (["--data.name", "cifar-10"], "(did you mean cifar10 or cifar100?)"),
             (["--data.name", "mnist"], "fashion-mini, fashion-mnist, cifar10"),
             (["--epochs", "two"], "epochs"),
-            (["--optim.schedule", "linear"], "'cosine', 'step', 'constant'"),
+            (["--optim.schedule", "linear"], "cosine, step, constant, or a reference"),
             (["--graft.exchange", "p2q"], "'all_gather', 'p2p'"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--epochs"], "--epochs"),
@@ -180,12 +182,12 @@ def test_completion_knows_commands_options_and_values(capsys: pytest.CaptureFixt
         cli.run(["--print_completion", "bash"])
     assert not ending.value.code
     script = capsys.readouterr().out
-    words = "dist-graft train --optim.schedule ''"
+    words = "dist-graft train --optim.schedule_unit ''"
     asked = f"COMP_WORDS=({words}); COMP_CWORD=3; _shtab_dist_graft; echo ${{COMPREPLY[*]}}"
     done = subprocess.run(
         ["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["cosine", "step", "constant"]
+    assert done.stdout.split() == ["epoch", "step"]
 
 
 def test_completion_names_the_missing_package(

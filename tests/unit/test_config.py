@@ -246,6 +246,7 @@ def test_an_error_names_the_element_of_a_list() -> None:
         ("--callbacks a:B --epochs 3", "--callbacks+=a:B --epochs 3"),
         ("--callbacks a:B --callbacks=c.d:E", "--callbacks+=a:B --callbacks+=c.d:E"),
         ("--callbacks [a:B]", "--callbacks=[a:B]"),
+        ("--callbacks {a:B:1}", "--callbacks+={a:B:1}"),
         ("--distill.teachers=x.pt --optim.lrs [1]", "--distill.teachers+=x.pt --optim.lrs [1]"),
         ("--epochs 3 --callbacks", "--epochs 3 --callbacks="),
     ],
@@ -297,11 +298,34 @@ def test_public_options_keep_their_names_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model": {"kwargs": {"num_classes": 3}}}, "without num_classes, set by the data"),
+        ({"model": {"kwargs": {"num_classes": 3}}}, r"without num_classes \(set by data\)"),
         ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must be plain values"),
         ({"init_from": ""}, "init_from must be a path or a name"),
+        ({"optim": {"kwargs": {"lr": 3}}}, r"without lr \(set by optim\.lr\)"),
+        ({"optim": {"kwargs": {"nesterov": 1}}}, r"without nesterov \(set by optim\.nesterov\)"),
+        ({"optim": {"name": ""}}, r"optim\.name must be a name"),
+        (
+            {"optim": {"schedule_kwargs": {"a": 1}}},
+            r"requires optim\.schedule package\.module:name",
+        ),
+        ({"optim": {"loss_kwargs": {"a": 1}}}, r"optim\.loss_kwargs requires optim\.loss"),
+        ({"optim": {"loss": "a:b", "label_smoothing": 0.1}}, r"which optim\.loss replaces"),
+        ({"optim": {"loss": "mse"}}, r"optim\.loss must be a reference"),
+        ({"data": {"transform": "blur"}}, r"data\.transform must be a reference"),
+        ({"data": {"transform_kwargs": {"a": 1}}}, r"requires data\.transform"),
+        ({"callbacks": [{"a:B": 1}]}, r"callbacks must be package\.module:Name or \{"),
+        ({"callbacks": [{"a:B": {}, "c:D": {}}]}, r"callbacks must be package\.module:Name or \{"),
+        ({"callbacks": [{"a:B": {"x": {1}}}]}, "callbacks a:B must be plain values"),
     ],
 )
-def test_arguments_of_models_and_initial_weights(options: dict[str, object], says: str) -> None:
+def test_arguments_of_the_users_functions_and_initial_weights(
+    options: dict[str, object], says: str
+) -> None:
     with pytest.raises(ConfigError, match=says):
         from_nested(TrainConfig, options)
+
+
+def test_names_of_optimizers_ignore_case() -> None:
+    assert OptimConfig(name="SGD") == OptimConfig()
+    assert OptimConfig(name="RMSprop", kwargs={"momentum": 0.5}).name == "rmsprop"
+    assert OptimConfig(name="my.Module:Adam").name == "my.Module:Adam"

@@ -47,6 +47,11 @@ def test_a_network_gets_its_own_options_and_the_common_ones() -> None:
 
 VALUES: dict[str, Any] = {
     "optim.name": "adamw",
+    "optim.kwargs": {"dampening": 0.5},
+    "optim.loss": "package.module:loss",
+    "optim.loss_kwargs": {"margin": 0.5},
+    "data.transform": "package.module:transform",
+    "data.transform_kwargs": {"std": 0.5},
     "optim.nesterov": True,
     "optim.betas": [0.8, 0.9],
     "optim.clip_norm": 1.0,
@@ -59,7 +64,9 @@ VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("option", MEMBER_OPTIONS)
 def test_every_option_that_may_differ(option: str) -> None:
-    config = TrainConfig(members=[{option: VALUES.get(option, 0.5)}])
+    needed = {"optim.loss_kwargs": "optim.loss", "data.transform_kwargs": "data.transform"}
+    others = {needed[option]: VALUES[needed[option]]} if option in needed else {}
+    config = TrainConfig(members=[others | {option: VALUES.get(option, 0.5)}])
     section, _, name = option.partition(".")
     found = getattr(getattr(member_config(config, 0), section), name)
     value = config.members[0][option]
@@ -133,13 +140,14 @@ def test_the_learning_rate_of_a_network_replaces_the_common_rule() -> None:
         ({"members": [{"optim.lr": True}]}, "members[0]: optim.lr must be a number, got True"),
         ({"members": [{"data.augment": 1}]}, "data.augment must be true or false, got 1"),
         ({"members": [{"optim.accumulation": 1.5}]}, "must be a whole number, got 1.5"),
-        ({"members": [{"optim.name": "adam"}]}, "must be sgd or adamw, got 'adam'"),
+        ({"members": [{"optim.name": 3}]}, "optim.name must be a text, got 3"),
+        ({"members": [{"optim.kwargs": 3}]}, "optim.kwargs must be a mapping, got 3"),
         ({"members": [{"optim.betas": ["a", 1]}]}, "must be a list of numbers"),
         ({"members": [{"data.rand_augment": 2.5}]}, "must be a whole number or a text or null"),
         ({"members": [{"data.batch_size": 4}]}, "members[0]: data.batch_size cannot differ"),
         ({"members": [{"optim.schedule": "step"}]}, "optim.schedule cannot differ"),
         ({"members": [{"graft": {"every": 2}}]}, "members[0]: graft cannot differ"),
-        ({"members": [{"lr": 0.1}]}, "lr cannot differ between networks; optim.name, optim.lr"),
+        ({"members": [{"lr": 0.1}]}, "lr cannot differ between networks; optim.name, optim.kwargs"),
         ({"members": [5]}, "members[0]: must be a mapping of options to values, got 5"),
         ({"members": [{"optim.nesterov": True, "optim.momentum": 0}]}, "optim.nesterov requires"),
         ({"diversity": {"optim.lr": [1, 2]}}, "diversity: optim.lr must be {uniform: [LOW, HIGH]}"),
@@ -191,3 +199,25 @@ def test_a_moving_average_is_for_all_networks_or_for_none() -> None:
         TrainConfig(members=[{"optim.ema_decay": 0.9}, {"optim.ema_decay": 0.8}]), 2
     )
     assert [config.optim.ema_decay for config in configs] == [0.9, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name", "owner"),
+    [
+        ("momentum", 0.8, "adamw", "sgd"),
+        ("momentum", 0.8, "package:Own", "sgd"),
+        ("betas", (0.8, 0.9), "sgd", "adamw"),
+        ("betas", (0.8, 0.9), "adam", "adamw"),
+    ],
+)
+def test_an_option_of_an_optimizer_that_no_network_has(
+    option: str, value: Any, name: str, owner: str
+) -> None:
+    optim = OptimConfig(name=name, **{option: value})
+    message = rf"optim\.{option} applies to optim\.name {owner} only"
+    with pytest.raises(ConfigError, match=message):
+        member_configs(TrainConfig(optim=optim), 2)
+    member_configs(TrainConfig(optim=optim, members=[{}, {"optim.name": owner}]), 2)
+    drawn = {"optim.name": {"choice": [name, owner]}}
+    for seed in range(5):
+        member_configs(TrainConfig(optim=optim, diversity=drawn, seed=seed), 1)

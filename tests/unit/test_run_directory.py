@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "data.cutmix": 1.0,
     "data.random_erasing": 0.3,
     "data.rand_augment": "3,7",
+    "data.transform": "mypackage.transforms:transform",
     "data.workers": 1,
     "data.skip_broken": True,
     "data.download": False,
@@ -64,6 +65,8 @@ OTHER: dict[str, Any] = {
     "model.shared_init": True,
     "model.dropout": 0.3,
     "optim.name": "adamw",
+    "optim.kwargs": {"eps": 1e-6},
+    "optim.loss": "mypackage.losses:loss",
     "optim.lr": 0.2,
     "optim.lr_diversity": "cosine",
     "optim.lrs": [0.1, 0.1],
@@ -121,7 +124,7 @@ OTHER: dict[str, Any] = {
     "runtime.compile": "reduce-overhead",
     "runtime.deterministic": True,
     "run_dir": "runs/elsewhere",
-    "callbacks": ["mypackage.callbacks:MyCallback"],
+    "callbacks": ["mypackage.callbacks:MyCallback", {"mypackage.callbacks:Other": {"every": 3}}],
     "members": [{"optim.lr": 0.05, "data.mixup": 0.2}, {}],
     "diversity": {"optim.weight_decay": {"log_uniform": [1e-5, 1e-3]}},
     "resume": "must",
@@ -212,7 +215,10 @@ class TestConfigFile:
 
     @pytest.mark.parametrize(
         "left_out",
-        [["optim.nesterov", "optim.lrs", "runtime.replicas"], ["optim.name", "data.skip_broken"]],
+        [
+            ["optim.nesterov", "optim.lrs", "runtime.replicas", "optim.label_smoothing"],
+            ["optim.name", "data.skip_broken", "optim.loss"],
+        ],
     )
     def test_every_option_comes_back_through_the_command_line(
         self, tmp_path: Path, left_out: list[str]
@@ -265,6 +271,7 @@ class TestCheck:
     def test_all_options_are_tested(self) -> None:
         impossible_alone = {"runtime.sync_bn", "graft.max_lag", "graft.wait_seconds"}
         impossible_alone |= {"graft.qsr_alpha", "graft.filter_rule", "graft.internal"}
+        impossible_alone |= {"optim.schedule_kwargs", "optim.loss_kwargs", "data.transform_kwargs"}
         impossible_alone |= {f"population.{name}" for name in ("size", "network", "join")}
         assert set(OTHER) | {"epochs"} | impossible_alone == set(option_names())
 
@@ -289,6 +296,24 @@ class TestCheck:
         directory = started(tmp_path, changed(TrainConfig(), "model.kwargs", {"width": 2}))
         with pytest.raises(RunDirectoryError, match=r"model\.kwargs was \{'width': 2\}"):
             directory.check(TrainConfig(), 2)
+
+    @pytest.mark.parametrize(
+        ("section", "option"),
+        [
+            ("optim", {"schedule": "a:b", "schedule_kwargs": {"peak": 0.5}}),
+            ("optim", {"loss": "a:b", "loss_kwargs": {"margin": 0.5}}),
+            ("data", {"transform": "a:b", "transform_kwargs": {"std": 0.5}}),
+        ],
+    )
+    def test_other_arguments_of_a_function(
+        self, tmp_path: Path, section: str, option: dict[str, Any]
+    ) -> None:
+        (reference, kwargs) = option
+        kind = type(getattr(TrainConfig(), section))
+        before = dataclasses.replace(TrainConfig(), **{section: kind(**option)})
+        now = dataclasses.replace(TrainConfig(), **{section: kind(**{reference: "a:b"})})
+        with pytest.raises(RunDirectoryError, match=rf"{section}\.{kwargs} was .* is now \{{\}}"):
+            started(tmp_path, before).check(now, 2)
 
     @pytest.mark.parametrize("option", ["members", "diversity"])
     def test_options_of_single_networks_may_not_be_left_out(

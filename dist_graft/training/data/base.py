@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_graft.config import DataConfig
+from dist_graft.config.validation import own_function
+from dist_graft.errors import ConfigError, user_code
+from dist_graft.seeding import stream_seed
 from dist_graft.training.data.batch_augment import BatchAugment
+from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.order import Part, Share, Subsets, epoch_order
 
 SampleKey = tuple[int, int]
 """Position in the epoch, and index of the sample in the dataset."""
+
+
+def transform_function(config: DataConfig) -> Callable[[Any, torch.Generator], Any]:
+    """The function of data.transform with data.transform_kwargs.
+
+    Raises: ConfigError if it does not exist or does not take these arguments.
+    """
+    assert config.transform is not None
+    kwargs = config.transform_kwargs
+    function = own_function("data.transform", config.transform, kwargs, arguments=2)
+    return partial(function, **kwargs)
 
 
 class BaseData(ABC):
@@ -65,8 +81,10 @@ class BaseData(ABC):
             )
         batches = self._train_batches(epoch, first, last)
         if self._config.mixes or self._config.random_erasing > 0:
-            return self._augmented(batches, epoch, first)
-        return batches
+            batches = self._augmented(batches, epoch, first)
+        return (
+            batches if self._config.transform is None else self._transformed(batches, epoch, first)
+        )
 
     @abstractmethod
     def _train_batches(self, epoch: int, first: int, last: int) -> Generator[tuple[Any, Any]]:
@@ -95,6 +113,37 @@ class BaseData(ABC):
                 )
                 own = slice(part.start - loaded.start, part.stop - loaded.start)
                 yield mixed[0][own], mixed[1][own]
+
+    def _transformed(
+        self, batches: Generator[tuple[Any, Any]], epoch: int, first: int
+    ) -> Generator[tuple[Any, Any]]:
+        """Apply the function of data.transform to this process's part of each batch.
+
+        Its generator, and torch's global ones, are seeded for each batch and process.
+        """
+        what = f"data.transform {self._config.transform}"
+        transform = transform_function(self._config)
+        generator = torch.Generator(self._device)
+        with closing(batches):
+            for step, (inputs, targets) in enumerate(batches, first):
+                size = batch_size(targets)
+                if size:
+                    place = (
+                        self._seed,
+                        self._network,
+                        epoch,
+                        step,
+                        self.part(step).positions.start,
+                    )
+                    seed = stream_seed("transform", *place)
+                    generator.manual_seed(seed)
+                    torch.manual_seed(seed)
+                    with user_code(what):
+                        transformed = transform(inputs, generator)
+                        given = batch_size(transformed)
+                    if given != size:
+                        raise ConfigError(f"{what} must return {size} samples, got {given}")
+                yield (transformed if size else inputs), targets
 
     def _local_keys(self, epoch: int, first: int, last: int) -> Iterator[list[SampleKey]]:
         """This process's part of each training batch of an epoch."""

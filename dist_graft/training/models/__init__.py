@@ -17,7 +17,7 @@ from dist_graft.training.models.resnet import ResNet
 from dist_graft.training.models.vgg import VGG16
 from dist_graft.training.models.wide_resnet import WideResNet
 
-__all__ = ["build_model", "model_names"]
+__all__ = ["build_model", "check_model_name", "model_names"]
 
 _RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
 _OTHERS: dict[str, Callable[..., nn.Module]] = {
@@ -37,6 +37,20 @@ _LOADING = {
     *("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
 }
 """Arguments with which torchvision and timm download or unpickle weights."""
+
+
+def check_model_name(name: str) -> None:
+    """Raise ConfigError, with similar names, unless `build_model` knows the model."""
+    if is_reference(name):
+        own("model.name", name)
+    elif name.startswith("timm/"):
+        from dist_graft.training.models import timm_names
+
+        timm_names.check(name)
+    elif name not in model_names():
+        from dist_graft.training.models import torchvision_names
+
+        torchvision_names.check(name, own_names=model_names())
 
 
 def build_model(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:

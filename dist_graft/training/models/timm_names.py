@@ -19,12 +19,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-def build(name: str, *, num_classes: int, channels: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Build "timm/NAME" without pretrained weights; kwargs are passed to `timm.create_model`.
-
-    Raises:
-        ConfigError: timm has no model of this name, or it refuses kwargs.
-    """
+def check(name: str) -> None:
+    """Raise ConfigError, with similar names, unless timm has the model "timm/NAME"."""
     bare = name.removeprefix("timm/")
     if not timm.is_model(bare):
         near = difflib.get_close_matches(bare, timm.list_models())
@@ -33,9 +29,18 @@ def build(name: str, *, num_classes: int, channels: int, kwargs: Mapping[str, An
             f"{', '.join(f'timm/{known}' for known in near) or 'none'}; timm.list_models() lists "
             "all"
         )
+
+
+def build(name: str, *, num_classes: int, channels: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Build "timm/NAME" without pretrained weights; kwargs are passed to `timm.create_model`.
+
+    Raises:
+        ConfigError: timm has no model of this name, or it refuses kwargs.
+    """
+    check(name)
     try:
         model: nn.Module = timm.create_model(
-            bare, num_classes=num_classes, in_chans=channels, **kwargs
+            name.removeprefix("timm/"), num_classes=num_classes, in_chans=channels, **kwargs
         )
     except (TypeError, ValueError) as error:
         if not kwargs:

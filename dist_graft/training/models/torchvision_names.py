@@ -21,6 +21,16 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 """Arguments that disable auxiliary outputs and a warning."""
 
 
+def check(name: str, *, own_names: Sequence[str]) -> None:
+    """Raise ConfigError unless torchvision has an image classifier "NAME" or "torchvision/NAME".
+
+    Similar names are among torchvision's and own_names, the networks of this package.
+    """
+    bare = name.removeprefix("torchvision/")
+    if bare not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(_unknown_name(name, bare, own_names))
+
+
 def build(
     name: str,
     *,
@@ -41,9 +51,8 @@ def build(
         ConfigError: torchvision has no image classifier of this name, or it refuses kwargs.
     """
     assert channels in (1, 3)
+    check(name, own_names=own_names)
     bare = name.removeprefix("torchvision/")
-    if bare not in torchvision.models.list_models(module=torchvision.models):
-        raise ConfigError(_unknown_name(name, bare, own_names))
     arguments = {"num_classes": num_classes, **_OPTIONS.get(bare, {}), **kwargs}
     try:
         model: nn.Module = torchvision.models.get_model(bare, **arguments)

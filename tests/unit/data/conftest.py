@@ -12,6 +12,7 @@ from sample_data import numbered
 
 from dist_graft.config import DataConfig
 from dist_graft.training.data.images import ResidentImages
+from dist_graft.training.data.order import SINGLE, Share
 from dist_graft.training.data.sources import DatasetInfo
 
 MakeResident = Callable[..., ResidentImages]
@@ -29,6 +30,7 @@ def make_resident() -> MakeResident:
         channels_last: bool = False,
         mean: float = 0.0,
         std: float = 1 / 255,
+        share: Share = SINGLE,
         **options: object,
     ) -> ResidentImages:
         info = DatasetInfo(
@@ -45,6 +47,7 @@ def make_resident() -> MakeResident:
             network=network,
             device=torch.device("cpu"),
             channels_last=channels_last,
+            share=share,
         )
 
     return make

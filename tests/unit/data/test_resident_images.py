@@ -8,6 +8,7 @@ from sample_data import same, targets
 
 from dist_graft.errors import ConfigError
 from dist_graft.training.data.images import grayscale
+from dist_graft.training.data.order import Share
 
 
 def test_shapes_types_and_sizes(make_resident):
@@ -110,3 +111,55 @@ def test_grayscale_equals_pil():
     for image, luma in zip(pixels, result, strict=True):
         expected = np.asarray(Image.fromarray(image.transpose(1, 2, 0)).convert("L"))
         np.testing.assert_array_equal(luma[0], expected)
+
+
+NOISE = {"transform": "own_components:add_noise", "transform_kwargs": {"std": 2.0}}
+
+
+class TestTransform:
+    """data.transform."""
+
+    def test_draws_are_new_for_each_batch_and_network_and_the_same_when_resumed(
+        self, make_resident
+    ):
+        def noise(first=0, epoch=0, **options):
+            """What the transform adds to each batch from the first one on."""
+            pairs = (
+                list(make_resident(**options, **more).train_batches(epoch, first, 3))
+                for more in (NOISE, {})
+            )
+            return [noisy - plain for (noisy, _), (plain, _) in zip(*pairs, strict=True)]
+
+        whole = noise()
+        assert all(1 < batch.std() < 5 for batch in whole)
+        torch.manual_seed(7)  # the state of torch's generator does not matter
+        torch.testing.assert_close(noise(first=1), whole[1:])
+        others = [whole[1], *noise(network=1, seed=0)[:1], *noise(epoch=1)[:1], *noise(seed=1)[:1]]
+        assert not any(torch.allclose(whole[0], other) for other in others)
+
+    def test_it_is_the_last_step_and_spares_evaluation(self, make_resident):
+        mixed = {"mixup": 0.4, "random_erasing": 0.5}
+        plain = next(make_resident(**mixed).train_batches(0, 0, 1))
+        noisy = next(make_resident(**mixed, **NOISE).train_batches(0, 0, 1))
+        assert torch.equal(plain[1], noisy[1])
+        assert not torch.equal(plain[0], noisy[0])
+        still = {"transform": "own_components:add_noise", "transform_kwargs": {"std": 0.0}}
+        assert torch.equal(
+            next(make_resident(**mixed, **still).train_batches(0, 0, 1))[0], plain[0]
+        )
+        tested = (list(make_resident(**more).eval_batches("test")) for more in (NOISE, {}))
+        assert same(*tested)
+
+    def test_a_wrong_number_of_samples(self, make_resident):
+        data = make_resident(transform="own_components:drop_one")
+        with pytest.raises(ConfigError, match=r"drop_one must return 8 samples, got 7"):
+            next(data.train_batches(0, 0, 1))
+
+    def test_replicas_have_their_own_draws(self, make_resident):
+        def images(replica, **options):
+            data = make_resident(share=Share(replica, 2), augment=False, **options)
+            return next(data.train_batches(0, 0, 1))[0]
+
+        first, second = (images(k, **NOISE) - images(k) for k in (0, 1))
+        assert first.shape == second.shape
+        assert not torch.allclose(first, second)

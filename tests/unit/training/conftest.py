@@ -8,10 +8,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import DataConfig, OptimConfig
 from dist_graft.population.runtime import stop_requests
-from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo
 from dist_graft.training.learning_rates import schedule
+from dist_graft.training.optimizers import build_optimizer
 from dist_graft.training.state import TrainState, moving_average
 
 

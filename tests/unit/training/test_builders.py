@@ -31,7 +31,6 @@ from dist_graft.grafting.rules.wash import Wash, WashConfig
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.builders import (
     build_cadence,
-    build_optimizer,
     build_rate,
     build_rule,
     build_state,
@@ -42,6 +41,7 @@ from dist_graft.training.builders import (
 )
 from dist_graft.training.data import Data
 from dist_graft.training.layer_stats import non_finite_part
+from dist_graft.training.optimizers import build_optimizer
 from dist_graft.training.schedule import Cadence
 from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task
@@ -334,6 +334,29 @@ class TestCustomParts:
         teachers = TrainConfig(distill=DistillConfig(teachers=["network00.pt"]))
         with pytest.raises(ConfigError, match=r"distill\.teachers needs image classification"):
             build_task(teachers, loss, None)
+
+    def test_the_loss_of_the_configuration(self) -> None:
+        scores, labels = torch.rand(3, 4), torch.tensor([0, 1, 3])
+
+        def task(name: str, **kwargs: Any) -> Task:
+            optim = OptimConfig(loss=name, loss_kwargs=kwargs)
+            return build_task(TrainConfig(optim=optim), None, None)
+
+        half = task("own_components:margin_loss", margin=0.5)
+        assert half.classification
+        assert list(half.metrics) == ["accuracy"]
+        expected = nn.functional.multi_margin_loss(scores, labels, margin=0.5)
+        assert torch.equal(half.loss(scores, labels), expected)
+        same = task("torch.nn:MultiMarginLoss", margin=0.5)
+        assert torch.equal(same.loss(scores, labels), expected)
+        assert same.loss(scores.bfloat16(), labels).dtype == torch.float32
+        with pytest.raises(ConfigError, match=r"must return a scalar tensor, got \[3\]"):
+            task("own_components:losses").loss(scores, labels)
+        with pytest.raises(FunctionError, match=r"optim\.loss .*margin_loss failed: "):
+            half.loss(scores[:2], labels)
+        for name in ("own_components:margin_loss", "torch.nn:MultiMarginLoss"):
+            with pytest.raises(ConfigError, match=rf"optim\.loss {name} cannot be called as "):
+                task(name, size=1)
 
     def test_a_function_that_raises_is_named_with_its_traceback(self) -> None:
         def fails(output: object, target: object) -> Any:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_graft.config import OptimConfig
-from dist_graft.errors import ConfigError
+from dist_graft.errors import ConfigError, FunctionError
 from dist_graft.training.learning_rates import learning_rates, schedule
 
 
@@ -110,3 +111,49 @@ def test_schedules_without_an_end_do_not_depend_on_epochs(name: str) -> None:
     config = OptimConfig(schedule=name, step_epochs=2, warmup_epochs=1.5)  # type: ignore[arg-type]
     short = factors(config, epochs=3, steps_per_epoch=2)
     assert factors(config, epochs=9, steps_per_epoch=2)[: len(short)] == short
+
+
+class TestOwnSchedule:
+    """optim.schedule package.module:name."""
+
+    NAME = "own_components:triangle"
+
+    def test_progress_is_a_fraction_of_the_run(self) -> None:
+        found = factors(OptimConfig(schedule=self.NAME), epochs=4, steps_per_epoch=2)
+        assert found == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 0.5, 0.5]
+        config = OptimConfig(
+            schedule=self.NAME, schedule_kwargs={"peak": 0.25}, schedule_unit="step"
+        )
+        expected = [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+        assert factors(config, epochs=4, steps_per_epoch=2) == pytest.approx(expected)
+
+    def test_it_stretches_with_the_number_of_epochs(self) -> None:
+        config = OptimConfig(schedule=self.NAME, schedule_unit="step")
+        short = factors(config, epochs=2, steps_per_epoch=3)
+        assert factors(config, epochs=4, steps_per_epoch=3)[::2] == short
+
+    def test_warmup_is_multiplied(self) -> None:
+        config = OptimConfig(schedule=self.NAME, schedule_unit="step", warmup_epochs=1.0)
+        found = factors(config, epochs=2, steps_per_epoch=2)
+        assert found == [0.0, 0.5, 1.0, 0.5]
+        assert schedule(config, epochs=2, steps_per_epoch=2)(4) == 0.0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"schedule": "own_components:rising"}, r"factor in \[0, 1\], got 1\.5 at 0\.5"),
+            ({"schedule": "own_components:nothing"}, "no function or class 'nothing'"),
+            (
+                {"schedule": NAME, "schedule_kwargs": {"top": 1}},
+                r"cannot be called as function\(\.\.\., top=\.\.\.\)",
+            ),
+        ],
+    )
+    def test_a_wrong_function_is_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            schedule(OptimConfig(**options), epochs=2, steps_per_epoch=2)
+
+    def test_a_function_that_fails(self) -> None:
+        config = OptimConfig(schedule=self.NAME, schedule_kwargs={"peak": "high"})
+        with pytest.raises(FunctionError, match=r"optim\.schedule .*triangle failed: TypeError"):
+            schedule(config, epochs=2, steps_per_epoch=2)

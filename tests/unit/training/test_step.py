@@ -14,9 +14,9 @@ from dist_graft import Callback, Trainer
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.population.runtime.replicas import Replicas
-from dist_graft.training.builders import build_optimizer
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
+from dist_graft.training.optimizers import build_optimizer
 from dist_graft.training.state import TrainState
 from dist_graft.training.step import (
     EvalResult,

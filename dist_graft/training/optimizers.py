@@ -1,0 +1,162 @@
+"""The optimizer of a network: SGD, AdamW, another one of torch.optim, or one of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_graft.config import OptimConfig
+from dist_graft.config.validation import check_call, own
+from dist_graft.errors import ConfigError, user_code
+from dist_graft.references import is_reference
+
+_BY_NAME: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+}
+_UNSUITABLE = {
+    "lbfgs": "it evaluates the loss several times in a step (step() needs a closure)",
+    "sparseadam": "it requires sparse gradients",
+}
+_FUSED = ("sgd", "adam", "adamw")
+"""Optimizers that take a step in one kernel on any GPU, and skip it on the device in fp16."""
+_KERNELS = {"fused", "foreach", "capturable", "differentiable"}
+"""Arguments that choose the kernels."""
+
+
+def optimizer_call(
+    config: OptimConfig,
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """The class or function that creates the optimizer, and its arguments after the parameters.
+
+    Raises: ConfigError if there is none, or the options do not fit.
+    """
+    make, name = _find(config.name), config.name
+    arguments: dict[str, Any] = {"lr": config.lr, **config.kwargs}
+    try:
+        accepted = inspect.signature(make).parameters
+    except ValueError as error:
+        raise ConfigError(f"optim.name {name} must be a class or function: {error}") from error
+    if "weight_decay" in accepted:
+        arguments["weight_decay"] = config.weight_decay
+    elif config.weight_decay != OptimConfig.weight_decay:
+        raise ConfigError(
+            f"optim.weight_decay does not apply to optim.name {name}, which has no such argument: "
+            "leave it unset"
+        )
+    if name == "sgd":
+        arguments |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    elif name == "adamw":
+        arguments["betas"] = config.betas
+    check_call(f"optim.name {name}", make, [None], arguments)
+    return make, arguments
+
+
+def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if is_reference(name):
+        return own("optim.name", name)
+    if name in _UNSUITABLE:
+        raise ConfigError(f"optim.name {name} cannot train a network here: {_UNSUITABLE[name]}")
+    if name not in _BY_NAME:
+        suitable = [known for known in _BY_NAME if known not in _UNSUITABLE]
+        near = difflib.get_close_matches(name, suitable)
+        raise ConfigError(
+            f"optim.name {name!r} is unknown; nearest: {', '.join(near) or 'none'}; known: "
+            f"{', '.join(sorted(suitable))}, or a reference package.module:name"
+        )
+    return _BY_NAME[name]
+
+
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, *, lr: float, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Optimizer over all parameters that require a gradient.
+
+    Args:
+        config: name and options of the optimizer.
+        model: its parameters.
+        lr: initial learning rate.
+        fused: take a step in one kernel where the optimizer and the parameters allow it. In fp16 it
+            then also skips steps on the device: the host does not wait for the gradients.
+
+    Raises: ConfigError if the name is unknown, or config.kwargs or the parameters do not fit;
+        FunctionError if a user's function fails.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    make, arguments = optimizer_call(config)
+    arguments["lr"] = lr
+    if (
+        fused
+        and config.name in _FUSED
+        and not _KERNELS & set(config.kwargs)
+        and all(parameter.is_floating_point() for parameter in parameters)
+    ):
+        arguments["fused"] = True
+    if is_reference(config.name):
+        with user_code(f"optim.name {config.name}"):
+            optimizer = make(parameters, **arguments)
+    else:
+        try:
+            optimizer = make(parameters, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"optim.name {config.name}: {error}") from error
+    return checked_optimizer(f"optim.name {config.name}", optimizer)
+
+
+def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer.
+
+    Raises: ConfigError unless it is one of torch whose step needs no closure.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{what} must return a torch.optim.Optimizer, got {optimizer!r}")
+    required = [
+        name
+        for name, parameter in inspect.signature(optimizer.step).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if required:
+        raise ConfigError(
+            f"{what} needs a {required[0]} in each step: {type(optimizer).__name__} cannot train a "
+            "network here"
+        )
+    return optimizer
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError unless a checkpoint can hold the optimizer's state.
+
+    A checkpoint is read back with torch.load(weights_only=True): tensors, plain values, and lists,
+    tuples and dicts of them.
+    """
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return
+    found = _unloadable(optimizer.state_dict())
+    if found is not None:
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__} keeps a {type(found).__name__} in its state, "
+            "which a checkpoint cannot hold: use tensors, numbers, texts, and lists or dicts of "
+            "them"
+        )
+
+
+def _unloadable(value: Any) -> Any:
+    """The first part of a state that is no plain value; None if there is none."""
+    if isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None)):
+        return None
+    if type(value) in (list, tuple):
+        parts = value
+    elif isinstance(value, dict):
+        parts = [*value, *value.values()]
+    else:
+        return value
+    return next((found for found in map(_unloadable, parts) if found is not None), None)

@@ -39,6 +39,7 @@ from dist_graft.errors import (
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
+from dist_graft.monitoring.logger import check_loggers
 from dist_graft.monitoring.metrics import (
     EpochMetrics,
     EpochReport,
@@ -375,6 +376,7 @@ class Trainer:
         self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
+        check_loggers(self.config.monitor.loggers)
         configs = self._member_configs()
         rates = initial_rates(self.config, self.process.networks)
         if self.process.restarts and self.directory.stopped.exists():

@@ -27,8 +27,10 @@ Status = Literal["finished", "stopped", "failed"]
 """How a run ended: complete, stopped with a checkpoint, or with an error."""
 
 _PROJECT = "dist_graft"
+_OFFLINE = ("offline", "dryrun", "disabled")  # modes of W&B without an account
 _MAX_BATCH = 1000  # metrics that MLflow accepts in one request
 _MAX_PARAMETERS = 100
+_MAX_VALUE = 6000  # characters of a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,9 @@ class WandbLogger:
     def __init__(self, run: LoggedRun) -> None:
         import wandb
 
+        offline = wandb.setup(wandb.Settings(silent=True)).settings.mode in _OFFLINE
+        if not (offline or wandb.run or wandb.login(prompt=False, verify=False)):
+            raise ConfigError("it needs an API key: run wandb login, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             id=run.id,
@@ -120,7 +125,7 @@ class MlflowLogger:
         tags = {"dist_graft.run": run.id, "group": run.group, **run.tags}
         created = self._client.create_run(experiment, run_name=run.id, tags=tags)
         self._id = created.info.run_id
-        parameters = [Param(name, str(value)) for name, value in run.config.items()]
+        parameters = [Param(name, str(value)[:_MAX_VALUE]) for name, value in run.config.items()]
         for first in range(0, len(parameters), _MAX_PARAMETERS):
             part = parameters[first : first + _MAX_PARAMETERS]
             self._client.log_batch(self._id, params=part)
@@ -210,8 +215,7 @@ def logger_factory(name: str, folder: Path) -> Callable[[LoggedRun], Logger]:
 def check_loggers(names: Sequence[str]) -> None:
     """Check that the loggers can be used in this process, before anything is written.
 
-    Raises: ConfigError if a package or the API key of Weights & Biases is missing, or there is no
-        package.module:Name.
+    Raises: ConfigError if a package is missing, or there is no package.module:Name.
     """
     for name in names:
         if is_reference(name):
@@ -223,8 +227,6 @@ def check_loggers(names: Sequence[str]) -> None:
                         f"monitor.loggers {name} needs the package {package}: pip install "
                         "'dist_graft[loggers]'"
                     )
-            if name == "wandb":
-                _check_api_key()
 
 
 def _packages(name: str) -> tuple[str, ...]:
@@ -233,22 +235,11 @@ def _packages(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _check_api_key() -> None:
-    """Raise ConfigError if a run would ask for the API key."""
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise ConfigError(
-            "monitor.loggers wandb needs an API key: run wandb login, or set WANDB_MODE=offline"
-        )
-
-
 def _raise_level(*names: str) -> None:
-    """Have loggers of the standard library report warnings only, unless their level is set."""
+    """Have loggers of the standard library report nothing below warnings."""
     for name in names:
-        if not logging.getLogger(name).level > logging.INFO:
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.WARNING))
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_a_resumed_run_continues_with_the_same_ids(train: Train, tmp_path: Path)
 
 
 def test_a_failing_logger_is_one_warning(train: Train, tmp_path: Path) -> None:
-    names = "own_loggers:FailingLogger,own_loggers:NotCreated,tensorboard"
+    names = "tensorboard,own_loggers:FailingLogger,own_loggers:NotCreated"
     run = tmp_path / "run"
     done = train(run, "--epochs", "3", *STEADY, "--monitor.loggers", names)
     assert done.status == 0, done

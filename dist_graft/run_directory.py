@@ -90,6 +90,11 @@ class RunDirectory:
         return self.path / "classes.json"
 
     @property
+    def loggers(self) -> Path:
+        """Name of the population in the loggers of `monitor.loggers`."""
+        return self.path / "loggers.json"
+
+    @property
     def lease(self) -> Path:
         """Lease of the process that writes the files of the run or job (ADR 40)."""
         return self.own / "lease.json"

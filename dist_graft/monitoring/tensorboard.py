@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,12 @@ from dist_graft.monitoring.layer_history import (
 )
 from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
 from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.monitoring.scalars import (
+    final_network_scalars,
+    final_population_scalars,
+    network_scalars,
+    population_scalars,
+)
 from dist_graft.version import versions
 
 if TYPE_CHECKING:
@@ -104,24 +108,14 @@ class TensorBoard(Callback):
                 with self._pacing.drawing():
                     self._draw(metrics.epoch, self._network)
         if self._population:
-            self._population.epoch(
-                metrics.epoch,
-                self._metric,
-                [row.test_metric if report.metric else row.test_loss for row in report.networks],
-                report.ensemble_accuracy,
-            )
+            self._population.epoch(report)
 
     def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
         epoch = self._pacing.epochs - 1
         if self._network:
-            values = next(row for row in summary["networks"] if row["network"] == network)
-            metric = self._metric
-            self._network.end(
-                {f"test_{metric}_{when}": values[f"{metric}_{when}"] for when in MOMENTS}, epoch
-            )
-        if self._population and f"ensemble_accuracy_{MOMENTS[0]}" in summary:
-            for when in MOMENTS:
-                self._population.ensemble(when, summary[f"ensemble_accuracy_{when}"], epoch)
+            self._network.end(final_network_scalars(summary, network, self._metric), epoch)
+        if self._population:
+            self._population.end(final_population_scalars(summary), epoch)
 
     def _show_events(self, trainer: Trainer, epoch: int) -> None:
         events = self._run_events.events
@@ -216,40 +210,8 @@ class NetworkBoard:
 
     def epoch(self, metrics: EpochMetrics, layers: LayerStats) -> None:
         """Write the results of an epoch and its rounds."""
-        splits = {
-            "train": metrics.train,
-            "test": metrics.test,
-            "val": metrics.val or {},
-            "ema_test": metrics.ema_test or {},
-        }
-        scalars: dict[str, float | None] = {
-            f"{name}/{split}": value
-            for split, values in splits.items()
-            for name, value in values.items()
-        }
-        scalars |= {
-            "learning_rate": metrics.lr,
-            "images_per_second": metrics.images_per_second,
-        }
-        total_seconds = sum(metrics.phase_seconds.values())
-        for phase, seconds in metrics.phase_seconds.items():
-            scalars[f"time_share/{phase}"] = 100 * seconds / total_seconds
-        scalars |= _by_unit(layers.criterion, layers.information)
-        for threshold, counts in layers.invalid.items():
-            scalars[f"invalid_filters_{threshold:g}"] = sum(counts.values())
-            scalars |= _by_unit(f"invalid_{threshold:g}", counts, summary=False)
-        if metrics.graft is not None:
-            scalars["round/seconds"] = metrics.graft["seconds"]
-            scalars["round/megabytes_received"] = metrics.graft["bytes"] / 1e6
-            scalars["round/lag"] = metrics.graft.get("lag")
-            scalars |= _by_unit("coefficient", metrics.graft["coefficient"])
-            distance = metrics.graft["distance"]
-            scalars |= _by_unit("distance", distance, summary=False)
-            if distance:
-                scalars["layers/distance_to_donor"] = math.hypot(*distance.values())
-        for tag, scalar in scalars.items():
-            if scalar is not None:
-                self._events.scalar(tag, scalar, metrics.epoch)
+        for tag, scalar in network_scalars(metrics, layers).items():
+            self._events.scalar(tag, scalar, metrics.epoch)
         self._events.flush()
 
     def heat_map(
@@ -265,8 +227,8 @@ class NetworkBoard:
 
     def end(self, finals: Mapping[str, float], epoch: int) -> None:
         """Write the final results, before and after the last round."""
-        for name, value in finals.items():
-            self._events.scalar(f"final/{name}", value, epoch)
+        for tag, value in finals.items():
+            self._events.scalar(tag, value, epoch)
         self._events.end_session()
 
     def close(self) -> None:
@@ -293,23 +255,10 @@ class PopulationBoard:
             self._events.text(tag, text, start_epoch)
         self._events.flush()
 
-    def epoch(
-        self, epoch: int, metric: str, values: Sequence[float], ensemble: float | None
-    ) -> None:
-        """Write mean and spread of the networks' test metric, and the ensemble's accuracy if known.
-
-        All are measured before the round.
-        """
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        for name, value in (
-            (f"test_{metric}_mean", statistics.fmean(values)),
-            (f"test_{metric}_min", min(values)),
-            (f"test_{metric}_max", max(values)),
-            (f"test_{metric}_standard_deviation", spread),
-            ("ensemble_test_accuracy", ensemble),
-        ):
-            if value is not None:
-                self._events.scalar(f"population/{name}", value, epoch)
+    def epoch(self, report: EpochReport) -> None:
+        """Write the results of all networks in an epoch; see `population_scalars`."""
+        for tag, value in population_scalars(report).items():
+            self._events.scalar(tag, value, report.metrics.epoch)
         self._events.flush()
 
     def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
@@ -333,26 +282,14 @@ class PopulationBoard:
         self._events.text("run/events", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
         self._events.flush()
 
-    def ensemble(self, tag: str, accuracy: float, epoch: int) -> None:
-        """Write the test accuracy of the mean probability of all networks."""
-        self._events.scalar(f"final/ensemble_test_accuracy_{tag}", accuracy, epoch)
+    def end(self, finals: Mapping[str, float], epoch: int) -> None:
+        """Write the final results; see `final_population_scalars`."""
+        for tag, value in finals.items():
+            self._events.scalar(tag, value, epoch)
 
     def close(self) -> None:
         """Flush and close the file."""
         self._events.close()
-
-
-def _by_unit(
-    name: str, values: Mapping[str, float | None], *, summary: bool = True
-) -> dict[str, float | None]:
-    """A scalar per graft unit and, if `summary`, their mean, minimum and maximum."""
-    scalars = {f"{name}/{unit}": value for unit, value in values.items()}
-    known = [value for value in values.values() if value is not None]
-    if known and summary:
-        scalars[f"layers/{name}_mean"] = statistics.fmean(known)
-        scalars[f"layers/{name}_min"] = min(known)
-        scalars[f"layers/{name}_max"] = max(known)
-    return scalars
 
 
 def hparams(

@@ -22,6 +22,7 @@ from dist_graft.monitoring.console import EpochLog, ProgressBar
 from dist_graft.monitoring.jsonl import MetricsJsonl
 from dist_graft.monitoring.profiler import Profiler
 from dist_graft.monitoring.run_events import RunEvents
+from dist_graft.monitoring.run_loggers import RunLoggers
 from dist_graft.monitoring.status_file import StatusFile
 from dist_graft.monitoring.tensorboard import TensorBoard
 from dist_graft.population.grafter import Grafter
@@ -199,8 +200,12 @@ def built_in_callbacks(
         callbacks.append(Profiler(config.monitor.profile_steps))
     if process.is_leader:
         callbacks.append(MetricsJsonl())
-        if config.monitor.tensorboard:
+        names = list(config.monitor.loggers)
+        if "tensorboard" in names:
+            names.remove("tensorboard")
             callbacks.append(TensorBoard(events))
+        if names:
+            callbacks.append(RunLoggers(names))
     return events, [*callbacks, EpochLog()]
 
 

@@ -74,6 +74,7 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
 
     # Before torch is imported: check what can be checked, and prepare the process.
     from dist_graft.monitoring.log import hold_warnings
+    from dist_graft.monitoring.logger import check_loggers
     from dist_graft.population.runtime.process import (
         die_with_launcher,
         ignore_signals,
@@ -86,6 +87,7 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
     check_dataset_name(config.data.name)
     learning_rates(config.optim, networks or process.networks)
     member_configs(config, networks or process.networks)
+    check_loggers(config.monitor.loggers)
     if networks and networks * config.runtime.replicas > 1:
         from dist_graft.training.train import train
 

@@ -35,6 +35,7 @@ from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
 from dist_graft.monitoring.metrics import EpochReport, LayerStats, NetworkRow, network_row
+from dist_graft.monitoring.logger import check_loggers
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
@@ -349,6 +350,7 @@ class Trainer:
         self.process = assign_network(self.config, read_process_info())
         if self._datasets is None:
             check_dataset_name(self.config.data.name)
+        check_loggers(self.config.monitor.loggers)
         configs = configs_of_networks(
             *(self.config, self.process.networks),
             datasets=self._datasets,

@@ -6,6 +6,7 @@ The links between the pages of the site are checked by Sphinx.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -46,6 +47,7 @@ NOT_PARSED = {
     'pip install ".[lightning]"': "pip, needs a network",
     'pip install ".[transformers]"': "pip, needs a network",
     "pip install .": "tests/launch/test_packaging.py installs the wheel",
+    "pip install 'dist_graft[loggers]'": "pip, needs a network",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
     "pip install '.[completion]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
@@ -200,6 +202,16 @@ def check_best_so_far(run: Path) -> None:
         assert float((run / f"best{network:02d}.txt").read_text()) == pytest.approx(best, abs=0.01)
 
 
+def check_my_logger(run: Path) -> None:
+    for name in ("network00", "network01", "population"):
+        (path,) = run.glob(f"my_logger-*-{name}.csv")
+        rows = list(csv.reader(path.read_text().splitlines()))
+        assert {epoch for epoch, _, _ in rows} == {"0"}
+        if name != "population":
+            accuracy = metrics(run, int(name[-2:]))[0]["test_accuracy"]
+            assert ["0", "accuracy/test", str(accuracy)] in rows
+
+
 CHECKS = {
     "stripes.py": (check_stripes, ("--runtime.threads", "1")),
     "tiny.py": (check_tiny, SMALL),
@@ -208,6 +220,7 @@ CHECKS = {
     "spread.py": (check_spread, ("--model.name", "resnet8", *SMALL)),
     "two_back.py": (check_two_back, ("--model.name", "resnet8", *SMALL)),
     "best.py": (check_best, ("--model.name", "resnet8", *SMALL)),
+    "my_logger.py": (check_my_logger, ("--model.name", "resnet8", *SMALL)),
     "best_so_far.py": (check_best_so_far, ("--model.name", "resnet8", *SMALL)),
 }
 

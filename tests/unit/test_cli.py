@@ -51,6 +51,31 @@ def write_file(text: str, name: str = "options.yaml") -> str:
     return name
 
 
+@pytest.mark.parametrize(
+    ("words", "loggers"),
+    [
+        ([], ["tensorboard"]),
+        (["--monitor.loggers", "wandb"], ["wandb"]),
+        (["--monitor.loggers", "tensorboard, wandb,wandb"], ["tensorboard", "wandb"]),
+        (["--monitor.loggers", "[mlflow, own.module:Name]"], ["mlflow", "own.module:Name"]),
+        (["--monitor.loggers", "[]"], []),
+        (["--monitor.tensorboard", "false"], []),
+        (
+            ["--monitor.loggers", "tensorboard,trackio", "--monitor.tensorboard", "false"],
+            ["trackio"],
+        ),
+    ],
+)
+def test_loggers_on_the_command_line(words: list[str], loggers: list[str]) -> None:
+    assert parsed(*words).monitor.loggers == loggers
+
+
+@pytest.mark.parametrize("value", ["wandb,mlflow", "[wandb, mlflow]"])
+def test_loggers_in_a_file(value: str, tmp_path: Path) -> None:
+    config = write_file(f"monitor:\n  loggers: {value}\n", str(tmp_path / "options.yaml"))
+    assert parsed("--config", config).monitor.loggers == ["wandb", "mlflow"]
+
+
 class TestValidOptions:
     def test_defaults(self) -> None:
         assert parsed() == TrainConfig()

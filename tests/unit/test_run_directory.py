@@ -134,6 +134,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.keep": 5,
     "checkpoint.max_failures": 1,
     "checkpoint.grace_seconds": 9.0,
+    "monitor.loggers": ["wandb", "mypackage.loggers:MyLogger"],
     "monitor.tensorboard": False,
     "monitor.progress": "lines",
     "monitor.profile_steps": "2:4",

@@ -43,6 +43,7 @@ class FakeTrainer:
     grafter: object = None
     criterion: str = "entropy"
     max_lr: float = 0.25
+    model_name: str = "resnet20"
     custom: Sequence[str] = ()
     lease_lost: bool = False
 

@@ -23,6 +23,7 @@ from dist_graft.config.members import differing_options, member_config
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
 from dist_graft.monitoring.jsonl import MetricsJsonl
 from dist_graft.monitoring.layer_history import LayerHistory, informations
+from dist_graft.monitoring.metrics import EpochReport
 from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.monitoring.tensorboard import NetworkBoard, PopulationBoard, TensorBoard, hparams
 from dist_graft.population.runtime.process_info import ProcessInfo
@@ -152,7 +153,7 @@ def test_the_row_in_the_hparams_tab(tmp_path: Path, ended: bool) -> None:
     """In the network's own directory, where the results are."""
     board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
     if ended:
-        board.end({f"test_accuracy_{when}": value for when, value in FINALS.items()}, 7)
+        board.end({f"final/test_accuracy_{when}": value for when, value in FINALS.items()}, 7)
     board.close()
     assert session(tmp_path) == (OPTIONS, ended)
     assert [path.parent for path in tmp_path.rglob("events*")] == [tmp_path]
@@ -173,10 +174,15 @@ def population(folder: Path, *, start_epoch: int = 0) -> PopulationBoard:
     )
 
 
+def report_of(*accuracies: float, ensemble: float | None = None) -> EpochReport:
+    rows = [network_row(test_metric=accuracy) for accuracy in accuracies]
+    return epoch_report(epoch_metrics(0), networks=rows, ensemble=ensemble)
+
+
 def test_the_population(tmp_path: Path) -> None:
     board = population(tmp_path)
-    board.epoch(0, "accuracy", [10.0, 20.0, 60.0], 65.0)
-    board.ensemble("before_last_round", 70.0, 0)
+    board.epoch(report_of(10.0, 20.0, 60.0, ensemble=65.0))
+    board.end({"final/ensemble_test_accuracy_before_last_round": 70.0}, 0)
     board.close()
     found = {tag.rpartition("/")[2]: values[0] for tag, values in scalars(tmp_path).items()}
     assert found == {
@@ -191,7 +197,7 @@ def test_the_population(tmp_path: Path) -> None:
 
 def test_the_spread_of_one_network_is_zero(tmp_path: Path) -> None:
     board = population(tmp_path)
-    board.epoch(0, "accuracy", [10.0], None)
+    board.epoch(report_of(10.0))
     board.close()
     found = scalars(tmp_path)
     assert found["population/test_accuracy_standard_deviation"] == {0: 0.0}
@@ -241,7 +247,7 @@ def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
         layout=custom_scalars("entropy", validation=True, rounds=True),
         texts={},
     )
-    whole.epoch(0, "accuracy", [10.0, 20.0], 30.0)
+    whole.epoch(report_of(10.0, 20.0, ensemble=30.0))
     whole.close()
     tags = {**scalars(tmp_path / "network00"), **scalars(folder)}
     patterns = [

@@ -384,12 +384,18 @@ class TestCustomParts:
     [
         (ProcessInfo(), {}, ["MetricsJsonl", "TensorBoard"]),
         (ProcessInfo(), {"tensorboard": False}, ["MetricsJsonl"]),
+        (ProcessInfo(), {"loggers": "mlflow,wandb"}, ["MetricsJsonl", "RunLoggers"]),
+        (
+            ProcessInfo(),
+            {"loggers": ["tensorboard", "wandb"]},
+            ["MetricsJsonl", "TensorBoard", "RunLoggers"],
+        ),
         (
             ProcessInfo(),
             {"profile_steps": "1:2", "tensorboard": False},
             ["Profiler", "MetricsJsonl"],
         ),
-        (ProcessInfo(1, 2, 1, 2).with_replicas(2), {}, []),
+        (ProcessInfo(1, 2, 1, 2).with_replicas(2), {"loggers": "tensorboard,wandb"}, []),
     ],
 )
 def test_the_built_in_callbacks(

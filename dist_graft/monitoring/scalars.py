@@ -1,0 +1,108 @@
+"""Scalars of an epoch by tag; every logger uses the same tags."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
+
+Scalars = dict[str, float]
+"""Values by tag. The step of each is an epoch, counted from 0."""
+
+
+def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
+    """Results of one network in an epoch, and of its rounds."""
+    splits = {
+        "train": metrics.train,
+        "test": metrics.test,
+        "val": metrics.val or {},
+        "ema_test": metrics.ema_test or {},
+    }
+    scalars: dict[str, float | None] = {
+        f"{name}/{split}": value
+        for split, values in splits.items()
+        for name, value in values.items()
+    }
+    scalars |= {
+        "learning_rate": metrics.lr,
+        "images_per_second": metrics.images_per_second,
+    }
+    total_seconds = sum(metrics.phase_seconds.values())
+    for phase, seconds in metrics.phase_seconds.items():
+        scalars[f"time_share/{phase}"] = 100 * seconds / total_seconds
+    scalars |= _by_unit(layers.criterion, layers.information)
+    for threshold, counts in layers.invalid.items():
+        scalars[f"invalid_filters_{threshold:g}"] = sum(counts.values())
+        scalars |= _by_unit(f"invalid_{threshold:g}", counts, summary=False)
+    if metrics.graft is not None:
+        scalars["round/seconds"] = metrics.graft["seconds"]
+        scalars["round/megabytes_received"] = metrics.graft["bytes"] / 1e6
+        scalars["round/lag"] = metrics.graft.get("lag")
+        scalars |= _by_unit("coefficient", metrics.graft["coefficient"])
+        distance = metrics.graft["distance"]
+        scalars |= _by_unit("distance", distance, summary=False)
+        if distance:
+            scalars["layers/distance_to_donor"] = math.hypot(*distance.values())
+    return _known(scalars)
+
+
+def population_scalars(report: EpochReport) -> Scalars:
+    """Mean and spread of the networks' test metric, and the ensemble's accuracy if known.
+
+    All are measured before the round.
+    """
+    metric = report.metric or "loss"
+    values = [row.test_metric if report.metric else row.test_loss for row in report.networks]
+    return _known(
+        {
+            f"population/test_{metric}_mean": statistics.fmean(values),
+            f"population/test_{metric}_min": min(values),
+            f"population/test_{metric}_max": max(values),
+            f"population/test_{metric}_standard_deviation": (
+                statistics.stdev(values) if len(values) > 1 else 0.0
+            ),
+            "population/ensemble_test_accuracy": report.ensemble_accuracy,
+        }
+    )
+
+
+def final_network_scalars(summary: Mapping[str, Any], network: int, metric: str) -> Scalars:
+    """Final results of one network, before and after the last round.
+
+    Args:
+        summary: content of summary.json.
+        network: its number.
+        metric: the first metric of the task, or "loss".
+    """
+    values = next(row for row in summary["networks"] if row["network"] == network)
+    return {f"final/test_{metric}_{when}": values[f"{metric}_{when}"] for when in MOMENTS}
+
+
+def final_population_scalars(summary: Mapping[str, Any]) -> Scalars:
+    """Final accuracies of the ensemble; empty if it is unknown."""
+    return _known(
+        {
+            f"final/ensemble_test_accuracy_{when}": summary.get(f"ensemble_accuracy_{when}")
+            for when in MOMENTS
+        }
+    )
+
+
+def _by_unit(
+    name: str, values: Mapping[str, float | None], *, summary: bool = True
+) -> dict[str, float | None]:
+    """A scalar per graft unit and, if `summary`, their mean, minimum and maximum."""
+    scalars = {f"{name}/{unit}": value for unit, value in values.items()}
+    known = [value for value in values.values() if value is not None]
+    if known and summary:
+        scalars[f"layers/{name}_mean"] = statistics.fmean(known)
+        scalars[f"layers/{name}_min"] = min(known)
+        scalars[f"layers/{name}_max"] = max(known)
+    return scalars
+
+
+def _known(scalars: Mapping[str, float | None]) -> Scalars:
+    return {tag: value for tag, value in scalars.items() if value is not None}

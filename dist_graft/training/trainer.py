@@ -34,8 +34,8 @@ from dist_graft.errors import (
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
 from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
-from dist_graft.monitoring.metrics import EpochReport, LayerStats, NetworkRow, network_row
 from dist_graft.monitoring.logger import check_loggers
+from dist_graft.monitoring.metrics import EpochReport, LayerStats, NetworkRow, network_row
 from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState

@@ -64,12 +64,15 @@ class TimedCallbacks(CallbackList):
 
     seconds = 0.0
 
-    def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
-        super().on_epoch_end(trainer, replace(report, networks=[*report.networks] * 2))
-
-    def _call(self, hook: str, trainer: Trainer, *arguments: Any) -> None:
+    def call(self, hook: str, trainer: Trainer, *arguments: object) -> None:
+        arguments = tuple(
+            replace(argument, networks=[*argument.networks] * 2)
+            if isinstance(argument, EpochReport)
+            else argument
+            for argument in arguments
+        )
         start = time.perf_counter()
-        super()._call(hook, trainer, *arguments)
+        super().call(hook, trainer, *arguments)
         self.seconds += time.perf_counter() - start
 
 
@@ -96,9 +99,9 @@ class TimedTrainer(Trainer):
         with self._working():
             super().train_segment(segment, batches)
 
-    def evaluate(self) -> dict[str, EvalResult]:
+    def evaluate(self, *, last: bool = False) -> dict[str, EvalResult]:
         with self._working():
-            results = super().evaluate()
+            results = super().evaluate(last=last)
         start = time.perf_counter()
         layer_stats(self.config, self.state, self.units)
         self.timings.layers.append(time.perf_counter() - start)
@@ -108,7 +111,7 @@ class TimedTrainer(Trainer):
         super().graft_round(segment)
         record = self._record()
         self.progress.add_round(record)
-        self.callbacks.on_round_end(self, record)
+        self.callbacks.call("on_round_end", self, record)
 
     def _open_run(self) -> None:
         super()._open_run()

@@ -39,6 +39,12 @@ class OptimConfig:
     """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
     """Decay factor of the step schedule, in (0, 1]."""
+    schedule_epochs: int | None = None
+    """Epochs that the cosine schedule spans, at least `epochs`; unset: `epochs`. A run that ends
+    earlier can be resumed with more epochs."""
+    cycles: int = 1
+    """Equal cycles of the cosine schedule, which starts again from the initial rate in each
+    (arXiv 1608.03983); must divide the epochs that it spans."""
     warmup_epochs: float = 0.0
     """Epochs of linear warmup, updated every step."""
     clip_norm: float | None = None
@@ -64,6 +70,11 @@ class OptimConfig:
         at_least("optim.weight_decay", self.weight_decay, 0)
         if self.schedule_unit == "step" and self.schedule != "cosine":
             raise ConfigError("optim.schedule_unit step requires optim.schedule cosine")
+        for name, given in (("schedule_epochs", self.schedule_epochs), ("cycles", self.cycles > 1)):
+            if given and self.schedule != "cosine":
+                raise ConfigError(f"optim.{name} requires optim.schedule cosine")
+        at_least("optim.schedule_epochs", self.schedule_epochs, 1)
+        at_least("optim.cycles", self.cycles, 1)
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
         at_least("optim.warmup_epochs", self.warmup_epochs, 0)

@@ -46,16 +46,20 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
     (step) or 1 (constant). With schedule_unit "step", e is step / steps_per_epoch, not rounded
-    down. During warmup it is also multiplied by (step + 1) / warmup_steps.
+    down. schedule_epochs replaces epochs. In each of M cycles, e / epochs goes from 0 to 1:
+    it is (M e mod epochs) / epochs (eq. 2 of arXiv 1704.00109). During warmup the factor is also
+    multiplied by (step + 1) / warmup_steps.
     """
     warmup = warmup_steps(config, steps_per_epoch)
+    epochs = config.schedule_epochs or epochs
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch
         value = 1.0
         if config.schedule == "cosine":
             e = step / steps_per_epoch if config.schedule_unit == "step" else epoch
-            value = (1 + math.cos(math.pi * min(e, epochs) / epochs)) / 2
+            e = config.cycles * e % epochs if e < epochs else epochs
+            value = (1 + math.cos(math.pi * e / epochs)) / 2
         elif config.schedule == "step":
             value = config.step_factor ** (epoch // config.step_epochs)
         return value * min(1.0, (step + 1) / warmup) if warmup else value

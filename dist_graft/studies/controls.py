@@ -423,11 +423,12 @@ def _branches(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
 
 
 def _snapshots(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
-    networks, alone = method.networks, single_network(options)
+    networks = method.networks
+    cycles = options.get("optim", {}).get("cycles", networks)
+    alone = single_network(merge(options, {"optim": {"cycles": 1}}))  # they divide the long run
     longer = merge(alone, _longer_training(alone, networks))
-    config = resolve(longer, 1)
-    cycles = config.optim.cycles if config.optim.cycles > 1 else networks
-    checkpoint = {"keep": cycles, "every": config.epochs // cycles, "every_minutes": None}
+    epochs = resolve(longer, 1).epochs
+    checkpoint = {"keep": cycles, "every": epochs // cycles, "every_minutes": None}
     name = f"snapshot ensemble of {ONE_NETWORK}, {networks} x epochs in {cycles} cycles"
     cyclic = merge(longer, {"optim": {"cycles": cycles}, "checkpoint": checkpoint})
     return _control(name, method, cyclic, 1)

@@ -157,9 +157,9 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "After the last round, unless noted. Disagreement: percentage of test images for which "
             "two members predict different classes, mean over all pairs. Loss barrier (arXiv "
             "1912.05671): how far the training loss on the line between two neighbors on the ring "
-            "exceeds the line between their losses, with re-estimated batch norm statistics, mean over the "
-            "neighbors. Without a barrier, weights can be averaged. The round itself brings "
-            "the networks together, so the barrier before it says whether their training kept "
+            "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
+            "over the neighbors. Without a barrier, weights can be averaged. The round itself "
+            "brings the networks together, so the barrier before it says whether their training kept "
             "them in one basin."
         ),
         _spreads(headers, arms),

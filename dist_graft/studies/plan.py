@@ -385,9 +385,9 @@ def _check_baseline(name: str, options: Mapping[str, Any]) -> None:
         lengths,
         "[1], [K] or [1, K]: multiples of the recipe's epochs",
     )
-    if (start := options.get("start")) is not None:
-        above_zero(f"baselines.{name}.start", start)
-        _check_fraction(f"baselines.{name}.start", start)
+    start = options.get("start", 0.5)
+    fits = isinstance(start, int | float) and 0 < start < 1
+    require(fits, f"baselines.{name}.start", start, "above 0 and below 1")
 
 
 def _check_networks(name: str, value: Any) -> None:

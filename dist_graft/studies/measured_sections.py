@@ -159,8 +159,8 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "1912.05671): how far the training loss on the line between two neighbors on the ring "
             "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
             "over the neighbors. Without a barrier, weights can be averaged. The round itself "
-            "brings the networks together, so the barrier before it says whether their training kept "
-            "them in one basin."
+            "brings the networks together, so the barrier before it says whether their training "
+            "kept them in one basin."
         ),
         _spreads(headers, arms),
     ]

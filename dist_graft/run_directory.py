@@ -42,7 +42,8 @@ _UNREADABLE = (
     *(RecursionError, IndexError),
 )
 """Errors of reading a config.yaml that is missing or invalid."""
-_OPEN_ENDED_SCHEDULES = ("constant", "step")
+OPEN_ENDED_SCHEDULES = ("constant", "step")
+"""Learning rate schedules that do not depend on the number of epochs."""
 """Schedules that do not depend on the number of epochs."""
 
 
@@ -135,6 +136,10 @@ class RunDirectory:
     def status(self, network: int) -> Path:
         """Current state of one network."""
         return self.network(network) / "status.json"
+
+    def before_last_round(self, network: int) -> Path:
+        """Weights of one network before the last round (checkpoint.before_last_round)."""
+        return self.network(network) / "before_last_round.pt"
 
     def check(self, config: TrainConfig, networks: int, *, changes: bool = False) -> None:
         """Refuse to start when the folder holds another run, or when `resume` forbids it.
@@ -285,11 +290,16 @@ class RunDirectory:
                 f"{self.path} holds a run of {before} epochs, more than --epochs {config.epochs}: "
                 "choose another run_dir"
             )
-        if config.epochs > before and config.optim.schedule not in _OPEN_ENDED_SCHEDULES:
+        optim = config.optim
+        if (
+            config.epochs > before
+            and optim.schedule not in OPEN_ENDED_SCHEDULES
+            and optim.schedule_epochs is None
+        ):
             raise RunDirectoryError(
-                f"{self.path} holds a run of {before} epochs, and the {config.optim.schedule} "
-                f"schedule depends on the number of epochs: --epochs {config.epochs} needs "
-                "another run_dir"
+                f"{self.path} holds a run of {before} epochs, and the {optim.schedule} schedule "
+                f"depends on the number of epochs unless optim.schedule_epochs was set: --epochs "
+                f"{config.epochs} needs another run_dir"
             )
         if config.epochs > before and config.graft.qsr_alpha is not None:
             raise RunDirectoryError(

@@ -6,15 +6,23 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from torch import Tensor
+
+from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
 from dist_graft.analysis.soups import uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, open_run
 from dist_graft.errors import ConfigError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.step import EvalResult
+from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
 Split = Literal["test", "val"]
+Accuracies = dict[str, float | None]
+"""Accuracies and other scores by name; None: not measured."""
+
+_SPLITS: tuple[Split, ...] = ("test", "val")
 
 
 class Evaluator(Protocol):
@@ -33,7 +41,7 @@ def evaluate_averages(
     splits: Sequence[Split],
     soup_test_accuracy: float,
     last_checkpoints: int,
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, Accuracies]:
     """Evaluate the averaged weights that a run can deliver.
 
     Args:
@@ -48,7 +56,8 @@ def evaluate_averages(
         uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has them),
         and of the mean of the last checkpoints ("checkpoints"). The last two are means over the
         networks. Batch norm is re-estimated, except in moving averages, which contain averages of
-        its statistics.
+        its statistics. With checkpoints, also those of their ensemble ("snapshots"), see
+        `_ensembles_of_checkpoints`.
 
     Raises: ConfigError if the run has fewer checkpoints.
     """
@@ -57,10 +66,11 @@ def evaluate_averages(
     moving = [stored.averaged_state(network) for network in stored.networks]
     if all(moving):
         averages["ema"] = [state for state in moving if state]
-    if last_checkpoints:
-        averages["checkpoints"] = _means_of_checkpoints(stored, last_checkpoints)
+    checkpoints = _last_checkpoints(stored, last_checkpoints) if last_checkpoints else []
+    if checkpoints:
+        averages["checkpoints"] = [uniform_soup(states) for states in checkpoints]
 
-    def accuracy(kind: str, split: Split) -> float | None:
+    def mean_accuracy(kind: str, split: Split) -> float | None:
         if split not in splits or (kind, split) in known:
             return known.get((kind, split))
         return statistics.fmean(
@@ -68,13 +78,62 @@ def evaluate_averages(
             for state in averages[kind]
         )
 
-    return {
-        kind: {"test_accuracy": accuracy(kind, "test"), "val_accuracy": accuracy(kind, "val")}
+    found: dict[str, Accuracies] = {
+        kind: {f"{split}_accuracy": mean_accuracy(kind, split) for split in _SPLITS}
         for kind in averages
+    }
+    if checkpoints:
+        found["snapshots"] = _ensembles_of_checkpoints(checkpoints, evaluator, splits)
+    return found
+
+
+def _ensembles_of_checkpoints(
+    checkpoints: Sequence[Sequence[State]], evaluator: Evaluator, splits: Sequence[Split]
+) -> Accuracies:
+    """Ensemble of the last checkpoints of each network, batch norm re-estimated in each.
+
+    Returns: test_accuracy and val_accuracy in percent, test_loss in nats and
+        test_calibration_error in percent: means over the networks; None without a validation
+        split, or if a checkpoint is not finite.
+    """
+    names = ("test_accuracy", "test_loss", "test_calibration_error", "val_accuracy")
+    rows: list[Accuracies] = [
+        {
+            f"{split}_{name}": value
+            for split in splits
+            for name, value in _score_ensemble(states, evaluator, split).items()
+        }
+        for states in checkpoints
+    ]
+    means: Accuracies = {}
+    for name in names:
+        known = [value for row in rows if (value := row.get(name)) is not None]
+        means[name] = statistics.fmean(known) if len(known) == len(rows) else None
+    return means
+
+
+def _score_ensemble(states: Sequence[State], evaluator: Evaluator, split: Split) -> Accuracies:
+    """Accuracy, loss and calibration error of the mean of the predicted probabilities."""
+    total: Tensor | None = None
+    finite = True
+    for state in states:
+        result = evaluator.evaluate(state, split, reestimated=True)
+        assert result.probabilities is not None
+        finite &= result.finite
+        total = result.probabilities if total is None else total.add_(result.probabilities)
+    assert total is not None
+    assert result.labels is not None
+    right = accuracy(total, result.labels)
+    mean = total.div_(len(states))
+    return {
+        "accuracy": right,
+        "loss": negative_log_likelihood(mean, result.labels) if finite else None,
+        "calibration_error": calibration_error(mean, result.labels) if finite else None,
     }
 
 
-def _means_of_checkpoints(stored: StoredRun, count: int) -> list[State]:
+def _last_checkpoints(stored: StoredRun, count: int) -> list[list[State]]:
+    """Weights of each network in its last checkpoints."""
     found = [
         each
         for each in complete_checkpoints(RunDirectory(stored.path).checkpoints)
@@ -87,4 +146,4 @@ def _means_of_checkpoints(stored: StoredRun, count: int) -> list[State]:
             f"--last_checkpoints {count}: train with --checkpoint.keep {count}"
         )
     runs = [open_run(stored.path, checkpoint.path.name) for checkpoint in found[-count:]]
-    return [uniform_soup([run.state(network) for run in runs]) for network in stored.networks]
+    return [[run.state(network) for run in runs] for network in stored.networks]

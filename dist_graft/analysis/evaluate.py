@@ -39,7 +39,8 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--last_checkpoints",
         type=int,
         default=0,
-        help="also test the mean of the weights of this many latest checkpoints; 0: none",
+        help="also test the mean of the weights of this many latest checkpoints of each network, "
+        "and their ensemble; 0: none",
     )
     return parser
 
@@ -111,6 +112,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
         for name, soup in soups.items()
     ]
     names = {"ema": "moving averages of the weights", "checkpoints": "mean of the last checkpoints"}
+    names["snapshots"] = "ensemble of the last checkpoints"
     for kind, name in names.items():
         if found := result["averages"].get(kind):
             accuracy = f"{found['test_accuracy']:.2f}"
@@ -121,6 +123,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
             f"two networks predict different classes for {result['disagreement']:.2f} % of the "
             f"test images; loss barrier between neighbors: {_format(result['barrier']['mean'], 4)}"
         )
+    if before := result["barrier_before_last_round"]:
+        lines.append(f"loss barrier before the last round: {_format(before['mean'], 4)}")
     if not greedy:
         lines.append(
             "no greedy soup: the run has no validation split (data.val_fraction is 0), and the "

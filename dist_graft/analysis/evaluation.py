@@ -26,6 +26,7 @@ from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.run_directory import write_atomically
+from dist_graft.training.checkpoint.last_round import load_weights_before
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.models import build_model
@@ -36,7 +37,8 @@ from dist_graft.training.weights import State
 
 PROTOCOL = 3
 """Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
-also has no calibration errors, disagreement and barrier."""
+also has no calibration errors, disagreement and barrier. Neither has the barrier before the last
+round and averages.snapshots."""
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
 """Positions on the line between two networks at which the loss is measured."""
 BARRIER_IMAGES = 2048
@@ -240,6 +242,7 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         "ensemble_test_calibration_error_reestimated": reestimated.ensemble_calibration_error,
         "disagreement": disagreement(tested.predictions),
         "barrier": _barrier(stored, states, evaluator),
+        "barrier_before_last_round": _barrier_before(stored, evaluator),
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
@@ -319,6 +322,19 @@ def _barrier(
         "pairs": pairs,
         "mean": statistics.fmean(known) if len(known) == len(pairs) else None,
     }
+
+
+def _barrier_before(stored: StoredRun, evaluator: _Evaluator) -> dict[str, Any] | None:
+    """Loss barriers just before the last round; None unless the run saved these weights.
+
+    The checkpoint must be the one after that round.
+    """
+    states = [
+        load_weights_before(stored.path, network, checkpoint.round - 1)
+        for network, checkpoint in sorted(stored.members.items())
+    ]
+    known = [state for state in states if state is not None]
+    return _barrier(stored, known, evaluator) if len(known) == len(states) else None
 
 
 def _between(first: State, second: State, position: float) -> dict[str, Tensor]:

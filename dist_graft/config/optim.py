@@ -59,6 +59,12 @@ class OptimConfig:
     """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
     """Decay factor of the step schedule, in (0, 1]."""
+    schedule_epochs: int | None = None
+    """Epochs that a cosine or user-defined schedule spans, at least `epochs`; unset: `epochs`. A run
+    that ends earlier can be resumed with more epochs."""
+    cycles: int = 1
+    """Equal cycles of the cosine schedule, which starts again from the initial rate in each
+    (arXiv 1608.03983); must divide the epochs that it spans."""
     warmup_epochs: float = 0.0
     """Epochs of linear warmup, updated every step."""
     clip_norm: float | None = None
@@ -102,6 +108,14 @@ class OptimConfig:
         if self.schedule_kwargs and not is_reference(self.schedule):
             raise ConfigError("optim.schedule_kwargs requires optim.schedule package.module:name")
         check_kwargs("optim.schedule_kwargs", self.schedule_kwargs, {})
+        if self.schedule_epochs and self.schedule in ("step", "constant"):
+            raise ConfigError(
+                "optim.schedule_epochs requires optim.schedule cosine or a function of your own"
+            )
+        if self.cycles > 1 and self.schedule != "cosine":
+            raise ConfigError("optim.cycles requires optim.schedule cosine")
+        at_least("optim.schedule_epochs", self.schedule_epochs, 1)
+        at_least("optim.cycles", self.cycles, 1)
         at_least("optim.step_epochs", self.step_epochs, 1)
         require(0 < self.step_factor <= 1, "optim.step_factor", self.step_factor, "in (0, 1]")
         at_least("optim.warmup_epochs", self.warmup_epochs, 0)

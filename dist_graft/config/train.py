@@ -118,6 +118,13 @@ class TrainConfig:
         object.__setattr__(self, "members", checked_members(self))
         object.__setattr__(self, "diversity", checked_diversity(self))
         at_least("epochs", self.epochs, 1)
+        at_least("optim.schedule_epochs", self.optim.schedule_epochs, self.epochs)
+        span = self.optim.schedule_epochs or self.epochs
+        if span % self.optim.cycles:
+            raise ConfigError(
+                f"optim.cycles must divide the {span} epochs of the schedule, got "
+                f"{self.optim.cycles}"
+            )
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         known_or_own("method", self.method, (*RULES, "none"))
         if self.resume_networks is not None:

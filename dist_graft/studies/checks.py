@@ -5,6 +5,7 @@ An arm that fails its check was not tested: its contrasts have no other verdict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,14 +14,21 @@ import pandas as pd
 from dist_graft.config import TrainConfig
 from dist_graft.studies.controls import ONE_NETWORK, Arm, Design
 from dist_graft.studies.measurements import NEAR_HALF, delivers_soup
-from dist_graft.studies.statistics import UNDER_TRAINED, ArmResult
+from dist_graft.studies.statistics import (
+    ALPHA,
+    UNDER_TRAINED,
+    ArmResult,
+    half_width,
+    paired_test,
+)
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.data.sources import DATASET_INFO
 
 SOUP_MARGIN = 1.0
 """Percentage points by which a soup may be below the mean of its members."""
 SATURATION_MARGIN = 0.3
-"""Percentage points that the last quarter of a long training may add."""
+"""Percentage points that the last quarter of a long training, or a doubling of its length, may
+add."""
 FEW_DONORS = 50.0
 """Percentage of rounds with a donor below which grafting was rare."""
 FEW_INVALID = 3.0
@@ -75,6 +83,9 @@ def check_arms(
         parts = [check_chance(result, outcome)]
         if result.arm.name.startswith(ONE_NETWORK) and result.arm.role == "control":
             parts.append(check_saturation(result, curves))
+            short, factor = design.lengthened.get(result.arm.key, (None, 0))
+            if short and short.key in results:
+                parts.append(check_doubling(result, results[short.key], factor))
         if result.arm.networks > 1 and delivered_model(result) == "soup":
             parts.append(check_soup(result))
         if result.arm.role == "method" and _reactivates(config, result.arm.networks):
@@ -201,6 +212,29 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
         text = f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"
         return Check(arm=result.arm, failures=[text])
     return Check(arm=result.arm, facts=[text])
+
+
+def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
+    """What twice the epochs are worth: the gain of a long training over `factor` times fewer.
+
+    Both are tuned, and both end with the same learning rate relative to their first, so the
+    falling rate alone adds nothing to the gain.
+    """
+    gain = (result.values("delivered") - short.values("delivered")).dropna() / math.log2(factor)
+    test = paired_test(gain)
+    if not test.n:
+        return Check(arm=result.arm)
+    width = ""
+    if test.deviation:
+        width = f" ± {half_width(test.n, test.deviation, ALPHA):.2f}"
+    text = (
+        f"{factor} times the epochs gained {test.mean:.2f}{width} points per doubling "
+        f"({test.n} seed{'s' if test.n > 1 else ''})"
+    )
+    if test.mean >= SATURATION_MARGIN:
+        warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
+        return Check(arm=result.arm, warnings=[warning])
+    return Check(arm=result.arm, facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
 
 
 def check_chance(result: ArmResult, outcome: str) -> Check:

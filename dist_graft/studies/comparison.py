@@ -187,8 +187,8 @@ class _Study:
                 if number == done + 1:
                     _print(f"{title} {number}/{count}: {run}: started")
 
-                def show(epochs: int, run: Run = run, finished: int = finished) -> None:
-                    bar.n = finished + min(epochs * run.arm.networks, run.cost)
+                def show(done: int, run: Run = run, finished: int = finished) -> None:
+                    bar.n = finished + min(done, run.cost)
                     bar.refresh()
 
                 repetitions = self._repetitions(run)
@@ -197,7 +197,7 @@ class _Study:
                         run,
                         self._folder,
                         keep_checkpoints=self._plan.keep_checkpoints,
-                        on_epochs=show,
+                        on_progress=show,
                         repetition=len(repetitions),
                     )
                 except StoppedError as error:
@@ -234,7 +234,7 @@ def dry_run(plan: Plan, folder: Path) -> str:
     results = Results(folder)
     state = study_state(plan, results.rows)
     runs = [run for run in state.all_runs if not results.succeeded(run.key)]
-    seconds = _seconds_per_cost(results)
+    seconds = _seconds_per_cost(state, results)
     lines = [f"{number}. {run.phase}: {run}" for number, run in enumerate(runs, start=1)]
     if not all(trial.finished for trial in state.trials):
         count = len(build_design(state.confirmed).arms) * len(plan.test_seeds)
@@ -278,7 +278,7 @@ def pilot_text(state: StudyState, results: Results) -> str:
         f"{test.n} seeds say little about the deviation: at its upper 80% confidence limit, "
         f"{upper:.2f} points, it takes {careful} seeds",
     ]
-    if (seconds := _seconds_per_cost(results)) is not None:
+    if (seconds := _seconds_per_cost(state, results)) is not None:
         lines.append(
             f"estimated time of {needed} seeds of {len(arms)} arms, without trials: "
             f"{needed * cost * seconds / 3600:.2f} h"
@@ -286,10 +286,11 @@ def pilot_text(state: StudyState, results: Results) -> str:
     return "\n".join(lines)
 
 
-def _seconds_per_cost(results: Results) -> float | None:
-    """Mean wall time of an epoch of a network over the finished runs."""
-    rows = results.rows[results.rows["status"].isin(COUNTED)]
-    cost = int((rows["epochs"] * rows["networks"]).sum())
+def _seconds_per_cost(state: StudyState, results: Results) -> float | None:
+    """Mean wall time of an epoch of a network over the plan's finished runs."""
+    costs = {run.key: run.cost for run in (*state.all_runs, *state.pilot_runs)}
+    rows = results.rows[results.rows["status"].isin(COUNTED) & results.rows.index.isin(list(costs))]
+    cost = sum(costs[key] for key in rows.index)
     return float(rows["wall_seconds"].sum()) / cost if cost else None
 
 

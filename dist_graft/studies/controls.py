@@ -9,6 +9,7 @@ from typing import Literal
 
 from dist_graft.config import GraftConfig, TrainConfig
 from dist_graft.errors import ConfigError
+from dist_graft.run_directory import OPEN_ENDED_SCHEDULES
 from dist_graft.studies.plan import BASELINES, Plan
 from dist_graft.studies.train_options import (
     NO_EXCHANGE,
@@ -51,6 +52,11 @@ class Arm:
     """Population size under which tables and plots show the arm."""
     explicit_delivery: Delivery | None = None
     """The delivered model, if it is not the one that the rule declares."""
+    start_epochs: int = 0
+    """Epochs that one network trains before the other ones start from its weights; 0: all networks
+    train from the beginning."""
+    teachers: Arm | None = None
+    """Population of which the networks with the same seed are the teachers; it is trained first."""
 
     @property
     def label(self) -> str:
@@ -62,7 +68,16 @@ class Arm:
     @cached_property
     def key(self) -> str:
         """Hash of the training; arms with equal keys have equal runs."""
-        return key_of(self.options, self.networks, 0, self.explicit_delivery)
+        return self.run_key(0)
+
+    def run_key(self, seed: int) -> str:
+        """Hash of everything that determines the results of the run with this seed."""
+        stages: dict[str, int | str] = {}
+        if self.start_epochs:
+            stages["start_epochs"] = self.start_epochs
+        if self.teachers:
+            stages["teachers"] = self.teachers.run_key(seed)
+        return key_of(self.options, self.networks, seed, self.explicit_delivery, **stages)
 
     @cached_property
     def delivers(self) -> Delivery:
@@ -77,7 +92,12 @@ class Arm:
 
     def at(self, lr: float) -> Arm:
         """Return the arm with this learning rate."""
-        return replace(self, options=merge(self.options, {"optim": {"lr": lr}}))
+        return self.adding({"optim": {"lr": lr}})
+
+    def adding(self, options: TrainOptions) -> Arm:
+        """Return the arm with further options, which its teachers have, too."""
+        teachers = self.teachers.adding(options) if self.teachers else None
+        return replace(self, options=merge(self.options, options), teachers=teachers)
 
     @cached_property
     def _config(self) -> TrainConfig:
@@ -104,8 +124,13 @@ class Run:
     @property
     def key(self) -> str:
         """Hash of everything that determines the results."""
-        arm = self.arm
-        return key_of(arm.options, arm.networks, self.seed, arm.explicit_delivery)
+        return self.arm.run_key(self.seed)
+
+    @property
+    def teachers(self) -> Run | None:
+        """The run whose networks are the teachers of this one."""
+        arm = self.arm.teachers
+        return Run(phase=self.phase, arm=arm, seed=self.seed) if arm else None
 
     @property
     def split(self) -> Literal["test", "validation"]:
@@ -114,8 +139,14 @@ class Run:
 
     @property
     def cost(self) -> int:
-        """Number of epochs, summed over the networks."""
-        return self.arm.networks * self.config.epochs
+        """Number of epochs, summed over the networks and the teachers."""
+        teachers = self.teachers.cost if self.teachers else 0
+        return teachers + self.trained(self.config.epochs)
+
+    def trained(self, epochs: int) -> int:
+        """Sum over its networks of the epochs that they train in its first `epochs`."""
+        alone = min(epochs, self.arm.start_epochs)
+        return alone + self.arm.networks * (epochs - alone)
 
     def __str__(self) -> str:
         return f"{self.arm.label}, seed {self.seed}"
@@ -154,6 +185,9 @@ class Design:
     """Contrasts with the other controls."""
     omitted: list[str] = field(default_factory=list)
     """Controls that are not run, each with the reason."""
+    lengthened: dict[str, tuple[Arm, int]] = field(default_factory=dict)
+    """By the key of a long control: the same training at the recipe's length, and how many times as
+    long the control is."""
 
     def add(self, arm: Arm) -> Arm | None:
         """Add an arm with its learning rate, and return it or an arm that trains identically.
@@ -297,13 +331,15 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
 
     # Independent networks with one learning rate, and one network trained longer
     independent = independent_arm(plan, method)
-    _add_contrast(design, plan, method, "best_lr", independent)
+    short = _add_contrast(design, plan, method, "best_lr", independent)
     if networks > 1 and "one_network" not in plan.leave_out:
         suffix = independent.name.removeprefix("independent")
         name = f"{ONE_NETWORK}, {networks} x epochs{suffix}"
         longer = merge(independent.options, _longer_training(independent.options, networks))
         one = replace(_control(name, method, longer, 1), explicit_delivery=explicit)
-        _add_contrast(design, plan, method, "one_network", one)
+        long = _add_contrast(design, plan, method, "one_network", one)
+        if long and short:
+            design.lengthened[long.key] = short, networks
 
     # Coefficients that ignore the layer's information
     for criterion in _UNINFORMED:
@@ -325,32 +361,92 @@ def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:
     - data_parallel: one network on K processes, with K times the batch size and K times the epochs:
       as many steps as a member, and as many images as the population.
     - local_sgd: K networks that become their mean every few steps.
+    - branches: K networks that start from the weights of one network in the middle of its training,
+      and continue its schedule without exchange; their soup.
+    - snapshots: one network, K times as long, whose cosine schedule starts again in each cycle; the
+      ensemble of its checkpoints at the ends of the cycles (arXiv 1704.00109).
+    - distilled: one network with the population without exchange as its teachers.
+
+    All except the first two need a population.
     """
-    networks = method.networks
     for name, own in plan.baselines.items():
         options = merge(plan.recipe, BASELINES[name], own or {})
         explicit: Delivery | None = options.pop("delivers", None)
-        if name == "local_sgd":
-            yield replace(_control("local SGD", method, options), explicit_delivery=explicit)
-            continue
-        alone = single_network(options)
-        longer = merge(alone, _longer_training(alone, networks))
-        title = {"ema": "EMA", "checkpoint_average": "mean of checkpoints"}.get(name)
-        if title:
-            variants = {f"{title} of {ONE_NETWORK}": alone}
-            if networks > 1:
-                variants[f"{title} of {ONE_NETWORK}, {networks} x epochs"] = longer
+        if name in ("ema", "checkpoint_average"):
+            arms = _averages_of_one_network(name, method, options)
+        elif name == "local_sgd":
+            arms = [_control("local SGD", method, options)]
+        elif method.networks > 1:
+            arms = [_BASELINE_ARMS[name](plan, method, options)]
         else:
-            batch_size = resolve(alone, 1).data.batch_size
-            parallel = {
-                "data": {"batch_size": networks * batch_size},
-                "runtime": {"replicas": networks},
-            }
-            title = f"data parallel, {ONE_NETWORK} on {networks} processes"
-            variants = {title: merge(longer, parallel)} if networks > 1 else {}
-        for label, variant in variants.items():
-            arm = _control(label, method, variant, 1)
+            arms = []
+        for arm in arms:
             yield replace(arm, explicit_delivery=explicit)
+
+
+def _averages_of_one_network(name: str, method: Arm, options: TrainOptions) -> list[Arm]:
+    networks, lengths = method.networks, options.pop("lengths")
+    alone = single_network(options)
+    title = "EMA" if name == "ema" else "mean of checkpoints"
+    variants = {}
+    if 1 in lengths or networks == 1:
+        variants[f"{title} of {ONE_NETWORK}"] = alone
+    if "K" in lengths and networks > 1:
+        longer = merge(alone, _longer_training(alone, networks))
+        variants[f"{title} of {ONE_NETWORK}, {networks} x epochs"] = longer
+    return [_control(label, method, variant, 1) for label, variant in variants.items()]
+
+
+def _data_parallel(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
+    networks, alone = method.networks, single_network(options)
+    parallel = {
+        "data": {"batch_size": networks * resolve(alone, 1).data.batch_size},
+        "runtime": {"replicas": networks},
+    }
+    longer = merge(alone, _longer_training(alone, networks), parallel)
+    return _control(f"data parallel, {ONE_NETWORK} on {networks} processes", method, longer, 1)
+
+
+def _branches(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
+    share = options.pop("start")
+    alone = single_network(options)
+    config = resolve(alone, 1)
+    epochs, start = config.epochs, round(share * config.epochs)
+    if not 0 < start < epochs:
+        raise ConfigError(
+            f"baselines.branches.start must leave epochs before and after the branch, got "
+            f"{share:g} of {epochs} epochs"
+        )
+    if config.optim.schedule not in OPEN_ENDED_SCHEDULES and config.optim.schedule_epochs is None:
+        alone = merge(alone, {"optim": {"schedule_epochs": epochs}})
+    name = f"{method.networks} branches of {ONE_NETWORK} after {start} of {epochs} epochs"
+    return replace(_control(name, method, alone), start_epochs=start)
+
+
+def _snapshots(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
+    networks = method.networks
+    cycles = options.get("optim", {}).get("cycles", networks)
+    alone = single_network(merge(options, {"optim": {"cycles": 1}}))  # they divide the long run
+    longer = merge(alone, _longer_training(alone, networks))
+    epochs = resolve(longer, 1).epochs
+    checkpoint = {"keep": cycles, "every": epochs // cycles, "every_minutes": None}
+    name = f"snapshot ensemble of {ONE_NETWORK}, {networks} x epochs in {cycles} cycles"
+    cyclic = merge(longer, {"optim": {"cycles": cycles}, "checkpoint": checkpoint})
+    return _control(name, method, cyclic, 1)
+
+
+def _distilled(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
+    members = _control("no exchange", method, merge(plan.recipe, NO_EXCHANGE))
+    name = f"distilled from {method.networks} members into {ONE_NETWORK}"
+    return replace(_control(name, method, single_network(options), 1), teachers=members)
+
+
+_BASELINE_ARMS: Mapping[str, Callable[[Plan, Arm, TrainOptions], Arm]] = {
+    "data_parallel": _data_parallel,
+    "branches": _branches,
+    "snapshots": _snapshots,
+    "distilled": _distilled,
+}
 
 
 def _has_layer_coefficients(method: Arm) -> bool:
@@ -365,13 +461,16 @@ def _has_layer_coefficients(method: Arm) -> bool:
     )
 
 
-def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: Arm) -> None:
-    if plan.primary == "ensemble" and (kind == "baseline" or declared.networks < method.networks):
+def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: Arm) -> Arm | None:
+    """Add a control and its contrasts; return the arm, or None if it is not run."""
+    is_ensemble = declared.explicit_delivery == "snapshots"
+    single = kind == "baseline" or declared.networks < method.networks
+    if plan.primary == "ensemble" and single and not is_ensemble:
         design.omit(f"{declared.label}: an ensemble is not compared with a single model")
-        return
+        return None
     control = design.add(declared)
     if control is None:
-        return
+        return None
     by_delivered = kind == "baseline" or (
         plan.primary == "uniform_soup" and control.delivers != "soup"
     )
@@ -382,6 +481,8 @@ def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: 
         outcome=plan.primary,
         control_outcome="delivered" if by_delivered else plan.primary,
     )
+    if is_ensemble:
+        contrast = replace(contrast, outcome="ensemble", control_outcome="ensemble")
     design.compare(contrast, primary=kind == plan.against)
     if kind == "best_lr" and method.networks > 1:
         ensembles = replace(
@@ -391,6 +492,7 @@ def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: 
             control_outcome="ensemble",
         )
         design.compare(ensembles, primary=False)
+    return control
 
 
 def _longer_training(options: TrainOptions, factor: int) -> TrainOptions:
@@ -399,6 +501,8 @@ def _longer_training(options: TrainOptions, factor: int) -> TrainOptions:
     longer: TrainOptions = {"epochs": config.epochs * factor}
     if config.optim.schedule == "step":
         longer["optim"] = {"step_epochs": config.optim.step_epochs * factor}
+    if config.optim.schedule_epochs:
+        longer["optim"] = {"schedule_epochs": config.optim.schedule_epochs * factor}
     if config.checkpoint.every:
         longer["checkpoint"] = {"every": config.checkpoint.every * factor}
     return longer

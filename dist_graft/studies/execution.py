@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from dist_graft.run_directory import RunDirectory, as_plain
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import measure, read_events
 from dist_graft.studies.records import OUTCOMES, THRESHOLDS
+from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.learning_rates import initial_rates
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
@@ -37,6 +38,7 @@ _KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # tabl
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
 _SET_PER_RUN = ("run_dir", "resume")
+_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 Row = dict[str, Any]
 """A row of results.csv by column; outcomes and filter counts that were not measured are absent."""
@@ -57,7 +59,7 @@ def execute_run(
     out: Path,
     *,
     keep_checkpoints: int,
-    on_epochs: Callable[[int], None],
+    on_progress: Callable[[int], None],
     repetition: int = 0,
 ) -> tuple[Row, pd.DataFrame | None]:
     """Train, or resume training, and evaluate.
@@ -66,7 +68,7 @@ def execute_run(
         run: the run.
         out: directory of the comparison; the run's own directory is created in its runs/.
         keep_checkpoints: number of checkpoints to keep after the run.
-        on_epochs: called repeatedly with the number of finished epochs.
+        on_progress: called repeatedly with the part of `run.cost` that is done.
         repetition: number of earlier attempts that this one supersedes; they keep their
             directories.
 
@@ -74,17 +76,25 @@ def execute_run(
     A failed run has a row with the error, and no curve. A run in which a network diverged has
     chance accuracy in every outcome, whether it was stopped, or the network was healed or excluded.
 
+    The teachers of a run are trained in the directory of their own run, unless they are there. The
+    cost of the run includes theirs.
+
     Raises: StoppedError on a signal. The next call resumes the training.
     """
     folder = run_folder(run, out, repetition)
+    stages = {folder: run}
+    if run.teachers:
+        stages = {run_folder(run.teachers, out, repetition): run.teachers} | stages
     remarks: list[str] = []
     try:
-        _train_and_evaluate(run, folder, on_epochs)
+        _train_and_evaluate(run, folder, stages, on_progress)
         rates = initial_rates(run.config, run.arm.networks)
         outcomes = read_test(folder) if run.split == "test" else read_validation(folder)
         outcomes |= summarize(outcomes["members"], rates)
         outcomes["delivered"] = read_delivered(run, folder, outcomes)
-        outcomes |= count_images(run, folder)
+        if run.arm.delivers == "snapshots" and run.split == "test":
+            outcomes["ensemble"] = outcomes["delivered"]
+        outcomes |= count_images(stages)
         try:
             outcomes |= measure(folder, run)
         except (DistGraftError, KeyError, TypeError, ValueError) as error:
@@ -98,18 +108,18 @@ def execute_run(
         divergence = read_divergence(folder)
     except RunFailedError as error:
         if not _DIVERGED.search(str(error)):
-            return _row(run, folder, status="failed", error=str(error)), None
+            return _row(run, stages, status="failed", error=str(error)), None
         outcomes, curve, divergence = {}, None, str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:
         message = f"{folder} has no results: {error}"
-        return _row(run, folder, status="failed", error=message), None
+        return _row(run, stages, status="failed", error=message), None
     if divergence:
         outcomes |= _chance(run, outcomes)
-    for checkpoints in (folder / "checkpoints", *folder.glob("network*/checkpoints")):
-        _prune(checkpoints, keep_checkpoints)
+    for trained in stages:
+        _prune(trained, keep_checkpoints)
     row = _row(
         run,
-        folder,
+        stages,
         status="diverged" if divergence else "ok",
         error="; ".join([divergence, *remarks] if divergence else remarks),
     )
@@ -128,13 +138,14 @@ def _chance(run: Run, outcomes: Row) -> Row:
 
 
 def train_commands(run: Run, folder: Path) -> list[list[str]]:
-    """Return the commands that train the run: one, or one for each job (graft.exchange files)."""
+    """Return the commands that train the run: one, or one for each job (graft.exchange files).
+
+    They train all networks of a run with `start_epochs`, which continue the first one.
+    """
     networks, replicas = run.arm.networks, run.config.runtime.replicas
-    train = [
-        *("-m", "dist_graft", "train", "--config", str(folder / "options.yaml")),
-        *("--run_dir", str(folder), "--resume", "auto", "--monitor.progress", "lines"),
-    ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    train, torchrun = _train_arguments(folder), _TORCHRUN
+    if run.arm.start_epochs:
+        train += ["--resume_networks", "[0]"]
     if run.config.graft.exchange != "files":
         return [[*torchrun, f"--nproc-per-node={networks * replicas}", *train]]
     launcher = [*torchrun, f"--nproc-per-node={replicas}"] if replicas > 1 else [sys.executable]
@@ -143,22 +154,52 @@ def train_commands(run: Run, folder: Path) -> list[list[str]]:
     ]
 
 
+def start_command(run: Run, folder: Path) -> list[str]:
+    """Return the command that trains the first network for `start_epochs`."""
+    processes = f"--nproc-per-node={run.config.runtime.replicas}"
+    epochs = ("--epochs", str(run.arm.start_epochs))
+    return [*_TORCHRUN, processes, *_train_arguments(folder), *epochs]
+
+
+def _train_arguments(folder: Path) -> list[str]:
+    return [
+        *("-m", "dist_graft", "train", "--config", str(folder / "options.yaml")),
+        *("--run_dir", str(folder), "--resume", "auto", "--monitor.progress", "lines"),
+    ]
+
+
 def evaluate_command(run: Run, folder: Path) -> list[str]:
     """Return the command that evaluates a finished run."""
     command = [sys.executable, "-m", "dist_graft", "evaluate", str(folder)]
-    if run.arm.delivers == "checkpoints":
+    if run.arm.delivers in ("checkpoints", "snapshots"):
         command += ["--last_checkpoints", str(run.config.checkpoint.keep)]
     return command
 
 
-def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
+def _train_and_evaluate(
+    run: Run, folder: Path, stages: Mapping[Path, Run], on_progress: Callable[[int], None]
+) -> None:
     """Do what is left of a run, and check that its last epoch was evaluated.
 
     A run that was killed between summary.json and its last checkpoint trains its last epochs again.
+
+    Args:
+        run: the run.
+        folder: its directory.
+        stages: the runs to train in order, by directory: the teachers, if there are any, and `run`.
+        on_progress: as in `execute_run`.
     """
     for _ in range(2):
-        if not is_finished(folder):
-            _train(run, folder, on_epochs)
+        done, teachers = 0, list[Path]()
+        for path, stage in stages.items():
+
+            def on_epochs(trained: int, before: int = done) -> None:
+                on_progress(before + trained)
+
+            if not is_finished(path, stage.arm.networks):
+                _train(stage, path, teachers, on_epochs)
+            done += stage.cost
+            teachers = _networks_of(path, stage) if stage is not run else []
         _evaluate(run, folder)
         evaluated = _evaluated_epochs(folder)
         if evaluated <= {run.config.epochs}:
@@ -171,6 +212,23 @@ def _train_and_evaluate(run: Run, folder: Path, on_epochs: Callable[[int], None]
     )
 
 
+def _networks_of(folder: Path, run: Run) -> list[Path]:
+    """Files of the networks of a finished run, in its last checkpoint.
+
+    Raises: RunFailedError if that is not complete; the next attempt then trains it again.
+    """
+    from dist_graft.analysis.stored_weights import open_run
+    from dist_graft.training.checkpoint.files import network_file
+
+    members = open_run(folder).members
+    if len(members) < run.arm.networks or any(
+        checkpoint.epoch < run.config.epochs for checkpoint in members.values()
+    ):
+        (folder / "summary.json").unlink()
+        raise RunFailedError(f"{folder} has no checkpoint of its last epoch")
+    return [members[network].path / network_file(network) for network in sorted(members)]
+
+
 def _evaluated_epochs(folder: Path) -> set[int]:
     """Epochs of the checkpoints that were evaluated; empty if none was."""
     path = folder / "evaluation.json"
@@ -180,26 +238,45 @@ def _evaluated_epochs(folder: Path) -> set[int]:
     return {part["epoch"] for part in (evaluation, *evaluation["members"]) if "epoch" in part}
 
 
-def _train(run: Run, folder: Path, on_epochs: Callable[[int], None]) -> None:
+def _train(
+    run: Run, folder: Path, teachers: Sequence[Path], on_progress: Callable[[int], None]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plain = as_plain(run.config)
     options = {name: value for name, value in plain.items() if name not in _SET_PER_RUN}
+    if teachers:
+        options["distill"] |= {"teachers": [str(path.absolute()) for path in teachers]}
+    if run.split == "test" and has_exchange(run.config, run.arm.networks):
+        options["checkpoint"] |= {"before_last_round": True}
     (folder / "options.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-    before, wall, cores = _cost(folder), time.monotonic(), _children_seconds()
+    before, wall, cores = _cost([folder]), time.monotonic(), _children_seconds()
+    output = folder / "output.txt"
+
+    def on_wait() -> None:
+        on_progress(run.trained(finished_epochs(folder)))
+
     try:
-        _execute(
-            train_commands(run, folder),
-            folder / "output.txt",
-            lambda: on_epochs(finished_epochs(folder)),
-        )
+        if run.arm.start_epochs and not _has_branched(run, folder):
+            _execute([start_command(run, folder)], output, on_wait)
+        _execute(train_commands(run, folder), output, on_wait)
     finally:
         cost = {
             "wall_seconds": before["wall_seconds"] + time.monotonic() - wall,
             "core_seconds": before["core_seconds"] + _children_seconds() - cores,
         }
         (folder / "cost.json").write_text(json.dumps(cost) + "\n")
-    if not is_finished(folder):
+    if not is_finished(folder, run.arm.networks):
         raise RunFailedError("the training exited without writing summary.json")
+
+
+def _has_branched(run: Run, folder: Path) -> bool:
+    """Whether the first network has trained for `start_epochs`, or all networks were started."""
+    from dist_graft.training.checkpoint.files import newest_usable
+
+    newest, _ = newest_usable(folder / "checkpoints")
+    if newest is None:
+        return False
+    return newest.networks == run.arm.networks or newest.epoch >= run.arm.start_epochs
 
 
 def _evaluate(run: Run, folder: Path) -> None:
@@ -271,7 +348,13 @@ def error_line(output: str, status: int) -> str:
     return lines[-1] if lines else f"exit status {status} without output"
 
 
-def _row(run: Run, folder: Path, *, status: Literal["ok", "diverged", "failed"], error: str) -> Row:
+def _row(
+    run: Run,
+    stages: Mapping[Path, Run],
+    *,
+    status: Literal["ok", "diverged", "failed"],
+    error: str,
+) -> Row:
     return {
         "key": run.key,
         "phase": run.phase,
@@ -285,16 +368,18 @@ def _row(run: Run, folder: Path, *, status: Literal["ok", "diverged", "failed"],
         "epochs": run.config.epochs,
         "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "error": " ".join(error.split()),
-        **_cost(folder),
+        **_cost(stages),
     }
 
 
-def _cost(folder: Path) -> dict[str, float]:
-    path = folder / "cost.json"
-    if not path.is_file():
-        return {"wall_seconds": 0.0, "core_seconds": 0.0}
-    cost: dict[str, float] = json.loads(path.read_text())
-    return cost
+def _cost(folders: Iterable[Path]) -> dict[str, float]:
+    """Wall and CPU time of the trainings in some directories, all attempts."""
+    total = {"wall_seconds": 0.0, "core_seconds": 0.0}
+    for folder in folders:
+        path = folder / "cost.json"
+        cost: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        total = {name: seconds + cost.get(name, 0.0) for name, seconds in total.items()}
+    return total
 
 
 def _children_seconds() -> float:
@@ -302,13 +387,18 @@ def _children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
-    if keep:
-        from dist_graft.training.checkpoint.files import prune
+def _prune(run: Path, keep: int) -> None:
+    """Delete old checkpoints of a run, and without any, the weights before its last round."""
+    from dist_graft.training.checkpoint.files import prune
 
-        prune(checkpoints, keep)
-    elif checkpoints.is_dir():
-        shutil.rmtree(checkpoints)
+    for checkpoints in (run / "checkpoints", *run.glob("network*/checkpoints")):
+        if keep:
+            prune(checkpoints, keep)
+        elif checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+    if not keep:
+        for path in run.glob("network*/before_last_round.pt"):
+            path.unlink()
 
 
 # Results of a run directory
@@ -327,15 +417,27 @@ def summarize(members: Sequence[float], rates: Sequence[float]) -> dict[str, flo
     }
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the training has finished. summary.json is the last file that it writes."""
-    return (run / "summary.json").is_file()
+def is_finished(run: Path, networks: int) -> bool:
+    """Whether the training of all networks has finished: summary.json is the last file written.
+
+    The first network of a run with `start_epochs` also writes one, without the others.
+    """
+    path = run / "summary.json"
+    return path.is_file() and len(read_json(path)["networks"]) == networks
 
 
 def finished_epochs(run: Path) -> int:
     """Return the number of finished epochs of a run, which may be in progress."""
-    metrics = RunDirectory(run).metrics(0)
-    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+    return sum(
+        path.read_bytes().count(b"\n")
+        for path in (*_metrics_before_the_branch(run), RunDirectory(run).metrics(0))
+        if path.is_file()
+    )
+
+
+def _metrics_before_the_branch(run: Path) -> list[Path]:
+    """Metrics of the only network that a run with `start_epochs` begins with."""
+    return sorted(run.glob("before_epoch_*/network00/metrics.jsonl"))
 
 
 def read_test(run: Path) -> Row:
@@ -396,19 +498,25 @@ def read_divergence(folder: Path) -> str:
     return str(next(found, ""))
 
 
-def count_images(run: Run, folder: Path) -> Row:
-    """Count the optimizer steps of a network, and the training images of all networks."""
-    path = RunDirectory(folder).status(0)
-    if not path.is_file():
-        return {}
-    steps = int(read_json(path)["steps_per_epoch"])
-    data = run.config.data
-    images = steps * data.batch_size
-    if data.train_samples:
-        held_out = round(data.train_samples * data.val_fraction)
-        images = min(images, data.train_samples - held_out)
-    epochs = run.config.epochs
-    return {"steps": epochs * steps, "images_seen": run.arm.networks * epochs * images}
+def count_images(stages: Mapping[Path, Run]) -> Row:
+    """Count the optimizer steps of a network, and the training images of all networks.
+
+    Args: stages: runs by directory. The steps are those of the last one, the images of all.
+    """
+    total = steps = 0
+    for folder, run in stages.items():
+        path = RunDirectory(folder).status(0)
+        if not path.is_file():
+            return {}
+        steps = int(read_json(path)["steps_per_epoch"])
+        data = run.config.data
+        images = steps * data.batch_size
+        if data.train_samples:
+            held_out = round(data.train_samples * data.val_fraction)
+            images = min(images, data.train_samples - held_out)
+        total += run.trained(run.config.epochs) * images
+        steps *= run.config.epochs
+    return {"steps": steps, "images_seen": total}
 
 
 def count_classes(config: TrainConfig) -> int:
@@ -425,15 +533,15 @@ def count_classes(config: TrainConfig) -> int:
 def read_curve(run: Path, rates: Sequence[float], split: str) -> pd.DataFrame:
     """Read accuracies of each epoch, before its round, on the split "test" or "validation"."""
     name = "test_accuracy" if split == "test" else "val_accuracy"
+    alone = [line for path in _metrics_before_the_branch(run) for line in read_json(path)]
+    epochs = [[float(line[name])] * len(rates) for line in alone]
     members = [
         [float(line[name]) for line in read_json(RunDirectory(run).metrics(network))]
         for network in range(len(rates))
     ]
+    epochs += map(list, zip(*members, strict=True))
     return pd.DataFrame(
-        [
-            {"epoch": epoch} | summarize(values, rates)
-            for epoch, values in enumerate(zip(*members, strict=True))
-        ]
+        [{"epoch": epoch} | summarize(values, rates) for epoch, values in enumerate(epochs)]
     )
 
 

@@ -36,8 +36,12 @@ _CALIBRATION_HEADERS = {
     "soup_calibration_error": "soup, %",
     "ensemble_calibration_error": "ensemble, %",
 }
-_DIFFERENCE_HEADERS = {"disagreement": "disagreement, %", "barrier": "loss barrier, nats"}
-_DIGITS = dict.fromkeys(("nll", "soup_nll", "ensemble_nll", "barrier"), 3)
+_DIFFERENCE_HEADERS = {
+    "disagreement": "disagreement, %",
+    "barrier_before": "loss barrier before the last round, nats",
+    "barrier": "loss barrier, nats",
+}
+_DIGITS = dict.fromkeys(("nll", "soup_nll", "ensemble_nll", "barrier_before", "barrier"), 3)
 
 
 # Setting and checks
@@ -115,7 +119,9 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
             f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
-            "check is strict."
+            "check is strict. Beside it, the gain of the long training over the recipe's length, "
+            "both tuned and at the end of their schedules, says what a doubling of the epochs is "
+            f"worth (a warning from {SATURATION_MARGIN:g} points)."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]
@@ -148,11 +154,13 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
     return [
         Heading(2, "Differences between the members"),
         Paragraph(
-            "After the last round. Disagreement: percentage of test images for which two members "
-            "predict different classes, mean over all pairs. Loss barrier (arXiv 1912.05671): how "
-            "far the training loss on the line between two neighbors on the ring exceeds the line "
-            "between their losses, with re-estimated batch norm statistics, mean over the "
-            "neighbors. Without a barrier, weights can be averaged."
+            "After the last round, unless noted. Disagreement: percentage of test images for which "
+            "two members predict different classes, mean over all pairs. Loss barrier (arXiv "
+            "1912.05671): how far the training loss on the line between two neighbors on the ring "
+            "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
+            "over the neighbors. Without a barrier, weights can be averaged. The round itself "
+            "brings the networks together, so the barrier before it says whether their training "
+            "kept them in one basin."
         ),
         _spreads(headers, arms),
     ]
@@ -247,12 +255,27 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
             "deviation) over the seeds. Wall time depends on the load of the machine. Moved: bytes "
             "that the networks received in all rounds. Heals: how often a network that was not "
             "finite copied another one, sum over the seeds. Diverged runs count as chance "
-            "accuracy."
+            f"accuracy.{_of_stages(trained)}"
         ),
         *([Paragraph(f"Note: {slow}.")] if (slow := _simulated_speed(trained)) else []),
         Table(header, rows),
         Picture("cost", png(plots.costs(trained)), "Time to train the whole population once."),
     ]
+
+
+def _of_stages(arms: Sequence[ArmResult]) -> str:
+    """Say which costs are those of two trainings; empty if none are."""
+    texts = []
+    for arm in (result.arm for result in arms):
+        if arm.teachers:
+            texts.append(f"{arm.label}: the {arm.teachers.networks} members are included")
+        if start := arm.start_epochs:
+            rest = arm.config(0).epochs - start
+            texts.append(
+                f"{arm.label}: {start} + {arm.networks} x {rest} epochs of a network, instead of "
+                f"{arm.networks} x {start + rest}"
+            )
+    return f" {'; '.join(texts)}." if texts else ""
 
 
 # Other sources

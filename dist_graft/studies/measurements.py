@@ -29,6 +29,7 @@ MEASURED: Mapping[str, str] = {
     ),
     "disagreement": "float64",
     "barrier": "float64",
+    "barrier_before": "float64",  # before the last round
     **dict.fromkeys(
         (
             *("coefficient_min", "coefficient_5", "coefficient_median", "coefficient_95"),
@@ -64,7 +65,12 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     healed = [event for event in read_events(folder) if event["kind"] == "healed"]
     measured: dict[str, Any] = {"heals": len(healed)}
     if run.split == "test" and (folder / "evaluation.json").is_file():
-        measured |= read_evaluation(read_json(folder / "evaluation.json"))
+        evaluation = read_json(folder / "evaluation.json")
+        measured |= read_evaluation(evaluation)
+        if run.arm.delivers == "snapshots":
+            snapshots = evaluation["averages"]["snapshots"]
+            measured["ensemble_nll"] = snapshots["test_loss"]
+            measured["ensemble_calibration_error"] = snapshots["test_calibration_error"]
     if not has_exchange(config, run.arm.networks):
         return measured
     return measured | measure_rounds(config, metrics)
@@ -91,6 +97,7 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
         "soup_calibration_error": soup.get("test_calibration_error"),
         "disagreement": evaluation.get("disagreement"),
         "barrier": (evaluation.get("barrier") or {}).get("mean"),
+        "barrier_before": (evaluation.get("barrier_before_last_round") or {}).get("mean"),
     }
     return {name: value for name, value in values.items() if value is not None}
 

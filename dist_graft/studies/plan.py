@@ -51,12 +51,23 @@ BUILT_IN: dict[str, TrainOptions] = {
 """Options of the built-in methods. Options in the plan take precedence."""
 
 BASELINES: dict[str, TrainOptions] = {
-    "ema": {"optim": {"ema_decay": 0.995}},
-    "checkpoint_average": {"checkpoint": {"keep": 5}, "delivers": "checkpoints"},
+    "ema": {"optim": {"ema_decay": 0.995}, "lengths": [1, "K"]},
+    "checkpoint_average": {
+        "checkpoint": {"keep": 5},
+        "delivers": "checkpoints",
+        "lengths": [1, "K"],
+    },
     "data_parallel": {},
     "local_sgd": BUILT_IN["local_sgd"],
+    "branches": {"start": 0.5, "delivers": "soup"},
+    "snapshots": {"delivers": "snapshots"},
+    "distilled": {},
 }
-"""Options of the baselines, see `controls.add_baselines`. Options in the plan take precedence."""
+"""Options of the baselines, see `controls.baseline_arms`. Options in the plan take precedence.
+
+Besides options of ``train`` and `delivers`: `lengths`, multiples of the recipe's epochs, and
+`start`, the share of the epochs before the branches."""
+_OF_BASELINES = ("lengths", "start")
 
 SET_BY_COMPARISON = ("run_dir", "resume", "seed")
 MIN_CONFIRM_SEEDS = 5
@@ -161,7 +172,7 @@ class Plan:
     search: RegimeSearch = field(default_factory=RegimeSearch)
     baselines: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Further controls, each with options on top of the recipe: ema, checkpoint_average,
-    data_parallel, local_sgd."""
+    data_parallel, local_sgd, branches, snapshots, distilled."""
     leave_out: list[Control] = field(default_factory=list)
     """Controls to skip; the report lists them."""
     keep_checkpoints: int = 1
@@ -186,6 +197,11 @@ class Plan:
             )
         for name in self.baselines:
             require(name in BASELINES, "baselines", name, f"among {', '.join(BASELINES)}")
+        if "distilled" in self.baselines and not self.keep_checkpoints:
+            raise ConfigError(
+                "baselines.distilled requires keep_checkpoints of at least 1: the members' last "
+                "checkpoint is the teacher"
+            )
         _check_seeds("seeds", self.seeds)
         if self.search.recipes:
             if self.seeds:
@@ -308,6 +324,8 @@ def parse_plan(content: Mapping[str, Any], folder: Path = Path()) -> Plan:
             raise ConfigError(
                 f"methods.{name} needs options, or a name among {', '.join(BUILT_IN)}"
             )
+    for name, options in baselines.items():
+        _check_baseline(name, options)
     recipe = merge(_read_recipes(plan.recipe.get("config", []), folder), recipe)
     for options in (recipe, *methods.values(), *baselines.values(), *regimes.values()):
         if options.get("population", {}).get("join") == "donor":
@@ -353,6 +371,23 @@ def _read_recipes(names: str | Sequence[str], folder: Path) -> TrainOptions:
     for name in SET_BY_COMPARISON:
         options.pop(name, None)
     return options
+
+
+def _check_baseline(name: str, options: Mapping[str, Any]) -> None:
+    """Check the options of a baseline that are not options of ``train``."""
+    for option in _OF_BASELINES:
+        if option in options and option not in BASELINES[name]:
+            raise ConfigError(f"baselines.{name} has no option {option}")
+    lengths = options.get("lengths", [1])
+    require(
+        lengths in ([1], ["K"], [1, "K"], ["K", 1]),
+        f"baselines.{name}.lengths",
+        lengths,
+        "[1], [K] or [1, K]: multiples of the recipe's epochs",
+    )
+    start = options.get("start", 0.5)
+    fits = isinstance(start, int | float) and 0 < start < 1
+    require(fits, f"baselines.{name}.start", start, "above 0 and below 1")
 
 
 def _check_networks(name: str, value: Any) -> None:

@@ -66,6 +66,9 @@ COLUMNS: Mapping[str, str] = {
     "reason": "str",  # why it was replaced
 }
 """Columns of results.csv with their dtypes."""
+OPTIONAL_COLUMNS = ("barrier_before",)
+"""Columns that results.csv of earlier versions lacks. Rows that are appended to such a file lack
+them, too."""
 CURVE_COLUMNS: Mapping[str, str] = {
     "key": "str",
     "epoch": "int64",
@@ -139,14 +142,16 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """Read a CSV file, ignoring a last line that a crash truncated."""
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1] or ",".join(columns) + "\n"
-    if text.partition("\n")[0].split(",") != list(columns):
+    header = text.partition("\n")[0].split(",")
+    if header != [name for name in columns if name in header or name not in OPTIONAL_COLUMNS]:
         raise ValueError("other columns")
-    return pd.read_csv(
+    found = pd.read_csv(
         io.StringIO(text),
-        dtype=dict(columns),
+        dtype={name: columns[name] for name in header},
         keep_default_na=False,
         na_values={name: [""] for name, dtype in columns.items() if dtype != "str"},
     )
+    return found.reindex(columns=list(columns)).astype(dict(columns))
 
 
 def _append_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
@@ -154,9 +159,12 @@ def _append_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[A
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     content = path.read_bytes() if path.exists() else b""
-    if b"\n" not in content:
-        writer.writerow(columns)
-    writer.writerows([_format_cell(name, row.get(name, "")) for name in columns] for row in rows)
+    header = list(columns)
+    if b"\n" in content:
+        header = content.partition(b"\n")[0].decode().split(",")
+    else:
+        writer.writerow(header)
+    writer.writerows([_format_cell(name, row.get(name, "")) for name in header] for row in rows)
     try:
         with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
             file.truncate(content.rfind(b"\n") + 1)

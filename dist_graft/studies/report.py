@@ -217,6 +217,8 @@ def _primary_outcome(
     outcome: str, design: Design, arms: Sequence[ArmResult], primary: Sequence[ContrastResult]
 ) -> list[Block]:
     text = PRIMARY_TEXTS[outcome]
+    if outcome != "ensemble":
+        arms = [arm for arm in arms if arm.arm.delivers != "snapshots"]
     values = [(arm, arm.values(outcome)) for arm in arms]
     table = Table(
         ("arm", "role", "mean ± std", "n", "each seed"),
@@ -317,7 +319,11 @@ def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Resu
 
 
 def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
-    populations = [arm for arm in arms if arm.arm.networks > 1 and len(arm.rows)]
+    populations = [
+        arm
+        for arm in arms
+        if len(arm.rows) and (arm.arm.networks > 1 or arm.arm.delivers == "snapshots")
+    ]
     measured = [name for name in _OUTCOME_HEADERS if any(len(a.values(name)) for a in populations)]
     if not measured:
         return []
@@ -336,7 +342,8 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
         Heading(2, "Members, ensembles and soups"),
         Paragraph(
             "Secondary outcomes: test accuracy in percent, mean ± standard deviation over the "
-            "seeds. An ensemble averages the members' predicted probabilities. A soup is one "
+            "seeds. An ensemble averages the members' predicted probabilities; a snapshot "
+            "ensemble, those of one network's checkpoints. A soup is one "
             "network with the average of the members' weights; its batch norm statistics are "
             "re-estimated on training images unless noted otherwise."
         ),

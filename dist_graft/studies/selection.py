@@ -23,7 +23,6 @@ from dist_graft.studies.controls import (
 from dist_graft.studies.plan import PILOT_SEEDS, Plan, read_plan
 from dist_graft.studies.records import COLUMNS, COUNTED
 from dist_graft.studies.statistics import PairedTest, paired_test
-from dist_graft.studies.train_options import TrainOptions, merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +274,9 @@ def run_trial(
         runs = {}
         for rate in rates:
             tried = arm.at(rate) if plan.rates and arm.tunable else arm
-            options = _with_validation(tried.options, fraction)
             name = f"{arm.name}, lr {rate:.4g}" if len(rates) > 1 else arm.name
-            tried = replace(tried, name=name, options=options)
+            own = tried.config(0).data.val_fraction
+            tried = replace(tried, name=name).adding({"data": {"val_fraction": own or fraction}})
             runs[rate] = [Run(phase=phase, arm=tried, seed=seed) for seed in seeds]
         scores = {
             rate: score
@@ -375,13 +374,6 @@ def _best_runs(trial: Trial) -> Sequence[Run]:
 
 def _join(numbers: Iterable[float]) -> str:
     return ", ".join(f"{number:.6g}" for number in numbers)
-
-
-def _with_validation(options: TrainOptions, fraction: float) -> TrainOptions:
-    """Hold out a validation split, unless the options already do."""
-    if options.get("data", {}).get("val_fraction", 0) > 0:
-        return options
-    return merge(options, {"data": {"val_fraction": fraction}})
 
 
 def _distinct(runs: Iterable[Run]) -> list[Run]:

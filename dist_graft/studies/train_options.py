@@ -21,10 +21,11 @@ from dist_graft.training.learning_rates import learning_rates
 
 TrainOptions = dict[str, Any]
 
-Delivery = Literal["network", "member", "soup", "ema", "checkpoints"]
+Delivery = Literal["network", "member", "soup", "ema", "checkpoints", "snapshots"]
 """The model that a run delivers: its only network; any of its networks (the expected accuracy is
-their mean); the uniform soup, batch norm re-estimated; the moving average of the weights; or the
-mean of the last checkpoints, batch norm re-estimated. The last two are means over the networks."""
+their mean); the uniform soup, batch norm re-estimated; the moving average of the weights; the mean
+of the last checkpoints, batch norm re-estimated; or the ensemble of the last checkpoints. The last
+three are means over the networks."""
 DELIVERIES: tuple[Delivery, ...] = ("member", "soup", "ema", "checkpoints")
 
 HALF_SLOW = "dist_graft.studies.speeds:HalfSlow"
@@ -45,7 +46,8 @@ _NO_EFFECT_ON_RESULTS = (
     *("data.root", "data.workers", "data.download", "data.skip_broken", "graft.bucket_mb"),
 )
 _OF_CHECKPOINTS = ("checkpoint.keep", "checkpoint.every", "checkpoint.every_minutes")
-"""Options that decide what the mean of the last checkpoints is."""
+"""Options that decide what the mean, or the ensemble, of the last checkpoints is."""
+_OVER_CHECKPOINTS = ("checkpoints", "snapshots")
 _OF_OWN_DATA = ("data.root", "data.skip_broken")
 """Options that decide what images a function of the user returns."""
 _KEY_LENGTH = 12
@@ -165,27 +167,42 @@ def delivery(config: TrainConfig, networks: int) -> Delivery:
 
 
 def key_of(
-    options: Mapping[str, Any], networks: int, seed: int, delivers: Delivery | None = None
+    options: Mapping[str, Any],
+    networks: int,
+    seed: int,
+    delivers: Delivery | None = None,
+    **stages: int | str,
 ) -> str:
     """Return `run_key` of a run with these options. Cached."""
-    return _key_of(json.dumps(options, default=str), networks, seed, delivers)
+    return _key_of(
+        json.dumps(options, default=str), networks, seed, delivers, tuple(stages.items())
+    )
 
 
 @functools.cache
-def _key_of(options: str, networks: int, seed: int, delivers: Delivery | None) -> str:
+def _key_of(
+    options: str,
+    networks: int,
+    seed: int,
+    delivers: Delivery | None,
+    stages: tuple[tuple[str, int | str], ...],
+) -> str:
     config = resolve(json.loads(options), networks)
-    return run_key(replace(config, seed=seed), networks, delivers)
+    return run_key(replace(config, seed=seed), networks, delivers, **dict(stages))
 
 
-def run_key(config: TrainConfig, networks: int, delivers: Delivery | None = None) -> str:
+def run_key(
+    config: TrainConfig, networks: int, delivers: Delivery | None = None, **stages: int | str
+) -> str:
     """Hash of everything that determines a run's results: equal keys mean equal runs.
 
     Only options that differ from their defaults are hashed, so keys stay valid when a later version
     adds an option. Options of the exchange are ignored in a run without exchange. `delivers` is
-    hashed if it is not what the run delivers anyway.
+    hashed if it is not what the run delivers anyway, and so are `stages`: what is trained before
+    the run, or by one of its networks only.
     """
     defaults = dict(flatten(asdict(TrainConfig())))
-    effective: tuple[str, ...] = _OF_CHECKPOINTS if delivers == "checkpoints" else ()
+    effective: tuple[str, ...] = _OF_CHECKPOINTS if delivers in _OVER_CHECKPOINTS else ()
     effective += _OF_OWN_DATA if is_reference(config.data.name) else ()
     changed = {
         name: value
@@ -199,7 +216,7 @@ def run_key(config: TrainConfig, networks: int, delivers: Delivery | None = None
             for name, value in changed.items()
             if name.partition(".")[0] not in EXCHANGE_SECTIONS
         } | {"method": "none"}
-    hashed: dict[str, Any] = {"networks": networks, "options": changed}
+    hashed: dict[str, Any] = {"networks": networks, "options": changed, **stages}
     if delivers not in (None, delivery(config, networks)):
         hashed["delivers"] = delivers
     text = json.dumps(hashed, sort_keys=True)

@@ -30,6 +30,7 @@ from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.references import is_reference
 from dist_graft.seeding import stream_seed
+from dist_graft.training.checkpoint.last_round import WeightsBeforeLastRound
 from dist_graft.training.data import Data, ImageData, load_data
 from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
@@ -198,6 +199,8 @@ def built_in_callbacks(
     callbacks: list[Callback] = [status, ProgressBar(config.monitor.progress, status), events]
     if config.monitor.profile_steps is not None:
         callbacks.append(Profiler(config.monitor.profile_steps))
+    if config.checkpoint.before_last_round:
+        callbacks.append(WeightsBeforeLastRound())
     if process.is_leader:
         callbacks.append(MetricsJsonl())
         names = list(config.monitor.loggers)

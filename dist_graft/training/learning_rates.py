@@ -48,7 +48,9 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
     (step), 1 (constant), or f(e / epochs) for a function f of the user's. With schedule_unit
-    "step", e is step / steps_per_epoch, not rounded down. During warmup it is also multiplied by
+    "step", e is step / steps_per_epoch, not rounded down. schedule_epochs replaces epochs. In each
+    of M cycles of the cosine schedule, e / epochs goes from 0 to 1: it is (M e mod epochs) / epochs
+    (eq. 2 of arXiv 1704.00109). During warmup the factor is also multiplied by
     (step + 1) / warmup_steps.
 
     Raises: ConfigError if there is no such function, or it returns no number in [0, 1];
@@ -56,6 +58,7 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
     """
     own_factor = own_schedule(config) if is_reference(config.schedule) else None
     warmup = warmup_steps(config, steps_per_epoch)
+    epochs = config.schedule_epochs or epochs
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch
@@ -64,6 +67,7 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
         if own_factor is not None:
             value = own_factor(e / epochs)
         elif config.schedule == "cosine":
+            e = config.cycles * e % epochs if e < epochs else epochs
             value = (1 + math.cos(math.pi * e / epochs)) / 2
         elif config.schedule == "step":
             value = config.step_factor ** (epoch // config.step_epochs)

@@ -47,6 +47,13 @@ class Cadence:
         steps = epoch * steps_per_epoch + step
         return self._count(steps - 1 if step else steps, steps_per_epoch)
 
+    def is_last(self, steps: int, *, epochs: int, steps_per_epoch: int) -> bool:
+        """Whether the last round of a run of `epochs` follows after so many finished steps."""
+        rounds = self._count(epochs * steps_per_epoch, steps_per_epoch)
+        return self._follows(steps, steps_per_epoch) and (
+            self._count(steps, steps_per_epoch) == rounds
+        )
+
     def _follows(self, steps: int, steps_per_epoch: int) -> bool:
         """Whether a round follows after this many finished steps of the run."""
         count, before = (self._count(number, steps_per_epoch) for number in (steps, steps - 1))

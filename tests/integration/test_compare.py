@@ -8,11 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from reading import summary
+import torch
+import yaml
+from reading import checkpoint, metrics, summary
 
+from dist_graft.run_directory import RunDirectory
+from dist_graft.studies.controls import Run
+from dist_graft.studies.execution import run_folder
 from dist_graft.studies.plan import read_plan
 from dist_graft.studies.records import Results
 from dist_graft.studies.selection import study_state
@@ -111,3 +118,118 @@ def test_interrupted_comparison_resumes(tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     assert all(key in report for key in rows.index)
     assert (out / "pictures" / "primary.png").stat().st_size < 150_000
+
+
+BASELINES = """
+name: tiny
+recipe:
+  epochs: 2
+  data: {name: fashion-mini, train_samples: 64, test_samples: 50, batch_size: 32}
+  model: {name: resnet8}
+  monitor: {tensorboard: false}
+  runtime: {threads: 1}
+methods: [graft]
+networks: [2]
+seeds: [0]
+tuning: none
+leave_out: [one_network, constant, shuffled]
+baselines: [branches, snapshots, distilled]
+"""
+
+
+@dataclass
+class Compared:
+    """A finished comparison of the baselines that are trained in stages."""
+
+    out: Path
+    results: Results
+    runs: dict[str, Run]
+    """By the name of the arm."""
+
+    def row(self, name: str) -> Any:
+        return self.results.rows.loc[self.runs[name].key]
+
+    def folder(self, name: str) -> Path:
+        return run_folder(self.runs[name], self.out)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    path = tmp_path_factory.mktemp("baselines") / "plan.yaml"
+    path.write_text(BASELINES)
+    out = path.parent / "out"
+    command = [sys.executable, "-m", "dist_graft", "compare", str(path), "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert (out / "report.html").exists()
+    results = Results(out)
+    assert set(results.rows["status"]) == {"ok"}
+    assert set(results.rows["error"]) == {""}
+    runs = study_state(read_plan(path)).comparison_runs
+    return Compared(out, results, {run.arm.name: run for run in runs})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_branches_continue_one_network(compared: Compared) -> None:
+    name = "2 branches of one network after 1 of 2 epochs"
+    row, folder = compared.row(name), compared.folder(name)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert row["delivered"] == pytest.approx(evaluation["averages"]["soup"]["test_accuracy"])
+    assert row["images_seen"] == 64 * (1 + 2 * 1)
+    curves = compared.results.curves
+    assert curves.loc[curves["key"] == row.name, "epoch"].tolist() == [0, 1]
+    start = folder / "before_epoch_0001"
+    rates = [metrics(start, 0)[0]["lr"], *(metrics(folder, k)[0]["lr"] for k in (0, 1))]
+    assert rates == pytest.approx([0.1, 0.05, 0.05])
+    assert [len(metrics(folder, network)) for network in (0, 1)] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_barrier_before_the_last_round(compared: Compared) -> None:
+    graft, measured = compared.row("graft"), compared.results.rows["barrier_before"].notna()
+    assert graft["barrier"] == pytest.approx(0, abs=1e-5), "both networks are equal"
+    assert graft["barrier_before"] >= 0
+    assert measured.sum() == 1, "the others have no rounds"
+    folder = compared.folder("graft")
+    before = [torch.load(RunDirectory(folder).before_last_round(k)) for k in (0, 1)]
+    assert [saved["round"] for saved in before] == [1, 1]
+    for unit, kept in metrics(folder, 1)[-1]["graft"]["coefficient"].items():
+        own, donor = (saved["model"][f"{unit}.weight"] for saved in (before[1], before[0]))
+        after = checkpoint(folder, 2, 1)["model"][f"{unit}.weight"]
+        assert not torch.equal(own, donor)
+        torch.testing.assert_close(after, kept * own + (1 - kept) * donor)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_snapshots_of_one_network(compared: Compared) -> None:
+    name = "snapshot ensemble of one network, 2 x epochs in 2 cycles"
+    row, folder = compared.row(name), compared.folder(name)
+    snapshots = json.loads((folder / "evaluation.json").read_text())["averages"]["snapshots"]
+    assert row["delivered"] == row["ensemble"] == pytest.approx(snapshots["test_accuracy"])
+    assert row["ensemble_nll"] == pytest.approx(snapshots["test_loss"], rel=1e-5)
+    assert row["images_seen"] == 4 * 64
+    rates = [line["lr"] for line in metrics(folder, 0)]
+    assert rates == pytest.approx([0.1, 0.05, 0.1, 0.05])
+    report = (compared.out / "report.md").read_text()
+    section = report.partition("## Primary outcome")[2].partition("\n## ")[0]
+    assert "2 branches of one network" in section
+    assert "snapshot ensemble" not in section
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_network_distilled_from_the_members(compared: Compared) -> None:
+    name, members = "distilled from 2 members into one network", compared.folder("no exchange")
+    row, folder = compared.row(name), compared.folder(name)
+    stored = yaml.safe_load((folder / "config.yaml").read_text())["distill"]["teachers"]
+    last = members / "checkpoints" / "epoch_0002"
+    assert stored == [str(last / f"network{network:02d}.pt") for network in (0, 1)]
+    assert row["images_seen"] == 64 * (2 * 2 + 2)
+    cost = json.loads((folder / "cost.json").read_text())["wall_seconds"]
+    shared = compared.row("no exchange")["wall_seconds"]
+    assert row["wall_seconds"] == pytest.approx(cost + shared, abs=0.02)
+    log = (members / "network00" / "log.txt").read_text()
+    assert log.count("epoch 2/2") == 1, "the members were trained once"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ OUT_OF_RANGE = [
     (OptimConfig, "optim", "weight_decay", -1e-9, "at least 0"),
     (OptimConfig, "optim", "weight_decay", INF, "at least 0"),
     (OptimConfig, "optim", "step_epochs", 0, "at least 1"),
+    (OptimConfig, "optim", "schedule_epochs", 0, "at least 1"),
+    (OptimConfig, "optim", "cycles", 0, "at least 1"),
     (OptimConfig, "optim", "step_factor", 0.0, "in (0, 1]"),
     (OptimConfig, "optim", "step_factor", 1.1, "in (0, 1]"),
     (OptimConfig, "optim", "warmup_epochs", -0.5, "at least 0"),
@@ -329,3 +332,19 @@ def test_names_of_optimizers_ignore_case() -> None:
     assert OptimConfig(name="SGD") == OptimConfig()
     assert OptimConfig(name="RMSprop", kwargs={"momentum": 0.5}).name == "rmsprop"
     assert OptimConfig(name="my.Module:Adam").name == "my.Module:Adam"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "optim", "says"),
+    [
+        (6, {"schedule_epochs": 5}, "optim.schedule_epochs must be at least 6, got 5"),
+        (6, {"cycles": 4}, "optim.cycles must divide the 6 epochs of the schedule, got 4"),
+        (6, {"cycles": 4, "schedule_epochs": 7}, "must divide the 7 epochs of the schedule"),
+        (6, {"cycles": 2, "schedule": "step"}, "optim.cycles requires optim.schedule cosine"),
+        (6, {"schedule_epochs": 6, "schedule": "constant"}, "optim.schedule_epochs requires optim"),
+    ],
+)
+def test_the_span_of_the_schedule(epochs: int, optim: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        TrainConfig(epochs=epochs, optim=OptimConfig(**optim))
+    TrainConfig(epochs=6, optim=OptimConfig(cycles=4, schedule_epochs=8))

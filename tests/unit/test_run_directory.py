@@ -78,6 +78,8 @@ OTHER: dict[str, Any] = {
     "optim.schedule_unit": "step",
     "optim.step_epochs": 30,
     "optim.step_factor": 0.2,
+    "optim.schedule_epochs": 40,
+    "optim.cycles": 2,
     "optim.warmup_epochs": 1.5,
     "optim.clip_norm": 1.0,
     "optim.accumulation": 2,
@@ -132,6 +134,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.every": 3,
     "checkpoint.every_minutes": 7.5,
     "checkpoint.keep": 5,
+    "checkpoint.before_last_round": True,
     "checkpoint.max_failures": 1,
     "checkpoint.grace_seconds": 9.0,
     "monitor.loggers": ["wandb", "mypackage.loggers:MyLogger"],
@@ -227,7 +230,8 @@ class TestConfigFile:
         """In two parts, because some options exclude each other."""
         config = TrainConfig()
         for option, value in OTHER.items():
-            conflicting = {"optim.lr_diversity", "optim.schedule_unit", "graft.rule"}
+            conflicting = {"optim.lr_diversity", "graft.rule", "optim.schedule_unit"}
+            conflicting |= {"optim.schedule_epochs", "optim.cycles"}
             if option not in {*left_out, *conflicting}:
                 config = changed(config, option, value)
         assert read_back(started(tmp_path, config)) == config
@@ -422,6 +426,10 @@ class TestCheck:
         assert "cosine schedule depends on" in text
         assert "--epochs 4" in text
         assert "another run_dir" in text
+
+    def test_more_epochs_within_the_span_of_the_schedule(self, tmp_path: Path) -> None:
+        config = TrainConfig(epochs=3, optim=OptimConfig(schedule_epochs=4))
+        started(tmp_path, config).check(dataclasses.replace(config, epochs=4), 2)
 
     def test_never_refuses_a_folder_with_a_run(self, tmp_path: Path) -> None:
         config = TrainConfig(resume="never")

@@ -230,9 +230,14 @@ def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints but the newest `keep`, and older incomplete ones."""
+    """Delete all but `keep` complete checkpoints, and incomplete ones older than the newest.
+
+    The newest one is kept. Of the others, those inside an epoch are deleted first, so that a run
+    that was interrupted keeps the same checkpoints as an uninterrupted one; then the oldest.
+    """
     complete = complete_checkpoints(folder)
-    for checkpoint in complete[:-keep]:
+    surplus = sorted(complete[:-1], key=lambda checkpoint: _order(checkpoint.path.name)[1] < 0)
+    for checkpoint in surplus[: max(len(complete) - keep, 0)]:
         (checkpoint.path / COMPLETE).unlink()
         shutil.rmtree(checkpoint.path)
     for path in _folders(folder) if complete else ():

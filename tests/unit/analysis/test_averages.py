@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stored_runs import evaluate_run, network, write_run
-from test_evaluation import Reference, mean_of
+from test_evaluation import Reference, mean_of, reference_calibration_error, surprise
 from torch import Tensor
 
 from dist_graft.analysis.evaluate import evaluation_text
@@ -86,10 +86,34 @@ def test_means_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) ->
     assert f"{found['test_accuracy']:.2f}" in line
 
 
+def test_ensemble_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) -> None:
+    reference = Reference(pair)
+    scores: dict[str, list[float]] = {"test": [], "val": [], "loss": [], "error": []}
+    for number in range(2):
+        for split in ("test", "val"):
+            found = [reference.probabilities(weights(number, epoch), split) for epoch in (2, 3)]
+            labels = found[0][1]
+            mean = (found[0][0] + found[1][0]) / 2
+            scores[split].append(100 * float((mean.argmax(1) == labels).mean()))
+            if split == "test":
+                smallest = np.finfo(np.float32).tiny
+                scores["loss"].append(surprise(np.maximum(mean, smallest), labels))
+                scores["error"].append(reference_calibration_error(mean, labels))
+    expected = {name: float(np.mean(values)) for name, values in scores.items()}
+    assert evaluated["averages"]["snapshots"] == {
+        "test_accuracy": pytest.approx(expected["test"]),
+        "val_accuracy": pytest.approx(expected["val"]),
+        "test_loss": pytest.approx(expected["loss"], rel=1e-4),
+        "test_calibration_error": pytest.approx(expected["error"], rel=1e-3),
+    }
+    line = next(s for s in evaluation_text(evaluated).splitlines() if "ensemble of the last" in s)
+    assert f"{evaluated['averages']['snapshots']['test_accuracy']:.2f}" in line
+
+
 def test_without_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [network(0).state_dict()])
     result = evaluate_run(run, batch_norm_batches=1)
-    assert list(result["averages"]) == ["soup"]
+    assert list(result["averages"]) == ["member", "soup"]
     soup = result["averages"]["soup"]
     assert soup["test_accuracy"] == result["uniform_soup"]["batch_norm_reestimated"]
     assert soup["val_accuracy"] is None

@@ -17,6 +17,7 @@ from dist_graft.analysis.calibration import calibration_error, negative_log_like
 from dist_graft.analysis.evaluate import evaluation_text
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.last_round import load_weights_before
 from dist_graft.training.data import load_data
 
 CPU = torch.device("cpu")
@@ -47,9 +48,9 @@ class Reference:
         return 100 * float((logits.argmax(1) == labels).mean())
 
     def probabilities(
-        self, state: dict[str, Tensor], *, reestimated: bool = False
+        self, state: dict[str, Tensor], split: str = "test", *, reestimated: bool = False
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        logits, labels = self.logits(state, "test", reestimated=reestimated)
+        logits, labels = self.logits(state, split, reestimated=reestimated)
         return softmax(logits), labels
 
     def training_loss(self, state: dict[str, Tensor]) -> float:
@@ -179,6 +180,34 @@ class TestNumbers:
         assert barrier["mean"] == pytest.approx(np.mean(found))
         assert (barrier["split"], barrier["batches"]) == ("train", 2)
 
+    def test_barrier_before_the_last_round(self, tmp_path: Path) -> None:
+        states = related_states(3)
+        run = write_run(tmp_path / "run", states)
+        for number, state in enumerate(states):
+            path = RunDirectory(run).before_last_round(number)
+            path.parent.mkdir()
+            torch.save({"round": 1, "model": state}, path)
+        result = evaluate_run(run, batch_norm_batches=1)
+        mean = result["barrier"]["mean"]
+        assert mean > 0
+        assert result["barrier_before_last_round"] == result["barrier"], "the same weights here"
+        lines = evaluation_text(result).splitlines()
+        assert f"loss barrier before the last round: {mean:.4f}" in lines
+
+        (run / "network01/before_last_round.pt").unlink()
+        assert evaluate_run(run, batch_norm_batches=1)["barrier_before_last_round"] is None
+
+    def test_weights_before_another_round(self, tmp_path: Path) -> None:
+        path = RunDirectory(tmp_path).before_last_round(1)
+        path.parent.mkdir()
+        torch.save({"round": 4, "model": {"a": torch.ones(1)}}, path)
+        assert load_weights_before(tmp_path, 1, 4) == {"a": torch.ones(1)}
+        assert load_weights_before(tmp_path, 1, 3) is None
+        assert load_weights_before(tmp_path, 0, 4) is None
+        path.write_bytes(b"damaged")
+        with pytest.raises(RunDirectoryError, match=r"before_last_round\.pt is damaged: delete it"):
+            load_weights_before(tmp_path, 1, 4)
+
     def test_uniform_soup(self, evaluated: dict[str, Any], reference: Reference) -> None:
         soup = mean_of(related_states(3))
         scores = reference.probabilities(soup, reestimated=True)
@@ -224,7 +253,8 @@ class TestNumbers:
             *("ensemble_test_loss", "ensemble_test_loss_reestimated"),
             "ensemble_test_calibration_error",
             "ensemble_test_calibration_error_reestimated",
-            *("disagreement", "barrier", "uniform_soup", "greedy_soup", "averages"),
+            *("disagreement", "barrier", "barrier_before_last_round"),
+            *("uniform_soup", "greedy_soup", "averages"),
         ]
         assert (result["protocol"], result["epoch"], result["round"]) == (3, 2, 2)
         assert result["run_dir"] == str(trio)

@@ -26,7 +26,7 @@ def measured(run: Run) -> dict[str, Any]:
         "images_seen": 10_000 * run.cost,
         "steps": 79 * run.config.epochs,
         "heals": 0,
-        "delivers": "soup" if run.config.method in ("papa", "wash") and exchanges else "member",
+        "delivers": run.arm.delivers,
     }
     if networks > 1:
         values |= {
@@ -38,6 +38,7 @@ def measured(run: Run) -> dict[str, Any]:
             "barrier": 0.02 + 1.5 * (not exchanges),
         }
     if exchanges:
+        values["barrier_before"] = 0.9
         epochs = run.config.epochs
         values |= {"rounds": epochs, "bytes_moved": 300_000 * networks * epochs}
     if run.config.method == "graft" and exchanges:

@@ -19,6 +19,7 @@ from dist_graft.studies.checks import (
     check_arms,
     check_chance,
     check_coefficients,
+    check_doubling,
     check_reactivation,
     check_saturation,
     check_soup,
@@ -194,6 +195,31 @@ class TestSaturation:
         assert len(check_saturation(arm_result({}), none).warnings) == 1
 
 
+class TestDoubling:
+    @staticmethod
+    def check(long: Sequence[float], short: Sequence[float], factor: int = 4) -> Check:
+        return check_doubling(
+            arm_result({}, delivered=long), arm_result({}, delivered=short), factor
+        )
+
+    @pytest.mark.parametrize(("gain", "warns"), [(0.59, False), (0.61, True), (-1.0, False)])
+    def test_warns_if_longer_training_still_helps(self, gain: float, warns: bool) -> None:
+        """Four times the epochs are two doublings, of 0.3 points each."""
+        check = self.check([80 + gain, 90 + gain], [80, 90])
+        assert bool(check.warnings) == warns
+        assert bool(check.facts) != warns
+        assert check.not_tested is None
+
+    def test_has_an_interval_over_the_seeds(self) -> None:
+        (text,) = self.check([80.3, 90.5], [80, 90], factor=2).warnings
+        # t(0.975, 1) = 12.706, times 0.1414 / sqrt(2)
+        assert text.startswith("2 times the epochs gained 0.40 ± 1.27 points per doubling (2 seeds")
+
+    def test_without_a_common_seed(self) -> None:
+        check = self.check([np.nan, 90], [80, np.nan])
+        assert (check.warnings, check.facts) == ((), ())
+
+
 class TestChance:
     @pytest.mark.parametrize(("accuracy", "count"), [(10.2, 1), (19.9, 1), (20.1, 0), (90, 0)])
     def test_warns_near_chance(self, accuracy: float, count: int) -> None:
@@ -254,6 +280,15 @@ class TestOfAComparison:
             "warnings": [],
             "facts": ["graft", "papa", "one network"],
         }
+
+    def test_the_long_control_is_compared_with_independent_networks(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out", soup=0.5, invalid=20)
+        assert state.design is not None
+        checks = check_arms(state.design, arms, results.curves, state.plan.primary)
+        (facts,) = (check.facts for check in checks if check.arm.name.startswith("one network"))
+        assert facts[-1] == (
+            "4 times the epochs gained 0.00 points per doubling (3 seeds), less than 0.3"
+        )
 
     def test_coefficients_of_one_half_are_no_grafting(self, tmp_path: Path) -> None:
         half = {"coefficient_min": 0.49, "coefficient_max": 0.51}

@@ -7,8 +7,9 @@ import pytest
 from made_up import make_plan
 
 from dist_graft.config import TrainConfig
-from dist_graft.studies.controls import Arm, Design, build_design
-from dist_graft.studies.plan import Plan
+from dist_graft.errors import ConfigError
+from dist_graft.studies.controls import Arm, Design, Run, build_design
+from dist_graft.studies.plan import BASELINES, Plan
 from dist_graft.studies.train_options import delivery, expand, merge, resolve, run_key
 
 
@@ -268,6 +269,103 @@ class TestBaselines:
         (arm,) = self.named(baselines={"local_sgd": {"graft.every_steps": 7}}).values()
         config = arm.config(0)
         assert (arm.networks, config.method, config.graft.every_steps) == (2, "average", 7)
+
+    def test_lengths_leave_out_a_variant(self) -> None:
+        baselines = {"ema": {"lengths": [1]}, "checkpoint_average": {"lengths": ["K"]}}
+        names = ["EMA of one network", "mean of checkpoints of one network, 2 x epochs"]
+        found = self.named(baselines=baselines)
+        assert list(found) == names
+        both = self.named(baselines=list(baselines))
+        assert [both[name].key for name in names] == [found[name].key for name in names]
+
+    def test_branches_continue_the_schedule_of_their_start(self) -> None:
+        (arm,) = self.named(
+            baselines={"branches": {"start": 0.3}},
+            networks=[4],
+            recipe={"epochs": 10, "optim.lr_diversity": "none"},
+        ).values()
+        assert arm.name == arm.label == "4 branches of one network after 3 of 10 epochs"
+        assert (arm.networks, arm.start_epochs, arm.delivers) == (4, 3, "soup")
+        config = arm.config(0)
+        assert (config.method, config.epochs, config.optim.schedule_epochs) == ("none", 10, 10)
+        run = Run(phase="comparison", arm=arm, seed=0)
+        assert [run.trained(epochs) for epochs in (2, 3, 4, 10)] == [2, 3, 7, 31]
+        assert run.cost == 3 + 4 * 7
+        assert replace(arm, start_epochs=4).key != arm.key
+        assert replace(arm, start_epochs=0).key != arm.key
+
+    @pytest.mark.parametrize("schedule", ["step", "constant"])
+    def test_branches_with_a_schedule_without_an_end(self, schedule: str) -> None:
+        (arm,) = self.named(baselines=["branches"], recipe={"optim.schedule": schedule}).values()
+        assert arm.config(0).optim.schedule_epochs is None
+
+    def test_snapshots_are_the_ends_of_the_cycles(self) -> None:
+        plans = {
+            4: {"baselines": ["snapshots"], "networks": [4]},
+            6: {"baselines": {"snapshots": {"optim.cycles": 6}}, "networks": [3]},
+        }
+        for cycles, changes in plans.items():
+            (arm,) = self.named(recipe={"epochs": 8}, **changes).values()
+            config, networks = arm.config(0), arm.group
+            assert arm.label == (
+                f"snapshot ensemble of one network, {networks} x epochs in {cycles} cycles"
+            )
+            assert (arm.networks, arm.delivers, config.epochs) == (1, "snapshots", 8 * networks)
+            assert (config.optim.cycles, config.checkpoint.keep) == (cycles, cycles)
+            assert config.checkpoint.every * cycles == config.epochs
+            kept = replace(arm, options=merge(arm.options, {"checkpoint.keep": 2}))
+            assert kept.key != arm.key
+
+    @pytest.mark.parametrize("primary", ["delivered", "ensemble"])
+    def test_snapshots_are_compared_with_ensembles_only(self, primary: str) -> None:
+        found = designed(plan(baselines=["snapshots", "ema"], primary=primary))
+        contrasts = [c for c in (*found.primary, *found.secondary) if "snapshot" in c.control_name]
+        assert [(c.outcome, c.control_outcome) for c in contrasts] == [("ensemble", "ensemble")]
+
+    def test_the_teachers_are_the_population_without_exchange(self) -> None:
+        found = designed(plan(baselines=["distilled"], recipe={"epochs": 3}))
+        arm = arm_of(found, "distilled from 2 members into one network")
+        without = arm_of(found, "no exchange")
+        assert arm.teachers
+        assert (arm.networks, arm.delivers) == (1, "network")
+        run, members = (Run(phase="comparison", arm=each, seed=5) for each in (arm, without))
+        assert run.teachers
+        assert run.teachers.key == members.key
+        assert run.cost == 3 * 2 + 3
+        assert run.key not in (Run(phase="comparison", arm=arm, seed=6).key, members.key)
+        assert replace(arm, teachers=None).key != arm.key
+
+    def test_members_and_student_have_the_same_learning_rate(self) -> None:
+        found = designed(plan(baselines=["distilled"], tuning={"rates": [0.3]}))
+        arm = arm_of(found, "distilled from 2 members into one network")
+        assert arm.teachers
+        assert arm.config(0).optim.lr == arm.teachers.config(0).optim.lr == 0.3
+        assert arm.teachers.key == arm_of(found, "no exchange").key
+
+    def test_a_single_network_has_averages_only(self) -> None:
+        found = designed(plan(networks=[1], methods=["internal"], baselines=list(BASELINES)))
+        assert [arm.name for arm in found.arms[2:]] == [
+            "EMA of one network",
+            "mean of checkpoints of one network",
+        ]
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"baselines": ["branches"], "recipe": {"epochs": 1}}, "got 0.5 of 1 epochs"),
+            (
+                {"baselines": ["snapshots"], "recipe": {"optim.schedule": "step"}},
+                "optim.cycles requires optim.schedule cosine",
+            ),
+            (
+                {"baselines": {"snapshots": {"optim.cycles": 3}}, "recipe": {"epochs": 5}},
+                "must divide the",
+            ),
+        ],
+    )
+    def test_what_cannot_be_trained_is_refused(self, changes: dict[str, Any], says: str) -> None:
+        with pytest.raises(ConfigError, match=says):
+            designed(plan(**changes))
 
     def test_are_compared_by_the_model_that_they_deliver(self) -> None:
         found = designed(plan(baselines=["ema"], primary="mean_of_members"))

@@ -26,8 +26,10 @@ from dist_graft.studies.comparison import FailedRunsError, compare, dry_run
 from dist_graft.studies.controls import Run
 from dist_graft.studies.execution import (
     RunFailedError,
+    count_images,
     error_line,
     finished_epochs,
+    is_finished,
     largest,
     read_curve,
     read_delivered,
@@ -40,6 +42,7 @@ from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
 from dist_graft.studies.selection import study_state
 from dist_graft.studies.statistics import seeds_needed, upper_limit
+from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -212,6 +215,75 @@ class TestComparison:
         assert len(starts(behaviour)) == 4
         with pytest.raises(ConfigError, match="has the comparison of another plan"):
             compare(plan(seeds=[0, 1, 2]), out, report_only=True)
+
+
+class TestStages:
+    """Runs that are trained in two stages."""
+
+    def test_teachers_are_trained_before_their_student_once(
+        self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        members = {}
+
+        def networks_of(folder: Path, run: Run) -> list[Path]:
+            members[folder.name] = run
+            return [tmp_path / "teacher.pt"]
+
+        monkeypatch.setattr(execution, "_networks_of", networks_of)
+        student_only = plan(baselines=["distilled"], seeds=[3])
+        runs = {run.arm.name: run for run in study_state(student_only).comparison_runs}
+        student = runs["distilled from 2 members into one network"]
+        assert student.teachers
+        teachers = folder_of(student.teachers)
+        out = tmp_path / "out"
+        row, _ = execution.execute_run(
+            student, out, keep_checkpoints=1, on_progress=lambda done: None
+        )
+        assert (row["status"], row["delivers"]) == ("ok", "network")
+        assert starts(behaviour) == [teachers, folder_of(student)]
+        assert list(members) == [teachers]
+        options = yaml.safe_load((out / "runs" / folder_of(student) / "options.yaml").read_text())
+        assert options["distill"]["teachers"] == [str(tmp_path / "teacher.pt")]
+        costs = [
+            json.loads((out / "runs" / name / "cost.json").read_text())["wall_seconds"]
+            for name in (teachers, folder_of(student))
+        ]
+        assert row["wall_seconds"] == pytest.approx(sum(costs))
+
+        # The control whose networks they are is evaluated, and not trained again.
+        compare(student_only, out)
+        assert starts(behaviour).count(teachers) == 1
+        assert starts(behaviour).count(folder_of(student)) == 1
+
+    def test_a_branch_resumes_in_the_stage_that_is_due(
+        self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        branching = plan(baselines=["branches"], recipe={"epochs": 4}, networks=[3])
+        run = next(r for r in study_state(branching).comparison_runs if "branches" in r.arm.name)
+        commands: list[list[str]] = []
+        monkeypatch.setattr(
+            execution, "_execute", lambda found, output, on_wait: commands.extend(found)
+        )
+        monkeypatch.setattr(execution, "train_commands", train_commands)
+
+        def due(epoch: int, networks: int) -> list[str]:
+            commands.clear()
+            folder = tmp_path / f"{epoch} {networks}"
+            if epoch:
+                path = checkpoint_path(folder / "checkpoints", epoch)
+                files = [f"network{network:02d}.pt" for network in range(networks)]
+                sums = [save_network(path / name, {}) for name in files]
+                mark_complete(path, epoch=epoch, round_=0, sha256=sums)
+            with pytest.raises(RunFailedError, match="without writing summary"):
+                execution._train(run, folder, [], lambda done: None)
+            return [
+                f"{words[4]} {' '.join(words[-2:])}".removeprefix("--nproc-per-node=")
+                for words in commands
+            ]
+
+        start, rest = "1 --epochs 2", "3 --resume_networks [0]"
+        assert due(0, 1) == due(1, 1) == [start, rest]
+        assert due(2, 1) == due(2, 3) == due(3, 3) == [rest]
 
 
 class TestFailedRun:
@@ -711,6 +783,41 @@ class TestReading:
             "mean_of_members": [20.0, 35.0],
         }
         assert finished_epochs(tmp_path) == 2
+
+    def test_curve_of_a_run_that_branches(self, tmp_path: Path) -> None:
+        write_metrics(tmp_path / "before_epoch_0002", "test_accuracy", [5.0, 8.0])
+        write_metrics(tmp_path, "test_accuracy", [10.0], [30.0])
+        assert read_curve(tmp_path, RATES, "test").to_dict("list") == {
+            "epoch": [0, 1, 2],
+            "largest_lr_member": [5.0, 8.0, 30.0],
+            "mean_of_members": [5.0, 8.0, 20.0],
+        }
+        assert finished_epochs(tmp_path) == 3
+
+    def test_images_of_all_stages(self, tmp_path: Path) -> None:
+        recipe = {"epochs": 4, "data.batch_size": 32, "data.train_samples": 60}
+        state = study_state(plan(recipe=recipe, baselines=["branches", "distilled"]))
+        branches, student = (
+            next(run for run in state.comparison_runs if name in run.arm.name)
+            for name in ("branches", "distilled")
+        )
+        assert student.teachers
+        for name in ("a", "b"):
+            (tmp_path / name / "network00").mkdir(parents=True)
+            write_json(tmp_path / name / "network00" / "status.json", {"steps_per_epoch": 2})
+        images = {"steps": 4 * 2, "images_seen": (2 + 2 * 2) * 60}
+        assert count_images({tmp_path / "a": branches}) == images
+        stages = {tmp_path / "a": student.teachers, tmp_path / "b": student}
+        assert count_images(stages) == images | {"images_seen": (2 * 4 + 4) * 60}
+        (tmp_path / "a/network00/status.json").unlink()
+        assert count_images(stages) == {}
+
+    def test_a_run_that_branches_is_finished_with_all_networks(self, tmp_path: Path) -> None:
+        assert not is_finished(tmp_path, 2)
+        write_json(tmp_path / "summary.json", {"networks": [{}]})
+        assert not is_finished(tmp_path, 2)
+        write_json(tmp_path / "summary.json", {"networks": [{}, {}]})
+        assert is_finished(tmp_path, 2)
 
     def test_run_that_has_not_started(self, tmp_path: Path) -> None:
         assert finished_epochs(tmp_path) == 0

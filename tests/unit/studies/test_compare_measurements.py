@@ -147,6 +147,7 @@ class TestOtherFiles:
             "ensemble_test_calibration_error_reestimated": 1.0,
             "disagreement": 7.0,
             "barrier": {"mean": 0.1},
+            "barrier_before_last_round": {"mean": 0.7},
             "uniform_soup": {"test_loss": 0.25, "test_calibration_error": None},
         }
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
@@ -157,6 +158,7 @@ class TestOtherFiles:
             "ensemble_calibration_error": 1.0,
             "disagreement": 7.0,
             "barrier": 0.1,
+            "barrier_before": 0.7,
             "soup_nll": 0.25,
         }
 
@@ -194,6 +196,7 @@ def test_every_column_is_declared(tmp_path: Path) -> None:
         members = {f"{name}_reestimated": 1.0 for name in score}
         evaluation = {"members": [members], "uniform_soup": score, "disagreement": 1.0}
         evaluation |= {f"ensemble_{name}": 1.0 for name in members} | {"barrier": {"mean": 0.0}}
+        evaluation["barrier_before_last_round"] = {"mean": 1.0}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         found |= measure(folder, run_of(method=method, **options))
     assert set(found) == set(MEASURED)

@@ -730,3 +730,75 @@ def test_html_escapes_text_and_aligns_numbers() -> None:
     assert "<c>" not in text
     assert '<td class="number">−0.10 ± 0.30</td>' in text
     assert "<td>a|b</td>" in text
+
+
+class TestBaselinesInStages:
+    """Branches, a snapshot ensemble, and a distilled network, on made-up rows."""
+
+    BRANCHES = "2 branches of one network after 4 of 8 epochs"
+    SNAPSHOTS = "snapshot ensemble of one network, 2 x epochs in 2 cycles"
+    DISTILLED = "distilled from 2 members into one network"
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def blocks(tmp_path_factory: pytest.TempPathFactory) -> list[Block]:
+        declared = plan(
+            methods=["graft"],
+            networks=[2],
+            leave_out=["constant", "shuffled"],
+            baselines=["branches", "snapshots", "distilled"],
+            tuning="none",
+        )
+        folder = tmp_path_factory.mktemp("stages")
+        state, results = carry_out_measured(declared, folder, lambda run: 86.0 + run.seed)
+        return build_report(state, results, [])[0]
+
+    def test_costs(self, blocks: list[Block]) -> None:
+        rows = {row["arm"]: row for row in table_of(blocks, "images seen, million")}
+        images = {name: float(row["images seen, million"]) for name, row in rows.items()}
+        assert images[self.BRANCHES] == (4 + 2 * 4) * 0.01
+        assert images[self.SNAPSHOTS] == images["graft, 2 networks"] == 2 * 8 * 0.01
+        assert images[self.DISTILLED] == (2 * 8 + 8) * 0.01
+        text = next(b.text for b in blocks if isinstance(b, Paragraph) and "To train" in b.text)
+        assert f"{self.BRANCHES}: 4 + 2 x 4 epochs of a network, instead of 2 x 8" in text
+        assert f"{self.DISTILLED}: the 2 members are included" in text
+        assert "snapshot" not in text
+
+    def test_delivered_models(self, blocks: list[Block]) -> None:
+        rows = table_of(blocks, "delivers", "NLL, members")
+        delivered = {row["arm"]: row["delivers"] for row in rows}
+        assert {name: delivered[name] for name in (self.BRANCHES, self.DISTILLED)} == {
+            self.BRANCHES: "soup",
+            self.DISTILLED: "network",
+        }
+        assert delivered[self.SNAPSHOTS] == "snapshots"
+
+    def test_snapshots_are_among_the_ensembles_only(self, blocks: list[Block]) -> None:
+        primary = [row["arm"] for row in table_of(blocks, "arm", "role", "each seed")]
+        assert self.SNAPSHOTS not in primary
+        assert {self.BRANCHES, self.DISTILLED} <= set(primary)
+        ensembles = [row["arm"] for row in table_of(blocks, "arm", "ensemble", "uniform soup")]
+        assert self.SNAPSHOTS in ensembles
+        assert self.DISTILLED not in ensembles
+        tables = [b for b in blocks if isinstance(b, Table) and "p (Holm)" in b.header]
+        names = [row[1] for table in tables for row in table.rows]
+        assert {self.BRANCHES, self.SNAPSHOTS, self.DISTILLED} <= set(names)
+
+    def test_a_soup_of_branches_must_form(self, blocks: list[Block]) -> None:
+        checks = {row["arm"]: row for row in table_of(blocks, "arm", "result", "numbers")}
+        assert checks[self.BRANCHES]["result"] == "not tested"
+        assert "points below the mean member" in checks[self.BRANCHES]["numbers"]
+        (row,) = (
+            row
+            for table in (b for b in blocks if isinstance(b, Table) and "p (Holm)" in b.header)
+            for row in table.rows
+            if row[1] == self.BRANCHES
+        )
+        assert row[-1] == "not tested"
+
+    def test_barrier_before_and_after_the_last_round(self, blocks: list[Block]) -> None:
+        before = "loss barrier before the last round, nats"
+        rows = {row["arm"]: row for row in table_of(blocks, before)}
+        graft = rows["graft, 2 networks"]
+        assert (numbers(graft[before])[0], numbers(graft["loss barrier, nats"])[0]) == (0.9, 0.02)
+        assert rows["no exchange, 2 networks"][before] == "–"

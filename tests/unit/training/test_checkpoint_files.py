@@ -188,6 +188,17 @@ class TestCheckpoints:
         assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2, 3][-keep:]
         assert len(list(tmp_path.iterdir())) == min(keep, 3)
 
+    def test_prune_deletes_checkpoints_inside_an_epoch_first(self, tmp_path: Path) -> None:
+        """A run that stopped in epochs 1 and 3 ends with the checkpoints of one that did not."""
+        for epoch, round_ in ((1, None), (1, 1), (2, None), (3, None), (3, 3), (3, 4), (4, None)):
+            path = checkpoint_path(tmp_path, epoch, round_)
+            digest = save_network(path / "network00.pt", {})
+            mark_complete(path, epoch=epoch, round_=round_ or epoch, sha256=[digest])
+            prune(tmp_path, 3)
+            assert complete_checkpoints(tmp_path)[-1].path == path
+        names = [found.path.name for found in complete_checkpoints(tmp_path)]
+        assert names == ["epoch_0002", "epoch_0003", "epoch_0004"]
+
     def test_clear_newer(self, tmp_path: Path) -> None:
         """Incomplete checkpoints are deleted, damaged ones are renamed."""
         for epoch in (1, 2, 3, 4):

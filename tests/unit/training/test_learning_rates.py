@@ -71,6 +71,22 @@ def test_cosine_is_updated_after_every_step() -> None:
     assert found == [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
 
 
+@pytest.mark.parametrize(("unit", "steps"), [("epoch", 2), ("step", 3)])
+def test_every_cycle_is_a_cosine_schedule_of_its_length(unit: Any, steps: int) -> None:
+    config = OptimConfig(schedule_unit=unit, cycles=3)
+    found = factors(config, epochs=12, steps_per_epoch=steps)
+    cycle = factors(OptimConfig(schedule_unit=unit), epochs=4, steps_per_epoch=steps)
+    assert found == pytest.approx(cycle * 3)
+    assert found[:: 4 * steps] == [1.0, 1.0, 1.0]
+    assert schedule(config, epochs=12, steps_per_epoch=steps)(12 * steps) == 0.0
+
+
+def test_schedule_epochs_replace_the_epochs_of_the_run() -> None:
+    whole = factors(OptimConfig(), epochs=6, steps_per_epoch=2)
+    part = factors(OptimConfig(schedule_epochs=6), epochs=4, steps_per_epoch=2)
+    assert part == whole[: len(part)]
+
+
 def test_step_decays_every_step_epochs() -> None:
     config = OptimConfig(schedule="step", step_epochs=2, step_factor=0.5)
     assert factors(config, epochs=5, steps_per_epoch=2) == [1.0] * 4 + [0.5] * 4 + [0.25] * 2

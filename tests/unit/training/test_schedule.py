@@ -107,6 +107,18 @@ def test_the_number_of_rounds_before_a_step(run: dict[str, Any]) -> None:
 
 
 @given(RUNS)
+def test_the_last_round_of_a_run(run: dict[str, Any]) -> None:
+    cadence, length = run["cadence"], run["steps_per_epoch"]
+    rounds = [s.epoch * length + s.last for s in of(run) if s.round]
+    last = [
+        steps
+        for steps in range(run["epochs"] * length + 1)
+        if cadence.is_last(steps, epochs=run["epochs"], steps_per_epoch=length)
+    ]
+    assert last == rounds[-1:]
+
+
+@given(RUNS)
 def test_rounds_follow_multiples_of_the_interval_or_the_listed_steps(run: dict[str, Any]) -> None:
     cadence, length = run["cadence"], run["steps_per_epoch"]
     epochs = run["epochs"]

@@ -6,12 +6,14 @@ The links between the pages of the site are checked by Sphinx.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,7 +203,7 @@ CHECKS = {
 }
 
 
-def run_python(folder: Path, *words: str, status: int = 0, **more: str) -> str:
+def run_python(folder: Path, *words: str, status: int = 0, limit: float = 280, **more: str) -> str:
     """Run Python in the folder, with the package from this checkout; returns standard output."""
     done = subprocess.run(
         [sys.executable, *words],
@@ -209,7 +211,7 @@ def run_python(folder: Path, *words: str, status: int = 0, **more: str) -> str:
         env=environment(PYTHONPATH=str(ROOT), **more),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit,
         check=False,
     )
     assert done.returncode == status, done.stdout + done.stderr
@@ -278,7 +280,7 @@ RUN_CHECKS = {"stripes": check_stripes, "tiny": check_tiny}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page(page: str, tmp_path: Path) -> None:
     document = Path(page)
@@ -322,7 +324,7 @@ def train(folder: Path, *options: str, status: int = 0) -> None:
     """Run `dist-graft train` in the folder."""
     words = ("--runtime.device", "cpu", "--runtime.threads", "1")
     command = ("-m", "dist_graft", "train", *options, *words)
-    run_python(folder, *command, status=status, TORCH_HOME="cache")
+    run_python(folder, *command, status=status, limit=600, TORCH_HOME="cache")
 
 
 # Python code of the pages, in two processes.
@@ -392,14 +394,56 @@ def test_your_rule_in_your_loop(tmp_path: Path) -> None:
 # Examples.
 
 
-@pytest.mark.parametrize("example", ["own_loop", "lightning_callback", "transformers_callback"])
-def test_loop_examples(example: str, tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    launcher = torchrun if example == "own_loop" else ()
-    output = run_python(tmp_path, *launcher, str(ROOT / f"docs/examples/{example}.py"))
+def shares_kept(output: str) -> list[float]:
+    """Share that each network kept in the last round, as an example prints it."""
     kept = dict(re.findall(r"network (\d) kept (0\.\d+) of its", output))
-    assert set(kept) == {"0", "1"}
-    assert sum(map(float, kept.values())) == pytest.approx(1, abs=0.011)
+    assert set(kept) == {"0", "1"}, output
+    return [float(kept[network]) for network in ("0", "1")]
+
+
+def test_the_example_of_a_loop(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output = run_python(tmp_path, *torchrun, str(ROOT / "docs/examples/own_loop.py"))
+    assert sum(shares_kept(output)) == pytest.approx(1, abs=0.011)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("example", "log"),
+    [
+        ("lightning_callback", "lightning/{}/lightning_logs/version_1/metrics.csv"),
+        ("transformers_callback", "transformers/{}/checkpoint-12/trainer_state.json"),
+    ],
+)
+def test_the_example_of_a_framework(example: str, log: str, tmp_path: Path) -> None:
+    """Run again with one more epoch, it resumes; run again after that, it ends at once."""
+    text = (ROOT / f"docs/examples/{example}.py").read_text()
+    longer = text.replace("epochs=2,", "epochs=3,")
+    assert longer != text
+    first_ended = 0
+    for number, program in enumerate((text, longer, longer)):
+        (tmp_path / "example.py").write_text(program)
+        output = run_python(tmp_path, "example.py", limit=600)
+        if number < 2 or example == "transformers_callback":
+            assert sum(shares_kept(output)) == pytest.approx(1, abs=0.011)
+        else:
+            assert output.count("had already trained for all epochs") == 2
+        if number == 1:
+            for network in ("network00", "network01"):
+                check_resumed(tmp_path / "runs" / log.format(network), first_ended)
+        first_ended = first_ended or time.time_ns()
+
+
+def check_resumed(log: Path, first_ended: int) -> None:
+    """The log of a framework has the third epoch from a resumed run."""
+    if log.suffix == ".csv":
+        with log.open() as file:
+            assert {row["epoch"] for row in csv.DictReader(file)} == {"2"}
+    else:
+        history = json.loads(log.read_text())["log_history"]
+        assert [row["epoch"] for row in history if "graft/coefficient" in row] == [1, 2, 3]
+        assert (log.parents[1] / "checkpoint-4/trainer_state.json").stat().st_mtime_ns < first_ended
 
 
 def test_the_regression_example(tmp_path: Path) -> None:
@@ -411,7 +455,7 @@ def test_the_regression_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_segmentation_page(tmp_path: Path) -> None:
     """Stopped and resumed, the program gives the same weights; the page's code loads them."""
     text = (ROOT / "docs/examples/segmentation.py").read_text()
@@ -425,14 +469,14 @@ def test_the_segmentation_page(tmp_path: Path) -> None:
     place = {"cwd": stopped.parents[1], "PYTHONPATH": str(ROOT)}
     with running([program], **place) as (process,):
         reached = checkpoint_is_complete(stopped, 1)
-        wait_until(reached, "a checkpoint", seconds=200, meanwhile=[process])
+        wait_until(reached, "a checkpoint", seconds=600, meanwhile=[process])
         (stopped / "STOP").touch()
-        done = wait_for_end(process, 200)
+        done = wait_for_end(process, 300)
     assert done.status == 1
     assert "StoppedEarlyError" in done.errors.splitlines()[-1]
     assert not (stopped / "summary.json").exists()
-    run_python(stopped.parents[1], "segmentation.py")
-    run_python(straight.parents[1], "segmentation.py")
+    run_python(stopped.parents[1], "segmentation.py", limit=600)
+    run_python(straight.parents[1], "segmentation.py", limit=600)
     for network in (0, 1):
         one, other = (checkpoint(run, 4, network)["model"] for run in (straight, stopped))
         assert_same_bits(one, other)

@@ -43,7 +43,6 @@ _UNREADABLE = (
 )
 """Errors of reading a config.yaml that is missing or invalid."""
 OPEN_ENDED_SCHEDULES = ("constant", "step")
-"""Learning rate schedules that do not depend on the number of epochs."""
 """Schedules that do not depend on the number of epochs."""
 
 

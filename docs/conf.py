@@ -5,19 +5,24 @@ sphinx-build -W --keep-going -b html docs docs/_build/html
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from myst_parser.parsers.sphinx_ import MystParser
+
 from dist_graft.version import VERSION
 
 if TYPE_CHECKING:
+    from docutils import nodes
     from sphinx.application import Sphinx
 
 project = "dist_graft"
 version = release = VERSION
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".ipynb": "notebook"}
 
 html_theme = "furo"
 html_title = f"dist_graft {VERSION}"
@@ -80,6 +85,33 @@ def _translate_docstring(
     lines[:] = [*_to_rst(lines), ""]
 
 
+class NotebookParser(MystParser):  # type: ignore[misc]
+    """Notebooks with their stored output, as Markdown."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Parse the notebook's JSON."""
+        parts = [part for cell in json.loads(inputstring)["cells"] for part in _to_markdown(cell)]
+        super().parse("\n\n".join(parts), document)
+
+
+def _to_markdown(cell: dict[str, Any]) -> Iterator[str]:
+    """Source of a cell, its pictures, and what it printed."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        yield source
+        return
+    has_commands = re.search(r"^!", source, re.MULTILINE)
+    yield f"```{'text' if has_commands else 'python'}\n{source}\n```"
+    for output in cell["outputs"]:
+        if picture := output.get("data", {}).get("image/png"):
+            yield f"![output](data:image/png;base64,{''.join(picture).strip()})"
+        elif output.get("name") == "stdout":
+            yield f"```text\n{''.join(output['text'])}```"
+
+
 def setup(app: Sphinx) -> None:
-    """Register the translation of docstrings."""
+    """Register the translation of docstrings, and notebooks."""
     app.connect("autodoc-process-docstring", _translate_docstring)
+    app.add_source_parser(NotebookParser)

@@ -32,6 +32,7 @@ _SUFFIXES: dict[Format, str] = {
     "torch_export": ".pt2",
     "onnx": ".onnx",
 }
+_OF_THE_MACHINE = ("root", "workers", "download")
 _DEFAULT_SIZE = 32
 """Image size of programs of runs that do not say theirs."""
 
@@ -106,6 +107,7 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "results": _results(stored),
         "method": {"name": config.method, "graft": asdict(config.graft)},
         "data": config.data.name,
+        "training": training_options(asdict(config)),
         "sha256": sha256,
         "versions": versions(),
         "dist_graft": VERSION,
@@ -114,6 +116,13 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
     write_atomically(
         folder / EXPORT_DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode()
     )
+
+
+def training_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a control without exchange shares with its run, without those of the machine."""
+    data = {key: value for key, value in config["data"].items() if key not in _OF_THE_MACHINE}
+    shared = {key: config[key] for key in ("epochs", "model", "optim")} | {"data": data}
+    return json.loads(json.dumps(shared))  # type: ignore[no-any-return]
 
 
 def _same_export(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:

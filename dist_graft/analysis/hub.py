@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from dist_graft.analysis.exported import verified_content
-from dist_graft.analysis.exporting import weights_file
+from dist_graft.analysis.exporting import training_options, weights_file
+from dist_graft.analysis.run_files import read_run
 from dist_graft.errors import ConfigError
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
 
 _EXPORTED = (".safetensors", ".pt")
+_NO_CONTROL = "No control was trained: these numbers do not show whether the exchange helped."
+_ABOUT_CONTROL = (
+    "The control has the same data, model, optimizer and epochs, but no rounds. This is one run of "
+    "each, without a statistical test."
+)
 
 
-def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
+def repository_files(folder: Path, repo: str, *, control: Path | None = None) -> dict[str, bytes]:
     """Content of a repository's files by name; weights in the format pt become safetensors.
 
-    Raises: RunDirectoryError if the export is missing or damaged; ConfigError if it holds programs
-        instead of weights.
+    Raises: RunDirectoryError if the export or the control is missing or damaged; ConfigError if the
+        export holds programs instead of weights, or the control does not match it.
     """
     description = read_description(folder)
+    control_summary = _control_summary(control, description, folder) if control else None
     names = sorted(description["sha256"])
     chosen = {Path(name).stem: name for name in names if name.endswith(_EXPORTED)}
     if not chosen:
@@ -43,8 +50,51 @@ def repository_files(folder: Path, repo: str) -> dict[str, bytes]:
         results.pop("run_dir", None)
         results.pop("events", None)  # they name machines
     files[EXPORT_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
-    files["README.md"] = model_card(description, repo).encode()
+    files["README.md"] = model_card(description, repo, control=control_summary).encode()
     return files
+
+
+def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Content of summary.json of a run like the exported one, but without exchange.
+
+    Raises: ConfigError if it differs otherwise, exchanged weights, or has not finished.
+    """
+    run = read_run(path)
+    expected = description.get("training")
+    if not expected or not (description.get("results") or {}).get("summary"):
+        raise ConfigError(
+            f"{folder} cannot have a control: export the finished run again with this version"
+        )
+    if not run.summary:
+        raise ConfigError(f"--control {path} has no summary.json: let this run finish")
+    if any(network.last_round for network in run.networks):
+        raise ConfigError(f"--control {path} exchanged weights: train it with --graft.every 0")
+    found = training_options(run.config)
+    for section, values in expected.items():
+        if found[section] != values:
+            there, here = (
+                _differences(section, *pair)
+                for pair in ((found[section], values), (values, found[section]))
+            )
+            raise ConfigError(
+                f"--control {path} has {there}, but {folder} has {here}: it must differ in the "
+                "exchange only"
+            )
+    return run.summary
+
+
+def _differences(section: str, values: Any, others: Any) -> str:
+    """The options of a section that differ, with their values."""
+    if not isinstance(values, dict):
+        return f"{section} {values}"
+    return (
+        ", ".join(
+            f"{section}.{name} {value}"
+            for name, value in values.items()
+            if name not in others or others[name] != value
+        )
+        or f"no such options in {section}"
+    )
 
 
 def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
@@ -79,8 +129,16 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
     return f"uploaded {len(files)} files: {url}"
 
 
-def model_card(description: Mapping[str, Any], repo: str) -> str:
-    """README.md of the repository: what was trained, its accuracies, and how to load it."""
+def model_card(
+    description: Mapping[str, Any], repo: str, *, control: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of the repository: what was trained, its accuracies, and how to load it.
+
+    Args:
+        description: content of export.json.
+        repo: name of the repository.
+        control: content of summary.json of a run without exchange.
+    """
     networks = [name for name in description["sha256"] if name.startswith("network")]
     name = description["model"] or "a model built in Python"
     graft = description.get("method") or {}
@@ -102,7 +160,7 @@ def model_card(description: Mapping[str, Any], repo: str) -> str:
         "",
         "## Results",
         "",
-        *_results(description),
+        *_results(description, control),
         "",
         "## Use",
         "",
@@ -126,8 +184,8 @@ def model_card(description: Mapping[str, Any], repo: str) -> str:
     return "\n".join(lines)
 
 
-def _results(description: Mapping[str, Any]) -> list[str]:
-    """Table of the population, as Markdown."""
+def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
+    """Table of the population and its control, as Markdown."""
     results = description.get("results") or {}
     summary, evaluation = results.get("summary"), results.get("evaluation")
     if not summary:
@@ -135,7 +193,8 @@ def _results(description: Mapping[str, Any]) -> list[str]:
             (file, *(_number(values.get(key)) for key in ("test_accuracy", "test_loss")))
             for file, values in (description.get("metrics") or {}).items()
         ]
-        return _table(("network", "test accuracy (%)", "test loss"), rows) if rows else ["none"]
+        text = _table(("network", "test accuracy (%)", "test loss"), rows) if rows else ["none"]
+        return [*text, "", _NO_CONTROL]
     metric = summary.get("metric", "accuracy")
     moments = (f"{metric}_before_last_round", f"{metric}_after_last_round")
     unit = " (%)" if metric == "accuracy" else ""
@@ -143,11 +202,16 @@ def _results(description: Mapping[str, Any]) -> list[str]:
         (f"network {each['network']} (lr {each['lr']:.4g})", *(_number(each[m]) for m in moments))
         for each in summary["networks"]
     ]
-    for name in ("mean", "ensemble"):
-        if f"{name}_{moments[0]}" in summary:
-            rows.append((name, *(_number(summary[f"{name}_{moment}"]) for moment in moments)))
+    named = {"mean": (summary, "mean"), "ensemble": (summary, "ensemble")}
+    if control:
+        networks = len(control["networks"])
+        title = f"control without exchange ({networks} network{'s' if networks > 1 else ''})"
+        named |= {f"{title}: {name}": (control, name) for name in ("mean", "ensemble")}
+    for title, (source, name) in named.items():
+        if f"{name}_{moments[0]}" in source:
+            rows.append((title, *(_number(source[f"{name}_{moment}"]) for moment in moments)))
     header = ("", f"test {metric} before the last round{unit}", f"after it{unit}")
-    text = _table(header, rows)
+    text = [*_table(header, rows), "", _ABOUT_CONTROL if control else _NO_CONTROL]
     if evaluation:
         soup = evaluation["uniform_soup"]
         text += [

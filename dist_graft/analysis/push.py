@@ -24,6 +24,13 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     add("--repo", type=str, required=True, help="repository, such as USER/NAME")
     add("--private", action="store_true", help="create a private repository")
     add(
+        "--control",
+        type=str | None,
+        default=None,
+        help="finished run with the same data, model, optimizer and epochs, but without exchange; "
+        "the model card shows its results",
+    )
+    add(
         "--out",
         type=str | None,
         default=None,
@@ -35,13 +42,15 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
 def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     """Upload an export, or write what would be uploaded. Yields its location.
 
-    Raises: RunDirectoryError; ConfigError if huggingface_hub is missing or the Hub refuses.
+    Raises: RunDirectoryError; ConfigError if the control does not match the export,
+        huggingface_hub is missing, or the Hub refuses.
     """
     del process
     from dist_graft.analysis.hub import repository_files, upload
     from dist_graft.run_directory import write_atomically
 
-    files = repository_files(Path(options["export"]), options["repo"])
+    control = options["control"] and Path(options["control"])
+    files = repository_files(Path(options["export"]), options["repo"], control=control)
     if options["out"] is not None:
         for name, content in files.items():
             write_atomically(Path(options["out"], name), content)

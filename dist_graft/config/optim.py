@@ -60,8 +60,8 @@ class OptimConfig:
     step_factor: float = 0.1
     """Decay factor of the step schedule, in (0, 1]."""
     schedule_epochs: int | None = None
-    """Epochs that a cosine or user-defined schedule spans, at least `epochs`; unset: `epochs`. A run
-    that ends earlier can be resumed with more epochs."""
+    """Epochs that a cosine or own schedule spans, at least `epochs`; unset: `epochs`. A run that
+    ends earlier can be resumed with more epochs."""
     cycles: int = 1
     """Equal cycles of the cosine schedule, which starts again from the initial rate in each
     (arXiv 1608.03983); must divide the epochs that it spans."""

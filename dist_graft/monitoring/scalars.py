@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
@@ -41,7 +41,11 @@ def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
         scalars["round/seconds"] = metrics.graft["seconds"]
         scalars["round/megabytes_received"] = metrics.graft["bytes"] / 1e6
         scalars["round/lag"] = metrics.graft.get("lag")
-        scalars |= _by_unit("coefficient", metrics.graft["coefficient"])
+        coefficient = metrics.graft["coefficient"]
+        scalars |= _by_unit("coefficient", coefficient)
+        scalars |= _over_units(
+            "coefficient_minus_half", [kept - 0.5 for kept in coefficient.values()]
+        )
         distance = metrics.graft["distance"]
         scalars |= _by_unit("distance", distance, summary=False)
         if distance:
@@ -96,12 +100,17 @@ def _by_unit(
 ) -> dict[str, float | None]:
     """A scalar per graft unit and, if `summary`, their mean, minimum and maximum."""
     scalars = {f"{name}/{unit}": value for unit, value in values.items()}
-    known = [value for value in values.values() if value is not None]
-    if known and summary:
-        scalars[f"layers/{name}_mean"] = statistics.fmean(known)
-        scalars[f"layers/{name}_min"] = min(known)
-        scalars[f"layers/{name}_max"] = max(known)
+    if summary:
+        scalars |= _over_units(name, [value for value in values.values() if value is not None])
     return scalars
+
+
+def _over_units(name: str, values: Sequence[float]) -> Scalars:
+    """Mean, minimum and maximum of the graft units' values, if there are any."""
+    if not values:
+        return {}
+    summaries = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+    return {f"layers/{name}_{which}": value for which, value in summaries.items()}
 
 
 def _known(scalars: Mapping[str, float | None]) -> Scalars:

@@ -50,11 +50,9 @@ class Page:
         self._url = url
 
     def open(self, tab: str) -> None:
-        """Show a tab with raw lines: no smoothing, no outliers cut off."""
-        self._driver.get(self._url)
-        self._driver.execute_script("localStorage.setItem('_ignoreYOutliers', 'false')")
+        """Show a tab, with TensorBoard's default settings."""
         self._driver.get("about:blank")
-        self._driver.get(f"{self._url}/#{tab}&_smoothingWeight=0")
+        self._driver.get(f"{self._url}/#{tab}")
 
     def evaluate(self, selector: str, expression: str) -> list[Any]:
         """Evaluate a JavaScript expression of `element` for all matches, in shadow roots too."""

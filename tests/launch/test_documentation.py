@@ -14,9 +14,11 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from documents import (
     DOCUMENTS,
@@ -29,8 +31,10 @@ from documents import (
     prose_of,
     text_of,
 )
-from launching import environment
-from reading import metrics
+from launching import checkpoint_is_complete, environment, running, wait_for_end, wait_until
+from PIL import Image
+from reading import assert_same_bits, checkpoint, metrics, scalars
+from torchvision.models import get_model, get_model_weights
 
 import dist_graft
 from dist_graft.cli import _parse, command_parsers
@@ -52,6 +56,8 @@ NOT_PARSED = {
     "pip install '.[completion]'": "pip, needs a network",
     "sphinx-build -W --keep-going -b html docs docs/_build/html": "run by launch/test.sh",
     "tensorboard --logdir runs/first": "TensorBoard",
+    "tensorboard --logdir runs/segmentation": "TensorBoard",
+    "touch runs/segmentation/STOP": "test_the_segmentation_page",
     "touch runs/first/STOP": "tests/integration/test_status_of_a_run.py",
 }
 """Commands that this module does not check, and why."""
@@ -172,7 +178,7 @@ def check_tiny(run: Path) -> None:
 
 def check_recipe(run: Path) -> None:
     rates = [line["lr"] for line in metrics(run, 0)]
-    assert rates == pytest.approx([0, 0.001 * 0.5 / 0.7])
+    assert rates == pytest.approx([0, 0.001 * (2 / 3) / 0.7, 0.001 * (1 / 3) / 0.7])
 
 
 def check_noise(run: Path) -> None:
@@ -213,10 +219,6 @@ def check_my_logger(run: Path) -> None:
 
 
 CHECKS = {
-    "stripes.py": (check_stripes, ("--runtime.threads", "1")),
-    "tiny.py": (check_tiny, SMALL),
-    "recipe.py": (check_recipe, SMALL),
-    "noise.py": (check_noise, SMALL),
     "spread.py": (check_spread, ("--model.name", "resnet8", *SMALL)),
     "two_back.py": (check_two_back, ("--model.name", "resnet8", *SMALL)),
     "best.py": (check_best, ("--model.name", "resnet8", *SMALL)),
@@ -225,23 +227,25 @@ CHECKS = {
 }
 
 
-def run_python(folder: Path, *words: str) -> str:
+def run_python(folder: Path, *words: str, status: int = 0, limit: float = 280, **more: str) -> str:
     """Run Python in the folder, with the package from this checkout; returns standard output."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=str(ROOT), **more),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
 def test_every_file_of_the_documentation_is_checked() -> None:
-    assert set(FILES) == set(CHECKS)
+    pages = (Path(page) for page in PAGES)
+    followed = {name for name, block in FILES.items() if block.document in pages}
+    assert set(FILES) == set(CHECKS) | followed
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -256,6 +260,104 @@ def test_a_file_of_the_documentation(name: str, tmp_path: Path) -> None:
     launcher = {"torchrun": ["torch.distributed.run"], "dist-graft": ["dist_graft"]}[program]
     run_python(tmp_path, "-m", *launcher, *words, *options, "--runtime.device", "cpu")
     check(tmp_path / "runs" / module)
+
+
+# Pages about a task: all their commands, in order, in one folder. Each run is interrupted.
+
+
+def write_images(root: Path) -> None:
+    """Two classes of images, in the folders that the page describes."""
+    for split in ("train", "val"):
+        for color in ("red", "blue"):
+            folder = root / split / color
+            folder.mkdir(parents=True)
+            for number in range(12):
+                Image.new("RGB", (36 + number, 40), color).save(folder / f"{number}.png")
+
+
+def write_pretrained(folder: Path) -> None:
+    """A file in torch's cache, in place of the downloaded weights."""
+    weights = get_model_weights("resnet18").DEFAULT
+    path = folder / "hub/checkpoints" / Path(weights.url).name
+    path.parent.mkdir(parents=True)
+    torch.save(get_model("resnet18").state_dict(), path)
+
+
+STOP_ONCE = """
+import os
+import signal
+
+import dist_graft
+
+
+class StopOnce(dist_graft.Callback):
+    def on_epoch_end(self, trainer, report):
+        if trainer.epoch == 0 and trainer.process.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+IMAGES = ("--data.image_size", "32", "--data.workers", "0")
+PAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "docs/your_data.md": {"flowers": IMAGES, "stripes": (), "noise": SMALL},
+    "docs/your_model.md": {
+        **{"timm": SMALL, "tiny": SMALL, "recipe": SMALL, "more": SMALL},
+        "fine_tuned": IMAGES,
+    },
+}
+"""Runs of each page, and options that make them small."""
+RUN_CHECKS = {
+    "stripes": check_stripes,
+    "noise": check_noise,
+    "tiny": check_tiny,
+    "recipe": check_recipe,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page(page: str, tmp_path: Path) -> None:
+    document = Path(page)
+    if "timm" in PAGES[page]:
+        pytest.importorskip("timm")
+    for root in re.findall(r"--data\.root (\w\S*)", "\n".join(commands(document))):
+        write_images(tmp_path / root)
+    write_pretrained(tmp_path / "cache")
+    for name, block in FILES.items():
+        if block.document == document:
+            (tmp_path / name).write_text(block.text)
+    if "--init_from runs/first" in text_of(document):  # the run of docs/getting_started.md
+        train(tmp_path, "--run_dir", "runs/first", "--model.name", "resnet20", *SMALL)
+    (tmp_path / "stop_once.py").write_text(STOP_ONCE)
+    followed = []
+    for command in commands(document):
+        words = arguments(command)
+        if words is None or words[0] != "train" or "--run_dir" not in words:
+            continue
+        run = tmp_path / words[words.index("--run_dir") + 1]
+        options = [*words[1:], *PAGES[page][run.name], "--epochs", "3"]
+        options += ["--callbacks", "stop_once:StopOnce"]
+        train(tmp_path, *options, status=75)
+        assert not (run / "summary.json").exists()
+        train(tmp_path, *options)
+        followed.append(run.name)
+        networks = len(list(run.glob("network??")))
+        assert networks == (
+            int(words[words.index("--networks") + 1]) if "--networks" in words else 1
+        )
+        for network in range(networks):
+            assert [line["epoch"] for line in metrics(run, network)] == [0, 1, 2]
+            assert scalars(run / f"network{network:02d}")["accuracy/test"].keys() == {0, 1, 2}
+        assert (run / "checkpoints/epoch_0003/COMPLETE.json").exists()
+        if run.name in RUN_CHECKS:
+            RUN_CHECKS[run.name](run)
+    assert followed == list(PAGES[page])
+
+
+def train(folder: Path, *options: str, status: int = 0) -> None:
+    """Run `dist-graft train` in the folder."""
+    words = ("--runtime.device", "cpu", "--runtime.threads", "1")
+    command = ("-m", "dist_graft", "train", *options, *words)
+    run_python(folder, *command, status=status, limit=600, TORCH_HOME="cache")
 
 
 # Python code of the pages, in two processes.
@@ -325,26 +427,104 @@ def test_your_rule_in_your_loop(tmp_path: Path) -> None:
 # Examples.
 
 
-@pytest.mark.parametrize("example", ["own_loop", "lightning_callback", "transformers_callback"])
-def test_loop_examples(example: str, tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    launcher = torchrun if example == "own_loop" else ()
-    output = run_python(tmp_path, *launcher, str(ROOT / f"docs/examples/{example}.py"))
+def shares_kept(output: str) -> list[float]:
+    """Share that each network kept in the last round, as an example prints it."""
     kept = dict(re.findall(r"network (\d) kept (0\.\d+) of its", output))
-    assert set(kept) == {"0", "1"}
-    assert sum(map(float, kept.values())) == pytest.approx(1, abs=0.011)
+    assert set(kept) == {"0", "1"}, output
+    return [float(kept[network]) for network in ("0", "1")]
 
 
+def test_the_example_of_a_loop(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output = run_python(tmp_path, *torchrun, str(ROOT / "docs/examples/own_loop.py"))
+    assert sum(shares_kept(output)) == pytest.approx(1, abs=0.011)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("example", "metric", "limits"),
-    [("segmentation", "iou", (0.3, 1.0)), ("regression", "absolute_error", (0.0, 0.2))],
+    ("example", "log"),
+    [
+        ("lightning_callback", "lightning/{}/lightning_logs/version_1/metrics.csv"),
+        ("transformers_callback", "transformers/{}/checkpoint-12/trainer_state.json"),
+    ],
 )
-def test_trainer_examples(
-    example: str, metric: str, limits: tuple[float, float], tmp_path: Path
-) -> None:
-    path = ROOT / f"docs/examples/{example}.py"
+def test_the_example_of_a_framework(example: str, log: str, tmp_path: Path) -> None:
+    """Run again with one more epoch, it resumes; run again after that, it ends at once."""
+    text = (ROOT / f"docs/examples/{example}.py").read_text()
+    longer = text.replace("epochs=2,", "epochs=3,")
+    assert longer != text
+    first_ended = 0
+    for number, program in enumerate((text, longer, longer)):
+        (tmp_path / "example.py").write_text(program)
+        output = run_python(tmp_path, "example.py", limit=600)
+        if number < 2 or example == "transformers_callback":
+            assert sum(shares_kept(output)) == pytest.approx(1, abs=0.011)
+        else:
+            assert output.count("had already trained for all epochs") == 2
+        if number == 1:
+            for network in ("network00", "network01"):
+                check_resumed(tmp_path / "runs" / log.format(network), first_ended)
+        first_ended = first_ended or time.time_ns()
+
+
+def check_resumed(log: Path, first_ended: int) -> None:
+    """The log of a framework has the third epoch from a resumed run."""
+    if log.suffix == ".csv":
+        with log.open() as file:
+            assert {row["epoch"] for row in csv.DictReader(file)} == {"2"}
+    else:
+        history = json.loads(log.read_text())["log_history"]
+        assert [row["epoch"] for row in history if "graft/coefficient" in row] == [1, 2, 3]
+        assert (log.parents[1] / "checkpoint-4/trainer_state.json").stat().st_mtime_ns < first_ended
+
+
+def test_the_regression_example(tmp_path: Path) -> None:
+    path = ROOT / "docs/examples/regression.py"
     assert len(path.read_text().splitlines()) < 60
     run_python(tmp_path, str(path))
     for network in (0, 1):
-        value = metrics(tmp_path / "runs" / example, network)[-1][f"test_{metric}"]
-        assert limits[0] <= value <= limits[1]
+        assert metrics(tmp_path / "runs/regression", network)[-1]["test_absolute_error"] < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_segmentation_page(tmp_path: Path) -> None:
+    """Stopped and resumed, the program gives the same weights; the page's code loads them."""
+    text = (ROOT / "docs/examples/segmentation.py").read_text()
+    assert len(text.splitlines()) < 60
+    straight, stopped = (tmp_path / name / "runs/segmentation" for name in ("straight", "stopped"))
+    for run in (straight, stopped):
+        folder = run.parents[1]
+        folder.mkdir()
+        (folder / "segmentation.py").write_text(text)
+    program = [sys.executable, "segmentation.py"]
+    place = {"cwd": stopped.parents[1], "PYTHONPATH": str(ROOT)}
+    with running([program], **place) as (process,):
+        reached = checkpoint_is_complete(stopped, 1)
+        wait_until(reached, "a checkpoint", seconds=600, meanwhile=[process])
+        (stopped / "STOP").touch()
+        done = wait_for_end(process, 300)
+    assert done.status == 1
+    assert "StoppedEarlyError" in done.errors.splitlines()[-1]
+    assert not (stopped / "summary.json").exists()
+    run_python(stopped.parents[1], "segmentation.py", limit=600)
+    run_python(straight.parents[1], "segmentation.py", limit=600)
+    for network in (0, 1):
+        one, other = (checkpoint(run, 4, network)["model"] for run in (straight, stopped))
+        assert_same_bits(one, other)
+        lines = metrics(stopped, network)
+        assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+        assert 0.3 <= lines[-1]["test_iou"] <= 1
+        board = scalars(stopped / f"network{network:02d}")
+        assert board["iou/test"] == {
+            n: pytest.approx(line["test_iou"]) for n, line in enumerate(lines)
+        }
+
+    page = Path("docs/segmentation.md")
+    (export,) = (command for command in commands(page) if command.startswith("dist-graft export"))
+    run_python(stopped.parents[1], "-m", "dist_graft", *export.split()[1:])
+    (block,) = blocks(page, "python")
+    shown = "print((predicted == mask).float().mean().item())"
+    agreement = run_python(stopped.parents[1], "-c", f"{block.text}\n{shown}")
+    assert float(agreement) > 0.6

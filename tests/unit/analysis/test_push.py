@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from stored_runs import export_run, network, write_run
 
 import dist_graft
@@ -66,6 +68,73 @@ def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "secret-host" not in published
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
+
+
+@pytest.fixture
+def control(exported: Path, tmp_path: Path) -> Path:
+    """A finished run with the options of the exported one, without rounds."""
+    run = write_run(tmp_path / "alone", [network(7, name="resnet8").state_dict()], model="resnet8")
+    accuracies = {f"accuracy_{when}_last_round": 58.5 for when in ("before", "after")}
+    summary = {"networks": [{"network": 0, "lr": 0.1, **accuracies}]}
+    summary |= {f"mean_{key}": value for key, value in accuracies.items()}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_the_card_has_the_control(exported: Path, control: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hub"
+    push = ["push", str(exported), "--repo", "me/boots", "--out", str(out)]
+    assert cli.run(push) == 0
+    assert "No control was trained" in (out / "README.md").read_text()
+    assert cli.run([*push, "--control", str(control)]) == 0
+    card = (out / "README.md").read_text()
+    assert "| control without exchange (1 network): mean | 58.50 | 58.50 |" in card
+    assert "No control" not in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("data", "has data.name cifar10, but .* has data.name fashion-mini: it must differ"),
+        ("model", "has model.name resnet20, but .* has model.name resnet8"),
+        ("epochs", r"has epochs 7, but .* has epochs \d+"),
+        ("rounds", "exchanged weights: train it with --graft.every 0"),
+        ("summary", "has no summary.json: let this run finish"),
+        ("run", "is not a run directory"),
+    ],
+)
+def test_another_control_is_refused(
+    change: str,
+    says: str,
+    exported: Path,
+    control: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = yaml.safe_load((control / "config.yaml").read_text())
+    if change == "data":
+        config["data"]["name"] = "cifar10"
+    elif change == "model":
+        config["model"]["name"] = "resnet20"
+    elif change == "epochs":
+        config["epochs"] = 7
+    elif change == "rounds":
+        (control / "network00").mkdir()
+        line = {"epoch": 0, "graft": {"round": 0}}
+        (control / "network00/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    elif change == "summary":
+        (control / "summary.json").unlink()
+    else:
+        control = tmp_path / "nothing"
+    if control.exists():
+        (control / "config.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "hub"
+    push = ["push", str(exported), "--repo", "me/boots", "--out", str(out)]
+    assert cli.run([*push, "--control", str(control)]) != 0
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(says, error)
+    assert not out.exists()
 
 
 class _Hub(BaseHTTPRequestHandler):

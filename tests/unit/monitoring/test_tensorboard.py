@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,9 @@ WITH_A_ROUND = {
     "layers/coefficient_mean": 0.5625,
     "layers/coefficient_min": 0.5,
     "layers/coefficient_max": 0.625,
+    "layers/coefficient_minus_half_mean": 0.0625,
+    "layers/coefficient_minus_half_min": 0.0,
+    "layers/coefficient_minus_half_max": 0.125,
 }
 OPTIONS: dict[str, float | str] = {"network": 1, "lr": 0.25, "method": "graft", "every": 1}
 WITH_VALIDATION = {"loss/val": 2.0, "accuracy/val": 50.0}
@@ -233,7 +235,7 @@ def test_a_round(tmp_path: Path) -> None:
 
 
 def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
-    """Each pattern fits exactly one tag that a run writes, and no chart is empty."""
+    """No chart is empty."""
     board = NetworkBoard(tmp_path / "network00", start_epoch=0, options=OPTIONS)
     graft = GRAFT | {"distance": {"conv1": 1.0}}
     times = dict.fromkeys(PHASES, 1.0)
@@ -250,15 +252,11 @@ def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
     whole.epoch(report_of(10.0, 20.0, ensemble=30.0))
     whole.close()
     tags = {**scalars(tmp_path / "network00"), **scalars(folder)}
-    patterns = [
-        pattern
-        for charts in layout(folder).values()
-        for chart in charts.values()
-        for pattern in chart
-    ]
-    assert len(patterns) > 25
-    for pattern in patterns:
-        assert sum(bool(re.match(pattern, tag)) for tag in tags) == 1 or pattern in tags, pattern
+    shown = {
+        tag for charts in layout(folder).values() for chart in charts.values() for tag in chart
+    }
+    assert len(shown) > 20
+    assert shown <= set(tags)
 
 
 def test_without_rounds_there_are_no_charts_of_them() -> None:
@@ -271,7 +269,7 @@ def test_the_charts_of_another_metric() -> None:
     charts = custom_scalars("l1", validation=True, rounds=False, metric="iou")
     assert "accuracy, %" not in charts
     tags = [str(tag) for title in charts["iou, all networks"].values() for tag in title[1]]
-    assert {"iou/test$", "iou/train$", "iou/val$"} <= set(tags)
+    assert {"iou/test", "iou/train", "iou/val"} <= set(tags)
     assert not any("ensemble" in tag for tag in tags)
 
 

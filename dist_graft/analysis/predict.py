@@ -29,7 +29,7 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         type=str,
         nargs="+",
         metavar="EXPORT [EXPORT ...] IMAGE",
-        help="exported files, or folders (for their first network), then images",
+        help="exported files, or folders (for their first network), then images or folders of them",
     )
     add("--top", type=int, default=5, help="number of classes for each image")
     add("--json", action="store_true", help="print a JSON list")
@@ -55,7 +55,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     from dist_graft.analysis.exported import is_export, predict
 
     exports = [path for path in paths if is_export(path)]
-    images = [path for path in paths if path not in exports]
+    images = [image for path in paths if path not in exports for image in _images(path)]
     if not exports:
         raise ConfigError(
             f"{paths[0]} is neither an exported folder nor a file in one: run dist-graft export"
@@ -77,6 +77,18 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
         for rank, each in enumerate(result["classes"], 1)
     ]
     yield format_table(("image", "rank", "class", "probability"), rows)
+
+
+def _images(path: Path) -> list[Path]:
+    """The images below a folder, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    from dist_graft.training.data.image_files import IMG_EXTENSIONS, image_names
+
+    images = [path / name for name in image_names(path)]
+    if not images:
+        raise DataError(f"{path} has no images ({', '.join(IMG_EXTENSIONS)})")
+    return images
 
 
 COMMAND = Command(

@@ -70,7 +70,7 @@ class ImageFiles:
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         if not classes:
             raise DataError(f"{folder} has no class folders: imagefolder needs one per class")
-        files = cls.of_classes(folder, ((name, _names(folder / name)) for name in classes))
+        files = cls.of_classes(folder, ((name, image_names(folder / name)) for name in classes))
         counts = np.bincount(files.labels, minlength=len(classes))
         if not counts.all():
             raise DataError(
@@ -88,7 +88,7 @@ class ImageFiles:
         return self.folder / self.classes[label] / name, label
 
 
-def _names(folder: Path) -> Iterator[str]:
+def image_names(folder: Path) -> Iterator[str]:
     """Paths of the images below a folder, relative to it."""
     for path, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names):

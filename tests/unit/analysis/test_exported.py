@@ -246,12 +246,23 @@ class TestPredict:
         assert shares == sorted(shares, reverse=True)
         assert len(lines) == 11
 
+    def test_images_of_a_folder(
+        self, exported: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("shoes/boot.png", "shirt.PNG", "notes.txt"):
+            (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "photos" / name).write_bytes(photo.read_bytes())
+        _, out, _ = called(capsys, "predict", exported, tmp_path / "photos", "--json")
+        found = [Path(result["image"]).name for result in json.loads(out)]
+        assert found == ["shirt.PNG", "boot.png"]
+
     @pytest.mark.parametrize(
         ("argv", "says"),
         [
             (["nowhere", "PHOTO"], "nowhere does not exist"),
             (["PHOTO", "PHOTO"], "is neither an exported folder nor a file in one"),
             (["EXPORT"], "no images"),
+            (["EXPORT", "empty"], "empty has no images (.jpg, "),
             (["EXPORT", "PHOTO", "--top", "0"], "top must be at least 1, got 0"),
             (["EXPORT", "EXPORT/export.json"], "cannot be read as an image"),
         ],
@@ -265,6 +276,7 @@ class TestPredict:
         says: str,
     ) -> None:
         words = [w.replace("EXPORT", str(exported)).replace("PHOTO", str(photo)) for w in argv]
+        Path("empty").mkdir()
         status, _, err = called(capsys, "predict", *words)
         assert status != 0
         assert len(err.splitlines()) == 1

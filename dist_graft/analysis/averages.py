@@ -55,9 +55,8 @@ def evaluate_averages(
     Returns: test_accuracy and val_accuracy in percent (None without a validation split) of the
         uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has them),
         and of the mean of the last checkpoints ("checkpoints"). The last two are means over the
-        networks. Batch norm is re-estimated, except in moving averages, which contain averages of
-        its statistics. With checkpoints, also those of their ensemble ("snapshots"), see
-        `_ensembles_of_checkpoints`.
+        networks. Batch norm is re-estimated. With checkpoints, also those of their ensemble
+        ("snapshots"), see `_ensembles_of_checkpoints`.
 
     Raises: ConfigError if the run has fewer checkpoints.
     """
@@ -74,8 +73,7 @@ def evaluate_averages(
         if split not in splits or (kind, split) in known:
             return known.get((kind, split))
         return statistics.fmean(
-            evaluator.evaluate(state, split, reestimated=kind != "ema").accuracy
-            for state in averages[kind]
+            evaluator.evaluate(state, split, reestimated=True).accuracy for state in averages[kind]
         )
 
     found: dict[str, Accuracies] = {

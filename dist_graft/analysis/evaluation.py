@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dist_graft.analysis.averages import evaluate_averages
 from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
+from dist_graft.analysis.evaluate import PROTOCOL
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
 from dist_graft.command import Options
@@ -35,10 +36,6 @@ from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
-PROTOCOL = 3
-"""Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
-also has no calibration errors, disagreement and barrier. Neither has the barrier before the last
-round and averages.snapshots."""
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
 """Positions on the line between two networks at which the loss is measured."""
 BARRIER_IMAGES = 2048
@@ -199,9 +196,9 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
     if validated:
 
         def validation_accuracy(soup: dict[str, Tensor]) -> float:
-            return evaluator.evaluate(soup, "val").accuracy
+            return evaluator.evaluate(soup, "val", reestimated=True).accuracy
 
-        members = greedy_soup(states, validated, validation_accuracy)
+        members = greedy_soup(states, validated_reestimated, validation_accuracy)
         soup = uniform_soup([states[member] for member in sorted(members)])
         numbers = [stored.networks[member] for member in members]
         greedy = {"members": numbers, **evaluator.evaluate_soup(soup)}

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dist_graft.analysis.soups import uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, architecture, classes_and_channels
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.monitoring.jsonl import read_json_lines
+from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.files import network_file
 from dist_graft.training.weights import EXPORT_DESCRIPTION, State, read_description
@@ -33,6 +34,9 @@ _SUFFIXES: dict[Format, str] = {
     "onnx": ".onnx",
 }
 _OF_THE_MACHINE = ("root", "workers", "download")
+_OF_THE_TRAINING = (
+    *("epochs", "model", "optim", "members", "diversity", "distill", "init_from", "init_strict"),
+)
 _DEFAULT_SIZE = 32
 """Image size of programs of runs that do not say theirs."""
 
@@ -107,7 +111,7 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         "results": _results(stored),
         "method": {"name": config.method, "graft": asdict(config.graft)},
         "data": config.data.name,
-        "training": training_options(asdict(config)),
+        "training": training_options(asdict(config), stored.custom),
         "sha256": sha256,
         "versions": versions(),
         "dist_graft": VERSION,
@@ -118,10 +122,21 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
     )
 
 
-def training_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a control without exchange shares with its run, without those of the machine."""
+def training_options(config: Mapping[str, Any], custom: Collection[str]) -> dict[str, Any]:
+    """Options that a control without exchange shares with its run, without those of the machine.
+
+    Args:
+        config: of the run, nested.
+        custom: what was passed to the Trainer in Python, which no option describes.
+    """
     data = {key: value for key, value in config["data"].items() if key not in _OF_THE_MACHINE}
-    shared = {key: config[key] for key in ("epochs", "model", "optim")} | {"data": data}
+    if data["name"] == "imagefolder" or is_reference(data["name"]):
+        data["root_sha256"] = hashlib.sha256(str(config["data"]["root"]).encode()).hexdigest()
+    shared = {key: config[key] for key in _OF_THE_TRAINING if key in config} | {
+        "data": data,
+        "runtime": {"precision": config["runtime"]["precision"]},
+        "own": sorted(custom),
+    }
     return json.loads(json.dumps(shared))  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import training_options, weights_file
 from dist_graft.analysis.run_files import read_run
 from dist_graft.errors import ConfigError
+from dist_graft.run_directory import RunDirectory
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
 
 _EXPORTED = (".safetensors", ".pt")
@@ -69,12 +70,17 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
         raise ConfigError(f"--control {path} has no summary.json: let this run finish")
     if any(network.last_round for network in run.networks):
         raise ConfigError(f"--control {path} exchanged weights: train it with --graft.every 0")
-    found = training_options(run.config)
-    for section, values in expected.items():
-        if found[section] != values:
+    found = training_options(run.config, RunDirectory(path).read_custom())
+    if found["own"]:
+        raise ConfigError(
+            f"--control {path} was trained in Python with its own {', '.join(found['own'])}, which "
+            "cannot be compared"
+        )
+    for section in (*expected, *(name for name in found if name not in expected)):
+        values, others = expected.get(section), found.get(section)
+        if others != values:
             there, here = (
-                _differences(section, *pair)
-                for pair in ((found[section], values), (values, found[section]))
+                _differences(section, *pair) for pair in ((others, values), (values, others))
             )
             raise ConfigError(
                 f"--control {path} has {there}, but {folder} has {here}: it must differ in the "
@@ -85,7 +91,7 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
 
 def _differences(section: str, values: Any, others: Any) -> str:
     """The options of a section that differ, with their values."""
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not isinstance(others, dict):
         return f"{section} {values}"
     return (
         ", ".join(

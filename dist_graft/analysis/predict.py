@@ -55,11 +55,11 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     from dist_graft.analysis.exported import is_export, predict
 
     exports = [path for path in paths if is_export(path)]
-    images = [image for path in paths if path not in exports for image in _images(path)]
     if not exports:
         raise ConfigError(
             f"{paths[0]} is neither an exported folder nor a file in one: run dist-graft export"
         )
+    images = [image for path in paths if path not in exports for image in _images(path)]
     if not images:
         raise ConfigError("no images: pass the exports first, then the images to classify")
     results = predict(exports, images, top=options["top"], trust_code=options["trust_code"])
@@ -83,7 +83,9 @@ def _images(path: Path) -> list[Path]:
     """The images below a folder, or the file itself."""
     if not path.is_dir():
         return [path]
-    from dist_graft.training.data.image_files import IMG_EXTENSIONS, image_names
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from dist_graft.training.data.image_files import image_names
 
     images = [path / name for name in image_names(path)]
     if not images:

@@ -426,7 +426,8 @@ def _branches(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
 def _snapshots(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
     networks = method.networks
     cycles = options.get("optim", {}).get("cycles", networks)
-    alone = single_network(merge(options, {"optim": {"cycles": 1}}))  # they divide the long run
+    whole = {"cycles": 1, "schedule_epochs": None}  # the cycles divide the long run
+    alone = single_network(merge(options, {"optim": whole}))
     longer = merge(alone, _longer_training(alone, networks))
     epochs = resolve(longer, 1).epochs
     checkpoint = {"keep": cycles, "every": epochs // cycles, "every_minutes": None}

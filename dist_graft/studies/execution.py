@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
+from dist_graft.analysis.evaluate import PROTOCOL
 from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
@@ -220,7 +221,10 @@ def _networks_of(folder: Path, run: Run) -> list[Path]:
     from dist_graft.analysis.stored_weights import open_run
     from dist_graft.training.checkpoint.files import network_file
 
-    members = open_run(folder).members
+    try:
+        members = open_run(folder).members
+    except RunDirectoryError:  # no checkpoint was kept
+        members = {}
     if len(members) < run.arm.networks or any(
         checkpoint.epoch < run.config.epochs for checkpoint in members.values()
     ):
@@ -280,8 +284,9 @@ def _has_branched(run: Run, folder: Path) -> bool:
 
 
 def _evaluate(run: Run, folder: Path) -> None:
-    """Evaluate the run if necessary."""
-    if not (folder / "evaluation.json").is_file():
+    """Evaluate the run unless this version has done so."""
+    path = folder / "evaluation.json"
+    if not path.is_file() or read_json(path).get("protocol") != PROTOCOL:
         _execute([evaluate_command(run, folder)], folder / "output.txt", lambda: None)
 
 

@@ -76,6 +76,9 @@ CURVE_COLUMNS: Mapping[str, str] = {
 }
 """Columns of curves.csv with their dtypes: accuracies of each epoch, before its round."""
 
+PROTOCOL = 2
+"""How accuracies are measured: 1 with the batch norm statistics of the training, except in soups; 2
+with re-estimated statistics. Rows of different protocols must not be compared."""
 _FORMATS = {"wall_seconds": ".2f", "core_seconds": ".2f"}
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "statsmodels", "matplotlib")
 
@@ -195,6 +198,8 @@ class Start:
     smallest_effect: float | None = None
     tuning: dict[str, Any] | None = None
     """None in files of earlier versions, as the field above."""
+    protocol: int = 1
+    """See `PROTOCOL`."""
     redo: str = ""
     """Arm whose runs are repeated."""
     reason: str = ""
@@ -228,12 +233,17 @@ def record_start(
     A plan that replaces another one renames the old file to plan-SHA.yaml.
 
     Raises: ConfigError if there are runs and the primary outcome, its control, the smallest effect
-    or the tuning has changed.
+    or the tuning has changed, or an earlier version measured accuracies in another way.
     """
     starts = read_starts(folder)
     fixed = {name: getattr(plan, name) for name in ("primary", "against", "smallest_effect")}
     fixed["tuning"] = asdict(plan.tuning)
     if starts and runs_before:
+        if starts[-1].protocol != PROTOCOL:
+            raise ConfigError(
+                f"the runs in {folder} were evaluated by a version that did not re-estimate batch "
+                "norm in all networks: choose another directory with --out"
+            )
         for name, now in fixed.items():
             before = getattr(starts[-1], name)
             if before is not None and before != now:
@@ -249,6 +259,7 @@ def record_start(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         plan_sha256=sha256,
         **fixed,
+        protocol=PROTOCOL,
         runs_before=runs_before,
         redo=redo,
         reason=reason,

@@ -243,7 +243,7 @@ def run_python(folder: Path, *words: str, status: int = 0, limit: float = 280, *
 
 
 def test_every_file_of_the_documentation_is_checked() -> None:
-    pages = (Path(page) for page in PAGES)
+    pages = [Path(page) for page in PAGES]
     followed = {name for name, block in FILES.items() if block.document in pages}
     assert set(FILES) == set(CHECKS) | followed
 

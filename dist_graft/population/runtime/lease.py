@@ -86,6 +86,7 @@ class Lease:
             }
         ).encode()
         self._refreshed = 0.0  # never
+        self._made_folder = False
         self._lost = False
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -96,6 +97,7 @@ class Lease:
         Raises: LeaseHeldError naming the holder; RunDirectoryError on a disk error.
         """
         try:
+            self._made_folder = not self._path.parent.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while not self._try_to_acquire():
                 pass
@@ -121,12 +123,17 @@ class Lease:
         return self._lost
 
     def release(self) -> None:
-        """Give the lease up; without effect if it is lost or was never acquired."""
+        """Give the lease up; without effect if it is lost or was never acquired.
+
+        The folder is removed if the lease created it and nothing else is in it.
+        """
         with self._lock:
             # An expired lease may be taken over between check and removal: it is left alone.
             if self._is_held and not self.lost and not self._may_have_expired:
                 with contextlib.suppress(OSError):
                     self._path.unlink(missing_ok=True)
+                    if self._made_folder:
+                        self._path.parent.rmdir()
             self._released.set()
 
     @property

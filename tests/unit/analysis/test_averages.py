@@ -73,9 +73,9 @@ def test_soup(pair: Path, evaluated: dict[str, Any]) -> None:
     assert evaluated["averages"]["soup"] == expected(pair, [soup], reestimated=True)
 
 
-def test_moving_averages_keep_their_batch_norm(pair: Path, evaluated: dict[str, Any]) -> None:
+def test_moving_averages(pair: Path, evaluated: dict[str, Any]) -> None:
     states = [weights(number, 103) for number in range(2)]
-    assert evaluated["averages"]["ema"] == expected(pair, states, reestimated=False)
+    assert evaluated["averages"]["ema"] == expected(pair, states, reestimated=True)
 
 
 def test_means_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) -> None:

@@ -99,6 +99,8 @@ def test_the_card_has_the_control(exported: Path, control: Path, tmp_path: Path)
         ("data", "has data.name cifar10, but .* has data.name fashion-mini: it must differ"),
         ("model", "has model.name resnet20, but .* has model.name resnet8"),
         ("epochs", r"has epochs 7, but .* has epochs \d+"),
+        ("start", "has init_from weights.pt, but .* has init_from None"),
+        ("own", "was trained in Python with its own data, loss, which cannot be compared"),
         ("rounds", "exchanged weights: train it with --graft.every 0"),
         ("summary", "has no summary.json: let this run finish"),
         ("run", "is not a run directory"),
@@ -119,6 +121,10 @@ def test_another_control_is_refused(
         config["model"]["name"] = "resnet20"
     elif change == "epochs":
         config["epochs"] = 7
+    elif change == "start":
+        config["init_from"] = "weights.pt"
+    elif change == "own":
+        config["run"]["custom"] = ["loss", "data"]
     elif change == "rounds":
         (control / "network00").mkdir()
         line = {"epoch": 0, "graft": {"round": 0}}

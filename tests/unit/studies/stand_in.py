@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from dist_graft.analysis.evaluate import PROTOCOL
+
 
 def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     with (behaviour / "starts").open("a") as file:
@@ -89,6 +91,7 @@ def evaluate(run: Path) -> int:
     lost = run / "lost"  # the last checkpoint, until another training
     epochs = len((run / "network00" / "metrics.jsonl").read_text().splitlines())
     result = {
+        "protocol": PROTOCOL,
         "epoch": epochs - lost.exists(),
         "averages": averages,
         "members": [member] * networks,

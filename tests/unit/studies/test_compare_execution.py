@@ -176,6 +176,30 @@ class TestComparison:
             compare(plan(**change), tmp_path / "out")
         assert len(starts(behaviour)) == 4
 
+    def test_runs_that_were_measured_in_another_way_are_not_continued(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        compare(plan(), tmp_path / "out")
+        history = tmp_path / "out/history.jsonl"
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        for line in lines:
+            del line["protocol"]
+        history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ConfigError, match="did not re-estimate batch norm in all networks"):
+            compare(plan(seeds=[0, 1, 2]), tmp_path / "out")
+        assert len(starts(behaviour)) == 4
+
+    def test_an_evaluation_of_an_earlier_version_is_repeated(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        compare(plan(), tmp_path / "out")
+        (tmp_path / "out/results.csv").unlink()
+        for path in (tmp_path / "out/runs").glob("*/evaluation.json"):
+            path.write_text(json.dumps({"protocol": 2, "epoch": 2, "members": []}))
+        compare(plan(), tmp_path / "out")
+        assert len(starts(behaviour)) == 4
+        assert set(Results(tmp_path / "out").rows["status"]) == {"ok"}
+
     @pytest.mark.parametrize(("keep", "left"), [(0, []), (1, ["epoch_0002"])])
     def test_old_checkpoints_are_deleted(
         self, behaviour: Path, tmp_path: Path, keep: int, left: list[str]

@@ -188,6 +188,16 @@ class TestCheckpoints:
         assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1, 2, 3][-keep:]
         assert len(list(tmp_path.iterdir())) == min(keep, 3)
 
+    def test_prune_keeps_the_last_two_inside_an_epoch(self, tmp_path: Path) -> None:
+        for epoch, round_ in ((40, None), (50, None), (70, 3), (88, 5), (90, 9)):
+            path = checkpoint_path(tmp_path, epoch, round_)
+            digest = save_network(path / "network00.pt", {})
+            mark_complete(path, epoch=epoch, round_=round_ or epoch, sha256=[digest])
+        prune(tmp_path, 2)
+        assert [found.epoch for found in complete_checkpoints(tmp_path)] == [40, 50, 88, 90]
+        prune(tmp_path, 1)
+        assert [found.epoch for found in complete_checkpoints(tmp_path)] == [50, 90]
+
     def test_prune_deletes_checkpoints_inside_an_epoch_first(self, tmp_path: Path) -> None:
         """A run that stopped in epochs 1 and 3 ends with the checkpoints of one that did not."""
         for epoch, round_ in ((1, None), (1, 1), (2, None), (3, None), (3, 3), (3, 4), (4, None)):

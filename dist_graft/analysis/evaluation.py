@@ -36,9 +36,9 @@ from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
 PROTOCOL = 3
-"""Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
-also has no calibration errors, disagreement and barrier. Neither has the barrier before the last
-round and averages.snapshots."""
+"""Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm, and lacks
+the barrier before the last round and averages.snapshots. Version 1 also lacks calibration errors,
+disagreement and barrier."""
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
 """Positions on the line between two networks at which the loss is measured."""
 BARRIER_IMAGES = 2048
@@ -325,9 +325,9 @@ def _barrier(
 
 
 def _barrier_before(stored: StoredRun, evaluator: _Evaluator) -> dict[str, Any] | None:
-    """Loss barriers just before the last round; None unless the run saved these weights.
+    """Loss barriers just before the last round.
 
-    The checkpoint must be the one after that round.
+    None unless the run saved these weights, and the checkpoint is the one after that round.
     """
     states = [
         load_weights_before(stored.path, network, checkpoint.round - 1)

@@ -119,7 +119,7 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
 
 
 def training_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a control without exchange shares with its run, without those of the machine."""
+    """Options that a run and its control must share, without those that depend on the machine."""
     data = {key: value for key, value in config["data"].items() if key not in _OF_THE_MACHINE}
     shared = {key: config[key] for key in ("epochs", "model", "optim")} | {"data": data}
     return json.loads(json.dumps(shared))  # type: ignore[no-any-return]

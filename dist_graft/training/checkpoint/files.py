@@ -232,8 +232,8 @@ def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but `keep` complete checkpoints, and incomplete ones older than the newest.
 
-    The newest one is kept. Of the others, those inside an epoch are deleted first, so that a run
-    that was interrupted keeps the same checkpoints as an uninterrupted one; then the oldest.
+    The newest one is kept. Of the others, those inside an epoch are deleted first, then the oldest,
+    so that an interrupted run keeps the same checkpoints as an uninterrupted one.
     """
     complete = complete_checkpoints(folder)
     surplus = sorted(complete[:-1], key=lambda checkpoint: _order(checkpoint.path.name)[1] < 0)

@@ -63,7 +63,7 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
     expected = description.get("training")
     if not expected or not (description.get("results") or {}).get("summary"):
         raise ConfigError(
-            f"{folder} lacks what --control compares: export the finished run again"
+            f"{folder} has no results to compare with --control: export the finished run again"
         )
     if not run.summary:
         raise ConfigError(f"--control {path} has no summary.json: let this run finish")

@@ -105,7 +105,7 @@ class UserCodeError(DistGraftError):
     """User code raised an exception, which is the cause of this error."""
 
     def user_traceback(self) -> str:
-        """The traceback of the user's exception; empty if that was raised in another process."""
+        """Traceback of the user's exception; empty if it was raised in another process."""
         if self.__cause__ is None:
             return ""
         return "".join(traceback.format_exception(self.__cause__)).rstrip()
@@ -148,9 +148,9 @@ class CaughtError:
 
 @contextmanager
 def caught() -> Iterator[CaughtError]:
-    """Catch an error for the user, so that all ranks can raise it together.
+    """Catch a DistGraftError, so that all ranks can raise it together.
 
-    Not a stop by a signal, after which a process must not wait for the others.
+    Except a stop by a signal, after which a process must not wait for the others.
     """
     found = CaughtError()
     try:
@@ -162,12 +162,12 @@ def caught() -> Iterator[CaughtError]:
 
 
 def to_text(error: DistGraftError) -> str:
-    """The error as text, which `from_text` converts back in another process."""
+    """Convert an error to text, for `from_text` in another process."""
     return f"{type(error).__name__} {error}"
 
 
 def from_text(text: str) -> DistGraftError:
-    """The error that `to_text` has converted; a DistGraftError if its class is the user's."""
+    """Convert text from `to_text` to an error; a DistGraftError if its class is the user's."""
     name, _, message = text.partition(" ")
     kind: type[DistGraftError] = globals().get(name, DistGraftError)
     return kind(message)

@@ -91,7 +91,7 @@ class RunDirectory:
 
     @property
     def loggers(self) -> Path:
-        """Name of the population in the loggers of `monitor.loggers`."""
+        """Name of the population for `monitor.loggers`."""
         return self.path / "loggers.json"
 
     @property

@@ -20,7 +20,7 @@ from dist_graft.training.weights import State
 
 Split = Literal["test", "val"]
 Accuracies = dict[str, float | None]
-"""Accuracies and other scores by name; None: not measured."""
+"""Accuracies and other scores by name; None if not measured."""
 
 _SPLITS: tuple[Split, ...] = ("test", "val")
 
@@ -88,11 +88,11 @@ def evaluate_averages(
 def _ensembles_of_checkpoints(
     checkpoints: Sequence[Sequence[State]], evaluator: Evaluator, splits: Sequence[Split]
 ) -> Accuracies:
-    """Ensemble of the last checkpoints of each network, batch norm re-estimated in each.
+    """Test the ensemble of each network's last checkpoints, with batch norm re-estimated in each.
 
-    Returns: test_accuracy and val_accuracy in percent, test_loss in nats and
-        test_calibration_error in percent: means over the networks; None without a validation
-        split, or if a checkpoint is not finite.
+    Returns: test_accuracy, val_accuracy and test_calibration_error in percent, and test_loss in
+        nats: means over the networks. None without a validation split, or if a checkpoint is not
+        finite.
     """
     names = ("test_accuracy", "test_loss", "test_calibration_error", "val_accuracy")
     rows: list[Accuracies] = [

@@ -44,8 +44,8 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--last_checkpoints",
         type=int,
         default=0,
-        help="also test the mean of the weights of this many latest checkpoints of each network, "
-        "and their ensemble; 0: none",
+        help="also test the mean and the ensemble of this many latest checkpoints of each network; "
+        "0: none",
     )
     return parser
 

@@ -322,9 +322,9 @@ def _barrier(
 
 
 def _barrier_before(stored: StoredRun, evaluator: _Evaluator) -> dict[str, Any] | None:
-    """Loss barriers just before the last round; None unless the run saved these weights.
+    """Loss barriers just before the last round.
 
-    The checkpoint must be the one after that round.
+    None unless the run saved these weights, and the checkpoint is the one after that round.
     """
     states = [
         load_weights_before(stored.path, network, checkpoint.round - 1)

@@ -18,8 +18,8 @@ from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, re
 _EXPORTED = (".safetensors", ".pt")
 _NO_CONTROL = "No control was trained: these numbers do not show whether the exchange helped."
 _ABOUT_CONTROL = (
-    "The control has the same data, model, optimizer and epochs, but no rounds. This is one run of "
-    "each, without a statistical test."
+    "The control has the same data, model, optimizer and epochs, but no rounds. The results are "
+    "those of one run each, without a statistical test."
 )
 
 
@@ -56,15 +56,15 @@ def repository_files(folder: Path, repo: str, *, control: Path | None = None) ->
 
 
 def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Content of summary.json of a run like the exported one, but without exchange.
+    """Content of summary.json of the control: a run like the exported one, but without exchange.
 
-    Raises: ConfigError if it differs otherwise, exchanged weights, or has not finished.
+    Raises: ConfigError if it exchanged weights, has not finished, or differs in other ways.
     """
     run = read_run(path)
     expected = description.get("training")
     if not expected or not (description.get("results") or {}).get("summary"):
         raise ConfigError(
-            f"{folder} cannot have a control: export the finished run again with this version"
+            f"{folder} has no results to compare with --control: export the finished run again"
         )
     if not run.summary:
         raise ConfigError(f"--control {path} has no summary.json: let this run finish")
@@ -83,8 +83,8 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
                 _differences(section, *pair) for pair in ((others, values), (values, others))
             )
             raise ConfigError(
-                f"--control {path} has {there}, but {folder} has {here}: it must differ in the "
-                "exchange only"
+                f"--control {path} has {there}, but {folder} has {here}: only the exchange may "
+                "differ"
             )
     return run.summary
 
@@ -143,7 +143,7 @@ def model_card(
     Args:
         description: content of export.json.
         repo: name of the repository.
-        control: content of summary.json of a run without exchange.
+        control: content of summary.json of the control, a run without exchange.
     """
     networks = [name for name in description["sha256"] if name.startswith("network")]
     name = description["model"] or "a model built in Python"

@@ -219,7 +219,7 @@ def build(name: str, classes: int | None = None) -> nn.Module:
 
 
 def size_of(model: nn.Module, rule: Rule | None = None) -> NetworkSize:
-    """Count the tensors of a model, and of a rule's state for it; tied tensors count once.
+    """Count the tensors of a model and of a rule's state; tied tensors count once.
 
     Raises: ConfigError if there is nothing to graft.
     """
@@ -365,7 +365,7 @@ def memory(options: PlanOptions, size: NetworkSize, rounds: Sequence[Round]) -> 
 
 
 def checkpoint_bytes(options: PlanOptions, size: NetworkSize) -> int:
-    """Bytes of one network in a checkpoint: weights, and the state of optimizer and method."""
+    """Bytes of one network in a checkpoint: weights, and state of the optimizer and method."""
     return size.state_bytes + optimizer_bytes(options, size) + size.rule_bytes
 
 

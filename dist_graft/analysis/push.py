@@ -27,8 +27,8 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         "--control",
         type=str | None,
         default=None,
-        help="finished run with the same data, model, optimizer and epochs, but without exchange; "
-        "the model card shows its results",
+        help="finished run with the same data, model, optimizer and epochs, but without exchange, "
+        "whose results the model card shows",
     )
     add(
         "--out",

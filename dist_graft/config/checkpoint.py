@@ -20,8 +20,8 @@ class CheckpointConfig:
     """Number of latest complete checkpoints at the end of an epoch to keep. Of newer ones inside an
     epoch, two are kept."""
     before_last_round: bool = False
-    """Also save the weights of each network just before the last round, for the loss barrier that
-    evaluate then measures before and after it."""
+    """Also save the weights of each network just before the last round, so that evaluate measures
+    the loss barrier before and after it."""
     max_failures: int = 3
     """Consecutive checkpoints that may fail to be written (for example on a full disk) before the
     run aborts."""

@@ -47,9 +47,9 @@ class DataConfig:
     """RandAugment (arXiv 1909.13719) of training images: magnitude, from 0 to 30, of two operations
     per image, or "N,M" for N operations of magnitude M; unset: off."""
     transform: str | None = None
-    """package.module:name of a function (images, generator) -> images, the last step of the
-    augmentation: it gets each batch of training images on the device, normalized, and must draw
-    its random numbers from the torch.Generator."""
+    """package.module:name of a function (images, generator) -> images, the last step of
+    augmentation: it gets each batch of training images, normalized, on the device. It must draw
+    random numbers from torch.Generator or torch's global ones."""
     transform_kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of data.transform, as a YAML mapping."""
     workers: int | Literal["auto"] | None = None

@@ -100,7 +100,7 @@ def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
 
 
 def _refuse_unused(config: TrainConfig, configs: Sequence[TrainConfig]) -> None:
-    """Raise ConfigError for an option of an optimizer that no network can have."""
+    """Raise ConfigError for an option of an optimizer that no network can use."""
     names = {found.optim.name for found in configs}
     names.update(config.diversity.get("optim.name", {}).get("choice", ()))
     for option, name in OWN_OPTIONS.items():

@@ -16,7 +16,7 @@ class MonitorConfig:
     """Progress display, loggers and profiling."""
 
     loggers: str | list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where each network and the population report: tensorboard, wandb, mlflow, trackio, or
+    """Loggers of each network and of the population: tensorboard, wandb, mlflow, trackio, or
     package.module:Name. A list, or names separated by commas; replaces the default."""
     tensorboard: bool = True
     """False removes tensorboard from monitor.loggers."""

@@ -17,7 +17,7 @@ from dist_graft.references import is_reference
 
 _SCHEDULES = ("cosine", "step", "constant")
 OWN_OPTIONS = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw"}
-"""Options of one optimizer only, and its name; the others get them by optim.kwargs."""
+"""Options of a single optimizer, and its name. Others get such options from optim.kwargs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class OptimConfig:
     """Optimizer, learning rate schedule and loss."""
 
     name: str = "sgd"
-    """sgd, adamw, another optimizer of torch.optim by name, such as rmsprop, or package.module:name
+    """Optimizer: sgd, adamw, another name from torch.optim, such as rmsprop, or package.module:name
     of a class or function (parameters, lr, weight_decay) -> optimizer; weight_decay is passed if it
-    has that argument."""
+    is an argument."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of the optimizer, as a YAML mapping, e.g. {alpha: 0.9, momentum: 0.9}
     for rmsprop."""
@@ -53,17 +53,17 @@ class OptimConfig:
     schedule_kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of the function of optim.schedule, as a YAML mapping."""
     schedule_unit: Literal["epoch", "step"] = "epoch"
-    """When cosine, or a function of your own, changes the learning rate: at the start of each
-    epoch, or after every step, as in the published scripts of filter grafting."""
+    """When cosine, or your own function, changes the learning rate: at the start of each epoch, or
+    after every step, as in the published scripts of filter grafting."""
     step_epochs: int = 60
     """Epochs between decays of the step schedule."""
     step_factor: float = 0.1
     """Decay factor of the step schedule, in (0, 1]."""
     schedule_epochs: int | None = None
-    """Epochs that a cosine or own schedule spans, at least `epochs`; unset: `epochs`. A run that
+    """Epochs that cosine, or your own schedule, spans: at least `epochs`, the default. A run that
     ends earlier can be resumed with more epochs."""
     cycles: int = 1
-    """Equal cycles of the cosine schedule, which starts again from the initial rate in each
+    """Number of equal cycles of the cosine schedule, each starting at the initial rate
     (arXiv 1608.03983); must divide the epochs that it spans."""
     warmup_epochs: float = 0.0
     """Epochs of linear warmup, updated every step."""
@@ -75,8 +75,8 @@ class OptimConfig:
     """Label smoothing of the cross entropy, in [0, 1)."""
     loss: str | None = None
     """package.module:name of a function (scores, labels) -> mean loss that replaces the cross
-    entropy in training, or of a class of such functions, e.g. torch.nn:MultiMarginLoss. Test losses
-    remain cross entropies."""
+    entropy in training, or of a class of such functions, e.g. torch.nn:MultiMarginLoss. The test
+    loss is still the cross entropy."""
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of the function or class of optim.loss, as a YAML mapping."""
     ema_decay: float | None = None
@@ -103,14 +103,14 @@ class OptimConfig:
         known_or_own("optim.schedule", self.schedule, _SCHEDULES)
         if self.schedule_unit == "step" and self.schedule in ("step", "constant"):
             raise ConfigError(
-                "optim.schedule_unit step requires optim.schedule cosine or a function of your own"
+                "optim.schedule_unit step requires optim.schedule cosine or your own function"
             )
         if self.schedule_kwargs and not is_reference(self.schedule):
             raise ConfigError("optim.schedule_kwargs requires optim.schedule package.module:name")
         check_kwargs("optim.schedule_kwargs", self.schedule_kwargs, {})
         if self.schedule_epochs and self.schedule in ("step", "constant"):
             raise ConfigError(
-                "optim.schedule_epochs requires optim.schedule cosine or a function of your own"
+                "optim.schedule_epochs requires optim.schedule cosine or your own function"
             )
         if self.cycles > 1 and self.schedule != "cosine":
             raise ConfigError("optim.cycles requires optim.schedule cosine")

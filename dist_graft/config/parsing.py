@@ -110,7 +110,7 @@ def _options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def append_repeated(argv: Sequence[str]) -> list[str]:
     """Make options repeatable: `--name VALUE` becomes `--name+=VALUE`.
 
-    These are `callbacks` and the options of type list[str]. The values are appended to those of a
+    Applies to `callbacks` and options of type list[str]. Values are appended to those of a
     configuration file. A YAML list (`--name "[a, b]"`) replaces them.
     """
     repeatable = {f"--{name}" for name, kind in _options(TrainConfig) if kind == list[str]}

@@ -25,7 +25,7 @@ _Config = TypeVar("_Config")
 def callback_with_arguments(
     entry: str | dict[str, dict[str, Any]],
 ) -> tuple[str, dict[str, Any]]:
-    """Reference and arguments of an entry of `callbacks`.
+    """Return the reference and the arguments of an entry of `callbacks`.
 
     Raises: ConfigError if it is a mapping of another form.
     """

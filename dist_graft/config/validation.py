@@ -72,7 +72,7 @@ def known_or_own(option: str, name: str, known: Collection[str]) -> None:
 
 
 def check_kwargs(option: str, kwargs: Mapping[str, Any], reserved: Mapping[str, str]) -> None:
-    """Require additional arguments of a function that config.yaml can hold.
+    """Check an option with additional arguments of a function; config.yaml must be able to hold it.
 
     Args:
         option: its name.
@@ -86,7 +86,7 @@ def check_kwargs(option: str, kwargs: Mapping[str, Any], reserved: Mapping[str, 
     try:
         json.dumps(kwargs)
     except TypeError as error:
-        raise ConfigError(f"{option} must be plain values, got {kwargs!r}") from error
+        raise ConfigError(f"{option} must hold plain values, got {kwargs!r}") from error
 
 
 def own(option: str, reference: str) -> Callable[..., Any]:
@@ -109,9 +109,9 @@ def own_function(
         option: its name; `kwargs` are those of the option NAME_kwargs.
         reference: its value, package.module:name.
         kwargs: arguments by name.
-        arguments: number of arguments before them.
+        arguments: number of positional arguments.
 
-    Raises: ConfigError if it does not exist, or does not take these arguments.
+    Raises: ConfigError if it does not exist or does not take these arguments.
     """
     function = own(option, reference)
     check_call(f"{option} {reference}", function, (None,) * arguments, kwargs)
@@ -121,7 +121,7 @@ def own_function(
 def check_call(
     what: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError unless the function takes these arguments. Does not call it."""
+    """Raise ConfigError unless the function takes these arguments; does not call it."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none

@@ -1,8 +1,8 @@
 """Layout of TensorBoard's Custom Scalars tab: the main charts, all networks in each.
 
-All charts are bands: TensorBoard smooths all others by default, and scales the axis to the smoothed
-values, which cuts off the ends of a short run. Axis labels have three digits. Values that vary
-little are drawn with a band or as differences, so that their labels differ.
+All charts are bands: by default, TensorBoard smooths other charts and scales the axis to the
+smoothed values, which cuts off the ends of a short run. Axis labels have three digits, so values
+that vary little are drawn with a band, or as differences.
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ def _band(tag: str) -> Chart:
 
 
 def _line(tag: str) -> Chart:
-    """A line for each run: a band without width."""
+    """A line for each run: a band of zero width."""
     return ("Margin", [tag] * 3)

@@ -55,7 +55,7 @@ class EventFile:
 
     def layout(self, layout: Layout) -> None:
         """Write the layout of the Custom Scalars tab, for all runs in the parent folder."""
-        # TensorBoard shows the bands of a category from the last to the first.
+        # TensorBoard shows the bands of a category in reverse order.
         shown = {name: dict(reversed(charts.items())) for name, charts in layout.items()}
         with self._disk_errors():
             self._writer.add_custom_scalars(shown)

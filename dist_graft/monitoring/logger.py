@@ -1,4 +1,4 @@
-"""Loggers by name: Weights & Biases, MLflow, trackio, or one of the user's.
+"""Loggers by name: Weights & Biases, MLflow, trackio, or a user-defined one.
 
 Their packages (extra "loggers") are imported only when a logger is used.
 """
@@ -35,14 +35,14 @@ _MAX_VALUE = 6000  # characters of a parameter
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """What a logger is told about its run: one network, or the population."""
+    """Description of a run for a logger: one network, or the population."""
 
     id: str
     """Unique among all runs; the same when the run is resumed. Letters, digits, "-", "_", "."."""
     group: str
-    """Common to the networks of a population and to the population itself."""
+    """Shared by the networks of a population and the population itself."""
     config: Mapping[str, Any]
-    """All options by dotted name, with those of the network."""
+    """All options by dotted name, including those of the network."""
     tags: Mapping[str, str]
     """method, K, data, model."""
     folder: Path
@@ -52,16 +52,16 @@ class LoggedRun:
 class Logger(Protocol):
     """Reports one network, or the population, to a service.
 
-    A factory `(run: LoggedRun) -> Logger` creates it. A run that is resumed has the same id, and
-    continues in the service. All calls come from one background thread, so they may be slow. The
-    first exception is logged as a warning, and nothing is logged after it.
+    A factory `(run: LoggedRun) -> Logger` creates it. A resumed run has the same id, and continues
+    in the service. All calls come from one background thread, so they may be slow. The first
+    exception is logged as a warning, and turns the logger off.
     """
 
     def log(self, scalars: Mapping[str, float], epoch: int) -> None:
-        """Report the results of an epoch (0-based) by tag; the final ones in a second call."""
+        """Report the results of an epoch (0-based) by tag; final results are a second call."""
 
     def finish(self, status: Status) -> None:
-        """Close the run; it may be resumed in another process."""
+        """Close the run. Another process may resume it."""
 
 
 class WandbLogger:
@@ -99,7 +99,7 @@ class WandbLogger:
 class MlflowLogger:
     """A run of MLflow. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply.
 
-    The run is found by its tag `dist_graft.run`, since servers choose the ids of runs.
+    The run is found by its tag `dist_graft.run`, since the server chooses the ids of runs.
     """
 
     def __init__(self, run: LoggedRun) -> None:
@@ -193,16 +193,15 @@ _SERVICES: dict[str, Callable[[LoggedRun], Logger]] = {
 
 
 def logger_factory(name: str, folder: Path) -> Callable[[LoggedRun], Logger]:
-    """Return what creates the loggers of a name, with its package imported.
+    """Import the package of a logger, and return the function that creates the logger.
 
-    The package is imported here, and not in a logger's thread, because a child process that is
-    forked during an import can hang.
+    The import must not be in the logger's thread: a child process forked during an import can hang.
 
     Args:
         name: built-in logger or package.module:Name.
         folder: run directory; trackio reads its folder when it is imported.
 
-    Raises: ConfigError if package.module:Name does not exist; ImportError.
+    Raises: ConfigError if package.module:Name does not exist; ImportError from the package.
     """
     if is_reference(name):
         return own("monitor.loggers", name)
@@ -213,9 +212,9 @@ def logger_factory(name: str, folder: Path) -> Callable[[LoggedRun], Logger]:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Check that the loggers can be used in this process, before anything is written.
+    """Check that this process can use the loggers, before anything is written.
 
-    Raises: ConfigError if a package is missing, or there is no package.module:Name.
+    Raises: ConfigError if a package is missing, or package.module:Name does not exist.
     """
     for name in names:
         if is_reference(name):
@@ -236,7 +235,7 @@ def _packages(name: str) -> tuple[str, ...]:
 
 
 def _raise_level(*names: str) -> None:
-    """Have loggers of the standard library report nothing below warnings."""
+    """Silence loggers of `logging` below the level of warnings."""
     for name in names:
         logger = logging.getLogger(name)
         logger.setLevel(max(logger.level, logging.WARNING))
@@ -244,7 +243,7 @@ def _raise_level(*names: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what this thread prints on standard output."""
+    """Drop what this thread prints to standard output."""
     before = sys.stdout
     sys.stdout = cast(TextIO, _WithoutThread(before, threading.get_ident()))
     try:

@@ -1,4 +1,4 @@
-"""The callback that feeds the loggers of `monitor.loggers`, in background threads."""
+"""The callback that runs the loggers of `monitor.loggers` in background threads."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
 _FINISH_SECONDS = 60.0
-"""Limit for the loggers to send the rest, at the end of a complete run."""
+"""Time limit for the loggers to send the rest, at the end of a complete run."""
 
 
 class RunLoggers(Callback):
     """Reports this process's network and, on rank 0, the population.
 
-    Each logger has a thread of its own: a slow or failing service never delays training. Jobs
+    Each logger has its own thread, so a slow or failing service never delays training. Jobs
     (graft.exchange files) do not know the other networks' results, and report only their own.
 
     Args:
-        names: of the loggers, without tensorboard.
+        names: loggers, without tensorboard.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ class RunLoggers(Callback):
     def teardown(self, trainer: Trainer) -> None:
         if trainer.lease_lost:  # the run continues in another process
             return
-        # A stopped run must exit within its grace period, most of which saving may have taken.
+        # A stopped run must exit within its grace period; a checkpoint may have used most of it.
         seconds = trainer.config.checkpoint.grace_seconds / 4
         if self._status == "finished":
             seconds = _FINISH_SECONDS
@@ -95,7 +95,7 @@ class RunLoggers(Callback):
 
 
 def logged_runs(trainer: Trainer) -> list[LoggedRun]:
-    """Runs that this process reports: its network, and on rank 0 the population.
+    """Return the runs that this process reports: its network, and on rank 0 the population.
 
     Raises: RunDirectoryError if RUN/loggers.json cannot be read or written.
     """
@@ -107,7 +107,7 @@ def logged_runs(trainer: Trainer) -> list[LoggedRun]:
         "data": "custom" if "data" in trainer.custom else trainer.config.data.name,
         "model": trainer.model_name,
     }
-    # After resume_networks, a number belongs to another network than before.
+    # After resume_networks, a number stands for another network.
     changes = sum(1 for _ in directory.path.glob("before_*"))
     suffix = f"-{changes + 1}" if changes else ""
     names = [f"network{process.network:02d}{suffix}"]
@@ -129,7 +129,7 @@ def _options(trainer: Trainer, *, own: bool) -> dict[str, Any]:
 
 
 def _group(directory: RunDirectory) -> str:
-    """Name of the population in all loggers, from RUN/loggers.json.
+    """Return the name of the population in all loggers, from RUN/loggers.json.
 
     The first process writes the file; the others, and a resumed run, read it.
     """
@@ -194,8 +194,8 @@ class _LoggerThread:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._trainer_log.warning(
-                "monitor.loggers %s is not done: what it has not sent yet is lost there, and kept "
-                "in metrics.jsonl",
+                "monitor.loggers %s did not finish in time and may lack the last results; "
+                "metrics.jsonl has them",
                 self._name,
             )
 
@@ -204,7 +204,7 @@ class _LoggerThread:
             loggers = [self._create(run) for run in self._runs]
             while call := self._calls.get():
                 call(loggers)
-        except Exception as error:  # noqa: BLE001  of a service, or of the user's logger
+        except Exception as error:  # noqa: BLE001  from a service or a user's logger
             _warn(self._trainer_log, self._name, error)
 
 

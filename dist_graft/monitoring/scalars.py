@@ -1,4 +1,4 @@
-"""Scalars of an epoch by tag; every logger uses the same tags."""
+"""Scalars of an epoch by tag, the same for all loggers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Scalars = dict[str, float]
 
 
 def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
-    """Results of one network in an epoch, and of its rounds."""
+    """Results of one network in an epoch, including its rounds."""
     splits = {
         "train": metrics.train,
         "test": metrics.test,
@@ -56,7 +56,7 @@ def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
 def population_scalars(report: EpochReport) -> Scalars:
     """Mean and spread of the networks' test metric, and the ensemble's accuracy if known.
 
-    All are measured before the round.
+    All are values before the round.
     """
     metric = report.metric or "loss"
     values = [row.test_metric if report.metric else row.test_loss for row in report.networks]

@@ -27,7 +27,7 @@ from dist_graft.training.data.sources import DATASET_INFO
 SOUP_MARGIN = 1.0
 """Percentage points by which a soup may be below the mean of its members."""
 SATURATION_MARGIN = 0.3
-"""Percentage points that the last quarter of a long training, or a doubling of its length, may
+"""Percentage points that the last quarter of a long training, or a doubling of the epochs, may
 add."""
 FEW_DONORS = 50.0
 """Percentage of rounds with a donor below which grafting was rare."""
@@ -215,10 +215,10 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
 
 
 def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
-    """What twice the epochs are worth: the gain of a long training over `factor` times fewer.
+    """Gain per doubling of the epochs: a training `factor` times as long, compared with `short`.
 
-    Both are tuned, and both end with the same learning rate relative to their first, so the
-    falling rate alone adds nothing to the gain.
+    Both are tuned, and both end at the same fraction of the initial learning rate, so the decay
+    alone adds nothing.
     """
     gain = (result.values("delivered") - short.values("delivered")).dropna() / math.log2(factor)
     test = paired_test(gain)

@@ -53,10 +53,10 @@ class Arm:
     explicit_delivery: Delivery | None = None
     """The delivered model, if it is not the one that the rule declares."""
     start_epochs: int = 0
-    """Epochs that one network trains before the other ones start from its weights; 0: all networks
+    """Epochs that one network trains before the others start from its weights; 0: all networks
     train from the beginning."""
     teachers: Arm | None = None
-    """Population of which the networks with the same seed are the teachers; it is trained first."""
+    """Population whose networks, with the same seed, are the teachers; trained first."""
 
     @property
     def label(self) -> str:
@@ -95,7 +95,7 @@ class Arm:
         return self.adding({"optim": {"lr": lr}})
 
     def adding(self, options: TrainOptions) -> Arm:
-        """Return the arm with further options, which its teachers have, too."""
+        """Return the arm, and its teachers, with further options."""
         teachers = self.teachers.adding(options) if self.teachers else None
         return replace(self, options=merge(self.options, options), teachers=teachers)
 
@@ -144,7 +144,7 @@ class Run:
         return teachers + self.trained(self.config.epochs)
 
     def trained(self, epochs: int) -> int:
-        """Sum over its networks of the epochs that they train in its first `epochs`."""
+        """Epochs trained by all of its networks during its first `epochs`."""
         alone = min(epochs, self.arm.start_epochs)
         return alone + self.arm.networks * (epochs - alone)
 
@@ -186,8 +186,8 @@ class Design:
     omitted: list[str] = field(default_factory=list)
     """Controls that are not run, each with the reason."""
     lengthened: dict[str, tuple[Arm, int]] = field(default_factory=dict)
-    """By the key of a long control: the same training at the recipe's length, and how many times as
-    long the control is."""
+    """By the key of a long control: the same training at the recipe's length, and the ratio of the
+    lengths."""
 
     def add(self, arm: Arm) -> Arm | None:
         """Add an arm with its learning rate, and return it or an arm that trains identically.
@@ -363,11 +363,11 @@ def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:
     - local_sgd: K networks that become their mean every few steps.
     - branches: K networks that start from the weights of one network in the middle of its training,
       and continue its schedule without exchange; their soup.
-    - snapshots: one network, K times as long, whose cosine schedule starts again in each cycle; the
+    - snapshots: one network, K times as long, whose cosine schedule restarts in each cycle; the
       ensemble of its checkpoints at the ends of the cycles (arXiv 1704.00109).
-    - distilled: one network with the population without exchange as its teachers.
+    - distilled: one network whose teachers are a population without exchange.
 
-    All except the first two need a population.
+    With K = 1, only ema, checkpoint_average and local_sgd exist.
     """
     for name, own in plan.baselines.items():
         options = merge(plan.recipe, BASELINES[name], own or {})

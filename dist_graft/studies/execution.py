@@ -69,7 +69,7 @@ def execute_run(
         run: the run.
         out: directory of the comparison; the run's own directory is created in its runs/.
         keep_checkpoints: number of checkpoints to keep after the run.
-        on_progress: called repeatedly with the part of `run.cost` that is done.
+        on_progress: called repeatedly with the finished part of `run.cost`.
         repetition: number of earlier attempts that this one supersedes; they keep their
             directories.
 
@@ -77,8 +77,8 @@ def execute_run(
     A failed run has a row with the error, and no curve. A run in which a network diverged has
     chance accuracy in every outcome, whether it was stopped, or the network was healed or excluded.
 
-    The teachers of a run are trained in the directory of their own run, unless they are there. The
-    cost of the run includes theirs.
+    The teachers of a run are trained first, in the directory of their own run, unless they exist.
+    The cost of the run includes theirs.
 
     Raises: StoppedError on a signal. The next call resumes the training.
     """
@@ -141,7 +141,7 @@ def _chance(run: Run, outcomes: Row) -> Row:
 def train_commands(run: Run, folder: Path) -> list[list[str]]:
     """Return the commands that train the run: one, or one for each job (graft.exchange files).
 
-    They train all networks of a run with `start_epochs`, which continue the first one.
+    With `start_epochs`, they train all networks after the branch.
     """
     networks, replicas = run.arm.networks, run.config.runtime.replicas
     train, torchrun = _train_arguments(folder), _TORCHRUN
@@ -180,14 +180,14 @@ def evaluate_command(run: Run, folder: Path) -> list[str]:
 def _train_and_evaluate(
     run: Run, folder: Path, stages: Mapping[Path, Run], on_progress: Callable[[int], None]
 ) -> None:
-    """Do what is left of a run, and check that its last epoch was evaluated.
+    """Train and evaluate what is left of a run, and check that its last epoch was evaluated.
 
     A run that was killed between summary.json and its last checkpoint trains its last epochs again.
 
     Args:
         run: the run.
         folder: its directory.
-        stages: the runs to train in order, by directory: the teachers, if there are any, and `run`.
+        stages: runs to train, in order, by directory: the teachers, if any, and `run`.
         on_progress: as in `execute_run`.
     """
     for _ in range(2):
@@ -214,7 +214,7 @@ def _train_and_evaluate(
 
 
 def _networks_of(folder: Path, run: Run) -> list[Path]:
-    """Files of the networks of a finished run, in its last checkpoint.
+    """Files of a finished run's networks, in its last checkpoint.
 
     Raises: RunFailedError if that is not complete; the next attempt then trains it again.
     """
@@ -274,7 +274,7 @@ def _train(
 
 
 def _has_branched(run: Run, folder: Path) -> bool:
-    """Whether the first network has trained for `start_epochs`, or all networks were started."""
+    """Whether the first network has trained for `start_epochs`, or all networks have started."""
     from dist_graft.training.checkpoint.files import newest_usable
 
     newest, _ = newest_usable(folder / "checkpoints")
@@ -378,7 +378,7 @@ def _row(
 
 
 def _cost(folders: Iterable[Path]) -> dict[str, float]:
-    """Wall and CPU time of the trainings in some directories, all attempts."""
+    """Wall and CPU time of training in these directories, over all attempts."""
     total = {"wall_seconds": 0.0, "core_seconds": 0.0}
     for folder in folders:
         path = folder / "cost.json"
@@ -393,7 +393,7 @@ def _children_seconds() -> float:
 
 
 def _prune(run: Path, keep: int) -> None:
-    """Delete old checkpoints of a run, and without any, the weights before its last round."""
+    """Delete old checkpoints of a run; if none are kept, also the weights before its last round."""
     from dist_graft.training.checkpoint.files import prune
 
     for checkpoints in (run / "checkpoints", *run.glob("network*/checkpoints")):
@@ -425,7 +425,7 @@ def summarize(members: Sequence[float], rates: Sequence[float]) -> dict[str, flo
 def is_finished(run: Path, networks: int) -> bool:
     """Whether the training of all networks has finished: summary.json is the last file written.
 
-    The first network of a run with `start_epochs` also writes one, without the others.
+    With `start_epochs`, the first network alone also writes one.
     """
     path = run / "summary.json"
     return path.is_file() and len(read_json(path)["networks"]) == networks
@@ -441,7 +441,7 @@ def finished_epochs(run: Path) -> int:
 
 
 def _metrics_before_the_branch(run: Path) -> list[Path]:
-    """Metrics of the only network that a run with `start_epochs` begins with."""
+    """Metrics of the first network of a run with `start_epochs`, before the branch."""
     return sorted(run.glob("before_epoch_*/network00/metrics.jsonl"))
 
 

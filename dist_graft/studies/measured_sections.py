@@ -119,9 +119,9 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
             f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
-            "check is strict. Beside it, the gain of the long training over the recipe's length, "
-            "both tuned and at the end of their schedules, says what a doubling of the epochs is "
-            f"worth (a warning from {SATURATION_MARGIN:g} points)."
+            "check is strict. The gain of the long training over the recipe's length, both tuned "
+            "and at the end of their schedules, shows what a doubling of the epochs is worth "
+            f"(a warning from {SATURATION_MARGIN:g} points)."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]
@@ -158,9 +158,9 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "two members predict different classes, mean over all pairs. Loss barrier (arXiv "
             "1912.05671): how far the training loss on the line between two neighbors on the ring "
             "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
-            "over the neighbors. Without a barrier, weights can be averaged. The round itself "
-            "brings the networks together, so the barrier before it says whether their training "
-            "kept them in one basin."
+            "over the neighbors. Without a barrier, weights can be averaged. A round brings the "
+            "networks together, so the barrier before it shows whether training kept them in one "
+            "basin."
         ),
         _spreads(headers, arms),
     ]
@@ -264,7 +264,7 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
 
 
 def _of_stages(arms: Sequence[ArmResult]) -> str:
-    """Say which costs are those of two trainings; empty if none are."""
+    """Sentence on arms whose cost includes a second training; empty if there are none."""
     texts = []
     for arm in (result.arm for result in arms):
         if arm.teachers:

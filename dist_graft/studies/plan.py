@@ -63,10 +63,10 @@ BASELINES: dict[str, TrainOptions] = {
     "snapshots": {"delivers": "snapshots"},
     "distilled": {},
 }
-"""Options of the baselines, see `controls.baseline_arms`. Options in the plan take precedence.
+"""Options of the baselines; see `controls.baseline_arms`. Options in the plan take precedence.
 
-Besides options of ``train`` and `delivers`: `lengths`, multiples of the recipe's epochs, and
-`start`, the share of the epochs before the branches."""
+Options of ``train``, `delivers`, `lengths` (multiples of the recipe's epochs), and `start` (share
+of the epochs before the branches)."""
 _OF_BASELINES = ("lengths", "start")
 
 SET_BY_COMPARISON = ("run_dir", "resume", "seed")
@@ -200,7 +200,7 @@ class Plan:
         if "distilled" in self.baselines and not self.keep_checkpoints:
             raise ConfigError(
                 "baselines.distilled requires keep_checkpoints of at least 1: the members' last "
-                "checkpoint is the teacher"
+                "checkpoints are the teachers"
             )
         _check_seeds("seeds", self.seeds)
         if self.search.recipes:
@@ -374,7 +374,7 @@ def _read_recipes(names: str | Sequence[str], folder: Path) -> TrainOptions:
 
 
 def _check_baseline(name: str, options: Mapping[str, Any]) -> None:
-    """Check the options of a baseline that are not options of ``train``."""
+    """Check options of a baseline that are not options of ``train``."""
     for option in _OF_BASELINES:
         if option in options and option not in BASELINES[name]:
             raise ConfigError(f"baselines.{name} has no option {option}")

@@ -67,8 +67,7 @@ COLUMNS: Mapping[str, str] = {
 }
 """Columns of results.csv with their dtypes."""
 OPTIONAL_COLUMNS = ("barrier_before",)
-"""Columns that results.csv of earlier versions lacks. Rows that are appended to such a file lack
-them, too."""
+"""Columns that the results.csv of an earlier version may lack, as do rows appended to it."""
 CURVE_COLUMNS: Mapping[str, str] = {
     "key": "str",
     "epoch": "int64",

@@ -96,7 +96,7 @@ def without_learning_rates(options: Mapping[str, Any]) -> TrainOptions:
 def single_network(options: Mapping[str, Any]) -> TrainOptions:
     """Return the options that one network trains with: no exchange, and the largest rate.
 
-    A single network shares its initial weights with no other one.
+    model.shared_init is dropped, since it has no effect on a single network.
     """
     alone = {k: v for k, v in without_exchange(options).items() if k not in _PER_NETWORK}
     if "shared_init" in alone.get("model", {}):
@@ -198,8 +198,8 @@ def run_key(
 
     Only options that differ from their defaults are hashed, so keys stay valid when a later version
     adds an option. Options of the exchange are ignored in a run without exchange. `delivers` is
-    hashed if it is not what the run delivers anyway, and so are `stages`: what is trained before
-    the run, or by one of its networks only.
+    hashed if it is not the run's default, and so are `stages`: what is trained before the run, or
+    by one of its networks only.
     """
     defaults = dict(flatten(asdict(TrainConfig())))
     effective: tuple[str, ...] = _OF_CHECKPOINTS if delivers in _OVER_CHECKPOINTS else ()

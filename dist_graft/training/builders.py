@@ -50,14 +50,14 @@ from dist_graft.training.teachers import load_teachers
 
 
 class Rounds(NamedTuple):
-    """What decides when and how a network takes part in rounds."""
+    """When and how a network takes part in rounds."""
 
     units: list[GraftUnit]
     criterion: str
-    """Name of the criterion that is reported."""
+    """Name of the reported criterion."""
     cadence: Cadence
     rate: Callable[[int], float]
-    """Strength of a round after so many steps of the run."""
+    """Strength of a round, by the number of finished steps of the run."""
     grafter: Grafter | None
     """None without rounds, or if each network grafts itself."""
 
@@ -310,7 +310,7 @@ def _files_options(config: TrainConfig, process: ProcessInfo) -> dict[str, Any]:
 def build_rounds(
     config: TrainConfig, state: TrainState, runtime: Runtime, steps_per_epoch: int
 ) -> Rounds:
-    """Build what decides when and how a network takes part in rounds; communicates nothing."""
+    """Build cadence, rate and grafter of a network, without communication."""
     units = build_units(config, state)
     criterion = criterion_name(config)
     user_rule = build_user_rule(config)

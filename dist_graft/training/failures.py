@@ -1,4 +1,4 @@
-"""What a process reports when its run fails."""
+"""Errors reported by a process whose run fails."""
 
 from __future__ import annotations
 

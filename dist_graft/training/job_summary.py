@@ -1,4 +1,4 @@
-"""Results of a population whose networks are jobs of their own, at the end of the last job."""
+"""Results of a population of separate jobs, at the end of the last job."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished_summaries(
 
 
 def row_of(summary: Mapping[str, Any]) -> list[float]:
-    """The row of a network for `summarize`, from the summary of its job."""
+    """Row of a network for `summarize`, from the summary of its job."""
     metric = summary.get("metric", "accuracy")
     values = summary["networks"][0]
     numbers = [values["lr"], *(values[f"{metric}_{when}"] for when in MOMENTS)]
@@ -55,12 +55,12 @@ def population_summary(
     summaries: Sequence[Mapping[str, Any]],
     ensembles: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """The content of summary.json, from the summaries of all networks' jobs.
+    """Content of summary.json, from the summaries of all networks' jobs.
 
     Args:
         directory: of the run.
         summaries: result of `finished_summaries`.
-        ensembles: accuracy of the ensemble before and after the last round, if it is known.
+        ensembles: accuracy of the ensemble before and after the last round, if known.
     """
     summary = summarize(
         str(summaries[0].get("metric", "accuracy")),
@@ -72,7 +72,7 @@ def population_summary(
 
 
 def read_events(directory: RunDirectory, networks: int) -> list[dict[str, Any]]:
-    """Events of all networks' jobs, in the order of their time."""
+    """Events of all networks' jobs, ordered by time."""
     paths = [RunDirectory(directory.path, job=network).events for network in range(networks)]
     events = [event for path in paths for event in read_json_lines(path)]
     return sorted(events, key=lambda event: str(event.get("time")))
@@ -81,12 +81,12 @@ def read_events(directory: RunDirectory, networks: int) -> list[dict[str, Any]]:
 def states_around_round(
     directory: RunDirectory, networks: int, place: Place | None
 ) -> list[Iterator[dict[str, Tensor]]]:
-    """States of all networks before and after the last round; once if there was none.
+    """States of all networks before and after the last round; final states only if there was none.
 
     Args:
         directory: of the run.
         networks: size of the population.
-        place: where the networks published their weights for a round after the last epoch.
+        place: where the networks published their weights for a round after the last epoch, if any.
     """
     moments = [final_states(directory, networks)]
     if place is not None:
@@ -97,7 +97,7 @@ def states_around_round(
 def final_states(directory: RunDirectory, networks: int) -> Iterator[dict[str, Tensor]]:
     """State dict of each network in its latest checkpoint.
 
-    Raises: RunDirectoryError when a network has none, or it is damaged.
+    Raises: RunDirectoryError if a checkpoint is missing or damaged.
     """
     for network in range(networks):
         folder = RunDirectory(directory.path, job=network).checkpoints
@@ -113,7 +113,7 @@ def published_states(
 ) -> Iterator[dict[str, Tensor]]:
     """Floating-point tensors that each network published at a place.
 
-    Raises: RunDirectoryError when a publication is missing or damaged.
+    Raises: RunDirectoryError if a publication is missing or damaged.
     """
     for network in range(networks):
         path = publication_path(network_folder(directory.path / "exchange", network), place)
@@ -127,7 +127,7 @@ def published_states(
 def next_or_error(
     states: Iterator[dict[str, Tensor]],
 ) -> tuple[dict[str, Tensor], RunDirectoryError | None]:
-    """The next state, or why it cannot be read."""
+    """Return the next state, or the reason that it cannot be read."""
     try:
         return next(states), None
     except RunDirectoryError as error:
@@ -139,7 +139,7 @@ def add_probabilities(
 ) -> list[tuple[Tensor, Tensor]]:
     """Add a network's probabilities to the sums over the earlier networks, in place.
 
-    Returns: summed probabilities and labels, in chunks; those of the network if it is the first.
+    Returns: sums of probabilities, and labels, in chunks; the network's own if it is the first.
     """
     parts = list(ensemble_chunks(result))
     for (total, _), (part, _) in zip(sums, parts, strict=False):
@@ -148,7 +148,7 @@ def add_probabilities(
 
 
 def no_ensemble(directory: RunDirectory, problem: RunDirectoryError | None) -> str:
-    """Why the ensemble is unknown; None: the weights cannot be read by another process."""
+    """Message that the ensemble is unknown. problem: None if another process cannot read it."""
     return (
         f"no ensemble: {problem or 'another process cannot read it'}; dist-graft evaluate "
         f"{directory.path} computes it from the checkpoints"

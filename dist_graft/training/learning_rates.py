@@ -47,14 +47,13 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
     """Factor of the learning rate as a function of the optimizer step, counted from 0.
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
-    (step), 1 (constant), or f(e / epochs) for a function f of the user's. With schedule_unit
-    "step", e is step / steps_per_epoch, not rounded down. schedule_epochs replaces epochs. In each
-    of M cycles of the cosine schedule, e / epochs goes from 0 to 1: it is (M e mod epochs) / epochs
-    (eq. 2 of arXiv 1704.00109). During warmup the factor is also multiplied by
-    (step + 1) / warmup_steps.
+    (step), 1 (constant), or f(e / epochs) for a user's function f. With schedule_unit "step", e is
+    step / steps_per_epoch, not rounded down. schedule_epochs replaces epochs. With M cycles of the
+    cosine schedule, (M e mod epochs) / epochs replaces e / epochs (eq. 2 of arXiv 1704.00109).
+    During warmup, the factor is also multiplied by (step + 1) / warmup_steps.
 
-    Raises: ConfigError if there is no such function, or it returns no number in [0, 1];
-        FunctionError if it fails. So does the function that is returned.
+    Raises: ConfigError if f does not exist, or returns a value outside [0, 1]; FunctionError if it
+        fails. The returned function raises the same errors.
     """
     own_factor = own_schedule(config) if is_reference(config.schedule) else None
     warmup = warmup_steps(config, steps_per_epoch)
@@ -77,9 +76,9 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
 
 
 def own_schedule(config: OptimConfig) -> Callable[[float], float]:
-    """The function of the user's, from progress in [0, 1] to the factor of the learning rate.
+    """Return the user's function, from progress in [0, 1] to the factor of the learning rate.
 
-    Raises: as `schedule`.
+    Raises: like `schedule`.
     """
     what = f"optim.schedule {config.schedule}"
     kwargs = config.schedule_kwargs

@@ -1,4 +1,4 @@
-"""Opening of a run directory: what is checked and prepared there before a run starts or resumes."""
+"""Opens a run directory: checks and preparations before a run starts or resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def configs_of_networks(
     model_by_name: bool,
     optimizer_by_name: bool,
 ) -> list[TrainConfig]:
-    """Configuration of each network; every process checks those of all.
+    """Return the configuration of each network. Every process checks all of them.
 
     Raises: ConfigError if the options of a network do not fit its task or data.
     """
@@ -50,7 +50,7 @@ def refuse_stopped(directory: RunDirectory, process: ProcessInfo) -> None:
 
 
 def take_lease(directory: RunDirectory) -> Lease:
-    """Take the lease of a run directory; for rank 0.
+    """Take the lease of a run directory, on rank 0.
 
     Raises: LeaseHeldError if another run uses it; RunDirectoryError if it cannot be written.
     """
@@ -60,10 +60,10 @@ def take_lease(directory: RunDirectory) -> Lease:
 
 
 def prepare_directory(directory: RunDirectory, config: TrainConfig, process: ProcessInfo) -> None:
-    """Prepare the directory of a new or resumed run; for rank 0, which holds its lease.
+    """Prepare the directory of a new or resumed run, on rank 0, which holds its lease.
 
     Raises: RunDirectoryError if it holds another run, or `resume` forbids the start; ConfigError
-        for a `resume_networks` that does not fit.
+        if `resume_networks` does not fit.
     """
     change = pending_change(directory, config, process.networks)
     directory.check(config, process.networks, changes=change is not None)

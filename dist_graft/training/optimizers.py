@@ -1,4 +1,4 @@
-"""The optimizer of a network: SGD, AdamW, another one of torch.optim, or one of the user's."""
+"""The optimizer of a network: SGD, AdamW, another one of torch.optim, or a user-defined one."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _UNSUITABLE = {
     "sparseadam": "it requires sparse gradients",
 }
 _FUSED = ("sgd", "adam", "adamw")
-"""Optimizers that take a step in one kernel on any GPU, and skip it on the device in fp16."""
+"""Optimizers with a fused step on any GPU, which in fp16 can skip it on the device."""
 _KERNELS = {"fused", "foreach", "capturable", "differentiable"}
-"""Arguments that choose the kernels."""
+"""Arguments that select the kernels."""
 
 
 def optimizer_call(
     config: OptimConfig,
 ) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
-    """The class or function that creates the optimizer, and its arguments after the parameters.
+    """Return the class or function that creates the optimizer, and its keyword arguments.
 
-    Raises: ConfigError if there is none, or the options do not fit.
+    Raises: ConfigError if it does not exist, or the options do not fit.
     """
     make, name = _find(config.name), config.name
     arguments: dict[str, Any] = {"lr": config.lr, **config.kwargs}
@@ -64,7 +64,7 @@ def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
     if is_reference(name):
         return own("optim.name", name)
     if name in _UNSUITABLE:
-        raise ConfigError(f"optim.name {name} cannot train a network here: {_UNSUITABLE[name]}")
+        raise ConfigError(f"optim.name {name} is not supported: {_UNSUITABLE[name]}")
     if name not in _BY_NAME:
         suitable = [known for known in _BY_NAME if known not in _UNSUITABLE]
         near = difflib.get_close_matches(name, suitable)
@@ -78,14 +78,14 @@ def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
 def build_optimizer(
     config: OptimConfig, model: nn.Module, *, lr: float, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Optimizer over all parameters that require a gradient.
+    """Create the optimizer of all parameters that require a gradient.
 
     Args:
         config: name and options of the optimizer.
         model: its parameters.
         lr: initial learning rate.
-        fused: take a step in one kernel where the optimizer and the parameters allow it. In fp16 it
-            then also skips steps on the device: the host does not wait for the gradients.
+        fused: use the fused step if optimizer and parameters support it. In fp16, steps are then
+            skipped on the device, so the host does not wait for the gradients.
 
     Raises: ConfigError if the name is unknown, or config.kwargs or the parameters do not fit;
         FunctionError if a user's function fails.
@@ -114,7 +114,7 @@ def build_optimizer(
 def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer.
 
-    Raises: ConfigError unless it is one of torch whose step needs no closure.
+    Raises: ConfigError unless it is a torch.optim.Optimizer whose step() has no required argument.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"{what} must return a torch.optim.Optimizer, got {optimizer!r}")
@@ -126,8 +126,8 @@ def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
     ]
     if required:
         raise ConfigError(
-            f"{what} needs a {required[0]} in each step: {type(optimizer).__name__} cannot train a "
-            "network here"
+            f"{what} is not supported: {type(optimizer).__name__}.step() requires the argument "
+            f"{required[0]}"
         )
     return optimizer
 
@@ -135,8 +135,8 @@ def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError unless a checkpoint can hold the optimizer's state.
 
-    A checkpoint is read back with torch.load(weights_only=True): tensors, plain values, and lists,
-    tuples and dicts of them.
+    It can hold what torch.load(weights_only=True) reads: tensors, plain values, and lists, tuples
+    and dicts of them.
     """
     if type(optimizer).__module__.startswith("torch.optim"):
         return
@@ -144,13 +144,13 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     if found is not None:
         raise ConfigError(
             f"optimizer {type(optimizer).__name__} keeps a {type(found).__name__} in its state, "
-            "which a checkpoint cannot hold: use tensors, numbers, texts, and lists or dicts of "
+            "which a checkpoint cannot hold: use tensors, numbers, strings, and lists or dicts of "
             "them"
         )
 
 
 def _unloadable(value: Any) -> Any:
-    """The first part of a state that is no plain value; None if there is none."""
+    """First part of a state that is not a tensor or plain value; None if there is none."""
     if isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None)):
         return None
     if type(value) in (list, tuple):

@@ -1,4 +1,4 @@
-"""Check of the names in a configuration, before a run writes anything."""
+"""Checks the names in a configuration before a run writes anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_graft.training.optimizers import optimizer_call
 
 
 def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
-    """Check everything that the configuration names, except optim.loss, which `build_task` checks.
+    """Check all names in a configuration, except optim.loss, which `build_task` checks.
 
     Args:
         config: of one network.

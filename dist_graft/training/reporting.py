@@ -1,4 +1,4 @@
-"""What a run reports: the first lines of its log, and the results of an epoch."""
+"""Reports of a run: the first lines of its log, and the results of an epoch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
 
 _LARGE_TEST_LOSS = 100.0
-"""Cross entropy that no network reaches unless it diverges: guessing has ln(classes)."""
+"""Cross entropy that only diverging networks reach; guessing gives ln(classes)."""
 
 
 def log_start(trainer: Trainer) -> None:
-    """Log the run, the options of this network, and a warning about too many loader workers."""
+    """Log the run, the options of this network, and a warning if there are too many workers."""
     config, process, log = trainer.config, trainer.process, trainer.log
     log.info("%s", startup_message(trainer))
     if own := member_options(config, process.network):
@@ -88,7 +88,7 @@ def process_table(process: ProcessInfo, rows: list[str]) -> str:
 
 
 def warn_of_skipped_images(log: logging.Logger, data: Data, epoch: int) -> None:
-    """Warn of broken images that were skipped (data.skip_broken)."""
+    """Warn about broken images that were skipped (data.skip_broken)."""
     skipped: Mapping[str, str] = getattr(data, "skipped", {})
     if skipped:
         path, reason = next(iter(skipped.items()))
@@ -102,9 +102,9 @@ def warn_of_skipped_images(log: logging.Logger, data: Data, epoch: int) -> None:
 
 
 def warn_of_learning_rates(trainer: Trainer, epoch: int, networks: Sequence[NetworkRow]) -> None:
-    """Warn of each network whose test loss after the first epoch shows that it diverges.
+    """Warn about each network whose test loss after the first epoch shows divergence.
 
-    Rank 0 logs all networks, the others their own.
+    Rank 0 logs all networks, other ranks their own.
     """
     process = trainer.process
     largest = _LARGE_TEST_LOSS if trainer.task.classification else math.inf
@@ -120,7 +120,7 @@ def warn_of_learning_rates(trainer: Trainer, epoch: int, networks: Sequence[Netw
 
 
 def rate_hint(config: TrainConfig, process: ProcessInfo, epoch: int) -> str:
-    """The learning rates, for errors of networks that diverge in the first epoch."""
+    """The learning rates, for errors of networks that diverge in the first epoch; else empty."""
     if epoch:
         return ""
     rates = initial_rates(config, process.networks)

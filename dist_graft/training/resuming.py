@@ -23,19 +23,19 @@ def restore(
     replicas: Replicas,
     steps_per_epoch: int,
 ) -> Progress:
-    """Restore a network from what `CheckpointManager.load` returned; changes its state in place.
+    """Restore a network, in place, from the result of `CheckpointManager.load`.
 
     Args:
-        path: of the checkpoint, for errors.
-        stored: content of its file.
+        path: path of the checkpoint, for errors.
+        stored: content of the network's file.
         origin: where the network starts if the networks change (resume_networks).
         state: of the network.
-        grafter: whose rule may have a state; None without rounds.
+        grafter: its rule may have state; None without rounds.
         replicas: processes of the network.
         steps_per_epoch: of the run.
 
-    Raises: RunDirectoryError if the checkpoint does not fit the model and optimizer; ConfigError if
-        a network that continues had another optimizer.
+    Raises: RunDirectoryError if the checkpoint does not fit model and optimizer; ConfigError if a
+        network that continues had another optimizer.
     """
     initial_lrs = list(state.scheduler.base_lrs)
     try:
@@ -53,7 +53,7 @@ def restore(
                 grafter.load_rule_state(stored.get("rule", {}))
             else:
                 grafter.reset_rule_state()
-    except ConfigError:  # which is a ValueError, and already says what to do
+    except ConfigError:  # a ValueError that already says what to do
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
         first = next(iter(str(error).strip().splitlines()[1:2]), str(error)).strip()

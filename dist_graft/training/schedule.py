@@ -48,7 +48,7 @@ class Cadence:
         return self._count(steps - 1 if step else steps, steps_per_epoch)
 
     def is_last(self, steps: int, *, epochs: int, steps_per_epoch: int) -> bool:
-        """Whether the last round of a run of `epochs` follows after so many finished steps."""
+        """Whether the last round of a run of `epochs` follows directly after `steps`."""
         rounds = self._count(epochs * steps_per_epoch, steps_per_epoch)
         return self._follows(steps, steps_per_epoch) and (
             self._count(steps, steps_per_epoch) == rounds

@@ -54,10 +54,10 @@ def refuse_unshared(
 
     Args:
         folder: the run directory.
-        seen: of each process, by rank: whether it sees the token.
-        hosts: of each process.
+        seen: for each rank, whether it sees the token.
+        hosts: host of each rank.
         replicas: processes per network.
-        lag: in seconds.
+        lag: time limit in seconds.
     """
     blind = [
         f"network {rank // replicas} on {host}"

@@ -72,7 +72,7 @@ class TrainState(Predictor):
     ema: AveragedModel | None = None
     """Exponential moving average of the weights; None without `optim.ema_decay`."""
     _initial_optimizer: dict[str, Any] = field(init=False, repr=False)
-    """State of the optimizer before the first step: empty, unless its constructor fills it."""
+    """State of the optimizer before the first step: empty unless its constructor fills it."""
 
     def __post_init__(self) -> None:
         self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
@@ -88,7 +88,7 @@ class TrainState(Predictor):
         return self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE
 
     def has_diverged(self, loss: float) -> bool:
-        """Whether training has diverged. Loss scaling in fp16 skips single non-finite steps."""
+        """Whether training has diverged. In fp16, loss scaling skips single non-finite steps."""
         if self.scaler.is_enabled():
             return self.loss_scale_collapsed
         return not math.isfinite(loss)
@@ -117,7 +117,7 @@ class TrainState(Predictor):
             self.ema.module.load_state_dict(self.model.state_dict())
 
     def clear_optimizer(self) -> None:
-        """Reset the optimizer to its state before the first step; learning rates stay."""
+        """Reset the optimizer to its state before the first step; keeps learning rates."""
         groups = [
             initial | {name: group[name] for name in ("lr", "initial_lr") if name in group}
             for initial, group in zip(

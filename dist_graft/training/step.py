@@ -133,7 +133,7 @@ class RunningSums:
 
 
 def seed_step(seed: int, network: int, epoch: int, step: int, *, replica: int) -> None:
-    """Seed dropout as a function of seed, network, epoch, step and replica only."""
+    """Seed dropout from seed, network, epoch, step and replica only."""
     replicas = (replica,) if replica else ()
     torch.manual_seed(stream_seed("step", seed, network, epoch, step, *replicas))
 

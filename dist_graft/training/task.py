@@ -63,10 +63,10 @@ class Task:
 
 
 def build_loss(config: OptimConfig) -> LossFunction:
-    """The function that optim.loss names, or an instance of the class.
+    """Return the function that optim.loss names, or an instance of the class.
 
-    Raises: ConfigError if it does not exist, or optim.loss_kwargs do not fit. The function that is
-        returned raises FunctionError if the user's fails, and ConfigError if it returns no scalar.
+    Raises: ConfigError if it does not exist, or optim.loss_kwargs do not fit. The returned function
+        raises FunctionError if the user's fails, and ConfigError if that returns no scalar.
     """
     assert config.loss is not None
     what = f"optim.loss {config.loss}"

@@ -376,7 +376,7 @@ class Trainer:
         self.task = build_task(self.member_config, self._loss, self._metrics)
 
     def _claim_network(self) -> None:
-        """Take the lease of this job's network; all its processes learn its number.
+        """Take the lease of this job's network, and send its number to all processes of the job.
 
         Raises: LeaseHeldError or RunDirectoryError, on all replicas.
         """
@@ -447,7 +447,7 @@ class Trainer:
             refuse_different_options(texts, names)
 
     def _open_directory(self) -> None:
-        """Take the run directory for this run, and check that all processes see it. A collective.
+        """Take the lease of the run directory, and check that all processes see it. A collective.
 
         Raises: RunDirectoryError or ConfigError, on all ranks, if the run cannot start there.
         """

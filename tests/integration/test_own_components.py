@@ -137,7 +137,7 @@ def test_a_wrong_name_or_argument_ends_the_run_before_it_writes(
     ("options", "says"),
     [
         (["--optim.name", "muon"], ["optim.name muon: Muon only supports 2D parameters"]),
-        (["--optim.name", "own_components:NeedsClosure"], ["needs a closure in each step"]),
+        (["--optim.name", "own_components:NeedsClosure"], ["requires the argument closure"]),
         (["--optim.name", "own_components:Unsaved"], ["keeps a PosixPath in its state"]),
         (["--optim.name", "builtins:sorted"], ["optim.name builtins:sorted"]),
         (["--data.transform", "own_components:drop_one"], ["must return 32 samples, got 31"]),

@@ -93,7 +93,7 @@ def test_a_hanging_logger_delays_no_training(
     done = train(run, "--epochs", "2", *STEADY, "--monitor.loggers", names)
     assert done.status == 0, done
     (line,) = warnings_of(done.output)
-    assert "own_loggers:HangingLogger is not done" in line
+    assert "own_loggers:HangingLogger did not finish in time" in line
     assert len(metrics(run, 0)) == 2
 
 

@@ -302,7 +302,7 @@ def test_public_options_keep_their_names_and_defaults() -> None:
     ("options", "says"),
     [
         ({"model": {"kwargs": {"num_classes": 3}}}, r"without num_classes \(set by data\)"),
-        ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must be plain values"),
+        ({"model": {"kwargs": {"widths": {1, 2}}}}, "model.kwargs must hold plain values"),
         ({"init_from": ""}, "init_from must be a path or a name"),
         ({"optim": {"kwargs": {"lr": 3}}}, r"without lr \(set by optim\.lr\)"),
         ({"optim": {"kwargs": {"nesterov": 1}}}, r"without nesterov \(set by optim\.nesterov\)"),
@@ -318,7 +318,7 @@ def test_public_options_keep_their_names_and_defaults() -> None:
         ({"data": {"transform_kwargs": {"a": 1}}}, r"requires data\.transform"),
         ({"callbacks": [{"a:B": 1}]}, r"callbacks must be package\.module:Name or \{"),
         ({"callbacks": [{"a:B": {}, "c:D": {}}]}, r"callbacks must be package\.module:Name or \{"),
-        ({"callbacks": [{"a:B": {"x": {1}}}]}, "callbacks a:B must be plain values"),
+        ({"callbacks": [{"a:B": {"x": {1}}}]}, "callbacks a:B must hold plain values"),
     ],
 )
 def test_arguments_of_the_users_functions_and_initial_weights(

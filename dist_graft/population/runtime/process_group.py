@@ -157,10 +157,10 @@ class Runtime:
         Otherwise that rank would exit alone, and the others would report its loss.
 
         Args:
-            error: of this process; None if it has none.
-            what: the operation that may have failed, for the error when a peer is lost.
+            error: error of this process, or None.
+            what: operation that may have failed, for the message if a peer is lost.
 
-        Raises: that error; PeerError when a peer died or did not answer.
+        Raises: that error; PeerError if a peer died or did not respond.
         """
         rows = self.gather_all_ranks([float(error is not None)], what)
         failed = [rank for rank, (flag,) in enumerate(rows) if flag]
@@ -333,7 +333,7 @@ def _refuse_uneven_machines(
         )
     if refusal:
         peers.publish("group: read", "")
-        if process.is_main:  # which may host the store: it exits last
+        if process.is_main:  # may host the store, so it exits last
             peers.collect("group: read", seconds)
         raise refusal
 

@@ -25,7 +25,7 @@ class WeightsBeforeLastRound(Callback):
     """Writes RUN/networkNN/before_last_round.pt."""
 
     def on_round_start(self, trainer: Trainer) -> None:
-        """Write the weights if the last round follows."""
+        """Write the weights if this is the last round."""
         last = trainer.cadence.is_last(
             trainer.global_step,
             epochs=trainer.config.epochs,
@@ -41,7 +41,7 @@ class WeightsBeforeLastRound(Callback):
 
 
 def load_weights_before(run: Path, network: int, round_: int) -> State | None:
-    """Load the weights of a network after `round_` rounds, if they were saved before the last one.
+    """Load the weights of a network saved before the last round, if `round_` rounds preceded it.
 
     Raises: RunDirectoryError if the file is damaged.
     """

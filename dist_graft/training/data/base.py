@@ -24,7 +24,7 @@ SampleKey = tuple[int, int]
 
 
 def transform_function(config: DataConfig) -> Callable[[Any, torch.Generator], Any]:
-    """The function of data.transform with data.transform_kwargs.
+    """Return the function of data.transform, with data.transform_kwargs.
 
     Raises: ConfigError if it does not exist or does not take these arguments.
     """
@@ -119,7 +119,7 @@ class BaseData(ABC):
     ) -> Generator[tuple[Any, Any]]:
         """Apply the function of data.transform to this process's part of each batch.
 
-        Its generator, and torch's global ones, are seeded for each batch and process.
+        Its generator and torch's global ones are seeded for each batch and process.
         """
         what = f"data.transform {self._config.transform}"
         transform = transform_function(self._config)

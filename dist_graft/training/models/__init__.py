@@ -40,7 +40,7 @@ _LOADING = {
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError, with similar names, unless `build_model` knows the model."""
+    """Raise ConfigError, listing similar names, unless `build_model` knows the model."""
     if is_reference(name):
         own("model.name", name)
     elif name.startswith("timm/"):

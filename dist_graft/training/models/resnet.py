@@ -42,7 +42,7 @@ class _Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet of depth 6n + 2: three stages of n blocks with 1, 2 and 4 times `width` filters.
 
-    Images may have any size. The first convolution has the stride `stem_stride`: with 2, training
+    Images may have any size. The first convolution has stride `stem_stride`; with 2, training
     costs about a quarter. A shortcut between stages subsamples and pads with zero channels
     (option A). With the default width, ResNet-32 has 464,154 parameters and 1,136 filters with 10
     classes and 3 channels. The negative slope of leaky_relu is 0.01. He initialization over fan_in.

@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:
 
 
 def check(name: str) -> None:
-    """Raise ConfigError, with similar names, unless timm has the model "timm/NAME"."""
+    """Raise ConfigError, listing similar names, unless timm has the model "timm/NAME"."""
     bare = name.removeprefix("timm/")
     if not timm.is_model(bare):
         near = difflib.get_close_matches(bare, timm.list_models())
@@ -35,7 +35,7 @@ def build(name: str, *, num_classes: int, channels: int, kwargs: Mapping[str, An
     """Build "timm/NAME" without pretrained weights; kwargs are passed to `timm.create_model`.
 
     Raises:
-        ConfigError: timm has no model of this name, or it refuses kwargs.
+        ConfigError: timm has no model of this name, or rejects kwargs.
     """
     check(name)
     try:

@@ -24,7 +24,7 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 def check(name: str, *, own_names: Sequence[str]) -> None:
     """Raise ConfigError unless torchvision has an image classifier "NAME" or "torchvision/NAME".
 
-    Similar names are among torchvision's and own_names, the networks of this package.
+    The error lists similar names of torchvision and of `own_names`, the models of this package.
     """
     bare = name.removeprefix("torchvision/")
     if bare not in torchvision.models.list_models(module=torchvision.models):

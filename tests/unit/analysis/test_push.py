@@ -96,7 +96,7 @@ def test_the_card_has_the_control(exported: Path, control: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("data", "has data.name cifar10, but .* has data.name fashion-mini: it must differ"),
+        ("data", "has data.name cifar10, but .* has data.name fashion-mini: only the exchange"),
         ("model", "has model.name resnet20, but .* has model.name resnet8"),
         ("epochs", r"has epochs 7, but .* has epochs \d+"),
         ("start", "has init_from weights.pt, but .* has init_from None"),

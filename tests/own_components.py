@@ -73,6 +73,19 @@ def margin_loss(scores: Tensor, labels: Tensor, *, margin: float = 1.0) -> Tenso
     return F.multi_margin_loss(scores, labels, margin=margin)
 
 
+class WeightedLoss(torch.nn.Module):
+    """Cross entropy with the weights of four classes, which are a buffer."""
+
+    weights: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.arange(1.0, 5.0))
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scores, labels, weight=self.weights)
+
+
 def losses(scores: Tensor, labels: Tensor) -> Tensor:
     """One per sample, which is not a scalar."""
     return F.cross_entropy(scores, labels, reduction="none")

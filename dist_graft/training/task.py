@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_graft.config import OptimConfig
 from dist_graft.config.validation import check_call, own
@@ -78,6 +78,8 @@ def build_loss(config: OptimConfig) -> LossFunction:
 
     def loss(scores: Tensor, labels: Tensor) -> Tensor:
         with user_code(what):
+            if isinstance(function, nn.Module):
+                function.to(scores.device)
             value: Any = function(scores.float(), labels)
         if not isinstance(value, Tensor) or value.dim():
             shape = list(value.shape) if isinstance(value, Tensor) else value

@@ -350,6 +350,10 @@ class TestCustomParts:
         same = task("torch.nn:MultiMarginLoss", margin=0.5)
         assert torch.equal(same.loss(scores, labels), expected)
         assert same.loss(scores.bfloat16(), labels).dtype == torch.float32
+        weighted = task("own_components:WeightedLoss")
+        expected = nn.functional.cross_entropy(scores, labels, weight=torch.arange(1.0, 5.0))
+        assert torch.equal(weighted.loss(scores, labels), expected)
+        assert weighted.loss(scores.to("meta"), labels.to("meta")).is_meta
         with pytest.raises(ConfigError, match=r"must return a scalar tensor, got \[3\]"):
             task("own_components:losses").loss(scores, labels)
         with pytest.raises(FunctionError, match=r"optim\.loss .*margin_loss failed: "):

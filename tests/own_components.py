@@ -49,6 +49,10 @@ def decayed_sgd(params: Iterable[Tensor], lr: float, weight_decay: float) -> tor
     return torch.optim.SGD(params, lr=2 * lr, weight_decay=weight_decay)
 
 
+def forwarded_sgd(params: Iterable[Tensor], **arguments: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, **arguments)
+
+
 def triangle(progress: float, *, peak: float = 0.5) -> float:
     """Rises from 0 to 1 at the peak, and falls to 0."""
     return progress / peak if progress < peak else (1 - progress) / (1 - peak)

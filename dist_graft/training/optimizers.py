@@ -45,7 +45,9 @@ def optimizer_call(
         accepted = inspect.signature(make).parameters
     except ValueError as error:
         raise ConfigError(f"optim.name {name} must be a class or function: {error}") from error
-    if "weight_decay" in accepted:
+    if "weight_decay" in accepted or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()
+    ):
         arguments["weight_decay"] = config.weight_decay
     elif config.weight_decay != OptimConfig.weight_decay:
         raise ConfigError(

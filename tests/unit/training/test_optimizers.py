@@ -66,7 +66,9 @@ def test_a_reset_and_a_checkpoint_of_every_optimizer(
     assert all(map(torch.equal, steps(resumed, 2, 4), steps(fresh, 2, 4)))
 
 
-@pytest.mark.parametrize("name", ["sgd", "own_components:decayed_sgd"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "own_components:decayed_sgd", "own_components:forwarded_sgd"]
+)
 def test_weight_decay_is_passed_where_it_is_an_argument(name: str) -> None:
     config = OptimConfig(name=name, weight_decay=0.25)
     (group,) = build_optimizer(config, matrix(), lr=0.1).param_groups

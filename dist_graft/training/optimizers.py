@@ -62,6 +62,16 @@ def optimizer_call(
     return make, arguments
 
 
+def refuse_optimizer_options(config: OptimConfig) -> None:
+    """Raise ConfigError if the options choose an optimizer, which Trainer(optimizer=) replaces."""
+    for option in ("name", "kwargs"):
+        value = getattr(config, option)
+        if value != getattr(OptimConfig(), option):
+            raise ConfigError(
+                f"optim.{option} {value} does not apply with Trainer(optimizer=): leave out one"
+            )
+
+
 def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
     if is_reference(name):
         return own("optim.name", name)

@@ -9,7 +9,7 @@ from dist_graft.references import is_reference
 from dist_graft.training.data.base import transform_function
 from dist_graft.training.learning_rates import schedule
 from dist_graft.training.models import check_model_name
-from dist_graft.training.optimizers import optimizer_call
+from dist_graft.training.optimizers import optimizer_call, refuse_optimizer_options
 
 
 def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
@@ -26,6 +26,8 @@ def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
         check_model_name(config.model.name)
     if optimizer:
         optimizer_call(config.optim)
+    else:
+        refuse_optimizer_options(config.optim)
     schedule(config.optim, epochs=1, steps_per_epoch=1)
     if config.data.transform is not None:
         transform_function(config.data)

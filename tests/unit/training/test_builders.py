@@ -326,6 +326,10 @@ class TestCustomParts:
         assert own_metrics.metrics == metrics
         assert not own_metrics.classification
         assert torch.equal(own_metrics.loss(output, target), default.loss(output, target))
+        named = TrainConfig(optim=OptimConfig(loss="own_components:margin_loss"))
+        assert build_task(named, None, metrics).metrics == metrics
+        with pytest.raises(ConfigError, match=r"optim\.loss and Trainer\(loss=\) are mutually"):
+            build_task(named, loss, None)
         mixed = TrainConfig(data=DataConfig(cutmix=1.0))
         assert build_task(mixed, None, None).classification
         for arguments in ((loss, None), (None, metrics)):

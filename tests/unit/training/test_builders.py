@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pytest
@@ -42,6 +43,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.data import Data
 from dist_graft.training.layer_stats import non_finite_part
 from dist_graft.training.optimizers import build_optimizer
+from dist_graft.training.references import check_names
 from dist_graft.training.schedule import Cadence
 from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task
@@ -365,6 +367,21 @@ class TestCustomParts:
         for name in ("own_components:margin_loss", "torch.nn:MultiMarginLoss"):
             with pytest.raises(ConfigError, match=rf"optim\.loss {name} cannot be called as "):
                 task(name, size=1)
+
+    @pytest.mark.parametrize(
+        ("name", "refused"),
+        [
+            ("torch.nn:CrossEntropyLoss", False),
+            ("own_components:margin_loss", True),
+            ("own_components:WeightedLoss", False),  # of four classes
+        ],
+    )
+    def test_a_loss_of_classes_with_mixed_images(self, name: str, *, refused: bool) -> None:
+        optim = OptimConfig(loss=name)
+        mixed = TrainConfig(optim=optim, data=DataConfig(mixup=0.2))
+        check_names(TrainConfig(optim=optim), model=True, optimizer=True)
+        with pytest.raises(ConfigError, match="margin_loss failed") if refused else nullcontext():
+            check_names(mixed, model=True, optimizer=True)
 
     def test_a_function_that_raises_is_named_with_its_traceback(self) -> None:
         def fails(output: object, target: object) -> Any:

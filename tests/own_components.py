@@ -40,6 +40,20 @@ class Unsaved(SignMomentum):
         self.param_groups[0]["folder"] = Path()
 
 
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps in param_groups, as schedule-free optimizers do."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, **arguments: Any) -> None:
+        super().__init__(params, lr, **arguments)
+        self.param_groups[0]["count"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        del closure
+        self.param_groups[0]["count"] += 1
+        super().step()
+
+
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
         del closure

@@ -144,6 +144,14 @@ def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def option_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Entries of param_groups that are options: learning rates, and arguments of constructors."""
+    names = {"lr", "initial_lr"}
+    for kind in type(optimizer).__mro__:
+        names.update(inspect.signature(kind.__init__).parameters)
+    return names - {"params"}
+
+
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError unless a checkpoint can hold the optimizer's state.
 

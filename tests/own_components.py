@@ -40,6 +40,20 @@ class Unsaved(SignMomentum):
         self.param_groups[0]["folder"] = Path()
 
 
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps in param_groups, as schedule-free optimizers do."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, **arguments: Any) -> None:
+        super().__init__(params, lr, **arguments)
+        self.param_groups[0]["count"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        del closure
+        self.param_groups[0]["count"] += 1
+        super().step()
+
+
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
         del closure
@@ -47,6 +61,10 @@ class NeedsClosure(torch.optim.SGD):
 
 def decayed_sgd(params: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=2 * lr, weight_decay=weight_decay)
+
+
+def forwarded_sgd(params: Iterable[Tensor], **arguments: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, **arguments)
 
 
 def triangle(progress: float, *, peak: float = 0.5) -> float:
@@ -71,6 +89,19 @@ def drop_one(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def margin_loss(scores: Tensor, labels: Tensor, *, margin: float = 1.0) -> Tensor:
     return F.multi_margin_loss(scores, labels, margin=margin)
+
+
+class WeightedLoss(torch.nn.Module):
+    """Cross entropy with the weights of four classes, which are a buffer."""
+
+    weights: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.arange(1.0, 5.0))
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scores, labels, weight=self.weights)
 
 
 def losses(scores: Tensor, labels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class OptimConfig:
     name: str = "sgd"
     """Optimizer: sgd, adamw, another name from torch.optim, such as rmsprop, or package.module:name
     of a class or function (parameters, lr, weight_decay) -> optimizer; weight_decay is passed if it
-    is an argument."""
+    has that argument, or **kwargs."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of the optimizer, as a YAML mapping, e.g. {alpha: 0.9, momentum: 0.9}
     for rmsprop."""

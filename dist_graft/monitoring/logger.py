@@ -221,7 +221,8 @@ def check_loggers(names: Sequence[str]) -> None:
             own("monitor.loggers", name)
         elif name in _SERVICES:
             for package in _packages(name):
-                if importlib.util.find_spec(package) is None:
+                spec = importlib.util.find_spec(package)
+                if spec is None or spec.origin is None:  # a mere folder of that name has none
                     raise ConfigError(
                         f"monitor.loggers {name} needs the package {package}: pip install "
                         "'dist_graft[loggers]'"

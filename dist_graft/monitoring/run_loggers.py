@@ -79,15 +79,18 @@ class RunLoggers(Callback):
     def teardown(self, trainer: Trainer) -> None:
         if trainer.lease_lost:  # the run continues in another process
             return
-        # A stopped run must exit within its grace period; a checkpoint may have used most of it.
-        seconds = trainer.config.checkpoint.grace_seconds / 4
-        if self._status == "finished":
-            seconds = _FINISH_SECONDS
+        grace = trainer.config.checkpoint.grace_seconds
+        margin = grace / 10  # for the process to exit after the wait
+        seconds = _FINISH_SECONDS if self._status == "finished" else grace / 4
         deadline = time.monotonic() + seconds
+
+        def seconds_left() -> float:  # a stop may also be requested during the wait
+            return min(deadline - time.monotonic(), trainer.stop_requests.seconds_left - margin)
+
         for thread in self._threads:
             thread.finish(self._status)
         for thread in self._threads:
-            thread.join(deadline)
+            thread.join(seconds_left, margin)
 
     def _log(self, epoch: int, network: Scalars, population: Scalars) -> None:
         for thread in self._threads:
@@ -189,9 +192,10 @@ class _LoggerThread:
         self._calls.put(call)
         self._calls.put(None)
 
-    def join(self, deadline: float) -> None:
-        """Wait for the thread until a time of `time.monotonic`."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+    def join(self, seconds_left: Callable[[], float], interval: float) -> None:
+        """Wait for the thread while seconds are left, which are asked for at each interval."""
+        while self._thread.is_alive() and (left := seconds_left()) > 0:
+            self._thread.join(min(left, interval))
         if self._thread.is_alive():
             self._trainer_log.warning(
                 "monitor.loggers %s did not finish in time and may lack the last results; "

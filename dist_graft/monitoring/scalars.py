@@ -56,18 +56,19 @@ def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
 def population_scalars(report: EpochReport) -> Scalars:
     """Mean and spread of the networks' test metric, and the ensemble's accuracy if known.
 
-    All are values before the round.
+    All are measured before the round. The spread is NaN if a value is not finite.
     """
     metric = report.metric or "loss"
     values = [row.test_metric if report.metric else row.test_loss for row in report.networks]
+    spread = 0.0
+    if len(values) > 1:
+        spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
     return _known(
         {
             f"population/test_{metric}_mean": statistics.fmean(values),
             f"population/test_{metric}_min": min(values),
             f"population/test_{metric}_max": max(values),
-            f"population/test_{metric}_standard_deviation": (
-                statistics.stdev(values) if len(values) > 1 else 0.0
-            ),
+            f"population/test_{metric}_standard_deviation": spread,
             "population/ensemble_test_accuracy": report.ensemble_accuracy,
         }
     )

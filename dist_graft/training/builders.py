@@ -67,7 +67,12 @@ def build_task(
     loss: LossFunction | None,
     metrics: Mapping[str, MetricFunction] | None,
 ) -> Task:
-    """Build the task from the trainer's arguments. The default is image classification."""
+    """Build the task from the trainer's arguments. The default is image classification.
+
+    Raises: ConfigError if they do not fit the options.
+    """
+    if loss is not None and config.optim.loss is not None:
+        raise ConfigError("optim.loss and Trainer(loss=) are mutually exclusive: leave out one")
     own_loss = None if config.optim.loss is None else build_loss(config.optim)
     default = classification(config.optim.label_smoothing, own_loss)
     if loss is None and metrics is None:

@@ -45,7 +45,9 @@ def optimizer_call(
         accepted = inspect.signature(make).parameters
     except ValueError as error:
         raise ConfigError(f"optim.name {name} must be a class or function: {error}") from error
-    if "weight_decay" in accepted:
+    if "weight_decay" in accepted or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()
+    ):
         arguments["weight_decay"] = config.weight_decay
     elif config.weight_decay != OptimConfig.weight_decay:
         raise ConfigError(
@@ -58,6 +60,16 @@ def optimizer_call(
         arguments["betas"] = config.betas
     check_call(f"optim.name {name}", make, [None], arguments)
     return make, arguments
+
+
+def refuse_optimizer_options(config: OptimConfig) -> None:
+    """Raise ConfigError if the options choose an optimizer, which Trainer(optimizer=) replaces."""
+    for option in ("name", "kwargs"):
+        value = getattr(config, option)
+        if value != getattr(OptimConfig(), option):
+            raise ConfigError(
+                f"optim.{option} {value} does not apply with Trainer(optimizer=): leave out one"
+            )
 
 
 def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -130,6 +142,14 @@ def checked_optimizer(what: str, optimizer: Any) -> torch.optim.Optimizer:
             f"{required[0]}"
         )
     return optimizer
+
+
+def option_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Entries of param_groups that are options: learning rates, and arguments of constructors."""
+    names = {"lr", "initial_lr"}
+    for kind in type(optimizer).__mro__:
+        names.update(inspect.signature(kind.__init__).parameters)
+    return names - {"params"}
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -9,11 +9,14 @@ from dist_graft.references import is_reference
 from dist_graft.training.data.base import transform_function
 from dist_graft.training.learning_rates import schedule
 from dist_graft.training.models import check_model_name
-from dist_graft.training.optimizers import optimizer_call
+from dist_graft.training.optimizers import optimizer_call, refuse_optimizer_options
+from dist_graft.training.task import refuse_loss_of_classes
 
 
 def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
-    """Check all names in a configuration, except optim.loss, which `build_task` checks.
+    """Check everything that the configuration names.
+
+    Of optim.loss, which `build_task` checks, only whether it takes the targets of mixed images.
 
     Args:
         config: of one network.
@@ -26,6 +29,10 @@ def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
         check_model_name(config.model.name)
     if optimizer:
         optimizer_call(config.optim)
+    else:
+        refuse_optimizer_options(config.optim)
+    if config.optim.loss is not None and config.data.mixes:
+        refuse_loss_of_classes(config.optim)
     schedule(config.optim, epochs=1, steps_per_epoch=1)
     if config.data.transform is not None:
         transform_function(config.data)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_graft.config.runtime import CompileMode
 from dist_graft.errors import ConfigError
-from dist_graft.training.optimizers import check_optimizer_state
+from dist_graft.training.optimizers import check_optimizer_state, option_names
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -117,9 +117,14 @@ class TrainState(Predictor):
             self.ema.module.load_state_dict(self.model.state_dict())
 
     def clear_optimizer(self) -> None:
-        """Reset the optimizer to its state before the first step; keeps learning rates."""
+        """Reset the optimizer to its state before the first step; its options stay as they are.
+
+        Options are the learning rates and all arguments of the constructor. Any other entry of a
+        parameter group is state, such as the step count of a schedule-free optimizer.
+        """
+        options = option_names(self.optimizer)
         groups = [
-            initial | {name: group[name] for name in ("lr", "initial_lr") if name in group}
+            initial | {name: group[name] for name in options if name in group}
             for initial, group in zip(
                 self._initial_optimizer["param_groups"], self.optimizer.param_groups, strict=True
             )

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_graft.config import OptimConfig
 from dist_graft.config.validation import check_call, own
-from dist_graft.errors import ConfigError, user_code
+from dist_graft.errors import ConfigError, caught, user_code
 
 LossFunction = Callable[[Any, Any], Tensor]
 """(output, target) -> scalar: mean loss over the samples of a batch."""
@@ -78,6 +79,8 @@ def build_loss(config: OptimConfig) -> LossFunction:
 
     def loss(scores: Tensor, labels: Tensor) -> Tensor:
         with user_code(what):
+            if isinstance(function, nn.Module):
+                function.to(scores.device)
             value: Any = function(scores.float(), labels)
         if not isinstance(value, Tensor) or value.dim():
             shape = list(value.shape) if isinstance(value, Tensor) else value
@@ -85,6 +88,27 @@ def build_loss(config: OptimConfig) -> LossFunction:
         return value
 
     return loss
+
+
+def refuse_loss_of_classes(config: OptimConfig) -> None:
+    """Raise ConfigError if optim.loss takes classes as targets, but not their probabilities.
+
+    The loss is called on two samples of ten classes. One that fails with both kinds of targets, as
+    it may if it expects another number of classes, is left to the first step.
+    """
+    scores, labels = torch.zeros(2, 10), torch.tensor([0, 1])
+    with caught() as found:
+        build_loss(config)(scores, torch.full((2, 10), 0.1))
+    if found.error is None:
+        return
+    with caught() as other:
+        build_loss(config)(scores, labels)
+    if other.error is None:
+        text = " ".join(str(found.error).split())[:200]
+        raise ConfigError(
+            f"data.mixup and data.cutmix turn targets into class probabilities, but {text}: "
+            "set both options to 0, or use another loss"
+        ) from found.error
 
 
 def classification(label_smoothing: float = 0.0, loss: LossFunction | None = None) -> Task:

@@ -118,6 +118,10 @@ def test_other_arguments_do_not_resume_a_run(train: Train, tmp_path: Path) -> No
         (["--optim.schedule", "own_components:rising"], ["factor in [0, 1], got 1.5 at 0.5"]),
         (["--optim.schedule", "own_components:margin_loss"], ["optim.schedule", "'labels'"]),
         (["--optim.loss", "own_components:triangle"], ["optim.loss", "too many positional"]),
+        (
+            ["--optim.loss", "torch.nn:MultiMarginLoss", "--data.mixup", "0.2"],
+            ["class probabilities, but optim.loss torch.nn:MultiMarginLoss failed: ", "set both"],
+        ),
         (["--data.transform", "own_components:none"], ["data.transform"]),
         (["--data.transform_kwargs", "{a: 1}"], ["data.transform_kwargs requires data.transform"]),
         (["--callbacks", "own_components:none"], ["callbacks"]),

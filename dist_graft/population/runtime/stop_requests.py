@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -27,17 +28,25 @@ class GracePeriod:
     """
 
     def __init__(self, seconds: float, on_expired: Callable[[], object]) -> None:
+        self._seconds = seconds
         self._timer = threading.Timer(seconds, on_expired)
         self._timer.daemon = True
         self._lock = threading.Lock()
         self._has_started = False
+        self._end = math.inf
 
     def start(self) -> None:
         """Start the period; without effect if it has started. Not for signal handlers."""
         with self._lock:
             if not self._has_started:
                 self._has_started = True
+                self._end = time.monotonic() + self._seconds
                 self._timer.start()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the process ends; infinite before the first request."""
+        return self._end - time.monotonic()
 
     def cancel(self) -> None:
         """Let the process live; the period cannot be started again."""
@@ -127,6 +136,11 @@ class StopRequests:
             if self.reason is not None:
                 self._grace.start()
         return self.reason is not None
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds left of the grace period; infinite if no stop was requested."""
+        return self._grace.seconds_left
 
     def peer_reason(self) -> str:
         """Reason of a stop that a peer announced in a collective."""

@@ -46,6 +46,7 @@ class FakeTrainer:
     model_name: str = "resnet20"
     custom: Sequence[str] = ()
     lease_lost: bool = False
+    stop_requests: object = None
 
     def __post_init__(self) -> None:
         self.member_config = member_config(self.config, self.process.network)

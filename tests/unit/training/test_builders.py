@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pytest
@@ -42,6 +43,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.data import Data
 from dist_graft.training.layer_stats import non_finite_part
 from dist_graft.training.optimizers import build_optimizer
+from dist_graft.training.references import check_names
 from dist_graft.training.schedule import Cadence
 from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task
@@ -326,6 +328,10 @@ class TestCustomParts:
         assert own_metrics.metrics == metrics
         assert not own_metrics.classification
         assert torch.equal(own_metrics.loss(output, target), default.loss(output, target))
+        named = TrainConfig(optim=OptimConfig(loss="own_components:margin_loss"))
+        assert build_task(named, None, metrics).metrics == metrics
+        with pytest.raises(ConfigError, match=r"optim\.loss and Trainer\(loss=\) are mutually"):
+            build_task(named, loss, None)
         mixed = TrainConfig(data=DataConfig(cutmix=1.0))
         assert build_task(mixed, None, None).classification
         for arguments in ((loss, None), (None, metrics)):
@@ -350,6 +356,10 @@ class TestCustomParts:
         same = task("torch.nn:MultiMarginLoss", margin=0.5)
         assert torch.equal(same.loss(scores, labels), expected)
         assert same.loss(scores.bfloat16(), labels).dtype == torch.float32
+        weighted = task("own_components:WeightedLoss")
+        expected = nn.functional.cross_entropy(scores, labels, weight=torch.arange(1.0, 5.0))
+        assert torch.equal(weighted.loss(scores, labels), expected)
+        assert weighted.loss(scores.to("meta"), labels.to("meta")).is_meta
         with pytest.raises(ConfigError, match=r"must return a scalar tensor, got \[3\]"):
             task("own_components:losses").loss(scores, labels)
         with pytest.raises(FunctionError, match=r"optim\.loss .*margin_loss failed: "):
@@ -357,6 +367,21 @@ class TestCustomParts:
         for name in ("own_components:margin_loss", "torch.nn:MultiMarginLoss"):
             with pytest.raises(ConfigError, match=rf"optim\.loss {name} cannot be called as "):
                 task(name, size=1)
+
+    @pytest.mark.parametrize(
+        ("name", "refused"),
+        [
+            ("torch.nn:CrossEntropyLoss", False),
+            ("own_components:margin_loss", True),
+            ("own_components:WeightedLoss", False),  # of four classes
+        ],
+    )
+    def test_a_loss_of_classes_with_mixed_images(self, name: str, *, refused: bool) -> None:
+        optim = OptimConfig(loss=name)
+        mixed = TrainConfig(optim=optim, data=DataConfig(mixup=0.2))
+        check_names(TrainConfig(optim=optim), model=True, optimizer=True)
+        with pytest.raises(ConfigError, match="margin_loss failed") if refused else nullcontext():
+            check_names(mixed, model=True, optimizer=True)
 
     def test_a_function_that_raises_is_named_with_its_traceback(self) -> None:
         def fails(output: object, target: object) -> Any:

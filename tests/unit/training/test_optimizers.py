@@ -66,7 +66,27 @@ def test_a_reset_and_a_checkpoint_of_every_optimizer(
     assert all(map(torch.equal, steps(resumed, 2, 4), steps(fresh, 2, 4)))
 
 
-@pytest.mark.parametrize("name", ["sgd", "own_components:decayed_sgd"])
+def test_a_reset_keeps_the_options_that_a_callback_has_set(
+    make_state: MakeState, make_data: MakeData
+) -> None:
+    """But not the number of steps, which is no argument of the optimizer."""
+    config = OptimConfig(name="own_components:CountingSGD", kwargs={"momentum": 0.5})
+    state = make_state(config, model=matrix())
+    train_steps(state, make_data(), config, epoch=0, first=0, last=2)
+    (group,) = state.optimizer.param_groups
+    assert group["count"] == 2
+    group |= {"weight_decay": 0.125, "momentum": 0.25, "lr": 0.0625}
+    state.clear_optimizer()
+    (group,) = state.optimizer.param_groups
+    assert not state.optimizer.state
+    assert (group["weight_decay"], group["momentum"], group["lr"]) == (0.125, 0.25, 0.0625)
+    assert group["count"] == 0
+    assert all(map(torch.equal, group["params"], state.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "own_components:decayed_sgd", "own_components:forwarded_sgd"]
+)
 def test_weight_decay_is_passed_where_it_is_an_argument(name: str) -> None:
     config = OptimConfig(name=name, weight_decay=0.25)
     (group,) = build_optimizer(config, matrix(), lr=0.1).param_groups

@@ -29,7 +29,7 @@ from torch import Tensor
 import dist_graft
 from dist_graft import Callback, GraftRecord, Trainer
 from dist_graft.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig
-from dist_graft.errors import LeaseLostError, StoppedEarlyError
+from dist_graft.errors import ConfigError, LeaseLostError, StoppedEarlyError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.schedule import Segment
@@ -100,6 +100,15 @@ class TestTasks:
             assert first["information"] == second["information"]
             for key in set(first) - {"images_per_second", "phase_seconds", "information"}:
                 assert first[key] == pytest.approx(second[key]), key
+
+    @pytest.mark.parametrize("options", [{"name": "adamw"}, {"kwargs": {"dampening": 0.5}}])
+    def test_an_optimizer_of_both_options_and_arguments_is_refused(
+        self, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        config = config_of(tmp_path / "run", optim=OptimConfig(**options))
+        with pytest.raises(ConfigError, match=r"does not apply with Trainer\(optimizer=\)"):
+            REGRESSION.trainer(config).fit()
+        assert not (tmp_path / "run").exists()
 
     def test_a_finished_run_is_left_unchanged(self, tmp_path: Path) -> None:
         config = config_of(tmp_path / "run")

@@ -148,7 +148,8 @@ def option_names(optimizer: torch.optim.Optimizer) -> set[str]:
     """Entries of param_groups that are options: learning rates, and arguments of constructors."""
     names = {"lr", "initial_lr"}
     for kind in type(optimizer).__mro__:
-        names.update(inspect.signature(kind.__init__).parameters)
+        if issubclass(kind, torch.optim.Optimizer):
+            names.update(inspect.signature(kind).parameters)
     return names - {"params"}
 
 

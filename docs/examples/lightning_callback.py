@@ -59,8 +59,9 @@ def main() -> str:
         logger=CSVLogger,  # called with the folder of this network
         log_every_n_steps=1,
     )
-    last = sorted(Path(trainer.default_root_dir).rglob("last.ckpt"))
-    trainer.fit(Classifier(), make_loader(network), ckpt_path=last[-1] if last else None)
+    checkpoints = Path(trainer.default_root_dir).rglob("last.ckpt")
+    last = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    trainer.fit(Classifier(), make_loader(network), ckpt_path=last)
     kept = trainer.callback_metrics.get("graft/coefficient")
     if kept is None:
         return "had already trained for all epochs"

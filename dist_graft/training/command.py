@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,6 +90,8 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
     member_configs(config, networks or process.networks)
     check_loggers(config.monitor.loggers)
     if networks and networks * config.runtime.replicas > 1:
+        # Until the launcher handles Ctrl-C, it ends the process: imports can swallow exceptions.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         from dist_graft.training.train import train
 
         train(config, networks=networks)

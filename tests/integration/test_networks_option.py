@@ -92,6 +92,26 @@ def test_a_stop_is_called_a_stop(name: str, tmp_path: Path) -> None:
     assert (run / "STOPPED_EARLY").exists()
 
 
+@pytest.mark.parametrize("networks_exist", [False, True])
+def test_ctrl_c_while_the_run_starts_prints_nothing(networks_exist: bool, tmp_path: Path) -> None:
+    """The processes are then importing torch, before any of their code can handle signals."""
+    with running([program(tmp_path / "run", *ENDLESS)], new_session=True) as (process,):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        maps = Path(f"/proc/{process.pid}/maps")
+
+        def is_starting() -> bool:
+            if networks_exist:
+                return len(children.read_text().split()) == 3  # and a tracker of resources
+            return "libtorch" in maps.read_text()
+
+        wait_until(is_starting, "the start", meanwhile=[process])
+        os.killpg(process.pid, signal.SIGINT)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status in (130, -signal.SIGINT)
+    assert not done.errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_killed_network_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with running([program(run, *ENDLESS)]) as (process,):

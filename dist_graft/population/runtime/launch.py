@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -61,6 +62,9 @@ _Result = TypeVar("_Result")
 _LOOPBACK = "127.0.0.1"
 LOOPBACK_RENDEZVOUS = "dist_graft_loopback"
 _FORWARDED_SIGNALS = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+_WHILE_STARTING = (signal.SIGINT,)
+"""Blocked until a process runs the function: a terminal sends Ctrl-C to all, and Python would print
+where each import was interrupted."""
 _CAUSE_SECONDS = 2.0  # for the process that failed first to report and end
 _INTERRUPTED = 128 + signal.SIGINT
 _STORE_TIMEOUT = timedelta(minutes=5)
@@ -200,6 +204,7 @@ def _run(
     communicate_on_loopback()
     torch.set_num_threads(read_process_info().cpu_share())
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WHILE_STARTING)
         result = pickle.dumps(function(*args))
     except KeyboardInterrupt:
         leave(_INTERRUPTED)
@@ -341,6 +346,7 @@ def _restored_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in before.items() if is_main_thread else ():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WHILE_STARTING)
 
 
 @contextmanager
@@ -364,7 +370,12 @@ class _LoopbackRendezvous(RendezvousHandler):
     use_agent_store = True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Open a new store, so that restarted processes do not read keys of the earlier ones."""
+        """Open a new store, so that restarted processes do not read keys of the earlier ones.
+
+        The launcher then starts the processes, which inherit its blocked signals.
+        """
+        resource_tracker.ensure_running()  # its start would unblock the signals again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WHILE_STARTING)
         listener = socket.create_server((_LOOPBACK, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
@@ -391,6 +402,8 @@ class _LoopbackRendezvous(RendezvousHandler):
         pass
 
     def num_nodes_waiting(self) -> int:
+        """Called regularly once the processes are started."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WHILE_STARTING)
         return 0
 
     def shutdown(self) -> bool:

@@ -17,8 +17,8 @@ class CheckpointConfig:
     """Also checkpoint after this many minutes, at the next of 20 evenly spaced steps of the epoch
     (the last one is its end), where all networks agree on it."""
     keep: int = 2
-    """Number of latest complete checkpoints at the end of an epoch to keep. Of newer ones inside an
-    epoch, two are kept."""
+    """Number of latest complete checkpoints to keep. Those at the end of an epoch take precedence;
+    in addition, the last two inside the present epoch are kept."""
     before_last_round: bool = False
     """Also save the weights of each network just before the last round, so that evaluate measures
     the loss barrier before and after it."""

@@ -457,6 +457,8 @@ class Trainer:
                 self._lease = self._lease or take_lease(self.directory)
                 prepare_directory(self.directory, self.config, self.process)
                 tokens = f"{self._lease.token} {write_token(folder)}"
+        if found.error and self._lease:
+            self._lease.undo()
         runtime.raise_together(found.error, "the opening of the run directory")
         tokens = runtime.broadcast_text("the tokens of the run directory", tokens)
         self._lease_token, token = tokens.split()
@@ -1074,8 +1076,9 @@ class Trainer:
         reason = self.stop_requests.reason or self.stop_requests.peer_reason()
         if self.process.is_main:
             self.checkpoints.mark_stopped(reason, path)
-        # Exit together: a launcher kills the processes that outlive the first one.
-        self.runtime.broadcast_text("the end of the stop", reason)
+        # Exit together: a launcher kills the processes that outlive the first one, and the one that
+        # hosts the store must not exit before the others have read it for the last time.
+        self.runtime.gather([0.0], "the end of the stop")
         self._report_checkpoint()
         raise StoppedEarlyError(
             f"stopped early by {reason}; everything is saved in {path}: rerun the command to resume"

@@ -134,6 +134,7 @@ def test_run_completes_with_closed_pipes(streams: tuple[str, ...], tmp_path: Pat
 
 def test_errors_with_closed_pipes_keep_status_and_log_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, _ = run_with_closed_pipes(program(run, "--model.name", "resnet21"), "stdout", "stderr")
+    command = program(run, "--model.kwargs", "{widht: 8}")
+    status, _ = run_with_closed_pipes(command, "stdout", "stderr")
     assert status == 2
-    assert "ERROR model.name 'resnet21' is unknown" in (run / "network00/log.txt").read_text()
+    assert "ERROR model.kwargs {'widht': 8} do not fit" in (run / "network00/log.txt").read_text()

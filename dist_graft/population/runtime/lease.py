@@ -123,18 +123,20 @@ class Lease:
         return self._lost
 
     def release(self) -> None:
-        """Give the lease up; without effect if it is lost or was never acquired.
-
-        The folder is removed if the lease created it and nothing else is in it.
-        """
+        """Give the lease up; without effect if it is lost or was never acquired."""
         with self._lock:
             # An expired lease may be taken over between check and removal: it is left alone.
             if self._is_held and not self.lost and not self._may_have_expired:
                 with contextlib.suppress(OSError):
                     self._path.unlink(missing_ok=True)
-                    if self._made_folder:
-                        self._path.parent.rmdir()
             self._released.set()
+
+    def undo(self) -> None:
+        """Give the lease up, and remove the folder if the lease created it and it is empty."""
+        self.release()
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()
 
     @property
     def _is_held(self) -> bool:

@@ -230,7 +230,7 @@ def clear_newer(folder: Path, chosen: Checkpoint | None) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete old complete checkpoints, and incomplete ones older than the newest.
+    """Delete old complete checkpoints beyond `keep`, and incomplete ones older than the newest.
 
     The last `keep` at the end of an epoch stay, so that a run that was interrupted ends with the
     same checkpoints as an uninterrupted one. Of those that are newer, inside an epoch, the last two
@@ -239,10 +239,11 @@ def prune(folder: Path, keep: int) -> None:
     complete = complete_checkpoints(folder)
     ends = [checkpoint for checkpoint in complete if _order(checkpoint.path.name)[1] < 0]
     newer = complete[complete.index(ends[-1]) + 1 :] if ends else complete
-    for checkpoint in complete:
-        if checkpoint not in (*ends[-keep:], *newer[-min(keep, 2) :]):
-            (checkpoint.path / COMPLETE).unlink()
-            shutil.rmtree(checkpoint.path)
+    kept = (*ends[-keep:], *newer[-min(keep, 2) :])
+    surplus = [checkpoint for checkpoint in complete if checkpoint not in kept]
+    for checkpoint in surplus[: max(len(complete) - keep, 0)]:
+        (checkpoint.path / COMPLETE).unlink()
+        shutil.rmtree(checkpoint.path)
     for path in _folders(folder) if complete else ():
         if _order(path.name) < _order(complete[-1].path.name):
             discard_incomplete(path)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from reading import checkpoint, metrics, summary
+from reading import checkpoint, metrics
 
 from dist_graft.run_directory import RunDirectory
 from dist_graft.studies.controls import Run
@@ -95,16 +95,15 @@ def test_interrupted_comparison_resumes(tmp_path: Path) -> None:
     assert rows["status"].tolist() == ["ok", "ok", "ok", "failed"]
     assert line in rows.loc[runs[3].key, "error"]
     for run, folder in zip(runs[:3], folders, strict=False):
-        found = summary(folder)
         evaluation = json.loads((folder / "evaluation.json").read_text())
         row = rows.loc[run.key]
-        last = found["networks"][-1]["accuracy_after_last_round"]
+        last = evaluation["members"][-1]["test_accuracy_reestimated"]
         assert row["largest_lr_member"] == pytest.approx(last)
-        mean = found["mean_accuracy_after_last_round"]
+        mean = evaluation["mean_test_accuracy_reestimated"]
         assert row["delivered"] == pytest.approx(mean)
         assert row["images_seen"] == 2 * 2 * 64
         assert row["steps"] == 4
-        assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy"])
+        assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy_reestimated"])
         soup = evaluation["uniform_soup"]["batch_norm_reestimated"]
         assert row["uniform_soup"] == pytest.approx(soup)
         assert row["filters"] == 688  # of ResNet-20 without shortcut convolutions

@@ -35,7 +35,14 @@ _SUFFIXES: dict[Format, str] = {
 }
 _OF_THE_MACHINE = ("root", "workers", "download")
 _OF_THE_TRAINING = (
-    *("epochs", "model", "optim", "members", "diversity", "distill", "init_from", "init_strict"),
+    "epochs",
+    "model",
+    "optim",
+    "members",
+    "diversity",
+    "distill",
+    "init_from",
+    "init_strict",
 )
 _DEFAULT_SIZE = 32
 """Image size of programs of runs that do not say theirs."""

@@ -752,12 +752,8 @@ class Trainer:
         try:
             if segment.round and self.grafter:
                 steps = segment.epoch * self.steps_per_epoch + segment.last
-                with (
-                    naming_epoch(
-                        segment.epoch, rate_hint(self.config, self.process, segment.epoch)
-                    ),
-                    self.timer.phase("round"),
-                ):
+                hint = rate_hint(self.config, self.process, segment.epoch)
+                with naming_epoch(segment.epoch, hint), self.timer.phase("round"):
                     record = self.grafter.graft(
                         rate=self.rate(steps),
                         stop=self.stopping,

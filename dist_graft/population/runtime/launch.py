@@ -338,15 +338,16 @@ def _silent_store() -> Iterator[None]:
 
 @contextmanager
 def _restored_signal_handlers() -> Iterator[None]:
-    """Undo the launcher's changes of signal handlers, which only a main thread can make."""
+    """Undo the launcher's changes of the blocked signals, and of handlers (main thread only)."""
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _FORWARDED_SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         yield
     finally:
         for number, handler in before.items() if is_main_thread else ():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WHILE_STARTING)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def startup_message(trainer: Trainer) -> str:
     where = f"{device} over {runtime.backend}" if process.world_size > 1 else device
     counted = f"processes, {process.replicas} per network," if process.replicas > 1 else "networks"
     who = f"{process.local_world_size} of {process.world_size} {counted}"
-    stop = trainer.directory.stop
+    stop, look = trainer.directory.stop, f"dist-graft status {run_dir}"
+    if "tensorboard" in config.monitor.loggers:
+        look += f"; tensorboard --logdir {run_dir}"
     if trainer.directory.job is not None:
         replicas = f", {process.replicas} processes," if process.replicas > 1 else ""
         who = f"network {process.network} of {process.networks}{replicas}"
@@ -64,7 +66,7 @@ def startup_message(trainer: Trainer) -> str:
             f"{socket.gethostname()}; {where}, {config.runtime.precision}, "
             f"{threads} thread{'s' if threads > 1 else ''} each",
             f"to stop  Ctrl-C, or touch {stop}; rerun the command to resume",
-            f"to look  dist-graft status {run_dir}; tensorboard --logdir {run_dir}",
+            f"to look  {look}",
         ]
     )
 

@@ -995,11 +995,9 @@ class Trainer:
         if failure:
             raise failure
         if self.process.is_main:
-            self.log.info(
-                "results in %s; to view them: tensorboard --logdir %s",
-                self.directory.path,
-                self.directory.path,
-            )
+            path, board = self.directory.path, "tensorboard" in self.config.monitor.loggers
+            view = f"; to view them: tensorboard --logdir {path}" if board else ""
+            self.log.info("results in %s%s", path, view)
 
     def _finish_job(self) -> None:
         """Write this network's summary, and that of the population if all jobs have finished.

@@ -132,6 +132,14 @@ def test_run_completes_with_closed_pipes(streams: tuple[str, ...], tmp_path: Pat
     assert "results in" in (run / "network00/log.txt").read_text()
 
 
+def test_tensorboard_is_not_recommended_if_it_is_off(tmp_path: Path) -> None:
+    options = ("--epochs", "1", "--monitor.loggers", "[]")
+    done = run_program(program(tmp_path / "run", *options), timeout=100)
+    assert done.status == 0, done
+    assert "results in " in done.output
+    assert "logdir" not in done.output
+
+
 def test_errors_with_closed_pipes_keep_status_and_log_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = program(run, "--model.kwargs", "{widht: 8}")

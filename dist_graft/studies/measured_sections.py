@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from dist_graft.config import TrainConfig
 from dist_graft.plot_style import png
+from dist_graft.run_directory import flatten
 from dist_graft.studies import plots
 from dist_graft.studies.checks import (
     FEW_DONORS,
@@ -26,7 +28,7 @@ from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
 from dist_graft.studies.selection import StudyState
 from dist_graft.studies.statistics import ArmResult, ContrastResult
-from dist_graft.studies.train_options import HALF_SLOW
+from dist_graft.studies.train_options import HALF_SLOW, parse
 
 _CALIBRATION_HEADERS = {
     "nll": "NLL, members",
@@ -41,6 +43,11 @@ _DIFFERENCE_HEADERS = {
     "barrier_before": "loss barrier before the last round, nats",
     "barrier": "loss barrier, nats",
 }
+_NAMED_IN_SETTING = (
+    *("data.name", "data.train_samples", "data.test_samples", "data.batch_size", "data.root"),
+    *("model.name", "optim.lr", "optim.weight_decay"),
+)
+"""Options that the section Setting shows in lines of their own; rates have a section."""
 _DIGITS = dict.fromkeys(("nll", "soup_nll", "ensemble_nll", "barrier_before", "barrier"), 3)
 
 
@@ -61,6 +68,8 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
         f"training: {' to '.join(map(str, sorted({epochs[0], epochs[-1]})))} epochs, batch size "
         f"{data.batch_size}, weight decay {config.optim.weight_decay:g}",
     ]
+    if others := _other_options(parse(state.confirmed.recipe)):
+        lines.append(f"other options of the recipe: {', '.join(others)}")
     for column, text in (
         ("steps", "optimizer steps of a network"),
         ("images_seen", "images seen by an arm"),
@@ -76,6 +85,18 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
     return [Items(lines)]
 
 
+def _other_options(recipe: TrainConfig) -> list[str]:
+    """Options of data, model and optimizer that have no default value and no line of their own."""
+    defaults = dict(flatten(asdict(TrainConfig())))
+    return [
+        f"{name} {value}"
+        for name, value in flatten(asdict(recipe))
+        if name.startswith(("data.", "model.", "optim."))
+        and name not in _NAMED_IN_SETTING
+        and value != defaults[name]
+    ]
+
+
 def _simulated_speed(arms: Sequence[ArmResult]) -> str:
     """Say whose times include pauses that simulate slow networks; empty if none do."""
     slow = [arm.arm.label for arm in arms if HALF_SLOW in arm.arm.config(0).callbacks]
@@ -85,7 +106,7 @@ def _simulated_speed(arms: Sequence[ArmResult]) -> str:
 
 def image_sampling(data: Any) -> str:
     """Say which training images the seeds share, and so what the intervals do not cover."""
-    varied = "initial weights, data order and augmentation"
+    varied = "initial weights, data order and augmentation (if there is any)"
     if data.val_fraction > 0:
         varied += ", and in the images held out for validation"
     return (
@@ -119,8 +140,8 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
             f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
-            "check is strict. The gain of the long training over the recipe's length, both tuned "
-            "and at the end of their schedules, shows what a doubling of the epochs is worth "
+            "check is strict. The gain of the long training over the recipe's length, both at the "
+            "end of their schedules, shows what a doubling of the epochs is worth "
             f"(a warning from {SATURATION_MARGIN:g} points)."
         ),
         Table(("arm", "result", "numbers"), rows),

@@ -258,6 +258,7 @@ class TestReport:
         assert facts["data"] == "fashion-mini, all training images, all test images"
         assert facts["model"] == "resnet20"
         assert facts["training"].startswith("8 to 32 epochs, batch size 128")
+        assert "other options of the recipe" not in facts
         assert facts["images seen by an arm"] == "160,000 to 320,000"
         assert facts["optimizer steps of a network"] == "632 to 2,528"
         assert "core" in facts["hardware"]
@@ -450,6 +451,18 @@ def test_simulated_speeds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         blocks, _ = build_report(state, results, [])
         text = "imes include the pauses of simulated slow networks: graft-files, 2 networks"
         assert to_markdown(blocks).count(text) == count
+
+
+def test_head_names_the_other_options_of_the_recipe(tmp_path: Path) -> None:
+    recipe = {"data.augment": False, "model.kwargs": {"stem_stride": 2}, "optim.schedule": "step"}
+    asked = plan(recipe={"epochs": 8, **recipe})
+    state, results = carry_out_measured(asked, tmp_path, value_of)
+    blocks, _ = build_report(state, results, [])
+    line = (
+        "other options of the recipe: data.augment False, model.kwargs {'stem_stride': 2}, "
+        "optim.schedule step"
+    )
+    assert line in to_markdown(blocks)
 
 
 def test_seeds_with_their_own_images_are_named() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DistGraftError(Exception):
     """Base class of errors shown without traceback. The message names the cause and what to do."""
 
     exit_status = 1
+    is_common = False
+    """Whether all processes fail with this message, which then need not name one of them."""
 
 
 def error_text(error: BaseException) -> str:
@@ -32,6 +37,12 @@ class DataError(DistGraftError):
 
 class RunDirectoryError(DistGraftError):
     """The run directory cannot be written, or holds another run."""
+
+    @classmethod
+    def not_written(cls, what: object, error: OSError) -> RunDirectoryError:
+        """Error for something in a run directory that cannot be written."""
+        advice = "free space or " if error.errno in _DISK_IS_FULL else ""
+        return cls(f"{what} cannot be written: {error.strerror}; {advice}choose another run_dir")
 
 
 class LeaseHeldError(RunDirectoryError):
@@ -57,9 +68,9 @@ class PeerError(DistGraftError):
 class NetworkFailedError(DistGraftError):
     """A process that `dist_graft.launch` started has failed.
 
-    The message is one line that names the network and the rank that failed first. Unless that was
-    a DistGraftError, the traceback of that process is attached as a note, so that Python prints it
-    with this exception.
+    The message is one line. It names the network and the rank that failed first, unless all fail
+    alike, as with a wrong option of a Trainer. Unless the error was a DistGraftError, the traceback
+    of that process is attached as a note, so that Python prints it with this exception.
 
     Args:
         message: shown to the user.
@@ -159,6 +170,16 @@ def caught() -> Iterator[CaughtError]:
         raise
     except DistGraftError as error:
         found.error = error
+
+
+@contextmanager
+def mark_common() -> Iterator[None]:
+    """Mark a ConfigError as common: all processes check the same options in the same way."""
+    try:
+        yield
+    except ConfigError as error:
+        error.is_common = True
+        raise
 
 
 def to_text(error: DistGraftError) -> str:

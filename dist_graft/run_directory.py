@@ -342,9 +342,7 @@ def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool
             temporary.unlink(missing_ok=True)
         if exclusive and isinstance(error, FileExistsError):
             raise
-        raise RunDirectoryError(
-            f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
-        ) from error
+        raise RunDirectoryError.not_written(path, error) from error
 
 
 def git_commit() -> str | None:

@@ -75,9 +75,8 @@ class RunFiles:
 
     @property
     def of_jobs(self) -> bool:
-        """Whether each network is a job of its own (graft.exchange files)."""
-        graft = self.config.get("graft")
-        return isinstance(graft, dict) and graft.get("exchange") == "files"
+        """Whether each network is a job of its own."""
+        return _is_of_jobs(self.config)
 
     @property
     def epochs(self) -> int:
@@ -114,7 +113,8 @@ def read_run(path: Path) -> RunFiles:
     start = config.get("run")
     count = start.get("networks") if isinstance(start, dict) else None
     count = count if isinstance(count, int) and count <= _MAX_NETWORKS else 0
-    networks = sorted(found | set(range(count)))
+    # Folders beyond the count: of new jobs, or of an earlier start with more networks that failed.
+    networks = sorted({*range(count), *(found if not count or _is_of_jobs(config) else ())})
     checkpoints = complete_checkpoints(directory.checkpoints)
     jobs = {} if checkpoints else job_checkpoints(path)
     checkpoints += sorted((found[-1] for found in jobs.values()), key=lambda each: each.epoch)
@@ -134,6 +134,12 @@ def read_run(path: Path) -> RunFiles:
         checkpoint_epoch=checkpoints[-1].epoch if checkpoints else 0,
         problems=problems,
     )
+
+
+def _is_of_jobs(config: Fields) -> bool:
+    """Whether each network is a job of its own (graft.exchange files)."""
+    graft = config.get("graft")
+    return isinstance(graft, dict) and graft.get("exchange") == "files"
 
 
 def _read_network(

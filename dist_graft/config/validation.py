@@ -25,6 +25,11 @@ def require(ok: bool, name: str, value: object, legal: str) -> None:
         raise ConfigError(f"{name} must be {legal}, got {value!r}")
 
 
+def nearest_names(names: Sequence[str]) -> str:
+    """The part of an error message that suggests similar names; empty without any."""
+    return f"nearest: {', '.join(names)}; " if names else ""
+
+
 def at_least(name: str, value: float | None, least: float) -> None:
     """Require a number from `least` to 2^31 - 1. None, for unset, is accepted."""
     if value is not None:

@@ -101,7 +101,4 @@ class EventFile:
         try:
             yield
         except OSError as error:
-            raise RunDirectoryError(
-                f"events in {self._folder} cannot be written: {error.strerror}; free space or "
-                "choose another run_dir"
-            ) from error
+            raise RunDirectoryError.not_written(f"events in {self._folder}", error) from error

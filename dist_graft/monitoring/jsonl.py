@@ -38,7 +38,7 @@ class JsonLinesFile:
             temporary.write_text("".join(_line(item) for item in self.kept))
             temporary.replace(path)
         except OSError as error:
-            raise _disk_error(path, error) from error
+            raise RunDirectoryError.not_written(path, error) from error
 
     @property
     def vanished(self) -> bool:
@@ -64,7 +64,7 @@ class JsonLinesFile:
                     file.truncate(size)  # no partial lines
                     raise
         except OSError as error:
-            raise _disk_error(self._path, error) from error
+            raise RunDirectoryError.not_written(self._path, error) from error
         self._pending.clear()
 
 
@@ -95,12 +95,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a JSON Lines file, in order; lines that are not objects are skipped."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return [item for line in text.splitlines() if (item := _parse(line))]
-
-
-def _disk_error(path: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"{path} cannot be written: {error.strerror}; free space or choose another run_dir"
-    )
 
 
 def _parse(line: str) -> dict[str, Any] | None:

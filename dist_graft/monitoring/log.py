@@ -83,9 +83,7 @@ def open_log(*folders: Path, console: bool) -> logging.Logger:
             _attach(_File(folder / "log.txt", errors="backslashreplace"))
         except OSError as error:
             close_log()
-            raise RunDirectoryError(
-                f"{folder} cannot be written: {error.strerror}; choose another run_dir"
-            ) from error
+            raise RunDirectoryError.not_written(folder, error) from error
     if console:
         _attach(_Console())
     hold_warnings()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dist_graft.config import OptimConfig
-from dist_graft.config.validation import check_call, own
+from dist_graft.config.validation import check_call, nearest_names, own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.references import is_reference
 
@@ -81,7 +81,7 @@ def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
         suitable = [known for known in _BY_NAME if known not in _UNSUITABLE]
         near = difflib.get_close_matches(name, suitable)
         raise ConfigError(
-            f"optim.name {name!r} is unknown; nearest: {', '.join(near) or 'none'}; known: "
+            f"optim.name {name!r} is unknown; {nearest_names(near)}known: "
             f"{', '.join(sorted(suitable))}, or a reference package.module:name"
         )
     return _BY_NAME[name]

@@ -25,9 +25,7 @@ def write_token(folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         _path(folder, token).write_text(token)
     except OSError as error:
-        raise RunDirectoryError(
-            f"{folder} cannot be written: {error.strerror}; choose another run_dir"
-        ) from error
+        raise RunDirectoryError.not_written(folder, error) from error
     return token
 
 

@@ -30,6 +30,7 @@ from dist_graft.errors import (
     RunDirectoryError,
     StoppedEarlyError,
     caught,
+    mark_common,
 )
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
@@ -286,7 +287,8 @@ class Trainer:
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._reset()
         try:
-            self._start_process()
+            with mark_common():
+                self._start_process()
             try:
                 self._open_run()
                 self._fit()
@@ -314,7 +316,8 @@ class Trainer:
         """Build, resume, and train the remaining epochs; report errors to the callbacks."""
         try:
             self.callbacks.call("setup", self)
-            self._build()
+            with mark_common():
+                self._build()
             self._resume()
             if self.epoch < self.config.epochs:
                 self._announce()

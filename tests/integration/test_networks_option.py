@@ -62,15 +62,22 @@ def test_train_in_python_returns_the_summary(pair: Path, tmp_path: Path) -> None
         assert_same_bits(one["model"], other["model"])
 
 
-def test_an_error_is_one_line_of_the_network_that_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "status", "start"),
+    [
+        (["--model.name", "resnt20"], 2, "model.name 'resnt20' is unknown; nearest: resnet20"),
+        (["--model.kwargs", '{"depth": 3}'], 2, "model.kwargs {'depth': 3} do not fit resnet20: "),
+        (["--data.name", "cifar10", "--data.root", "no"], 1, "no/cifar-10-batches-py is missing"),
+    ],
+)
+def test_an_error_of_all_networks_names_none(
+    options: list[str], status: int, start: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    done = run_program(
-        program(run, *PAIR, "--networks", "2", "--model.name", "resnt20"), timeout=LIMIT
-    )
-    assert done.status == 2
+    done = run_program(program(run, *PAIR, "--networks", "2", *options), timeout=LIMIT)
+    assert done.status == status
     (line,) = done.errors.splitlines()
-    assert line.startswith(f"{ERROR}network ")
-    assert "model.name 'resnt20' is unknown; nearest: resnet20" in line
+    assert line.startswith(f"{ERROR}{start}")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

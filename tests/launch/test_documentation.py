@@ -14,6 +14,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -487,6 +488,14 @@ def test_the_regression_example(tmp_path: Path) -> None:
         assert metrics(tmp_path / "runs/regression", network)[-1]["test_absolute_error"] < 0.2
 
 
+def _with_status_of_a_stop(program: str) -> str:
+    """The program with the code of the page about the Trainer that catches StoppedEarlyError."""
+    (code,) = re.findall(r"```python\n(try:.*?)```", (ROOT / "docs/trainer.md").read_text(), re.S)
+    call = "    dist_graft.launch(main, networks=2)\n"
+    assert program.count(call) == 1
+    return "import sys\n" + program.replace(call, textwrap.indent(code, "    "))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_segmentation_page(tmp_path: Path) -> None:
@@ -497,7 +506,7 @@ def test_the_segmentation_page(tmp_path: Path) -> None:
     for run in (straight, stopped):
         folder = run.parents[1]
         folder.mkdir()
-        (folder / "segmentation.py").write_text(text)
+        (folder / "segmentation.py").write_text(_with_status_of_a_stop(text))
     program = [sys.executable, "segmentation.py"]
     place = {"cwd": stopped.parents[1], "PYTHONPATH": str(ROOT)}
     with running([program], **place) as (process,):
@@ -505,8 +514,9 @@ def test_the_segmentation_page(tmp_path: Path) -> None:
         wait_until(reached, "a checkpoint", seconds=600, meanwhile=[process])
         (stopped / "STOP").touch()
         done = wait_for_end(process, 300)
-    assert done.status == 1
-    assert "StoppedEarlyError" in done.errors.splitlines()[-1]
+    assert done.status == 75
+    (line,) = done.errors.splitlines()
+    assert line.startswith("stopped early by the file")
     assert not (stopped / "summary.json").exists()
     run_python(stopped.parents[1], "segmentation.py", limit=600)
     run_python(straight.parents[1], "segmentation.py", limit=600)

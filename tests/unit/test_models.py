@@ -178,7 +178,6 @@ def test_activation_needs_a_small_resnet(name: str):
         ("torchvision/vgg16bn", "torchvision/vgg16_bn"),
         ("torchvision/resnet_18", "torchvision/resnet18"),
         ("torchvision/resnet20", "resnet20"),
-        ("???", "none"),
     ],
 )
 def test_unknown_name(name: str, nearest: str):
@@ -188,6 +187,10 @@ def test_unknown_name(name: str, nearest: str):
     assert offered is not None
     assert nearest in offered[1]
     assert f"{', '.join(model_names())}, and any name of torchvision.models" in message
+
+
+def test_unknown_name_without_similar_ones():
+    assert message_of("???").startswith("model.name '???' is unknown; known: resnet8, ")
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def _report_and_leave(error: BaseException) -> NoReturn:
         type=type(error).__name__,
         traceback=trace,
         is_consequence=is_consequence,
+        is_common=isinstance(error, DistGraftError) and error.is_common,
     )
     if is_consequence and not isinstance(error, StoppedError):
         # The launcher ends this process once it has noticed the first failure.
@@ -281,7 +282,7 @@ def _first_failure(
             return kind(text)
     process = _describe(rank, processes, replicas)
     return NetworkFailedError(
-        f"{process}: {text}",
+        text if report["is_common"] else f"{process}: {text}",
         network=process.network,
         rank=rank,
         exit_status=report["message"]["errorCode"],

@@ -103,10 +103,7 @@ class Lease:
                 pass
             self._remove_leftovers()
         except OSError as error:
-            raise RunDirectoryError(
-                f"{self._path} cannot be written: {error.strerror}; free space or choose another "
-                "run_dir"
-            ) from error
+            raise RunDirectoryError.not_written(self._path, error) from error
         self._refreshed = _now()
         threading.Thread(target=self._refresh_regularly, name="lease", daemon=True).start()
 

@@ -175,6 +175,7 @@ class Runtime:
             if failed[0] != self.process.rank:
                 error = from_text(text)
         assert error is not None
+        error.is_common = True
         raise error
 
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:

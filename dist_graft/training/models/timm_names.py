@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dist_graft.config.validation import nearest_names
 from dist_graft.errors import ConfigError
 
 try:
@@ -25,9 +26,8 @@ def check(name: str) -> None:
     if not timm.is_model(bare):
         near = difflib.get_close_matches(bare, timm.list_models())
         raise ConfigError(
-            f"model.name {name!r} is unknown; nearest: "
-            f"{', '.join(f'timm/{known}' for known in near) or 'none'}; timm.list_models() lists "
-            "all"
+            f"model.name {name!r} is unknown; "
+            f"{nearest_names([f'timm/{known}' for known in near])}timm.list_models() lists all"
         )
 
 

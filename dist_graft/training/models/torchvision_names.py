@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
+from dist_graft.config.validation import nearest_names
 from dist_graft.errors import ConfigError
 
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
@@ -104,7 +105,7 @@ def _unknown_name(name: str, bare: str, own_names: Sequence[str]) -> str:
     if bare != name:
         nearest = [f"torchvision/{near}" if near in classifiers else near for near in nearest]
     return (
-        f"model.name {name!r} is unknown; nearest: {', '.join(nearest) or 'none'}; known: "
+        f"model.name {name!r} is unknown; {nearest_names(nearest)}known: "
         f"{', '.join(own_names)}, and any name of torchvision.models "
         "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))')"
     )

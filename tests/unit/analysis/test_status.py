@@ -132,6 +132,12 @@ class TestState:
         assert "failed: network 1 (rank 1 on b): out of GPU memory; rerun " in text
         assert "rerun the same command to resume from epoch_0003" in text.splitlines()[0]
 
+    def test_networks_of_an_earlier_start_that_failed_are_left_out(self, run: Path) -> None:
+        (run / "network02").mkdir()
+        write_status(run, 2, phase="failed", reason="model.kwargs do not fit resnet20")
+        _, text = status_of(run)
+        assert "\n2 x resnet20" in text
+
     def test_running_although_a_second_start_was_refused(self, run: Path) -> None:
         write_status(run, 0)
         write_status(run, 1)

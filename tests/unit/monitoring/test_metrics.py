@@ -141,9 +141,7 @@ class TestMetricsJsonl:
         callback, path = started(fake), fake.directory.metrics(0)
         path.unlink()
         path.symlink_to("/dev/full")
-        with pytest.raises(
-            RunDirectoryError, match=r"metrics\.jsonl cannot be written.*free space"
-        ):
+        with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl cannot be written"):
             write(callback, fake, 0)
 
     def test_a_deleted_run_directory_is_recreated(

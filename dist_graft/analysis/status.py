@@ -37,10 +37,8 @@ _CONSEQUENCES = ("stopped by ", " ended: see its own output", "a peer died or di
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN_SECONDS = 30.0
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
-_HEADER = (
-    *("network", "host", "phase", "epoch", "step", "test %", "lr", "images/s"),
-    *("last round", "events"),
-)
+_HEADER = ("network", "host", "phase", "epoch", "step")
+_HEADER_AFTER_METRIC = ("lr", "images/s", "last round", "events")
 _OPTIONS_HEADER = ("options",)
 """One more column if the networks differ in options."""
 _JOB_HEADER = ("job", "lag", "lease", "checkpoint")
@@ -260,12 +258,14 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
         format_table(
             (
                 *_HEADER,
+                _metric_header(known["metric"]),
+                *_HEADER_AFTER_METRIC,
                 *(_OPTIONS_HEADER if differ else ()),
                 *(_JOB_HEADER if run.of_jobs else ()),
             ),
             [
                 (
-                    *_row(row, known["epochs"] or "?"),
+                    *_row(row, known["epochs"] or "?", known["metric"]),
                     *((_options_text(row["options"]),) if differ else ()),
                     *(_job_row(row) if run.of_jobs else ()),
                 )
@@ -273,9 +273,13 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
             ],
         ),
     ]
-    final = {k: v for k, v in known["final"].items() if k.endswith("after_last_round")}
+    final = [
+        f"{of} {known['metric']} after last round {_metric_text(value, known['metric'])}"
+        for of in ("mean", "ensemble")
+        if (value := known["final"].get(f"{of}_{known['metric']}_after_last_round")) is not None
+    ]
     if final and run_status.state == "finished":
-        lines.append(", ".join(f"{k.replace('_', ' ')} {_fixed(v, 2)}" for k, v in final.items()))
+        lines.append(", ".join(final))
     for event in run.events[-_EVENTS_SHOWN:]:
         epoch = _as_int(event.get("epoch"))
         when = f"epoch {epoch + 1}" if epoch is not None else "unknown epoch"
@@ -287,12 +291,15 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
 
 
 def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
-    """Table of several runs: state, finished epochs, mean test accuracy, time left."""
+    """Table of several runs: state, finished epochs, mean of the test metric, time left."""
     rows = []
-    for files, run_status in runs:
-        known = facts(files, run_status, now)
+    of_runs = [facts(files, run_status, now) for files, run_status in runs]
+    only_accuracy = all(known["metric"] == "accuracy" for known in of_runs)
+    for (files, run_status), known in zip(runs, of_runs, strict=True):
         networks = known["networks"]
-        accuracies = [row["test_accuracy"] for row in networks if row["test_accuracy"] is not None]
+        values = [row["test_metric"] for row in networks if row["test_metric"] is not None]
+        mean = _metric_text(statistics.fmean(values) if values else None, known["metric"])
+        unit = "%" if known["metric"] == "accuracy" else known["metric"]
         epochs = min((row["epochs_finished"] for row in networks), default=0)
         left = known["seconds_left"]
         rows.append(
@@ -303,17 +310,19 @@ def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
                 str(known["model"] or "?"),
                 str(known["method"] or "?"),
                 f"{epochs}/{known['epochs'] or '?'}",
-                _fixed(statistics.fmean(accuracies) if accuracies else None, 2),
+                mean if only_accuracy or not values else f"{mean} {unit}",
                 "-" if left is None else duration(left),
             )
         )
-    header = ("run", "state", "networks", "model", "method", "epochs", "mean test %", "time left")
-    return format_table(header, rows)
+    header = ("run", "state", "networks", "model", "method", "epochs")
+    mean_header = "mean test %" if only_accuracy else "mean test"
+    return format_table((*header, mean_header, "time left"), rows)
 
 
 def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:
     """Content of the JSON output. Unknown values are None."""
-    networks = [_network_facts(run, run_status, files, now) for files in run.networks]
+    metric = _metric(run)
+    networks = [_network_facts(run, run_status, files, metric, now) for files in run.networks]
     left = [row["seconds_left"] for row in networks if row["seconds_left"] is not None]
     return {
         "run": str(run.path),
@@ -323,6 +332,7 @@ def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:
         "model": _name_in(run.config, "model"),
         "data": _name_in(run.config, "data"),
         "method": run.config.get("method"),
+        "metric": metric,
         "seconds_left": max(left) if left and run_status.state in ACTIVE else None,
         "newest_set": run.checkpoint,
         "networks": networks,
@@ -333,7 +343,7 @@ def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:
 
 
 def _network_facts(
-    run: RunFiles, run_status: RunStatus, files: NetworkFiles, now: float
+    run: RunFiles, run_status: RunStatus, files: NetworkFiles, metric: str, now: float
 ) -> dict[str, Any]:
     status, last, graft = files.status, files.last_epoch, files.last_round
     alive = files.network in run_status.alive
@@ -354,6 +364,7 @@ def _network_facts(
         "step": status.get("step"),
         "steps_per_epoch": status.get("steps_per_epoch") or None,
         "test_accuracy": _as_float(last.get("test_accuracy")),
+        "test_metric": _as_float(last.get(f"test_{metric}")),
         "lr": _as_float(last.get("lr")),
         "images_per_second": _as_float(status.get("images_per_second") if alive else None)
         or _as_float(last.get("images_per_second")),
@@ -373,7 +384,28 @@ def _network_facts(
     }
 
 
-def _row(row: dict[str, Any], epochs: object) -> tuple[str, ...]:
+def _metric(run: RunFiles) -> str:
+    """Name of the first metric of the run: accuracy, unless the user's task has another one."""
+    keys = [key for files in run.networks for key in files.last_epoch if key.startswith("test_")]
+    first = next((key.removeprefix("test_") for key in keys if key != "test_loss"), None)
+    known = run.summary.get("metric", first)
+    if isinstance(known, str):
+        return known
+    return "loss" if keys else "accuracy"
+
+
+def _metric_header(metric: str) -> str:
+    return "test %" if metric == "accuracy" else f"test {metric}"
+
+
+def _metric_text(value: object, metric: str) -> str:
+    number = _as_float(value)
+    if number is None or metric == "accuracy":
+        return _fixed(number, 2)
+    return f"{number:.4g}"
+
+
+def _row(row: dict[str, Any], epochs: object, metric: str) -> tuple[str, ...]:
     ended = row["phase"] in ENDED or row["phase"] is None
     current = row["epoch"] + 1 if isinstance(row["epoch"], int) else "?"
     return (
@@ -382,7 +414,7 @@ def _row(row: dict[str, Any], epochs: object) -> tuple[str, ...]:
         _phase_text(row),
         f"{row['epochs_finished'] if ended else current}/{epochs}",
         f"{row['step']}/{row['steps_per_epoch']}" if row["steps_per_epoch"] else "-",
-        _fixed(row["test_accuracy"], 2),
+        _metric_text(row["test_metric"], metric),
         "-" if row["lr"] is None else f"{row['lr']:.4g}",
         _fixed(row["images_per_second"], 0),
         _round_text(row),

@@ -132,6 +132,19 @@ class TestState:
         assert "failed: network 1 (rank 1 on b): out of GPU memory; rerun " in text
         assert "rerun the same command to resume from epoch_0003" in text.splitlines()[0]
 
+    def test_the_metric_of_another_task(self, run: Path) -> None:
+        for network in (0, 1):
+            path = run / f"network{network:02d}/metrics.jsonl"
+            line = {"epoch": 3, "test_loss": 0.5, "test_iou": 0.123456, "test_dice": 0.9}
+            path.write_text(json.dumps(line) + "\n")
+        summary = {"metric": "iou", "mean_iou_after_last_round": 0.125}
+        (run / "summary.json").write_text(json.dumps(summary))
+        state, text = status_of(run)
+        assert state == "finished"
+        assert "test iou" in text
+        assert text.count(" 0.1235 ") == 2
+        assert "mean iou after last round 0.125" in text.splitlines()
+
     def test_networks_of_an_earlier_start_that_failed_are_left_out(self, run: Path) -> None:
         (run / "network02").mkdir()
         write_status(run, 2, phase="failed", reason="model.kwargs do not fit resnet20")

@@ -147,6 +147,7 @@ def model_card(
     """
     networks = [name for name in description["sha256"] if name.startswith("network")]
     name = description["model"] or "a model built in Python"
+    of_timm = name.startswith("timm/")
     graft = description.get("method") or {}
     options = graft.get("graft") or {}
     method = str(graft.get("name", "unknown"))
@@ -169,6 +170,8 @@ def model_card(
         *_results(description, control),
         "",
         "## Use",
+        "",
+        f"Needs dist_graft with its {'extras hub and timm' if of_timm else 'extra hub'}:",
         "",
         "```python",
         "from huggingface_hub import snapshot_download",

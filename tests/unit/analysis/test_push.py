@@ -19,6 +19,7 @@ from stored_runs import export_run, network, write_run
 
 import dist_graft
 from dist_graft import cli
+from dist_graft.analysis.hub import model_card
 
 pytestmark = pytest.mark.usefixtures("empty_working_directory")
 
@@ -62,12 +63,19 @@ def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
     card = (out / "README.md").read_text()
     assert "| network 1 (lr 0.1) | 61.00 | 62.25 |" in card
     assert "| mean | 60.50 | 61.75 |" in card
+    assert "Needs dist_graft with its extra hub:" in card
     assert 'dist_graft.load(snapshot_download("me/boots"))' in card
     published = card + (out / "export.json").read_text()
     assert str(exported.parent) not in published
     assert "secret-host" not in published
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
+
+
+def test_the_card_names_the_extras(exported: Path) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    card = model_card(description | {"model": "timm/resnet18"}, "me/boots")
+    assert "Needs dist_graft with its extras hub and timm:" in card
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ slow: images/s of three networks beside a fourth one that runs at a third of the
     of four independent networks; and the same for networks that run together.
 chaos: kills, stops, removes and replaces jobs, starts them late, damages publications, fills the
     disk of the exchange folder and expires leases, at random times.
-round: hold-up of a round's publication over a plain copy of the weights (ResNet-50).
+round: training stall caused by a round's publication over a plain copy of the weights (ResNet-50).
 start: rounds of many networks in one folder, and the file operations of one of them.
 
     python benchmarks/churn.py all
@@ -417,7 +417,7 @@ def report(
 # ------------------------------------------------------------------------------------------------
 
 
-def hold_up(repetitions: int, folder: Path) -> None:
+def stall(repetitions: int, folder: Path) -> None:
     """Time the publication of a ResNet-50 beside the training, over a copy of its weights."""
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -445,7 +445,9 @@ def hold_up(repetitions: int, folder: Path) -> None:
     )
     print(f"  {spread([1e3 * each for each in publications], 1)} ms, read, check and blend ")
     print(f"  {spread([1e3 * each for each in blends], 0)} ms")
-    print(verdict("hold-up of the publication / copy", ratios(publications, copies), at_most=1.2))
+    print(
+        verdict("stall caused by the publication / copy", ratios(publications, copies), at_most=1.2)
+    )
 
 
 def many(networks: int, rounds: int, folder: Path) -> None:
@@ -498,7 +500,7 @@ def main() -> None:
     parts: dict[str, Callable[[Path], None]] = {
         "slow": lambda folder: slow(options.repetitions, folder),
         "chaos": lambda folder: chaos(options.events, options.seed, folder),
-        "round": lambda folder: hold_up(3 * options.repetitions, folder),
+        "round": lambda folder: stall(3 * options.repetitions, folder),
         "start": lambda folder: many(options.networks, 5, folder),
     }
     for name, part in parts.items():

@@ -24,7 +24,7 @@ fail() {
 gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())") || fail "$PYTHON has no torch"
 [ "$gpus" -gt 0 ] || fail "torch sees no GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
 "$PYTHON" -c "import jsonargparse, tensorboard, matplotlib, hypothesis, pytest, pytest_timeout" ||
-    fail "a Python package is missing: docs/gpu.md says how to bring it"
+    fail "a Python package is missing: see docs/gpu.md for how to install it"
 mkdir -p "$out"
 status=0
 

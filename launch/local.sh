@@ -5,15 +5,15 @@
 # Environment variables (default):
 #   PROCESSES  number of processes (all GPUs or cores); each trains a network, or a replica of one
 #              with --runtime.replicas
-#   JOBS       number of networks: start each as a job of its own (docs/jobs.md), which the others
-#              neither wait for nor end with; their cores and GPUs are divided
+#   JOBS       number of networks: start each as an independent job (docs/jobs.md); they share the cores and
+#              GPUs
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 read -ra python <<<"${PYTHON:-${VENV:-.venv}/bin/python}"
 if ! type "${python[0]}" &>/dev/null; then
-    echo "dist-graft: error: there is no ${python[0]} on $(hostname): launch/quickstart.sh makes .venv;" \
+    echo "dist-graft: error: ${python[0]} not found on $(hostname): run launch/quickstart.sh to create .venv," \
         "or set VENV or PYTHON" >&2
     exit 1
 fi

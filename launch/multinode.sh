@@ -11,7 +11,7 @@
 #              replica of one with --runtime.replicas
 #   RUN_DIR    run directory, on a disk shared by all machines (runs/multinode)
 #   JOB        unique id among the jobs that use the same HEAD and PORT (dist_graft)
-#   PATIENCE   seconds to wait for the other machines (600)
+#   JOIN_TIMEOUT  seconds to wait for the other machines (600)
 #   ADDRESS    address of this machine, if its host name does not resolve to it
 #   PYTHON     command that runs Python ($VENV/bin/python; VENV is .venv), e.g.
 #              "apptainer exec --nv --bind $PWD dist_graft.sif python"
@@ -22,17 +22,17 @@ cd "$(dirname "$0")/.."
 
 RUN_DIR=${RUN_DIR:-runs/multinode}
 JOB=${JOB:-dist_graft}
-PATIENCE=${PATIENCE:-600}
+JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}
 read -ra python <<<"${PYTHON:-${VENV:-.venv}/bin/python}"
 if ! type "${python[0]}" &>/dev/null; then
-    echo "dist-graft: error: there is no ${python[0]} on $(hostname): launch/quickstart.sh makes .venv;" \
+    echo "dist-graft: error: ${python[0]} not found on $(hostname): run launch/quickstart.sh to create .venv," \
         "or set VENV or PYTHON" >&2
     exit 1
 fi
 exec "${python[@]}" -m dist_graft.population.runtime.torchrun \
     --nnodes="${NODES:?number of machines}" --nproc-per-node="${PROCESSES:-auto}" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of one of the machines}:${PORT:-29500}" \
-    --rdzv-id="$JOB" --rdzv-conf="join_timeout=$PATIENCE,read_timeout=$PATIENCE" \
+    --rdzv-id="$JOB" --rdzv-conf="join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT" \
     ${ADDRESS:+--local-addr="$ADDRESS"} \
     --log-dir="$RUN_DIR/logs/$JOB/${SLURMD_NODENAME:-$(hostname)}" --tee=3 \
     --log-line-prefix-template="[\${rank}] " \

@@ -1,1 +1,1 @@
-"""What is asked of a run afterwards: how good its networks are, what their filters hold."""
+"""Commands that read runs and machines: evaluate, inspect, export, status, doctor, plan."""

@@ -32,7 +32,12 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     add = parser.add_argument
     add("--data.root", type=str | None, default=None, help="folder of the data; unset: the run's")
     add("--device", type=str | None, default=None, help="auto, cpu, cuda, cuda:N; unset: the run's")
-    add("--precision", type=Precision | None, default=None, help="forward passes; unset: the run's")
+    add(
+        "--precision",
+        type=Precision | None,
+        default=None,
+        help="of forward passes; unset: the run's",
+    )
     add("--batch_size", type=int | None, default=None, help="images per batch; unset: the run's")
     add(
         "--batch_norm_batches",

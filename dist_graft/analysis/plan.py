@@ -52,7 +52,7 @@ class PlanOptions:
     """
 
     networks: int = _option("networks of the population, K")
-    model: str = _option("as train's --model.name")
+    model: str = _option("same as --model.name of train")
     replicas: int = _option("processes per network, R; each moves 1/R of it", 1)
     gpus_per_node: int = _option("processes per node", 8)
     bandwidth_intra: float | None = _option(
@@ -66,11 +66,13 @@ class PlanOptions:
     backend: Literal["nccl", "gloo"] = _option(
         "nccl: between GPU memories; gloo: between host memories", "nccl"
     )
-    bucket_mb: float = _option("as train's --graft.bucket_mb", 32.0)
+    bucket_mb: float = _option("same as --graft.bucket_mb of train", 32.0)
     optimizer: Literal["sgd", "adamw"] = _option(
         "sgd: momentum, one number per weight; adamw: two numbers per weight", "sgd"
     )
-    method: str = _option("as train's --method; diloco keeps outer weights and momentum", "graft")
+    method: str = _option(
+        "same as --method of train; diloco keeps outer weights and momentum", "graft"
+    )
     classes: int | None = _option(
         "classes of the data set; unset: 10 for models of small images, otherwise 1000", None
     )

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run, run_paths
 from dist_graft.command import Command, Options
 from dist_graft.config.validation import above_zero
+from dist_graft.errors import SEE_PEER
 from dist_graft.monitoring.console import duration
 from dist_graft.monitoring.status_file import ENDED, HEARTBEAT_SECONDS
 from dist_graft.population.runtime.lease import LeaseInfo
@@ -32,7 +33,7 @@ ACTIVE: tuple[State, ...] = ("starting", "running")
 
 _DEAD_AFTER_SECONDS = 90.0  # shared filesystems may show an old version of a file for a minute
 _ALIVE_WITHIN_SECONDS = 2 * HEARTBEAT_SECONDS + 1
-_CONSEQUENCES = ("stopped by ", " ended: see its own output", "a peer died or did not answer")
+_CONSEQUENCES = ("stopped by ", SEE_PEER, "the run's key-value store is gone")
 """Parts of the messages of processes that ended because another one had failed."""
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN_SECONDS = 30.0
@@ -163,13 +164,13 @@ def _state(
             f"{duration(min(silent, default=0))} ago, without an error message (killed, out of "
             f"memory, or the machine failed); {resume}"
         )
-    return "died", f"not running and not finished, for an unknown reason; {resume}"
+    return "died", f"exited before the last epoch, for an unknown reason; {resume}"
 
 
 def _state_of_jobs(
     run: RunFiles, alive: Collection[int], errors: Mapping[int, str]
 ) -> tuple[State, str]:
-    """State of a population whose networks are separate jobs, which come and go."""
+    """State of a population whose networks are independent jobs."""
     presence = {files.network: _presence(files, alive) for files in run.networks}
     groups = [
         (word, [network for network, found in presence.items() if found == word])

@@ -14,11 +14,11 @@ class CheckpointConfig:
     every: int = 1
     """Epochs between checkpoints; 0: checkpoint after the last epoch only."""
     every_minutes: float | None = None
-    """Also checkpoint after this many minutes, at the next of 20 evenly spaced steps of the epoch
-    (the last one is its end), where all networks agree on it."""
+    """Also save a checkpoint after this many minutes, at the next of 20 evenly spaced points in the
+    epoch."""
     keep: int = 2
     """Number of latest complete checkpoints to keep. Those at the end of an epoch take precedence;
-    in addition, the last two inside the present epoch are kept."""
+    in addition, the last two within the current epoch are kept."""
     before_last_round: bool = False
     """Also save the weights of each network just before the last round, so that evaluate measures
     the loss barrier before and after it."""

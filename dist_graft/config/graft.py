@@ -63,8 +63,8 @@ class GraftConfig:
     network is a job of its own, and they exchange weights through run_dir only (section
     population)."""
     max_lag: float = 2
-    """files: only networks within so many epochs, ahead or behind, are donors; 0: only those that
-    have trained equally far."""
+    """files: maximum distance to a donor in epochs, ahead or behind; 0: only donors at the same
+    step."""
     wait_seconds: float | Literal["inf"] = 0
     """files: how long a round waits for its donor (with max_lag 0: for all networks); inf: without
     limit."""

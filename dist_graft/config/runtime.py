@@ -44,8 +44,8 @@ class RuntimeConfig:
     products where torch has it."""
     compile: bool | CompileMode = False
     """Compile the network with torch.compile, for each batch size separately; true: its default
-    mode; reduce-overhead: with CUDA graphs; max-autotune: CUDA graphs, and the kernels that are
-    fastest in a trial."""
+    mode; reduce-overhead: with CUDA graphs; max-autotune: CUDA graphs and kernels selected by
+    autotuning."""
     deterministic: bool = False
     """Use deterministic GPU kernels, so that the same command gives the same weights."""
 
@@ -55,7 +55,7 @@ class RuntimeConfig:
             raise ConfigError("runtime.sync_bn requires runtime.replicas above 1")
         if self.deterministic and self.compile == "max-autotune":
             raise ConfigError(
-                "runtime.compile max-autotune chooses kernels by their speed in a trial: with "
+                "runtime.compile max-autotune selects kernels by their measured speed: with "
                 "runtime.deterministic, use true or reduce-overhead"
             )
         at_least("runtime.threads", self.threads, 0)

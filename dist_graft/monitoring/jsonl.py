@@ -81,7 +81,7 @@ class MetricsJsonl(Callback):
         self._file.write(report.metrics.to_json())
         if vanished:
             trainer.log.warning(
-                "%s had vanished: it was created again without its former content, and training "
+                "%s was deleted: it is recreated without its previous contents, and training "
                 "continues",
                 trainer.directory.path,
             )

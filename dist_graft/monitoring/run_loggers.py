@@ -193,7 +193,7 @@ class _LoggerThread:
         self._calls.put(None)
 
     def join(self, seconds_left: Callable[[], float], interval: float) -> None:
-        """Wait for the thread while seconds are left, which are asked for at each interval."""
+        """Wait for the thread until the time limit, which is polled at each interval."""
         while self._thread.is_alive() and (left := seconds_left()) > 0:
             self._thread.join(min(left, interval))
         if self._thread.is_alive():

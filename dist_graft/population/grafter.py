@@ -444,7 +444,7 @@ class Grafter:
         A collective of the network's replicas. The model's floating-point parameters and buffers
         are overwritten.
 
-        Returns: the network and where it stood; None if no other network has published weights.
+        Returns: the network and its position; None if no other network has published weights.
         """
         files, groups = self._files, self._groups
         if files is None or job is None:

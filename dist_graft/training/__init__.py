@@ -1,1 +1,1 @@
-"""What happens between two rounds, and the story of a run."""
+"""The training loop, data, models, and checkpoints."""

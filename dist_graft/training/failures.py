@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dist_graft.errors import (
+    SEE_PEER,
     ConfigError,
     DataError,
     PeerError,
@@ -24,8 +25,8 @@ def explain(error: BaseException, peers: PeerRegistry | None) -> BaseException:
         exited = peers.dead_peers() if peers else []
         if exited:
             return PeerError(
-                f"{'; '.join(exited)} ended: see its own output; rerun the command to resume "
-                "from the latest checkpoint"
+                f"{'; '.join(exited)} ended: {SEE_PEER}; rerun the command to resume from the "
+                "latest checkpoint"
             )
     text = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:

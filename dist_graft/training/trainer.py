@@ -681,7 +681,7 @@ class Trainer:
             self.progress.position = Position(segment.epoch, step + 1, self.round)
             self.callbacks.call("on_step_end", self)
 
-            # ---- Stop? The replicas of a network agree, so that all take equally many steps ----
+            # ---- Stop? The replicas of a network agree, so that all take the same steps ----
             (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
             if self.stopping:
                 break
@@ -788,7 +788,7 @@ class Trainer:
         return [averaged.model] if averaged else []
 
     def _job_state(self, steps: int) -> JobState | None:
-        """Where this job stands after so many steps; None if all networks run together."""
+        """Position of this job after so many steps; None if all networks run together."""
         if self.directory.job is None:
             return None
         resume = self.checkpoints.resume_position()

@@ -72,7 +72,7 @@ def test_without_a_registry_the_error_names_nobody():
     results = run(graft_until_one_exits, 2, 1, False, ending={1})
     kind, text = results[0]
     assert kind == "PeerError"
-    assert "round 2 failed, a peer died or did not answer" in text
+    assert "round 2 failed, a peer died or did not respond" in text
 
 
 def check_nccl(context: RankContext):
@@ -134,7 +134,7 @@ def test_collect_names_the_networks_that_published_nothing(store):
         store.set(key, "elsewhere")
     local = PeerRegistry(store, 0, 2)
     local.publish("digest", "same")
-    line = r"network 1 \(rank 1 on elsewhere\) did not answer within 0\.2 s \(digest\)"
+    line = r"network 1 \(rank 1 on elsewhere\) did not respond within 0\.2 s \(digest\)"
     with pytest.raises(PeerError, match=line):
         local.collect("digest", 0.2)
     with pytest.raises(PeerError, match=line):
@@ -214,7 +214,7 @@ def test_the_number_of_requests_does_not_grow_with_the_number_of_processes(store
     peers.check_in(60)
     assert len(counting.requests) == 3
     counting.requests.clear()
-    with pytest.raises(PeerError, match=r"network 0 .* did not answer"):
+    with pytest.raises(PeerError, match=r"network 0 .* did not respond"):
         peers.collect("score", 1.5)
     assert counting.requests.count("wait") == 2
     assert len(counting.requests) < 12 + 64  # the missing key is searched for once, at the end

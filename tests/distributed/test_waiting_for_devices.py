@@ -183,7 +183,7 @@ def graft_on_a_device(context: RankContext) -> object:
 def test_a_round_waits_for_the_device_before_it_reads_from_it() -> None:
     (kind, text), other = run(graft_on_a_device, 2)
     assert kind == "PeerError"
-    assert "round 0 failed, a peer died or did not answer" in text
+    assert "round 0 failed, a peer died or did not respond" in text
     assert "no response within 1 s" in text
     assert other == 0
 

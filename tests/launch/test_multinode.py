@@ -31,7 +31,7 @@ SMALL = (
 def multinode(run: Path, **settings: str) -> Done:
     """Run the script on one of two machines; the other one never starts."""
     place = {"HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "PROCESSES": "1"}
-    place |= {"PATIENCE": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
+    place |= {"JOIN_TIMEOUT": "3", "RUN_DIR": str(run), "PYTHON": sys.executable} | settings
     return run_program([str(ROOT / "launch/multinode.sh"), *SMALL], timeout=60, **place)
 
 
@@ -59,7 +59,9 @@ def test_machines_that_do_not_start(tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", PORT="29999")
     assert done.status == 1
     error_line(
-        done, "did not meet the other machines at localhost:29999 within 3 s", "start all NODES"
+        done,
+        "could not connect to the other machines at localhost:29999 within 3 s",
+        "start all NODES",
     )
 
 
@@ -76,7 +78,7 @@ def test_a_missing_virtual_environment(script: str, tmp_path: Path) -> None:
     settings = {"HEAD": "localhost", "NODES": "1", "VENV": str(tmp_path)}
     done = run_program([str(ROOT / "launch" / script)], timeout=60, **settings)
     assert done.status == 1
-    error_line(done, f"there is no {tmp_path}/bin/python on ", "launch/quickstart.sh makes .venv")
+    error_line(done, f"{tmp_path}/bin/python not found on ", "run launch/quickstart.sh to create")
 
 
 def test_local_run(tmp_path: Path) -> None:

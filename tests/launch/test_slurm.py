@@ -19,7 +19,7 @@ SMALL = (
     *("--runtime.device", "cpu", "--runtime.threads", "1", "--checkpoint.keep", "1000"),
 )
 ENDLESS = "100000"
-PATIENCE = 150
+LIMIT = 150
 """Timeout of an action that takes Slurm up to 30 s, while another run starts."""
 
 
@@ -41,7 +41,7 @@ def epochs_saved(run: Path) -> int:
 def end(cluster: slurm.Slurm, job: str) -> None:
     """Cancel a job and check that all of its processes have ended."""
     cluster.command("scancel", job)
-    wait_until(lambda: cluster.ended(job), "the end of the cancelled job", seconds=PATIENCE)
+    wait_until(lambda: cluster.ended(job), "the end of the cancelled job", seconds=LIMIT)
     wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the end of its processes")
     assert cluster.job(job)["JobState"] == "CANCELLED"
 
@@ -96,19 +96,19 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
                 and Path(f"{run}.txt").read_text().count("[0] resumed from ") == restarts
             ),
             f"resuming after {restarts} interruptions",
-            seconds=PATIENCE,
+            seconds=LIMIT,
         )
         before = epochs_saved(run)
         wait_until(
             lambda: epochs_saved(run) > before,
             f"training after {restarts} interruptions",
-            seconds=PATIENCE,
+            seconds=LIMIT,
         )
 
-    wait_until(checkpoint_is_complete(run, 1), "the first epoch", seconds=PATIENCE)
+    wait_until(checkpoint_is_complete(run, 1), "the first epoch", seconds=LIMIT)
     more_urgent = submit(cluster, urgent, "1", "--nodes=2", "--partition=high", "--cpus-per-task=4")
-    wait_until((run / "STOPPED_EARLY").exists, "the stop for a more urgent job", seconds=PATIENCE)
-    wait_until(lambda: cluster.ended(more_urgent), "the end of that one", seconds=PATIENCE)
+    wait_until((run / "STOPPED_EARLY").exists, "the stop for a more urgent job", seconds=LIMIT)
+    wait_until(lambda: cluster.ended(more_urgent), "the end of that one", seconds=LIMIT)
     output = Path(f"{urgent}.txt").read_text()
     assert cluster.job(more_urgent)["JobState"] == "COMPLETED", output
     for network in (0, 1):
@@ -119,14 +119,14 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
 
     cluster.kill_node("n2")
     wait_until(
-        lambda: cluster.job(job)["JobState"] != "RUNNING", "the loss of a node", seconds=PATIENCE
+        lambda: cluster.job(job)["JobState"] != "RUNNING", "the loss of a node", seconds=LIMIT
     )
     cluster.start_node("n2")
     trains_again(2)
 
     # Slurm looks every 30 s, for jobs that are within 30 s of the script's 120.
     cluster.command("scontrol", "update", f"JobId={job}", "EndTime=now+150")
-    wait_until((run / "STOPPED_EARLY").exists, "the stop before the time limit", seconds=PATIENCE)
+    wait_until((run / "STOPPED_EARLY").exists, "the stop before the time limit", seconds=LIMIT)
     trains_again(3)
     end(cluster, job)
     assert cluster.job(job)["Restarts"] == "3"
@@ -136,7 +136,7 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
 
     epochs = epochs_saved(run)
     wait_until(
-        checkpoint_is_complete(straight, epochs), "as many epochs at a stretch", seconds=PATIENCE
+        checkpoint_is_complete(straight, epochs), "as many epochs at a stretch", seconds=LIMIT
     )
     end(cluster, undisturbed)
     assert cluster.job(undisturbed)["Restarts"] == "0"

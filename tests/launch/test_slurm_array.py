@@ -22,7 +22,7 @@ SMALL = (
     *("--data.batch_size", "32", "--optim.schedule", "constant", "--runtime.device", "cpu"),
     *("--runtime.threads", "1", "--monitor.tensorboard", "false", "--epochs", "100000"),
 )
-PATIENCE = 240
+LIMIT = 240
 """Timeout of an action that takes Slurm up to 30 s, while another job starts."""
 
 
@@ -72,7 +72,7 @@ class Array:
     def wait_for_epochs(self, network: int, what: str, more: int = 2) -> None:
         """Wait until a network has finished some more epochs."""
         before = self.epochs(network)
-        wait_until(lambda: self.epochs(network) >= before + more, what, seconds=PATIENCE)
+        wait_until(lambda: self.epochs(network) >= before + more, what, seconds=LIMIT)
 
 
 @pytest.mark.slow
@@ -96,10 +96,10 @@ def test_tasks_come_and_go_and_the_others_train_on(cluster: slurm.Slurm, tmp_pat
         *("--partition=high", f"--nodelist={node}", "--cpus-per-task=5", "--output=/dev/null"),
     )
     wait_until(
-        lambda: "network 0 stopped early" in array.output(0), "the preemption", seconds=PATIENCE
+        lambda: "network 0 stopped early" in array.output(0), "the preemption", seconds=LIMIT
     )
     array.wait_for_epochs(2, "network 2 beside the preempted one")
-    wait_until(lambda: cluster.ended(urgent), "the end of the urgent job", seconds=PATIENCE)
+    wait_until(lambda: cluster.ended(urgent), "the end of the urgent job", seconds=LIMIT)
     cluster.command("scancel", f"{array.job}_2")
     array.wait_for_epochs(0, "network 0 again")
     array.wait_for_epochs(3, "network 3 in the slot of network 2")
@@ -111,15 +111,15 @@ def test_tasks_come_and_go_and_the_others_train_on(cluster: slurm.Slurm, tmp_pat
     starts = array.output(lost).count("resumed from")
     cluster.kill_node(node)
     array.wait_for_epochs(kept, "the network on the other node")
-    wait_until(lambda: array.state(lost) != "RUNNING", "the loss of a node", seconds=PATIENCE)
+    wait_until(lambda: array.state(lost) != "RUNNING", "the loss of a node", seconds=LIMIT)
     cluster.start_node(node)
     wait_until(
-        lambda: array.output(lost).count("resumed from") > starts, "its return", seconds=PATIENCE
+        lambda: array.output(lost).count("resumed from") > starts, "its return", seconds=LIMIT
     )
     array.wait_for_epochs(lost, "its epochs")
 
     cluster.command("scancel", array.job)
-    wait_until(lambda: not array.running(), "the end of the array", seconds=PATIENCE)
+    wait_until(lambda: not array.running(), "the end of the array", seconds=LIMIT)
     files = read_run(array.run)
     assert not files.problems
     for network in range(4):

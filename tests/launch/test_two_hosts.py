@@ -44,7 +44,7 @@ def started(
         subprocess.Popen(
             pair.on(host, [str(ROOT / "launch/multinode.sh"), *SMALL, *options]),
             env=environment(
-                **{"HEAD": hosts.NAMES[0], "NODES": "2", "PROCESSES": "1", "PATIENCE": "60"},
+                **{"HEAD": hosts.NAMES[0], "NODES": "2", "PROCESSES": "1", "JOIN_TIMEOUT": "60"},
                 **{"RUN_DIR": str(run), "PYTHON": sys.executable},
             )
             | settings,
@@ -97,12 +97,12 @@ def test_a_cut_cable_ends_the_job_on_both_hosts(pair: hosts.TwoHosts, tmp_path: 
 @pytest.mark.slow
 def test_an_address_without_a_host(pair: hosts.TwoHosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started(pair, (run, run), HEAD="10.77.0.9", PATIENCE="5") as launchers:
+    with started(pair, (run, run), HEAD="10.77.0.9", JOIN_TIMEOUT="5") as launchers:
         ends = [wait_for_end(launcher, 90) for launcher in launchers]
     for name, done in zip(hosts.NAMES, ends, strict=True):
         assert done.status == 1
         line = error_line(
-            done, f"{name} did not meet the other machines at 10.77.0.9:29500 within 5 s"
+            done, f"{name} could not connect to the other machines at 10.77.0.9:29500 within 5 s"
         )
         assert "HEAD must be the name of one of them" in line
 

@@ -57,7 +57,7 @@ class Rule(Schedule, ABC):
     """The model that the method delivers and that is evaluated: one network of the population, or
     the mean of all networks' weights."""
     in_step: ClassVar[bool] = False
-    """Whether all networks must exchange at the same time, so that jobs that come and go (exchange
+    """Whether all networks must exchange at the same time, so that independent jobs (exchange
     "files") cannot use the method."""
     same_start: ClassVar[bool] = False
     """Whether all networks must start with the same weights (model.shared_init)."""

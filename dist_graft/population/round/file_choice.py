@@ -93,9 +93,9 @@ def uses_ring(rule: Rule) -> bool:
 
 
 def needs_step(rule: Rule) -> str:
-    """Message of the error for a rule that jobs that come and go cannot use."""
+    """Message of the error for a rule that independent jobs cannot use."""
     return (
-        f"{type(rule).__name__} needs all networks at the same step, which jobs that come and go "
+        f"{type(rule).__name__} needs all networks at the same step, which independent jobs "
         "(exchange 'files') cannot provide: use 'all_gather' or 'p2p'"
     )
 

@@ -51,7 +51,7 @@ _log = logging.getLogger("dist_graft")
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """Where a job stands at a round. Only the exchange "files" needs it."""
+    """Position of a job at a round. Only the exchange "files" needs it."""
 
     place: Place
     lr: float | None = None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.errors import PeerError
+from dist_graft.errors import SEE_PEER, PeerError
 from dist_graft.population.collectives import CommunicationError, abort_nccl, gather_vectors
 from dist_graft.population.round.exchange import header_device, world
 from dist_graft.population.runtime.peers import PeerRegistry
@@ -125,6 +125,5 @@ class RoundGroups:
             names = "; ".join(missing) or "a network that had reached it"
             abort_nccl(self.group, self.replicas)
             raise PeerError(
-                f"{what} failed, a peer died or did not answer: {names}; see its output for the "
-                f"cause ({error})"
+                f"{what} failed, a peer died or did not respond: {names}; {SEE_PEER} ({error})"
             ) from error

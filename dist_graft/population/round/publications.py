@@ -400,7 +400,7 @@ class Publisher:
             self._failing = True
             return False
         if self._failing:
-            _log.warning("%s was written: publications work again", path)
+            _log.warning("%s was written: publishing works again", path)
         self._failing = False
         with contextlib.suppress(OSError):  # leftover files do no harm
             places = published_places(self._folder, job.published.place.steps_per_epoch)

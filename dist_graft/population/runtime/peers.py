@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dist_graft.errors import PeerError, StartError
+from dist_graft.errors import SEE_PEER, PeerError, StartError
 from dist_graft.population.collectives import CommunicationError, abort_nccl
 from dist_graft.population.runtime.process import has_ended
 from dist_graft.population.runtime.process_info import describe_process
@@ -206,8 +206,8 @@ class PeerRegistry:
             dead = self._dead(missing)
             within = f" within {timeout_seconds:g} s" if time.monotonic() >= deadline else ""
             names = "; ".join(self.describe(rank) for rank in dead or missing)
-            cause = "died" if dead else f"did not answer{within}"
-            raise PeerError(f"{names} {cause} ({key}): see its output for the cause")
+            cause = "died" if dead else f"did not respond{within}"
+            raise PeerError(f"{names} {cause} ({key}): {SEE_PEER}")
 
     def _wait(
         self,
@@ -323,6 +323,5 @@ def reporting_lost_peers(
         names = "; ".join(lost()) or otherwise
         abort_nccl(*groups)
         raise PeerError(
-            f"lost {names} during {what}: it died or did not answer; see its output for the cause "
-            f"({error})"
+            f"lost {names} during {what}: the process died or did not respond; {SEE_PEER} ({error})"
         ) from error

@@ -107,7 +107,7 @@ class Runtime:
 
         Returns: one row for each network.
 
-        Raises: PeerError when a peer died or did not answer.
+        Raises: PeerError when a peer died or did not respond.
         """
         return self.gather_all_ranks(values, what)[:: self.process.replicas]
 
@@ -181,7 +181,7 @@ class Runtime:
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of the networks' tensors of equal shape, on the CPU: a collective.
 
-        Raises: PeerError when a peer died or did not answer.
+        Raises: PeerError when a peer died or did not respond.
         """
         if self.process.connected_networks == 1:
             return tensor.cpu()

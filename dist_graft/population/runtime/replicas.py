@@ -56,7 +56,7 @@ class Replicas:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap the model in DistributedDataParallel, if there are several processes: a collective.
 
-        Raises: PeerError when another process died or did not answer.
+        Raises: PeerError when another process died or did not respond.
         """
         if self.group is None:
             return model
@@ -78,7 +78,7 @@ class Replicas:
     def backward(self, *, last: bool) -> Iterator[None]:
         """Context for a forward and backward pass; the last one of a step is a collective.
 
-        Raises: PeerError when another process died or did not answer.
+        Raises: PeerError when another process died or did not respond.
         """
         if self._wrapped is None:
             yield
@@ -93,7 +93,7 @@ class Replicas:
     def wait_for_device(self, device: torch.device) -> None:
         """Wait for the steps that are queued on the device; call this before a read from it.
 
-        Raises: PeerError when another process died or did not answer.
+        Raises: PeerError when another process died or did not respond.
         """
         if self.group is not None:
             with self._reporting_lost_peers("a step"):

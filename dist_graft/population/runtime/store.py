@@ -105,7 +105,7 @@ class StoreClient:
                 return call_with_timeout(function, seconds + extra_seconds, self._requests.put)
             except TimeoutError:
                 self._has_timed_out = True
-        raise StoreTimeoutError(f"the run's key-value store did not answer within {seconds:g} s")
+        raise StoreTimeoutError(f"the run's key-value store did not respond within {seconds:g} s")
 
     def _serve(self) -> None:
         while True:

@@ -142,7 +142,7 @@ def _is_store(host: str, port: int) -> bool:
 
 def _rendezvous_failed(endpoint: str, seconds: float) -> str:
     return (
-        f"{socket.gethostname()} did not meet the other machines at {endpoint} within "
+        f"{socket.gethostname()} could not connect to the other machines at {endpoint} within "
         f"{seconds:g} s: start all NODES with the same HEAD, PORT and JOB; HEAD must be the name "
         "of one of them, and PORT open between them"
     )

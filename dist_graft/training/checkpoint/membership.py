@@ -116,5 +116,5 @@ def archive_networks(directory: RunDirectory, checkpoint: Checkpoint) -> None:
                     folder.rename(target)
     except OSError as error:
         raise RunDirectoryError(
-            f"{archive} cannot be written: {error.strerror}; make room there, and rerun the command"
+            f"{archive} cannot be written: {error.strerror}; free disk space, and rerun the command"
         ) from error

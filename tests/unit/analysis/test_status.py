@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import State, facts, judge, status_text
-from dist_graft.errors import RunDirectoryError
+from dist_graft.errors import DataError, PeerError, RunDirectoryError
+from dist_graft.monitoring.log import append_error
+from dist_graft.population.collectives import CommunicationError
+from dist_graft.population.runtime.peers import reporting_lost_peers
 from dist_graft.training.checkpoint.files import mark_complete
 
 NOW = 1_800_000_000.0
@@ -144,6 +147,18 @@ class TestState:
         assert "test iou" in text
         assert text.count(" 0.1235 ") == 2
         assert "mean iou after last round 0.125" in text.splitlines()
+
+    def test_the_cause_is_shown_and_not_its_consequences(self, run: Path) -> None:
+        with pytest.raises(PeerError) as lost:  # noqa: SIM117
+            with reporting_lost_peers("the check", list, otherwise="network 1"):
+                raise CommunicationError("connection closed by peer")
+        logged = (lost.value, DataError("a.png cannot be decoded"))
+        for network, error in enumerate(logged):
+            write_status(run, network, phase="failed", reason=str(error))
+            append_error(run / f"network{network:02d}", error)
+        state, text = status_of(run)
+        assert state == "failed"
+        assert "failed: network 1: a.png cannot be decoded" in text.splitlines()[0]
 
     def test_networks_of_an_earlier_start_that_failed_are_left_out(self, run: Path) -> None:
         (run / "network02").mkdir()

@@ -35,7 +35,7 @@ def test_a_store_that_timed_out_is_not_used_again(store: dist.Store) -> None:
     client = StoreClient(store, lambda: 0.1)
     client.set("key", "text")
     for key in ("never set", "key"):
-        with pytest.raises(StoreTimeoutError, match=r"did not answer within 0\.1 s"):
+        with pytest.raises(StoreTimeoutError, match=r"did not respond within 0\.1 s"):
             client.get(key)
 
 

@@ -182,7 +182,7 @@ def test_abandon_ends_the_wait_for_other_networks(
     outcome = first.result()
     assert outcome
     assert "network 1 (rank 1 on" in outcome.failure
-    assert "did not answer" in outcome.failure
+    assert "did not respond" in outcome.failure
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [1]
     later = checkpoint_path(tmp_path, 3)
     assert save([first, second], later) == [Outcome(path=later)] * 2
@@ -197,7 +197,7 @@ def test_a_network_that_does_not_write_is_named_after_the_timeout(
     assert outcome
     assert "network 1 (rank 1 on" in outcome.failure
     second.start("two", checkpoint_path(tmp_path, 2), Position(2, 0, 1), state_of(1))
-    with pytest.raises(PeerError, match=r"network 0 \(rank 0 on .*did not answer within"):
+    with pytest.raises(PeerError, match=r"network 0 \(rank 0 on .*did not respond within"):
         second.result()
     assert complete_checkpoints(tmp_path) == []
 

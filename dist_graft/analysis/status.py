@@ -335,7 +335,7 @@ def facts(run: RunFiles, run_status: RunStatus, now: float) -> dict[str, Any]:
         "method": run.config.get("method"),
         "metric": metric,
         "seconds_left": max(left) if left and run_status.state in ACTIVE else None,
-        "newest_set": run.checkpoint,
+        "latest_checkpoint": run.checkpoint,
         "networks": networks,
         "final": {k: v for k, v in run.summary.items() if k.startswith(("mean_", "ensemble_"))},
         "events": run.events,

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from dist_graft.population.round.record import GraftRecord
     from dist_graft.training.trainer import Trainer
 
-Phase = Literal["starting", "training", "evaluating", "meeting", "finished", "stopped", "failed"]
+Phase = Literal[
+    "starting", "training", "evaluating", "synchronizing", "finished", "stopped", "failed"
+]
 ENDED: tuple[Phase, ...] = ("finished", "stopped", "failed")
 HEARTBEAT_SECONDS = 5.0
 """Between two writes of the file."""
@@ -35,7 +37,7 @@ class Status:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     phase: Phase = "starting"
-    """meeting: synchronizing with the other networks, in a round or a report."""
+    """synchronizing: with the other networks, in a round or a report."""
     epoch: int = 0
     """Current epoch, 0-based."""
     epochs: int = 0
@@ -139,7 +141,7 @@ class StatusFile(Callback):
         self._status.phase = "evaluating"
 
     def on_round_start(self, trainer: Trainer) -> None:
-        self._status.phase = "meeting"
+        self._status.phase = "synchronizing"
 
     def on_round_end(self, trainer: Trainer, record: GraftRecord) -> None:
         self._status.rounds = trainer.round

@@ -67,7 +67,7 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
         launcher.kill()
         wait_until(lambda: status_of(path)["state"] == "died", "their death to be noticed")
     assert status_of(path)["words"].startswith("died: last heartbeat of networks 0, 1")
-    assert before["newest_set"]
+    assert before["latest_checkpoint"]
     assert len(pids) == 2
 
 

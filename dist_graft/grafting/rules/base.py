@@ -62,6 +62,15 @@ class Rule(Schedule, ABC):
     same_start: ClassVar[bool] = False
     """Whether all networks must start with the same weights (model.shared_init)."""
 
+    @property
+    def needs_only_donor(self) -> bool:
+        """Whether a network's shares depend only on its own information and on its donor's.
+
+        The donor is then the nearest network upstream in the ring, so that independent jobs
+        (exchange "files") need not know the whole ring.
+        """
+        return False
+
     @classmethod
     def build(
         cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]

@@ -85,6 +85,11 @@ class FilterGraft(Rule):
     topology: str = "ring"
     seed: int = 0
 
+    @property
+    def needs_only_donor(self) -> bool:
+        """Whether the topology is the ring."""
+        return self.topology == "ring"
+
     @classmethod
     def build(
         cls, options: Any, *, seed: int, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]

@@ -76,6 +76,11 @@ class Graft(Rule):
         return super().build(options, seed=seed, units=units, tensors=tensors)
 
     @property
+    def needs_only_donor(self) -> bool:
+        """Whether the topology is the ring."""
+        return self.topology == "ring"
+
+    @property
     def measured(self) -> str:
         """Name of the quantity that `information` computes."""
         return "entropy" if self.criterion in CONTROLS else self.criterion.rpartition(":")[2]

@@ -10,8 +10,6 @@ import torch
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.mixing import Mixing, ScalarSwap
 from dist_graft.grafting.rules.base import Rule
-from dist_graft.grafting.rules.filter_graft import FilterGraft
-from dist_graft.grafting.rules.graft import Graft
 from dist_graft.population.round.agreement import diverged_error
 
 
@@ -82,14 +80,6 @@ def needed_from(resume: Mapping[int, Place | None], networks: Collection[int]) -
         networks: all networks of the population.
     """
     return min(resume.get(network) or Place(0) for network in networks)
-
-
-def uses_ring(rule: Rule) -> bool:
-    """Whether a network's shares depend only on its own information and its donor's on the ring.
-
-    The ring then need not be known as a whole: the nearest network upstream is the donor.
-    """
-    return isinstance(rule, Graft | FilterGraft) and rule.topology == "ring"
 
 
 def needs_step(rule: Rule) -> str:

@@ -31,7 +31,6 @@ from dist_graft.population.round.file_choice import (
     needs_step,
     upstream,
     usable,
-    uses_ring,
 )
 from dist_graft.population.round.publications import (
     Publication,
@@ -151,7 +150,7 @@ class FilesRound:
         self._max_lag = max_lag
         self.wait_seconds = wait_seconds
         """How long a round waits for the networks it needs."""
-        self.only_donor = uses_ring(rule) and max_lag > 0
+        self.only_donor = getattr(rule, "needs_only_donor", False) and max_lag > 0
         """Whether the nearest network upstream suffices."""
         self._publisher = Publisher(network_folder(self._exchange, network), keep_all=self.in_step)
         self._first = True

@@ -90,7 +90,7 @@ def test_the_phases_of_an_epoch(fake: FakeTrainer, monkeypatch: pytest.MonkeyPat
         callback.on_evaluate_start(fake.trainer)
         reaches("evaluating")
         callback.on_round_start(fake.trainer)
-        reaches("meeting")
+        reaches("synchronizing")
         fake.round = 1
         callback.on_round_end(fake.trainer, graft_record(0))
         callback.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(0)))

@@ -17,7 +17,6 @@ from dist_graft.population.round.file_choice import (
     needed_from,
     upstream,
     usable,
-    uses_ring,
 )
 
 UNITS = 3
@@ -94,7 +93,7 @@ def test_all_networks_together_decide_as_the_rule(rule: Rule, networks: int, rat
             assert mixing.own_share(other) == [1.0] * UNITS
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if uses_ring(rule)], ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.needs_only_donor], ids=str)
 def test_on_the_ring_the_donor_alone_decides(rule: Rule) -> None:
     everyone = [published(network) for network in range(4)]
     own, donor = everyone[2], everyone[1]

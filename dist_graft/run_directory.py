@@ -46,6 +46,11 @@ OPEN_ENDED_SCHEDULES = ("constant", "step")
 """Schedules that do not depend on the number of epochs."""
 
 
+def network_name(network: int) -> str:
+    """Name of a network's folder, and of its files without suffix."""
+    return f"network{network:02d}"
+
+
 class RunDirectory:
     """Paths of a run, and the checks before a run starts or resumes there.
 
@@ -126,7 +131,7 @@ class RunDirectory:
 
     def network(self, network: int) -> Path:
         """Folder of one network: log, metrics, events, status."""
-        return self.path / f"network{network:02d}"
+        return self.path / network_name(network)
 
     def metrics(self, network: int) -> Path:
         """Metrics of one network, one JSON line per epoch."""

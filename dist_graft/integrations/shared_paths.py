@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dist_graft.run_directory import network_name
+
 
 def network_folder(root: str | Path, network: int) -> Path:
     """Folder of a network's files, ``ROOT/network03``."""
-    return Path(root) / f"network{network:02d}"
+    return Path(root) / network_name(network)
 
 
 def encode_paths(paths: Mapping[str, str | Path | None]) -> str:

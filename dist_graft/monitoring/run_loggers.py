@@ -23,7 +23,13 @@ from dist_graft.monitoring.scalars import (
     network_scalars,
     population_scalars,
 )
-from dist_graft.run_directory import RunDirectory, as_stored, flatten, write_atomically
+from dist_graft.run_directory import (
+    RunDirectory,
+    as_stored,
+    flatten,
+    network_name,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from dist_graft.monitoring.metrics import EpochReport
@@ -113,7 +119,7 @@ def logged_runs(trainer: Trainer) -> list[LoggedRun]:
     # After resume_networks, a number stands for another network.
     changes = sum(1 for _ in directory.path.glob("before_*"))
     suffix = f"-{changes + 1}" if changes else ""
-    names = [f"network{process.network:02d}{suffix}"]
+    names = [f"{network_name(process.network)}{suffix}"]
     configs = [{"network": process.network, "lr": trainer.max_lr, **_options(trainer, own=True)}]
     if process.is_main and directory.job is None:
         names.append(f"population{suffix}")

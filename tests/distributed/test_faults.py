@@ -180,7 +180,7 @@ class TestADiskError:
             assert [line["epoch"] for line in metrics(run, network)] == [1, 2, 3]
             assert list(scalars(run / f"network{network:02d}")["loss/test"]) == [1, 2, 3]
             assert "was created again" in (run / f"network{network:02d}/log.txt").read_text()
-        assert f"{run} had vanished: it was created again without its former content" in done.output
+        assert f"{run} was deleted: it is recreated without its previous contents" in done.output
         assert (run / "config.yaml").read_text() == (
             (tmp_path / "vanished/config.yaml").read_text()
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dist_graft.grafting.information import is_finite
 from dist_graft.population.round.file_choice import Place, Published
+from dist_graft.run_directory import network_name
 from dist_graft.version import VERSION
 
 FORMAT = "1"
@@ -44,7 +45,7 @@ class PublicationError(Exception):
 
 def network_folder(exchange: Path, network: int) -> Path:
     """Folder of one network's publications."""
-    return exchange / f"network{network:02d}"
+    return exchange / network_name(network)
 
 
 def published_networks(exchange: Path) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_graft.errors import RunDirectoryError
-from dist_graft.run_directory import write_atomically
+from dist_graft.run_directory import network_name, write_atomically
 
 _NAME = re.compile(r"epoch_(\d{4,})(?:_round_(\d{4,})(?:_again_(\d+))?)?")
 _FILE = re.compile(r"network(\d{2,})\.pt")
@@ -49,7 +49,7 @@ class Checkpoint:
 
 def network_file(network: int) -> str:
     """Name of the file that holds one network's state."""
-    return f"network{network:02d}.pt"
+    return f"{network_name(network)}.pt"
 
 
 def _number(name: str) -> int:

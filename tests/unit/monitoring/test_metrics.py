@@ -155,4 +155,4 @@ class TestMetricsJsonl:
         write(callback, fake, 2)
         assert [line["epoch"] for line in lines(path)] == [1, 2]
         assert fake.directory.read_config()[0].run_dir == fake.config.run_dir
-        assert sum("had vanished" in message for message in caplog.messages) == 1
+        assert sum("was deleted: it is recreated" in message for message in caplog.messages) == 1

@@ -319,8 +319,16 @@ def _starts_with(longer: Any, shorter: Any) -> bool:
     return bool(shorter) and longer[: len(shorter)] == shorter
 
 
-def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool = False) -> None:
-    """Write a file that is either complete and durable, or absent.
+def write_atomically(
+    path: Path, content: bytes | memoryview, *, exclusive: bool = False, durable: bool = True
+) -> None:
+    """Write a file that is either complete, or as it was before.
+
+    Args:
+        path: of the file; missing folders are created.
+        content: of the file.
+        exclusive: whether to fail if the file exists.
+        durable: whether the file must survive a crash of the machine.
 
     Raises: RunDirectoryError naming the file, on a disk error; FileExistsError if `exclusive` and
         the file exists.
@@ -330,18 +338,20 @@ def write_atomically(path: Path, content: bytes | memoryview, *, exclusive: bool
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         if exclusive:
             os.link(temporary, path)
             temporary.unlink()
         else:
             temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.callback import Callback
+from dist_graft.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from dist_graft.monitoring.metrics import EpochReport
@@ -34,11 +35,10 @@ class JsonLinesFile:
         try:
             self.kept = [item for item in read_json_lines(path) if _wanted(item, keep)]
             """Objects that stayed, in order."""
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_line(item) for item in self.kept))
-            temporary.replace(path)
         except OSError as error:
             raise RunDirectoryError.not_written(path, error) from error
+        content = "".join(_line(item) for item in self.kept)
+        write_atomically(path, content.encode(), durable=False)
 
     @property
     def vanished(self) -> bool:

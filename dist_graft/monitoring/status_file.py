@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dist_graft.errors import LeaseHeldError, StoppedEarlyError
+from dist_graft.errors import LeaseHeldError, RunDirectoryError, StoppedEarlyError
 from dist_graft.monitoring.callback import Callback
+from dist_graft.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from dist_graft.monitoring.metrics import EpochReport
@@ -190,7 +191,7 @@ class StatusFile(Callback):
             "seconds_left": left,
             "time": time.time(),
         }
-        temporary = self._path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk: the log and metrics report it
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(self._path)
+        if not self._path.parent.exists():  # deleted; the next epoch creates it again
+            return
+        with contextlib.suppress(RunDirectoryError):  # a full disk: the log and metrics report it
+            write_atomically(self._path, (json.dumps(content) + "\n").encode(), durable=False)

@@ -26,7 +26,7 @@ from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
-from dist_graft.run_directory import RunDirectory, as_plain
+from dist_graft.run_directory import RunDirectory, as_plain, write_atomically
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import measure, read_events
 from dist_graft.studies.records import OUTCOMES, THRESHOLDS
@@ -268,7 +268,7 @@ def _train(
             "wall_seconds": before["wall_seconds"] + time.monotonic() - wall,
             "core_seconds": before["core_seconds"] + _children_seconds() - cores,
         }
-        (folder / "cost.json").write_text(json.dumps(cost) + "\n")
+        write_atomically(folder / "cost.json", (json.dumps(cost) + "\n").encode())
     if not is_finished(folder, run.arm.networks):
         raise RunFailedError("the training exited without writing summary.json")
 

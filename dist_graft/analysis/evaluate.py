@@ -15,7 +15,7 @@ from dist_graft.printing import format_table
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-PROTOCOL = 3
+EVALUATION_FORMAT = 3
 """Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
 also has no calibration errors, disagreement and barrier. Neither has the barrier before the last
 round and averages.snapshots."""

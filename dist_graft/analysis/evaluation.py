@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dist_graft.analysis.averages import evaluate_averages
 from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
-from dist_graft.analysis.evaluate import PROTOCOL
+from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
 from dist_graft.command import Options
@@ -203,7 +203,7 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         numbers = [stored.networks[member] for member in members]
         greedy = {"members": numbers, **evaluator.evaluate_soup(soup)}
     return {
-        "protocol": PROTOCOL,
+        "protocol": EVALUATION_FORMAT,
         "run_dir": str(stored.path),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,

@@ -32,7 +32,7 @@ from dist_graft.phase_timer import PhaseTimer
 from dist_graft.population.round.agreement import (
     FINITE,
     LOSS_NOT_FINITE,
-    PROTOCOL,
+    MESSAGE_FORMAT,
     RATE_SCALE,
     Agreement,
     Header,
@@ -518,7 +518,7 @@ class Grafter:
         options = self._options(device) | {"also": also}
         schema = Schema(tensors, [unit.name for unit in self.units], options)
         header = Header(
-            protocol=PROTOCOL,
+            protocol=MESSAGE_FORMAT,
             network=groups.network,
             round=self.round,
             digest=schema.digest,

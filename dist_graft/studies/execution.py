@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from dist_graft.analysis.evaluate import PROTOCOL
+from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
@@ -286,7 +286,7 @@ def _has_branched(run: Run, folder: Path) -> bool:
 def _evaluate(run: Run, folder: Path) -> None:
     """Evaluate the run unless this version has done so."""
     path = folder / "evaluation.json"
-    if not path.is_file() or read_json(path).get("protocol") != PROTOCOL:
+    if not path.is_file() or read_json(path).get("protocol") != EVALUATION_FORMAT:
         _execute([evaluate_command(run, folder)], folder / "output.txt", lambda: None)
 
 

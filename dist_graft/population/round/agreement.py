@@ -15,7 +15,7 @@ from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedErr
 from dist_graft.grafting.memory_layout import memory_order
 from dist_graft.grafting.rules.base import Rule
 
-PROTOCOL = 5
+MESSAGE_FORMAT = 5
 FINITE = -1
 """Header.diverged of a network whose weights and loss are finite."""
 LOSS_NOT_FINITE = -2

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from dist_graft.analysis.evaluate import PROTOCOL
+from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 
 
 def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
@@ -91,7 +91,7 @@ def evaluate(run: Path) -> int:
     lost = run / "lost"  # the last checkpoint, until another training
     epochs = len((run / "network00" / "metrics.jsonl").read_text().splitlines())
     result = {
-        "protocol": PROTOCOL,
+        "protocol": EVALUATION_FORMAT,
         "epoch": epochs - lost.exists(),
         "averages": averages,
         "members": [member] * networks,

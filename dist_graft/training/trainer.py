@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -927,21 +927,15 @@ class Trainer:
         Each replica sums its own test samples over the networks, a chunk at a time. All networks
         must have been tested on the same number of samples.
         """
-        chunks = ensemble_chunks(tested)
-        sums = ((self.runtime.sum_over_networks(part, what), labels) for part, labels in chunks)
-        return self._accuracy_of_sums(sums, what)
-
-    def _accuracy_of_sums(self, sums: Iterable[tuple[Tensor, Tensor]], what: str) -> float:
-        """Accuracy of summed probabilities, in percent. A collective of the network's replicas.
-
-        Args:
-            sums: probabilities and labels of this replica's test samples, in chunks.
-            what: for the error when a replica is lost.
-        """
         right = samples = 0
-        for probabilities, labels in sums:
-            right += int(correct(probabilities, labels))
+        for part, labels in ensemble_chunks(tested):
+            total = self.runtime.sum_over_networks(part, what)
+            right += int(correct(total, labels))
             samples += len(labels)
+        return self._pooled_accuracy(right, samples, what)
+
+    def _pooled_accuracy(self, right: int, samples: int, what: str) -> float:
+        """Accuracy over all replicas of the network, in percent. A collective of the replicas."""
         counts = self.runtime.replicas.gather([float(right), float(samples)], what)
         return 100 * (sum(row[0] for row in counts) / sum(row[1] for row in counts))
 
@@ -1045,7 +1039,9 @@ class Trainer:
                     self.model.load_state_dict(state, strict=False)
                     result = self._evaluate_split("test", max_numbers=math.inf)
                     sums = add_probabilities(sums, result)
-                accuracies.append(self._accuracy_of_sums(sums, "the ensemble"))
+                right = sum(int(correct(total, labels)) for total, labels in sums)
+                samples = sum(len(labels) for _, labels in sums)
+                accuracies.append(self._pooled_accuracy(right, samples, "the ensemble"))
         finally:
             self.model.load_state_dict(own)
         return [accuracies[0], accuracies[-1]]

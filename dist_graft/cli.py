@@ -7,6 +7,7 @@ immediately.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
@@ -173,7 +174,7 @@ class _CompletionAction(Action):
 
     def __call__(self, parser: Any, _: Any, shell: Any, *__: Any) -> None:
         if importlib.util.find_spec("shtab") is None:
-            raise StartError("--print_completion needs shtab: pip install dist_graft[completion]")
+            raise StartError("--print_completion needs shtab: pip install 'dist_graft[completion]'")
         _print(parser.get_completion_script(f"shtab-{shell}"))
         sys.exit()  # the parser cannot be used after that, not even its exit
 
@@ -208,8 +209,23 @@ def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
     return dict(subcommands._name_parser_map)
 
 
+_KINDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+}
+
+
 def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParser]) -> str:
-    """The parser's message, with the option that was probably meant."""
+    """The parser's message in the user's terms, with the option that was probably meant."""
+    command = re.search(r"argument command: invalid choice: '(.*?)'", message)
+    if command or message.startswith('expected "command"'):
+        problem = "no command is given"
+        if command:
+            near = difflib.get_close_matches(command[1], COMMANDS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            problem = f"there is no command {command[1]!r}{meant}"
+        return f"{problem}; commands: {', '.join(COMMANDS)}"
     name = argv[0] if argv and argv[0] in COMMANDS else "train"
     for word in argv:
         option = word.partition("=")[0]
@@ -220,6 +236,25 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
         key, file, cause = section.groups()
         missing = f"there is no YAML file {file}; set its options with --{key}.NAME VALUE"
         message = f"section {key}: {missing if 'Unable to load' in cause else f'{file}: {cause}'}"
+    required = re.match(r"the following arguments are required: (.*)", message)
+    if required:
+        keys = [key.rpartition(".")[2] for key in required[1].split(", ")]
+        shown = [
+            [*action.option_strings, action.dest.upper()][0]
+            for action in parsers[name]._actions
+            if action.dest in keys
+        ]
+        message = f"missing: {', '.join(shown)}"
+    single = re.match(
+        r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, re.S
+    )
+    if single:
+        key, kind, value = single.groups()
+        choices = re.match(r"typing.Literal\[(.*)\]", kind)
+        listed = choices[1].replace("'", "") if choices else ""
+        legal = f"one of {listed}" if listed else _KINDS.get(kind)
+        if legal:
+            message = f"--{key} must be {legal}, got {value.strip()}"
     union = re.match(
         r'Parser key "([\w.]+)":.*?Subtypes:\s*\[(.*?)\].*Given value:\s*(.*)', message, re.S
     )

@@ -79,8 +79,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     if broken:
         raise StartError(f"broken: {', '.join(broken)}; see the advice above")
     yield (
-        "This machine can train: torchrun --standalone "
-        f"--nproc-per-node={max(2, gpus)} -m dist_graft train --run_dir {run_dir}"
+        f"This machine can train: dist-graft train --networks {max(2, gpus)} --run_dir {run_dir}"
     )
 
 

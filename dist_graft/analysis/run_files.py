@@ -21,6 +21,7 @@ from dist_graft.training.checkpoint.files import (
 )
 
 _MAX_NETWORKS = 10_000  # more are a damaged number
+_OF_NETWORK = ("log.txt", "status.json", "metrics.jsonl")
 _TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
 
 Fields = dict[str, Any]
@@ -89,7 +90,7 @@ def run_paths(path: Path) -> list[Path]:
     """Run directories: the path itself if it is one, else those in it, by name."""
 
     def is_run(folder: Path) -> bool:
-        return (folder / "config.yaml").is_file() or any(folder.glob("network[0-9][0-9]"))
+        return (folder / "config.yaml").is_file() or bool(_network_folders(folder))
 
     if is_run(path) or not path.is_dir():
         return [path] if is_run(path) else []
@@ -102,11 +103,11 @@ def read_run(path: Path) -> RunFiles:
     Raises: RunDirectoryError if the path is not a run directory.
     """
     directory = RunDirectory(path)
-    matches = (re.fullmatch(r"network(\d{2,})", folder.name) for folder in path.glob("network*"))
-    found = {int(match[1]) for match in matches if match}
+    found = _network_folders(path)
     if not found and not directory.config.is_file():
         raise RunDirectoryError(
-            f"{path} is not a run directory: it has neither config.yaml nor network00"
+            f"{path} is not a run directory: it has neither config.yaml nor a log in network00 "
+            "(Lightning and Transformers have their own files)"
         )
     problems: list[str] = []
     config = _read_object(directory.config, problems, yaml.safe_load)
@@ -134,6 +135,16 @@ def read_run(path: Path) -> RunFiles:
         checkpoint_epoch=checkpoints[-1].epoch if checkpoints else 0,
         problems=problems,
     )
+
+
+def _network_folders(path: Path) -> set[int]:
+    """Numbers of the networks that a run has written files for."""
+    matches = (re.fullmatch(r"network(\d{2,})", folder.name) for folder in path.glob("network*"))
+    return {
+        int(match[1])
+        for match in matches
+        if match and any((path / match[0] / name).exists() for name in _OF_NETWORK)
+    }
 
 
 def _is_of_jobs(config: Fields) -> bool:

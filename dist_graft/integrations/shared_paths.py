@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def encode_paths(paths: Mapping[str, str | Path | None]) -> str:
 
 
 def refuse_shared_paths(texts: Sequence[str], advice: str) -> None:
-    """Check that all networks write to different folders.
+    """Check that there are several networks, and that they write to different folders.
+
+    Warns if there is only one network, which has no donor.
 
     Args:
         texts: by network, the result of `encode_paths`.
@@ -28,6 +31,12 @@ def refuse_shared_paths(texts: Sequence[str], advice: str) -> None:
 
     Raises: ValueError naming the folder and two networks that share it.
     """
+    if len(texts) == 1:
+        warnings.warn(
+            "GraftCallback: a single process has no network to graft with; start one process for "
+            "each network, with dist_graft.launch or torchrun",
+            stacklevel=2,
+        )
     owners: dict[str, int] = {}
     for network, text in enumerate(texts):
         for what, path in json.loads(text).items():

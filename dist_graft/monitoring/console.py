@@ -125,9 +125,9 @@ def epoch_text(
         [
             str(network),
             f"{row.lr:.4g}",
-            f"{row.train_loss:.4f}",
+            _number(row.train_loss, 4),
             _metric(row.train_metric, metric),
-            f"{row.test_loss:.4f}",
+            _number(row.test_loss, 4),
             _metric(row.test_metric, metric),
             f"{row.images_per_second:.0f}",
             _keeps(row),
@@ -141,7 +141,7 @@ def epoch_text(
 
 
 def _metric(value: float, metric: str | None) -> str:
-    return f"{value:.2f}" if metric == "accuracy" else f"{value:.4f}"
+    return f"{value:.2f}" if metric == "accuracy" else _number(value, 4)
 
 
 def _keeps(row: NetworkRow) -> str:
@@ -175,4 +175,6 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "nan" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    if value is None or math.isnan(value):
+        return "nan"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"

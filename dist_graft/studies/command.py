@@ -34,18 +34,24 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     add(
         "--report_only",
         type=bool,
+        nargs="?",
+        const=True,
         default=False,
         help="report on the existing results without training, also during a comparison",
     )
     add(
         "--dry_run",
         type=bool,
+        nargs="?",
+        const=True,
         default=False,
         help="list the runs that remain and estimate their time, without training",
     )
     add(
         "--pilot",
         type=bool,
+        nargs="?",
+        const=True,
         default=False,
         help="train three seeds of the first primary pair, and print how many seeds and hours the "
         "comparison needs",
@@ -69,7 +75,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     del process
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise StartError(f"compare needs {', '.join(missing)}: pip install dist_graft[studies]")
+        raise StartError(f"compare needs {', '.join(missing)}: pip install 'dist_graft[studies]'")
     from dist_graft.studies.comparison import compare, dry_run
     from dist_graft.studies.selection import load_plan
 

@@ -161,7 +161,7 @@ class TestInvalidOptions:
             (["--data.name", "mnist"], "fashion-mini, fashion-mnist, cifar10"),
             (["--epochs", "two"], "epochs"),
             (["--optim.schedule", "linear"], "cosine, step, constant, or a reference"),
-            (["--graft.exchange", "p2q"], "'all_gather', 'p2p'"),
+            (["--graft.exchange", "p2q"], "one of all_gather, p2p, files, got p2q"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--epochs"], "--epochs"),
             (
@@ -194,11 +194,24 @@ class TestInvalidOptions:
     def test_invalid_file(self, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
         assert says in refused(capsys, "train", "--config", write_file(text))
 
-    @pytest.mark.parametrize("argv", [[], ["trian"], ["prepare"], ["prepare", "mnist"]])
-    def test_missing_or_unknown_command(
-        self, capsys: pytest.CaptureFixture[str], argv: list[str]
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            ([], "no command is given; commands: train, prepare, "),
+            (["trian"], "there is no command 'trian'; did you mean train?; commands: train, "),
+            (["prepare"], "missing: NAME; dist-graft prepare --help lists all options"),
+            (["prepare", "mnist"], "mnist"),
+            (["push", "weights"], "missing: --repo; dist-graft push --help lists all options"),
+            (["export", "x", "--format", "a"], "--format must be one of safetensors, pt, "),
+            (["train", "--epochs", "a"], "--epochs must be a whole number, got a; "),
+            (["train", "--optim.lr", "a"], "--optim.lr must be a number, got a; "),
+            (["compare", "p.yaml", "--dry_run=a"], "--dry_run must be true or false, got a; "),
+        ],
+    )
+    def test_missing_or_unfit_arguments(
+        self, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
     ) -> None:
-        refused(capsys, *argv)
+        assert says in refused(capsys, *argv)
 
 
 def test_completion_knows_commands_options_and_values(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +233,7 @@ def test_completion_names_the_missing_package(
 ) -> None:
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.run(["--print_completion", "zsh"]) == 1
-    assert "pip install dist_graft[completion]" in capsys.readouterr().err
+    assert "pip install 'dist_graft[completion]'" in capsys.readouterr().err
 
 
 class TestRefusal:

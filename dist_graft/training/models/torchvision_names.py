@@ -107,7 +107,7 @@ def _unknown_name(name: str, bare: str, own_names: Sequence[str]) -> str:
     return (
         f"model.name {name!r} is unknown; {nearest_names(nearest)}known: "
         f"{', '.join(own_names)}, and any name of torchvision.models "
-        "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))')"
+        "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))'), or timm/NAME"
     )
 
 

@@ -28,7 +28,7 @@ def test_working_machine(tmp_path: Path) -> None:
     done = examined(tmp_path / "runs" / "run")
     assert done.status == 0, done
     assert states(done)["run directory"] == states(done)["round over gloo"] == "ok"
-    assert done.output.splitlines()[-1].startswith("This machine can train: torchrun")
+    assert done.output.splitlines()[-1].startswith("This machine can train: dist-graft train --net")
     assert not list(tmp_path.iterdir()), "files were left behind"
 
 

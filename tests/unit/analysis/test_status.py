@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_graft.analysis.run_files import read_run
+from dist_graft.analysis.run_files import read_run, run_paths
 from dist_graft.analysis.status import State, facts, judge, status_text
 from dist_graft.errors import DataError, PeerError, RunDirectoryError
 from dist_graft.monitoring.log import append_error
@@ -159,6 +159,14 @@ class TestState:
         state, text = status_of(run)
         assert state == "failed"
         assert "failed: network 1: a.png cannot be decoded" in text.splitlines()[0]
+
+    def test_folders_of_other_programs_are_no_runs(self, tmp_path: Path) -> None:
+        checkpoint = tmp_path / "lightning/network00/checkpoints/last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        assert run_paths(tmp_path) == []
+        with pytest.raises(RunDirectoryError, match="is not a run directory"):
+            read_run(tmp_path / "lightning")
 
     def test_networks_of_an_earlier_start_that_failed_are_left_out(self, run: Path) -> None:
         (run / "network02").mkdir()

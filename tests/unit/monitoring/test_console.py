@@ -41,6 +41,12 @@ def test_the_line_of_a_diverged_network() -> None:
     assert line.split() == ["1", "0.05", "nan", "45.68", "2.5000", "40.00", "1234", "diverged"]
 
 
+def test_a_huge_loss_is_short() -> None:
+    huge = dataclasses.replace(ROW, train_loss=5.1878e23, test_loss=-2e5)
+    line = epoch_text(0, 1, 1.0, [huge]).splitlines()[-1]
+    assert line.split()[2:6:2] == ["5.19e+23", "-2e+05"]
+
+
 def test_the_table_of_final_results() -> None:
     summary = {
         "networks": [

@@ -691,7 +691,7 @@ def test_missing_extra_names_the_package_to_install(
     )
     with pytest.raises(StartError) as error:
         next(command.run({"plan": str(tmp_path / "plan.yaml")}, ProcessInfo()))
-    assert str(error.value) == f"compare needs {names}: pip install dist_graft[studies]"
+    assert str(error.value) == f"compare needs {names}: pip install 'dist_graft[studies]'"
 
 
 def test_the_package_runs_without_the_extra() -> None:
@@ -702,7 +702,7 @@ def test_the_package_runs_without_the_extra() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     (line,) = ended.stderr.splitlines()
-    assert line.endswith("pip install dist_graft[studies]")
+    assert line.endswith("pip install 'dist_graft[studies]'")
     assert ended.returncode == 1
 
 

@@ -186,7 +186,7 @@ def test_unknown_name(name: str, nearest: str):
     assert message.startswith(f"model.name {name!r} is unknown")
     assert offered is not None
     assert nearest in offered[1]
-    assert f"{', '.join(model_names())}, and any name of torchvision.models" in message
+    assert f"{', '.join(model_names())}, timm/NAME, and any name of torchvision.models" in message
 
 
 def test_unknown_name_without_similar_ones():

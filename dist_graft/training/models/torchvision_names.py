@@ -106,8 +106,8 @@ def _unknown_name(name: str, bare: str, own_names: Sequence[str]) -> str:
         nearest = [f"torchvision/{near}" if near in classifiers else near for near in nearest]
     return (
         f"model.name {name!r} is unknown; {nearest_names(nearest)}known: "
-        f"{', '.join(own_names)}, and any name of torchvision.models "
-        "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))'), or timm/NAME"
+        f"{', '.join(own_names)}, timm/NAME, and any name of torchvision.models "
+        "(python -c 'import torchvision.models as m; print(*m.list_models(module=m))')"
     )
 
 

@@ -27,20 +27,20 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["evaluate"], "run"),
+        (["evaluate"], "missing: RUN"),
         (["evaluate", "x", "--data.rot", "3"], "did you mean --data.root?"),
         (["evaluate", "nowhere"], "nowhere is not a run directory: it has no config.yaml"),
         (["evaluate", "x", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["evaluate", "x", "--batch_norm_batches", "-1"], "batch_norm_batches must be at least 1"),
         (["evaluate", "x", "--precision", "fp8"], "'fp32', 'bf16', 'fp16'"),
         (["evaluate", "x", "--batchsize", "3"], "dist-graft evaluate --help lists all options"),
-        (["inspect"], "sources"),
+        (["inspect"], "missing: SOURCES"),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["inspect", "x", "--thresholds", "0.1", "0"], "thresholds must be above 0, got 0.0"),
         (["inspect", "x", "--thresholds", ".inf"], "thresholds must be above 0, got inf"),
         (["inspect", "x", "--num_bins", "0"], "num_bins must be at least 1, got 0"),
         (["inspect", "x", "--graft.lead", "linear"], "'conv', 'conv+linear'"),
-        (["export"], "run"),
+        (["export"], "missing: RUN"),
         (["export", "nowhere"], "nowhere is not a run directory"),
     ],
 )

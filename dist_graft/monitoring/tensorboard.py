@@ -151,6 +151,10 @@ class TensorBoard(Callback):
             options=hparams(
                 *(trainer.member_config, trainer.max_lr, process.networks),
                 differing=differing_options(trainer.config),
+                own={
+                    part: trainer.model_name if part == "model" else "custom"
+                    for part in trainer.custom
+                },
             ),
             metric=self._metric,
         )
@@ -293,7 +297,12 @@ class PopulationBoard:
 
 
 def hparams(
-    config: TrainConfig, lr: float, networks: int, *, differing: Sequence[str] = ()
+    config: TrainConfig,
+    lr: float,
+    networks: int,
+    *,
+    differing: Sequence[str] = (),
+    own: Mapping[str, str] | None = None,
 ) -> dict[str, float | str]:
     """Columns of the HParams tab that distinguish networks and runs.
 
@@ -302,6 +311,7 @@ def hparams(
         lr: initial learning rate of the network.
         networks: size of the population.
         differing: names of the options in which networks differ.
+        own: names of the data, model and optimizer that were given in Python.
     """
     options: dict[str, float | str] = {
         "networks": networks,
@@ -325,6 +335,10 @@ def hparams(
             "every": config.graft.every,
             "every_steps": config.graft.every_steps,
         }
+    own = own or {}
+    options |= {column: name for column, name in own.items() if column in options}
+    if "optimizer" in own:
+        del options["weight_decay"]
     for name in differing:
         section, _, option = name.partition(".")
         value = getattr(getattr(config, section), option)

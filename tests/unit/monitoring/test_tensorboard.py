@@ -389,6 +389,15 @@ def test_hparams_of_networks_that_differ() -> None:
     assert set(rows[0]) - set(hparams(TrainConfig(), 0.1, 2)) == {"mixup", "rand_augment"}
 
 
+def test_hparams_of_parts_given_in_python() -> None:
+    own = {"data": "custom", "model": "make_model", "optimizer": "custom", "loss": "custom"}
+    options = hparams(TrainConfig(), 0.1, 2, own=own)
+    assert {name: options[name] for name in ("data", "model", "optimizer")} == {
+        name: own[name] for name in ("data", "model", "optimizer")
+    }
+    assert not {"loss", "weight_decay"} & set(options)
+
+
 def test_hparams() -> None:
     options = hparams(TrainConfig(seed=7, method="papa"), 0.1, 2)
     assert (options["lr"], options["seed"], options["method"]) == (0.1, 7, "papa")

@@ -43,8 +43,9 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     [N, channels, image_size, image_size] to logits [N, num_classes] in evaluation mode; N is
     dynamic. The batch norm statistics of the soup are averaged, too.
 
-    Raises: RunDirectoryError; ConfigError if the weights do not fit the run's architecture, the
-        model cannot be exported in this format, or a package is missing.
+    Raises: RunDirectoryError; ConfigError if the folder holds the export of another run, the
+        weights do not fit the run's architecture, the model cannot be exported in this format, or
+        a package is missing.
     """
     del process
     from dist_graft.analysis.exporting import export_run, how_to_load
@@ -53,9 +54,9 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     stored = open_run(Path(options["run"]), options["checkpoint"])
     folder = Path(options["out"] or stored.path / "export")
     yield from export_run(stored, folder, options["format"])
-    name = "custom model" if "model" in stored.custom else stored.config.model.name
-    hint = how_to_load(options["format"])
-    yield f"{name} after {stored.checkpoint.epoch} epochs; load it with {hint}"
+    name = None if "model" in stored.custom else stored.config.model.name
+    hint = how_to_load(options["format"], name)
+    yield f"{name or 'custom model'} after {stored.checkpoint.epoch} epochs; load it with {hint}"
 
 
 COMMAND = Command(

@@ -44,6 +44,15 @@ _OF_THE_TRAINING = (
     "init_from",
     "init_strict",
 )
+_REPLACED = {
+    "data": (
+        *("image_size", "channels", "augment", "skip_broken"),
+        *("mixup", "cutmix", "random_erasing", "rand_augment"),
+    ),
+    "model": ("kwargs", "activation"),
+    "optimizer": ("kwargs", "momentum", "nesterov", "betas", "weight_decay"),
+}
+"""Options that a part of a run replaces, besides its name, if it is given in Python."""
 _DEFAULT_SIZE = 32
 """Image size of programs of runs that do not say theirs."""
 
@@ -51,15 +60,18 @@ _DEFAULT_SIZE = 32
 def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
     """Write all files of an export. Yields the path of each file of weights.
 
-    Raises: RunDirectoryError; ConfigError if the weights do not fit the architecture, the model
-        cannot be exported in this format, or a package is missing.
+    Raises: RunDirectoryError; ConfigError if the folder holds the export of another run, the
+        weights do not fit the architecture, the model cannot be exported in this format, or a
+        package is missing.
     """
+    before = _earlier_export(stored.path, folder)
     config, states = stored.config, list(stored.states())
     built = "model" not in stored.custom
     if not built and kind in ("torch_export", "onnx"):
         raise ConfigError(
             f"{stored.path} was trained in Python with its own model, which this command cannot "
-            f"build: --format {kind} needs it; use --format safetensors, and load the weights"
+            f"build: --format {kind} needs it; use --format safetensors, and load the weights with "
+            "dist_graft.load(path, model=your_module)"
         )
     if kind == "onnx":
         _require_onnx()
@@ -93,7 +105,7 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         yield str(folder / name)
 
     description = {
-        "run_dir": str(stored.path),
+        "run_dir": str(stored.path.resolve()),
         "epoch": stored.checkpoint.epoch,
         "round": stored.checkpoint.round,
         "checkpoints": [
@@ -117,13 +129,13 @@ def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
         },
         "results": _results(stored),
         "method": {"name": config.method, "graft": asdict(config.graft)},
-        "data": config.data.name,
+        "data": "custom" if "data" in stored.custom else config.data.name,
         "training": training_options(asdict(config), stored.custom),
         "sha256": sha256,
         "versions": versions(),
         "dist_graft": VERSION,
     }
-    description["sha256"] = _same_export(folder, description) | sha256
+    description["sha256"] = _other_formats(folder, before, description) | sha256
     write_atomically(
         folder / EXPORT_DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode()
     )
@@ -134,8 +146,15 @@ def training_options(config: Mapping[str, Any], custom: Collection[str]) -> dict
 
     Args:
         config: of the run, nested.
-        custom: what was passed to the Trainer in Python, which no option describes.
+        custom: what was passed to the Trainer in Python, which no option describes. Its name is
+            "custom", and the options that it replaces are left out.
     """
+    config = dict(config)
+    for part, unused in _REPLACED.items():
+        section = "optim" if part == "optimizer" else part
+        if part in custom:
+            used = {key: value for key, value in config[section].items() if key not in unused}
+            config[section] = used | {"name": "custom"}
     data = {key: value for key, value in config["data"].items() if key not in _OF_THE_MACHINE}
     if data["name"] == "imagefolder" or is_reference(data["name"]):
         data["root_sha256"] = hashlib.sha256(str(config["data"]["root"]).encode()).hexdigest()
@@ -147,24 +166,46 @@ def training_options(config: Mapping[str, Any], custom: Collection[str]) -> dict
     return json.loads(json.dumps(shared))  # type: ignore[no-any-return]
 
 
-def _same_export(folder: Path, description: Mapping[str, Any]) -> dict[str, str]:
-    """Checksums of the files of the same checkpoint that were exported in other formats."""
+def _earlier_export(run: Path, folder: Path) -> dict[str, Any]:
+    """Description of what the folder holds; empty if it holds no export.
+
+    Raises: ConfigError if it is the export of another run, outside of this run's directory.
+    """
     try:
         before = read_description(folder)
     except RunDirectoryError:
         return {}
-    same = all(
-        before.get(key) == description[key] for key in ("run_dir", "epoch", "round", "checkpoints")
-    )
+    other, run = before.get("run_dir"), run.resolve()
+    inside = run in folder.resolve().parents  # a run may have been moved, with its export
+    if other is not None and Path(str(other)).resolve() != run and not inside:
+        raise ConfigError(f"{folder} holds an export of {other}: choose another --out")
+    return before
+
+
+def _other_formats(
+    folder: Path, before: Mapping[str, Any], description: Mapping[str, Any]
+) -> dict[str, str]:
+    """Checksums of the files of the same checkpoint that were exported in other formats."""
+    same = all(before.get(key) == description[key] for key in ("epoch", "round", "checkpoints"))
     found = before["sha256"] if same else {}
     return {name: digest for name, digest in found.items() if (folder / name).is_file()}
 
 
-def how_to_load(kind: Format) -> str:
-    """One line of Python, or a command."""
+def how_to_load(kind: Format, model: str | None) -> str:
+    """One line of Python.
+
+    Args:
+        kind: format of the file.
+        model: name of the model; None: it was built in Python.
+    """
+    more = ""
+    if model is None:
+        more = ", model=your_module"
+    elif is_reference(model):
+        more = ", trust_code=True"
     return {
-        "safetensors": "dist_graft.load(path), or safetensors.torch.load_file(path)",
-        "pt": "dist_graft.load(path), or "
+        "safetensors": f"dist_graft.load(path{more}), or safetensors.torch.load_file(path)",
+        "pt": f"dist_graft.load(path{more}), or "
         "model.load_state_dict(torch.load(path, weights_only=True))",
         "torch_export": "torch.export.load(path).module()",
         "onnx": "onnxruntime.InferenceSession(path)",

@@ -302,8 +302,8 @@ def exported_model(
     """
     if description["model"] is None:
         raise ConfigError(
-            f"{folder} holds a model that was built in Python, which this command cannot build: "
-            "load the weights in Python"
+            f"{folder} holds a model that was built in Python, which dist_graft cannot build: load "
+            "it with dist_graft.load(path, model=your_module)"
         )
     try:
         arguments = dict(description.get("model_arguments") or {})  # missing in older exports

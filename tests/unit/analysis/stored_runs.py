@@ -59,6 +59,7 @@ def write_run(
     model_kwargs: dict[str, object] | None = None,
     precision: str = "fp32",
     lrs: list[float] | None = None,
+    custom: tuple[str, ...] = (),
     **data: object,
 ) -> Path:
     """Write a run directory with a checkpoint of the same weights for each number of epochs."""
@@ -70,7 +71,7 @@ def write_run(
         runtime=RuntimeConfig(device="cpu", threads=1, precision=precision),  # type: ignore[arg-type]
     )
     directory = RunDirectory(str(folder))
-    directory.write_config(config, len(states))
+    directory.write_config(config, len(states), custom)
     for epoch in epochs:
         path = checkpoint_path(directory.checkpoints, epoch)
         sums = [

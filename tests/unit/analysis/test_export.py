@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from stored_runs import export_run, network, related_states, write_run
+from stored_runs import SMALL, export_run, network, related_states, write_run
 
 from dist_graft.config import ModelConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.models import build_model
+
+STEMS = ("network00", "network01", "network02", "uniform_soup")
 
 
 def test_load_into_a_built_in_model(trio: Path) -> None:
@@ -64,6 +66,48 @@ def test_description(trio: Path, tmp_path: Path) -> None:
     assert set(files) == {"network00.pt", "network01.pt", "network02.pt", "uniform_soup.pt"}
     for name, digest in description["sha256"].items():
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
+
+
+def test_description_of_parts_given_in_python(tmp_path: Path) -> None:
+    custom = ("model", "data", "loss", "optimizer")
+    run = write_run(tmp_path / "run", related_states(1), custom=custom)
+    text = export_run(run)
+    assert "custom model after 2 epochs; load it with dist_graft.load(path, model=you" in text
+    content = (run / "export/export.json").read_text()
+    assert "fashion-mini" not in content
+    assert "resnet20" not in content
+    description = json.loads(content)
+    assert (description["data"], description["model"]) == ("custom", None)
+    training = description["training"]
+    assert [training[part]["name"] for part in ("data", "model", "optim")] == ["custom"] * 3
+    assert training["data"]["batch_size"] == SMALL["batch_size"]
+    assert "augment" not in training["data"]
+    assert "momentum" not in training["optim"]
+    assert training["own"] == sorted(custom)
+
+
+def test_the_folder_of_another_run_is_refused(trio: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights"
+    export_run(trio, out=out, checkpoint="epoch_0001")
+    export_run(trio, out=out)  # a later epoch
+    export_run(trio, out=out, kind="safetensors")  # another format
+    names = {f"{stem}.{kind}" for stem in STEMS for kind in ("pt", "safetensors")}
+    before = (out / "export.json").read_bytes()
+    assert set(json.loads(before)["sha256"]) == names
+    other = write_run(tmp_path / "other", related_states(2))
+    with pytest.raises(ConfigError, match=f"{out} holds an export of {trio}: choose another --out"):
+        export_run(other, out=out, kind="safetensors")
+    assert (out / "export.json").read_bytes() == before
+
+
+def test_a_run_that_was_moved_is_exported_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", related_states(1))
+    export_run(run)
+    moved = run.rename(tmp_path / "moved")
+    export_run(moved, kind="safetensors")
+    description = json.loads((moved / "export/export.json").read_text())
+    assert description["run_dir"] == str(moved)
+    assert {"network00.pt", "network00.safetensors"} < set(description["sha256"])
 
 
 def test_wrong_architecture_is_refused_before_anything_is_written(

@@ -12,6 +12,7 @@ from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import training_options, weights_file
 from dist_graft.analysis.run_files import read_run
 from dist_graft.errors import ConfigError
+from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
 
@@ -26,9 +27,13 @@ _ABOUT_CONTROL = (
 def repository_files(folder: Path, repo: str, *, control: Path | None = None) -> dict[str, bytes]:
     """Content of a repository's files by name; weights in the format pt become safetensors.
 
-    Raises: RunDirectoryError if the export or the control is missing or damaged; ConfigError if the
-        export holds programs instead of weights, or the control does not match it.
+    Raises: RunDirectoryError if the export or the control is damaged; ConfigError if the folder
+        holds no export, or one of programs instead of weights, or the control does not match it.
     """
+    if not (folder / EXPORT_DESCRIPTION).is_file():
+        raise ConfigError(
+            f"{folder} is not an exported folder: run dist-graft export, and pass its folder"
+        )
     description = read_description(folder)
     control_summary = _control_summary(control, description, folder) if control else None
     names = sorted(description["sha256"])
@@ -71,11 +76,12 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
     if any(network.last_round for network in run.networks):
         raise ConfigError(f"--control {path} exchanged weights: train it with --graft.every 0")
     found = training_options(run.config, RunDirectory(path).read_custom())
-    if found["own"]:
-        raise ConfigError(
-            f"--control {path} was trained in Python with its own {', '.join(found['own'])}, which "
-            "cannot be compared"
-        )
+    for source, own in ((f"--control {path}", found["own"]), (folder, expected.get("own"))):
+        if own:
+            raise ConfigError(
+                f"{source} was trained in Python with its own {', '.join(own)}, which cannot be "
+                "compared"
+            )
     for section in (*expected, *(name for name in found if name not in expected)):
         values, others = expected.get(section), found.get(section)
         if others != values:
@@ -138,7 +144,7 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
 def model_card(
     description: Mapping[str, Any], repo: str, *, control: Mapping[str, Any] | None = None
 ) -> str:
-    """README.md of the repository: what was trained, its accuracies, and how to load it.
+    """README.md of the repository: what was trained, its results, and how to load it.
 
     Args:
         description: content of export.json.
@@ -148,6 +154,7 @@ def model_card(
     networks = [name for name in description["sha256"] if name.startswith("network")]
     name = description["model"] or "a model built in Python"
     of_timm = name.startswith("timm/")
+    classification = bool(description.get("classes"))
     graft = description.get("method") or {}
     options = graft.get("graft") or {}
     method = str(graft.get("name", "unknown"))
@@ -156,9 +163,13 @@ def model_card(
             f" (amplitude {options.get('amplitude')}, sensitivity {options.get('sensitivity')})"
         )
     data = description.get("data", "unknown data")
+    if "data" in (description.get("training") or {}).get("own", ()):
+        data = "custom data"
     lines = [
-        *("---", "library_name: dist_graft", "pipeline_tag: image-classification"),
-        *("tags:", "- image-classification", "- dist_graft", "---", ""),
+        *("---", "library_name: dist_graft"),
+        *(["pipeline_tag: image-classification"] if classification else []),
+        *("tags:", *(["- image-classification"] if classification else [])),
+        *("- dist_graft", "---", ""),
         f"# {repo.rpartition('/')[2]}",
         "",
         f"{len(networks)} x {name}, trained side by side on {data} for {description['epoch']} "
@@ -178,12 +189,11 @@ def model_card(
         "",
         "import dist_graft",
         "",
-        f'model = dist_graft.load(snapshot_download("{repo}"))',
-        'logits = model(model.preprocess("image.jpg")[None])',
-        "```",
+        *_use(description, repo),
         "",
         "Without dist_graft: `model.load_state_dict(safetensors.torch.load_file(path))`. "
-        "`export.json` has the class names, the preprocessing, and the sha256 of each file.",
+        f"`export.json` has {'the class names, the preprocessing, and ' if classification else ''}"
+        "the sha256 of each file.",
         "",
         "## Versions",
         "",
@@ -193,22 +203,52 @@ def model_card(
     return "\n".join(lines)
 
 
+def _use(description: Mapping[str, Any], repo: str) -> list[str]:
+    """Python code that loads and calls a network, to the end of its block, and what it needs."""
+    name, more = description["model"], ""
+    notes: list[str] = []
+    if name is None:
+        more = ", model=make_model()"
+        notes.append(
+            "`make_model()` must return an `nn.Module` of the trained architecture; `load` copies "
+            "the weights into it. Its code is not in this repository."
+        )
+    elif is_reference(name):
+        more = ", trust_code=True"
+        notes.append(f"`trust_code=True` lets `load` import and call `{name}`, which you need.")
+    if description.get("preprocessing"):
+        call = 'logits = model(model.preprocess("image.jpg")[None])'
+    else:
+        call = "outputs = model(inputs)"
+        notes.append(
+            "Prepare the batch `inputs` as in training: the run recorded no preprocessing."
+        )
+    code = [f'model = dist_graft.load(snapshot_download("{repo}"){more})', call, "```"]
+    return [*code, "", " ".join(notes)] if notes else code
+
+
 def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
     """Table of the population and its control, as Markdown."""
     results = description.get("results") or {}
     summary, evaluation = results.get("summary"), results.get("evaluation")
     if not summary:
+        metrics = description.get("metrics") or {}
+        keys = dict.fromkeys(key for values in metrics.values() for key in values)
+        names = [key.removeprefix("test_") for key in keys if key.startswith("test_")]
+        names.sort(key=lambda name: name == "loss")  # last
         rows = [
-            (file, *(_number(values.get(key)) for key in ("test_accuracy", "test_loss")))
-            for file, values in (description.get("metrics") or {}).items()
+            (file, *(_number(values.get(f"test_{name}"), name) for name in names))
+            for file, values in metrics.items()
         ]
-        text = _table(("network", "test accuracy (%)", "test loss"), rows) if rows else ["none"]
-        return [*text, "", _NO_CONTROL]
+        header = ("network", *(f"test {name}{_unit(name)}" for name in names))
+        return [*(_table(header, rows) if names else ["none"]), "", _NO_CONTROL]
     metric = summary.get("metric", "accuracy")
     moments = (f"{metric}_before_last_round", f"{metric}_after_last_round")
-    unit = " (%)" if metric == "accuracy" else ""
     rows = [
-        (f"network {each['network']} (lr {each['lr']:.4g})", *(_number(each[m]) for m in moments))
+        (
+            f"network {each['network']} (lr {each['lr']:.4g})",
+            *(_number(each[m], metric) for m in moments),
+        )
         for each in summary["networks"]
     ]
     named = {"mean": (summary, "mean"), "ensemble": (summary, "ensemble")}
@@ -218,15 +258,17 @@ def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) 
         named |= {f"{title}: {name}": (control, name) for name in ("mean", "ensemble")}
     for title, (source, name) in named.items():
         if f"{name}_{moments[0]}" in source:
-            rows.append((title, *(_number(source[f"{name}_{moment}"]) for moment in moments)))
+            values = (source[f"{name}_{moment}"] for moment in moments)
+            rows.append((title, *(_number(value, metric) for value in values)))
+    unit = _unit(metric)
     header = ("", f"test {metric} before the last round{unit}", f"after it{unit}")
     text = [*_table(header, rows), "", _ABOUT_CONTROL if control else _NO_CONTROL]
     if evaluation:
         soup = evaluation["uniform_soup"]
         text += [
             "",
-            f"Uniform soup: {_number(soup['batch_norm_as_is'])}%, with re-estimated batch norm "
-            f"{_number(soup['batch_norm_reestimated'])}%.",
+            f"Uniform soup: {_number(soup['batch_norm_as_is'], 'accuracy')}%, with re-estimated "
+            f"batch norm {_number(soup['batch_norm_reestimated'], 'accuracy')}%.",
         ]
     return text
 
@@ -236,5 +278,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, (int, float)) else "-"
+def _unit(metric: str) -> str:
+    return " (%)" if metric == "accuracy" else ""
+
+
+def _number(value: Any, metric: str) -> str:
+    """A result: accuracies with 2 decimals, others with 4 significant digits."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:.2f}" if metric == "accuracy" else f"{value:.4g}"

@@ -72,6 +72,77 @@ def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_card_of_a_regression(finished: bool, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    run = write_run(
+        tmp_path / "run",
+        [model.state_dict()],
+        epochs=(20,),
+        custom=("model", "data", "loss", "metrics"),
+    )
+    if finished:
+        results = {f"absolute_error_{when}_last_round": 0.0765432 for when in ("before", "after")}
+        summary = {"networks": [{"network": 0, "lr": 0.1, **results}], "metric": "absolute_error"}
+        summary |= {f"mean_{key}": value for key, value in results.items()}
+        (run / "summary.json").write_text(json.dumps(summary))
+    else:
+        (run / "network00").mkdir()
+        line = {"epoch": 19, "test_loss": 0.0123456, "test_absolute_error": 0.0765432}
+        (run / "network00/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    export_run(run)
+    out = tmp_path / "hub"
+    push = ["push", str(run / "export"), "--repo", "me/waves", "--out", str(out)]
+    assert cli.run(push) == 0
+    card = (out / "README.md").read_text()
+    for word in ("image-classification", "preprocess(", "class names", "fashion-mini", "resnet"):
+        assert word not in card
+    assert "1 x a model built in Python, trained side by side on custom data for 20 epochs" in card
+    assert 'dist_graft.load(snapshot_download("me/waves"), model=make_model())' in card
+    assert "`make_model()` must return" in card
+    if finished:
+        assert "|  | test absolute_error before the last round | after it |" in card
+        assert "| mean | 0.07654 | 0.07654 |" in card
+    else:
+        assert "| network | test absolute_error | test loss |" in card
+        assert "| network00 | 0.07654 | 0.01235 |" in card
+    loaded = dist_graft.load(out, model=torch.nn.Linear(2, 1))
+    assert torch.equal(loaded.model.weight, model.weight)
+
+
+def test_the_card_of_images_with_classes(exported: Path) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    assert "image-classification" not in model_card(description, "me/boots")  # an older run
+    classes = {"classes": ["boot", "shirt"], "preprocessing": {"channels": 1}}
+    card = model_card(description | classes, "me/boots")
+    assert "\npipeline_tag: image-classification\ntags:\n- image-classification\n" in card
+    assert 'logits = model(model.preprocess("image.jpg")[None])' in card
+    assert "Prepare" not in card
+    own = model_card(description | classes | {"model": "my_widths:net"}, "me/boots")
+    assert 'dist_graft.load(snapshot_download("me/boots"), trust_code=True)' in own
+
+
+def test_a_run_is_not_an_export(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = exported.parent / "run"
+    assert cli.run(["push", str(run), "--repo", "me/boots", "--out", "out"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{run} is not an exported folder: run dist-graft export" in error
+
+
+def test_an_export_of_own_parts_has_no_control(
+    control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((control / "config.yaml").read_text())
+    states = [network(0, name="resnet8").state_dict()]
+    run = write_run(tmp_path / "own", states, epochs=(config["epochs"],), custom=("model", "data"))
+    (run / "summary.json").write_bytes((control / "summary.json").read_bytes())
+    export_run(run)
+    push = ["push", str(run / "export"), "--repo", "me/boots", "--out", "out"]
+    assert cli.run([*push, "--control", str(control)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "export was trained in Python with its own data, model" in error
+
+
 def test_the_card_names_the_extras(exported: Path) -> None:
     description = json.loads((exported / "export.json").read_text())
     card = model_card(description | {"model": "timm/resnet18"}, "me/boots")

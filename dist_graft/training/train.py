@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from dist_graft.config import TrainConfig
+from dist_graft.errors import RunDirectoryError
 from dist_graft.population.runtime.launch import launch
+from dist_graft.run_directory import RunDirectory
 from dist_graft.training.trainer import Trainer
 
 
@@ -20,7 +23,8 @@ def train(config: TrainConfig | None = None, *, networks: int = 1) -> dict[str, 
         config: all options.
         networks: size of the population.
 
-    Returns: the content of ``summary.json``; empty if the run had already been completed.
+    Returns: the content of ``summary.json``, also if the run had already been completed; empty if
+        that file was removed since.
 
     Raises: as `launch` and `Trainer.fit`: NetworkFailedError, whose message is that of the first
         failure; StoppedEarlyError when the run was asked to stop and can be resumed.
@@ -35,4 +39,15 @@ def train(config: TrainConfig | None = None, *, networks: int = 1) -> dict[str, 
 def _fit(config: TrainConfig) -> dict[str, Any]:
     trainer = Trainer(config)
     trainer.fit()
-    return trainer.summary
+    return trainer.summary or _read_summary(trainer.directory)
+
+
+def _read_summary(directory: RunDirectory) -> dict[str, Any]:
+    """Content of the summary.json of a complete run; of a job, its own until all have finished."""
+    path = directory.summary if directory.summary.exists() else directory.summary_job
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}): restore or remove it") from error

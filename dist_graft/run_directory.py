@@ -254,6 +254,20 @@ class RunDirectory:
         content = {"classes": list(classes), "preprocessing": dict(preprocessing)}
         write_atomically(self.classes, (json.dumps(content, indent=1) + "\n").encode())
 
+    def read_classes(self) -> list[str] | None:
+        """Names in classes.json; None without the file.
+
+        Raises: RunDirectoryError if it is damaged.
+        """
+        try:
+            return list(map(str, json.loads(self.classes.read_text())["classes"]))
+        except FileNotFoundError:
+            return None
+        except _UNREADABLE as error:
+            raise RunDirectoryError(
+                f"{self.classes} cannot be read ({error}): restore or remove it"
+            ) from error
+
     def read_config(self) -> tuple[TrainConfig, int]:
         """Return the configuration and the number of networks of the run.
 

@@ -26,8 +26,9 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.process_group import start
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.run_directory import write_atomically
+from dist_graft.run_directory import RunDirectory, write_atomically
 from dist_graft.training.checkpoint.last_round import load_weights_before
+from dist_graft.training.classes import refuse_other_classes
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.models import build_model
@@ -73,6 +74,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         device=runtime.device,
         channels_last=runtime_config.channels_last,
     )
+    refuse_other_classes(RunDirectory(stored.path), data, data_config.root)
     states = list(stored.states())
     try:
         with tqdm(desc="evaluating", unit=" passes", leave=False, disable=None) as bar:

@@ -63,6 +63,7 @@ from dist_graft.training.builders import (
 from dist_graft.training.callbacks import CallbackList, load_callbacks
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.checkpoint.writer import to_host_memory
+from dist_graft.training.classes import refuse_other_classes
 from dist_graft.training.data import ImageData, check_dataset_name, ensure_available
 from dist_graft.training.data.batches import batch_size
 from dist_graft.training.data.datasets import Datasets
@@ -483,6 +484,9 @@ class Trainer:
                 ensure_available(config.data)
         runtime.raise_together(found.error, "the preparation of the data")
         self.data = build_data(self.member_config, self._datasets, runtime)
+        with caught() as found:
+            refuse_other_classes(self.directory, self.data, config.data.root)
+        runtime.raise_together(found.error, "the comparison of the classes")
         self.state = build_state(
             *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
             lr=self.max_lr,

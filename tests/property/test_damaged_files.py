@@ -184,7 +184,7 @@ def readers(path: Path, file: str) -> list[Callable[[], object]]:
 
     kinds = {
         "config.yaml": [status, lambda: open_run(path), lambda: directory.check(CONFIG, 1)],
-        "classes.json": [lambda: open_run(path).inputs],
+        "classes.json": [lambda: open_run(path).inputs, directory.read_classes],
         "COMPLETE.json": [status, lambda: read_source(path), resume],
         "network00.pt": [lambda: open_run(path).state(0), resume],
         "checkpoints": [status, resume],

@@ -279,8 +279,9 @@ class Trainer:
     def fit(self) -> None:
         """Train for `config.epochs` epochs; every process of the run must call this.
 
-        Resumes from the latest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1 and the
-        file STOP in the run directory stop the run after a step, with a checkpoint.
+        Resumes from the latest checkpoint in the run directory. SIGINT, SIGTERM, SIGUSR1, SIGHUP
+        (unless it is ignored) and the file STOP in the run directory stop the run after a step,
+        with a checkpoint.
 
         Raises: StoppedEarlyError after such a stop; PeerError when another process exited or did
             not respond in time; another DistGraftError that says what to do.

@@ -81,23 +81,47 @@ def test_an_error_of_all_networks_names_none(
     assert line.startswith(f"{ERROR}{start}")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stop_is_called_a_stop(name: str, tmp_path: Path) -> None:
-    """SIGINT goes to all processes, as Ctrl-C does; SIGTERM to the one that was started."""
+    """Ctrl-C and a closed terminal signal all processes; SIGTERM goes to the one that was started.
+
+    The tests themselves may run under nohup.
+    """
     run = tmp_path / "run"
-    with running([program(run, *ENDLESS)], new_session=True) as (process,):
+    command = ["env", "--default-signal=HUP", *program(run, *ENDLESS)]
+    with running([command], new_session=True) as (process,):
         wait_until(checkpoint_is_complete(run, 1), "the first epoch", meanwhile=[process])
         number = signal.Signals[name]
-        if name == "SIGINT":
-            os.killpg(process.pid, number)
-        else:
+        if name == "SIGTERM":
             os.kill(process.pid, number)
+        else:
+            os.killpg(process.pid, number)
         done = wait_for_end(process, PROMPT_SECONDS)
     assert done.status == 75
     (line,) = done.errors.splitlines()
     assert line.startswith(f"dist-graft: stopped early by {name}; everything is saved in {run}")
     assert line.endswith("rerun the command to resume")
     assert (run / "STOPPED_EARLY").exists()
+
+
+@pytest.mark.parametrize("networks", ["1", "2"])
+def test_a_run_under_nohup_ignores_the_end_of_its_terminal(networks: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    metrics = run / "network00" / "metrics.jsonl"
+    command = ["nohup", *program(run, *ENDLESS, "--networks", networks)]
+    with running([command], new_session=True) as (process,):
+        wait_until(checkpoint_is_complete(run, 1), "the first epoch", meanwhile=[process])
+        os.killpg(process.pid, signal.SIGHUP)
+        epochs = len(metrics.read_text().splitlines())
+        wait_until(
+            lambda: len(metrics.read_text().splitlines()) > epochs + 2,
+            "two more epochs",
+            meanwhile=[process],
+        )
+        os.kill(process.pid, signal.SIGTERM)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 75
+    assert "stopped early by SIGTERM" in done.errors
 
 
 @pytest.mark.parametrize("networks_exist", [False, True])

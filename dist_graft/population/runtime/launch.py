@@ -52,6 +52,7 @@ from dist_graft.population.runtime.process import (
     communicate_on_loopback,
     die_with_launcher,
     leave,
+    not_ignored,
     report_failure,
 )
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
@@ -61,7 +62,7 @@ _Result = TypeVar("_Result")
 
 _LOOPBACK = "127.0.0.1"
 LOOPBACK_RENDEZVOUS = "dist_graft_loopback"
-_FORWARDED_SIGNALS = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED_SIGNALS = (*SIGNALS, signal.SIGQUIT)
 _WHILE_STARTING = (signal.SIGINT,)
 """Blocked until a process runs the function: a terminal sends Ctrl-C to all, and Python would print
 where each import was interrupted."""
@@ -83,7 +84,8 @@ def launch(
     The processes are started by torch's elastic launcher, which sets ``RANK``, ``WORLD_SIZE``,
     ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as ``torchrun`` does. All sockets listen on
     the loopback interface. In a script, call this under ``if __name__ == "__main__":``. Signals
-    that ask a run to stop (SIGINT, SIGTERM, SIGUSR1) are forwarded to the processes.
+    that ask a run to stop (SIGINT, SIGTERM, SIGUSR1, SIGHUP) are forwarded to the processes, unless
+    they are ignored, as SIGHUP is under nohup.
 
     Args:
         function: called in each process. With ``"spawn"`` it must be defined at the top level of
@@ -119,7 +121,7 @@ def launch(
             start_method=method,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             local_addr=_LOOPBACK,
-            signals_to_handle=",".join(number.name for number in _FORWARDED_SIGNALS),
+            signals_to_handle=",".join(number.name for number in not_ignored(_FORWARDED_SIGNALS)),
             **shutdown_option(shutdown_timeout),
         )
         try:
@@ -193,9 +195,9 @@ def _run(
     """
     die_with_launcher(launcher)
     # Drop the launcher's handlers, which a forked process inherits.
-    for number in _FORWARDED_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in not_ignored(_FORWARDED_SIGNALS):
+        is_interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
     # A spawned process would otherwise spawn its data loader workers, too.
     multiprocessing.set_start_method(start_method or None, force=True)
     has_returned = threading.Event()
@@ -376,8 +378,10 @@ class _LoopbackRendezvous(RendezvousHandler):
 
         The launcher then starts the processes, which inherit its blocked signals.
         """
-        resource_tracker.ensure_running()  # its start would unblock the signals again
-        signal.pthread_sigmask(signal.SIG_BLOCK, _WHILE_STARTING)
+        # The tracker inherits the blocked signals: one to all processes must not end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before | set(_WHILE_STARTING))
         listener = socket.create_server((_LOOPBACK, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(

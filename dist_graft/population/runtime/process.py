@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -17,8 +18,8 @@ from typing import NoReturn
 from dist_graft.errors import StoppedError
 from dist_graft.printing import flush_all
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask a run to stop."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a run to stop; SIGHUP unless it is ignored (nohup)."""
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _NEVER = 2**31 - 1
@@ -79,8 +80,19 @@ def stop_on_signals() -> None:
             "rerun the command to resume from the latest checkpoint"
         )
 
+    handle_signals(stop)
+
+
+def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """The signals that are not ignored. nohup, for example, ignores SIGHUP."""
+    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Handle the signals that ask a run to stop. Under nohup, SIGHUP stays ignored."""
     for number in SIGNALS:
-        signal.signal(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def communicate_on_loopback() -> None:

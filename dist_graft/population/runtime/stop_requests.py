@@ -14,7 +14,7 @@ from types import FrameType
 
 from dist_graft.errors import PeerError
 from dist_graft.population.runtime.peers import PeerRegistry
-from dist_graft.population.runtime.process import SIGNALS
+from dist_graft.population.runtime.process import SIGNALS, handle_signals
 
 _POLL_SECONDS = 1.0
 
@@ -119,8 +119,7 @@ class StopRequests:
 
     def install_handlers(self) -> None:
         """Handle the signals that request a stop."""
-        for number in SIGNALS:
-            signal.signal(number, self._record_signal)
+        handle_signals(self._record_signal)
         self._handles_signals = True
 
     def announce(self, number: signal.Signals) -> None:

@@ -1,15 +1,16 @@
 """torchrun with one-line errors: ``python -m dist_graft.population.runtime.torchrun OPTIONS``.
 
-Differs from torchrun in four ways: no traceback of the launcher, an immediate error for an
-unusable rendezvous address, an exit when the rendezvous store becomes unreachable, and
---numa-binding=node by default where it applies. ``--standalone`` listens on the loopback interface
-only.
+Differs from torchrun in five ways: no traceback of the launcher, an immediate error for an
+unusable rendezvous address, an exit when the rendezvous store becomes unreachable,
+--numa-binding=node by default where it applies, and signals that are ignored stay so, such as
+SIGHUP under nohup. ``--standalone`` listens on the loopback interface only.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -28,7 +29,7 @@ from torch.distributed.run import parse_args, run
 
 from dist_graft.population.collectives import first_line
 from dist_graft.population.runtime.launch import LOOPBACK_RENDEZVOUS
-from dist_graft.population.runtime.process import has_ended, leave
+from dist_graft.population.runtime.process import has_ended, leave, not_ignored
 from dist_graft.population.runtime.store import call_with_timeout
 from dist_graft.printing import print_line
 
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
         options.standalone = False
         options.rdzv_backend, options.rdzv_id = LOOPBACK_RENDEZVOUS, uuid.uuid4().hex
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its notice
+    signals = [signal.Signals[name.strip()] for name in options.signals_to_handle.split(",")]
+    options.signals_to_handle = ",".join(number.name for number in not_ignored(signals))
     options.numa_binding = options.numa_binding or _numa_binding(options.nproc_per_node)
     endpoint = options.rdzv_endpoint
     conf = dict(pair.split("=", 1) for pair in options.rdzv_conf.split(",") if pair)

@@ -41,6 +41,7 @@ from dist_graft.errors import (
     DistGraftError,
     NetworkFailedError,
     StartError,
+    StoppedAtStartError,
     StoppedEarlyError,
     StoppedError,
     UserCodeError,
@@ -131,7 +132,8 @@ def _fail(
     line = error_text(error)
     if process.world_size > 1:
         line = f"{process}: {line}"
-    severity = "" if status == StoppedEarlyError.exit_status else "error: "
+    is_stop = isinstance(error, StoppedAtStartError | StoppedEarlyError)
+    severity = "" if is_stop else "error: "
     print_line(f"dist-graft: {severity}{line}")
     if process.launched:
         from dist_graft.population.runtime.process import leave, report_failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,17 @@ class StoppedEarlyError(StoppedError):
     """The run stopped on request after a checkpoint and can be resumed."""
 
     exit_status = 75
+
+
+class StoppedAtStartError(StoppedError):
+    """A signal stopped the process before training began."""
+
+    @classmethod
+    def by(cls, number: signal.Signals) -> StoppedAtStartError:
+        """The error for a signal."""
+        error = cls(f"stopped by {number.name} before training began; rerun the command to start")
+        error.exit_status = 128 + number
+        return error
 
 
 class RoundStoppedError(DistGraftError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_graft.errors import RunDirectoryError, StoppedEarlyError, error_text
+from dist_graft.errors import RunDirectoryError, StoppedAtStartError, StoppedEarlyError, error_text
 from dist_graft.printing import print_line, printable
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -119,7 +119,8 @@ def append_error(folder: Path, error: BaseException, *, process: str = "") -> No
         process: name of the process, if there are several.
     """
     line = f"{process}: {error_text(error)}" if process else error_text(error)
-    severity = "INFO" if isinstance(error, StoppedEarlyError) else "ERROR"
+    stopped = isinstance(error, StoppedAtStartError | StoppedEarlyError)
+    severity = "INFO" if stopped else "ERROR"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", errors="backslashreplace") as file:

@@ -13,7 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dist_graft.errors import LeaseHeldError, RunDirectoryError, StoppedEarlyError
+from dist_graft.errors import (
+    LeaseHeldError,
+    RunDirectoryError,
+    StoppedAtStartError,
+    StoppedEarlyError,
+)
 from dist_graft.monitoring.callback import Callback
 from dist_graft.run_directory import write_atomically
 
@@ -153,7 +158,8 @@ class StatusFile(Callback):
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         if isinstance(error, LeaseHeldError):  # the file belongs to another process now
             self._path = None
-        self._status.phase = "stopped" if isinstance(error, StoppedEarlyError) else "failed"
+        stopped = isinstance(error, StoppedAtStartError | StoppedEarlyError)
+        self._status.phase = "stopped" if stopped else "failed"
         self._status.reason = " ".join(str(error).split()) or type(error).__name__
 
     def teardown(self, trainer: Trainer) -> None:

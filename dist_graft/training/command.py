@@ -96,7 +96,7 @@ def run(options: Options, process: ProcessInfo) -> Iterable[str]:
 
         train(config, networks=networks)
         return ()
-    stop_on_signals()
+    stop_on_signals(at_start=True)
     if process.launched:
         die_with_launcher()
     hold_warnings()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
+
 import torch
 
 from dist_graft.errors import (
     SEE_PEER,
     ConfigError,
     DataError,
+    DistGraftError,
     PeerError,
     StartError,
-    StoppedEarlyError,
-    StoppedError,
+    StoppedAtStartError,
 )
 from dist_graft.population.runtime.peers import PeerRegistry
 from dist_graft.population.runtime.process import leave
@@ -19,15 +22,12 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.printing import print_line
 
 
-def explain(error: BaseException, peers: PeerRegistry | None) -> BaseException:
+def explain(
+    error: BaseException, peers: PeerRegistry | None, process: ProcessInfo
+) -> BaseException:
     """Return the error to report: the peer that exited, or what the user can do."""
-    if isinstance(error, StoppedError) and not isinstance(error, StoppedEarlyError):
-        exited = peers.dead_peers() if peers else []
-        if exited:
-            return PeerError(
-                f"{'; '.join(exited)} ended: {SEE_PEER}; rerun the command to resume from the "
-                "latest checkpoint"
-            )
+    if isinstance(error, StoppedAtStartError) and peers:
+        return _stop_or_peer(error, peers, process)
     text = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
         return ConfigError(
@@ -55,6 +55,25 @@ def explain(error: BaseException, peers: PeerRegistry | None) -> BaseException:
             f"torch.compile failed ({cause}): check the C++ compiler (on a "
             "GPU also Triton), or use runtime.compile false, which shows errors of the model"
         )
+    return error
+
+
+def _stop_or_peer(
+    error: StoppedAtStartError, peers: PeerRegistry, process: ProcessInfo
+) -> DistGraftError:
+    """The stop, unless the launcher sent the signal because a peer has failed.
+
+    Peers that have ended because of the same stop have announced it.
+    """
+    resume = "rerun the command to resume from the latest checkpoint"
+    with suppress(PeerError):
+        if not peers.stop_reason():
+            if exited := peers.dead_peers():
+                return PeerError(f"{'; '.join(exited)} ended: {SEE_PEER}; {resume}")
+            number = signal.Signals(error.exit_status - 128)
+            if number == signal.SIGTERM and process.local_world_size < process.world_size:
+                return PeerError(f"stopped by SIGTERM; if a peer failed, {SEE_PEER}; {resume}")
+            peers.request_stop(number.name)
     return error
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from dist_graft.errors import (
     LeaseLostError,
     RoundStoppedError,
     RunDirectoryError,
+    StoppedAtStartError,
     StoppedEarlyError,
     caught,
     mark_common,
@@ -61,6 +62,7 @@ from dist_graft.training.builders import (
     dropout_layers,
 )
 from dist_graft.training.callbacks import CallbackList, load_callbacks
+from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.manager import CheckpointManager, Progress
 from dist_graft.training.checkpoint.writer import to_host_memory
 from dist_graft.training.classes import refuse_other_classes
@@ -295,14 +297,20 @@ class Trainer:
                 self._open_run()
                 self._fit()
             except BaseException as error:
-                explained = explain(error, self.runtime.peers)
+                explained = explain(error, self.runtime.peers, self.process)
                 if self._has_log and not isinstance(explained, LeaseHeldError):
                     process = str(self.process) if self.process.world_size > 1 else ""
                     folder = self.directory.network(self.process.network)
                     append_error(folder, explained, process=process)
+                    if isinstance(explained, StoppedAtStartError) and self.process.is_main:
+                        self._mark_stopped(explained)
                 if explained is error:
                     raise
                 raise explained from error
+        except StoppedAtStartError as error:
+            if complete_checkpoints(self.directory.checkpoints):
+                error.exit_status = StoppedEarlyError.exit_status
+            raise
         finally:
             if self._signals:
                 self._signals.close()
@@ -341,7 +349,9 @@ class Trainer:
             self.runtime.shutdown()
         except BaseException as error:
             if not isinstance(error, LeaseLostError):
-                self.callbacks.call("on_exception", self, explain(error, self.runtime.peers))
+                self.callbacks.call(
+                    "on_exception", self, explain(error, self.runtime.peers, self.process)
+                )
             raise
         finally:
             if not self.process.launched:  # a launched process is about to exit
@@ -366,7 +376,7 @@ class Trainer:
         )
         rates = initial_rates(self.config, self.process.networks)
         refuse_stopped(self.directory, self.process)
-        stop_on_signals()
+        stop_on_signals(at_start=True)
         self._handle_signals()
         if self.process.launched:
             die_with_launcher()
@@ -1057,6 +1067,11 @@ class Trainer:
             write_atomically(path, text.encode())
         except RunDirectoryError as error:  # raised once the checkpoint is saved
             self._summary_error = error
+
+    def _mark_stopped(self, error: StoppedAtStartError) -> None:
+        """Write the marker of a run that was stopped, which the start has removed."""
+        with suppress(RunDirectoryError):
+            write_atomically(self.directory.stopped, f"{error}\n".encode())
 
     def _stop_early(self) -> NoReturn:
         """Save a checkpoint at the current position, and end the run on all ranks. A collective."""

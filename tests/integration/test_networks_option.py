@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,21 @@ if __name__ == "__main__":
     config = from_mapping(TrainConfig, options | {"run_dir": sys.argv[2]})
     first, second = (train(config, networks=2) for _ in range(2))
     print(len(first["networks"]), second == first)
+"""
+SLOW_DATA = """
+import os, time
+from pathlib import Path
+import numpy as np
+
+def load(root):
+    rank = os.environ.get("RANK", "0")
+    Path(root, f"loading{rank}").touch()
+    while Path(root, "wait").exists():
+        time.sleep(0.02)
+        if Path(root, f"fail{rank}").exists():
+            raise LookupError("no such file")
+    images, labels = np.zeros((64, 1, 32, 32), np.uint8), np.arange(64) % 4
+    return (images, labels), (images, labels)
 """
 
 
@@ -155,3 +173,102 @@ def test_a_killed_network_is_named(tmp_path: Path) -> None:
     (line,) = done.errors.splitlines()
     assert line.startswith(f"{ERROR}network 1 (rank 1 on ")
     assert "was killed by SIGKILL" in line
+
+
+class SlowStart:
+    """Starts a run whose data load as long as a file exists."""
+
+    def __init__(self, folder: Path, networks: int) -> None:
+        (folder / "slow_data.py").write_text(SLOW_DATA)
+        self._folder, self._networks = folder, networks
+        self.run = folder / "run"
+        self.command = [
+            *program(self.run, "--epochs", "100000", "--networks", str(networks)),
+            *("--data.name", "slow_data:load", "--data.root", str(folder)),
+        ]
+
+    def running(self):
+        """The run in a session of its own, as a context manager."""
+        path = os.pathsep.join([str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return running([self.command], new_session=True, PYTHONPATH=path)
+
+    @contextmanager
+    def loading(self) -> Iterator[subprocess.Popen[str]]:
+        """The run while all networks load their data."""
+        marks = [self._folder / f"loading{network}" for network in range(self._networks)]
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        wait = self._folder / "wait"
+        wait.touch()
+        with self.running() as (process,):
+            wait_until(
+                lambda: all(mark.exists() for mark in marks), "the data", meanwhile=[process]
+            )
+            yield process
+        wait.unlink()
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in self.run.glob("network*/log.txt"))
+
+    def phases(self) -> set[str]:
+        files = self.run.glob("network*/status.json")
+        return {json.loads(file.read_text())["phase"] for file in files}
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_stop_while_the_data_load(networks: int, tmp_path: Path) -> None:
+    start = SlowStart(tmp_path, networks)
+    line = "dist-graft: stopped by {} before training began; rerun the command to start"
+    with start.loading() as process:
+        os.killpg(process.pid, signal.SIGINT)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 130
+    assert done.errors.splitlines() == [line.format("SIGINT")]
+
+    with start.running() as (process,):
+        wait_until(checkpoint_is_complete(start.run, 1), "the first epoch", meanwhile=[process])
+        os.kill(process.pid, signal.SIGTERM)
+        assert wait_for_end(process, PROMPT_SECONDS).status == 75
+
+    with start.loading() as process:
+        os.kill(process.pid, signal.SIGTERM)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 75  # there is a checkpoint to resume from
+    assert done.errors.splitlines() == [line.format("SIGTERM")]
+    assert "ERROR" not in start.logs()
+    assert start.phases() == {"stopped"}
+    command = [sys.executable, "-m", "dist_graft", "status", str(start.run)]
+    shown = run_program(command, timeout=LIMIT).output
+    assert "stopped by SIGTERM before training began" in shown.splitlines()[0]
+
+
+def test_ctrl_c_under_torchrun_while_the_data_load(tmp_path: Path) -> None:
+    start = SlowStart(tmp_path, 2)
+    train = start.command[start.command.index("dist_graft") :]
+    networks = train.index("--networks")
+    launcher = "dist_graft.population.runtime.torchrun"
+    start.command = [
+        *(sys.executable, "-m", launcher, "--standalone", "--nproc-per-node=2", "-m"),
+        *(*train[:networks], *train[networks + 2 :]),
+    ]
+    with start.loading() as process:
+        os.killpg(process.pid, signal.SIGINT)
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 130
+    assert done.errors.count("stopped by SIGINT before training began") == 2
+    assert start.phases() == {"stopped"}
+
+
+def test_a_failure_while_the_data_load_is_no_stop(tmp_path: Path) -> None:
+    """The launcher then stops the other network by SIGTERM."""
+    start = SlowStart(tmp_path, 2)
+    with start.loading() as process:
+        (tmp_path / "fail1").touch()
+        done = wait_for_end(process, PROMPT_SECONDS)
+    assert done.status == 1
+    line = done.errors.splitlines()[-1]
+    assert line.startswith(f"{ERROR}network 1 (rank 1 on ")
+    assert "no such file" in line
+    assert "before training began" not in start.logs()
+    assert start.phases() == {"failed"}
+    assert not (start.run / "STOPPED_EARLY").exists()

@@ -41,6 +41,7 @@ from dist_graft.errors import (
     DistGraftError,
     NetworkFailedError,
     PeerError,
+    StoppedAtStartError,
     StoppedEarlyError,
     StoppedError,
     UserCodeError,
@@ -279,15 +280,18 @@ def _first_failure(
     rank = min(reports, key=lambda rank: (reports[rank]["is_consequence"], reports[rank]["time"]))
     report = reports[rank]
     text, trace = report["message"]["message"], report["traceback"]
-    for kind in (StoppedEarlyError, StoppedError):
+    status = report["message"]["errorCode"]
+    for kind in (StoppedEarlyError, StoppedAtStartError, StoppedError):
         if report["type"] == kind.__name__:
-            return kind(text)
+            stopped = kind(text)
+            stopped.exit_status = status
+            return stopped
     process = _describe(rank, processes, replicas)
     return NetworkFailedError(
         text if report["is_common"] else f"{process}: {text}",
         network=process.network,
         rank=rank,
-        exit_status=report["message"]["errorCode"],
+        exit_status=status,
         traceback=trace,
     )
 

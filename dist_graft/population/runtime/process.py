@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from dist_graft.errors import StoppedError
+from dist_graft.errors import StoppedAtStartError, StoppedError
 from dist_graft.printing import flush_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -70,17 +70,20 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
-def stop_on_signals() -> None:
-    """Raise StoppedError in the main thread at the first signal that asks to stop."""
+def stop_on_signals(*, at_start: bool = False) -> None:
+    """Raise StoppedError in the main thread at the first signal that asks to stop.
+
+    Args: at_start: raise StoppedAtStartError instead.
+    """
 
     def stop(number: int, _: FrameType | None) -> None:
         ignore_signals()
-        raise StoppedError(
-            f"stopped by {signal.Signals(number).name}; if a peer failed, see its error message; "
-            "rerun the command to resume from the latest checkpoint"
-        )
+        if at_start:
+            raise StoppedAtStartError.by(signal.Signals(number))
+        raise StoppedError(f"stopped by {signal.Signals(number).name}; rerun the command to resume")
 
     handle_signals(stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher blocks SIGINT at first
 
 
 def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:

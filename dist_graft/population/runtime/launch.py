@@ -111,6 +111,12 @@ def launch(
     """
     processes = _check_call(networks, replicas)
     method = _choose_start_method(function, start_method)
+    handles_interrupts = threading.current_thread() is threading.main_thread()
+    handled = [
+        number
+        for number in not_ignored(_FORWARDED_SIGNALS)
+        if number != signal.SIGINT or not handles_interrupts
+    ]
     with tempfile.TemporaryDirectory(prefix="dist_graft_") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -122,7 +128,7 @@ def launch(
             start_method=method,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             local_addr=_LOOPBACK,
-            signals_to_handle=",".join(number.name for number in not_ignored(_FORWARDED_SIGNALS)),
+            signals_to_handle=",".join(number.name for number in handled),
             **shutdown_option(shutdown_timeout),
         )
         try:
@@ -130,6 +136,7 @@ def launch(
                 _silent_launcher(),
                 _silent_store(),
                 _restored_signal_handlers(),
+                _interrupts.handled(),
                 _no_process_left(),
             ):
                 own_method = multiprocessing.get_start_method(allow_none=True)
@@ -369,6 +376,44 @@ def _no_process_left() -> Iterator[None]:
             process.join()
 
 
+class _Interrupts:
+    """Ends the launcher by SIGINT as by the other signals, but not while it starts the processes.
+
+    A process whose launcher is interrupted then prints a traceback. Blocking the signal does not
+    suffice, because a thread that a library has started earlier does not block it.
+    """
+
+    def __init__(self) -> None:
+        self._postpones = False
+        self._pending = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle SIGINT; without effect outside of the main thread."""
+        self._postpones = self._pending = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, lambda number, _: self._interrupt())
+        yield
+
+    def postpone(self) -> None:
+        """Keep an interrupt until `resume`."""
+        self._postpones = True
+
+    def resume(self) -> None:
+        """Raise SignalException if there was an interrupt, and at the next one."""
+        self._postpones = False
+        if self._pending:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._pending = self._postpones
+        if not self._postpones:
+            raise SignalException("interrupted", signal.SIGINT)
+
+
+_interrupts = _Interrupts()
+
+
 class _LoopbackRendezvous(RendezvousHandler):
     """Rendezvous of one machine, whose store listens on the loopback interface only."""
 
@@ -382,6 +427,7 @@ class _LoopbackRendezvous(RendezvousHandler):
 
         The launcher then starts the processes, which inherit its blocked signals.
         """
+        _interrupts.postpone()
         # The tracker inherits the blocked signals: one to all processes must not end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         resource_tracker.ensure_running()
@@ -414,6 +460,7 @@ class _LoopbackRendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         """Called regularly once the processes are started."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WHILE_STARTING)
+        _interrupts.resume()
         return 0
 
     def shutdown(self) -> bool:

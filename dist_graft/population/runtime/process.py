@@ -87,15 +87,18 @@ def stop_on_signals(*, at_start: bool = False) -> None:
 
 
 def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """The signals that are not ignored. nohup, for example, ignores SIGHUP."""
-    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    """The signals, without SIGHUP if it is ignored, as under nohup.
+
+    Others are handled in any case: shells ignore SIGINT in background jobs of a script.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in signals if number != signal.SIGHUP or not ignored]
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
     """Handle the signals that ask a run to stop. Under nohup, SIGHUP stays ignored."""
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    for number in not_ignored(SIGNALS):
+        signal.signal(number, handler)
 
 
 def communicate_on_loopback() -> None:

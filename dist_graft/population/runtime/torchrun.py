@@ -2,8 +2,8 @@
 
 Differs from torchrun in five ways: no traceback of the launcher, an immediate error for an
 unusable rendezvous address, an exit when the rendezvous store becomes unreachable,
---numa-binding=node by default where it applies, and signals that are ignored stay so, such as
-SIGHUP under nohup. ``--standalone`` listens on the loopback interface only.
+--numa-binding=node by default where it applies, and SIGHUP stays ignored under nohup.
+``--standalone`` listens on the loopback interface only.
 """
 
 from __future__ import annotations

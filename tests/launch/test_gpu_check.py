@@ -131,5 +131,5 @@ def test_a_missing_package_is_reported(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "gpu_check: error: a Python package is missing: docs/gpu.md says how to bring it"
+        "gpu_check: error: a Python package is missing: see docs/gpu.md for how to install it"
     ]

@@ -304,7 +304,10 @@ class TestCommand:
             (("--networks", "4", "--replicas", "3"), "runtime.replicas 3 does not fit 8 of 12"),
             (("--networks", "4", "--model", "resnet19"), "model.name 'resnet19' is unknown"),
             (("--networks", "4", "--method", "none"), "method must be one of graft, average, "),
-            (("--networks", "4", "--backend", "mpi"), "'nccl', 'gloo'"),
+            (
+                ("--networks", "4", "--backend", "mpi"),
+                "--backend must be one of nccl, gloo, got mpi",
+            ),
             (("--networks", "4", "--epoch-seconds", "1"), "--epoch-seconds was removed: "),
             (("--networks", "4", "--gpus-per-nod", "1"), "did you mean --gpus-per-node?"),
             (("--network", "4"), "dist-graft plan --help lists all options"),

@@ -55,6 +55,7 @@ def test_no_stop_is_requested(tmp_path: Path, expired: threading.Event) -> None:
 def test_the_first_signal_requests_a_stop_and_later_ones_are_ignored(
     number: signal.Signals, tmp_path: Path, expired: threading.Event
 ) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     here = requests(tmp_path, expired)
     here.install_handlers()
     os.kill(os.getpid(), number)

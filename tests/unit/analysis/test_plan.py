@@ -306,7 +306,7 @@ class TestCommand:
             (("--networks", "4", "--method", "none"), "method must be one of graft, average, "),
             (
                 ("--networks", "4", "--backend", "mpi"),
-                "--backend must be one of nccl, gloo, got mpi",
+                "must be one of nccl, gloo, got mpi",
             ),
             (("--networks", "4", "--epoch-seconds", "1"), "--epoch-seconds was removed: "),
             (("--networks", "4", "--gpus-per-nod", "1"), "did you mean --gpus-per-node?"),

@@ -179,7 +179,7 @@ class TestADiskError:
             assert_same_bits(*states)
             assert [line["epoch"] for line in metrics(run, network)] == [1, 2, 3]
             assert list(scalars(run / f"network{network:02d}")["loss/test"]) == [1, 2, 3]
-            assert "was created again" in (run / f"network{network:02d}/log.txt").read_text()
+            assert "it is recreated" in (run / f"network{network:02d}/log.txt").read_text()
         assert f"{run} was deleted: it is recreated without its previous contents" in done.output
         assert (run / "config.yaml").read_text() == (
             (tmp_path / "vanished/config.yaml").read_text()

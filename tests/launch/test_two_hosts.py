@@ -82,7 +82,7 @@ def test_a_cut_cable_ends_the_job_on_both_hosts(pair: hosts.TwoHosts, tmp_path: 
         assert done.status == 1
         line = error_of(done)
         assert line.startswith(f"network {network} (rank {network} on {name}): ")
-        assert "answer" in line
+        assert "did not respond" in line
         assert line in (run / f"network{network:02d}/log.txt").read_text()
     assert not (run / "summary.json").exists()
     log = [line.split() for line in (run / "network00/log.txt").read_text().splitlines()]

@@ -40,7 +40,7 @@ class Array:
         self.cluster = cluster
         self.run = run
         self.job = cluster.submit(
-            [SCRIPT, *SMALL],
+            [SCRIPT, *SMALL, "--graft.max_lag", "1000"],  # however fast each task is
             *("--array=0-3%2", "--cpus-per-task=5", f"--chdir={ROOT}", f"--output={run}-%a.txt"),
             **{"RUN_DIR": str(run), "PYTHON": sys.executable},
         )

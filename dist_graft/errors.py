@@ -188,11 +188,14 @@ def caught() -> Iterator[CaughtError]:
 
 @contextmanager
 def mark_common() -> Iterator[None]:
-    """Mark a ConfigError as common: all processes check the same options in the same way."""
+    """Mark an error of options or data as common: all processes have the same ones.
+
+    Except an error of user code, which may fail in one process only.
+    """
     try:
         yield
-    except ConfigError as error:
-        error.is_common = True
+    except (ConfigError, DataError) as error:
+        error.is_common = not isinstance(error, UserCodeError)
         raise
 
 

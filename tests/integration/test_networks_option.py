@@ -86,17 +86,24 @@ def test_train_in_python_returns_the_summary(pair: Path, tmp_path: Path) -> None
     [
         (["--model.name", "resnt20"], 2, "model.name 'resnt20' is unknown; nearest: resnet20"),
         (["--model.kwargs", '{"depth": 3}'], 2, "model.kwargs {'depth': 3} do not fit resnet20: "),
-        (["--data.name", "cifar10", "--data.root", "no"], 1, "no/cifar-10-batches-py is missing"),
+        (
+            ["--data.name", "cifar10", "--data.root", "ROOT"],
+            1,
+            "ROOT/cifar-10-batches-py is missing",
+        ),
+        (["--data.name", "imagefolder", "--data.root", "ROOT"], 1, "ROOT/train is missing"),
     ],
 )
 def test_an_error_of_all_networks_names_none(
     options: list[str], status: int, start: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = run_program(program(run, *PAIR, "--networks", "2", *options), timeout=LIMIT)
+    root = str(tmp_path / "data")
+    words = [word.replace("ROOT", root) for word in options]
+    done = run_program(program(run, *PAIR, "--networks", "2", *words), timeout=LIMIT)
     assert done.status == status
     (line,) = done.errors.splitlines()
-    assert line.startswith(f"{ERROR}{start}")
+    assert line.startswith(ERROR + start.replace("ROOT", root))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

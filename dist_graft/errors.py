@@ -188,9 +188,9 @@ def caught() -> Iterator[CaughtError]:
 
 @contextmanager
 def mark_common() -> Iterator[None]:
-    """Mark an error of options or data as common: all processes have the same ones.
+    """Mark a ConfigError or DataError as common: the options and data are the same everywhere.
 
-    Except an error of user code, which may fail in one process only.
+    Errors of user code are not marked: it may fail in one process only.
     """
     try:
         yield

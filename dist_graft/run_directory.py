@@ -336,7 +336,7 @@ def _starts_with(longer: Any, shorter: Any) -> bool:
 def write_atomically(
     path: Path, content: bytes | memoryview, *, exclusive: bool = False, durable: bool = True
 ) -> None:
-    """Write a file that is either complete, or as it was before.
+    """Replace a file atomically: a reader sees its old content or all of the new one.
 
     Args:
         path: of the file; missing folders are created.

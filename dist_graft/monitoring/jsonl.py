@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -61,7 +62,8 @@ class JsonLinesFile:
                     if written != len(text):
                         file.write(text[written:])
                 except OSError:
-                    file.truncate(size)  # no partial lines
+                    with contextlib.suppress(OSError):  # the first error is the cause
+                        file.truncate(size)  # no partial lines
                     raise
         except OSError as error:
             raise RunDirectoryError.not_written(self._path, error) from error

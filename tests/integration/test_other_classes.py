@@ -1,4 +1,4 @@
-"""A run goes on only with data of the classes that it was trained on."""
+"""Data with other classes than those of the run are refused."""
 
 from __future__ import annotations
 

@@ -394,6 +394,7 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, lambda number, _: self._interrupt())
         yield
+        self.resume()  # the processes may have ended before the launcher has looked after them
 
     def postpone(self) -> None:
         """Keep an interrupt until `resume`."""

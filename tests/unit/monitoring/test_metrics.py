@@ -141,7 +141,9 @@ class TestMetricsJsonl:
         callback, path = started(fake), fake.directory.metrics(0)
         path.unlink()
         path.symlink_to("/dev/full")
-        with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl cannot be written"):
+        with pytest.raises(
+            RunDirectoryError, match=r"metrics\.jsonl cannot be written: No space left.*free space"
+        ):
             write(callback, fake, 0)
 
     def test_a_deleted_run_directory_is_recreated(

@@ -33,7 +33,7 @@ if [ "$tests" != 0 ]; then
     echo "pytest -m gpu, at most $tests s"
     command=("$PYTHON" -m pytest -m gpu -W default -q --junitxml="$out/tests.xml" tests/distributed)
     if "$PYTHON" -c "import xdist" 2>/dev/null; then
-        command+=(--numprocesses=auto --maxprocesses=4 --dist=loadgroup)
+        command+=(--numprocesses=auto --maxprocesses=8 --dist=loadgroup)
     fi
     # SIGINT: pytest still writes its report.
     timeout --signal=INT --kill-after=10 "$tests" "${command[@]}" >"$out/tests.log" 2>&1 || status=1

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_graft.population.compat import all_gather_single
+from dist_graft.population.compat import all_gather_single, group_timeout
 from dist_graft.population.runtime.store import call_with_timeout
 
 _POLL_SECONDS = 1.0
@@ -89,22 +89,28 @@ def wait_for_device(
     device: torch.device,
     seconds: float | None,
     on_wait: Callable[[float], None] = lambda waited: None,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Wait until the device has finished what is queued; call this before a read from it.
 
     A read would block the host behind a collective whose peer has died, until the watchdog of NCCL
-    aborts the process. Signals are handled during this wait. On a CPU it returns at once.
+    aborts the process, which can take minutes. Signals are handled during this wait. On a CPU it
+    returns at once.
 
     Args:
         device: of the tensor that is read next.
-        seconds: timeout; None: none but that of the watchdog.
+        seconds: timeout; None: the group's own timeout.
         on_wait: called about once a second with the seconds waited; an error that it raises ends
             the wait.
+        group: group of the collectives that are queued; None: none, only `seconds` applies.
 
     Raises: CommunicationError after the timeout, or when a collective failed.
     """
     if device.type == "cpu":
         return
+    if seconds is None and group is not None:
+        seconds = group_timeout(group, device)
     start, pause, calls = time.monotonic(), _SHORTEST_PAUSE, 0
     with communicating():
         event = record_event(device)
@@ -162,7 +168,7 @@ def gather_vectors(
     gathered = gather_on_device(
         vector, group=group, device=device, seconds=seconds, on_wait=on_wait
     )
-    wait_for_device(device, seconds, on_wait)
+    wait_for_device(device, seconds, on_wait, group=group)
     return gathered.cpu()
 
 

@@ -48,3 +48,12 @@ def shutdown_option(seconds: int) -> dict[str, Any]:
             f"got {seconds}: use a newer torch"
         )
     return {}
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float | None:
+    """Timeout in seconds of the group's collectives on a device; None if torch does not tell."""
+    try:
+        timeout: timedelta = group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+    return timeout.total_seconds()

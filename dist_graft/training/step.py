@@ -103,6 +103,7 @@ class RunningSums:
     def __init__(self, task: Task, device: torch.device) -> None:
         self._names = list(task.metrics)
         self._sums = torch.zeros(1 + 2 * len(self._names), dtype=torch.float64, device=device)
+        self._cells = self._sums.unbind()
         self._task = task
         self._samples = 0
 
@@ -111,11 +112,11 @@ class RunningSums:
         """Add one batch: its mean loss, weighted by its size, and its metrics."""
         size = batch_size(targets)
         self._samples += size
-        self._sums[0] += loss.detach() * size
+        self._cells[0].add_(loss.detach() * size)
         for index, name in enumerate(self._names):
             total, count = self._task.metric_sums(name, output, targets)
-            self._sums[1 + 2 * index] += total
-            self._sums[2 + 2 * index] += count
+            self._cells[1 + 2 * index].add_(total)
+            self._cells[2 + 2 * index].add_(count)
 
     def result(self, *, steps: int, seconds: float, data_seconds: float) -> TrainResult:
         """Return the means. This is the only read from the device in a segment."""

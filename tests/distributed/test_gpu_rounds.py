@@ -19,7 +19,6 @@ from dist_graft import Average, Graft, Grafter, Mixing, graft_units, mix
 from dist_graft.config import ModelConfig
 from dist_graft.training.models import build_model
 
-pytestmark = pytest.mark.xdist_group("gpu rounds")  # they share launches
 ON_CPU = tuple(Case(rule, "p2p") for rule in ("random", "papa", "wash"))
 ULPS = 4
 """Of the largest input: a GPU fuses the product and the sum of a blend, a reduction adds in another
@@ -60,6 +59,7 @@ def assert_near(after: State, expected: State, befores: list[State], what: objec
         assert bool((gap <= allowed).all()), (what, key, float((gap - allowed).max()))
 
 
+@pytest.mark.xdist_group("gpu rounds")  # they share launches
 @pytest.mark.parametrize(
     ("device", "case"),
     [

@@ -34,7 +34,6 @@ COMPILE_SECONDS = 250
 ON_TESTS_PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 ON_BOTH = ("cpu", ON_GPU)
-ON_BOTH_SLOWLY = (pytest.param("cpu", marks=pytest.mark.slow), ON_GPU)
 
 
 def compile_modes(hint: Any = None) -> list[str]:
@@ -109,16 +108,21 @@ def test_methods(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(2 * COMPILE_SECONDS + 60)
-@pytest.mark.parametrize("device", ON_BOTH_SLOWLY)
 @pytest.mark.parametrize(
-    "options",
+    ("device", "options"),
     [
-        pytest.param("", marks=pytest.mark.gpu),
-        "--runtime.precision bf16",
+        pytest.param("cpu", "--runtime.precision bf16", marks=pytest.mark.slow),
         *(
-            pytest.param(f"--runtime.compile {mode}", marks=pytest.mark.gpu)
-            for mode in compile_modes()
-            if mode != "max-autotune"  # chooses kernels by their speed
+            pytest.param("cuda", options, marks=pytest.mark.gpu)
+            for options in (
+                "",
+                "--runtime.precision bf16",
+                *(
+                    f"--runtime.compile {mode}"
+                    for mode in compile_modes()
+                    if mode != "max-autotune"  # chooses kernels by their speed
+                ),
+            )
         ),
     ],
 )
@@ -137,8 +141,13 @@ def test_a_resumed_run_has_the_same_bits(device: str, options: str, tmp_path: Pa
         assert_same_bits(optimizer_tensors(one), optimizer_tensors(other))
 
 
-@pytest.mark.parametrize("device", ON_BOTH_SLOWLY)
-@pytest.mark.parametrize("way", [pytest.param("kill", marks=pytest.mark.gpu), "stop"])
+@pytest.mark.parametrize(
+    ("device", "way"),
+    [
+        pytest.param("cpu", "stop", marks=pytest.mark.slow),
+        *(pytest.param("cuda", way, marks=pytest.mark.gpu) for way in ("kill", "stop")),
+    ],
+)
 def test_a_network_that_fails_ends_the_run(device: str, way: str, tmp_path: Path) -> None:
     """A killed network at once, a stopped one after the timeout."""
     seconds = 10 if device == "cuda" else 5

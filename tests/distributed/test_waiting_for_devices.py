@@ -70,6 +70,18 @@ def test_a_wait_ends_at_the_timeout(record: Callable[[FakeEvent], FakeEvent]) ->
         wait_for_device(GPU, 0.05)
 
 
+def wait_with_the_timeout_of_the_group(context: RankContext) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "record_event", lambda device: FakeEvent(None))
+        return result_or_error(lambda: wait_for_device(GPU, None, group=dist.group.WORLD))
+
+
+def test_without_a_timeout_of_its_own_a_wait_has_that_of_the_group() -> None:
+    """As in a Grafter in a user's own loop: nothing but the process group knows a timeout."""
+    [error] = run(wait_with_the_timeout_of_the_group, 1, group_timeout=1)
+    assert error == ("CommunicationError", "no response within 1 s")
+
+
 def test_a_wait_ends_when_a_peer_has_died(record: Callable[[FakeEvent], FakeEvent]) -> None:
     waits: list[float] = []
 
@@ -175,7 +187,7 @@ def graft_on_a_device(context: RankContext) -> object:
     peers.check_in(60)
     if context.rank == 0:
         collectives.record_event = lambda device: FakeEvent(None)
-        exchange.wait_for_device = lambda device, *rest: wait_for_device(GPU, *rest)
+        exchange.wait_for_device = lambda _, *rest, **more: wait_for_device(GPU, *rest, **more)
     grafter = Grafter(build("plain", context.rank), peers=peers, timeouts=Timeouts(1, epochs=1))
     return result_or_error(lambda: grafter.graft().round)
 

@@ -78,7 +78,7 @@ class Transport:
 
         Raises: CommunicationError if a peer died or did not respond in time.
         """
-        wait_for_device(self.device, self.seconds, self.on_wait)
+        wait_for_device(self.device, self.seconds, self.on_wait, group=self.group)
 
 
 def communication_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:

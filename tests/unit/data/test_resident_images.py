@@ -7,6 +7,7 @@ from PIL import Image
 from sample_data import same, targets
 
 from dist_graft.errors import ConfigError
+from dist_graft.training.data import images
 from dist_graft.training.data.images import grayscale
 from dist_graft.training.data.order import Share
 
@@ -58,6 +59,32 @@ def test_each_sample_has_its_own_augmentation(make_resident):
         assert len(found) == 1
         corners.add(found[0])
     assert len(corners) > 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"augment": False},
+        {"rand_augment": "2,9"},
+        {"share": Share(1, 2)},
+        {"share": Share(1, 2), "mixup": 0.5},
+    ],
+)
+def test_batches_prepared_together_equal_those_prepared_one_by_one(
+    make_resident, monkeypatch, options
+):
+    """An accelerator prepares several together, and from another step after an interruption."""
+    single = list(make_resident(**options).train_batches(1, 0, 4))
+    monkeypatch.setattr(images, "steps_at_once", lambda device, batch_bytes: 3)
+    data = make_resident(**options)
+    for first in (0, 2):
+        together = list(data.train_batches(1, first, 4))
+        assert len(together) == 4 - first
+        for one, other in zip(single[first:], together, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+            if "mixup" not in options:  # it takes this process's part of each batch
+                assert all(tensor.storage_offset() == 0 for tensor in other)
 
 
 def test_every_test_image_once_in_fixed_order(make_resident):

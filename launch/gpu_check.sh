@@ -31,7 +31,8 @@ status=0
 tests=${TEST_SECONDS:-230}
 if [ "$tests" != 0 ]; then
     echo "pytest -m gpu, at most $tests s"
-    command=("$PYTHON" -m pytest -m gpu -W default -q --junitxml="$out/tests.xml" tests/distributed)
+    command=("$PYTHON" -m pytest -m gpu -W default -q --junitxml="$out/tests.xml")
+    command+=(tests/distributed tests/unit/data)
     if "$PYTHON" -c "import xdist" 2>/dev/null; then
         command+=(--numprocesses=auto --maxprocesses=8 --dist=loadgroup)
     fi

@@ -27,8 +27,9 @@ PREPARED_BYTES = 2**25
 
 
 def steps_at_once(device: torch.device, batch_bytes: int) -> int:
-    """Number of batches to prepare together: on an accelerator, small kernels take less time than
-    their launches; a CPU is faster with what fits into its caches.
+    """Number of batches to prepare together; on a CPU 1, which fits into its caches.
+
+    On an accelerator, small kernels take less time than their launches.
     """
     return 1 if device.type == "cpu" else max(1, PREPARED_BYTES // batch_bytes)
 
@@ -114,7 +115,7 @@ class ResidentImages(BaseData):
         images, labels = self._train
         for start in range(first, last, self._steps_at_once):
             steps = range(start, min(start + self._steps_at_once, last))
-            places = [self._places(step) for step in steps]
+            places = [self._epoch_positions(step) for step in steps]
             indices = torch.cat([order[place] for place in places])
             if self._config.augment:
                 rows = torch.cat([draws[place] for place in places])
@@ -132,7 +133,7 @@ class ResidentImages(BaseData):
                 # A copy has the same alignment, and so the same kernels, wherever a run resumes.
                 yield (inputs, targets) if len(sizes) == 1 else (inputs.clone(), targets.clone())
 
-    def _places(self, step: int) -> slice:
+    def _epoch_positions(self, step: int) -> slice:
         """Positions in the epoch that this process loads for a step."""
         start, local = step * self._config.batch_size, self._positions(step)
         return slice(start + local.start, start + local.stop)

@@ -247,6 +247,9 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
             if action.dest in keys
         ]
         message = f"missing: {', '.join(shown)}"
+    valued = re.match(r"argument (--\w+): ignored explicit argument '(.*)'", message)
+    if valued:
+        message = f"{valued[1]} takes no value, got {valued[2]}"
     single = re.match(
         r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, re.S
     )

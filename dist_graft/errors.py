@@ -113,7 +113,7 @@ class StoppedAtStartError(StoppedError):
     @classmethod
     def by(cls, number: signal.Signals) -> StoppedAtStartError:
         """The error for a signal."""
-        error = cls(f"stopped by {number.name} before training began; rerun the command to start")
+        error = cls(f"stopped by {number.name} before training began; rerun the command to train")
         error.exit_status = 128 + number
         return error
 

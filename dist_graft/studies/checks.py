@@ -207,7 +207,7 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
             arm=result.arm, failures=[f"{UNDER_TRAINED}: {epochs} epochs have no last quarter"]
         )
     added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
-    text = f"the last quarter of its training added {added:.2f} points"
+    text = f"the last quarter of its training {_gained(added, 'added')} points"
     if added >= SATURATION_MARGIN:
         text = f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"
         return Check(arm=result.arm, failures=[text])
@@ -217,8 +217,8 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
 def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     """Gain per doubling of the epochs: a training `factor` times as long, compared with `short`.
 
-    Both are tuned, and both end at the same fraction of the initial learning rate, so the decay
-    alone adds nothing.
+    Both end at the same fraction of the initial learning rate, so the decay alone adds nothing. A
+    long training that loses accuracy is a weak control.
     """
     gain = (result.values("delivered") - short.values("delivered")).dropna() / math.log2(factor)
     test = paired_test(gain)
@@ -228,13 +228,20 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     if test.deviation:
         width = f" ± {half_width(test.n, test.deviation, ALPHA):.2f}"
     text = (
-        f"{factor} times the epochs gained {test.mean:.2f}{width} points per doubling "
+        f"{factor} times the epochs {_gained(test.mean, 'gained')}{width} points per doubling "
         f"({test.n} seed{'s' if test.n > 1 else ''})"
     )
     if test.mean >= SATURATION_MARGIN:
         warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
         return Check(arm=result.arm, warnings=[warning])
+    if test.mean <= -SATURATION_MARGIN:
+        warning = f"{text}: longer training does harm, so it is no evidence to be better than it"
+        return Check(arm=result.arm, warnings=[warning])
     return Check(arm=result.arm, facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
+
+
+def _gained(points: float, verb: str) -> str:
+    return f"{verb if points >= 0 else 'lost'} {abs(points):.2f}"
 
 
 def check_chance(result: ArmResult, outcome: str) -> Check:

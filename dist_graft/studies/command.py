@@ -33,26 +33,17 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
     )
     add(
         "--report_only",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
+        action="store_true",
         help="report on the existing results without training, also during a comparison",
     )
     add(
         "--dry_run",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
+        action="store_true",
         help="list the runs that remain and estimate their time, without training",
     )
     add(
         "--pilot",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
+        action="store_true",
         help="train three seeds of the first primary pair, and print how many seeds and hours the "
         "comparison needs",
     )

@@ -141,8 +141,8 @@ def check_section(checks: Sequence[Check]) -> list[Block]:
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict. The gain of the long training over the recipe's length, both at the "
-            "end of their schedules, shows what a doubling of the epochs is worth "
-            f"(a warning from {SATURATION_MARGIN:g} points)."
+            "end of their schedules, shows what a doubling of the epochs is worth (a warning from "
+            f"{SATURATION_MARGIN:g} points of gain or loss; after a loss the control is weak)."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]

@@ -225,7 +225,7 @@ class SlowStart:
 @pytest.mark.parametrize("networks", [1, 2])
 def test_a_stop_while_the_data_load(networks: int, tmp_path: Path) -> None:
     start = SlowStart(tmp_path, networks)
-    line = "dist-graft: stopped by {} before training began; rerun the command to start"
+    line = "dist-graft: stopped by {} before training began; rerun the command to train"
     with start.loading() as process:
         os.killpg(process.pid, signal.SIGINT)
         done = wait_for_end(process, PROMPT_SECONDS)

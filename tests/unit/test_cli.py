@@ -205,7 +205,8 @@ class TestInvalidOptions:
             (["export", "x", "--format", "a"], "--format must be one of safetensors, pt, "),
             (["train", "--epochs", "a"], "--epochs must be a whole number, got a; "),
             (["train", "--optim.lr", "a"], "--optim.lr must be a number, got a; "),
-            (["compare", "p.yaml", "--dry_run=a"], "--dry_run must be true or false, got a; "),
+            (["compare", "--dry_run", "no.yaml"], "no.yaml cannot be read"),
+            (["compare", "p.yaml", "--dry_run=a"], "--dry_run takes no value, got a; "),
         ],
     )
     def test_missing_or_unfit_arguments(

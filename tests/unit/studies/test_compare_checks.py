@@ -180,6 +180,10 @@ class TestSaturation:
         assert check.not_tested is None
         assert check.facts == ["the last quarter of its training added 0.29 points"]
 
+    def test_a_loss_is_no_lack_of_training(self) -> None:
+        check = self.check([50, 60, 70, 80, 85, 90, 89.5, 89])
+        assert check.facts == ["the last quarter of its training lost 1.00 points"]
+
     def test_under_trained(self) -> None:
         check = self.check([50, 60, 70, 80, 85, 90, 90.2, 90.4])
         assert check.not_tested is not None
@@ -202,8 +206,10 @@ class TestDoubling:
             arm_result({}, delivered=long), arm_result({}, delivered=short), factor
         )
 
-    @pytest.mark.parametrize(("gain", "warns"), [(0.59, False), (0.61, True), (-1.0, False)])
-    def test_warns_if_longer_training_still_helps(self, gain: float, warns: bool) -> None:
+    @pytest.mark.parametrize(
+        ("gain", "warns"), [(0.59, False), (0.61, True), (-0.59, False), (-0.61, True)]
+    )
+    def test_warns_if_longer_training_helps_or_does_harm(self, gain: float, warns: bool) -> None:
         """Four times the epochs are two doublings, of 0.3 points each."""
         check = self.check([80 + gain, 90 + gain], [80, 90])
         assert bool(check.warnings) == warns
@@ -214,6 +220,11 @@ class TestDoubling:
         (text,) = self.check([80.3, 90.5], [80, 90], factor=2).warnings
         # t(0.975, 1) = 12.706, times 0.1414 / sqrt(2)
         assert text.startswith("2 times the epochs gained 0.40 ± 1.27 points per doubling (2 seeds")
+
+    def test_a_loss_makes_a_weak_control(self) -> None:
+        (text,) = self.check([78, 88], [80, 90]).warnings
+        assert text.startswith("4 times the epochs lost 1.00")
+        assert "longer training does harm" in text
 
     def test_without_a_common_seed(self) -> None:
         check = self.check([np.nan, 90], [80, np.nan])

@@ -36,3 +36,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in (header, *rows)
     )
+
+
+def format_bytes(size: float) -> str:
+    """Format a number of bytes with three significant digits and a decimal unit, as in 1.23 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            digits = 0 if size >= 100 * unit else 1 if size >= 10 * unit else 2
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size:.0f} B"

@@ -20,6 +20,7 @@ from dist_graft.config import TrainConfig
 from dist_graft.config.validation import above_zero
 from dist_graft.errors import StartError
 from dist_graft.population.runtime.process_info import ProcessInfo
+from dist_graft.printing import format_bytes
 from dist_graft.version import versions
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -143,7 +144,7 @@ def check_gpus() -> CheckResult:
                 f"cuda:{index} fails: {str(error).splitlines()[0]}",
                 "check the GPU with nvidia-smi, or exclude it with CUDA_VISIBLE_DEVICES",
             )
-        names.append(f"{torch.cuda.get_device_name(index)} ({free / 2**30:.0f} GiB free)")
+        names.append(f"{torch.cuda.get_device_name(index)} ({format_bytes(free)} free)")
     return CheckResult("ok", ", ".join(names))
 
 
@@ -194,7 +195,7 @@ def check_shared_memory() -> CheckResult:
             f"{_SHARED_MEMORY} cannot be written: {error.strerror}",
             "mount a tmpfs there; start containers with --ipc=host or --shm-size=8g",
         )
-    text = f"{_SHARED_MEMORY} has {_bytes(free)} free"
+    text = f"{_SHARED_MEMORY} has {format_bytes(free)} free"
     if free < _SMALL_SHARED_MEMORY:
         return CheckResult(
             "note",
@@ -220,7 +221,7 @@ def check_disk(run_dir: Path) -> CheckResult:
             f"{folder} cannot be written: {error.strerror}",
             "choose another --run_dir, or free space there",
         )
-    text = f"{folder.resolve()}: {_bytes(speed)}/s, {_bytes(free)} free"
+    text = f"{folder.resolve()}: {format_bytes(speed)}/s, {format_bytes(free)} free"
     if free < _SMALL_DISK:
         return CheckResult("note", text, "low on space: free some, or lower --checkpoint.keep")
     if speed < _SLOW_DISK:
@@ -261,8 +262,3 @@ def check_round(backend: str, seconds: float) -> CheckResult:
         "network interface (lo always works on one machine); if they are slow, raise "
         "--timeout_seconds",
     )
-
-
-def _bytes(number: float) -> str:
-    gib = number / 2**30
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{number / 2**20:.0f} MiB"

@@ -46,10 +46,10 @@ from round import (
 from torch import Tensor, nn
 
 from dist_graft import Graft, Grafter
+from dist_graft.analysis.plan import PlanOptions
+from dist_graft.analysis.planned_memory import bucket_bytes
 from dist_graft.grafting.information import is_finite
 from dist_graft.grafting.units import graft_tensors, graft_units
-from dist_graft.population.round.buckets import cut_buckets
-from dist_graft.population.round.exchange import bucket_limit, held_bytes
 from dist_graft.printing import format_table
 
 BUCKET_MB = 32.0  # the default; in host memory a bucket has at most 16 MiB
@@ -108,19 +108,12 @@ def measure_time(rank: int, setup: TimedSetup) -> Timings:
                 timings.bare.setdefault(name, []).append(time_together(bare[name]))
         timings.work.append(time_together(work))
     timings.network_bytes = numbers.nbytes
-    timings.bucket_bytes = {name: bytes_of_buckets(tensors, name, setup.networks) for name in BARE}
+    options = PlanOptions(
+        networks=setup.networks, model=setup.model, backend="gloo", bucket_mb=BUCKET_MB
+    )
+    timings.bucket_bytes = {name: bucket_bytes(options, tensors, name) for name in BARE}
     dist.destroy_process_group()
     return timings
-
-
-def bytes_of_buckets(tensors: Sequence[Tensor], exchange: str, networks: int) -> int:
-    """Host memory that an exchange holds for its buckets, in bytes."""
-    buckets = cut_buckets(
-        [tensor.numel() for tensor in tensors],
-        [tensor.dtype for tensor in tensors],
-        bucket_bytes=bucket_limit(exchange, int(BUCKET_MB * 2**20), on_host=True),
-    )
-    return held_bytes(buckets, exchange, networks=networks, donors=1, on_host=True)
 
 
 def bare_work(model: nn.Module, numbers: Tensor) -> partial[None]:

@@ -300,14 +300,6 @@ def test_command_is_added_by_listing_it(
     assert "say hello" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [("--tflops", "5"), ("--tflops=5",)])
-def test_removed_option_names_its_replacement(
-    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
-) -> None:
-    line = refused(capsys, "plan", "--networks", "2", "--model", "resnet8", *argv)
-    assert line.startswith("--tflops was removed: plan reports bytes and their time")
-
-
 def test_help_and_errors_of_all_commands_load_no_torch() -> None:
     program = (
         "import sys\n"
@@ -326,7 +318,7 @@ def test_help_and_errors_of_all_commands_load_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for option in ("--data.root", "--thresholds", "--bandwidth-inter", "--watch", "--out"):
+    for option in ("--data.root", "--thresholds", "--bandwidth_inter", "--watch", "--out"):
         assert option in done.stdout
 
 

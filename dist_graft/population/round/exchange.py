@@ -279,21 +279,19 @@ def held_bytes(
     exchange: Exchange,
     *,
     networks: int,
-    donors: int,
     on_host: bool,
     replicas: int = 1,
 ) -> int:
-    """Return the peak size of an exchange's buffers in one process, in bytes.
+    """Return the peak size of an exchange's buffers in one process, in bytes, with one donor.
 
     Args:
         buckets: buckets of this process.
         exchange: "all_gather" or "p2p".
         networks: number of networks.
-        donors: number of this network's donors.
         on_host: host buffers are kept for every dtype, GPU buffers are released between dtypes.
         replicas: processes that hold this network.
     """
-    parts, slots = (networks, 1) if exchange == "all_gather" else (1 + donors, IN_FLIGHT)
+    parts, slots = (networks, 1) if exchange == "all_gather" else (2, IN_FLIGHT)
     by_dtype = []
     for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
         sizes = [bucket.bytes for bucket in buckets if bucket.dtype == dtype]

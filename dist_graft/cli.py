@@ -229,10 +229,6 @@ def _explain(message: str, argv: Sequence[str], parsers: dict[str, ArgumentParse
             problem = f"there is no command {command[1]!r}{meant}"
         return f"{problem}; commands: {', '.join(COMMANDS)}"
     name = argv[0] if argv and argv[0] in COMMANDS else "train"
-    for word in argv:
-        option = word.partition("=")[0]
-        if option in COMMANDS[name].removed:
-            return f"{option} was removed: {COMMANDS[name].removed[option]}"
     section = re.match(r'Parser key "(\w+)":\s+Unable to load config (\S+)\s+- (.*)', message, re.S)
     if section:
         key, file, cause = section.groups()

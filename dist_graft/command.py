@@ -35,8 +35,6 @@ class Command:
     and is refused under torchrun."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that other programs use for the command's options, without dashes."""
-    removed: Mapping[str, str] = field(default_factory=dict)
-    """Options of earlier versions, such as ``--tflops``, with what to use instead."""
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:

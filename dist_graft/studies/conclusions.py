@@ -173,7 +173,12 @@ def _better(tested: Sequence[ContrastResult], secondary: Sequence[ContrastResult
             f"{method.label} is better than {result.contrast.control_name} "
             f"({format_signed(result.test.mean)}{_small(result)})"
         )
-        unclear = [o.contrast.control_name for o in others if verdict(o) == "no difference shown"]
+        unclear = [
+            o.contrast.control_name
+            + (f", equivalent within ±{o.margin:g}" if is_equivalent(o) else "")
+            for o in others
+            if verdict(o) == "no difference shown"
+        ]
         if unclear:
             text += f", and not shown to differ from: {'; '.join(unclear)}"
         if method.group in under_trained_sizes(results):

@@ -674,6 +674,11 @@ class TestSummary:
         text, _ = overall_conclusions([contrast(BETTER), contrast(UNCLEAR, method=PAPA)], secondary)
         assert text.endswith("not shown to differ from: shuffled.")
 
+    def test_better_names_controls_that_are_equivalent(self) -> None:
+        equal = contrast([-0.02, 0.03, -0.01, 0.02, 0.0], control="constant")
+        (text,) = overall_conclusions([contrast(BETTER)], [equal])
+        assert text.endswith("not shown to differ from: constant, equivalent within ±0.3.")
+
     def test_failed_check_of_a_method(self) -> None:
         failed = contrast(BETTER, method=PAPA, failed={"papa": "its soup is at chance"})
         unclear = contrast(UNCLEAR)

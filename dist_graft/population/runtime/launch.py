@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -34,6 +33,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dist_graft.errors import (
@@ -69,7 +69,7 @@ _WHILE_STARTING = (signal.SIGINT,)
 where each import was interrupted."""
 _CAUSE_SECONDS = 2.0  # for the process that failed first to report and end
 _INTERRUPTED = 128 + signal.SIGINT
-_STORE_TIMEOUT = timedelta(minutes=5)
+_STORE_SECONDS = 300
 
 
 def launch(
@@ -415,13 +415,8 @@ class _Interrupts:
 _interrupts = _Interrupts()
 
 
-class _LoopbackRendezvous(RendezvousHandler):
+class _LoopbackRendezvous(StaticTCPRendezvous):
     """Rendezvous of one machine, whose store listens on the loopback interface only."""
-
-    def __init__(self, parameters: RendezvousParameters) -> None:
-        self._run_id = parameters.run_id
-
-    use_agent_store = True
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Open a new store, so that restarted processes do not read keys of the earlier ones.
@@ -433,30 +428,21 @@ class _LoopbackRendezvous(RendezvousHandler):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before | set(_WHILE_STARTING))
-        listener = socket.create_server((_LOOPBACK, 0))
+        listener = socket.create_server((self.master_addr, self.master_port))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            _LOOPBACK,
+            self.master_addr,
             port,
             is_master=True,
             wait_for_workers=False,
-            timeout=_STORE_TIMEOUT,
+            timeout=self.timeout,
             master_listen_fd=listener.detach(),
         )
-        address = RendezvousStoreInfo(_LOOPBACK, port)
+        address = RendezvousStoreInfo(self.master_addr, port)
         return RendezvousInfo(dist.PrefixStore("launcher", store), 0, 1, address)
 
     def get_backend(self) -> str:
         return LOOPBACK_RENDEZVOUS
-
-    def get_run_id(self) -> str:
-        return self._run_id
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
 
     def num_nodes_waiting(self) -> int:
         """Called regularly once the processes are started."""
@@ -464,8 +450,9 @@ class _LoopbackRendezvous(RendezvousHandler):
         _interrupts.resume()
         return 0
 
-    def shutdown(self) -> bool:
-        return True
+
+def _loopback_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
+    return _LoopbackRendezvous(_LOOPBACK, 0, 0, 1, parameters.run_id, _STORE_SECONDS)
 
 
-rendezvous_handler_registry.register(LOOPBACK_RENDEZVOUS, _LoopbackRendezvous)
+rendezvous_handler_registry.register(LOOPBACK_RENDEZVOUS, _loopback_rendezvous)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 _NETWORKS = 2
-_EXIT_SECONDS = 10.0
 
 
 def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
@@ -24,72 +19,36 @@ def run_selftest(backend: str, *, seconds: float) -> tuple[bool, str]:
 
     Returns: whether the test passed, and one line with the result or the error.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"WORLD_SIZE": str(_NETWORKS), "LOCAL_WORLD_SIZE": str(_NETWORKS)}
-    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     module = "dist_graft.population.runtime.selftest"
-    command = [sys.executable, "-m", module, backend, f"{seconds:g}"]
-    deadline = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / str(rank) for rank in range(_NETWORKS)]
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank, file in enumerate(files):
-                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                with file.open("wb") as output:
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            env=environment | ranks,
-                            stdout=output,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
-            late = [rank for rank, process in enumerate(processes) if not _ends(process, deadline)]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait(_EXIT_SECONDS)
-        outputs = [file.read_text(errors="replace").strip().splitlines() for file in files]
-    if late:
-        return False, f"process {late[0]} did not end within {seconds:g} s"
-    for process, lines in zip(processes, outputs, strict=True):
-        if process.returncode:
-            return False, lines[-1] if lines else _cause(process.returncode)
-    return True, outputs[0][-1]
-
-
-def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether the process ends before the deadline."""
     try:
-        process.wait(max(0.0, deadline - time.monotonic()))
+        done = subprocess.run(
+            [sys.executable, "-m", module, backend, f"{seconds:g}"],
+            env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _cause(status: int) -> str:
-    if status < 0:
-        return f"a process was killed by {signal.Signals(-status).name} and printed nothing"
-    return f"a process exited with status {status} and printed nothing"
+        return False, f"the processes did not end within {seconds:g} s"
+    lines = done.stdout.strip().splitlines()
+    return done.returncode == 0, lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def main(backend: str, seconds: float) -> None:
-    """Run one of the two processes; its last line of output is the result."""
+    """Start the two processes; the last line of output is the result."""
     from dist_graft.errors import DistGraftError
-    from dist_graft.population.runtime.process import die_with_launcher, leave
+    from dist_graft.population.runtime.launch import launch
 
-    die_with_launcher()
     try:
-        print(_graft_and_compare(backend, seconds))
+        results = launch(
+            _graft_and_compare, backend, seconds, networks=_NETWORKS, start_method="fork"
+        )
     except DistGraftError as error:
-        print(" ".join(str(error).split()))
-        leave(error.exit_status)
-    leave(0)
+        sys.exit(str(error))
+    print(results[0])
 
 
 def _graft_and_compare(backend: str, seconds: float) -> str:

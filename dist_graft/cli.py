@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
         if process.launched and process.local_rank == 0:
             from dist_graft.population.runtime.process import terminate_launcher
 
-            terminate_launcher()
+            terminate_launcher(process.restarts)
         return _fail(error, error.exit_status, process, root_cause=False)
     except NetworkFailedError as error:
         if error.traceback:

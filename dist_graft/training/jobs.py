@@ -54,12 +54,10 @@ def claim_network(config: TrainConfig, process: ProcessInfo) -> tuple[int, Lease
 
 def _lease(config: TrainConfig, network: int) -> Lease:
     path = RunDirectory(config.run_dir, job=network).lease
-    lease = Lease(path, holder={"network": network})
     try:
-        lease.acquire()
+        return Lease(path, holder={"network": network}).acquire()
     except LeaseHeldError as error:
         raise LeaseHeldError(f"network {network}: {error}") from error
-    return lease
 
 
 def _is_finished(directory: RunDirectory, epochs: int) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dist_graft.config import TrainConfig
 from dist_graft.config.members import differing_options, member_options
 from dist_graft.errors import (
+    DistGraftError,
     LeaseHeldError,
     LeaseLostError,
     RoundStoppedError,
@@ -42,14 +43,10 @@ from dist_graft.phase_timer import PhaseTimer, profiler_label
 from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
-from dist_graft.population.runtime.lease import Lease, is_taken_over
+from dist_graft.population.runtime.lease import Lease, is_taken_over, sees_lease
 from dist_graft.population.runtime.process import SIGNALS, die_with_launcher, stop_on_signals
 from dist_graft.population.runtime.process_group import Runtime, start
-from dist_graft.population.runtime.process_info import (
-    ProcessInfo,
-    describe_process,
-    read_process_info,
-)
+from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.stop_requests import GracePeriod, SignalMonitor, StopRequests
 from dist_graft.run_directory import RunDirectory, write_atomically
@@ -84,9 +81,10 @@ from dist_graft.training.layer_stats import check_finite, layer_stats, naming_ep
 from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.opening import (
     configs_of_networks,
+    options_text,
     prepare_directory,
     refuse_stopped,
-    take_lease,
+    refuse_unshared,
 )
 from dist_graft.training.reporting import (
     epoch_metrics,
@@ -98,16 +96,8 @@ from dist_graft.training.reporting import (
     warn_of_skipped_images,
 )
 from dist_graft.training.resuming import restore
-from dist_graft.training.same_options import digest, options_text, refuse_different_options
 from dist_graft.training.schedule import Position, Segment, epoch_segments
 from dist_graft.training.self_grafting import self_graft
-from dist_graft.training.shared_directory import (
-    MAX_LAG_SECONDS,
-    refuse_unshared,
-    remove_token,
-    sees_token,
-    write_token,
-)
 from dist_graft.training.state import Predictor
 from dist_graft.training.step import (
     ENSEMBLE_CHUNK,
@@ -130,6 +120,8 @@ from dist_graft.training.weights import initialize
 
 _VOTES_PER_EPOCH = 19
 """Points inside an epoch where the networks agree on a checkpoint (checkpoint.every_minutes)."""
+_MAX_LAG_SECONDS = 15.0
+"""Maximum time until a shared disk shows a new file on another machine."""
 
 
 class Trainer:
@@ -382,7 +374,8 @@ class Trainer:
             die_with_launcher()
         hold_warnings()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
-        self.runtime: Runtime = start(self.config.runtime, self.process)
+        options = options_text(self.config)
+        self.runtime: Runtime = start(self.config.runtime, self.process, options)
         self.replicas: Replicas = self.runtime.replicas
         if is_job(self.config):
             self._claim_network()
@@ -395,12 +388,12 @@ class Trainer:
 
         Raises: LeaseHeldError or RunDirectoryError, on all replicas.
         """
-        network = 0
-        with caught() as found:
-            if self.process.is_main:
-                network, self._lease = claim_network(self.config, self.process)
-        self.runtime.raise_together(found.error, "the lease of this job's network")
-        network = int(self.runtime.broadcast_text("the network of this job", str(network)))
+
+        def claim() -> str:
+            network, self._lease = claim_network(self.config, self.process)
+            return str(network)
+
+        network = int(self.runtime.call_on_main(claim, "the lease of this job's network"))
         self.process = replace(self.process, first_network=network)
         self.runtime = replace(self.runtime, process=self.process)
         if self.runtime.peers:
@@ -421,7 +414,6 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Check the run directory, open the log, and create the callbacks."""
-        self._compare_options()
         self._open_directory()
         folders = []
         if self.process.is_leader:
@@ -445,47 +437,31 @@ class Trainer:
             self.config, self.runtime, self.directory, self.log, check=self._check_lease
         )
 
-    def _compare_options(self) -> None:
-        """Check that all processes were started with the same options. A collective.
-
-        Raises: DisagreementError, on all ranks, naming options, values and processes.
-        """
-        text, what = options_text(self.config), "the comparison of the options"
-        rows = self.runtime.gather_all_ranks(digest(text), what)
-        if any(row != rows[0] for row in rows):
-            texts = self.runtime.gather_texts(f"{what}: texts", text)
-            names = [
-                describe_process(rank, self.process.replicas, host)
-                for rank, host in enumerate(self.runtime.hosts())
-            ]
-            self.runtime.gather([0.0], f"{what}: the end")  # the store's host may exit after this
-            refuse_different_options(texts, names)
-
     def _open_directory(self) -> None:
         """Take the lease of the run directory, and check that all processes see it. A collective.
 
         Raises: RunDirectoryError or ConfigError, on all ranks, if the run cannot start there.
         """
-        folder, runtime, tokens = self.directory.path, self.runtime, ""
-        with caught() as found:
-            if self.process.is_main:
-                self._lease = self._lease or take_lease(self.directory)
+
+        def take_and_prepare() -> str:
+            self._lease = self._lease or Lease(self.directory.lease).acquire()
+            try:
                 prepare_directory(self.directory, self.config, self.process)
-                tokens = f"{self._lease.token} {write_token(folder)}"
-        if found.error and self._lease:
-            self._lease.undo()
-        runtime.raise_together(found.error, "the opening of the run directory")
-        tokens = runtime.broadcast_text("the tokens of the run directory", tokens)
-        self._lease_token, token = tokens.split()
-        lag = min(MAX_LAG_SECONDS, runtime.timeouts.seconds / 3)
-        hosts = runtime.hosts()
+            except DistGraftError:
+                self._lease.undo()
+                raise
+            return self._lease.token
+
+        what = "the opening of the run directory"
+        self._lease_token = self.runtime.call_on_main(take_and_prepare, what)
+        lag = min(_MAX_LAG_SECONDS, self.runtime.timeouts.seconds / 3)
+        hosts = self.runtime.hosts()
         # Not through the store: the process that hosts it may exit as soon as it has the answers.
-        seen = runtime.gather_all_ranks(
-            [float(sees_token(folder, token, lag))], "the check of the run directory's visibility"
+        seen = self.runtime.gather_all_ranks(
+            [float(sees_lease(self.directory.lease, self._lease_token, lag))],
+            "the check of the run directory's visibility",
         )
-        if self.process.is_main:
-            remove_token(folder, token)
-        refuse_unshared(folder, seen, hosts, self.process.replicas, lag)
+        refuse_unshared(self.directory.path, seen, hosts, self.process.replicas, lag)
 
     def _build(self) -> None:
         """Load the data and build the network, its graft units and its grafter."""
@@ -514,12 +490,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the latest checkpoint, if there is one; all networks load the same one."""
-        name = ""
-        with caught() as found:
-            if self.process.is_main:
-                name = self.checkpoints.choose()
-        self.runtime.raise_together(found.error, "the search for a checkpoint")
-        name = self.runtime.broadcast_text("the choice of a checkpoint", name)
+        name = self.runtime.call_on_main(self.checkpoints.choose, "the search for a checkpoint")
         if name:
             with caught() as found:
                 loaded = self.checkpoints.load(name, self.config.resume_networks)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_graft.errors import LeaseHeldError, RunDirectoryError
-from dist_graft.population.runtime.process import has_ended
+from dist_graft.population.runtime.process import has_ended, process_start
 
 _DEFAULT_SECONDS = 60.0
 _LARGEST_PID = 2**31
+_POLL_SECONDS = 0.2
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # runs while a machine is suspended
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -59,7 +60,7 @@ class Lease:
 
     Args:
         path: lease file; its folder is created.
-        holder: shown to others; see `this_process`.
+        holder: shown to others, in addition to `this_process`.
         expire_seconds: age of the heartbeat at which others may take over.
     """
 
@@ -67,7 +68,7 @@ class Lease:
         self,
         path: Path,
         *,
-        holder: Mapping[str, str | int],
+        holder: Mapping[str, str | int] | None = None,
         expire_seconds: float = _DEFAULT_SECONDS,
     ) -> None:
         self._path = path
@@ -76,11 +77,11 @@ class Lease:
         self._content = json.dumps(
             {
                 **this_process(),
-                **holder,
+                **(holder or {}),
                 "pid": os.getpid(),
                 "attempts": _attempts(),
                 "machine": _machine(),
-                "process_start": _process_start(os.getpid()),
+                "process_start": process_start(os.getpid()),
                 "expire_seconds": expire_seconds,
                 "token": self._token,
             }
@@ -91,8 +92,8 @@ class Lease:
         self._lock = threading.Lock()
         self._released = threading.Event()
 
-    def acquire(self) -> None:
-        """Acquire the lease; call once.
+    def acquire(self) -> Lease:
+        """Acquire the lease, and return it; call once.
 
         Raises: LeaseHeldError naming the holder; RunDirectoryError on a disk error.
         """
@@ -106,6 +107,7 @@ class Lease:
             raise RunDirectoryError.not_written(self._path, error) from error
         self._refreshed = _now()
         threading.Thread(target=self._refresh_regularly, name="lease", daemon=True).start()
+        return self
 
     @property
     def token(self) -> str:
@@ -254,6 +256,16 @@ def is_taken_over(path: Path, token: str) -> bool:
     return info is not None and info.token != token
 
 
+def sees_lease(path: Path, token: str, seconds: float) -> bool:
+    """Whether this process can read the lease with this token within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (info := read_lease(path)) is None or info.token != token:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
 def this_process() -> dict[str, str | int]:
     """Host, process id, and job id of a batch system, for the holder of a lease."""
     holder: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -347,13 +359,4 @@ def _has_died(pid: int, start: object) -> bool:
     """Whether a process of this machine has ended; its id may have been reused since."""
     if start is None:  # no /proc
         return has_ended(pid)
-    return _process_start(pid) != start
-
-
-def _process_start(pid: int) -> str | None:
-    """Start time of a process in clock ticks; None if it has ended (or there is no /proc)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    return process_start(pid) != start

@@ -49,10 +49,21 @@ def has_ended(pid: int) -> bool:
         return True
     except PermissionError:  # reused by another user's process
         return True
+    return _state(pid)[:1] == ["Z"]
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a process in clock ticks; None if it has ended (or there is no /proc)."""
+    fields = _state(pid)
+    return None if not fields or fields[0] in "ZX" else fields[19]
+
+
+def _state(pid: int) -> list[str]:
+    """State of a process and what follows in /proc/PID/stat; empty without that file."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:  # no /proc, or the process has just ended
-        return False
+        return []
 
 
 def keep_freed_memory() -> None:
@@ -115,13 +126,12 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def terminate_launcher() -> None:
-    """Send SIGTERM to a torchrun that would otherwise restart a run that was asked to stop."""
-    allowed, used = (
-        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
-        for name in ("MAX_RESTARTS", "RESTART_COUNT")
-    )
-    if used < allowed:
+def terminate_launcher(restarts: int) -> None:
+    """Send SIGTERM to a torchrun that would otherwise restart a run that was asked to stop.
+
+    Args: restarts: number of times that it has restarted the processes.
+    """
+    if restarts < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +24,7 @@ from dist_graft.errors import (
     DisagreementError,
     DistGraftError,
     StartError,
+    caught,
     from_text,
     to_text,
 )
@@ -41,7 +44,11 @@ from dist_graft.population.runtime.devices import (
 )
 from dist_graft.population.runtime.peers import PeerRegistry, reporting_lost_peers
 from dist_graft.population.runtime.process import communicate_on_loopback, keep_freed_memory
-from dist_graft.population.runtime.process_info import ProcessInfo, uneven_machines
+from dist_graft.population.runtime.process_info import (
+    ProcessInfo,
+    describe_process,
+    uneven_machines,
+)
 from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.population.runtime.store import StoreClient, call_with_timeout
 from dist_graft.population.runtime.timeouts import Timeouts
@@ -52,6 +59,7 @@ _WATCHDOG_FACTOR = 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _MIN_THREADS, _MAX_THREADS_PER_CORE = 64, 8  # always accepted; beyond, threads fail to start
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
+_MAX_NAMED = 3  # options
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,18 @@ class Runtime:
         error.is_common = True
         raise error
 
+    def call_on_main(self, function: Callable[[], str], what: str) -> str:
+        """Text that a function returns on rank 0, or its error, on all ranks: a collective.
+
+        Raises: the function's error, and PeerError, as `raise_together` does.
+        """
+        text = ""
+        with caught() as found:
+            if self.process.is_main:
+                text = function()
+        self.raise_together(found.error, what)
+        return self.broadcast_text(f"{what}: the result", text)
+
     def sum_over_networks(self, tensor: Tensor, what: str) -> Tensor:
         """Sum of the networks' tensors of equal shape, on the CPU: a collective.
 
@@ -213,14 +233,19 @@ class Runtime:
         return (self.peers.dead_peers() or self.peers.missing(what)) if self.peers else []
 
 
-def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
+def start(config: RuntimeConfig, process: ProcessInfo, options: str = "{}") -> Runtime:
     """Choose the device and initialize the process group; every process must call this.
 
     Sets torch's number of threads, its deterministic mode, the precision of matrix products and the
     current CUDA device.
 
+    Args:
+        config: options of this process.
+        process: its rank and network.
+        options: what all processes must have in common, by name, as JSON.
+
     Raises: ConfigError for a device or backend that is not available; StartError naming the
-        processes that did not start in time.
+        processes that did not start in time; DisagreementError if options differ.
     """
     if dist.is_initialized():
         raise StartError(
@@ -268,7 +293,7 @@ def start(config: RuntimeConfig, process: ProcessInfo) -> Runtime:
         first_network=process.first_network,
     )
     peers.check_in(config.timeout_seconds)
-    _refuse_uneven_machines(process, config.backend, peers, config.timeout_seconds)
+    _refuse_differences(process, options, peers, config.timeout_seconds)
 
     # Backend and process groups.
     nccl = can_use_nccl(device, peers, config.timeout_seconds)
@@ -308,35 +333,62 @@ def _group_timeout(seconds: float, *, nccl: bool) -> timedelta:
     return timedelta(seconds=_WATCHDOG_FACTOR * seconds if nccl else seconds)
 
 
-def _refuse_uneven_machines(
-    process: ProcessInfo, backend: str, peers: PeerRegistry, seconds: float
+def _refuse_differences(
+    process: ProcessInfo, options: str, peers: PeerRegistry, seconds: float
 ) -> None:
-    """Check in every process what the groups need: the same replicas and backend everywhere.
+    """Check in every process that all have the same options and fit together.
 
-    Raises: DisagreementError if they differ; ConfigError if machines run different numbers of
+    Raises: DisagreementError if options differ; ConfigError if machines run different numbers of
         processes, and several train each network.
     """
-    peers.publish("group", f"{process.local_world_size} {process.replicas} {backend}")
-    texts = peers.collect("group", seconds)
-    sizes, replicas, backends = (
-        sorted(set(column)) for column in zip(*map(str.split, texts), strict=True)
-    )
+    digest = hashlib.sha256(options.encode()).hexdigest()
+    peers.publish("group", f"{process.local_world_size} {digest}")
+    rows = [text.split() for text in peers.collect("group", seconds)]
+    sizes, digests = (sorted(set(column)) for column in zip(*rows, strict=True))
     refusal: DistGraftError | None = None
-    for name, values in (("runtime.replicas", replicas), ("runtime.backend", backends)):
-        if len(values) > 1 and refusal is None:
-            refusal = DisagreementError(
-                f"the processes were started with different options: {name} is "
-                f"{' and '.join(values)}; start all with the same options"
-            )
-    if len(sizes) > 1 and process.replicas > 1 and refusal is None:
-        refusal = uneven_machines(
-            process.replicas, f"machines of {' and '.join(map(str, sizes))} processes"
+    if len(digests) > 1:
+        peers.publish("options", options)
+        refusal = different_options(
+            peers.collect("options", seconds),
+            [
+                describe_process(rank, process.replicas, host)
+                for rank, host in enumerate(peers.hosts())
+            ],
         )
+    elif len(sizes) > 1 and process.replicas > 1:
+        refusal = uneven_machines(process.replicas, f"machines of {' and '.join(sizes)} processes")
     if refusal:
         peers.publish("group: read", "")
         if process.is_main:  # may host the store, so it exits last
             peers.collect("group: read", seconds)
         raise refusal
+
+
+def different_options(texts: Sequence[str], processes: Sequence[str]) -> DisagreementError:
+    """Error for options that differ, naming up to three, with values and processes.
+
+    Args:
+        texts: options of each process, as JSON.
+        processes: description of each process.
+    """
+    options = [json.loads(text) for text in texts]
+    different = []
+    for name in dict.fromkeys(name for values in options for name in values):
+        users: dict[str, list[str]] = {}
+        for values, process in zip(options, processes, strict=True):
+            users.setdefault(repr(values.get(name)), []).append(process)
+        if len(users) > 1:
+            values_of = (
+                f"{value} in {who[0]}{f' and {len(who) - 1} more' if who[1:] else ''}"
+                for value, who in users.items()
+            )
+            different.append(f"{name} is {', '.join(values_of)}")
+    more = len(different) - _MAX_NAMED
+    rest = f"; and {more} more options" if more > 0 else ""
+    return DisagreementError(
+        "the processes were started with different options: "
+        f"{'; '.join(different[:_MAX_NAMED])}{rest}; start all with the same options"
+    )
 
 
 def _mesh(process: ProcessInfo, device_type: str, timeout: timedelta) -> DeviceMesh:
@@ -395,5 +447,4 @@ def _connect_store(process: ProcessInfo, timeout_seconds: float) -> dist.PrefixS
             "all hosts can reach"
         ) from error
     # Keys of an earlier attempt, or of an earlier run of this process, must not be read again.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}/run_{next(_RUNS)}", store)
+    return dist.PrefixStore(f"attempt_{process.restarts}/run_{next(_RUNS)}", store)

@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 
 from dist_graft.errors import LeaseHeldError, RunDirectoryError
-from dist_graft.population.runtime.lease import Lease, LeaseInfo, read_lease, this_process
+from dist_graft.population.runtime.lease import (
+    Lease,
+    LeaseInfo,
+    read_lease,
+    sees_lease,
+    this_process,
+)
 
 ME = this_process()
 
@@ -69,6 +75,13 @@ def test_a_held_lease_refuses_others_and_names_its_holder(path: Path) -> None:
     assert read_lease(path) is None
     with held(path) as again:
         assert not again.lost
+
+
+def test_a_process_sees_the_lease_with_its_token(path: Path) -> None:
+    with held(path) as lease:
+        assert sees_lease(path, lease.token, 60)
+        assert not sees_lease(path, "another", 0)
+    assert not sees_lease(path, lease.token, 0.3)
 
 
 def test_the_job_of_a_batch_system_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

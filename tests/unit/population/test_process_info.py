@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dist_graft.errors import ConfigError
 from dist_graft.population.runtime.peers import PeerRegistry
-from dist_graft.population.runtime.process_group import _refuse_uneven_machines
+from dist_graft.population.runtime.process_group import _refuse_differences
 from dist_graft.population.runtime.process_info import ProcessInfo, array_index
 
 
@@ -110,7 +110,7 @@ def test_machines_of_different_sizes_are_an_error_on_all_ranks() -> None:
         peers = PeerRegistry(store, rank, 6, 2)
         peers.check_in(20)
         try:
-            _refuse_uneven_machines(process, "auto", peers, 20)
+            _refuse_differences(process, "{}", peers, 20)
         except ConfigError as error:
             errors[rank] = str(error)
 

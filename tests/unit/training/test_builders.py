@@ -42,8 +42,8 @@ from dist_graft.training.builders import (
 )
 from dist_graft.training.data import Data
 from dist_graft.training.layer_stats import non_finite_part
+from dist_graft.training.opening import check_names
 from dist_graft.training.optimizers import build_optimizer
-from dist_graft.training.references import check_names
 from dist_graft.training.schedule import Cadence
 from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task

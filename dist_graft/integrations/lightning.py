@@ -19,11 +19,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
-from dist_graft.integrations.rounds import check_interval, refuse_rule_state, round_metrics
-from dist_graft.integrations.shared_paths import (
+from dist_graft.integrations.rounds import (
+    check_interval,
     encode_paths,
-    network_folder,
+    refuse_rule_state,
     refuse_shared_paths,
+    round_metrics,
 )
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.record import GraftRecord
@@ -33,6 +34,7 @@ from dist_graft.population.runtime.framework_processes import (
     local_device,
 )
 from dist_graft.population.runtime.process_info import read_process_info
+from dist_graft.run_directory import RunDirectory
 
 MakeLogger = Callable[[Path], Logger | list[Logger]]
 
@@ -86,7 +88,7 @@ def network_trainer(
                 f"network_trainer sets {name} itself: each process trains one network on one device"
             )
     strategy = NetworkStrategy(accelerator)
-    folder = network_folder(default_root_dir, strategy.network)
+    folder = RunDirectory(default_root_dir).network(strategy.network)
     if callable(logger) and not isinstance(logger, Logger):
         logger = logger(folder)
     for name in ("enable_progress_bar", "enable_model_summary"):

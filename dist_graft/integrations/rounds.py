@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.population.round.record import GraftRecord
 
@@ -21,6 +26,39 @@ def refuse_rule_state(rule: Rule | None) -> None:
             f"{type(rule).__name__} keeps state between rounds, which this callback does "
             "not save: use dist_graft.Trainer, or dist_graft.Grafter in a loop of your own"
         )
+
+
+def encode_paths(paths: Mapping[str, str | Path | None]) -> str:
+    """Resolve the folders that a network writes to, as text for `refuse_shared_paths`."""
+    return json.dumps({what: str(Path(path).resolve()) for what, path in paths.items() if path})
+
+
+def refuse_shared_paths(texts: Sequence[str], advice: str) -> None:
+    """Check that there are several networks, and that they write to different folders.
+
+    Warns if there is only one network, which has no donor.
+
+    Args:
+        texts: by network, the result of `encode_paths`.
+        advice: what to do, for the message.
+
+    Raises: ValueError naming the folder and two networks that share it.
+    """
+    if len(texts) == 1:
+        warnings.warn(
+            "GraftCallback: a single process has no network to graft with; start one process for "
+            "each network, with dist_graft.launch or torchrun",
+            stacklevel=2,
+        )
+    owners: dict[str, int] = {}
+    for network, text in enumerate(texts):
+        for what, path in json.loads(text).items():
+            other = owners.setdefault(path, network)
+            if other != network:
+                raise ValueError(
+                    f"networks {other} and {network} would both write {what} to {path}, and lose "
+                    f"each other's files: {advice}"
+                )
 
 
 def round_metrics(record: GraftRecord) -> dict[str, float]:

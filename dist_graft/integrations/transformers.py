@@ -16,11 +16,12 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dist_graft.integrations.rounds import check_interval, refuse_rule_state, round_metrics
-from dist_graft.integrations.shared_paths import (
+from dist_graft.integrations.rounds import (
+    check_interval,
     encode_paths,
-    network_folder,
+    refuse_rule_state,
     refuse_shared_paths,
+    round_metrics,
 )
 from dist_graft.population.grafter import Grafter
 from dist_graft.population.round.record import GraftRecord
@@ -30,6 +31,7 @@ from dist_graft.population.runtime.framework_processes import (
     launcher_hidden,
     local_device,
 )
+from dist_graft.run_directory import RunDirectory
 
 _Arguments = TypeVar("_Arguments", bound=TrainingArguments)
 
@@ -70,7 +72,7 @@ def network_arguments(
         seed = arguments.pop("seed", 42)
         data_seed = arguments.pop("data_seed", None)
         created = kind(
-            output_dir=str(network_folder(output_dir, process.rank)),
+            output_dir=str(RunDirectory(output_dir).network(process.rank)),
             seed=seed + process.rank,
             data_seed=(seed if data_seed is None else data_seed) + process.rank,
             **{"disable_tqdm": process.rank > 0 or None} | arguments,

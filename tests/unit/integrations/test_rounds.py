@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_graft.integrations.shared_paths import encode_paths, refuse_shared_paths
+from dist_graft.integrations.rounds import encode_paths, refuse_shared_paths
 
 
 def test_a_shared_folder_is_named(tmp_path: Path) -> None:

@@ -91,22 +91,17 @@ def run(argv: Sequence[str]) -> int:
         for text in command.run(options, process):
             _print(text)
         return 0
-    except StoppedEarlyError as error:
-        if process.launched and process.local_rank == 0:
+    except DistGraftError as error:
+        if isinstance(error, StoppedEarlyError) and process.launched and process.local_rank == 0:
             from dist_graft.population.runtime.process import terminate_launcher
 
             terminate_launcher(process.restarts)
-        return _fail(error, error.exit_status, process, root_cause=False)
-    except NetworkFailedError as error:
-        if error.traceback:
+        if isinstance(error, NetworkFailedError) and error.traceback:
             print_line(error.traceback)
-        return _fail(error, error.exit_status, process)
-    except StoppedError as error:
-        return _fail(error, error.exit_status, process, root_cause=False)
-    except DistGraftError as error:
         if isinstance(error, UserCodeError) and error.__cause__:
             print_line(error.user_traceback())
-        return _fail(error, error.exit_status, process)
+        is_stop = isinstance(error, StoppedError)
+        return _fail(error, error.exit_status, process, root_cause=not is_stop)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  a bug: print the traceback, but fail like the others

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -295,7 +294,8 @@ class Trainer:
                     folder = self.directory.network(self.process.network)
                     append_error(folder, explained, process=process)
                     if isinstance(explained, StoppedAtStartError) and self.process.is_main:
-                        self._mark_stopped(explained)
+                        with suppress(RunDirectoryError):  # the start removed the marker
+                            write_atomically(self.directory.stopped, f"{explained}\n".encode())
                 if explained is error:
                     raise
                 raise explained from error
@@ -373,7 +373,6 @@ class Trainer:
         if self.process.launched:
             die_with_launcher()
         hold_warnings()
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our own lines say what failed
         options = options_text(self.config)
         self.runtime: Runtime = start(self.config.runtime, self.process, options)
         self.replicas: Replicas = self.runtime.replicas
@@ -565,7 +564,12 @@ class Trainer:
         """Train one epoch: steps with rounds between them, evaluation, report and checkpoint."""
         # ---- Start: at step 0, or at the step where a resumed epoch continues ----
         if self.step == 0:
-            self._start_epoch(epoch)
+            self._busy_seconds, self._epoch_start = 0.0, time.monotonic()
+            self.progress = Progress(
+                lr=self.state.lr,
+                position=Position(epoch, 0, self.round),
+                diverged=self.progress.diverged,
+            )
         self._report_checkpoint()
         self.callbacks.call("on_epoch_start", self)
 
@@ -618,14 +622,6 @@ class Trainer:
         )
         if segment.save or due:
             self.save()
-
-    def _start_epoch(self, epoch: int) -> None:
-        self._busy_seconds, self._epoch_start = 0.0, time.monotonic()
-        self.progress = Progress(
-            lr=self.state.lr,
-            position=Position(epoch, 0, self.round),
-            diverged=self.progress.diverged,
-        )
 
     @property
     def _epoch_seconds(self) -> float:
@@ -738,6 +734,7 @@ class Trainer:
         if not self.stopping:  # a request that came during the evaluation
             (self.stopping,) = self.replicas.agree([self.stop_requests.requested()])
         record: GraftRecord | None = None
+        averaged = self.state.averaged if self.config.graft.ema else None
         try:
             if segment.round and self.grafter:
                 steps = segment.epoch * self.steps_per_epoch + segment.last
@@ -747,7 +744,7 @@ class Trainer:
                         rate=self.rate(steps),
                         stop=self.stopping,
                         diverged=self.progress.diverged,
-                        also=self._averages_to_graft(),
+                        also=[averaged.model] if averaged else [],
                         job=self._job_state(steps),
                     )
             elif segment.evaluate or self.stopping:
@@ -767,11 +764,6 @@ class Trainer:
             self.progress.count_round()
         if segment.round and self.config.graft.reset_momentum:
             self.state.clear_optimizer()
-
-    def _averages_to_graft(self) -> list[nn.Module]:
-        """The moving average, if it takes part in rounds."""
-        averaged = self.state.averaged if self.config.graft.ema else None
-        return [averaged.model] if averaged else []
 
     def _job_state(self, steps: int) -> JobState | None:
         """Position of this job after so many steps; None if all networks run together."""
@@ -1038,11 +1030,6 @@ class Trainer:
             write_atomically(path, text.encode())
         except RunDirectoryError as error:  # raised once the checkpoint is saved
             self._summary_error = error
-
-    def _mark_stopped(self, error: StoppedAtStartError) -> None:
-        """Write the marker of a run that was stopped, which the start has removed."""
-        with suppress(RunDirectoryError):
-            write_atomically(self.directory.stopped, f"{error}\n".encode())
 
     def _stop_early(self) -> NoReturn:
         """Save a checkpoint at the current position, and end the run on all ranks. A collective."""

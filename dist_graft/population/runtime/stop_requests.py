@@ -32,14 +32,12 @@ class GracePeriod:
         self._timer = threading.Timer(seconds, on_expired)
         self._timer.daemon = True
         self._lock = threading.Lock()
-        self._has_started = False
         self._end = math.inf
 
     def start(self) -> None:
         """Start the period; without effect if it has started. Not for signal handlers."""
         with self._lock:
-            if not self._has_started:
-                self._has_started = True
+            if self._end == math.inf:
                 self._end = time.monotonic() + self._seconds
                 self._timer.start()
 

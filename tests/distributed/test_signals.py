@@ -74,7 +74,7 @@ def test_a_process_that_waits_for_a_connection(tmp_path: Path) -> None:
         keys = dist.PrefixStore("dist_graft", dist.PrefixStore("attempt_0/run_0", store))
         keys.set("process/1", str(os.getpid()))
         keys.set("the GPU/1", "")
-        keys.set("group/1", "2 1 auto")
+        keys.set("group/1", keys.get("group/0"))  # started alike
         keys.set("host/1", socket.gethostname())
         # Four keys of each process, and the first of the process group.
         wait_until(lambda: keys.num_keys() > 8, "the process group", meanwhile=[process])

@@ -359,8 +359,10 @@ def _refuse_differences(
         refusal = uneven_machines(process.replicas, f"machines of {' and '.join(sizes)} processes")
     if refusal:
         peers.publish("group: read", "")
+        peers.collect("group: read", seconds)  # a launcher ends the others once one has exited
+        peers.publish("group: end", "")
         if process.is_main:  # may host the store, so it exits last
-            peers.collect("group: read", seconds)
+            peers.collect("group: end", seconds)
         raise refusal
 
 

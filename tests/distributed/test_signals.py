@@ -74,8 +74,8 @@ def test_a_process_that_waits_for_a_connection(tmp_path: Path) -> None:
         keys = dist.PrefixStore("dist_graft", dist.PrefixStore("attempt_0/run_0", store))
         keys.set("process/1", str(os.getpid()))
         keys.set("the GPU/1", "")
-        keys.set("group/1", keys.get("group/0"))  # started alike
         keys.set("host/1", socket.gethostname())
+        keys.set("group/1", keys.get("group/0"))  # started with the same options
         # Four keys of each process, and the first of the process group.
         wait_until(lambda: keys.num_keys() > 8, "the process group", meanwhile=[process])
         errors = ends_in_time(process, signal.SIGINT)

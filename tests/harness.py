@@ -1,4 +1,4 @@
-"""Run a function, or the program, in several processes that form one process group.
+"""Run a function in several processes that form one process group, or a program in one process.
 
 The processes are forked from a server that has imported torch (multiprocessing's forkserver), which
 saves the seconds of the import. The key-value store runs in the test's process and outlives all
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -29,8 +33,10 @@ from dist_graft.population.runtime.devices import shared_gpu_variables
 _HOST = "127.0.0.1"
 _PRELOAD = [
     *("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard"),
+    *("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "docstring_parser"),
     *("dist_graft.population.grafter", "dist_graft.training.trainer", "dist_graft.cli"),
 ]
+"""torch._dynamo is imported by the first optimizer."""
 
 
 @dataclass(frozen=True)
@@ -101,52 +107,87 @@ def run(
         return _results(ranks, Path(folder), ending, late, limit)
 
 
-def programs(
-    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, limit: float
-) -> list[Done]:
-    """Run `dist-graft` with the same arguments in several processes.
+class Program:
+    """A Python program in a process that is forked from a server which has imported torch.
+
+    Has the interface of subprocess.Popen as far as the tests use it.
 
     Args:
-        arguments: of the command line.
-        environments: of each process.
-        limit: for all processes, in seconds; those that still run are killed.
+        command: sys.executable, then `-m MODULE` or a script, and its arguments.
+        environment: of the process; its PYTHONPATH comes first in sys.path.
+        cwd: working directory, if not this one.
     """
-    context = _context()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [(f"{folder}/{k}.out", f"{folder}/{k}.err") for k in range(len(environments))]
-        processes = [
-            context.Process(target=_program, args=(list(arguments), dict(environment), *paths))
-            for environment, paths in zip(environments, files, strict=True)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            _join(processes, limit)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-        return [
-            Done(process.exitcode or 0, *(Path(file).read_text() for file in paths))
-            for process, paths in zip(processes, files, strict=True)
-        ]
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
+    ) -> None:
+        assert command[0] == sys.executable
+        self.args = list(command)
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("out", "err")]
+        for path in self._files:
+            path.touch()
+        self._output: tuple[str, str] | None = None
+        arguments = (self.args[1:], dict(environment), cwd, *map(str, self._files))
+        self._process = _context().Process(target=_program, args=arguments)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the program runs."""
+        self._process.join(0)
+        status: int | None = self._process.exitcode
+        return status
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status; None while the program runs."""
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the program has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless the program has ended."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless the program has ended."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end of the program, and return its output and its errors."""
+        if self._output is None:
+            self._process.join(timeout)
+            if self.poll() is None:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            output, errors = (path.read_text() for path in self._files)
+            self._output = output, errors
+            self._folder.cleanup()
+        return self._output
 
 
-def _program(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """Entry point of a process of `programs`."""
+def _program(
+    command: list[str], environment: dict[str, str], cwd: Path | None, *files: str
+) -> None:
+    """Entry point of the process of a `Program`."""
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
-    for number, file in ((1, output), (2, errors)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
-        os.dup2(opened, number)
-    from dist_graft.cli import run
-
-    status = run(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if cwd:
+        os.chdir(cwd)
+    first = str(Path.cwd()) if command[0] == "-m" else str(Path(command[0]).parent.absolute())
+    sys.path[:0] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def _context() -> Any:

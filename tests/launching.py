@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import Done, programs
+from harness import Done, Program
 
 from dist_graft.population.runtime.devices import shared_gpu_variables
 
@@ -27,6 +27,7 @@ PROMPT_SECONDS = 20
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAULTY = str(Path(__file__).with_name("distributed") / "faulty.py")
 ERROR = "dist-graft: error: "
+Process = subprocess.Popen[str] | Program
 Train = Callable[..., Done]
 """Type of the fixture `train`: (run directory, *options) -> Done."""
 
@@ -42,19 +43,19 @@ def program(run: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(run), *SMALL, *options]
 
 
-def torchrun(networks: int, run: Path, *options: str) -> list[str]:
+def torchrun(networks: int, run: Path, *options: str, restarts: int = 0) -> list[str]:
     """Command of a training run of several networks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={networks}"]
+    launcher += [f"--max-restarts={restarts}"] * bool(restarts)
     return [sys.executable, *launcher, *program(run, *options)[1:]]
 
 
 def faulty(networks: int, run: Path, faults: str, *options: str, restarts: int = 0) -> list[str]:
     """Command of a run with faults under torchrun; `faults` is WAY NETWORK STEP ... (faulty.py)."""
-    command = torchrun(networks, run, *options)
+    command = torchrun(networks, run, *options, restarts=restarts)
     train = command.index("train")
     assert command[train - 2 : train] == ["-m", "dist_graft"]
-    launcher = command[: train - 2] + [f"--max-restarts={restarts}"] * bool(restarts)
-    return [*launcher, FAULTY, *faults.split(), "--", *command[train:]]
+    return [*command[: train - 2], FAULTY, *faults.split(), "--", *command[train:]]
 
 
 def run_program(
@@ -78,14 +79,17 @@ def run_population(
     run: Path,
     *options: str,
     device: str = "cpu",
+    faults: str = "",
     limit: float = 150,
     **more: str,
 ) -> list[Done]:
     """Run a population without a launcher, with RANK and WORLD_SIZE set by hand.
 
-    The processes are forked from a server that has imported torch.
+    It may have faults: WAY NETWORK STEP ... (faulty.py).
     """
-    ends = end_population(processes, run, *options, device=device, limit=limit, **more)
+    ends = end_population(
+        processes, run, *options, device=device, faults=faults, limit=limit, **more
+    )
     assert not any(end.status for end in ends), ends
     return ends
 
@@ -95,19 +99,22 @@ def end_population(
     run: Path,
     *options: str,
     device: str = "cpu",
+    faults: str = "",
     limit: float = 150,
     **more: str,
 ) -> list[Done]:
     """Run a population as `run_population` does; it may fail."""
-    arguments = program(run, "--runtime.device", device, *options)[3:]
-    places = [place | more for place in by_hand(processes, device)]
-    return programs(arguments, places, limit=limit)
+    command = program(run, "--runtime.device", device, *options)
+    if faults:
+        command = [sys.executable, FAULTY, *faults.split(), "--", *command[3:]]
+    with running([command] * processes, device=device, **more) as started:
+        return [wait_for_end(process, limit) for process in started]
 
 
-def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Done:
+def wait_for_end(process: Process, timeout: float) -> Done:
     """Wait for a program and read its output."""
     output, errors = process.communicate(timeout=timeout)
-    return Done(process.returncode, output, errors)
+    return Done(process.returncode or 0, output, errors)
 
 
 @contextmanager
@@ -118,15 +125,23 @@ def running(
     new_session: bool = False,
     device: str = "cpu",
     **more: str,
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """Run programs in the background, with RANK etc. if there are several; killed on exit."""
-    processes: list[subprocess.Popen[str]] = []
+) -> Iterator[list[Process]]:
+    """Run programs in the background, with RANK etc. if there are several; killed on exit.
+
+    A program of ours is forked from a server that has imported torch, unless its session or the
+    start of Python matters.
+    """
+    processes: list[Process] = []
     try:
         for command, place in zip(commands, by_hand(len(commands), device), strict=True):
+            variables = place | more
+            if not new_session and _can_be_forked(command, variables):
+                processes.append(Program(command, variables, cwd))
+                continue
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=place | more,
+                    env=variables,
                     cwd=cwd,
                     start_new_session=new_session,
                     stdout=subprocess.PIPE,
@@ -140,6 +155,15 @@ def running(
             process.kill()
         for process in processes:
             process.communicate()
+
+
+def _can_be_forked(command: Sequence[str], variables: Mapping[str, str]) -> bool:
+    """Whether a forked process is the same: the command imports torch, after a usual start."""
+    python, *first = command[:3]
+    ours = first == ["-m", "dist_graft"] or (first[0].endswith(".py") and "train" in command)
+    folders = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
+    usual = not any(Path(folder, "sitecustomize.py").exists() for folder in folders)
+    return python == sys.executable and ours and usual and "--networks" not in command
 
 
 def by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:
@@ -172,7 +196,7 @@ def wait_until(
     what: str,
     *,
     seconds: float = 90,
-    meanwhile: Sequence[subprocess.Popen[str]] = (),
+    meanwhile: Sequence[Process] = (),
 ) -> None:
     """Poll a condition; fails after the timeout, or when a program ends."""
     deadline = time.monotonic() + seconds
@@ -189,7 +213,7 @@ def checkpoint_is_complete(run: Path, epochs: int) -> Callable[[], bool]:
     return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
+def children(process: Process) -> list[int]:
     """Process ids of a launcher's workers, by rank."""
     lists = map(read_proc, Path(f"/proc/{process.pid}/task").glob("*/children"))
     workers = {}

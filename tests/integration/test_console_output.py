@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT
-from launching import environment, program, run_program, torchrun
+from launching import environment, program, run_population, run_program, torchrun
 from PIL import Image
 
 SHORT = ("--epochs", "2", "--model.name", "resnet8")
@@ -72,10 +72,9 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_batch_log_has_plain_lines_and_each_warning_once(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(MODEL_WITH_WARNING)
     run = tmp_path / "run"
-    command = torchrun(2, run, "--epochs", "1", "--model.name", "odd:network")
-    done = run_program(command, timeout=150, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.status == 0, done
-    output = done.output + done.errors
+    options = ("--epochs", "1", "--model.name", "odd:network")
+    ends = run_population(2, run, *options, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    output = "".join(done.output + done.errors for done in ends)
     assert "\r" not in output
     assert "\x1b" not in output
     assert output.count("this network is odd") == 1
@@ -89,11 +88,10 @@ def test_more_loader_workers_than_cores_are_one_warning(tmp_path: Path) -> None:
         (tmp_path / split / "cat").mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / split / "cat" / "0.jpg")
     data = ("--data.name", "imagefolder", "--data.root", str(tmp_path), "--data.image_size", "16")
-    command = torchrun(2, tmp_path / "run", "--epochs", "1", *SHORT[2:], *data)
-    done = run_program([*command, "--data.workers", "1"], timeout=150, SLURM_CPUS_ON_NODE="1")
-    assert done.status == 0, done
+    options = ("--epochs", "1", *SHORT[2:], *data, "--data.workers", "1")
+    ends = run_population(2, tmp_path / "run", *options, SLURM_CPUS_ON_NODE="1")
     warning = "on this machine: 2 (data.workers 1 in each of 2 processes), cores: 1; lower"
-    assert (done.output + done.errors).count(warning) == 1
+    assert "".join(done.output + done.errors for done in ends).count(warning) == 1
 
 
 def test_first_lines_describe_the_run(pair: Path) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import programs
 from launching import (
     PROMPT_SECONDS,
     Train,
-    by_hand,
+    end_population,
     error_line,
     program,
     running,
@@ -159,8 +158,7 @@ def test_all_replicas_of_a_refused_job_name_the_holder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     lease = Lease(RunDirectory(run, job=1).lease, holder=this_process())
     lease.acquire()
-    arguments = program(run, *job(1), "--runtime.replicas", "2")[3:]
-    ends = programs(arguments, by_hand(2), limit=PROMPT_SECONDS + 10)
+    ends = end_population(2, run, *job(1), "--runtime.replicas", "2", limit=PROMPT_SECONDS + 10)
     lease.release()
     for done in ends:
         error_line(done, f"is in use by process {os.getpid()} on ")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Done, programs
-from launching import environment, program, run_population
+from launching import Done, program, run_population, run_program
 from reading import assert_same_bits, metrics, optimizer_tensors, summary
 
 TINY = (
@@ -30,9 +29,8 @@ METHODS = {
 def run_job(run: Path, network: int, *options: str, **more: str) -> Done:
     """Run the job of one network, numbered as a task of a Slurm array."""
     tests = Path(__file__).parents[1]
-    place = environment(SLURM_ARRAY_TASK_ID=str(network), PYTHONPATH=str(tests), **more)
-    (done,) = programs(program(run, *options)[3:], [place], limit=150)
-    return done
+    place = {"SLURM_ARRAY_TASK_ID": str(network), "PYTHONPATH": str(tests), **more}
+    return run_program(program(run, *options), timeout=150, **place)
 
 
 def run_jobs(

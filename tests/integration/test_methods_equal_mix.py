@@ -1,4 +1,4 @@
-"""Each method with two and four real processes equals `mix` in one process, and resumes exactly."""
+"""Each method with real processes equals `mix` in one process, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import run_population, run_program, torchrun
+from launching import run_population
 from reading import assert_same_bits, checkpoint
 from torch import Tensor
 
@@ -135,15 +135,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-TESTED_ELSEWHERE = ("graft", "exponential", "average", "papa", "papa-pairs", "wash")
-"""With two networks, test_methods.py and test_resume.py train and resume these methods, and
-tests/distributed compares them with `mix`."""
-CASES = [
-    *((2, name) for name in METHODS if name not in TESTED_ELSEWHERE),
-    *((4, name) for name in METHODS),
-]
-
-
 @pytest.fixture(scope="module")
 def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Return a function that trains K networks for two epochs without rounds, once per K."""
@@ -157,15 +148,9 @@ def independent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
     return runs
 
 
-def trained(
-    networks: int, run: Path, *options: str, launcher: bool = False
-) -> list[dict[str, Any]]:
+def trained(networks: int, run: Path, *options: str) -> list[dict[str, Any]]:
     """Train for two epochs; returns the final checkpoint of each network."""
-    if launcher:
-        done = run_program(torchrun(networks, run, *TINY, *options, "--epochs", "2"), timeout=150)
-        assert done.status == 0, done
-    else:
-        run_population(networks, run, *TINY, *options, "--epochs", "2")
+    run_population(networks, run, *TINY, *options, "--epochs", "2")
     return [checkpoint(run, 2, network) for network in range(networks)]
 
 
@@ -174,12 +159,14 @@ def models(run: Path, epoch: int, networks: int) -> list[State]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("networks", "name"), CASES)
+@pytest.mark.parametrize(
+    ("networks", "name"), [(2 if name in ("noise", "internal") else 4, name) for name in METHODS]
+)
 def test_run_equals_mix_and_resumes(
     networks: int, name: str, independent: Callable[[int], Path], tmp_path: Path
 ) -> None:
     method, without_rounds, run = METHODS[name], independent(networks), tmp_path / "run"
-    uninterrupted = trained(networks, run, *method.options, launcher=name == "graft")
+    uninterrupted = trained(networks, run, *method.options)
 
     before = models(without_rounds, method.epochs_before, networks)
     expected_states = method.first_round(
@@ -203,10 +190,8 @@ def test_run_equals_mix_and_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("networks", [2, 4])
-def test_distillation_with_grafting(
-    networks: int, independent: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_distillation_with_grafting(independent: Callable[[int], Path], tmp_path: Path) -> None:
+    networks = 2
     without_rounds = independent(networks)
     teacher = without_rounds / "checkpoints/epoch_0002/network00.pt"
     distill = ("--distill.teachers", f"[{teacher}]")

@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         wait_until(checkpoint_is_complete(resumed, 1), "the first checkpoint", meanwhile=[launcher])
         workers = children(launcher)
         launcher.kill()
-        launcher.wait()
+        launcher.communicate()
     assert len(workers) == 3
     orphans = [pid for pid in workers if is_alive(pid)]
     try:

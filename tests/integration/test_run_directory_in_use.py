@@ -7,12 +7,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from harness import programs
 from launching import (
     ERROR,
     PROMPT_SECONDS,
     Train,
-    by_hand,
+    end_population,
     error_line,
     program,
     running,
@@ -43,7 +42,7 @@ def test_a_second_launch_is_refused_and_names_the_first(tmp_path: Path, train: T
         assert first.poll() is None
         assert "in use" not in log.read_text()
         first.kill()
-        first.wait()
+        first.communicate()
     assert train(run, *SHORT, *endless, "--resume", "must").status == 1  # no checkpoint
     (run / "config.yaml").unlink()
     assert train(run, *SHORT).status == 0
@@ -53,8 +52,7 @@ def test_a_second_launch_is_refused_and_names_the_first(tmp_path: Path, train: T
 @pytest.mark.usefixtures("other_run")
 def test_all_ranks_of_a_refused_run_exit_and_write_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = program(run, *SHORT)[3:]
-    ends = programs(arguments, by_hand(2), limit=PROMPT_SECONDS + 10)
+    ends = end_population(2, run, *SHORT, limit=PROMPT_SECONDS + 10)
     for rank, done in enumerate(ends):
         assert done.status == 1
         assert f"{run} is in use by process {os.getpid()} on " in error_line(done)

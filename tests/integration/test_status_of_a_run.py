@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from launching import children, running, torchrun, wait_for_end, wait_until
+from launching import program, running, wait_for_end, wait_until
 from reading import summary
 
 from dist_graft.analysis.run_files import read_run
@@ -48,41 +47,41 @@ def test_run_is_stopped_resumed_and_killed(tmp_path: Path) -> None:
         steps = [row["phase"] != "starting" and row["epochs_finished"] for row in rows]
         return seen["state"] == "running" and len(rows) == 2 and all(steps)
 
-    with running([torchrun(2, path, *LONG)]) as (launcher,):
-        wait_until(is_training, "two networks that train", meanwhile=[launcher])
+    with running([program(path, *LONG)] * 2) as processes:
+        wait_until(is_training, "two networks that train", meanwhile=processes)
         assert status_of(path)["seconds_left"] > 0
         (path / "STOP").touch()
-        wait_for_end(launcher, 60)
+        for process in processes:
+            wait_for_end(process, 60)
     seen = status_of(path)
     assert seen["state"] == "stopped"
     assert "rerun the command to resume from" in seen["words"]
     assert [row["phase"] for row in seen["networks"]] == ["stopped", "stopped"]
 
-    with running([torchrun(2, path, *LONG)]) as (launcher,):
-        wait_until(is_training, "the same two", meanwhile=[launcher])
+    with running([program(path, *LONG)] * 2) as processes:
+        wait_until(is_training, "the same two", meanwhile=processes)
         before = status_of(path)
-        pids = children(launcher)
-        for pid in pids:  # else one may report that the launcher's store is gone
-            os.kill(pid, signal.SIGSTOP)
-        launcher.kill()
+        for process in processes:  # else one may report that the other is gone
+            process.send_signal(signal.SIGSTOP)
+        for process in processes:
+            process.kill()
         wait_until(lambda: status_of(path)["state"] == "died", "their death to be noticed")
     assert status_of(path)["words"].startswith("died: last heartbeat of networks 0, 1")
     assert before["latest_checkpoint"]
-    assert len(pids) == 2
 
 
 def test_failed_run_names_the_network(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with running([torchrun(2, path, *LONG)]) as (launcher,):
+    with running([program(path, *LONG)] * 2) as (first, second):
         wait_until(
             lambda: (
                 bool(status_of(path)["networks"])
                 and status_of(path)["networks"][0]["epochs_finished"]
             ),
             "an epoch",
-            meanwhile=[launcher],
+            meanwhile=[first, second],
         )
-        os.kill(children(launcher)[1], signal.SIGKILL)
-        wait_for_end(launcher, 90)
+        second.kill()
+        wait_for_end(first, 90)
         wait_until(lambda: status_of(path)["state"] in ("failed", "died"), "an end")
     assert "network 1" in status_of(path)["words"]

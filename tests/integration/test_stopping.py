@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from launching import (
+    Process,
     checkpoint_is_complete,
     children,
-    is_alive,
+    program,
     run_population,
     running,
     torchrun,
@@ -33,24 +32,22 @@ OPTIONS = (
     *("--epochs", "3", "--data.train_samples", "512", "--data.batch_size", "16"),
     *("--graft.every_steps", "7", "--optim.accumulation", "2", "--optim.warmup_epochs", "0.5"),
 )
-Launcher = subprocess.Popen[str]
 
 
-def signal_repeatedly(launcher: Launcher, _: Path) -> None:
+def signal_repeatedly(processes: list[Process], _: Path) -> None:
     """Send SIGUSR1, which the run reports, and then all signals until the process has exited."""
-    worker = children(launcher)[1]
-    os.kill(worker, signal.SIGUSR1)
+    process = processes[1]
+    process.send_signal(signal.SIGUSR1)
     for number in itertools.cycle(SIGNALS):
         time.sleep(0.05)  # signals that are pending together have no order
-        if not is_alive(worker):
+        if process.poll() is not None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, number)
+        process.send_signal(number)
 
 
-STOP_REQUESTS: dict[str, Callable[[Launcher, Path], None]] = {
+STOP_REQUESTS: dict[str, Callable[[list[Process], Path], None]] = {
     "SIGUSR1, and more while saving": signal_repeatedly,
-    "SIGTERM to the launcher": lambda launcher, _: launcher.terminate(),
+    "SIGTERM to the launcher": lambda processes, _: processes[0].terminate(),
     "STOP": lambda _, run: (run / "STOP").touch(),
 }
 
@@ -69,15 +66,20 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
 ) -> None:
     run = tmp_path / "run"
     first = run / "network00/metrics.jsonl"
-    with running([torchrun(2, run, *OPTIONS)]) as (launcher,):
+    launched = "SIGUSR1" not in request_
+    command = torchrun(2, run, *OPTIONS, restarts=3) if launched else program(run, *OPTIONS)
+    with running([command] if launched else [command] * 2) as processes:
         wait_until(
-            lambda: first.exists() and "\n" in first.read_text(), "epoch 1", meanwhile=[launcher]
+            lambda: first.exists() and "\n" in first.read_text(), "epoch 1", meanwhile=processes
         )
-        STOP_REQUESTS[request_](launcher, run)
-        done = wait_for_end(launcher, 25)
-    assert done.status == 1  # of torchrun; each process exits with 75
+        STOP_REQUESTS[request_](processes, run)
+        ends = [wait_for_end(process, 25) for process in processes]
     name = re.split("[ ,]", request_)[0]
-    assert "stopped early by " in done.errors
+    for done in ends:
+        assert done.status == (1 if launched else 75)
+        assert "stopped early by " in done.errors
+        assert "the launcher started it again" not in done.errors
+    assert (run / "network00/log.txt").read_text().count("epochs 1 to 3") == 1
     for network in (0, 1):
         (line,) = (run / f"network{network:02d}/log.txt").read_text().splitlines()[-1:]
         assert "stopped early by " in line
@@ -115,7 +117,7 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
 @pytest.mark.slow
 def test_nothing_is_saved_if_a_peer_died(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with running([torchrun(3, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
+    with running([torchrun(2, run, *OPTIONS, "--epochs", "50")]) as (launcher,):
         wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=[launcher])
         os.kill(children(launcher)[1], signal.SIGKILL)
         done = wait_for_end(launcher, 20)

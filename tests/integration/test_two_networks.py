@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PAIR, SMALL, run_program, torchrun
+from launching import PAIR, SMALL, run_population
 from reading import (
     assert_same_bits,
     checkpoint,
@@ -392,7 +392,6 @@ def test_rerunning_a_finished_run_changes_nothing(pair: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     shutil.copytree(pair, run)
     before = contents(run, without=("log.txt", "status.json"))
-    done = run_program(torchrun(2, run, *PAIR), timeout=150)
-    assert done.status == 0, done
+    done, _ = run_population(2, run, *PAIR)
     assert f"{run} is complete" in done.output
     assert contents(run, without=("log.txt", "status.json")) == before

@@ -28,14 +28,18 @@ PLAN = """
 name: tiny
 recipe:
   epochs: 2
-  data: {train_samples: 64, test_samples: 50, batch_size: 32}
+  data: {name: fashion-mini, train_samples: 64, test_samples: 50, batch_size: 32}
+  model: {name: resnet8}
   monitor: {tensorboard: false}
-methods: [graft]
+  runtime: {threads: 1}
+methods: [graft, average]
 networks: [2]
-seeds: [0, 1]
+seeds: [0]
 tuning: none
 leave_out: [one_network, constant, shuffled]
+baselines: [branches, snapshots, distilled]
 """
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def worker_commands(folder: Path) -> list[str]:
@@ -58,92 +62,16 @@ def wait_for(condition, seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_interrupted_comparison_resumes(tmp_path: Path) -> None:
-    plan_path, out = tmp_path / "plan.yaml", tmp_path / "out"
-    plan_path.write_text(PLAN)
-    plan = read_plan(plan_path)
-    runs = study_state(plan).comparison_runs
-    folders = [out / "runs" / f"k2-seed{run.seed}-{run.key}" for run in runs]
-    command = [sys.executable, "-m", "dist_graft", "compare", str(plan_path), "--out", str(out)]
-
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for((folders[0] / "network01" / "metrics.jsonl").exists)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 143
-    assert errors.strip().splitlines() == [
-        "dist-graft: error: stopped by SIGTERM in graft, 2 networks, seed 0, after 0 of 4 runs "
-        "(comparison): rerun the command to resume"
-    ]
-    wait_for(lambda: not worker_commands(out), 10)
-    assert not (out / "results.csv").exists()
-    assert (out / "plan.yaml").exists()
-
-    folders[3].mkdir()
-    (folders[3] / "config.yaml").write_text("not a run")
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert ended.returncode == 1, ended.stderr
-    line = f"{folders[3]}/config.yaml cannot be read"
-    (error,) = ended.stderr.strip().splitlines()
-    assert error.startswith("dist-graft: error: 1 of 4 runs failed, the first with: ")
-    assert line in error
-
-    results = Results(out)
-    rows = results.rows.loc[[run.key for run in runs]]
-    assert rows["status"].tolist() == ["ok", "ok", "ok", "failed"]
-    assert line in rows.loc[runs[3].key, "error"]
-    for run, folder in zip(runs[:3], folders, strict=False):
-        evaluation = json.loads((folder / "evaluation.json").read_text())
-        row = rows.loc[run.key]
-        last = evaluation["members"][-1]["test_accuracy_reestimated"]
-        assert row["largest_lr_member"] == pytest.approx(last)
-        mean = evaluation["mean_test_accuracy_reestimated"]
-        assert row["delivered"] == pytest.approx(mean)
-        assert row["images_seen"] == 2 * 2 * 64
-        assert row["steps"] == 4
-        assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy_reestimated"])
-        soup = evaluation["uniform_soup"]["batch_norm_reestimated"]
-        assert row["uniform_soup"] == pytest.approx(soup)
-        assert row["filters"] == 688  # of ResNet-20 without shortcut convolutions
-        assert row["error"] == ""
-        assert (results.curves["key"] == run.key).sum() == 2
-        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["epoch_0002"]
-        assert row["core_seconds"] > 1
-    log = (folders[0] / "network00" / "log.txt").read_text()
-    assert log.count("epoch 2/2") == 1
-    assert "graft, 2 networks, compared with no exchange: " in ended.stdout
-    report = (out / "report.html").read_text()
-    assert all(key in report for key in rows.index)
-    assert (out / "pictures" / "primary.png").stat().st_size < 150_000
-
-
-BASELINES = """
-name: tiny
-recipe:
-  epochs: 2
-  data: {name: fashion-mini, train_samples: 64, test_samples: 50, batch_size: 32}
-  model: {name: resnet8}
-  monitor: {tensorboard: false}
-  runtime: {threads: 1}
-methods: [graft]
-networks: [2]
-seeds: [0]
-tuning: none
-leave_out: [one_network, constant, shuffled]
-baselines: [branches, snapshots, distilled]
-"""
-
-
 @dataclass
 class Compared:
-    """A finished comparison of the baselines that are trained in stages."""
+    """A finished comparison that was interrupted in its first run; the run of average failed."""
 
     out: Path
     results: Results
     runs: dict[str, Run]
     """By the name of the arm."""
+    interrupted: subprocess.CompletedProcess[str]
+    ended: subprocess.CompletedProcess[str]
 
     def row(self, name: str) -> Any:
         return self.results.rows.loc[self.runs[name].key]
@@ -154,22 +82,71 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    path = tmp_path_factory.mktemp("baselines") / "plan.yaml"
-    path.write_text(BASELINES)
+    path = tmp_path_factory.mktemp("compared") / "plan.yaml"
+    path.write_text(PLAN)
     out = path.parent / "out"
+    runs = {run.arm.name: run for run in study_state(read_plan(path)).comparison_runs}
     command = [sys.executable, "-m", "dist_graft", "compare", str(path), "--out", str(out)]
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for((run_folder(runs["graft"], out) / "network01" / "metrics.jsonl").exists)
+    os.kill(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=300)
+    interrupted = subprocess.CompletedProcess(command, process.returncode, output, errors)
+    wait_for(lambda: not worker_commands(out), 10)
+    assert not (out / "results.csv").exists()
+    assert (out / "plan.yaml").exists()
+
+    broken = run_folder(runs["average"], out)
+    broken.mkdir()
+    (broken / "config.yaml").write_text("not a run")
     ended = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert (out / "report.html").exists()
-    results = Results(out)
-    assert set(results.rows["status"]) == {"ok"}
-    assert set(results.rows["error"]) == {""}
-    runs = study_state(read_plan(path)).comparison_runs
-    return Compared(out, results, {run.arm.name: run for run in runs})
+    return Compared(out, Results(out), runs, interrupted, ended)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+def test_interrupted_comparison_resumes(compared: Compared) -> None:
+    out, ended, count = compared.out, compared.ended, len(compared.runs)
+    assert compared.interrupted.returncode == 143
+    assert compared.interrupted.stderr.strip().splitlines() == [
+        "dist-graft: error: stopped by SIGTERM in graft, 2 networks, seed 0, after 0 of "
+        f"{count} runs (comparison): rerun the command to resume"
+    ]
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    line = f"{compared.folder('average')}/config.yaml cannot be read"
+    (error,) = ended.stderr.strip().splitlines()
+    assert error.startswith(f"dist-graft: error: 1 of {count} runs failed, the first with: ")
+    assert line in error
+
+    rows = compared.results.rows
+    statuses = {name: compared.row(name)["status"] for name in compared.runs}
+    assert statuses == dict.fromkeys(compared.runs, "ok") | {"average": "failed"}
+    assert line in compared.row("average")["error"]
+    assert set(rows["error"][rows["status"] == "ok"]) == {""}
+    for name in ("graft", "no exchange"):
+        row, folder = compared.row(name), compared.folder(name)
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        last = evaluation["members"][-1]["test_accuracy_reestimated"]
+        assert row["largest_lr_member"] == pytest.approx(last)
+        mean = evaluation["mean_test_accuracy_reestimated"]
+        assert row["delivered"] == pytest.approx(mean)
+        assert row["images_seen"] == 2 * 2 * 64
+        assert row["steps"] == 4
+        assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy_reestimated"])
+        soup = evaluation["uniform_soup"]["batch_norm_reestimated"]
+        assert row["uniform_soup"] == pytest.approx(soup)
+        assert row["filters"] == 240  # of ResNet-8 without shortcut convolutions
+        curves = compared.results.curves
+        assert (curves["key"] == row.name).sum() == 2
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["epoch_0002"]
+        assert row["core_seconds"] > 1
+    log = (compared.folder("graft") / "network00" / "log.txt").read_text()
+    assert log.count("epoch 2/2") == 1
+    assert "graft, 2 networks, compared with no exchange: " in ended.stdout
+    report = (out / "report.html").read_text()
+    assert all(key in report for key in rows.index)
+    assert (out / "pictures" / "primary.png").stat().st_size < 150_000
+
+
 def test_branches_continue_one_network(compared: Compared) -> None:
     name = "2 branches of one network after 1 of 2 epochs"
     row, folder = compared.row(name), compared.folder(name)
@@ -184,8 +161,6 @@ def test_branches_continue_one_network(compared: Compared) -> None:
     assert [len(metrics(folder, network)) for network in (0, 1)] == [1, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_barrier_before_the_last_round(compared: Compared) -> None:
     graft, measured = compared.row("graft"), compared.results.rows["barrier_before"].notna()
     assert graft["barrier"] == pytest.approx(0, abs=1e-5), "both networks are equal"
@@ -201,8 +176,6 @@ def test_barrier_before_the_last_round(compared: Compared) -> None:
         torch.testing.assert_close(after, kept * own + (1 - kept) * donor)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_snapshots_of_one_network(compared: Compared) -> None:
     name = "snapshot ensemble of one network, 2 x epochs in 2 cycles"
     row, folder = compared.row(name), compared.folder(name)
@@ -218,8 +191,6 @@ def test_snapshots_of_one_network(compared: Compared) -> None:
     assert "snapshot ensemble" not in section
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_network_distilled_from_the_members(compared: Compared) -> None:
     name, members = "distilled from 2 members into one network", compared.folder("no exchange")
     row, folder = compared.row(name), compared.folder(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,12 @@ import torch
 from launching import (
     PROMPT_SECONDS,
     checkpoint_is_complete,
-    children,
+    end_population,
     error_line,
-    faulty,
     program,
     run_population,
-    run_program,
     run_programs,
     running,
-    torchrun,
     wait_for_end,
     wait_until,
 )
@@ -85,33 +81,31 @@ def test_replicas_change_only_the_order_of_sums(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("networks", "number"), [(2, 2), (1, 3)])
-def test_stopped_or_killed_run_resumes_exactly(networks: int, number: int, tmp_path: Path) -> None:
+def test_stopped_and_killed_run_resumes_exactly(networks: int, number: int, tmp_path: Path) -> None:
     """With batch norm: inside an epoch, its statistics differ between the processes."""
     processes = networks * number
-    names = ("uninterrupted", "stopped", "killed")
-    uninterrupted, stopped, killed = (tmp_path / name for name in names)
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     options = (*LONG, *replicas(number))
     run_population(processes, uninterrupted, *options)
 
-    with running([torchrun(processes, stopped, *options)]) as (launcher,):
-        wait_until(checkpoint_is_complete(stopped, 1), "the first checkpoint", meanwhile=[launcher])
-        os.kill(children(launcher)[processes - 1], signal.SIGUSR1)
-        done = wait_for_end(launcher, 25)
-    assert "stopped early by SIGUSR1" in done.errors, done
-    assert list(stopped.glob("checkpoints/epoch_000[12]_round_*/COMPLETE.json"))
-    run_population(processes, stopped, *options)
+    with running([program(run, *options)] * processes) as started:
+        wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=started)
+        started[-1].send_signal(signal.SIGUSR1)
+        ends = [wait_for_end(process, 25) for process in started]
+    for done in ends:
+        assert done.status == 75
+        assert "stopped early by SIGUSR1" in done.errors
+    assert list(run.glob("checkpoints/epoch_000[12]_round_*/COMPLETE.json"))
 
-    command = faulty(processes, killed, f"kill {processes - 1} 50", *options, restarts=1)
-    done = run_program(command, timeout=200)
-    assert done.status == 0, done
-    assert f"network {networks - 1} (replica {number - 1}, rank {processes - 1} on " in done.errors
+    survivor, *_ = end_population(processes, run, *options, faults=f"kill {processes - 1} 15")
+    last = f"network {networks - 1} (replica {number - 1}, rank {processes - 1} on "
+    error_line(survivor, last)
+    run_population(processes, run, *options)
 
     for network in range(networks):
-        expected = checkpoint(uninterrupted, EPOCHS, network)
-        for run in (stopped, killed):
-            resumed = checkpoint(run, EPOCHS, network)
-            assert_same_bits(expected["model"], resumed["model"])
-            assert expected["round"] == resumed["round"]
+        expected, resumed = (checkpoint(each, EPOCHS, network) for each in (uninterrupted, run))
+        assert_same_bits(expected["model"], resumed["model"])
+        assert expected["round"] == resumed["round"]
 
 
 def test_uneven_number_of_processes_is_refused(tmp_path: Path) -> None:
@@ -125,7 +119,7 @@ def test_uneven_number_of_processes_is_refused(tmp_path: Path) -> None:
 def test_resume_with_other_replicas_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--model.name", "resnet8", "--epochs", "1")
-    assert run_program([sys.executable, *program(run, *options)[1:]], timeout=60).status == 0
+    run_population(1, run, *options)
     ends = run_programs([program(run, *options, *replicas(2))] * 2, timeout=PROMPT_SECONDS)
     error_line(ends[0], "runtime.replicas was 1 and is now 2", "choose another run_dir")
     assert all(done.status for done in ends)

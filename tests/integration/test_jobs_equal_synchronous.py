@@ -85,8 +85,6 @@ def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
     ("networks", "method", "ends"),
     [
         pytest.param(3, "graft", {1: ["7:kill"]}, id="graft-3-killed"),
-        pytest.param(2, "papa", {}, id="papa-2"),
-        pytest.param(2, "graft", {}, id="graft-2", marks=pytest.mark.slow),
         pytest.param(2, "qsr", {0: ["7:kill"]}, id="qsr-2-killed", marks=pytest.mark.slow),
         pytest.param(
             4,

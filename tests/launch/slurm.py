@@ -16,7 +16,7 @@ from pathlib import Path
 from debian import cannot, need
 from launching import environment, free_port, is_alive, wait_until
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+PROGRAMS = ("taskset", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _CONFIGURATION = """
 ClusterName=two
 GresTypes=gpu
@@ -58,7 +58,7 @@ def need_slurm() -> None:
     """Install Slurm if it is missing; if that fails, fail in CI and skip elsewhere."""
     if os.geteuid():
         cannot("a Slurm of our own needs root")
-    need(PROGRAMS, ("slurm-wlm", "munge"))
+    need(PROGRAMS, ("slurm-wlm", "munge", "util-linux"))
 
 
 class Slurm:
@@ -171,9 +171,11 @@ class Slurm:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*.log")))
 
     def _daemon(self, name: str, *options: str, program: str = "") -> None:
+        """Start a daemon on one core, which its jobs inherit: other tests have the others."""
+        core = ("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
         with (self.folder / f"{name}.out").open("ab") as output:
             self._daemons[name] = subprocess.Popen(
-                [program or name, *options],
+                [*core, program or name, *options],
                 env=self._environment,
                 stdout=output,
                 stderr=output,

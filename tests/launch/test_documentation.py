@@ -32,9 +32,16 @@ from documents import (
     prose_of,
     text_of,
 )
-from launching import checkpoint_is_complete, environment, running, wait_for_end, wait_until
+from launching import (
+    checkpoint_is_complete,
+    environment,
+    run_programs,
+    running,
+    wait_for_end,
+    wait_until,
+)
 from PIL import Image
-from reading import assert_same_bits, checkpoint, metrics, scalars
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary
 from torchvision.models import get_model, get_model_weights
 
 import dist_graft
@@ -257,9 +264,8 @@ def test_a_file_of_the_documentation(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(block.text)
     module = name.removesuffix(".py")
     command = next(line for line in commands(block.document) if f" {module}:" in line)
-    program, *words = shlex.split(command)
-    launcher = {"torchrun": ["torch.distributed.run"], "dist-graft": ["dist_graft"]}[program]
-    run_python(tmp_path, "-m", *launcher, *words, *options, "--runtime.device", "cpu")
+    networks, words = words_of(command)
+    train(tmp_path, networks, *words, *options)
     check(tmp_path / "runs" / module)
 
 
@@ -327,7 +333,7 @@ def test_the_commands_of_a_page(page: str, tmp_path: Path) -> None:
         if block.document == document:
             (tmp_path / name).write_text(block.text)
     if "--init_from runs/first" in text_of(document):  # the run of docs/getting_started.md
-        train(tmp_path, "--run_dir", "runs/first", "--model.name", "resnet20", *SMALL)
+        train(tmp_path, 1, "--run_dir", "runs/first", "--model.name", "resnet20", *SMALL)
     (tmp_path / "stop_once.py").write_text(STOP_ONCE)
     followed = []
     for command in commands(document):
@@ -335,16 +341,13 @@ def test_the_commands_of_a_page(page: str, tmp_path: Path) -> None:
         if words is None or words[0] != "train" or "--run_dir" not in words:
             continue
         run = tmp_path / words[words.index("--run_dir") + 1]
-        options = [*words[1:], *PAGES[page][run.name], "--epochs", "3"]
-        options += ["--callbacks", "stop_once:StopOnce"]
-        train(tmp_path, *options, status=75)
+        networks, options = words_of(command)
+        options += [*PAGES[page][run.name], "--epochs", "3", "--callbacks", "stop_once:StopOnce"]
+        train(tmp_path, networks, *options, status=75)
         assert not (run / "summary.json").exists()
-        train(tmp_path, *options)
+        train(tmp_path, networks, *options)
         followed.append(run.name)
-        networks = len(list(run.glob("network??")))
-        assert networks == (
-            int(words[words.index("--networks") + 1]) if "--networks" in words else 1
-        )
+        assert len(list(run.glob("network??"))) == networks
         for network in range(networks):
             assert [line["epoch"] for line in metrics(run, network)] == [0, 1, 2]
             assert scalars(run / f"network{network:02d}")["accuracy/test"].keys() == {0, 1, 2}
@@ -354,11 +357,23 @@ def test_the_commands_of_a_page(page: str, tmp_path: Path) -> None:
     assert followed == list(PAGES[page])
 
 
-def train(folder: Path, *options: str, status: int = 0) -> None:
-    """Run `dist-graft train` in the folder."""
+def train(folder: Path, networks: int, *options: str, status: int = 0) -> None:
+    """Run `dist-graft train` in the folder, with a process for each network."""
     words = ("--runtime.device", "cpu", "--runtime.threads", "1")
-    command = ("-m", "dist_graft", "train", *options, *words)
-    run_python(folder, *command, status=status, limit=600, TORCH_HOME="cache")
+    command = [sys.executable, "-m", "dist_graft", "train", *options, *words]
+    place = {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder / "cache")}
+    for done in run_programs([command] * networks, timeout=600, cwd=folder, **place):
+        assert done.status == status, done
+
+
+def words_of(command: str) -> tuple[int, list[str]]:
+    """Number of networks and options of a command that trains."""
+    program, train, *options = shlex.split(command)
+    assert (program, train) == ("dist-graft", "train")
+    if "--networks" not in options:
+        return 1, options
+    at = options.index("--networks")
+    return int(options[at + 1]), options[:at] + options[at + 2 :]
 
 
 # Python code of the pages, in two processes.
@@ -484,8 +499,11 @@ def test_the_regression_example(tmp_path: Path) -> None:
     path = ROOT / "docs/examples/regression.py"
     assert len(path.read_text().splitlines()) < 60
     run_python(tmp_path, str(path))
+    run = tmp_path / "runs/regression"
     for network in (0, 1):
-        assert metrics(tmp_path / "runs/regression", network)[-1]["test_absolute_error"] < 0.2
+        errors = [line["test_absolute_error"] for line in metrics(run, network)]
+        assert errors[-1] < min(0.2, errors[0])
+    assert summary(run)["metric"] == "absolute_error"
 
 
 def _with_status_of_a_stop(program: str) -> str:
@@ -518,14 +536,16 @@ def test_the_segmentation_page(tmp_path: Path) -> None:
     (line,) = done.errors.splitlines()
     assert line.startswith("stopped early by the file")
     assert not (stopped / "summary.json").exists()
-    run_python(stopped.parents[1], "segmentation.py", limit=600)
+    assert "resumed from" in run_python(stopped.parents[1], "segmentation.py", limit=600)
     run_python(straight.parents[1], "segmentation.py", limit=600)
+    assert summary(stopped)["metric"] == "iou"
     for network in (0, 1):
         one, other = (checkpoint(run, 4, network)["model"] for run in (straight, stopped))
         assert_same_bits(one, other)
         lines = metrics(stopped, network)
         assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
         assert 0.3 <= lines[-1]["test_iou"] <= 1
+        assert lines[-1]["test_iou"] > lines[0]["test_iou"]
         board = scalars(stopped / f"network{network:02d}")
         assert board["iou/test"] == {
             n: pytest.approx(line["test_iou"]) for n, line in enumerate(lines)

@@ -15,7 +15,7 @@ from launching import run_population
 from reading import assert_same_bits, checkpoint
 from torch import Tensor
 
-from dist_graft import Average, Graft, Papa, Wash, graft_units, mix
+from dist_graft import Graft, Papa, Wash, graft_units, mix
 from dist_graft.config import ModelConfig
 from dist_graft.grafting.reactivation import graft_internal, graft_noise, noise_deviation
 from dist_graft.grafting.rules.base import Rule
@@ -82,8 +82,9 @@ def self_grafting(source: str) -> Method:
     return Method(specify_self_grafting(source), ("--graft.source", source, *options))
 
 
+# Two networks that graft: test_two_networks.py. Rules without random numbers, between processes:
+# tests/distributed/test_rules_between_processes.py.
 METHODS: dict[str, Method] = {
-    "graft": Method(specify_rule(Graft()), ("--method", "graft")),
     "exponential": Method(
         specify_rule(Graft(topology="exponential", criterion="filter_entropy")),
         (
@@ -99,9 +100,6 @@ METHODS: dict[str, Method] = {
         ),
         epochs_before=2,
     ),
-    "constant": Method(
-        specify_rule(Graft(criterion="constant")), ("--graft.criterion", "constant")
-    ),
     "shuffled": Method(
         specify_rule(Graft(criterion="shuffled", seed=SEED)),
         (
@@ -116,7 +114,6 @@ METHODS: dict[str, Method] = {
     ),
     "noise": self_grafting("noise"),
     "internal": self_grafting("internal"),
-    "average": Method(specify_rule(Average()), ("--method", "average")),
     "papa": Method(
         specify_rule(Papa(beta=0.9, seed=SEED)),
         ("--method", "papa", "--papa.beta", "0.9", "--papa.every_steps", STEPS_PER_EPOCH),

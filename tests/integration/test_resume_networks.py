@@ -86,19 +86,11 @@ def test_more_networks(three: Path, tmp_path: Path) -> None:
     assert_equal_ends(run, by_hand(three, tmp_path / "by hand", states), 3)
 
 
-@pytest.mark.parametrize(
-    ("networks", "says"),
-    [
-        ("[0,3]", "resume_networks names network 3, but"),
-        ("[0,1,2]", "resume_networks names 3 networks, but 2 were started: start at least 3"),
-    ],
-)
-def test_what_does_not_fit_is_refused(
-    three: Path, tmp_path: Path, networks: str, says: str
-) -> None:
+def test_too_few_processes_are_refused(three: Path, tmp_path: Path) -> None:
+    """Other refusals: test_refused_starts.py."""
     run = shutil.copytree(three, tmp_path / "run")
-    ends = end_population(2, run, *LONGER, "--resume_networks", networks)
-    error_line(ends[0], says)
+    ends = end_population(2, run, *LONGER, "--resume_networks", "[0,1,2]")
+    error_line(ends[0], "resume_networks names 3 networks, but 2 were started: start at least 3")
     assert all(end.status for end in ends)
     assert not list(run.glob("before_*"))
     assert len(metrics(run, 2)) == 2

@@ -11,7 +11,6 @@ from launching import SMALL, Train, error_line, run_program
 from reading import (
     assert_same_bits,
     checkpoint,
-    contents,
     metrics,
     optimizer_tensors,
     scalars,
@@ -73,17 +72,6 @@ def test_additional_epochs_equal_one_run(
     assert [line["epoch"] for line in metrics(tmp_path / "extended", 0)] == [0, 1]
     assert list(scalars(tmp_path / "extended/network00")["accuracy/val"]) == [0, 1]
     assert "epochs: 2" in (tmp_path / "extended/config.yaml").read_text()
-
-
-def test_rerunning_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert train(run, "--epochs", "1").status == 0
-    before = contents(run, without=("log.txt", "status.json"))
-    done = train(run, "--epochs", "1")
-    assert done.status == 0
-    assert f"{run} is complete" in done.output
-    assert "1 epochs" in done.output
-    assert contents(run, without=("log.txt", "status.json")) == before
 
 
 def test_saved_configuration_starts_the_same_run(train: Train, tmp_path: Path) -> None:

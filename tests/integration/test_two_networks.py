@@ -393,5 +393,5 @@ def test_rerunning_a_finished_run_changes_nothing(pair: Path, tmp_path: Path) ->
     shutil.copytree(pair, run)
     before = contents(run, without=("log.txt", "status.json"))
     done, _ = run_population(2, run, *PAIR)
-    assert f"{run} is complete" in done.output
+    assert f"{run} is complete: 3 epochs" in done.output
     assert contents(run, without=("log.txt", "status.json")) == before

@@ -16,7 +16,10 @@ from pathlib import Path
 from debian import cannot, need
 from launching import environment, free_port, is_alive, wait_until
 
-PROGRAMS = ("taskset", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+PROGRAMS = (
+    *("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue"),
+    "taskset",
+)
 _CONFIGURATION = """
 ClusterName=two
 GresTypes=gpu

@@ -174,6 +174,7 @@ def _program(
     command: list[str], environment: dict[str, str], cwd: Path | None, *files: str
 ) -> None:
     """Entry point of the process of a `Program`."""
+    multiprocessing.set_start_method(None, force=True)  # of loader workers, as in any program
     os.environ.clear()
     os.environ.update(environment)
     if cwd:

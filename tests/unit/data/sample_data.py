@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dist_graft.training.data.sources import ImageSet
+from dist_graft.config import DataConfig
+from dist_graft.training.data.images import ResidentImages
+from dist_graft.training.data.order import SINGLE, Share
+from dist_graft.training.data.sources import DatasetInfo, ImageSet
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,3 +52,33 @@ class Noisy(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         noise = torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
         return self.first + index + noise, self.first + index
+
+
+def make_resident(
+    *,
+    seed: int = 0,
+    network: int = 0,
+    native_channels: int = 3,
+    channels_last: bool = False,
+    mean: float = 0.0,
+    std: float = 1 / 255,
+    share: Share = SINGLE,
+    **options: object,
+) -> ResidentImages:
+    """30 training images labeled 0 … 29 and 11 test images labeled 100 … 110, of 12 pixels."""
+    info = DatasetInfo(
+        num_classes=200,
+        mean=(mean,) * native_channels,
+        std=(std,) * native_channels,
+    )
+    return ResidentImages(
+        numbered(30, native_channels, 12),
+        numbered(11, native_channels, 12, first=100),
+        info,
+        DataConfig(**{"batch_size": 8, **options}),  # type: ignore[arg-type]
+        seed=seed,
+        network=network,
+        device=torch.device("cpu"),
+        channels_last=channels_last,
+        share=share,
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_data import same, targets
+from sample_data import make_resident, same, targets
 
 from dist_graft.errors import ConfigError
 from dist_graft.training.data import images
@@ -12,7 +12,7 @@ from dist_graft.training.data.images import grayscale
 from dist_graft.training.data.order import Share
 
 
-def test_shapes_types_and_sizes(make_resident):
+def test_shapes_types_and_sizes():
     data = make_resident(channels_last=True)
     assert (data.num_classes, data.channels, data.image_size) == (200, 3, 12)
     assert (data.train_size, data.steps_per_epoch, data.has_validation) == (30, 4, False)
@@ -25,11 +25,11 @@ def test_shapes_types_and_sizes(make_resident):
     assert classes.dtype == torch.int64
 
 
-def test_an_epoch_has_every_training_image_once(make_resident):
+def test_an_epoch_has_every_training_image_once():
     assert sorted(targets(make_resident().train_batches(0, 0, 4))) == list(range(30))
 
 
-def test_unaugmented_images_are_the_originals(make_resident):
+def test_unaugmented_images_are_the_originals():
     data = make_resident(augment=False)
     [*tested] = data.eval_batches("test")
     assert targets(tested) == list(range(100, 111))
@@ -41,7 +41,7 @@ def test_unaugmented_images_are_the_originals(make_resident):
         torch.testing.assert_close(images[number], torch.from_numpy(pixels).float())
 
 
-def test_each_sample_has_its_own_augmentation(make_resident):
+def test_each_sample_has_its_own_augmentation():
     plain = next(make_resident(augment=False).train_batches(0, 0, 1))[0]
     augmented = next(make_resident().train_batches(0, 0, 1))[0]
     corners = set()
@@ -71,9 +71,7 @@ def test_each_sample_has_its_own_augmentation(make_resident):
         {"share": Share(1, 2), "mixup": 0.5},
     ],
 )
-def test_batches_prepared_together_equal_those_prepared_one_by_one(
-    make_resident, monkeypatch, options
-):
+def test_batches_prepared_together_equal_those_prepared_one_by_one(monkeypatch, options):
     """An accelerator prepares several together, and from another step after an interruption."""
     single = list(make_resident(**options).train_batches(1, 0, 4))
     monkeypatch.setattr(images, "steps_at_once", lambda device, batch_bytes: 3)
@@ -87,14 +85,14 @@ def test_batches_prepared_together_equal_those_prepared_one_by_one(
                 assert all(tensor.storage_offset() == 0 for tensor in other)
 
 
-def test_every_test_image_once_in_fixed_order(make_resident):
+def test_every_test_image_once_in_fixed_order():
     data = make_resident(batch_size=4, test_samples=10)
     first, second = list(data.eval_batches("test")), list(data.eval_batches("test"))
     assert targets(first) == list(range(100, 110))
     assert same(first, second)
 
 
-def test_image_size_pads_with_normalized_black(make_resident):
+def test_image_size_pads_with_normalized_black():
     data = make_resident(image_size=17, mean=0.5, std=0.25)
     assert data.image_size == 17
     images = next(data.eval_batches("test"))[0]
@@ -107,12 +105,12 @@ def test_image_size_pads_with_normalized_black(make_resident):
     assert next(data.train_batches(0, 0, 1))[0].shape == (8, 3, 17, 17)
 
 
-def test_image_size_below_the_datasets(make_resident):
+def test_image_size_below_the_datasets():
     with pytest.raises(ConfigError, match=r"data\.image_size must be at least 12.*got 11"):
         make_resident(image_size=11)
 
 
-def test_grayscale_images_as_rgb(make_resident):
+def test_grayscale_images_as_rgb():
     data = make_resident(native_channels=1, channels=3)
     assert data.channels == 3
     images = next(data.train_batches(0, 0, 1))[0]
@@ -122,7 +120,7 @@ def test_grayscale_images_as_rgb(make_resident):
     assert torch.equal(images[:, :1], single)
 
 
-def test_rgb_images_as_grayscale(make_resident):
+def test_rgb_images_as_grayscale():
     data = make_resident(channels=1)
     assert data.channels == 1
     images = next(data.eval_batches("test"))[0]
@@ -146,9 +144,7 @@ NOISE = {"transform": "own_components:add_noise", "transform_kwargs": {"std": 2.
 class TestTransform:
     """data.transform."""
 
-    def test_draws_are_new_for_each_batch_and_network_and_the_same_when_resumed(
-        self, make_resident
-    ):
+    def test_draws_are_new_for_each_batch_and_network_and_the_same_when_resumed(self):
         def noise(first=0, epoch=0, **options):
             """What the transform adds to each batch from the first one on."""
             pairs = (
@@ -164,7 +160,7 @@ class TestTransform:
         others = [whole[1], *noise(network=1, seed=0)[:1], *noise(epoch=1)[:1], *noise(seed=1)[:1]]
         assert not any(torch.allclose(whole[0], other) for other in others)
 
-    def test_it_is_the_last_step_and_spares_evaluation(self, make_resident):
+    def test_it_is_the_last_step_and_spares_evaluation(self):
         mixed = {"mixup": 0.4, "random_erasing": 0.5}
         plain = next(make_resident(**mixed).train_batches(0, 0, 1))
         noisy = next(make_resident(**mixed, **NOISE).train_batches(0, 0, 1))
@@ -177,12 +173,12 @@ class TestTransform:
         tested = (list(make_resident(**more).eval_batches("test")) for more in (NOISE, {}))
         assert same(*tested)
 
-    def test_a_wrong_number_of_samples(self, make_resident):
+    def test_a_wrong_number_of_samples(self):
         data = make_resident(transform="own_components:drop_one")
         with pytest.raises(ConfigError, match=r"drop_one must return 8 samples, got 7"):
             next(data.train_batches(0, 0, 1))
 
-    def test_replicas_have_their_own_draws(self, make_resident):
+    def test_replicas_have_their_own_draws(self):
         def images(replica, **options):
             data = make_resident(share=Share(replica, 2), augment=False, **options)
             return next(data.train_batches(0, 0, 1))[0]

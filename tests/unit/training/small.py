@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,24 +11,24 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft import Callback, Trainer
-from dist_graft.config import OptimConfig, TrainConfig
+from dist_graft.config import DataConfig, OptimConfig, TrainConfig
 from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.population.runtime.timeouts import Timeouts
 from dist_graft.training.callbacks import CallbackList
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.data.images import ResidentImages
-from dist_graft.training.data.sources import ImageSet
+from dist_graft.training.data.sources import DatasetInfo, ImageSet
+from dist_graft.training.learning_rates import schedule
+from dist_graft.training.optimizers import build_optimizer
 from dist_graft.training.schedule import Segment
-from dist_graft.training.state import TrainState
+from dist_graft.training.state import TrainState, moving_average
 from dist_graft.training.step import TrainResult
 
 CPU = torch.device("cpu")
-
-MakeData = Callable[..., ResidentImages]
-MakeState = Callable[..., TrainState]
 
 
 def images(count: int, classes: int = 4, side: int = 8) -> ImageSet:
@@ -47,6 +47,48 @@ def small_model(*, batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
         nn.Dropout(dropout),
         nn.Flatten(),
         nn.Linear(6 * 6 * 6, 4),
+    )
+
+
+def make_data(*, network: int = 0, **options: object) -> ResidentImages:
+    """29 training images (in four classes, of 8 pixels) in batches of 8, and 10 test images."""
+    return ResidentImages(
+        images(29),
+        images(10),
+        DatasetInfo(num_classes=4, mean=(0.5,), std=(0.29,)),
+        DataConfig(**{"batch_size": 8, "augment": False, **options}),  # type: ignore[arg-type]
+        seed=0,
+        network=network,
+        device=CPU,
+        channels_last=True,
+    )
+
+
+def make_state(
+    config: OptimConfig,
+    *,
+    model: nn.Module | None = None,
+    network: int = 0,
+    precision: str = "fp32",
+    epochs: int = 10,
+    steps_per_epoch: int = 4,
+) -> TrainState:
+    """A small network in training, on batches of make_data."""
+    model = model or small_model()
+    optimizer = build_optimizer(config, model, lr=config.lr)
+    lr_factor = schedule(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    return TrainState(
+        model=model,
+        forward=model,
+        train_forward=model,
+        optimizer=optimizer,
+        scheduler=LambdaLR(optimizer, lr_factor),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        precision=precision,  # type: ignore[arg-type]
+        device=CPU,
+        seed=0,
+        network=network,
+        ema=None if config.ema_decay is None else moving_average(model, config.ema_decay),
     )
 
 

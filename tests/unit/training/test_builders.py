@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from small import MakeData, MakeState, make_runtime, small_model, train_steps
+from small import make_data, make_runtime, make_state, small_model, train_steps
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -49,14 +49,14 @@ from dist_graft.training.state import TrainState
 from dist_graft.training.task import Task
 
 
-def first_weights(make_data: MakeData, network: int, config: TrainConfig) -> torch.Tensor:
+def first_weights(network: int, config: TrainConfig) -> torch.Tensor:
     state = build_state(config, make_data(network=network), make_runtime(network, 2), lr=0.1)
     return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
 
-def test_each_network_starts_from_its_own_weights(make_data: MakeData) -> None:
+def test_each_network_starts_from_its_own_weights() -> None:
     first, again, second, other_seed = (
-        first_weights(make_data, network, TrainConfig(seed=seed))
+        first_weights(network, TrainConfig(seed=seed))
         for network, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
     )
     assert torch.equal(first, again)
@@ -64,14 +64,14 @@ def test_each_network_starts_from_its_own_weights(make_data: MakeData) -> None:
     assert not torch.equal(first, other_seed)
 
 
-def test_shared_init_starts_all_from_the_weights_of_the_first(make_data: MakeData) -> None:
+def test_shared_init_starts_all_from_the_weights_of_the_first() -> None:
     shared = TrainConfig(model=ModelConfig(shared_init=True))
-    own = first_weights(make_data, 0, TrainConfig())
+    own = first_weights(0, TrainConfig())
     for network in (0, 1):
-        assert torch.equal(own, first_weights(make_data, network, shared))
+        assert torch.equal(own, first_weights(network, shared))
 
 
-def test_the_state_follows_the_configuration(make_data: MakeData) -> None:
+def test_the_state_follows_the_configuration() -> None:
     config = TrainConfig(
         seed=7,
         model=ModelConfig(name="resnet20", activation="leaky_relu"),
@@ -88,7 +88,7 @@ def test_the_state_follows_the_configuration(make_data: MakeData) -> None:
     assert any(isinstance(part, nn.LeakyReLU) for part in state.model.modules())
 
 
-def test_channels_last(make_data: MakeData) -> None:
+def test_channels_last() -> None:
     state = build_state(TrainConfig(), make_data(), make_runtime(), lr=0.1)
     weight = state.model.get_parameter("layer1.0.conv1.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -136,14 +136,12 @@ CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3),
     ],
     ids=["graft", "average", "papa", "wash", "diloco"],
 )
-def test_the_rule_has_all_options(
-    make_state: MakeState, config: TrainConfig, expected: Rule
-) -> None:
+def test_the_rule_has_all_options(config: TrainConfig, expected: Rule) -> None:
     state = make_state(OptimConfig(), model=CHAIN)
     assert build_rule(config, state, build_units(config, state)) == expected
 
 
-def test_the_rule_of_the_filter_level(make_state: MakeState) -> None:
+def test_the_rule_of_the_filter_level() -> None:
     config = TrainConfig(graft=GraftConfig(level="filter", filter_rule="authors"))
     state = make_state(OptimConfig(), model=CHAIN)
     rule = build_rule(config, state, build_units(config, state))
@@ -152,14 +150,14 @@ def test_the_rule_of_the_filter_level(make_state: MakeState) -> None:
     assert [link.filters for link in rule.links] == [8, 4]
 
 
-def test_a_model_without_batch_norm_has_no_filter_level(make_state: MakeState) -> None:
+def test_a_model_without_batch_norm_has_no_filter_level() -> None:
     config = TrainConfig(graft=GraftConfig(level="filter"))
     state = make_state(OptimConfig(), model=nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
     with pytest.raises(ConfigError, match="layer 0 has no batch norm"):
         build_rule(config, state, build_units(config, state))
 
 
-def test_units_of_the_configured_lead(make_state: MakeState) -> None:
+def test_units_of_the_configured_lead() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.Flatten(), nn.Linear(8, 4))
     state = make_state(OptimConfig(), model=model)
     names = [unit.name for unit in build_units(TrainConfig(), state)]
@@ -168,7 +166,7 @@ def test_units_of_the_configured_lead(make_state: MakeState) -> None:
     assert [unit.name for unit in build_units(both, state)] == ["0", "2"]
 
 
-def test_a_model_that_cannot_be_grafted_is_an_error(make_state: MakeState) -> None:
+def test_a_model_that_cannot_be_grafted_is_an_error() -> None:
     state = make_state(OptimConfig(), model=nn.Linear(8, 4))
     with pytest.raises(ConfigError) as caught:
         build_units(TrainConfig(), state)
@@ -271,7 +269,7 @@ def test_the_rate_of_papa_decays_with_the_learning_rate() -> None:
     assert build_rate(TrainConfig(epochs=4), 10)(40) == 1.0
 
 
-def test_a_built_network_is_finite(make_data: MakeData) -> None:
+def test_a_built_network_is_finite() -> None:
     state = build_state(TrainConfig(), make_data(), make_runtime(), lr=0.1)
     assert not non_finite_part(state, loss=False)
 
@@ -451,7 +449,7 @@ def test_the_configured_optimizer(kind: type, name: str, options: dict[str, obje
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_fused_kernels(name: str, make_data: MakeData) -> None:
+def test_fused_kernels(name: str) -> None:
     """They give other bits than the default on a CPU, which stays without."""
     config = OptimConfig(name=name)  # type: ignore[arg-type]
     assert build_optimizer(config, nn.Linear(2, 2), lr=0.3, fused=True).param_groups[0]["fused"]
@@ -466,9 +464,7 @@ def test_fused_kernels(name: str, make_data: MakeData) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_checkpoint_of_the_other_kernels(
-    name: str, fused: bool, make_state: MakeState, make_data: MakeData
-) -> None:
+def test_a_checkpoint_of_the_other_kernels(name: str, fused: bool) -> None:
     """A run with fused kernels resumes one without, and the other way round."""
     config, data = OptimConfig(name=name), make_data()  # type: ignore[arg-type]
 
@@ -499,19 +495,19 @@ def test_frozen_parameters_are_excluded() -> None:
 class TestDropout:
     """model.dropout."""
 
-    def build(self, make_data: MakeData, dropout: float | None, layer: nn.Module) -> nn.Module:
+    def build(self, dropout: float | None, layer: nn.Module) -> nn.Module:
         config = TrainConfig(model=ModelConfig(dropout=dropout))
         model = nn.Sequential(small_model(), layer)
         return build_state(config, make_data(), make_runtime(), lambda: model, lr=0.1).model
 
     @pytest.mark.parametrize(("dropout", "expected"), [(None, [0.0, 0.3]), (0.2, [0.2, 0.2])])
     def test_all_layers_get_the_probability(
-        self, make_data: MakeData, dropout: float | None, expected: list[float]
+        self, dropout: float | None, expected: list[float]
     ) -> None:
-        model = self.build(make_data, dropout, nn.Dropout1d(0.3))
+        model = self.build(dropout, nn.Dropout1d(0.3))
         assert [layer.p for layer in dropout_layers(model)] == expected
 
-    def test_a_model_without_dropout_is_refused(self, make_data: MakeData) -> None:
+    def test_a_model_without_dropout_is_refused(self) -> None:
         config = TrainConfig(model=ModelConfig(name="resnet8", dropout=0.0))
         with pytest.raises(ConfigError, match=r"model\.dropout requires .*: ResNet has none"):
             build_state(config, make_data(), make_runtime(), lr=0.1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from reading import assert_same_bits, checkpoint, optimizer_tensors
 from runs import EPOCHS, REGRESSION, StopAfter, config_of
-from small import MakeData, MakeState, make_runtime, small_model, train_steps
+from small import make_data, make_runtime, make_state, small_model, train_steps
 from torch import Tensor, fx
 
 from dist_graft.config import ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
@@ -123,11 +123,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_modes(
-    option: Any,
-    mode: str | None,
-    graphs: bool,
-    make_data: MakeData,
-    monkeypatch: pytest.MonkeyPatch,
+    option: Any, mode: str | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
@@ -146,7 +142,7 @@ def test_modes_that_choose_kernels_by_speed_are_not_deterministic() -> None:
 
 
 def test_cuda_graphs_begin_a_step_per_batch_and_not_per_chunk(
-    make_data: MakeData, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The chunks of an accumulated batch belong to one step: their gradients add up."""
     calls: list[str] = []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import MakeState, small_model
+from small import make_state, small_model
 from torch import nn
 
 import dist_graft
@@ -15,7 +15,7 @@ from dist_graft.training.layer_stats import check_finite, layer_stats, non_finit
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["0.weight", "1.running_var", "5.bias"])
-def test_a_non_finite_weight_is_named(make_state: MakeState, key: str, value: float) -> None:
+def test_a_non_finite_weight_is_named(key: str, value: float) -> None:
     state = make_state(OptimConfig(), model=small_model(batch_norm=True), network=3)
     assert not non_finite_part(state, loss=False)
     state.model.state_dict()[key].view(-1)[-1] = value
@@ -23,12 +23,12 @@ def test_a_non_finite_weight_is_named(make_state: MakeState, key: str, value: fl
         assert non_finite_part(state, loss=loss) == f"a non-finite weight in {key}"
 
 
-def test_a_loss_is_named_when_all_weights_are_finite(make_state: MakeState) -> None:
+def test_a_loss_is_named_when_all_weights_are_finite() -> None:
     found = non_finite_part(make_state(OptimConfig()), loss=True)
     assert found == "a non-finite training loss or gradient"
 
 
-def test_integers_are_ignored(make_state: MakeState) -> None:
+def test_integers_are_ignored() -> None:
     state = make_state(OptimConfig(), model=small_model(batch_norm=True))
     state.model.get_buffer("1.num_batches_tracked").fill_(2**62)
     assert not non_finite_part(state, loss=False)
@@ -68,7 +68,7 @@ class TestCheckFinite:
             check_finite(rows, 7, 1, "", tolerant=False)
 
 
-def test_information_is_measured_on_the_lead(make_state: MakeState) -> None:
+def test_information_is_measured_on_the_lead() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
     state = make_state(OptimConfig(), model=model)
     stats = layer_stats(TrainConfig(), state, graft_units(model))
@@ -82,7 +82,7 @@ def test_information_is_measured_on_the_lead(make_state: MakeState) -> None:
     assert other.information["1"] == pytest.approx(float(weights["1"].abs().mean()))
 
 
-def test_a_non_finite_unit_has_no_information(make_state: MakeState) -> None:
+def test_a_non_finite_unit_has_no_information() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
     with torch.no_grad():
         model[1].weight[0, 0, 0, 0] = float("nan")
@@ -90,7 +90,7 @@ def test_a_non_finite_unit_has_no_information(make_state: MakeState) -> None:
     assert list(stats.information) == ["0"]
 
 
-def test_invalid_filters_are_counted_by_their_l1_norm(make_state: MakeState) -> None:
+def test_invalid_filters_are_counted_by_their_l1_norm() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4))
     norms = torch.tensor([1.0, 0.09, 0.009, 0.0])
     with torch.no_grad():

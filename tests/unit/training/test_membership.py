@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import MakeData, MakeState, train_steps
+from small import make_data, make_state, train_steps
 
 from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.errors import ConfigError
@@ -72,9 +72,7 @@ def test_what_does_not_go_together(options: dict[str, object], says: str) -> Non
         TrainConfig(resume_networks=[0], **options)  # type: ignore[arg-type]
 
 
-def test_a_network_continues_with_its_own_options(
-    make_data: MakeData, make_state: MakeState
-) -> None:
+def test_a_network_continues_with_its_own_options() -> None:
     trained = OptimConfig(lr=0.1, weight_decay=1e-3, momentum=0.5)
     before = make_state(trained)
     train_steps(before, make_data(), trained, epoch=0, first=0, last=2)
@@ -89,7 +87,7 @@ def test_a_network_continues_with_its_own_options(
     assert torch.equal(*momenta)
 
 
-def test_another_optimizer_is_refused(make_state: MakeState) -> None:
+def test_another_optimizer_is_refused() -> None:
     before = make_state(OptimConfig(name="adamw", lr=0.1))
     with pytest.raises(ConfigError, match=r"had another optimizer: pass its optim\.name"):
         make_state(OptimConfig(lr=0.1)).continue_from(before.state_dict())

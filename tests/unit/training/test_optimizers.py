@@ -8,7 +8,7 @@ from typing import Any
 import own_components
 import pytest
 import torch
-from small import MakeData, MakeState, train_steps
+from small import make_data, make_state, train_steps
 from torch import nn
 
 from dist_graft.config import OptimConfig
@@ -40,9 +40,7 @@ def tensors(state: TrainState) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_reset_and_a_checkpoint_of_every_optimizer(
-    name: str, make_state: MakeState, make_data: MakeData
-) -> None:
+def test_a_reset_and_a_checkpoint_of_every_optimizer(name: str) -> None:
     config, data = OptimConfig(name=name, lr=0.01), make_data()
     start = copy.deepcopy(matrix().state_dict())
 
@@ -66,9 +64,7 @@ def test_a_reset_and_a_checkpoint_of_every_optimizer(
     assert all(map(torch.equal, steps(resumed, 2, 4), steps(fresh, 2, 4)))
 
 
-def test_a_reset_keeps_the_options_that_a_callback_has_set(
-    make_state: MakeState, make_data: MakeData
-) -> None:
+def test_a_reset_keeps_the_options_that_a_callback_has_set() -> None:
     """But not the number of steps, which is no argument of the optimizer."""
     config = OptimConfig(name="own_components:CountingSGD", kwargs={"momentum": 0.5})
     state = make_state(config, model=matrix())

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small import MakeState
+from small import make_state
 from torch import nn
 
 from dist_graft.config import GraftConfig, OptimConfig
@@ -35,10 +35,7 @@ def model_of(*, channels_last: bool = False) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def after(
-    make_state: MakeState, model: nn.Module, round_: int = 0, *, network: int = 0,
-    **options: object,
-) -> State:  # fmt: skip
+def after(model: nn.Module, round_: int = 0, *, network: int = 0, **options: object) -> State:
     state = make_state(OptimConfig(), model=copy.deepcopy(model), network=network)
     config = GraftConfig(**{"threshold": 0.1, **options})  # type: ignore[arg-type]
     self_graft(state, graft_units(state.model), config, round_)
@@ -47,12 +44,10 @@ def after(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("source", ["noise", "internal"])
-def test_only_the_invalid_filters_of_the_leads_change(
-    make_state: MakeState, source: str, channels_last: bool
-) -> None:
+def test_only_the_invalid_filters_of_the_leads_change(source: str, channels_last: bool) -> None:
     model = model_of(channels_last=channels_last)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    state = after(make_state, model, source=source)
+    state = after(model, source=source)
     for key, value in state.items():
         changed = (value != before[key]).numpy()
         invalid = np.zeros(value.shape, dtype=bool)
@@ -66,30 +61,28 @@ def test_only_the_invalid_filters_of_the_leads_change(
         assert value.stride() == before[key].stride()
 
 
-def test_internal_donors_are_the_strongest_filters(make_state: MakeState) -> None:
+def test_internal_donors_are_the_strongest_filters() -> None:
     model = model_of()
     weight = model[0].weight.detach().clone()
     norms = weight.abs().sum(dim=(1, 2, 3))
     order = norms.argsort().tolist()
-    state = after(make_state, model, source="internal")
+    state = after(model, source="internal")
     for rank in range(3):
         assert torch.equal(state["0.weight"][order[rank]], weight[order[5 - rank]])
 
 
 @pytest.mark.parametrize(("round_", "annealing"), [(0, 0.5), (3, 0.5), (2, 0.9)])
-def test_the_noise_anneals_with_the_round(
-    make_state: MakeState, round_: int, annealing: float
-) -> None:
+def test_the_noise_anneals_with_the_round(round_: int, annealing: float) -> None:
     model = nn.Sequential(nn.Conv2d(16, 64, 3, bias=False))
     nn.init.zeros_(model[0].weight)
-    state = after(make_state, model, round_, source="noise", noise_annealing=annealing)
+    state = after(model, round_, source="noise", noise_annealing=annealing)
     assert float(state["0.weight"].std()) == pytest.approx(annealing**round_, rel=0.05)
 
 
-def test_the_noise_depends_on_network_and_round_only(make_state: MakeState) -> None:
+def test_the_noise_depends_on_network_and_round_only() -> None:
     model = model_of()
     drawn = [
-        after(make_state, model, round_, network=network, source="noise", noise_annealing=1.0)
+        after(model, round_, network=network, source="noise", noise_annealing=1.0)
         for round_, network in ((0, 0), (0, 0), (1, 0), (0, 1))
     ]
     first, again, later, other = (state["0.weight"] for state in drawn)
@@ -99,9 +92,9 @@ def test_the_noise_depends_on_network_and_round_only(make_state: MakeState) -> N
     assert not torch.equal(later, other)
 
 
-def test_layers_have_different_noise(make_state: MakeState) -> None:
+def test_layers_have_different_noise() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     for part in model:
         nn.init.zeros_(part.weight)
-    state = after(make_state, model, source="noise")
+    state = after(model, source="noise")
     assert not torch.equal(state["0.weight"], state["1.weight"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from small import CPU, MakeData, MakeState, small_model, train_steps
+from small import CPU, make_data, make_state, small_model, train_steps
 from torch import Tensor, nn
 
 from dist_graft import Callback, Trainer
@@ -52,12 +52,10 @@ class TestOneStep:
     """The first step with each option, compared with the gradient."""
 
     @pytest.fixture
-    def first(self, make_data: MakeData) -> tuple[Tensor, Tensor]:
+    def first(self) -> tuple[Tensor, Tensor]:
         return next(make_data().train_batches(0, 0, 1))
 
-    def change(
-        self, make_data: MakeData, make_state: MakeState, config: OptimConfig, steps: int = 1
-    ) -> Tensor:
+    def change(self, config: OptimConfig, steps: int = 1) -> Tensor:
         state = make_state(config)
         before = weights(state)
         train_steps(state, make_data(), config, epoch=0, first=0, last=steps)
@@ -73,74 +71,55 @@ class TestOneStep:
         ids=["learning rate", "nesterov", "warm-up"],
     )
     def test_length_of_the_step(
-        self,
-        make_data: MakeData,
-        make_state: MakeState,
-        first: tuple[Tensor, Tensor],
-        options: dict[str, object],
-        step: float,
+        self, first: tuple[Tensor, Tensor], options: dict[str, object], step: float
     ) -> None:
-        found = self.change(make_data, make_state, plain(**options))
+        found = self.change(plain(**options))
         torch.testing.assert_close(found, step * gradient(small_model(), *first))
 
-    def test_label_smoothing(
-        self, make_data: MakeData, make_state: MakeState, first: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_label_smoothing(self, first: tuple[Tensor, Tensor]) -> None:
         expected = -0.5 * gradient(small_model(), *first, label_smoothing=0.3)
         assert not torch.allclose(expected, -0.5 * gradient(small_model(), *first), atol=1e-3)
-        found = self.change(make_data, make_state, plain(label_smoothing=0.3))
+        found = self.change(plain(label_smoothing=0.3))
         torch.testing.assert_close(found, expected)
 
-    def test_weight_decay(
-        self, make_data: MakeData, make_state: MakeState, first: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_weight_decay(self, first: tuple[Tensor, Tensor]) -> None:
         own = torch.cat([p.detach().flatten() for p in small_model().parameters()])
         expected = -0.5 * (gradient(small_model(), *first) + 0.1 * own)
-        found = self.change(make_data, make_state, plain(weight_decay=0.1))
+        found = self.change(plain(weight_decay=0.1))
         torch.testing.assert_close(found, expected)
 
-    def test_momentum_from_the_second_step(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_momentum_from_the_second_step(self) -> None:
         config = plain(momentum=0.9)
-        one = self.change(make_data, make_state, config)
-        two = self.change(make_data, make_state, config, steps=2)
-        two_without = self.change(make_data, make_state, plain(), steps=2)
+        one = self.change(config)
+        two = self.change(config, steps=2)
+        two_without = self.change(plain(), steps=2)
         torch.testing.assert_close(two, two_without + 0.9 * one)
 
-    def test_adamw(
-        self, make_data: MakeData, make_state: MakeState, first: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_adamw(self, first: tuple[Tensor, Tensor]) -> None:
         config = plain(name="adamw", lr=0.01, weight_decay=0.1)
         own = torch.cat([p.detach().flatten() for p in small_model().parameters()])
         slope = gradient(small_model(), *first)
         steep = slope.abs() > 1e-4
         expected = -0.01 * (slope.sign() + 0.1 * own)
-        found = self.change(make_data, make_state, config)
+        found = self.change(config)
         torch.testing.assert_close(found[steep], expected[steep], atol=2e-6, rtol=1e-3)
 
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_clipping_bounds_the_whole_gradient(
-        self,
-        make_data: MakeData,
-        make_state: MakeState,
-        first: tuple[Tensor, Tensor],
-        accumulation: int,
+        self, first: tuple[Tensor, Tensor], accumulation: int
     ) -> None:
         slope = gradient(small_model(), *first)
         assert slope.norm() > 0.02
         config = plain(clip_norm=0.01, accumulation=accumulation)
-        found = self.change(make_data, make_state, config)
+        found = self.change(config)
         torch.testing.assert_close(found, -0.5 * 0.01 * slope / slope.norm(), atol=1e-6, rtol=1e-3)
 
-    def test_clipping_keeps_a_small_gradient(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
-        clipped = self.change(make_data, make_state, plain(clip_norm=1e6))
-        assert torch.equal(clipped, self.change(make_data, make_state, plain()))
+    def test_clipping_keeps_a_small_gradient(self) -> None:
+        clipped = self.change(plain(clip_norm=1e6))
+        assert torch.equal(clipped, self.change(plain()))
 
 
-def test_every_step_follows_its_own_gradient(make_data: MakeData, make_state: MakeState) -> None:
+def test_every_step_follows_its_own_gradient() -> None:
     state, reference = make_state(plain()), small_model()
     train_steps(state, make_data(), plain(), epoch=0, first=0, last=4)
     for batch in make_data().train_batches(0, 0, 4):
@@ -154,9 +133,7 @@ def test_every_step_follows_its_own_gradient(make_data: MakeData, make_state: Ma
     torch.testing.assert_close(weights(state), expected)
 
 
-def test_the_learning_rate_follows_the_schedule_step_by_step(
-    make_data: MakeData, make_state: MakeState
-) -> None:
+def test_the_learning_rate_follows_the_schedule_step_by_step() -> None:
     config = plain(warmup_epochs=0.5, schedule="step", step_epochs=1)
     rates = []
 
@@ -172,9 +149,7 @@ def test_the_learning_rate_follows_the_schedule_step_by_step(
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8, 50])
-def test_accumulation_gives_the_same_step(
-    make_data: MakeData, make_state: MakeState, parts: int
-) -> None:
+def test_accumulation_gives_the_same_step(parts: int) -> None:
     """Also with chunks of different sizes: batches of 8, and a last one of 5."""
     results, ends = [], []
     for accumulation in (1, parts):
@@ -188,9 +163,7 @@ def test_accumulation_gives_the_same_step(
     assert results[0].samples == results[1].samples == 29
 
 
-def test_accumulation_runs_the_chunks_one_by_one(
-    make_data: MakeData, make_state: MakeState
-) -> None:
+def test_accumulation_runs_the_chunks_one_by_one() -> None:
     config = OptimConfig(accumulation=3)
     state = make_state(config)
     sizes = []
@@ -223,7 +196,7 @@ class OneBatch:
 @pytest.mark.parametrize(("replicas", "accumulation"), [(4, 8), (3, 2), (2, 7)])
 @pytest.mark.parametrize("size", [1, 2, 5, 11, 130, 143])
 def test_the_replicas_of_a_network_run_equally_many_chunks(
-    make_state: MakeState, size: int, replicas: int, accumulation: int
+    size: int, replicas: int, accumulation: int
 ) -> None:
     """Otherwise a collective in a forward pass (SyncBatchNorm) would have no counterpart."""
     config = OptimConfig(accumulation=accumulation)
@@ -245,7 +218,7 @@ class TestLossScaling:
     """Loss scaling as in fp16, on the CPU."""
 
     @pytest.fixture
-    def state(self, make_state: MakeState) -> TrainState:
+    def state(self) -> TrainState:
         state = make_state(plain(lr=0.1, momentum=0.9))
         state.scaler = torch.amp.GradScaler("cpu")
         return state
@@ -258,7 +231,7 @@ class TestLossScaling:
             train_steps(state, data, plain(), epoch=epoch, first=0, last=4)
 
     def test_non_finite_steps_are_skipped_until_the_scale_collapses(
-        self, make_data: MakeData, state: TrainState
+        self, state: TrainState
     ) -> None:
         train_steps(state, make_data(), plain(), epoch=0, first=0, last=4)
         assert not state.loss_scale_collapsed
@@ -267,9 +240,7 @@ class TestLossScaling:
         assert torch.equal(weights(state)[-5:], before)
         assert state.loss_scale_collapsed
 
-    def test_a_healed_network_trains_like_one_that_never_diverged(
-        self, make_data: MakeData, make_state: MakeState, state: TrainState
-    ) -> None:
+    def test_a_healed_network_trains_like_one_that_never_diverged(self, state: TrainState) -> None:
         self.diverge(state, make_data())
         healthy = make_state(plain(lr=0.1, momentum=0.9))
         state.model.load_state_dict(healthy.model.state_dict())
@@ -279,9 +250,7 @@ class TestLossScaling:
         assert not state.loss_scale_collapsed
         torch.testing.assert_close(weights(state), weights(healthy))
 
-    def test_without_loss_scaling_no_scale_collapses(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_without_loss_scaling_no_scale_collapses(self) -> None:
         state = make_state(plain())
         train_steps(state, make_data(), plain(), epoch=0, first=0, last=4)
         state.reset_optimizer()
@@ -289,9 +258,7 @@ class TestLossScaling:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 4])
-def test_segments_give_the_same_bits_as_a_whole_epoch(
-    make_data: MakeData, make_state: MakeState, cut: int
-) -> None:
+def test_segments_give_the_same_bits_as_a_whole_epoch(cut: int) -> None:
     """Including dropout, batch norm and augmentation."""
     config, data = OptimConfig(), make_data(augment=True)
     states = []
@@ -306,9 +273,7 @@ def test_segments_give_the_same_bits_as_a_whole_epoch(
         assert torch.equal(value, states[1][key]), key
 
 
-def test_dropout_depends_on_seed_network_epoch_and_step_only(
-    make_data: MakeData, make_state: MakeState
-) -> None:
+def test_dropout_depends_on_seed_network_epoch_and_step_only() -> None:
     data, config = make_data(), plain(lr=1e-9)
     masks = []
     for network, seed, epoch in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
@@ -325,7 +290,7 @@ def test_dropout_depends_on_seed_network_epoch_and_step_only(
         assert not torch.equal(masks[first][0], masks[other][0])
 
 
-def test_results_are_means_over_the_samples(make_data: MakeData, make_state: MakeState) -> None:
+def test_results_are_means_over_the_samples() -> None:
     """Not over the batches: the last batch is smaller."""
     config, data = plain(lr=1e-12), make_data()
     found = train_steps(make_state(config), data, config, epoch=0, first=0, last=4)
@@ -342,9 +307,7 @@ def test_results_are_means_over_the_samples(make_data: MakeData, make_state: Mak
 
 
 class TestEvaluate:
-    def test_each_image_counts_once_and_no_weight_changes(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_each_image_counts_once_and_no_weight_changes(self) -> None:
         data = make_data()
         model = small_model(batch_norm=True, dropout=0.5)
         state = make_state(OptimConfig(), model=model)
@@ -360,9 +323,7 @@ class TestEvaluate:
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
         assert not found.probabilities.requires_grad
 
-    def test_training_switches_back_to_training_mode(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_training_switches_back_to_training_mode(self) -> None:
         config, data = OptimConfig(), make_data()
         model = small_model(batch_norm=True)
         state = make_state(config, model=model)
@@ -371,15 +332,13 @@ class TestEvaluate:
         train_steps(state, data, config, epoch=0, first=0, last=1)
         assert not torch.equal(running, model[1].running_mean)
 
-    def test_the_validation_split(self, make_data: MakeData, make_state: MakeState) -> None:
+    def test_the_validation_split(self) -> None:
         data = make_data(val_fraction=0.25)
         assert data.train_size + 7 == 29
         found = evaluate(make_state(OptimConfig()), data, "val")
         assert len(found.labels) == 7
 
-    def test_bf16_leaves_the_weights_in_fp32(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_bf16_leaves_the_weights_in_fp32(self) -> None:
         config, data = OptimConfig(), make_data()
         state = make_state(config, precision="bf16")
         kinds = set()
@@ -418,9 +377,7 @@ class WithEmptyBatch:
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_an_empty_batch_counts_as_a_step_and_changes_no_weight(
-    make_data: MakeData, make_state: MakeState, clip_norm: float | None
-) -> None:
+def test_an_empty_batch_counts_as_a_step_and_changes_no_weight(clip_norm: float | None) -> None:
     config = plain(momentum=0.9, warmup_epochs=2.0, accumulation=2, clip_norm=clip_norm)
     data = WithEmptyBatch(make_data())
     state = make_state(config)
@@ -441,9 +398,7 @@ def test_an_empty_batch_counts_as_a_step_and_changes_no_weight(
         lambda logits: logits[1:],
     ],
 )
-def test_a_model_that_does_not_return_class_scores_is_an_error(
-    make_data: MakeData, make_state: MakeState, answer: object
-) -> None:
+def test_a_model_that_does_not_return_class_scores_is_an_error(answer: object) -> None:
     state = make_state(OptimConfig())
     model = state.model
     state.train_forward = lambda inputs: answer(model(inputs))  # type: ignore[operator]
@@ -456,11 +411,7 @@ def test_a_model_that_does_not_return_class_scores_is_an_error(
     [(True, False, ["wait", "step"]), (True, True, ["step"]), (False, False, ["step"])],
 )
 def test_the_host_reads_no_gradient_before_its_peers_have_delivered_theirs(
-    enabled: bool,
-    fused: bool,
-    expected: list[str],
-    make_data: MakeData,
-    make_state: MakeState,
+    enabled: bool, fused: bool, expected: list[str]
 ) -> None:
     """A loss scaler reads whether one overflowed, unless the optimizer does so on the device."""
     config, data = OptimConfig(), make_data()
@@ -528,9 +479,7 @@ class TestMerging:
         assert empty + empty == empty
 
     @pytest.mark.parametrize("sizes", [(6, 4), (9, 1)])
-    def test_classifiers_equal_an_evaluation_by_one_process(
-        self, make_data: MakeData, make_state: MakeState, sizes: tuple[int, int]
-    ) -> None:
+    def test_classifiers_equal_an_evaluation_by_one_process(self, sizes: tuple[int, int]) -> None:
         state, data = make_state(OptimConfig()), make_data()
         whole = evaluate(state, data, "test")
         assert whole.probabilities is not None
@@ -575,7 +524,7 @@ class TestMerging:
         ).finite
 
 
-def test_too_many_probabilities_are_not_kept(make_data: MakeData, make_state: MakeState) -> None:
+def test_too_many_probabilities_are_not_kept() -> None:
     state, data = make_state(OptimConfig()), make_data()
     kept = evaluate(state, data, "test", max_numbers=40)
     assert kept.probabilities is not None
@@ -587,7 +536,7 @@ def test_too_many_probabilities_are_not_kept(make_data: MakeData, make_state: Ma
 
 @pytest.mark.parametrize("chunk", [1, 40, 1000])
 def test_probabilities_leave_the_device_in_chunks(
-    chunk: int, make_data: MakeData, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+    chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, data = make_state(OptimConfig()), make_data(batch_size=3)
     whole = evaluate(state, data, "test").probabilities
@@ -600,11 +549,7 @@ def test_probabilities_leave_the_device_in_chunks(
 
 @pytest.mark.parametrize("chunk", [1, 40, 99, 100])
 def test_many_probabilities_are_in_a_file(
-    chunk: int,
-    make_data: MakeData,
-    make_state: MakeState,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    chunk: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     state, data = make_state(OptimConfig()), make_data(batch_size=3)
     whole = evaluate(state, data, "test").probabilities
@@ -619,10 +564,7 @@ def test_many_probabilities_are_in_a_file(
 
 
 def test_a_folder_that_cannot_hold_the_probabilities(
-    make_data: MakeData,
-    make_state: MakeState,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("dist_graft.training.step.ENSEMBLE_CHUNK", 10)
     (tmp_path / "file").touch()
@@ -668,9 +610,7 @@ class TestMixedImages:
         total, count = classification().metrics["accuracy"](scores, probabilities)
         assert float(total) / count == pytest.approx(100 / 3)
 
-    def test_an_epoch_equals_the_loop_over_its_batches(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_an_epoch_equals_the_loop_over_its_batches(self) -> None:
         config = OptimConfig(accumulation=2, label_smoothing=0.1)
         data, state, other = make_data(mixup=1.0, cutmix=1.0), make_state(config), small_model()
         optimizer = torch.optim.SGD(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small import CPU, MakeData, small_model
+from small import CPU, make_data, small_model
 from torch import Tensor, nn
 
 from dist_graft.config import ModelConfig, RuntimeConfig, TrainConfig
@@ -56,7 +56,7 @@ def config_with(*paths: Path, **runtime: bool) -> TrainConfig:
     )
 
 
-def refusal(make_data: MakeData, path: Path) -> str:
+def refusal(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         load_teachers(config_with(path), make_data(), CPU)
     text = str(caught.value)
@@ -89,7 +89,7 @@ def test_the_loss_is_weighted_and_has_gradients_for_the_student_only() -> None:
     assert all(model.logits.grad is None for model in models)
 
 
-def test_a_checkpoint_is_loaded_frozen(make_data: MakeData, tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_frozen(tmp_path: Path) -> None:
     paths = [checkpoint_of_a_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     teachers = load_teachers(config_with(*paths, channels_last=True), make_data(), CPU)
     assert teachers is not None
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_loaded_frozen(make_data: MakeData, tmp_path: Path) -> N
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_no_teachers(make_data: MakeData) -> None:
+def test_no_teachers() -> None:
     assert load_teachers(TrainConfig(), make_data(), CPU) is None
 
 
@@ -126,39 +126,37 @@ def test_no_teachers(make_data: MakeData) -> None:
     ],
 )
 def test_a_missing_file_is_named(
-    make_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint_of_a_run(Path("run"))
-    text = refusal(make_data, Path(path))
+    text = refusal(Path(path))
     assert NOT_A_CHECKPOINT in text
     assert "RUN/checkpoints/epoch_0200/network00.pt" in text
 
 
 @pytest.mark.parametrize("content", [b"", b"no network", b"PK\x03\x04 cut"])
-def test_a_damaged_file_is_named(make_data: MakeData, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = checkpoint_of_a_run(tmp_path / "run")
     path.write_bytes(content)
-    assert NOT_A_CHECKPOINT in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(path)
 
 
 @pytest.mark.parametrize("content", ["[1, 2", "text", "model: {shape: 3}", "epochs: 2"])
-def test_a_file_beside_an_invalid_configuration_is_named(
-    make_data: MakeData, tmp_path: Path, content: str
-) -> None:
+def test_a_file_beside_an_invalid_configuration_is_named(tmp_path: Path, content: str) -> None:
     path = checkpoint_of_a_run(tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text(content)
-    assert NOT_A_CHECKPOINT in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(path)
 
 
-def test_a_file_without_a_model_is_named(make_data: MakeData, tmp_path: Path) -> None:
+def test_a_file_without_a_model_is_named(tmp_path: Path) -> None:
     path = checkpoint_of_a_run(tmp_path / "run")
     torch.save({"weights": small_model().state_dict()}, path)
-    assert NOT_A_CHECKPOINT in refusal(make_data, path)
+    assert NOT_A_CHECKPOINT in refusal(path)
 
 
-def test_a_teacher_of_other_classes_is_named(make_data: MakeData, tmp_path: Path) -> None:
-    text = refusal(make_data, checkpoint_of_a_run(tmp_path / "run", num_classes=10))
+def test_a_teacher_of_other_classes_is_named(tmp_path: Path) -> None:
+    text = refusal(checkpoint_of_a_run(tmp_path / "run", num_classes=10))
     assert "does not fit 4 classes and 1 channels" in text
 
 

@@ -23,7 +23,7 @@ from runs import (
     StopAfter,
     config_of,
 )
-from small import MakeData, MakeState, make_trainer, small_model, train_steps
+from small import make_data, make_state, make_trainer, small_model, train_steps
 from torch import Tensor
 
 import dist_graft
@@ -192,9 +192,7 @@ class TestMovingAverage:
         assert_same_bits(whole["ema"], resumed["ema"])
         assert_same_bits(whole["model"], resumed["model"])
 
-    def test_a_healed_network_starts_a_new_average(
-        self, make_data: MakeData, make_state: MakeState
-    ) -> None:
+    def test_a_healed_network_starts_a_new_average(self) -> None:
         config, data = OptimConfig(ema_decay=0.9), make_data()
         state = make_state(config)
         train_steps(state, data, config, epoch=0, first=0, last=4)

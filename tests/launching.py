@@ -159,11 +159,12 @@ def running(
 
 def _can_be_forked(command: Sequence[str], variables: Mapping[str, str]) -> bool:
     """Whether a forked process is the same: the command imports torch, after a usual start."""
-    python, *first = command[:3]
-    ours = first == ["-m", "dist_graft"] or (first[0].endswith(".py") and "train" in command)
+    python, *words = command
+    ours = words[:2] == ["-m", "dist_graft"] or any(word.endswith(".py") for word in words[:1])
     folders = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     usual = not any(Path(folder, "sitecustomize.py").exists() for folder in folders)
-    return python == sys.executable and ours and usual and "--networks" not in command
+    trains = "train" in words and "--networks" not in words
+    return python == sys.executable and ours and trains and usual
 
 
 def by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:

@@ -20,7 +20,6 @@ from dist_graft.population.round.files import JobState
 from dist_graft.population.round.publications import PublicationError
 
 PLACE = JobState(place=Place(3))
-STATES = list[dict[str, torch.Tensor]]
 
 
 def make_model(network: int, replica: int = 0) -> TinyNetwork:

@@ -25,7 +25,9 @@ PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
 PROMPT_SECONDS = 20
 """Seconds within which an error must end a process."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FAULTY = str(Path(__file__).with_name("distributed") / "faulty.py")
+FAULTY, BLOCKING = (
+    str(Path(__file__).with_name("distributed") / name) for name in ("faulty.py", "blocking.py")
+)
 ERROR = "dist-graft: error: "
 Process = subprocess.Popen[str] | Program
 Train = Callable[..., Done]
@@ -160,7 +162,7 @@ def running(
 def _can_be_forked(command: Sequence[str], variables: Mapping[str, str]) -> bool:
     """Whether a forked process is the same: the command imports torch, after a usual start."""
     python, *words = command
-    ours = words[:2] == ["-m", "dist_graft"] or any(word.endswith(".py") for word in words[:1])
+    ours = words[:2] == ["-m", "dist_graft"] or words[:1] in ([FAULTY], [BLOCKING])
     folders = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     usual = not any(Path(folder, "sitecustomize.py").exists() for folder in folders)
     trains = "train" in words and "--networks" not in words

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from launching import by_hand, program, running, wait_for_end, wait_until
+from launching import BLOCKING, by_hand, program, running, wait_for_end, wait_until
 
 GRACE = 3
 LIMIT = 60
 """Seconds for the end of a process on a busy machine; it would wait ten minutes for its peer."""
 OPTIONS = ("--epochs", "400", "--checkpoint.grace_seconds", str(GRACE), "--data.workers", "0")
-BLOCKING = str(Path(__file__).with_name("blocking.py"))
 
 
 def ends_in_time(process: subprocess.Popen[str], number: signal.Signals) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 
@@ -45,3 +45,10 @@ def format_bytes(size: float) -> str:
             digits = 0 if size >= 100 * unit else 1 if size >= 10 * unit else 2
             return f"{size / unit:.{digits}f} {name}"
     return f"{size:.0f} B"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table in Markdown."""
+    table = [header, ["---"] * len(header), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in table)
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

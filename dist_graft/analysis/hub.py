@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import training_options, weights_file
 from dist_graft.analysis.run_files import read_run
 from dist_graft.errors import ConfigError
+from dist_graft.printing import markdown_table
 from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
@@ -241,7 +242,7 @@ def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) 
             for file, values in metrics.items()
         ]
         header = ("network", *(f"test {name}{_unit(name)}" for name in names))
-        return [*(_table(header, rows) if names else ["none"]), "", _NO_CONTROL]
+        return [markdown_table(header, rows) if names else "none", "", _NO_CONTROL]
     metric = summary.get("metric", "accuracy")
     moments = (f"{metric}_before_last_round", f"{metric}_after_last_round")
     rows = [
@@ -262,7 +263,7 @@ def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) 
             rows.append((title, *(_number(value, metric) for value in values)))
     unit = _unit(metric)
     header = ("", f"test {metric} before the last round{unit}", f"after it{unit}")
-    text = [*_table(header, rows), "", _ABOUT_CONTROL if control else _NO_CONTROL]
+    text = [markdown_table(header, rows), "", _ABOUT_CONTROL if control else _NO_CONTROL]
     if evaluation:
         soup = evaluation["uniform_soup"]
         text += [
@@ -271,11 +272,6 @@ def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) 
             f"batch norm {_number(soup['batch_norm_reestimated'], 'accuracy')}%.",
         ]
     return text
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = (header, ["---"] * len(header), *rows)
-    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _unit(metric: str) -> str:

@@ -23,7 +23,7 @@ def _ignore_disk_errors(failure: threading.ExceptHookArgs) -> None:
 
 
 class EventFile:
-    """Writes scalars, texts and images, with buffering.
+    """Writes scalars, texts and images, which can be read immediately.
 
     Every method raises RunDirectoryError on a disk error, which may concern an earlier write.
 
@@ -38,20 +38,25 @@ class EventFile:
         with self._disk_errors():
             self._writer = SummaryWriter(str(folder), purge_step=start_epoch)
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Write a scalar."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write values by tag."""
         with self._disk_errors():
-            self._writer.add_scalar(tag, value, step)
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Write a text in Markdown."""
+    def texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Write texts in Markdown by tag."""
         with self._disk_errors():
-            self._writer.add_text(tag, text, step)
+            for tag, text in texts.items():
+                self._writer.add_text(tag, text, step)
+            self._writer.flush()
 
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         """Write an image."""
         with self._disk_errors():
             self._writer.add_image(tag, pixels, step, dataformats="HWC")
+            self._writer.flush()
 
     def layout(self, layout: Layout) -> None:
         """Write the layout of the Custom Scalars tab, for all runs in the parent folder."""
@@ -85,11 +90,6 @@ class EventFile:
         _, _, end = hparams({}, {})
         with self._disk_errors():
             self._writer._get_file_writer().add_summary(end)
-
-    def flush(self) -> None:
-        """Write everything to disk."""
-        with self._disk_errors():
-            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the file."""

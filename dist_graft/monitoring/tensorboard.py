@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +10,8 @@ import numpy as np
 from dist_graft.config import TrainConfig
 from dist_graft.config.members import differing_options
 from dist_graft.errors import RunDirectoryError
-from dist_graft.grafting.mixing import Mixing
 from dist_graft.monitoring.callback import Callback
-from dist_graft.monitoring.chart_layout import Layout, custom_scalars, with_unit
+from dist_graft.monitoring.chart_layout import custom_scalars, with_unit
 from dist_graft.monitoring.event_file import EventFile
 from dist_graft.monitoring.figures import flow_of_round, layers_over_epochs
 from dist_graft.monitoring.jsonl import read_json_lines
@@ -23,7 +21,7 @@ from dist_graft.monitoring.layer_history import (
     coefficients,
     informations,
 )
-from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
+from dist_graft.monitoring.metrics import MOMENTS, EpochReport
 from dist_graft.monitoring.run_events import RunEvents
 from dist_graft.monitoring.scalars import (
     final_network_scalars,
@@ -31,6 +29,7 @@ from dist_graft.monitoring.scalars import (
     network_scalars,
     population_scalars,
 )
+from dist_graft.printing import markdown_table
 from dist_graft.version import versions
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ class TensorBoard(Callback):
 
     def __init__(self, run_events: RunEvents) -> None:
         self._run_events = run_events
-        self._network: NetworkBoard | None = None
-        self._population: PopulationBoard | None = None
+        self._network: EventFile | None = None
+        self._population: EventFile | None = None
         self._record: GraftRecord | None = None
         self._failed_epoch: int | None = None
         self._events_shown = 0
@@ -85,70 +84,79 @@ class TensorBoard(Callback):
         self._record = None
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        if trainer.summary:
-            summary = trainer.summary
+        if summary := trainer.summary:
             network = trainer.process.network
             self._write(
                 trainer, trainer.config.epochs - 1, lambda: self._write_summary(summary, network)
             )
 
     def teardown(self, trainer: Trainer) -> None:
-        for board in (self._network, self._population):
-            if board:
+        for file in (self._network, self._population):
+            if file:
                 try:
-                    board.close()
+                    file.close()
                 except RunDirectoryError as error:
                     trainer.log.warning("%s; training continues", error)
 
     def _write_epoch(self, report: EpochReport) -> None:
-        metrics = report.metrics
+        epoch = report.metrics.epoch
         if self._network:
-            self._network.epoch(metrics, report.layers)
-            if self._pacing.due(metrics.epoch):
+            self._network.scalars(network_scalars(report.metrics, report.layers), epoch)
+            if self._pacing.due(epoch):
                 with self._pacing.drawing():
-                    self._draw(metrics.epoch, self._network)
+                    self._draw(epoch, self._network)
         if self._population:
-            self._population.epoch(report)
+            self._population.scalars(population_scalars(report), epoch)
 
     def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
         epoch = self._pacing.epochs - 1
         if self._network:
-            self._network.end(final_network_scalars(summary, network, self._metric), epoch)
+            finals = final_network_scalars(summary, network, self._metric)
+            self._network.scalars(finals, epoch)
+            self._network.end_session()
         if self._population:
-            self._population.end(final_population_scalars(summary), epoch)
+            self._population.scalars(final_population_scalars(summary), epoch)
 
     def _show_events(self, trainer: Trainer, epoch: int) -> None:
+        """Write a table of all events so far, if there are new ones."""
         events = self._run_events.events
         if self._population and len(events) > self._events_shown:
             self._write(trainer, epoch, lambda: self._write_events(events, epoch))
 
     def _write_events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
         if self._population:
-            self._population.events(events, epoch)
+            rows = [
+                (event["time"], str(event["epoch"]), event["kind"], event["text"])
+                for event in events
+            ]
+            table = markdown_table(("time", "epoch, from 0", "kind", "event"), rows)
+            self._population.texts({"run/events": table}, epoch)
             self._events_shown = len(events)
 
-    def _draw(self, epoch: int, board: NetworkBoard) -> None:
-        board.heat_map(
-            "coefficient",
-            "coefficient: share of its own weights kept",
-            self._coefficients,
-            middle=0.5,
-        )
-        board.heat_map(
-            self._criterion,
-            f"information of the layers ({with_unit(self._criterion)})",
-            self._informations,
-        )
-        if self._population and self._record:
-            names = list(self._record.coefficient)
-            self._population.round(self._record.round, names, self._record.mixing, epoch)
+    def _draw(self, epoch: int, file: EventFile) -> None:
+        """Draw all epochs so far, layer by layer, and which network gave how much to which."""
+        information = f"information of the layers ({with_unit(self._criterion)})"
+        for name, title, history, middle in (
+            ("coefficient", "coefficient: share of its own weights kept", self._coefficients, 0.5),
+            (self._criterion, information, self._informations, None),
+        ):
+            if history.epochs:
+                drawn = layers_over_epochs(
+                    title, history.epochs, history.names, history.numbers(), middle=middle
+                )
+                file.image(f"heat_map/{name}", drawn, history.epochs[-1])
+        if self._population and (record := self._record):
+            shares = record.mixing.shares.numpy().astype(np.float64)
+            title, names = f"round {record.round}", list(record.coefficient)
+            drawn = flow_of_round(title, names, shares, record.mixing.donors)
+            self._population.image("round/who_gave_what_to_whom", drawn, epoch)
 
     def _open(self, trainer: Trainer, epoch: int) -> None:
         process = trainer.process
-        self._network = NetworkBoard(
-            self._folder,
-            start_epoch=epoch,
-            options=hparams(
+        self._network = EventFile(self._folder, epoch)
+        final = [f"final/test_{self._metric}_{moment}" for moment in reversed(MOMENTS)]
+        self._network.begin_session(
+            hparams(
                 *(trainer.member_config, trainer.max_lr, process.networks),
                 differing=differing_options(trainer.config),
                 own={
@@ -156,24 +164,25 @@ class TensorBoard(Callback):
                     for part in trainer.custom
                 },
             ),
-            metric=self._metric,
+            first=HPARAMS_FIRST,
+            results=(*final, f"{self._metric}/test"),
         )
         if process.is_main and trainer.directory.job is None:
-            self._population = PopulationBoard(
-                trainer.directory.population,
-                start_epoch=epoch,
-                layout=custom_scalars(
-                    self._criterion,
-                    validation=trainer.data.has_validation,
-                    rounds=trainer.grafter is not None,
-                    metric=self._metric,
-                ),
-                texts={
-                    "run/configuration": f"```\n{trainer.directory.config.read_text()}```",
-                    "run/versions": _table("what", "version", versions()),
-                    "run/hosts": _table("network", "host", dict(enumerate(trainer.hosts))),
-                },
+            hosts = ((str(network), host) for network, host in enumerate(trainer.hosts))
+            texts = {
+                "run/configuration": f"```\n{trainer.directory.config.read_text()}```",
+                "run/versions": markdown_table(("what", "version"), versions().items()),
+                "run/hosts": markdown_table(("network", "host"), hosts),
+            }
+            layout = custom_scalars(
+                self._criterion,
+                validation=trainer.data.has_validation,
+                rounds=trainer.grafter is not None,
+                metric=self._metric,
             )
+            self._population = EventFile(trainer.directory.population, epoch)
+            self._population.layout(layout)
+            self._population.texts(texts, epoch)
 
     def _write(self, trainer: Trainer, epoch: int, write: Callable[[], object]) -> None:
         """Write events, into new files if an earlier epoch had a disk error."""
@@ -188,112 +197,6 @@ class TensorBoard(Callback):
         except RunDirectoryError as error:
             self._failed_epoch = epoch
             trainer.log.warning("%s; the events of epoch %d are lost", error, epoch + 1)
-
-
-class NetworkBoard:
-    """Events of one network. The steps of its charts are epochs, counted from 0.
-
-    Args:
-        folder: folder of the network.
-        start_epoch: TensorBoard drops the events of older files from this epoch on.
-        options: the network's row in the HParams tab.
-        metric: the first metric of the task.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        start_epoch: int,
-        options: Mapping[str, float | str],
-        metric: str = "accuracy",
-    ) -> None:
-        self._events = EventFile(folder, start_epoch)
-        final = [f"final/test_{metric}_{moment}" for moment in reversed(MOMENTS)]
-        self._events.begin_session(options, first=HPARAMS_FIRST, results=(*final, f"{metric}/test"))
-
-    def epoch(self, metrics: EpochMetrics, layers: LayerStats) -> None:
-        """Write the results of an epoch and its rounds."""
-        for tag, scalar in network_scalars(metrics, layers).items():
-            self._events.scalar(tag, scalar, metrics.epoch)
-        self._events.flush()
-
-    def heat_map(
-        self, name: str, title: str, history: LayerHistory, *, middle: float | None = None
-    ) -> None:
-        """Draw all epochs so far, layer by layer; see `layers_over_epochs`."""
-        if history.epochs:
-            drawn = layers_over_epochs(
-                title, history.epochs, history.names, history.numbers(), middle=middle
-            )
-            self._events.image(f"heat_map/{name}", drawn, history.epochs[-1])
-            self._events.flush()
-
-    def end(self, finals: Mapping[str, float], epoch: int) -> None:
-        """Write the final results, before and after the last round."""
-        for tag, value in finals.items():
-            self._events.scalar(tag, value, epoch)
-        self._events.end_session()
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._events.close()
-
-
-class PopulationBoard:
-    """Events of the population, written by one process.
-
-    Args:
-        folder: folder of the population.
-        start_epoch: as in `NetworkBoard`.
-        layout: of the Custom Scalars tab.
-        texts: descriptions of the run in Markdown, by tag.
-    """
-
-    def __init__(
-        self, folder: Path, *, start_epoch: int, layout: Layout, texts: Mapping[str, str]
-    ) -> None:
-        self._events = EventFile(folder, start_epoch)
-        self._events.layout(layout)
-        for tag, text in texts.items():
-            self._events.text(tag, text, start_epoch)
-        self._events.flush()
-
-    def epoch(self, report: EpochReport) -> None:
-        """Write the results of all networks in an epoch; see `population_scalars`."""
-        for tag, value in population_scalars(report).items():
-            self._events.scalar(tag, value, report.metrics.epoch)
-        self._events.flush()
-
-    def round(self, number: int, names: Sequence[str], mixing: Mixing, epoch: int) -> None:
-        """Draw which network gave how much to which in a round."""
-        drawn = flow_of_round(
-            f"round {number}",
-            names,
-            mixing.shares.numpy().astype(np.float64),
-            mixing.donors,
-        )
-        self._events.image("round/who_gave_what_to_whom", drawn, epoch)
-        self._events.flush()
-
-    def events(self, events: Sequence[Mapping[str, Any]], epoch: int) -> None:
-        """Write a table of all events so far."""
-        rows = [("time", "epoch, from 0", "kind", "event")]
-        rows += [("---",) * 4]
-        rows += [
-            (event["time"], str(event["epoch"]), event["kind"], event["text"]) for event in events
-        ]
-        self._events.text("run/events", "\n".join(f"| {' | '.join(row)} |" for row in rows), epoch)
-        self._events.flush()
-
-    def end(self, finals: Mapping[str, float], epoch: int) -> None:
-        """Write the final results; see `final_population_scalars`."""
-        for tag, value in finals.items():
-            self._events.scalar(tag, value, epoch)
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._events.close()
 
 
 def hparams(
@@ -346,9 +249,3 @@ def hparams(
         if column != "lr":
             options[column] = value if isinstance(value, (bool, int, float)) else str(value)
     return options
-
-
-def _table(first: str, second: str, rows: Mapping[Any, str]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {first} | {second} |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])

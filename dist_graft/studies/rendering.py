@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 
 import jinja2
 
+from dist_graft.printing import markdown_table
+
 _NUMBER = re.compile(r"[<+−-]?[\d.,]+(\s*(±|\()\s*[\d.,]+\)?)?( %| s| h| min)?|–|")
 
 
@@ -107,9 +109,7 @@ def _markdown(block: Block) -> str:
         case Items(texts):
             return "\n".join(f"- {text}" for text in texts)
         case Table(header, rows):
-            table = [header, ["---"] * len(header), *rows]
-            escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
-            return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+            return markdown_table(header, rows)
         case Picture(name, _, caption):
             return f"![{caption}](pictures/{name}.png)\n\n{caption}"
         case Code(text):

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from fake_trainer import (
     LAYERS,
     FakeTrainer,
@@ -16,15 +16,15 @@ from fake_trainer import (
 from reading import layout, pictures, scalars, session, texts
 from tensorboard.summary.writer import event_file_writer
 
-from dist_graft import Graft
 from dist_graft.config import GraftConfig, TrainConfig
 from dist_graft.config.members import differing_options, member_config
 from dist_graft.monitoring.chart_layout import PHASES, custom_scalars
+from dist_graft.monitoring.event_file import EventFile
 from dist_graft.monitoring.jsonl import MetricsJsonl
-from dist_graft.monitoring.layer_history import LayerHistory, informations
 from dist_graft.monitoring.metrics import EpochReport
 from dist_graft.monitoring.run_events import RunEvents
-from dist_graft.monitoring.tensorboard import NetworkBoard, PopulationBoard, TensorBoard, hparams
+from dist_graft.monitoring.scalars import network_scalars, population_scalars
+from dist_graft.monitoring.tensorboard import HPARAMS_FIRST, TensorBoard, hparams
 from dist_graft.population.runtime.process_info import ProcessInfo
 
 GRAFT = {
@@ -89,10 +89,11 @@ def _in_the_order_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(
     folder: Path, epochs: range, *, start_epoch: int = 0, test_accuracy: float = 25.0
 ) -> None:
-    board = NetworkBoard(folder, start_epoch=start_epoch, options=OPTIONS)
+    file = EventFile(folder, start_epoch)
     for epoch in epochs:
-        board.epoch(epoch_metrics(epoch, test={"loss": 1.0, "accuracy": test_accuracy}), LAYERS)
-    board.close()
+        metrics = epoch_metrics(epoch, test={"loss": 1.0, "accuracy": test_accuracy})
+        file.scalars(network_scalars(metrics, LAYERS), epoch)
+    file.close()
 
 
 @pytest.mark.parametrize(
@@ -107,17 +108,21 @@ def write(
 def test_the_tags_and_values_of_an_epoch(
     tmp_path: Path, values: dict[str, Any], expected: dict[str, float]
 ) -> None:
-    board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
-    board.epoch(epoch_metrics(4, **values), LAYERS)
-    board.close()
-    assert scalars(tmp_path) == {tag: {4: value} for tag, value in expected.items()}
+    fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=9))
+    callback = opened(fake)
+    callback.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(4, **values)))
+    callback.teardown(fake.trainer)
+    found = scalars(tmp_path / "network00")
+    assert found == {tag: {4: value} for tag, value in expected.items()}
 
 
 def test_events_can_be_read_during_the_run(tmp_path: Path) -> None:
-    board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
-    board.epoch(epoch_metrics(0), LAYERS)
+    file = EventFile(tmp_path, 0)
+    file.scalars({"accuracy/test": 25.0}, 0)
+    file.texts({"run/events": "| time |"}, 0)
     assert scalars(tmp_path)["accuracy/test"] == {0: 25.0}
-    board.close()
+    assert texts(tmp_path)["run/events"] == {0: "| time |"}
+    file.close()
 
 
 @pytest.mark.parametrize("start", [2, 1, 0])
@@ -131,49 +136,26 @@ def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, start: int) -> None:
 
 @pytest.mark.parametrize("start", [4, 2, 0])
 def test_a_resumed_run_has_no_picture_twice(tmp_path: Path, start: int) -> None:
-    lines = [{"epoch": epoch, "information": {"conv1": float(epoch)}} for epoch in range(6)]
+    pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     for first, last in ((0, 4), (start, 6)):
-        board = NetworkBoard(tmp_path, start_epoch=first, options=OPTIONS)
-        history = LayerHistory(lines[:first], informations)
+        file = EventFile(tmp_path, first)
         for epoch in range(first, last):
-            history.add(lines[epoch])
             if epoch % 2:
-                board.heat_map("entropy", "entropy", history)
-        board.close()
+                file.image("heat_map/entropy", pixels, epoch)
+        file.close()
     assert list(pictures(tmp_path)["heat_map/entropy"]) == [1, 3, 5]
-
-
-def test_without_numbers_there_is_no_heat_map(tmp_path: Path) -> None:
-    board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
-    board.heat_map("coefficient", "coefficient", LayerHistory([], informations))
-    board.close()
-    assert pictures(tmp_path) == {}
 
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_the_row_in_the_hparams_tab(tmp_path: Path, ended: bool) -> None:
     """In the network's own directory, where the results are."""
-    board = NetworkBoard(tmp_path, start_epoch=0, options=OPTIONS)
+    file = EventFile(tmp_path, 0)
+    file.begin_session(OPTIONS, first=HPARAMS_FIRST, results=["accuracy/test"])
     if ended:
-        board.end({f"final/test_accuracy_{when}": value for when, value in FINALS.items()}, 7)
-    board.close()
+        file.end_session()
+    file.close()
     assert session(tmp_path) == (OPTIONS, ended)
     assert [path.parent for path in tmp_path.rglob("events*")] == [tmp_path]
-    if ended:
-        found = scalars(tmp_path)
-        assert found == {
-            "final/test_accuracy_before_last_round": {7: 60.0},
-            "final/test_accuracy_after_last_round": {7: 62.0},
-        }
-
-
-def population(folder: Path, *, start_epoch: int = 0) -> PopulationBoard:
-    return PopulationBoard(
-        folder,
-        start_epoch=start_epoch,
-        layout=custom_scalars("entropy", validation=False, rounds=True),
-        texts={"versions": f"| torch | {start_epoch} |"},
-    )
 
 
 def report_of(*accuracies: float, ensemble: float | None = None) -> EpochReport:
@@ -181,79 +163,43 @@ def report_of(*accuracies: float, ensemble: float | None = None) -> EpochReport:
     return epoch_report(epoch_metrics(0), networks=rows, ensemble=ensemble)
 
 
-def test_the_population(tmp_path: Path) -> None:
-    board = population(tmp_path)
-    board.epoch(report_of(10.0, 20.0, 60.0, ensemble=65.0))
-    board.end({"final/ensemble_test_accuracy_before_last_round": 70.0}, 0)
-    board.close()
-    found = {tag.rpartition("/")[2]: values[0] for tag, values in scalars(tmp_path).items()}
-    assert found == {
+def opened(fake: FakeTrainer, events: RunEvents | None = None) -> TensorBoard:
+    callback = TensorBoard(events or RunEvents())
+    callback.on_fit_start(fake.trainer)
+    return callback
+
+
+def test_the_population() -> None:
+    found = population_scalars(report_of(10.0, 20.0, 60.0, ensemble=65.0))
+    assert {tag.rpartition("/")[2]: value for tag, value in found.items()} == {
         "test_accuracy_mean": 30.0,
         "test_accuracy_min": 10.0,
         "test_accuracy_max": 60.0,
         "test_accuracy_standard_deviation": pytest.approx(26.4575, abs=1e-3),
         "ensemble_test_accuracy": 65.0,
-        "ensemble_test_accuracy_before_last_round": 70.0,
     }
 
 
-def test_the_spread_of_one_network_is_zero(tmp_path: Path) -> None:
-    board = population(tmp_path)
-    board.epoch(report_of(10.0))
-    board.close()
-    found = scalars(tmp_path)
-    assert found["population/test_accuracy_standard_deviation"] == {0: 0.0}
+def test_the_spread_of_one_network_is_zero() -> None:
+    found = population_scalars(report_of(10.0))
+    assert found["population/test_accuracy_standard_deviation"] == 0.0
     assert "population/ensemble_test_accuracy" not in found
-
-
-def test_the_texts(tmp_path: Path) -> None:
-    """One text for each start of the run; each table has all events so far."""
-    events = [
-        {"time": "12:00", "epoch": 1, "kind": "healed", "text": "network 1 copied the weights"},
-        {"time": "13:00", "epoch": 2, "kind": "slow", "text": "network 0 is slow"},
-    ]
-    for start in (0, 2):
-        board = population(tmp_path, start_epoch=start)
-        board.events(events[: start + 1], start + 1)
-        board.close()
-    found = texts(tmp_path)
-    assert found["versions"] == {0: "| torch | 0 |", 2: "| torch | 2 |"}
-    assert list(found["run/events"]) == [1, 3]
-    for event in events:
-        row = f"| {event['time']} | {event['epoch']} | {event['kind']} | {event['text']} |"
-        assert row in found["run/events"][3].splitlines()
-    assert "network 0" not in found["run/events"][1]
-
-
-def test_a_round(tmp_path: Path) -> None:
-    board = population(tmp_path)
-    mixing = Graft().decide(torch.zeros(3, 2, dtype=torch.float64), 0)
-    board.round(4, ["conv1", "conv2"], mixing, 5)
-    board.close()
-    (drawn,) = pictures(tmp_path)["round/who_gave_what_to_whom"].items()
-    assert drawn[0] == 5
 
 
 def test_the_charts_of_the_layout_find_their_tags(tmp_path: Path) -> None:
     """No chart is empty."""
-    board = NetworkBoard(tmp_path / "network00", start_epoch=0, options=OPTIONS)
     graft = GRAFT | {"distance": {"conv1": 1.0}}
     times = dict.fromkeys(PHASES, 1.0)
     metrics = epoch_metrics(0, graft=graft, val=OTHER_SPLIT, phase_seconds=times)
-    board.epoch(metrics, LAYERS)
-    board.close()
-    folder = tmp_path / "population"
-    whole = PopulationBoard(
-        folder,
-        start_epoch=0,
-        layout=custom_scalars("entropy", validation=True, rounds=True),
-        texts={},
-    )
-    whole.epoch(report_of(10.0, 20.0, ensemble=30.0))
-    whole.close()
-    tags = {**scalars(tmp_path / "network00"), **scalars(folder)}
+    tags = {
+        **network_scalars(metrics, LAYERS),
+        **population_scalars(report_of(10.0, 20.0, ensemble=30.0)),
+    }
+    file = EventFile(tmp_path, 0)
+    file.layout(custom_scalars("entropy", validation=True, rounds=True))
+    file.close()
     shown = {
-        tag for charts in layout(folder).values() for chart in charts.values() for tag in chart
+        tag for charts in layout(tmp_path).values() for chart in charts.values() for tag in chart
     }
     assert len(shown) > 20
     assert shown <= set(tags)
@@ -271,12 +217,6 @@ def test_the_charts_of_another_metric() -> None:
     tags = [str(tag) for title in charts["iou, all networks"].values() for tag in title[1]]
     assert {"iou/test", "iou/train", "iou/val"} <= set(tags)
     assert not any("ensemble" in tag for tag in tags)
-
-
-def opened(fake: FakeTrainer, events: RunEvents | None = None) -> TensorBoard:
-    callback = TensorBoard(events or RunEvents())
-    callback.on_fit_start(fake.trainer)
-    return callback
 
 
 class TestCallback:
@@ -328,7 +268,9 @@ class TestCallback:
         assert 1 in drawn["heat_map/coefficient"]
         assert 1 in drawn["heat_map/entropy"]
         assert 1 in pictures(tmp_path / "population")["round/who_gave_what_to_whom"]
-        assert session(tmp_path / "network00")[1]
+        options, ended = session(tmp_path / "network00")
+        assert ended
+        assert (options["networks"], options["method"]) == (2, "graft")
 
     def test_heat_maps_of_a_resumed_run_begin_with_its_first_epoch(self, tmp_path: Path) -> None:
         fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=3))
@@ -340,6 +282,22 @@ class TestCallback:
         callback = opened(fake)
         assert callback._informations.epochs == [0, 1]
         callback.teardown(fake.trainer)
+
+    def test_without_numbers_there_is_no_heat_map(self, tmp_path: Path) -> None:
+        fake = FakeTrainer(tmp_path, config=TrainConfig(epochs=1))
+        callback = opened(fake)
+        callback.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(0)))
+        callback.teardown(fake.trainer)
+        assert list(pictures(tmp_path / "network00")) == ["heat_map/entropy"]
+
+    def test_each_start_has_its_own_texts(self, tmp_path: Path) -> None:
+        for start in (0, 2):
+            fake = FakeTrainer(tmp_path)
+            fake.epoch = start
+            opened(fake).teardown(fake.trainer)
+        found = texts(tmp_path / "population")
+        for tag in ("run/configuration", "run/versions", "run/hosts"):
+            assert list(found[tag]) == [0, 2]
 
     def test_events_are_shown_immediately(self, tmp_path: Path) -> None:
         fake, events = FakeTrainer(tmp_path, process=ProcessInfo(0, 2, 0, 2)), RunEvents()
@@ -353,8 +311,11 @@ class TestCallback:
         callback.teardown(fake.trainer)
         shown = texts(tmp_path / "population")["run/events"]
         assert list(shown) == [0, 1]
-        assert "resumed from" in shown[1]
-        assert "network 1 has NaN" in shown[1]
+        assert "network 1 has NaN" not in shown[0]
+        rows = shown[1].splitlines()[2:]
+        assert [row.split(" | ")[1:3] for row in rows] == [["0", "resumed"], ["1", "diverged"]]
+        assert "resumed from" in rows[0]
+        assert "network 1 has NaN" in rows[1]
 
     def test_a_deleted_folder_is_recreated(self, tmp_path: Path) -> None:
         """Even if another callback recreates the folder first."""

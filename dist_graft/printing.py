@@ -1,4 +1,4 @@
-"""Printing that tolerates closed pipes, and tables as text."""
+"""Printing that tolerates closed pipes, and tables and numbers as text."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table = [header, ["---"] * len(header), *rows]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in table)
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
+def format_number(value: float | None, digits: int = 2) -> str:
+    """Format a number that may be missing."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def format_metric(value: object, metric: str) -> str:
+    """Format a result: accuracies with 2 decimals, others with 4 significant digits."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:.2f}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def unit(metric: str) -> str:
+    """Header of a column of a metric: % for accuracies, otherwise its name."""
+    return "%" if metric == "accuracy" else metric

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,18 +25,14 @@ Accuracies = dict[str, float | None]
 _SPLITS: tuple[Split, ...] = ("test", "val")
 
 
-class Evaluator(Protocol):
-    """Evaluates weights on a split, with stored or re-estimated batch norm statistics."""
-
-    def evaluate(self, state: State, split: Split, *, reestimated: bool = False) -> EvalResult:
-        """Return accuracy and loss."""
-        ...
+Evaluate = Callable[[State, Split], EvalResult]
+"""Evaluates weights on a split, with re-estimated batch norm statistics."""
 
 
 def evaluate_averages(
     stored: StoredRun,
     states: Sequence[State],
-    evaluator: Evaluator,
+    evaluate: Evaluate,
     *,
     splits: Sequence[Split],
     soup_test_accuracy: float,
@@ -47,7 +43,7 @@ def evaluate_averages(
     Args:
         stored: the run.
         states: weights of its networks.
-        evaluator: of weights.
+        evaluate: evaluates weights.
         splits: "test", and "val" if there is a validation split.
         soup_test_accuracy: of the uniform soup, which has been tested already.
         last_checkpoints: number of checkpoints to average; 0: none.
@@ -72,21 +68,19 @@ def evaluate_averages(
     def mean_accuracy(kind: str, split: Split) -> float | None:
         if split not in splits or (kind, split) in known:
             return known.get((kind, split))
-        return statistics.fmean(
-            evaluator.evaluate(state, split, reestimated=True).accuracy for state in averages[kind]
-        )
+        return statistics.fmean(evaluate(state, split).accuracy for state in averages[kind])
 
     found: dict[str, Accuracies] = {
         kind: {f"{split}_accuracy": mean_accuracy(kind, split) for split in _SPLITS}
         for kind in averages
     }
     if checkpoints:
-        found["snapshots"] = _ensembles_of_checkpoints(checkpoints, evaluator, splits)
+        found["snapshots"] = _ensembles_of_checkpoints(checkpoints, evaluate, splits)
     return found
 
 
 def _ensembles_of_checkpoints(
-    checkpoints: Sequence[Sequence[State]], evaluator: Evaluator, splits: Sequence[Split]
+    checkpoints: Sequence[Sequence[State]], evaluate: Evaluate, splits: Sequence[Split]
 ) -> Accuracies:
     """Test the ensemble of each network's last checkpoints, with batch norm re-estimated in each.
 
@@ -95,34 +89,40 @@ def _ensembles_of_checkpoints(
         finite.
     """
     names = ("test_accuracy", "test_loss", "test_calibration_error", "val_accuracy")
-    rows: list[Accuracies] = [
+    rows = [
         {
             f"{split}_{name}": value
             for split in splits
-            for name, value in _score_ensemble(states, evaluator, split).items()
+            for name, value in score_ensemble(evaluate(state, split) for state in states).items()
         }
         for states in checkpoints
     ]
-    means: Accuracies = {}
-    for name in names:
-        known = [value for row in rows if (value := row.get(name)) is not None]
-        means[name] = statistics.fmean(known) if len(known) == len(rows) else None
-    return means
+    return {name: mean_or_none([row.get(name) for row in rows]) for name in names}
 
 
-def _score_ensemble(states: Sequence[State], evaluator: Evaluator, split: Split) -> Accuracies:
-    """Accuracy, loss and calibration error of the mean of the predicted probabilities."""
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """Mean of values that were all measured; otherwise None."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def score_ensemble(results: Iterable[EvalResult]) -> Accuracies:
+    """Accuracy, loss and calibration error of the mean of the predicted probabilities.
+
+    The results are used one at a time, and only the sum of their probabilities is kept, in the
+    first one's. Loss and calibration error are None if a network is not finite.
+    """
     total: Tensor | None = None
-    finite = True
-    for state in states:
-        result = evaluator.evaluate(state, split, reestimated=True)
+    finite, count = True, 0
+    for result in results:
         assert result.probabilities is not None
         finite &= result.finite
+        count += 1
         total = result.probabilities if total is None else total.add_(result.probabilities)
     assert total is not None
     assert result.labels is not None
     right = accuracy(total, result.labels)
-    mean = total.div_(len(states))
+    mean = total.div_(count)
     return {
         "accuracy": right,
         "loss": negative_log_likelihood(mean, result.labels) if finite else None,

@@ -17,7 +17,7 @@ def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
     return float(-chosen.clamp_min(torch.finfo(torch.float32).tiny).log().mean())
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3), in percent.
 
     Samples are put in equal-width bins (m/M, (m + 1)/M] of their confidence, the largest
@@ -26,6 +26,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = CALIBRA
 
     Args: probabilities: [samples, classes], each row adds up to 1. labels: [samples].
     """
+    bins = CALIBRATION_BINS
     confidence, predicted = probabilities.double().max(1)
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = (predicted == labels).double() - confidence

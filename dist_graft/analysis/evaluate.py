@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from dist_graft.command import Command, Options, add_run_arguments
 from dist_graft.config.validation import at_least
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.printing import format_table
+from dist_graft.printing import format_number, format_table
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -82,66 +82,53 @@ def evaluation_text(result: dict[str, Any]) -> str:
         *("test %", "batch norm re-estimated %", "test loss", "calibration error %"),
         "validation %",
     )
+    names = ("accuracy", "accuracy_reestimated", "loss", "calibration_error")
+
+    def row(name: str, *values: float | str | None) -> tuple[str, ...]:
+        """Cells of a row, from a number or a text for each column."""
+        digits = (2, 2, 4, 2, 2)
+        cells = (
+            value if isinstance(value, str) else format_number(value, count)
+            for value, count in zip(values, digits, strict=True)
+        )
+        return (name, *cells)
+
     rows = [
-        (
+        row(
             f"network {member['network']} (lr {member['lr']:.4g})",
-            f"{member['test_accuracy']:.2f}",
-            f"{member['test_accuracy_reestimated']:.2f}",
-            _format(member["test_loss"], 4),
-            _format(member["test_calibration_error"]),
-            _format(member["val_accuracy"]),
+            *(member[f"test_{name}"] for name in names),
+            member["val_accuracy"],
         )
         for member in result["members"]
     ]
-    means = ("mean_test_accuracy", "mean_test_accuracy_reestimated")
-    first, second = (f"{result[name]:.2f}" for name in means)
-    rows.append(("mean", first, second, "", "", ""))
-    ensemble = [result[f"ensemble_test_{name}"] for name in ("loss", "calibration_error")]
+    means = (result[f"mean_test_{name}"] for name in names[:2])
+    rows.append(row("mean", *means, "", "", ""))
+    rows.append(row("ensemble", *(result[f"ensemble_test_{name}"] for name in names), ""))
     soups, greedy = {"uniform soup": result["uniform_soup"]}, result["greedy_soup"]
-    rows.append(
-        (
-            "ensemble",
-            f"{result['ensemble_test_accuracy']:.2f}",
-            f"{result['ensemble_test_accuracy_reestimated']:.2f}",
-            _format(ensemble[0], 4),
-            _format(ensemble[1]),
-            "",
-        )
-    )
     if greedy:
         soups[f"greedy soup of {'+'.join(map(str, greedy['members']))}"] = greedy
-    rows += [
-        (
-            name,
-            f"{soup['batch_norm_as_is']:.2f}",
-            f"{soup['batch_norm_reestimated']:.2f}",
-            _format(soup["test_loss"], 4),
-            _format(soup["test_calibration_error"]),
-            "",
-        )
-        for name, soup in soups.items()
-    ]
-    names = {"ema": "moving averages of the weights", "checkpoints": "mean of the last checkpoints"}
-    names["snapshots"] = "ensemble of the last checkpoints"
-    for kind, name in names.items():
+    of_soup = ("batch_norm_as_is", "batch_norm_reestimated", "test_loss", "test_calibration_error")
+    rows += [row(title, *(soup[name] for name in of_soup), "") for title, soup in soups.items()]
+    titles = {
+        "ema": "moving averages of the weights",
+        "checkpoints": "mean of the last checkpoints",
+        "snapshots": "ensemble of the last checkpoints",
+    }
+    for kind, title in titles.items():
         if found := result["averages"].get(kind):
-            accuracy = f"{found['test_accuracy']:.2f}"
-            rows.append((name, accuracy, "", "", "", _format(found["val_accuracy"])))
+            rows.append(row(title, found["test_accuracy"], "", "", "", found["val_accuracy"]))
     lines = [format_table(header, rows)]
     if result["disagreement"] is not None:
         lines.append(
             f"two networks predict different classes for {result['disagreement']:.2f} % of the "
-            f"test images; loss barrier between neighbors: {_format(result['barrier']['mean'], 4)}"
+            "test images; loss barrier between neighbors: "
+            f"{format_number(result['barrier']['mean'], 4)}"
         )
     if before := result["barrier_before_last_round"]:
-        lines.append(f"loss barrier before the last round: {_format(before['mean'], 4)}")
+        lines.append(f"loss barrier before the last round: {format_number(before['mean'], 4)}")
     if not greedy:
         lines.append(
             "no greedy soup: the run has no validation split (data.val_fraction is 0), and the "
             "test set must not be used for selection"
         )
     return "\n".join(lines)
-
-
-def _format(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_graft.analysis.averages import evaluate_averages
-from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
+from dist_graft.analysis.averages import evaluate_averages, mean_or_none, score_ensemble
+from dist_graft.analysis.calibration import calibration_error
 from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
@@ -34,7 +35,6 @@ from dist_graft.training.learning_rates import initial_rates
 from dist_graft.training.models import build_model
 from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
-from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
 BARRIER_POSITIONS = (0.25, 0.5, 0.75)
@@ -84,7 +84,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
             result["averages"] = evaluate_averages(
                 stored,
                 states,
-                evaluator,
+                partial(evaluator.evaluate, reestimated=True),
                 splits=("test", "val") if data.has_validation else ("test",),
                 soup_test_accuracy=result["uniform_soup"]["batch_norm_reestimated"],
                 last_checkpoints=options["last_checkpoints"],
@@ -168,25 +168,13 @@ class _Evaluator:
         return self.data.train_batches(0, 0, self.barrier_batches)
 
 
-@dataclass(frozen=True)
-class _Tested:
-    """Test results of all networks, with stored or with re-estimated batch norm statistics."""
-
-    members: list[EvalResult]
-    """Without probabilities."""
-    calibration_errors: list[float | None]
-    predictions: list[Tensor]
-    """Predicted class of each test image, int64 [samples], of each network."""
-    ensemble_accuracy: float
-    ensemble_loss: float | None
-    ensemble_calibration_error: float | None
-
-
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
     rates = initial_rates(stored.config, stored.population)
-    tested = _test_members(states, evaluator)
-    reestimated = _test_members(states, evaluator, reestimated=True)
+    members, ensemble, predictions = _test_members(states, evaluator)
+    members_reestimated, ensemble_reestimated, _ = _test_members(
+        states, evaluator, reestimated=True
+    )
     validated, validated_reestimated = (
         [evaluator.evaluate(state, "val", reestimated=again).accuracy for state in states]
         if evaluator.data.has_validation
@@ -200,9 +188,9 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         def validation_accuracy(soup: dict[str, Tensor]) -> float:
             return evaluator.evaluate(soup, "val", reestimated=True).accuracy
 
-        members = greedy_soup(states, validated_reestimated, validation_accuracy)
-        soup = uniform_soup([states[member] for member in sorted(members)])
-        numbers = [stored.networks[member] for member in members]
+        chosen = greedy_soup(states, validated_reestimated, validation_accuracy)
+        soup = uniform_soup([states[member] for member in sorted(chosen)])
+        numbers = [stored.networks[member] for member in chosen]
         greedy = {"members": numbers, **evaluator.evaluate_soup(soup)}
     return {
         "protocol": EVALUATION_FORMAT,
@@ -214,32 +202,20 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
                 "network": network,
                 "epoch": stored.members[network].epoch,
                 "lr": rates[network],
-                "test_accuracy": result.accuracy,
-                "test_accuracy_reestimated": reestimated.members[index].accuracy,
-                "test_loss": _finite(result.loss),
-                "test_loss_reestimated": _finite(reestimated.members[index].loss),
-                "test_calibration_error": tested.calibration_errors[index],
-                "test_calibration_error_reestimated": reestimated.calibration_errors[index],
+                **_both("test", members[index], members_reestimated[index]),
                 "val_accuracy": validated[index] if validated else None,
                 "val_accuracy_reestimated": (
                     validated_reestimated[index] if validated_reestimated else None
                 ),
             }
-            for index, (network, result) in enumerate(
-                zip(stored.networks, tested.members, strict=True)
-            )
+            for index, network in enumerate(stored.networks)
         ],
-        "mean_test_accuracy": statistics.fmean(result.accuracy for result in tested.members),
+        "mean_test_accuracy": statistics.fmean(scores["accuracy"] for scores in members),
         "mean_test_accuracy_reestimated": statistics.fmean(
-            result.accuracy for result in reestimated.members
+            scores["accuracy"] for scores in members_reestimated
         ),
-        "ensemble_test_accuracy": tested.ensemble_accuracy,
-        "ensemble_test_accuracy_reestimated": reestimated.ensemble_accuracy,
-        "ensemble_test_loss": tested.ensemble_loss,
-        "ensemble_test_loss_reestimated": reestimated.ensemble_loss,
-        "ensemble_test_calibration_error": tested.ensemble_calibration_error,
-        "ensemble_test_calibration_error_reestimated": reestimated.ensemble_calibration_error,
-        "disagreement": disagreement(tested.predictions),
+        **_both("ensemble_test", ensemble, ensemble_reestimated),
+        "disagreement": disagreement(predictions),
         "barrier": _barrier(stored, states, evaluator),
         "barrier_before_last_round": _barrier_before(stored, evaluator),
         "uniform_soup": uniform,
@@ -249,33 +225,38 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
 
 def _test_members(
     states: Sequence[State], evaluator: _Evaluator, *, reestimated: bool = False
-) -> _Tested:
-    """Test each network and their ensemble. Only the sum of their probabilities is kept."""
-    members: list[EvalResult] = []
-    calibration_errors: list[float | None] = []
+) -> tuple[list[dict[str, Any]], dict[str, float | None], list[Tensor]]:
+    """Test each network and their ensemble.
+
+    Returns: scores of each network; those of the ensemble; predicted class of each test image,
+        int64 [samples], of each network.
+    """
+    members: list[dict[str, Any]] = []
     predictions: list[Tensor] = []
-    total: Tensor | None = None
-    for state in states:
-        result = evaluator.evaluate(state, "test", reestimated=reestimated)
-        assert result.probabilities is not None
-        assert result.labels is not None
-        calibration_errors.append(_calibration_error(result))
-        predictions.append(result.probabilities.argmax(1))
-        total = result.probabilities if total is None else total.add_(result.probabilities)
-        members.append(replace(result, probabilities=None))
-    assert total is not None
-    assert result.labels is not None
-    ensemble_accuracy = accuracy(total, result.labels)
-    finite = all(member.finite for member in members)
-    mean = total.div_(len(states))
-    return _Tested(
-        members,
-        calibration_errors,
-        predictions,
-        ensemble_accuracy,
-        negative_log_likelihood(mean, result.labels) if finite else None,
-        calibration_error(mean, result.labels) if finite else None,
-    )
+
+    def results() -> Iterator[EvalResult]:
+        for state in states:
+            result = evaluator.evaluate(state, "test", reestimated=reestimated)
+            assert result.probabilities is not None
+            error = _calibration_error(result)
+            loss = _finite(result.loss)
+            members.append({"accuracy": result.accuracy, "loss": loss, "calibration_error": error})
+            predictions.append(result.probabilities.argmax(1))
+            yield result
+
+    ensemble = score_ensemble(results())
+    return members, ensemble, predictions
+
+
+def _both(
+    what: str, stored: Mapping[str, Any], reestimated: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Scores with stored and with re-estimated batch norm statistics, by name."""
+    return {
+        f"{what}_{name}{suffix}": scores[name]
+        for name in stored
+        for suffix, scores in (("", stored), ("_reestimated", reestimated))
+    }
 
 
 def disagreement(predictions: Sequence[Tensor]) -> float | None:
@@ -303,23 +284,21 @@ def _barrier(
         return None
     neighbors = [(k - 1, k) for k in range(1, count)] + ([(count - 1, 0)] if count > 2 else [])
     ends = [evaluator.training_loss(state) for state in states]
-    pairs = []
-    barriers: list[float | None] = []
+    pairs: list[dict[str, Any]] = []
     for first, second in neighbors:
         excess = [0.0]
         for position in BARRIER_POSITIONS:
             loss = evaluator.training_loss(_between(states[first], states[second], position))
             straight = (1 - position) * ends[first] + position * ends[second]
             excess.append(loss - straight)
-        barriers.append(max(excess) if all(map(math.isfinite, excess)) else None)
+        barrier = max(excess) if all(map(math.isfinite, excess)) else None
         networks = [stored.networks[first], stored.networks[second]]
-        pairs.append({"networks": networks, "barrier": barriers[-1]})
-    known = [barrier for barrier in barriers if barrier is not None]
+        pairs.append({"networks": networks, "barrier": barrier})
     return {
         "split": "train",
         "batches": evaluator.barrier_batches,
         "pairs": pairs,
-        "mean": statistics.fmean(known) if len(known) == len(pairs) else None,
+        "mean": mean_or_none([pair["barrier"] for pair in pairs]),
     }
 
 

@@ -12,7 +12,8 @@ from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import training_options, weights_file
 from dist_graft.analysis.run_files import read_run
 from dist_graft.errors import ConfigError
-from dist_graft.printing import markdown_table
+from dist_graft.monitoring.console import final_results
+from dist_graft.printing import format_metric, markdown_table
 from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
@@ -238,48 +239,35 @@ def _results(description: Mapping[str, Any], control: Mapping[str, Any] | None) 
         names = [key.removeprefix("test_") for key in keys if key.startswith("test_")]
         names.sort(key=lambda name: name == "loss")  # last
         rows = [
-            (file, *(_number(values.get(f"test_{name}"), name) for name in names))
+            (file, *(format_metric(values.get(f"test_{name}"), name) for name in names))
             for file, values in metrics.items()
         ]
         header = ("network", *(f"test {name}{_unit(name)}" for name in names))
         return [markdown_table(header, rows) if names else "none", "", _NO_CONTROL]
     metric = summary.get("metric", "accuracy")
-    moments = (f"{metric}_before_last_round", f"{metric}_after_last_round")
-    rows = [
-        (
-            f"network {each['network']} (lr {each['lr']:.4g})",
-            *(_number(each[m], metric) for m in moments),
-        )
-        for each in summary["networks"]
-    ]
-    named = {"mean": (summary, "mean"), "ensemble": (summary, "ensemble")}
+
+    def cell(value: Any) -> str:
+        return format_metric(value, metric)
+
+    rows = final_results(summary, cell)
     if control:
         networks = len(control["networks"])
         title = f"control without exchange ({networks} network{'s' if networks > 1 else ''})"
-        named |= {f"{title}: {name}": (control, name) for name in ("mean", "ensemble")}
-    for title, (source, name) in named.items():
-        if f"{name}_{moments[0]}" in source:
-            values = (source[f"{name}_{moment}"] for moment in moments)
-            rows.append((title, *(_number(value, metric) for value in values)))
+        rows += [
+            (f"{title}: {name}", *values)
+            for name, *values in final_results(control, cell)[networks:]
+        ]
     unit = _unit(metric)
     header = ("", f"test {metric} before the last round{unit}", f"after it{unit}")
     text = [markdown_table(header, rows), "", _ABOUT_CONTROL if control else _NO_CONTROL]
     if evaluation:
         soup = evaluation["uniform_soup"]
-        text += [
-            "",
-            f"Uniform soup: {_number(soup['batch_norm_as_is'], 'accuracy')}%, with re-estimated "
-            f"batch norm {_number(soup['batch_norm_reestimated'], 'accuracy')}%.",
-        ]
+        as_is, reestimated = (
+            format_metric(soup[f"batch_norm_{how}"], "accuracy") for how in ("as_is", "reestimated")
+        )
+        text += ["", f"Uniform soup: {as_is}%, with re-estimated batch norm {reestimated}%."]
     return text
 
 
 def _unit(metric: str) -> str:
     return " (%)" if metric == "accuracy" else ""
-
-
-def _number(value: Any, metric: str) -> str:
-    """A result: accuracies with 2 decimals, others with 4 significant digits."""
-    if not isinstance(value, (int, float)):
-        return "-"
-    return f"{value:.2f}" if metric == "accuracy" else f"{value:.4g}"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dist_graft.errors import RunDirectoryError
+from dist_graft.monitoring.jsonl import parse_line
 from dist_graft.population.runtime.lease import LeaseInfo, read_lease
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import (
@@ -111,8 +112,7 @@ def read_run(path: Path) -> RunFiles:
         )
     problems: list[str] = []
     config = _read_object(directory.config, problems, yaml.safe_load)
-    start = config.get("run")
-    count = start.get("networks") if isinstance(start, dict) else None
+    count = section(config, "run").get("networks")
     count = count if isinstance(count, int) and count <= _MAX_NETWORKS else 0
     # Folders beyond the count: of new jobs, or of an earlier start with more networks that failed.
     networks = sorted({*range(count), *(found if not count or _is_of_jobs(config) else ())})
@@ -149,8 +149,7 @@ def _network_folders(path: Path) -> set[int]:
 
 def _is_of_jobs(config: Fields) -> bool:
     """Whether each network is a job of its own (graft.exchange files)."""
-    graft = config.get("graft")
-    return isinstance(graft, dict) and graft.get("exchange") == "files"
+    return section(config, "graft").get("exchange") == "files"
 
 
 def _read_network(
@@ -159,7 +158,7 @@ def _read_network(
     folder = directory.network(network)
     lines = _read_lines(folder / "metrics.jsonl", problems)
     epochs = [line for line in lines if isinstance(line.get("epoch"), int)]
-    rounds = [line["graft"] for line in epochs if isinstance(line.get("graft"), dict)]
+    rounds = [rounds for line in epochs if (rounds := section(line, "graft"))]
     log = (_read_text(folder / "log.txt", problems, tail=True) or "").splitlines()
     last = next((line for line in reversed(log) if line.strip()), "")
     return NetworkFiles(
@@ -187,33 +186,35 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
 
 
+def section(values: Fields, name: str) -> Fields:
+    """A mapping in a mapping; empty for anything else that the file may hold."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _read_object(
     path: Path, problems: list[str], parse: Callable[[str], Any] = json.loads
 ) -> Fields:
     text = _read_text(path, problems)
-    content = {} if text is None else _parse(text, parse)
-    if content is None:
+    if text is None:
+        return {}
+    try:
+        content = parse(text)
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
         problems.append(f"{path} cannot be read")
-    return content or {}
+        return {}
+    return {str(key): value for key, value in content.items()}  # YAML has keys of other types
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Fields]:
     """Objects at the end of a JSON-lines file. An unfinished last line is ignored."""
     text = _read_text(path, problems, tail=True) or ""
-    lines = [_parse(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = [parse_line(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     if damaged := lines.count(None):
         problems.append(f"{path}: {damaged} of the last {len(lines)} lines cannot be read")
     return [line for line in lines if line is not None]
-
-
-def _parse(text: str, parse: Callable[[str], Any] = json.loads) -> Fields | None:
-    try:
-        content = parse(text)
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError, yaml.YAMLError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    return {str(key): value for key, value in content.items()}  # YAML has keys of other types
 
 
 def _read_text(path: Path, problems: list[str], *, tail: bool = False) -> str | None:

@@ -18,7 +18,14 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from dist_graft.analysis.run_files import NetworkFiles, RunFiles, read_run, run_paths
+from dist_graft.analysis.run_files import (
+    Fields,
+    NetworkFiles,
+    RunFiles,
+    read_run,
+    run_paths,
+    section,
+)
 from dist_graft.command import Command, Options
 from dist_graft.config.validation import above_zero
 from dist_graft.errors import SEE_PEER
@@ -26,7 +33,7 @@ from dist_graft.monitoring.console import duration
 from dist_graft.monitoring.status_file import ENDED, HEARTBEAT_SECONDS
 from dist_graft.population.runtime.lease import LeaseInfo
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.printing import format_table
+from dist_graft.printing import format_metric, format_number, format_table, unit
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "died"]
 ACTIVE: tuple[State, ...] = ("starting", "running")
@@ -38,12 +45,6 @@ _CONSEQUENCES = ("stopped by ", SEE_PEER, "the run's key-value store is gone")
 _EVENTS_SHOWN = 5
 _SILENCE_SHOWN_SECONDS = 30.0
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
-_HEADER = ("network", "host", "phase", "epoch", "step")
-_HEADER_AFTER_METRIC = ("lr", "images/s", "last round", "events")
-_OPTIONS_HEADER = ("options",)
-"""One more column if the networks differ in options."""
-_JOB_HEADER = ("job", "lag", "lease", "checkpoint")
-"""More columns if each network is a job of its own."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -258,11 +259,10 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
         f"{known['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
         format_table(
             (
-                *_HEADER,
-                _metric_header(known["metric"]),
-                *_HEADER_AFTER_METRIC,
-                *(_OPTIONS_HEADER if differ else ()),
-                *(_JOB_HEADER if run.of_jobs else ()),
+                *("network", "host", "phase", "epoch", "step", f"test {unit(known['metric'])}"),
+                *("lr", "images/s", "last round", "events"),
+                *(("options",) if differ else ()),
+                *(("job", "lag", "lease", "checkpoint") if run.of_jobs else ()),
             ),
             [
                 (
@@ -275,9 +275,10 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
         ),
     ]
     final = [
-        f"{of} {known['metric']} after last round {_metric_text(value, known['metric'])}"
+        f"{of} {known['metric']} after last round {format_metric(value, known['metric'])}"
         for of in ("mean", "ensemble")
-        if (value := known["final"].get(f"{of}_{known['metric']}_after_last_round")) is not None
+        if (value := _as_float(known["final"].get(f"{of}_{known['metric']}_after_last_round")))
+        is not None
     ]
     if final and run_status.state == "finished":
         lines.append(", ".join(final))
@@ -299,8 +300,7 @@ def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
     for (files, run_status), known in zip(runs, of_runs, strict=True):
         networks = known["networks"]
         values = [row["test_metric"] for row in networks if row["test_metric"] is not None]
-        mean = _metric_text(statistics.fmean(values) if values else None, known["metric"])
-        unit = "%" if known["metric"] == "accuracy" else known["metric"]
+        mean = format_metric(statistics.fmean(values) if values else None, known["metric"])
         epochs = min((row["epochs_finished"] for row in networks), default=0)
         left = known["seconds_left"]
         rows.append(
@@ -311,7 +311,7 @@ def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
                 str(known["model"] or "?"),
                 str(known["method"] or "?"),
                 f"{epochs}/{known['epochs'] or '?'}",
-                mean if only_accuracy or not values else f"{mean} {unit}",
+                mean if only_accuracy or not values else f"{mean} {unit(known['metric'])}",
                 "-" if left is None else duration(left),
             )
         )
@@ -348,9 +348,8 @@ def _network_facts(
 ) -> dict[str, Any]:
     status, last, graft = files.status, files.last_epoch, files.last_round
     alive = files.network in run_status.alive
-    by_unit = graft.get("coefficient")
-    values = by_unit.values() if isinstance(by_unit, dict) else ()
-    coefficients = [value for value in map(_as_float, values) if value is not None]
+    values = map(_as_float, section(graft, "coefficient").values())
+    coefficients = [value for value in values if value is not None]
     rounds = _as_int(status.get("rounds"))
     own_events = [event for event in run.events if event.get("network") == files.network]
     finished = last["epoch"] + 1 if last else 0
@@ -395,17 +394,6 @@ def _metric(run: RunFiles) -> str:
     return "loss" if keys else "accuracy"
 
 
-def _metric_header(metric: str) -> str:
-    return "test %" if metric == "accuracy" else f"test {metric}"
-
-
-def _metric_text(value: object, metric: str) -> str:
-    number = _as_float(value)
-    if number is None or metric == "accuracy":
-        return _fixed(number, 2)
-    return f"{number:.4g}"
-
-
 def _row(row: dict[str, Any], epochs: object, metric: str) -> tuple[str, ...]:
     ended = row["phase"] in ENDED or row["phase"] is None
     current = row["epoch"] + 1 if isinstance(row["epoch"], int) else "?"
@@ -415,9 +403,9 @@ def _row(row: dict[str, Any], epochs: object, metric: str) -> tuple[str, ...]:
         _phase_text(row),
         f"{row['epochs_finished'] if ended else current}/{epochs}",
         f"{row['step']}/{row['steps_per_epoch']}" if row["steps_per_epoch"] else "-",
-        _metric_text(row["test_metric"], metric),
+        format_metric(row["test_metric"], metric),
         "-" if row["lr"] is None else f"{row['lr']:.4g}",
-        _fixed(row["images_per_second"], 0),
+        format_number(row["images_per_second"], 0),
         _round_text(row),
         ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in row["events"].items()) or "-",
     )
@@ -432,10 +420,9 @@ def _options_text(options: Mapping[str, Any]) -> str:
     return ", ".join(texts) or "-"
 
 
-def _options_in(config: Mapping[str, Any], network: int) -> dict[str, Any]:
+def _options_in(config: Fields, network: int) -> dict[str, Any]:
     """Options of one network that members or diversity set."""
-    run = config.get("run")
-    members = run.get("members") if isinstance(run, dict) else None
+    members = section(config, "run").get("members")
     if not isinstance(members, list) or network >= len(members):
         return {}
     options = members[network]
@@ -484,11 +471,6 @@ def _round_text(row: dict[str, Any]) -> str:
     return f"{row['round']}: kept {low:.2f}-{high:.2f}, rest of {donor}"
 
 
-def _fixed(value: object, digits: int) -> str:
-    number = _as_float(value)
-    return "-" if number is None else f"{number:.{digits}f}"
-
-
 def _as_float(value: object) -> float | None:
     """A finite number, or None for anything else that the file may hold."""
     with suppress(OverflowError):
@@ -501,10 +483,8 @@ def _as_int(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _name_in(config: Mapping[str, Any], section: str) -> Any:
-    run = config.get("run")
-    custom = run.get("custom") if isinstance(run, dict) else None
-    if isinstance(custom, list) and section in custom:
-        return f"custom {section}"  # given in Python, so the configured name was not used
-    values = config.get(section)
-    return values.get("name") if isinstance(values, dict) else None
+def _name_in(config: Fields, part: str) -> Any:
+    custom = section(config, "run").get("custom")
+    if isinstance(custom, list) and part in custom:
+        return f"custom {part}"  # given in Python, so the configured name was not used
+    return section(config, part).get("name")

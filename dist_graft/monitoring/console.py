@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.metrics import MOMENTS, EpochReport, NetworkRow
 from dist_graft.monitoring.status_file import StatusFile
-from dist_graft.printing import format_table
+from dist_graft.printing import format_table, unit
 
 if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
@@ -116,7 +116,7 @@ def epoch_text(
     first: int = 0,
 ) -> str:
     """Table of the population after an epoch (0-based), one line per network from `first` on."""
-    name = "%" if metric == "accuracy" else metric or ""
+    name = unit(metric or "")
     header = [
         *("network", "lr", "train loss", f"train {name}", "test loss", f"test {name}"),
         *("images/s", "keeps"),
@@ -155,23 +155,29 @@ def _keeps(row: NetworkRow) -> str:
 def summary_text(summary: Mapping[str, Any]) -> str:
     """Final test results: one line per network, then mean and ensemble."""
     metric = summary.get("metric", "accuracy")
-    keys = [f"{metric}_{moment}" for moment in MOMENTS]
-    unit = ", %" if metric == "accuracy" else ""
-    header = (f"test {metric}{unit}", "before the last round", "after it")
+    title = ", %" if metric == "accuracy" else ""
+    header = (f"test {metric}{title}", "before the last round", "after it")
     digits = 2 if metric == "accuracy" else 4
-    rows = [
-        (
-            f"network {row['network']} (lr {row['lr']:.4g})",
-            *(_number(row[key], digits) for key in keys),
-        )
+    return format_table(header, final_results(summary, lambda value: _number(value, digits)))
+
+
+def final_results(summary: Mapping[str, Any], cell: Callable[[Any], str]) -> list[tuple[str, ...]]:
+    """Results before and after the last round: a row per network, then mean and ensemble.
+
+    Args:
+        summary: content of summary.json.
+        cell: formats a result.
+    """
+    before, after = (f"{summary.get('metric', 'accuracy')}_{moment}" for moment in MOMENTS)
+    rows: list[tuple[str, ...]] = [
+        (f"network {row['network']} (lr {row['lr']:.4g})", cell(row[before]), cell(row[after]))
         for row in summary["networks"]
     ]
-    rows += [
-        (name, *(_number(summary[f"{name}_{key}"], digits) for key in keys))
+    return rows + [
+        (name, cell(summary[f"{name}_{before}"]), cell(summary[f"{name}_{after}"]))
         for name in ("mean", "ensemble")
-        if f"{name}_{keys[0]}" in summary
+        if f"{name}_{before}" in summary
     ]
-    return format_table(header, rows)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from dist_graft.plot_style import BLUE, ORANGE, plot_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure, FigureBase
 
@@ -59,18 +61,11 @@ def layers_over_epochs(
     with plot_style(_FONT_SIZE):
         figure = _figure(_rows_inches(names))
         axes = figure.add_subplot()
-        mesh = axes.pcolormesh(
-            edges,
-            np.arange(len(names) + 1) - 0.5,
-            np.ma.masked_invalid(averaged),
-            cmap=_color_map("viridis" if middle is None else "PuOr"),
-            norm=_normalize(averaged, middle),
-        )
+        colors = "viridis" if middle is None else "PuOr"
+        mesh = _heat_map(axes, edges, averaged, colors, _normalize(averaged, middle))
         _title(figure, title)
         axes.set_xlabel("epoch, from 0")
-        axes.invert_yaxis()
         _name_rows(axes, names)
-        _whole_ticks(axes)
         figure.colorbar(mesh, ax=axes, pad=0.02)
         return _pixels(figure)
 
@@ -102,18 +97,11 @@ def flow_of_round(
         else:
             _draw_matrix(above, flow)
         _title(upper, f"{title}: % taken, mean over layers")
-        mesh = below.pcolormesh(
-            np.arange(networks + 1) - 0.5,
-            np.arange(len(names) + 1) - 0.5,
-            100 * taken,
-            cmap=_color_map("viridis"),
-            norm=_normalize(100 * taken, None, least=2.0),
-        )
+        norm = _normalize(100 * taken, None, least=2.0)
+        mesh = _heat_map(below, np.arange(networks + 1) - 0.5, 100 * taken, "viridis", norm)
         _title(lower, f"{title}: % taken, by layer")
         below.set_xlabel("recipient")
-        below.invert_yaxis()
         _name_rows(below, names)
-        _whole_ticks(below)
         lower.colorbar(mesh, ax=below, pad=0.03)
         return _pixels(figure)
 
@@ -171,13 +159,8 @@ def _draw_matrix(axes: Axes, flow: Numbers) -> None:
     """Many arrows as a matrix: a row per recipient, a column per donor."""
     percent = 100 * flow
     np.fill_diagonal(percent, np.nan)
-    mesh = axes.pcolormesh(
-        np.arange(len(percent) + 1) - 0.5,
-        np.arange(len(percent) + 1) - 0.5,
-        np.ma.masked_invalid(percent),
-        cmap=_color_map("cividis"),
-        norm=_normalize(percent, None, least=2.0),
-    )
+    norm = _normalize(percent, None, least=2.0)
+    mesh = _heat_map(axes, np.arange(len(percent) + 1) - 0.5, percent, "cividis", norm)
     if len(percent) <= MAX_NUMBERS:
         middle = float(np.mean(mesh.get_clim()))
         for (recipient, donor), share in np.ndenumerate(percent):
@@ -186,9 +169,26 @@ def _draw_matrix(axes: Axes, flow: Numbers) -> None:
                 axes.text(donor, recipient, f"{share:.2g}", ha="center", va="center", color=color)
     axes.set_xlabel("donor")
     axes.set_ylabel("recipient")
-    axes.invert_yaxis()
-    _whole_ticks(axes, "both")
+    _whole_ticks(axes.yaxis)
     axes.figure.colorbar(mesh, ax=axes, pad=0.03)
+
+
+def _heat_map(
+    axes: Axes, edges: npt.ArrayLike, values: Numbers, colors: str, norm: Normalize
+) -> ScalarMappable:
+    """Draw values, [rows, columns], from top to bottom; `edges` are those of the columns."""
+    from matplotlib import colormaps
+
+    mesh = axes.pcolormesh(
+        edges,
+        np.arange(len(values) + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        cmap=colormaps[colors].with_extremes(bad=_MISSING),
+        norm=norm,
+    )
+    axes.invert_yaxis()
+    _whole_ticks(axes.xaxis)
+    return mesh
 
 
 def _columns(epochs: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
@@ -225,22 +225,15 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(0, len(names), every), names[::every])
 
 
-def _whole_ticks(axes: Axes, which: Literal["x", "both"] = "x") -> None:
+def _whole_ticks(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for axis in (axes.xaxis, axes.yaxis)[: 1 if which == "x" else 2]:
-        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def _title(figure: FigureBase, title: str) -> None:
     """Align the title with the left edge, to have room beside long row names."""
     figure.suptitle(title, x=0.02, ha="left")
-
-
-def _color_map(name: str) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps[name].with_extremes(bad=_MISSING)
 
 
 def _figure(height: float) -> Figure:

@@ -96,10 +96,11 @@ class MetricsJsonl(Callback):
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a JSON Lines file, in order; lines that are not objects are skipped."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    return [item for line in text.splitlines() if (item := _parse(line))]
+    return [item for line in text.splitlines() if (item := parse_line(line))]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_line(line: str) -> dict[str, Any] | None:
+    """The object in a line of a JSON Lines file; None for anything else."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dist_graft.monitoring.metrics import MOMENTS, EpochMetrics, EpochReport, LayerStats
@@ -34,20 +34,21 @@ def network_scalars(metrics: EpochMetrics, layers: LayerStats) -> Scalars:
     for phase, seconds in metrics.phase_seconds.items():
         scalars[f"time_share/{phase}"] = 100 * seconds / total_seconds
     scalars |= _by_unit(layers.criterion, layers.information)
+    scalars |= _over_units(layers.criterion, layers.information.values())
     for threshold, counts in layers.invalid.items():
         scalars[f"invalid_filters_{threshold:g}"] = sum(counts.values())
-        scalars |= _by_unit(f"invalid_{threshold:g}", counts, summary=False)
+        scalars |= _by_unit(f"invalid_{threshold:g}", counts)
     if metrics.graft is not None:
         scalars["round/seconds"] = metrics.graft["seconds"]
         scalars["round/megabytes_received"] = metrics.graft["bytes"] / 1e6
         scalars["round/lag"] = metrics.graft.get("lag")
         coefficient = metrics.graft["coefficient"]
         scalars |= _by_unit("coefficient", coefficient)
-        scalars |= _over_units(
-            "coefficient_minus_half", [kept - 0.5 for kept in coefficient.values()]
-        )
+        scalars |= _over_units("coefficient", coefficient.values())
+        differences = [kept - 0.5 for kept in coefficient.values()]
+        scalars |= _over_units("coefficient_minus_half", differences)
         distance = metrics.graft["distance"]
-        scalars |= _by_unit("distance", distance, summary=False)
+        scalars |= _by_unit("distance", distance)
         if distance:
             scalars["layers/distance_to_donor"] = math.hypot(*distance.values())
     return _known(scalars)
@@ -96,17 +97,12 @@ def final_population_scalars(summary: Mapping[str, Any]) -> Scalars:
     )
 
 
-def _by_unit(
-    name: str, values: Mapping[str, float | None], *, summary: bool = True
-) -> dict[str, float | None]:
-    """A scalar per graft unit and, if `summary`, their mean, minimum and maximum."""
-    scalars = {f"{name}/{unit}": value for unit, value in values.items()}
-    if summary:
-        scalars |= _over_units(name, [value for value in values.values() if value is not None])
-    return scalars
+def _by_unit(name: str, values: Mapping[str, float]) -> Scalars:
+    """A scalar per graft unit."""
+    return {f"{name}/{unit}": value for unit, value in values.items()}
 
 
-def _over_units(name: str, values: Sequence[float]) -> Scalars:
+def _over_units(name: str, values: Collection[float]) -> Scalars:
     """Mean, minimum and maximum of the graft units' values, if there are any."""
     if not values:
         return {}

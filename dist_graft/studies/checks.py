@@ -13,7 +13,7 @@ import pandas as pd
 
 from dist_graft.config import TrainConfig
 from dist_graft.studies.controls import ONE_NETWORK, Arm, Design
-from dist_graft.studies.measurements import NEAR_HALF, delivers_soup
+from dist_graft.studies.measurements import NEAR_HALF
 from dist_graft.studies.statistics import (
     ALPHA,
     UNDER_TRAINED,
@@ -40,9 +40,8 @@ _ROUNDING = 1e-6  # results.csv has six digits
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Result of an arm's checks."""
+    """Result of one or several checks of an arm."""
 
-    arm: Arm
     failures: Sequence[str] = ()
     """Why the arm was not tested, with numbers; empty if it counts."""
     warnings: Sequence[str] = ()
@@ -57,7 +56,7 @@ class Check:
 
 def check_arms(
     design: Design, arms: Sequence[ArmResult], curves: pd.DataFrame, outcome: str
-) -> list[Check]:
+) -> list[tuple[Arm, Check]]:
     """Check every arm that has runs.
 
     Args:
@@ -66,7 +65,7 @@ def check_arms(
         curves: learning curves, as `Results.curves`.
         outcome: primary outcome.
 
-    Returns: one check per arm with a finding.
+    Returns: each arm with a finding, and its checks.
     """
     without = {
         contrast.method.key: contrast.control
@@ -94,23 +93,18 @@ def check_arms(
             if config.graft.source == "external":
                 parts.append(check_coefficients(result))
         merged = Check(
-            arm=result.arm,
             failures=[text for part in parts for text in part.failures],
             warnings=[text for part in parts for text in part.warnings],
             facts=[text for part in parts for text in part.facts],
         )
-        if merged.failures or merged.warnings or merged.facts:
-            checks.append(merged)
+        if merged != Check(failures=[], warnings=[], facts=[]):
+            checks.append((result.arm, merged))
     return checks
 
 
 def delivered_model(result: ArmResult) -> str:
     """What the arm delivers: member, soup, or another word of its rows."""
-    if "delivers" in result.rows and not result.rows.empty:
-        return str(result.rows["delivers"].iloc[0])
-    config = result.arm.config(0)
-    soup = has_exchange(config, result.arm.networks) and delivers_soup(config)
-    return "soup" if soup else "member"
+    return str(result.rows["delivers"].iloc[0])
 
 
 def check_soup(result: ArmResult) -> Check:
@@ -120,21 +114,21 @@ def check_soup(result: ArmResult) -> Check:
     """
     result = replace(result, rows=result.rows[result.rows["status"] != "diverged"])
     if result.rows.empty:
-        return Check(arm=result.arm)
+        return Check()
     strength = _strength(result)
     behind = (result.values("mean_of_members") - result.values("uniform_soup")).dropna()
     if behind.empty:
-        return Check(arm=result.arm, failures=["its soup was not evaluated", *strength])
+        return Check(failures=["its soup was not evaluated", *strength])
     gap = float(behind.mean())
     if gap > SOUP_MARGIN:
         text = (
             f"its soup is {gap:.1f} points below the mean member (margin {SOUP_MARGIN:g}), so the "
             "networks did not come together"
         )
-        return Check(arm=result.arm, failures=[", ".join([text, *strength])])
+        return Check(failures=[", ".join([text, *strength])])
     where = "above" if gap < 0 else "below"
     text = f"soup {abs(gap):.2f} points {where} the mean member"
-    return Check(arm=result.arm, facts=[", ".join([text, *strength])])
+    return Check(facts=[", ".join([text, *strength])])
 
 
 def _strength(result: ArmResult) -> list[str]:
@@ -157,15 +151,15 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
         shares = 100 * invalid / filters
     if shares.empty:
         text = "invalid filters without exchange were not counted"
-        return Check(arm=result.arm, warnings=[text])
+        return Check(warnings=[text])
     share = float(shares.mean())
     if share == 0:
         text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
-        return Check(arm=result.arm, failures=[text])
+        return Check(failures=[text])
     text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1)"
     if share < FEW_INVALID:
-        return Check(arm=result.arm, warnings=[f"{text}: there is little to re-activate"])
-    return Check(arm=result.arm, facts=[text])
+        return Check(warnings=[f"{text}: there is little to re-activate"])
+    return Check(facts=[text])
 
 
 def check_coefficients(result: ArmResult) -> Check:
@@ -174,10 +168,10 @@ def check_coefficients(result: ArmResult) -> Check:
     with_donor = result.values("rounds_with_donor")
     if low.empty:
         if len(with_donor) and not with_donor.any():
-            return Check(arm=result.arm, failures=["no round had a donor: nothing was grafted"])
+            return Check(failures=["no round had a donor: nothing was grafted"])
         if result.values("rounds").any():
-            return Check(arm=result.arm, failures=["its rounds have no coefficients"])
-        return Check(arm=result.arm, warnings=["its coefficients were not measured"])
+            return Check(failures=["its rounds have no coefficients"])
+        return Check(warnings=["its coefficients were not measured"])
     warnings = []
     if len(with_donor) and with_donor.mean() < FEW_DONORS:
         warnings.append(f"only {with_donor.mean():.0f} % of its rounds had a donor")
@@ -191,27 +185,25 @@ def check_coefficients(result: ArmResult) -> Check:
     )
     if max(0.5 - low.min(), high.max() - 0.5) < NEAR_HALF + _ROUNDING:
         text = f"{text}: the layers' information has no effect"
-        return Check(arm=result.arm, failures=[text], warnings=warnings)
-    return Check(arm=result.arm, facts=[text], warnings=warnings)
+        return Check(failures=[text], warnings=warnings)
+    return Check(facts=[text], warnings=warnings)
 
 
 def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
     """The last quarter of a long training must add little; otherwise every run is too short."""
     points = curves[curves["key"].isin(result.rows["key"])]
     if points.empty:
-        return Check(arm=result.arm, warnings=["its learning curve is missing"])
+        return Check(warnings=["its learning curve is missing"])
     accuracy = points.groupby("epoch")["mean_of_members"].mean()
     epochs = len(accuracy)
     if epochs < 4:
-        return Check(
-            arm=result.arm, failures=[f"{UNDER_TRAINED}: {epochs} epochs have no last quarter"]
-        )
+        return Check(failures=[f"{UNDER_TRAINED}: {epochs} epochs have no last quarter"])
     added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
     text = f"the last quarter of its training {_gained(added, 'added')} points"
     if added >= SATURATION_MARGIN:
         text = f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"
-        return Check(arm=result.arm, failures=[text])
-    return Check(arm=result.arm, facts=[text])
+        return Check(failures=[text])
+    return Check(facts=[text])
 
 
 def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
@@ -223,7 +215,7 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     gain = (result.values("delivered") - short.values("delivered")).dropna() / math.log2(factor)
     test = paired_test(gain)
     if not test.n:
-        return Check(arm=result.arm)
+        return Check()
     width = ""
     if test.deviation:
         width = f" ± {half_width(test.n, test.deviation, ALPHA):.2f}"
@@ -233,11 +225,11 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     )
     if test.mean >= SATURATION_MARGIN:
         warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
-        return Check(arm=result.arm, warnings=[warning])
+        return Check(warnings=[warning])
     if test.mean <= -SATURATION_MARGIN:
         warning = f"{text}: longer training does harm, so it is no evidence to be better than it"
-        return Check(arm=result.arm, warnings=[warning])
-    return Check(arm=result.arm, facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
+        return Check(warnings=[warning])
+    return Check(facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
 
 
 def _gained(points: float, verb: str) -> str:
@@ -257,7 +249,7 @@ def check_chance(result: ArmResult, outcome: str) -> Check:
         warnings.append(f"diverged with seed {seeds}, which counts as chance accuracy")
     if heals := int(result.values("heals").sum()):
         warnings.append(f"{heals} times, a network that was not finite copied another one")
-    return Check(arm=result.arm, warnings=warnings)
+    return Check(warnings=warnings)
 
 
 def _reactivates(config: TrainConfig, networks: int) -> bool:

@@ -23,6 +23,7 @@ from dist_graft.studies.checks import (
     delivered_model,
 )
 from dist_graft.studies.conclusions import format_number, format_spread
+from dist_graft.studies.controls import Arm
 from dist_graft.studies.measurements import NEAR_HALF
 from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
@@ -115,13 +116,13 @@ def image_sampling(data: Any) -> str:
     )
 
 
-def check_section(checks: Sequence[Check]) -> list[Block]:
+def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
     """Whether each arm was tested, with the numbers."""
     if not checks:
         return []
     rows = [
-        (check.arm.label, word, text)
-        for check in checks
+        (arm.label, word, text)
+        for arm, check in checks
         for word, texts in (
             ("not tested", check.failures),
             ("warning", check.warnings),
@@ -360,20 +361,16 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
 def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]:
     """Rows that later rows replaced, both with their outcome, and why."""
     keys = {run.key for run in state.all_runs}
-    table = []
-    for key, attempts in results.all_rows.groupby("key", sort=False):
-        if key not in keys:
-            continue
-        for old, new in itertools.pairwise(attempts.to_dict("records")):
-            failed = "retried after a failure" if old["status"] == "failed" else "no reason given"
-            table.append(
-                (
-                    *(str(old[name]) for name in ("arm", "networks", "seed", "split")),
-                    _attempt(old, outcome),
-                    _attempt(new, outcome),
-                    str(new.get("reason") or failed),
-                )
-            )
+    table = [
+        (
+            *(str(old[name]) for name in ("arm", "networks", "seed", "split")),
+            _attempt(old, outcome),
+            _attempt(new, outcome),
+            new["reason"],
+        )
+        for old, new in results.superseded()
+        if old["key"] in keys
+    ]
     if not table:
         return []
     return [

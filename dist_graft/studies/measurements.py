@@ -11,7 +11,6 @@ import numpy as np
 
 from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
-from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.rules.papa import PapaConfig
 from dist_graft.grafting.rules.wash import WashConfig
 from dist_graft.run_directory import RunDirectory
@@ -87,17 +86,17 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
     members = evaluation["members"]
     soup = evaluation["uniform_soup"]
     values = {
-        "nll": _mean([member.get("test_loss_reestimated") for member in members]),
+        "nll": _mean([member["test_loss_reestimated"] for member in members]),
         "calibration_error": _mean(
-            [member.get("test_calibration_error_reestimated") for member in members]
+            [member["test_calibration_error_reestimated"] for member in members]
         ),
-        "ensemble_nll": evaluation.get("ensemble_test_loss_reestimated"),
-        "ensemble_calibration_error": evaluation.get("ensemble_test_calibration_error_reestimated"),
-        "soup_nll": soup.get("test_loss"),
-        "soup_calibration_error": soup.get("test_calibration_error"),
-        "disagreement": evaluation.get("disagreement"),
-        "barrier": (evaluation.get("barrier") or {}).get("mean"),
-        "barrier_before": (evaluation.get("barrier_before_last_round") or {}).get("mean"),
+        "ensemble_nll": evaluation["ensemble_test_loss_reestimated"],
+        "ensemble_calibration_error": evaluation["ensemble_test_calibration_error_reestimated"],
+        "soup_nll": soup["test_loss"],
+        "soup_calibration_error": soup["test_calibration_error"],
+        "disagreement": evaluation["disagreement"],
+        "barrier": (evaluation["barrier"] or {}).get("mean"),
+        "barrier_before": (evaluation["barrier_before_last_round"] or {}).get("mean"),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -152,12 +151,12 @@ def _coefficients(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
     rounds = [
         [line["graft"] for line in lines if line["graft"]] for lines in zip(*metrics, strict=True)
     ]
-    mixed = [
-        [r for r in epoch if _has_donor(r) and r.get("healed_from") is None] for epoch in rounds
+    with_donor = [[r for r in epoch if r["donor"] is not None] for epoch in rounds]
+    by_epoch = [
+        [value for r in epoch if r["healed_from"] is None for value in r["coefficient"].values()]
+        for epoch in with_donor
     ]
-    by_epoch = [[value for r in epoch for value in r["coefficient"].values()] for epoch in mixed]
-    every = [r for epoch in rounds for r in epoch]
-    share = {"rounds_with_donor": 100 * sum(map(_has_donor, every)) / len(every)}
+    share = {"rounds_with_donor": 100 * sum(map(len, with_donor)) / sum(map(len, rounds))}
     values = np.array([value for epoch in by_epoch for value in epoch])
     if not values.size:
         return share
@@ -177,18 +176,8 @@ def _coefficients(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
     }
 
 
-def _has_donor(round_: Mapping[str, Any]) -> bool:
-    return round_.get("donor", 0) is not None  # earlier versions do not write it
-
-
-def delivers_soup(config: TrainConfig) -> bool:
-    """Whether the method delivers the mean of all networks' weights instead of a member."""
-    return config.method in RULES and RULES[config.method].delivers == "soup"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def _mean(values: Sequence[Any]) -> float | None:
+    return None if None in values else sum(values) / len(values)
 
 
 def parse_list(cell: str) -> list[float]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -66,8 +67,6 @@ COLUMNS: Mapping[str, str] = {
     "reason": "str",  # why it was replaced
 }
 """Columns of results.csv with their dtypes."""
-OPTIONAL_COLUMNS = ("barrier_before",)
-"""Columns that the results.csv of an earlier version may lack, as do rows appended to it."""
 CURVE_COLUMNS: Mapping[str, str] = {
     "key": "str",
     "epoch": "int64",
@@ -127,33 +126,27 @@ class Results:
         """Whether the run has a result. Diverging is a result."""
         return self.rows["status"].get(key) in COUNTED
 
-    def superseded(self) -> pd.DataFrame:
-        """Return the rows that a later row of the same key replaced, oldest first.
-
-        The column `superseded_by` is the later row's `finished`, and `superseded_because` its
-        `reason`.
-        """
-        later = self.all_rows.groupby("key")[["finished", "reason"]].shift(-1)
-        replaced = later["finished"].notna()
-        return self.all_rows[replaced].assign(
-            superseded_by=later["finished"], superseded_because=later["reason"]
-        )
+    def superseded(self) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+        """Return each row that a later row of the same key replaced, with that row."""
+        return [
+            pair
+            for _, attempts in self.all_rows.groupby("key", sort=False)
+            for pair in itertools.pairwise(attempts.to_dict("records"))
+        ]
 
 
 def _read_csv(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """Read a CSV file, ignoring a last line that a crash truncated."""
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1] or ",".join(columns) + "\n"
-    header = text.partition("\n")[0].split(",")
-    if header != [name for name in columns if name in header or name not in OPTIONAL_COLUMNS]:
+    if text.partition("\n")[0].split(",") != list(columns):
         raise ValueError("other columns")
-    found = pd.read_csv(
+    return pd.read_csv(
         io.StringIO(text),
-        dtype={name: columns[name] for name in header},
+        dtype=dict(columns),
         keep_default_na=False,
         na_values={name: [""] for name, dtype in columns.items() if dtype != "str"},
     )
-    return found.reindex(columns=list(columns)).astype(dict(columns))
 
 
 def _append_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
@@ -161,12 +154,9 @@ def _append_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[A
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     content = path.read_bytes() if path.exists() else b""
-    header = list(columns)
-    if b"\n" in content:
-        header = content.partition(b"\n")[0].decode().split(",")
-    else:
-        writer.writerow(header)
-    writer.writerows([_format_cell(name, row.get(name, "")) for name in header] for row in rows)
+    if b"\n" not in content:
+        writer.writerow(columns)
+    writer.writerows([_format_cell(name, row.get(name, "")) for name in columns] for row in rows)
     try:
         with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
             file.truncate(content.rfind(b"\n") + 1)
@@ -194,9 +184,8 @@ class Start:
     against: str
     runs_before: int
     """Number of runs that had results already."""
-    smallest_effect: float | None = None
-    tuning: dict[str, Any] | None = None
-    """None in files of earlier versions, as the field above."""
+    smallest_effect: float
+    tuning: dict[str, Any]
     protocol: int = 1
     """See `PROTOCOL`."""
     redo: str = ""
@@ -245,7 +234,7 @@ def record_start(
             )
         for name, now in fixed.items():
             before = getattr(starts[-1], name)
-            if before is not None and before != now:
+            if before != now:
                 raise ConfigError(
                     f"{name} must not change once there are runs in {folder}: it was {before}, got "
                     f"{now}; choose another directory with --out"

@@ -106,7 +106,7 @@ def build_report(
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
     checks = check_arms(state.design, arms, results.curves, plan.primary)
     margin = plan.smallest_effect
-    failed = {check.arm.key: check.not_tested for check in checks if check.not_tested}
+    failed = {arm.key: check.not_tested for arm, check in checks if check.not_tested}
     primary, secondary = (
         contrast_results(contrasts, plan.test_seeds, rows, margin=margin, failed=failed)
         for contrasts in (state.design.primary, state.design.secondary)

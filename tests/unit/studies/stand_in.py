@@ -87,7 +87,9 @@ def evaluate(run: Path) -> int:
         for n, kind in enumerate(("soup", "ema", "checkpoints"))
     }
     last = json.loads((run / "network00" / "metrics.jsonl").read_text().splitlines()[-1])
+    scores = dict.fromkeys(("test_loss", "test_calibration_error"), 1.0)
     member = {f"{name}_reestimated": last[name] for name in ("test_accuracy", "val_accuracy")}
+    member |= {f"{name}_reestimated": value for name, value in scores.items()}
     lost = run / "lost"  # the last checkpoint, until another training
     epochs = len((run / "network00" / "metrics.jsonl").read_text().splitlines())
     result = {
@@ -96,7 +98,9 @@ def evaluate(run: Path) -> int:
         "averages": averages,
         "members": [member] * networks,
         "ensemble_test_accuracy_reestimated": last["test_accuracy"] + 1,
-        "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0},
+        **{f"ensemble_{name}_reestimated": value for name, value in scores.items()},
+        **dict.fromkeys(("disagreement", "barrier", "barrier_before_last_round")),
+        "uniform_soup": {"batch_norm_as_is": 10.0, "batch_norm_reestimated": 20.0, **scores},
         "greedy_soup": None,
     }
     (run / "evaluation.json").write_text(json.dumps(result))

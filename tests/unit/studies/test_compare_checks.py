@@ -76,7 +76,7 @@ class TestSoup:
         one = check_soup(arm_result(PAPA, status=["ok", "diverged"], **columns))
         assert one.facts == ["soup 0.00 points below the mean member"]
         none = check_soup(arm_result(PAPA, status=["diverged", "diverged"], **columns))
-        assert none == Check(arm=none.arm)
+        assert none == Check()
 
     def test_that_was_not_evaluated(self) -> None:
         check = check_soup(arm_result(PAPA, mean_of_members=[90.0], uniform_soup=[np.nan]))
@@ -280,7 +280,7 @@ class TestOfAComparison:
         assert state.design is not None
         checks = check_arms(state.design, arms, results.curves, state.plan.primary)
         return {
-            kind: [check.arm.name.partition(",")[0] for check in checks if getattr(check, kind)]
+            kind: [arm.name.partition(",")[0] for arm, check in checks if getattr(check, kind)]
             for kind in ("failures", "warnings", "facts")
         }
 
@@ -296,7 +296,7 @@ class TestOfAComparison:
         state, results, arms = self.carry_out(tmp_path / "out", soup=0.5, invalid=20)
         assert state.design is not None
         checks = check_arms(state.design, arms, results.curves, state.plan.primary)
-        (facts,) = (check.facts for check in checks if check.arm.name.startswith("one network"))
+        (facts,) = (check.facts for arm, check in checks if arm.name.startswith("one network"))
         assert facts[-1] == (
             "4 times the epochs gained 0.00 points per doubling (3 seeds), less than 0.3"
         )
@@ -313,7 +313,7 @@ class TestOfAComparison:
         ]
         assert state.design is not None
         checks = check_arms(state.design, old, results.curves, state.plan.primary)
-        texts = [text for check in checks for text in (*check.warnings, *check.failures)]
+        texts = [text for _, check in checks for text in (*check.warnings, *check.failures)]
         assert texts == ["its coefficients were not measured"]
 
     def test_failures_change_verdicts_only(self, tmp_path: Path) -> None:

@@ -339,11 +339,8 @@ class TestFailedRun:
         assert set(results.rows["status"]) == {"ok"}
         assert results.all_rows["status"].tolist() == ["ok", "failed", "ok", "ok", "ok"]
         assert results.rows.loc[broken.key, "reason"] == "the earlier attempt failed"
-        (old,) = results.superseded().to_dict("records")
-        assert (old["status"], old["superseded_because"]) == (
-            "failed",
-            "the earlier attempt failed",
-        )
+        ((old, new),) = results.superseded()
+        assert (old["status"], new["reason"]) == ("failed", "the earlier attempt failed")
 
     def test_a_trial_is_retried_until_its_arm_was_tested(
         self, behaviour: Path, tmp_path: Path
@@ -448,8 +445,8 @@ class TestRedo:
             old, new = results.all_rows[results.all_rows["key"] == run.key].to_dict("records")
             assert (new["supersedes"], new["reason"]) == (old["finished"], "a bug in graft")
             assert (out / "runs" / folder_of(run) / "summary.json").exists()
-        assert set(results.superseded()["superseded_because"]) == {"a bug in graft"}
-        assert results.superseded()["key"].tolist() == [run.key for run in runs]
+        assert {new["reason"] for _, new in results.superseded()} == {"a bug in graft"}
+        assert [old["key"] for old, _ in results.superseded()] == [run.key for run in runs]
         compare(plan(), out)
         assert len(starts(behaviour)) == 6
 
@@ -476,7 +473,7 @@ class TestRedo:
         for reason in ("first", "second"):
             compare(plan(seeds=[0]), out, redo="graft, 2 networks", reason=reason)
         assert [name.partition("-redo")[2] for name in starts(behaviour)] == ["", "", "1", "2"]
-        assert Results(out).superseded()["superseded_because"].tolist() == ["first", "second"]
+        assert [new["reason"] for _, new in Results(out).superseded()] == ["first", "second"]
 
     def test_of_an_unknown_arm(self, behaviour: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--redo 'papa' is not an arm of the comparison"):

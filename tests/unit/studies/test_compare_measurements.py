@@ -33,7 +33,8 @@ def write_metrics(folder: Path, networks: list[list[dict[str, Any] | None]]) -> 
 
 def grafted(*coefficients: float, rounds: int = 1, size: int = 100) -> dict[str, Any]:
     units = {f"unit{number}": value for number, value in enumerate(coefficients)}
-    return {"rounds": rounds, "bytes": size, "coefficient": units}
+    more = {"donor": 0, "healed_from": None}
+    return {"rounds": rounds, "bytes": size, "coefficient": units} | more
 
 
 class TestRounds:
@@ -63,7 +64,7 @@ class TestRounds:
             tmp_path,
             [
                 [grafted(1.0) | alone, grafted(1.0) | alone],
-                [grafted(0.0) | healed, grafted(0.4) | {"donor": 0, "healed_from": None}],
+                [grafted(0.0) | healed, grafted(0.4)],
             ],
         )
         found = measure(tmp_path, run_of(epochs=2))
@@ -127,6 +128,20 @@ class TestStrength:
         assert measure(tmp_path, run_of(method="wash"))["moves_per_scalar"] == pytest.approx(0.12)
 
 
+EVALUATION: dict[str, Any] = {
+    "members": [
+        {"test_loss_reestimated": loss, "test_calibration_error_reestimated": error}
+        for loss, error in ((0.3, 4.0), (0.5, None))
+    ],
+    "ensemble_test_loss_reestimated": 0.2,
+    "ensemble_test_calibration_error_reestimated": 1.0,
+    "disagreement": 7.0,
+    "barrier": {"mean": 0.1},
+    "barrier_before_last_round": {"mean": 0.7},
+    "uniform_soup": {"test_loss": 0.25, "test_calibration_error": None},
+}
+
+
 class TestOtherFiles:
     def test_heals(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None], [None]])
@@ -138,19 +153,7 @@ class TestOtherFiles:
 
     def test_evaluation(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None], [None]])
-        evaluation = {
-            "members": [
-                {"test_loss_reestimated": loss, "test_calibration_error_reestimated": error}
-                for loss, error in ((0.3, 4.0), (0.5, None))
-            ],
-            "ensemble_test_loss_reestimated": 0.2,
-            "ensemble_test_calibration_error_reestimated": 1.0,
-            "disagreement": 7.0,
-            "barrier": {"mean": 0.1},
-            "barrier_before_last_round": {"mean": 0.7},
-            "uniform_soup": {"test_loss": 0.25, "test_calibration_error": None},
-        }
-        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
         assert measure(tmp_path, run_of(method="none")) == {
             "heals": 0,
             "nll": pytest.approx(0.4),
@@ -164,20 +167,10 @@ class TestOtherFiles:
 
     def test_a_trial_does_not_read_test_measurements(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None], [None]])
-        evaluation = {
-            "members": [{"test_loss_reestimated": 0.5}],
-            "uniform_soup": {"test_loss": 0.4},
-        }
-        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
         test = run_of(method="none")
-        assert measure(tmp_path, test) == {"heals": 0, "nll": 0.5, "soup_nll": 0.4}
+        assert set(measure(tmp_path, test)) > {"heals", "nll", "soup_nll"}
         assert measure(tmp_path, replace(test, phase="tuning")) == {"heals": 0}
-
-    def test_evaluation_of_an_older_version(self, tmp_path: Path) -> None:
-        write_metrics(tmp_path, [[None]])
-        evaluation = {"members": [{}], "uniform_soup": {"batch_norm_as_is": 10.0}}
-        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-        assert measure(tmp_path, run_of(1, method="none")) == {"heals": 0}
 
     def test_missing_metrics(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None]])

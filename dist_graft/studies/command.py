@@ -15,6 +15,12 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 
 EXTRA = ("jinja2", "pandas", "scipy", "statsmodels")
 """Packages of the extra ``studies``."""
+_FLAGS = {
+    "report_only": "report on the existing results without training, also during a comparison",
+    "dry_run": "list the runs that remain and estimate their time, without training",
+    "pilot": "train three seeds of the first primary pair, and print how many seeds and hours the "
+    "comparison needs",
+}
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -31,22 +37,8 @@ def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
         default=None,
         help="output directory; default: the plan's, or comparisons/NAME",
     )
-    add(
-        "--report_only",
-        action="store_true",
-        help="report on the existing results without training, also during a comparison",
-    )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="list the runs that remain and estimate their time, without training",
-    )
-    add(
-        "--pilot",
-        action="store_true",
-        help="train three seeds of the first primary pair, and print how many seeds and hours the "
-        "comparison needs",
-    )
+    for name, text in _FLAGS.items():
+        add(f"--{name}", action="store_true", help=text)
     add(
         "--redo",
         type=str | None,
@@ -73,8 +65,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     redo, reason = options["redo"] or "", " ".join((options["reason"] or "").split())
     if bool(redo) != bool(reason):
         raise ConfigError("--redo and --reason belong together: name an arm, and give the reason")
-    modes = ("report_only", "dry_run", "pilot", "redo")
-    given = [f"--{mode}" for mode in modes if options[mode]]
+    given = [f"--{mode}" for mode in (*_FLAGS, "redo") if options[mode]]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are mutually exclusive: give one")
     plan = load_plan(Path(options["plan"]))

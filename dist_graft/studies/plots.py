@@ -60,20 +60,16 @@ def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> Figure:
 @plot_style(grid="x")
 def differences(results: Sequence[ContrastResult]) -> Figure:
     """Plot each seed's difference to the control as a dot, and its 95% interval as a bar."""
-    names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
-    figure, axes = _rows(names, height=0.55)
+    figure, axes = _rows(_pairs(results), height=0.55)
     axes.axvline(0, color=BLACK, lw=1)
     for row, result in enumerate(results):
         values = result.differences.tolist()
         axes.plot(values, _spread_rows(row, len(values)), "o", color=SKY, ms=4.5)
-        if not values:
-            continue
-        _draw_interval(axes, row, result)
+        if values:
+            _draw_interval(axes, row, result)
     # Show all dots, but clip intervals that are much wider, as with two seeds.
     largest = max((abs(value) for r in results for value in r.differences), default=1.0)
-    reach, (low, high) = 3 * largest or 1.0, axes.get_xlim()
-    axes.set_xlim(max(low, -reach), min(high, reach))
-    _mark_clipped(axes, results)
+    _clip(axes, results, largest)
     _show_margin(axes, results)
     axes.set_xlabel("difference in accuracy (percentage points)")
     _annotate(
@@ -92,7 +88,7 @@ def forest(
 
     Args: published: method, setting and gain in percentage points.
     """
-    names = [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
+    names = _pairs(results)
     names += [f"{method}, published:\n{setting}" for method, setting, _ in published]
     figure, axes = _rows(names, height=0.4)
     axes.axvline(0, color=BLACK, lw=1)
@@ -101,10 +97,7 @@ def forest(
     axes.axhline(len(results) - 0.5, color="#999999", lw=0.8)
     gains = [gain for _, _, gain in published]
     axes.plot(gains, range(len(results), len(names)), "s", color=ORANGE, ms=6)
-    reach = 3 * max(map(abs, [*gains, *(r.test.mean for r in results)]))
-    low, high = axes.get_xlim()
-    axes.set_xlim(max(low, -reach), min(high, reach))
-    _mark_clipped(axes, results)
+    _clip(axes, results, max(map(abs, [*gains, *(r.test.mean for r in results)])))
     axes.set_xlabel("gain in accuracy (percentage points)")
     _annotate(axes, "diamonds and bars: this comparison; squares: published, other data and models")
     return figure
@@ -124,8 +117,15 @@ def _interval_color(result: ContrastResult) -> str:
     return VERMILION if result.decision.rejected else BLACK
 
 
-def _mark_clipped(axes: Axes, results: Sequence[ContrastResult]) -> None:
-    """Draw an arrow where an interval continues beyond the axis."""
+def _pairs(results: Sequence[ContrastResult]) -> list[str]:
+    """Names of the compared arms, a row each."""
+    return [f"{r.contrast.method.label}\nvs. {r.contrast.control_name}" for r in results]
+
+
+def _clip(axes: Axes, results: Sequence[ContrastResult], largest: float) -> None:
+    """Limit the axis to three times a value, with arrows where intervals continue beyond it."""
+    reach, (low, high) = 3 * largest or 1.0, axes.get_xlim()
+    axes.set_xlim(max(low, -reach), min(high, reach))
     low, high = axes.get_xlim()
     for row, result in enumerate(results):
         if result.half_width is None:

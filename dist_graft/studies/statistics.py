@@ -68,13 +68,13 @@ class HolmDecision:
     rejected, the level of that one."""
     adjusted_p: float
     rejected: bool
-    """Whether a difference is shown, at a family-wise error rate of alpha."""
+    """Whether a difference is shown, at a family-wise error rate of ALPHA."""
 
 
-def holm(p_values: Sequence[float | None], alpha: float = ALPHA) -> list[HolmDecision]:
+def holm(p_values: Sequence[float | None]) -> list[HolmDecision]:
     """Apply Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979).
 
-    The i-th smallest of m p-values, counted from 0, is compared with alpha / (m − i), until one is
+    The i-th smallest of m p-values, counted from 0, is compared with ALPHA / (m − i), until one is
     larger. A missing p-value counts as 1.
 
     Returns: one decision per p-value, in the same order.
@@ -82,10 +82,10 @@ def holm(p_values: Sequence[float | None], alpha: float = ALPHA) -> list[HolmDec
     if not p_values:
         return []
     p = np.array([1.0 if value is None else value for value in p_values])
-    rejected, adjusted, _, _ = multipletests(p, alpha, method="holm")
+    rejected, adjusted, _, _ = multipletests(p, ALPHA, method="holm")
     rank = np.empty(len(p), dtype=int)
     rank[np.argsort(p, kind="stable")] = np.arange(len(p))
-    levels = alpha / (len(p) - np.minimum(rank, rejected.sum()))
+    levels = ALPHA / (len(p) - np.minimum(rank, rejected.sum()))
     return [
         HolmDecision(*row)
         for row in zip(levels.tolist(), adjusted.tolist(), rejected.tolist(), strict=True)
@@ -147,9 +147,9 @@ def seeds_needed(
     return n
 
 
-def upper_limit(n: int, deviation: float, confidence: float = POWER) -> float:
-    """Upper confidence limit of the standard deviation, from that of n normal values."""
-    return deviation * math.sqrt((n - 1) / float(stats.chi2.ppf(1 - confidence, n - 1)))
+def upper_limit(n: int, deviation: float) -> float:
+    """Upper 80% confidence limit of the standard deviation, from that of n normal values."""
+    return deviation * math.sqrt((n - 1) / float(stats.chi2.ppf(1 - POWER, n - 1)))
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -39,9 +39,9 @@ EXCHANGE_SECTIONS = (
 )
 """Options that define the exchange between networks; all others define how each one trains."""
 
-_PER_NETWORK = ("members", "diversity")
+_NOT_OF_ONE_NETWORK = ("members", "diversity", "model.shared_init")
 NO_EXCHANGE: TrainOptions = {"method": "none", "graft": {"every": 0}}
-_LEARNING_RATES = ("lr", "lrs", "lr_diversity")
+_LEARNING_RATES = ("optim.lr", "optim.lrs", "optim.lr_diversity")
 _NO_EFFECT_ON_RESULTS = (
     *("run_dir", "resume", "checkpoint.", "monitor.", "runtime.timeout_"),
     *("data.root", "data.workers", "data.download", "data.skip_broken", "graft.bucket_mb"),
@@ -88,10 +88,7 @@ def without_exchange(options: Mapping[str, Any]) -> TrainOptions:
 
 def without_learning_rates(options: Mapping[str, Any]) -> TrainOptions:
     """Return the options without those that define the networks' learning rates."""
-    kept = dict(options)
-    optim = kept.pop("optim", {})
-    optim = {name: value for name, value in optim.items() if name not in _LEARNING_RATES}
-    return kept | ({"optim": optim} if optim else {})
+    return _without(options, _LEARNING_RATES)
 
 
 def single_network(options: Mapping[str, Any]) -> TrainOptions:
@@ -99,17 +96,24 @@ def single_network(options: Mapping[str, Any]) -> TrainOptions:
 
     model.shared_init is dropped, since it has no effect on a single network.
     """
-    alone = {k: v for k, v in without_exchange(options).items() if k not in _PER_NETWORK}
-    if "shared_init" in alone.get("model", {}):
-        alone["model"] = {k: v for k, v in alone["model"].items() if k != "shared_init"}
-        if not alone["model"]:
-            del alone["model"]
+    alone = _without(without_exchange(options), _NOT_OF_ONE_NETWORK)
     optim = alone.get("optim", {})
-    rates = {"lr": optim.get("lr"), "lrs": optim.get("lrs")}
-    lr = max(rates["lrs"]) if rates["lrs"] else rates["lr"]
+    lr = max(optim["lrs"]) if optim.get("lrs") else optim.get("lr")
     return merge(
         without_learning_rates(alone), {} if lr is None else {"optim": {"lr": lr}}, NO_EXCHANGE
     )
+
+
+def _without(options: Mapping[str, Any], names: Collection[str]) -> TrainOptions:
+    """Return the options without some sections and options, and without sections left empty."""
+    kept: TrainOptions = {}
+    for name, value in options.items():
+        rest = value
+        if isinstance(value, Mapping):
+            rest = {k: v for k, v in value.items() if f"{name}.{k}" not in names}
+        if name not in names and rest != {}:
+            kept[name] = rest
+    return kept
 
 
 def parse(options: Mapping[str, Any]) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -91,31 +91,16 @@ class EpochLog(Callback):
     """Logs a table of all networks after each epoch, and one of the final results."""
 
     def on_epoch_end(self, trainer: Trainer, report: EpochReport) -> None:
-        text = epoch_text(
-            report.metrics.epoch,
-            trainer.config.epochs,
-            report.seconds,
-            report.networks,
-            metric=report.metric,
-            first=report.first_network,
-        )
-        trainer.log.info("%s", text)
+        trainer.log.info("%s", epoch_text(report, trainer.config.epochs))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.summary:
             trainer.log.info("%s", summary_text(trainer.summary))
 
 
-def epoch_text(
-    epoch: int,
-    epochs: int,
-    seconds: float,
-    networks: Sequence[NetworkRow],
-    *,
-    metric: str | None = "accuracy",
-    first: int = 0,
-) -> str:
-    """Table of the population after an epoch (0-based), one line per network from `first` on."""
+def epoch_text(report: EpochReport, epochs: int) -> str:
+    """Table of the population after an epoch, one line per network."""
+    metric = report.metric
     name = unit(metric or "")
     header = [
         *("network", "lr", "train loss", f"train {name}", "test loss", f"test {name}"),
@@ -132,12 +117,13 @@ def epoch_text(
             f"{row.images_per_second:.0f}",
             _keeps(row),
         ]
-        for network, row in enumerate(networks, first)
+        for network, row in enumerate(report.networks, report.first_network)
     ]
     if metric is None:
         for cells in (header, *rows):
             del cells[5], cells[3]
-    return f"epoch {epoch + 1}/{epochs} ({seconds:.1f} s)\n{format_table(header, rows)}"
+    title = f"epoch {report.metrics.epoch + 1}/{epochs} ({report.seconds:.1f} s)"
+    return f"{title}\n{format_table(header, rows)}"
 
 
 def _metric(value: float, metric: str | None) -> str:

@@ -238,19 +238,15 @@ def _title(figure: FigureBase, title: str) -> None:
 
 def _figure(height: float) -> Figure:
     """Create a figure of a height in inches, with 100 pixels per inch."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
 
 
 def _pixels(figure: Figure) -> Pixels:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     drawn = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     return drawn[..., :3].copy()

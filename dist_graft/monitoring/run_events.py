@@ -39,8 +39,8 @@ class Event:
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-class RunEventsFile:
-    """Appends to events.jsonl, after dropping events that a resumed run will record again.
+def events_file(path: Path, *, start_epoch: int, start_round: int) -> JsonLinesFile:
+    """Open events.jsonl, after dropping events that a resumed run will record again.
 
     Args:
         path: path of the file; its folder exists.
@@ -50,23 +50,13 @@ class RunEventsFile:
     Raises: RunDirectoryError on a disk error.
     """
 
-    def __init__(self, path: Path, *, start_epoch: int, start_round: int) -> None:
-        def stays(event: dict[str, Any]) -> bool:
-            if not _is_complete(event):
-                return False
-            past = event["epoch"] < start_epoch or event["round"] < start_round
-            return bool(past or event["kind"] == "resumed")
+    def stays(event: dict[str, Any]) -> bool:
+        if not _is_complete(event):
+            return False
+        past = event["epoch"] < start_epoch or event["round"] < start_round
+        return bool(past or event["kind"] == "resumed")
 
-        self._file = JsonLinesFile(path, keep=stays)
-        self.events: list[dict[str, Any]] = self._file.kept
-
-    def write(self, event: Event) -> None:
-        """Append one event.
-
-        Raises: RunDirectoryError on a disk error; the next call writes this event, too.
-        """
-        self.events.append(asdict(event))
-        self._file.write(asdict(event))
+    return JsonLinesFile(path, keep=stays)
 
 
 def _is_complete(event: dict[str, Any]) -> bool:
@@ -83,20 +73,18 @@ class RunEvents(Callback):
     """Logs events on every process; rank 0 writes them to events.jsonl."""
 
     def __init__(self) -> None:
-        self._file: RunEventsFile | None = None
+        self._file: JsonLinesFile | None = None
+        self.events: list[dict[str, Any]] = []
+        """All events of the run, including those before a resume; empty except on rank 0."""
         self._slow: set[int] = set()
         self._diverged: set[int] = set()
 
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """All events of the run, including those before a resume; empty except on rank 0."""
-        return self._file.events if self._file else []
-
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
-            self._file = RunEventsFile(
+            self._file = events_file(
                 trainer.directory.events, start_epoch=trainer.epoch, start_round=trainer.round
             )
+            self.events = self._file.kept
         if trainer.resumed_from:
             event = Event(
                 kind="resumed",
@@ -147,8 +135,9 @@ class RunEvents(Callback):
     def _add(self, trainer: Trainer, event: Event, level: int = logging.WARNING) -> None:
         trainer.log.log(level, "epoch %d: %s", event.epoch + 1, event.text)
         if self._file:
+            self.events.append(asdict(event))
             try:
-                self._file.write(event)
+                self._file.write(asdict(event))
             except RunDirectoryError as error:
                 trainer.log.warning("%s; training continues", error)
 

@@ -75,8 +75,7 @@ class RunLoggers(Callback):
     def on_fit_end(self, trainer: Trainer) -> None:
         self._status = "finished"
         if summary := trainer.summary:
-            metric = next(iter(trainer.task.metrics), "loss")
-            network = final_network_scalars(summary, trainer.process.network, metric)
+            network = final_network_scalars(summary, trainer.process.network)
             self._log(trainer.config.epochs - 1, network, final_population_scalars(summary))
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
@@ -119,16 +118,14 @@ def logged_runs(trainer: Trainer) -> list[LoggedRun]:
     # After resume_networks, a number stands for another network.
     changes = sum(1 for _ in directory.path.glob("before_*"))
     suffix = f"-{changes + 1}" if changes else ""
-    names = [f"{network_name(process.network)}{suffix}"]
-    configs = [{"network": process.network, "lr": trainer.max_lr, **_options(trainer, own=True)}]
+    own = {"network": process.network, "lr": trainer.max_lr, **_options(trainer, own=True)}
+    configs = {network_name(process.network): own}
     if process.is_main and directory.job is None:
-        names.append(f"population{suffix}")
-        configs.append(_options(trainer, own=False))
+        configs["population"] = _options(trainer, own=False)
+    common: dict[str, Any] = {"group": group, "tags": tags, "folder": directory.path}
     return [
-        LoggedRun(
-            id=f"{group}-{name}", group=group, config=config, tags=tags, folder=directory.path
-        )
-        for name, config in zip(names, configs, strict=True)
+        LoggedRun(id=f"{group}-{name}{suffix}", config=config, **common)
+        for name, config in configs.items()
     ]
 
 

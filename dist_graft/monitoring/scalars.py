@@ -75,14 +75,9 @@ def population_scalars(report: EpochReport) -> Scalars:
     )
 
 
-def final_network_scalars(summary: Mapping[str, Any], network: int, metric: str) -> Scalars:
-    """Final results of one network, before and after the last round.
-
-    Args:
-        summary: content of summary.json.
-        network: its number.
-        metric: the first metric of the task, or "loss".
-    """
+def final_network_scalars(summary: Mapping[str, Any], network: int) -> Scalars:
+    """Final results of one network, before and after the last round, from summary.json."""
+    metric = summary.get("metric", "accuracy")
     values = next(row for row in summary["networks"] if row["network"] == network)
     return {f"final/test_{metric}_{when}": values[f"{metric}_{when}"] for when in MOMENTS}
 

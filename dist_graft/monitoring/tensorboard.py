@@ -111,8 +111,7 @@ class TensorBoard(Callback):
     def _write_summary(self, summary: Mapping[str, Any], network: int) -> None:
         epoch = self._pacing.epochs - 1
         if self._network:
-            finals = final_network_scalars(summary, network, self._metric)
-            self._network.scalars(finals, epoch)
+            self._network.scalars(final_network_scalars(summary, network), epoch)
             self._network.end_session()
         if self._population:
             self._population.scalars(final_population_scalars(summary), epoch)

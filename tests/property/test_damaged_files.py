@@ -25,7 +25,7 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError
 from dist_graft.monitoring.jsonl import JsonLinesFile
 from dist_graft.monitoring.layer_history import LayerHistory, coefficients, informations
-from dist_graft.monitoring.run_events import Event, RunEventsFile
+from dist_graft.monitoring.run_events import Event, events_file
 from dist_graft.population.runtime.lease import Lease, read_lease, this_process
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.run_directory import RunDirectory
@@ -179,7 +179,7 @@ def readers(path: Path, file: str) -> list[Callable[[], object]]:
             LayerHistory(file.kept, read).numbers()
 
     def events() -> None:
-        for event in RunEventsFile(directory.events, start_epoch=1, start_round=1).events:
+        for event in events_file(directory.events, start_epoch=1, start_round=1).kept:
             Event(**{name: event[name] for name in Event.__dataclass_fields__})
 
     kinds = {

@@ -17,6 +17,7 @@ from dist_graft.monitoring.console import (
     epoch_text,
     summary_text,
 )
+from dist_graft.monitoring.metrics import NetworkRow
 from dist_graft.monitoring.status_file import StatusFile
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.callbacks import CallbackList
@@ -24,9 +25,16 @@ from dist_graft.training.callbacks import CallbackList
 ROW = network_row()
 
 
+def text_of(
+    *rows: NetworkRow, epoch: int = 0, epochs: int = 1, metric: str | None = "accuracy"
+) -> str:
+    report = epoch_report(epoch_metrics(epoch), networks=rows)
+    return epoch_text(dataclasses.replace(report, metric=metric), epochs)
+
+
 def test_one_line_per_network_after_an_epoch() -> None:
     grafted = dataclasses.replace(ROW, donor=0.0, min_coefficient=0.304, max_coefficient=0.696)
-    title, header, first, second = epoch_text(2, 10, 3.21, [ROW, grafted]).splitlines()
+    title, header, first, second = text_of(ROW, grafted, epoch=2, epochs=10).splitlines()
     assert title == "epoch 3/10 (3.2 s)"
     assert " ".join(header.split()) == (
         "network lr train loss train % test loss test % images/s keeps"
@@ -37,13 +45,13 @@ def test_one_line_per_network_after_an_epoch() -> None:
 
 def test_the_line_of_a_diverged_network() -> None:
     lost = dataclasses.replace(ROW, train_loss=math.nan, donor=1.0, finite=0.0)
-    line = epoch_text(0, 1, 1.0, [ROW, lost]).splitlines()[-1]
+    line = text_of(ROW, lost).splitlines()[-1]
     assert line.split() == ["1", "0.05", "nan", "45.68", "2.5000", "40.00", "1234", "diverged"]
 
 
 def test_a_huge_loss_is_short() -> None:
     huge = dataclasses.replace(ROW, train_loss=5.1878e23, test_loss=-2e5)
-    line = epoch_text(0, 1, 1.0, [huge]).splitlines()[-1]
+    line = text_of(huge).splitlines()[-1]
     assert line.split()[2:6:2] == ["5.19e+23", "-2e+05"]
 
 
@@ -74,10 +82,10 @@ def test_the_table_of_final_results() -> None:
 
 
 def test_other_metrics_have_four_digits_and_their_name() -> None:
-    _, header, row = epoch_text(0, 1, 1.0, [ROW], metric="iou").splitlines()
+    _, header, row = text_of(ROW, metric="iou").splitlines()
     assert "train iou" in header
     assert "45.6780" in row.split()
-    _, header, row = epoch_text(0, 1, 1.0, [ROW], metric=None).splitlines()
+    _, header, row = text_of(ROW, metric=None).splitlines()
     assert " ".join(header.split()) == "network lr train loss test loss images/s keeps"
     assert row.split() == ["0", "0.05", "1.2346", "2.5000", "1234", "all"]
     summary = {
@@ -101,7 +109,7 @@ def test_the_epoch_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     fake, callback = FakeTrainer(tmp_path, config=TrainConfig(epochs=10)), EpochLog()
     callback.on_epoch_end(fake.trainer, epoch_report(epoch_metrics(2), networks=[ROW, ROW]))
     callback.on_fit_end(fake.trainer)
-    assert caplog.messages == [epoch_text(2, 10, 3.21, [ROW, ROW])]
+    assert caplog.messages == [text_of(ROW, ROW, epoch=2, epochs=10)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import pytest
 from fake_trainer import FakeTrainer, epoch_metrics, epoch_report, graft_record, network_row
 from reading import metrics, scalars
 
-from dist_graft.errors import RunDirectoryError
 from dist_graft.monitoring.metrics import NetworkRow
-from dist_graft.monitoring.run_events import Event, RunEvents, RunEventsFile, slow_networks
+from dist_graft.monitoring.run_events import Event, RunEvents, events_file, slow_networks
 from dist_graft.population.runtime.process_info import ProcessInfo
 
 
@@ -28,11 +28,10 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 def test_one_line_per_event(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    file = RunEventsFile(path, start_epoch=0, start_round=0)
-    file.write(event(0, 1, "healed"))
-    file.write(event(2, 3, "resumed", None))
-    assert stored(path) == file.events
-    first, second = file.events
+    file = events_file(path, start_epoch=0, start_round=0)
+    file.write(asdict(event(0, 1, "healed")))
+    file.write(asdict(event(2, 3, "resumed", None)))
+    first, second = stored(path)
     assert {key: first[key] for key in ("kind", "epoch", "round", "network", "text")} == {
         "kind": "healed",
         "epoch": 0,
@@ -60,30 +59,32 @@ def test_a_resumed_run_drops_later_events(
 ) -> None:
     """Events before the checkpoint and earlier resumes are kept."""
     path = tmp_path / "events.jsonl"
-    file = RunEventsFile(path, start_epoch=0, start_round=0)
+    file = events_file(path, start_epoch=0, start_round=0)
     for epoch, round_ in ((0, 0), (0, 1), (1, 2), (1, 3), (1, 4), (2, 4)):
-        file.write(event(epoch, round_))
-    file.write(event(5, 6, "resumed", None))
-    again = RunEventsFile(path, start_epoch=start[0], start_round=start[1])
-    assert [kept["text"] for kept in again.events] == [*stay, "5 6"]
-    assert stored(path) == again.events
-    again.write(event(7, 8))
-    assert stored(path) == again.events
-    assert again.events[-1]["text"] == "7 8"
+        file.write(asdict(event(epoch, round_)))
+    file.write(asdict(event(5, 6, "resumed", None)))
+    again = events_file(path, start_epoch=start[0], start_round=start[1])
+    assert [kept["text"] for kept in again.kept] == [*stay, "5 6"]
+    assert stored(path) == again.kept
+    again.write(asdict(event(7, 8)))
+    assert [kept["text"] for kept in stored(path)] == [*stay, "5 6", "7 8"]
 
 
-def test_unwritten_events_are_written_later(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    file = RunEventsFile(path, start_epoch=0, start_round=0)
+def test_unwritten_events_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake, callback = FakeTrainer(tmp_path), RunEvents()
+    path = fake.directory.events
+    callback.on_fit_start(fake.trainer)
     path.unlink()
     path.mkdir()
-    with pytest.raises(RunDirectoryError, match=r"events\.jsonl cannot be written"):
-        file.write(event(0, 0))
-    assert [known["text"] for known in file.events] == ["0 0"]
+    callback.on_round_end(fake.trainer, graft_record(0, diverged={1: "NaN"}))
+    assert "events.jsonl cannot be written" in caplog.text
+    assert [event["round"] for event in callback.events] == [0]
     path.rmdir()
-    file.write(event(0, 1))
-    assert stored(path) == file.events
-    assert len(file.events) == 2
+    callback.on_round_end(fake.trainer, graft_record(1, diverged={0: "NaN"}))
+    assert stored(path) == callback.events
+    assert [event["network"] for event in callback.events] == [1, 0]
 
 
 def busy(*seconds: float, whole: float = 20.0) -> list[NetworkRow]:

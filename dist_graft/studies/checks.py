@@ -150,8 +150,7 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
         invalid, filters = (without_exchange.values(name) for name in ("invalid_0.1", "filters"))
         shares = 100 * invalid / filters
     if shares.empty:
-        text = "invalid filters without exchange were not counted"
-        return Check(warnings=[text])
+        return Check(warnings=["invalid filters without exchange were not counted"])
     share = float(shares.mean())
     if share == 0:
         text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
@@ -184,8 +183,7 @@ def check_coefficients(result: ArmResult) -> Check:
         f"{result.mean('coefficient_near_half'):.0f} % within {NEAR_HALF:g} of 1/2"
     )
     if max(0.5 - low.min(), high.max() - 0.5) < NEAR_HALF + _ROUNDING:
-        text = f"{text}: the layers' information has no effect"
-        return Check(failures=[text], warnings=warnings)
+        return Check(failures=[f"{text}: the layers' information has no effect"], warnings=warnings)
     return Check(facts=[text], warnings=warnings)
 
 
@@ -201,8 +199,7 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
     added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
     text = f"the last quarter of its training {_gained(added, 'added')} points"
     if added >= SATURATION_MARGIN:
-        text = f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"
-        return Check(failures=[text])
+        return Check(failures=[f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"])
     return Check(facts=[text])
 
 

@@ -44,6 +44,12 @@ class Trial:
         return max(sorted(self.scores), key=self.scores.__getitem__, default=None)
 
     @property
+    def best_runs(self) -> Sequence[Run]:
+        """Runs of the best learning rate so far; those of the first one without scores."""
+        rate = self.best
+        return next(iter(self.runs.values())) if rate is None else self.runs[rate]
+
+    @property
     def at_edge(self) -> bool:
         """Whether the best of several rates is the smallest or the largest one."""
         return len(self.runs) > 1 and self.best in (min(self.runs), max(self.runs))
@@ -75,16 +81,6 @@ class Regime:
     def reference(self) -> Trial:
         """The best reference so far."""
         return max(self.references, key=lambda trial: max(trial.scores.values(), default=-1.0))
-
-    @property
-    def runs(self) -> Sequence[Run]:
-        """Runs of the method at its best learning rate so far."""
-        return _best_runs(self.trial)
-
-    @property
-    def control_runs(self) -> Sequence[Run]:
-        """Runs of the best reference at its best learning rate so far."""
-        return _best_runs(self.reference)
 
     def __str__(self) -> str:
         return f"{self.method}, {self.networks} networks, {self.recipe}"
@@ -340,8 +336,10 @@ def gain(regime: Regime, rows: pd.DataFrame, outcome: str) -> PairedTest:
     Method and references are each at their best learning rate. The references are independent
     networks and constant coefficients.
     """
-    values = _outcomes(regime.runs, rows, outcome) - _outcomes(regime.control_runs, rows, outcome)
-    return paired_test(values.dropna())
+    method, reference = (
+        _outcomes(trial.best_runs, rows, outcome) for trial in (regime.trial, regime.reference)
+    )
+    return paired_test((method - reference).dropna())
 
 
 def best_regime(plan: Plan, regimes: Sequence[Regime], rows: pd.DataFrame) -> Regime | None:
@@ -365,11 +363,6 @@ def _outcomes(runs: Sequence[Run], rows: pd.DataFrame, outcome: str) -> pd.Serie
     """Outcome by seed; NaN for runs that are missing or failed."""
     known = rows.loc[rows["status"].isin(COUNTED), outcome].astype(float)
     return known.reindex([run.key for run in runs]).set_axis([run.seed for run in runs])
-
-
-def _best_runs(trial: Trial) -> Sequence[Run]:
-    rate = trial.best
-    return next(iter(trial.runs.values())) if rate is None else trial.runs[rate]
 
 
 def _join(numbers: Iterable[float]) -> str:

@@ -21,15 +21,8 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
 _CHANGEABLE = (
-    *(
-        "run_dir",
-        "resume",
-        "resume_networks",
-        "callbacks",
-        "checkpoint.",
-        "monitor.",
-        "population.",
-    ),
+    *("run_dir", "resume", "resume_networks", "callbacks"),
+    *("checkpoint.", "monitor.", "population."),
     *("data.root", "data.workers", "data.download", "graft.bucket_mb", "graft.wait_seconds"),
     *("runtime.timeout_", "runtime.threads"),
     "data.skip_broken",  # without it the run ends at the first broken image

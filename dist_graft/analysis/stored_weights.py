@@ -180,18 +180,15 @@ def read_source(path: Path, model_name: str | None = None) -> Source:
     Raises: RunDirectoryError if there is nothing to read; ConfigError if a file's architecture is
         unknown.
     """
-    if (path / COMPLETE).is_file():
-        return _from_checkpoint(path, path)
-    if (path / EXPORT_DESCRIPTION).is_file():
-        return _from_export(path, path, exported_files(path))
+    if not path.exists():
+        raise RunDirectoryError(f"{path} does not exist")
+    folder = path if path.is_dir() else path.parent
+    if (folder / COMPLETE).is_file():
+        return _from_checkpoint(path, folder)
+    if (folder / EXPORT_DESCRIPTION).is_file():
+        return _from_export(path, folder, exported_files(path) if path.is_dir() else [path])
     if path.is_dir():
         return _from_run(path, open_run(path))
-    if not path.is_file():
-        raise RunDirectoryError(f"{path} does not exist")
-    if (path.parent / COMPLETE).is_file():
-        return _from_checkpoint(path, path.parent)
-    if (path.parent / EXPORT_DESCRIPTION).is_file():
-        return _from_export(path, path.parent, [path])
     if model_name is None:
         raise ConfigError(
             f"{path} is neither in a run nor in an exported folder, so its architecture is "

@@ -368,18 +368,22 @@ def write_atomically(
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree that this package was imported from; None without git."""
-    describe = ("describe", "--always", "--dirty", "--abbrev=40")
+    """Commit of the source tree that this package was imported from; None without git.
+
+    Ends in "-dirty" if files of the package differ from the commit; other files do not count.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *describe],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        commit = git("describe", "--always", "--abbrev=40")
+        changed = git("status", "--porcelain", "--", ".")
     except FileNotFoundError:  # an image without git
         return None
-    return answer.stdout.strip() or None
+    return f"{commit}{'-dirty' if changed else ''}" if commit else None
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:

@@ -200,6 +200,8 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
     text = f"the last quarter of its training {_gained(added, 'added')} points"
     if added >= SATURATION_MARGIN:
         return Check(failures=[f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"])
+    if added <= -SATURATION_MARGIN:
+        return Check(warnings=[text])
     return Check(facts=[text])
 
 

@@ -209,7 +209,9 @@ class _Study:
                 self._record(run, row, curve, repetitions[-1].reason if repetitions else "")
                 finished += run.cost
                 bar.n = finished
-                line = f"{title} {number}/{count}: {run}: {_describe(row)}"
+                line = (
+                    f"{title} {number}/{count}: {run}: {_describe(row, accuracy=not self._pilot)}"
+                )
                 if finished < total:
                     seconds = (time.monotonic() - start) * (total / finished - 1)
                     line += f"; about {tqdm.format_interval(seconds)} left"
@@ -299,11 +301,15 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def _describe(row: Row) -> str:
+def _describe(row: Row, *, accuracy: bool) -> str:
+    """Outcome of a run; without `accuracy` not even its test accuracy, as `pilot_text` explains."""
     if row["status"] == "failed":
         return f"failed: {row['error']}"
+    seconds = f"{row['wall_seconds']:.0f} s"
+    if not accuracy and row["split"] == "test":
+        return f"trained in {seconds}"
     diverged = ", diverged" if row["status"] == "diverged" else ""
-    return f"{row['delivered']:.2f} % ({row['split']}{diverged}), {row['wall_seconds']:.0f} s"
+    return f"{row['delivered']:.2f} % ({row['split']}{diverged}), {seconds}"
 
 
 def _report(plan: Plan, results: Results, folder: Path) -> str:

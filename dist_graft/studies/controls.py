@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -16,6 +16,7 @@ from dist_graft.studies.train_options import (
     Delivery,
     TrainOptions,
     delivery,
+    has_exchange,
     key_of,
     merge,
     resolve,
@@ -258,6 +259,7 @@ def build_design(plan: Plan, best_lr: Mapping[str, float | None] | None = None) 
         for name, method in methods.items():
             if method and method.name == name:  # otherwise an earlier method trains identically
                 _add_controls(design, plan, method)
+        _compare_with_isolated(design, plan, [arm for arm in methods.values() if arm])
     return design
 
 
@@ -349,6 +351,22 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
 
     for baseline in baseline_arms(plan, method):
         _add_contrast(design, plan, method, "baseline", baseline)
+
+
+def _compare_with_isolated(design: Design, plan: Plan, methods: Sequence[Arm]) -> None:
+    """Compare methods that exchange with those that do not, such as at another learning rate."""
+    isolated = [arm for arm in methods if not has_exchange(arm.config(0), arm.networks)]
+    for method in methods:
+        for control in isolated:
+            if method not in isolated and control.delivers == "member":
+                contrast = Contrast(
+                    method=method,
+                    control=control,
+                    control_name=control.name,
+                    outcome=plan.primary,
+                    control_outcome="delivered" if plan.primary == "uniform_soup" else plan.primary,
+                )
+                design.compare(contrast, primary=False)
 
 
 def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:

@@ -163,9 +163,20 @@ def calibration(arms: Sequence[ArmResult]) -> list[Block]:
             "Negative log-likelihood (NLL) in nats and expected calibration error (15 equal-width "
             "bins, arXiv 1706.04599) on the test set, mean ± standard deviation over the seeds. "
             "Lower is better. Soups have re-estimated batch norm statistics."
+            f"{without_average(arms)}"
         ),
         _spreads(headers, arms),
     ]
+
+
+def without_average(arms: Sequence[ArmResult]) -> str:
+    """Sentence on arms that deliver an average over their training; empty if there are none."""
+    labels = [arm.arm.label for arm in arms if arm.arm.delivers in ("ema", "checkpoints")]
+    if not labels:
+        return ""
+    return (
+        f" These are shown as trained, without the average that they deliver: {'; '.join(labels)}."
+    )
 
 
 def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
@@ -182,7 +193,7 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
             "over the neighbors. Without a barrier, weights can be averaged. A round brings the "
             "networks together, so the barrier before it shows whether training kept them in one "
-            "basin."
+            "basin since the round before, at the learning rate of the last epoch."
         ),
         _spreads(headers, arms),
     ]
@@ -220,13 +231,13 @@ def coefficients(arms: Sequence[ArmResult]) -> list[Block]:
     blocks: list[Block] = [
         Heading(2, "Coefficients"),
         Paragraph(
-            "Share of its weights that a network keeps in the last round of an epoch, over all "
+            "Share of its weights that a network keeps in the last round of each epoch, over all "
             "networks, graft units and epochs; mean over the seeds."
         ),
         Table(header, rows),
     ]
     if any(any(arm.rows["coefficients_median"]) for arm in shown):
-        caption = "Coefficients of the rounds: median, and a band from 5% to 95%."
+        caption = "Coefficients by epoch: median, and a band from 5% to 95%."
         blocks.append(Picture("coefficients", png(plots.coefficients(shown)), caption))
     return blocks
 
@@ -273,11 +284,11 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
     return [
         Heading(2, "Cost"),
         Paragraph(
-            "To train the whole population once, startup and evaluation included: mean (± standard "
-            "deviation) over the seeds. Wall time depends on the load of the machine. Moved: bytes "
-            "that the networks received in all rounds. Heals: how often a network that was not "
-            "finite copied another one, sum over the seeds. Diverged runs count as chance "
-            f"accuracy.{_of_stages(trained)}"
+            "To train the whole population once, startup and evaluation during training included: "
+            "mean (± standard deviation) over the seeds. Wall time depends on the load of the "
+            "machine. Moved: bytes that the networks received in all rounds. Heals: how often a "
+            "network that was not finite copied another one, sum over the seeds. Diverged runs "
+            f"count as chance accuracy.{_of_stages(trained)}"
         ),
         *([Paragraph(f"Note: {slow}.")] if (slow := _simulated_speed(trained)) else []),
         Table(header, rows),
@@ -344,15 +355,15 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
         "lengths, and most without an interval. They do not predict this comparison."
     )
     if absent:
-        text += f" No published gain is on file for: {', '.join(absent)}."
+        text += f" No published gain is on file under the name of: {', '.join(absent)}."
     return [
         Heading(2, "Published gains"),
         Paragraph(text),
         Picture(
             "published",
             png(plots.forest(shown, [(g.method, g.setting, g.gain) for g in published])),
-            "Differences of this comparison with 95% intervals (black), and published gains of "
-            "methods of the same name (orange).",
+            "Differences of this comparison with 95% intervals (diamonds), and published gains of "
+            "methods of the same name (squares).",
         ),
         Items(list(dict.fromkeys(f"{gain.method}: {gain.source}" for gain in published))),
     ]

@@ -71,13 +71,14 @@ STATISTICS_TEXT = (
     "difference is between two runs with the same seed. Intervals are unadjusted 95% t-intervals "
     "of the mean difference. p is the p-value of a two-sided paired t-test with Holm's correction "
     "within its table, so the probability of any false difference in a table is at most "
-    f"{ALPHA:.0%}. A difference is shown if p is below {ALPHA:g}; an interval that excludes zero "
-    "is not enough. Arms that were not tested stay in the correction. Two arms are equivalent if "
+    f"{ALPHA:.0%}, if seeds and arms were not changed after results were seen. A difference is "
+    f"shown if p is below {ALPHA:g}; an interval that excludes zero is not enough. Arms that were "
+    "not tested stay in the correction. Two arms are equivalent if "
     "two one-sided t-tests show, each at 5% and unadjusted, that their difference is within "
     "the smallest effect of interest, which the plan fixes. The minimum detectable difference is "
     "the true difference that this number of seeds would show, after the correction, with a "
     f"probability of {POWER:.0%}, given the observed spread. Runs that diverged count as chance "
-    "accuracy. There is no bootstrap, because its intervals are too narrow with few seeds."
+    "accuracy."
 )
 
 
@@ -169,7 +170,12 @@ def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
         text += f", {failed} failed (listed below, their seeds are excluded)"
     if missing:
         text += f", {missing} have not finished"
-    return [Paragraph(f"This report is incomplete: {text}.")]
+    return [
+        Paragraph(
+            f"This report is incomplete: {text}. Its conclusions are interim: p-values hold for a "
+            "number of seeds that does not depend on results."
+        )
+    ]
 
 
 def _contrast_table(results: Sequence[ContrastResult]) -> Table:
@@ -180,7 +186,7 @@ def _contrast_table(results: Sequence[ContrastResult]) -> Table:
         difference = format_signed(result.test.mean, digits) if result.test.n else "–"
         equivalent = "–"
         if result.equivalence_p is not None and not result.not_tested:
-            word = "yes" if is_equivalent(result) else "no"
+            word = "shown" if is_equivalent(result) else "not shown"
             equivalent = f"{word} ({format_p(result.equivalence_p)})"
         rows.append(
             (
@@ -312,7 +318,7 @@ def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Resu
         Heading(2, "Learning curves"),
         Paragraph(
             f"{what} at the end of each epoch, before its round: mean over the seeds, with a band "
-            "of one standard deviation."
+            f"of one standard deviation.{sections.without_average(arms)}"
         ),
         *pictures,
     ]

@@ -151,7 +151,15 @@ class StudyState:
         """What the reader of a report must know about the protocol of the comparison."""
         plan, texts = self.confirmed, []
         if len(plan.rates) < 2:
-            source = f"{plan.rates[0]:.4g} in all arms" if plan.rates else "as the plan sets them"
+            source = "as the plan sets them"
+            if plan.rates:
+                source = f"{plan.rates[0]:.4g} in all arms"
+                own = [
+                    arm.label
+                    for arm in (self.design.arms if self.design else [])
+                    if not arm.tunable
+                ]
+                source += f", except those with their own ({'; '.join(own)})" if own else ""
             texts.append(f"Learning rates were not tuned: {source}.")
         for trial in self.trials:
             name = trial.arm.label
@@ -343,11 +351,16 @@ def gain(regime: Regime, rows: pd.DataFrame, outcome: str) -> PairedTest:
 
 
 def best_regime(plan: Plan, regimes: Sequence[Regime], rows: pd.DataFrame) -> Regime | None:
-    """Return the regime with the largest mean gain; regimes without a score are excluded."""
+    """Return the regime with the largest mean gain.
+
+    A regime is excluded if its method, or one of its references, has no score: the method may be
+    better than the others only because the best reference failed.
+    """
     gains = {
         str(regime): test.mean
         for regime in regimes
-        if (test := gain(regime, rows, plan.primary)).n == len(plan.search.seeds)
+        if all(trial.scores for trial in regime.references)
+        and (test := gain(regime, rows, plan.primary)).n == len(plan.search.seeds)
     }
     complete = [regime for regime in regimes if str(regime) in gains]
     return max(complete, key=lambda regime: gains[str(regime)], default=None)

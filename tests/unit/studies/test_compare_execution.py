@@ -502,7 +502,11 @@ class TestPilotAndDryRun:
         assert len(starts(behaviour)) == 4
 
     def test_pilot_plans_the_number_of_seeds(
-        self, behaviour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        behaviour: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         asked = plan(seeds=[3, 4, 5, 6], methods=["graft", "papa"], smallest_effect=0.5)
         deviations = iter([0.0, 0.4, -0.4, 0.0])
@@ -517,6 +521,9 @@ class TestPilotAndDryRun:
         monkeypatch.setattr(comparison, "execute_run", noisy)
         text = compare(asked, tmp_path / "out", pilot=True)
         assert len(starts(behaviour)) == 6
+        printed = capsys.readouterr().out
+        assert printed.count("trained in ") == 6
+        assert "(test)" not in printed
         lines = text.splitlines()
         assert "standard deviation of 0.40 points over 3 seeds" in lines[0]
         needed, careful = (

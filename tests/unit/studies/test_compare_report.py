@@ -484,7 +484,7 @@ class TestPublished:
         )
         assert isinstance(picture, Picture)
         assert isinstance(text, Paragraph)
-        assert text.text.endswith("No published gain is on file for: sharp.")
+        assert text.text.endswith("No published gain is on file under the name of: sharp.")
         assert isinstance(sources, Items)
         assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
         assert beside_published([contrast(UNCLEAR, method=arm("sharp"))]) == []

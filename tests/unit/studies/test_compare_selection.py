@@ -76,9 +76,10 @@ class TestRegimes:
         assert state.design is None
         assert state.comparison_runs == []
 
-    def test_regime_with_a_failed_run_is_excluded(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("failing", ["graft, fast", "independent, fast"])
+    def test_regime_with_a_failed_run_is_excluded(self, failing: str, tmp_path: Path) -> None:
         def value(run: Run) -> float:
-            broken = run.phase == "search" and run.arm.name == "graft, fast" and run.seed == 1
+            broken = run.phase == "search" and run.arm.name == failing and run.seed == 1
             return math.nan if broken and run.arm.networks == 4 else best_when_fast_and_four(run)
 
         state, _ = carry_out(searching(), tmp_path, value)

@@ -116,7 +116,9 @@ def end_population(
 def wait_for_end(process: Process, timeout: float) -> Done:
     """Wait for a program and read its output."""
     output, errors = process.communicate(timeout=timeout)
-    return Done(process.returncode or 0, output, errors)
+    status = process.returncode
+    assert status is not None
+    return Done(status, output, errors)
 
 
 @contextmanager

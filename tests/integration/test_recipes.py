@@ -76,6 +76,23 @@ def test_every_section_is_used() -> None:
     assert used == set((CONFIGS / "sections").glob("*.yaml"))
 
 
+def test_grafting_has_the_published_coefficients() -> None:
+    """A and c of the published scripts, except in the recipes that vary them."""
+    others = set()
+    for path in GRAFTING:
+        section = yaml.safe_load(path.read_text()).get("graft", {})
+        if isinstance(section, str):
+            section = yaml.safe_load((path.parent / section).read_text())
+        if (section.get("amplitude"), section.get("sensitivity")) != (0.4, 500):
+            others.add(path.stem)
+    assert others == OTHER_COEFFICIENTS
+
+
+OTHER_COEFFICIENTS = {
+    *("baseline", "mobilenetv2_ensemble"),  # no grafting
+    *("mobilenetv2_internal", "mobilenetv2_noise", "vgg16_filter"),  # no coefficients of layers
+    *("mobilenetv2_a", "mobilenetv2_c"),  # sweeps
+}
 GRAFTING = [path for path in RECIPES if path.parent.name != "papa"]
 
 

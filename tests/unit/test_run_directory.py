@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import tempfile
 import typing
 from pathlib import Path
@@ -464,3 +465,22 @@ class TestCheck:
 def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit() is None
+
+
+def test_only_changes_of_the_package_mark_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for path in (module := package / "module.py", other := tmp_path / "results.csv"):
+        path.write_text("first")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr("dist_graft.run_directory.__file__", str(module))
+    commit = git_commit()
+    assert commit
+    other.write_text("second")
+    assert git_commit() == commit
+    module.write_text("second")
+    assert git_commit() == f"{commit}-dirty"

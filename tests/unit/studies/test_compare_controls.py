@@ -49,6 +49,15 @@ class TestControls:
         assert outcomes == [(name, name) for name in ("delivered", "ensemble", "delivered")]
         assert [role.role for role in found.arms] == ["method", "control", "control"]
 
+    def test_methods_are_compared_with_every_arm_without_exchange(self) -> None:
+        slow = {"method": "none", "optim.lrs": [0.05, 0.05]}
+        found = designed(plan(methods={"graft": None, "papa": None, "slow": slow}))
+        assert [
+            (c.method.name, c.outcome, c.control_outcome)
+            for c in found.secondary
+            if c.control_name == "slow"
+        ] == [("graft", "delivered", "delivered"), ("papa", "delivered", "delivered")]
+
     def test_no_exchange_differs_from_the_method_only_in_the_exchange(self) -> None:
         methods = {"dlr": {"optim.lr_diversity": "cosine", "graft.amplitude": 0.2}}
         found = designed(plan(methods=methods, recipe={"optim.weight_decay": 1e-4}))

@@ -9,6 +9,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from dist_graft.studies.measured_sections import (
     image_sampling,
     read_published,
     superseded,
+    without_average,
 )
 from dist_graft.studies.plan import BUILT_IN, Plan
 from dist_graft.studies.records import Results, Start, read_starts, record_start
@@ -468,6 +470,15 @@ def test_seeds_with_their_own_images_are_named() -> None:
     assert "do not cover" in shared
     assert "held out" not in shared
     assert "held out" in image_sampling(DataConfig(val_fraction=0.1))
+
+
+def test_arms_that_deliver_an_average_are_named() -> None:
+    average = replace(arm("ema"), explicit_delivery="ema")
+    results = [
+        ArmResult(arm=each, rows=pd.DataFrame(), failed=[], missing=[]) for each in (GRAFT, average)
+    ]
+    assert without_average(results[:1]) == ""
+    assert without_average(results).endswith(": ema, 4 networks.")
 
 
 class TestPublished:

@@ -1,10 +1,11 @@
-"""Accuracies of a run's averaged weights: soup, moving averages, and means of checkpoints."""
+"""Scores of a run's averaged weights: soup, moving averages, and means of checkpoints."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -18,11 +19,12 @@ from dist_graft.training.step import EvalResult
 from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
 
+T = TypeVar("T")
 Split = Literal["test", "val"]
 Accuracies = dict[str, float | None]
 """Accuracies and other scores by name; None if not measured."""
 
-_SPLITS: tuple[Split, ...] = ("test", "val")
+_SCORES = ("test_accuracy", "test_loss", "test_calibration_error", "val_accuracy")
 
 
 Evaluate = Callable[[State, Split], EvalResult]
@@ -35,7 +37,7 @@ def evaluate_averages(
     evaluate: Evaluate,
     *,
     splits: Sequence[Split],
-    soup_test_accuracy: float,
+    soup: Accuracies,
     last_checkpoints: int,
 ) -> dict[str, Accuracies]:
     """Evaluate the averaged weights that a run can deliver.
@@ -45,65 +47,70 @@ def evaluate_averages(
         states: weights of its networks.
         evaluate: evaluates weights.
         splits: "test", and "val" if there is a validation split.
-        soup_test_accuracy: of the uniform soup, which has been tested already.
+        soup: test_accuracy, test_loss and test_calibration_error of the uniform soup, which has
+            been tested already.
         last_checkpoints: number of checkpoints to average; 0: none.
 
-    Returns: test_accuracy and val_accuracy in percent (None without a validation split) of the
-        uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has them),
-        and of the mean of the last checkpoints ("checkpoints"). The last two are means over the
-        networks. Batch norm is re-estimated. With checkpoints, also those of their ensemble
-        ("snapshots"), see `_ensembles_of_checkpoints`.
+    Returns: test_accuracy, val_accuracy and test_calibration_error in percent and test_loss in nats
+        of the uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has
+        them), of the mean of the last checkpoints ("checkpoints"), and of their ensemble
+        ("snapshots"). All but the soup's are means over the networks. Batch norm is re-estimated.
+        None without a validation split, or if weights are not finite.
 
     Raises: ConfigError if the run has fewer checkpoints.
     """
-    averages: dict[str, list[State]] = {"soup": [uniform_soup(states)]}
-    known = {("soup", "test"): soup_test_accuracy}
+
+    def of_model(state: State, split: Split) -> Accuracies:
+        return score(evaluate(state, split))
+
+    def of_ensemble(states: Sequence[State], split: Split) -> Accuracies:
+        return score_ensemble(evaluate(state, split) for state in states)
+
+    validated = evaluate(uniform_soup(states), "val").accuracy if "val" in splits else None
+    found = {"soup": soup | {"val_accuracy": validated}}
     moving = [stored.averaged_state(network) for network in stored.networks]
     if all(moving):
-        averages["ema"] = [state for state in moving if state]
-    checkpoints = _last_checkpoints(stored, last_checkpoints) if last_checkpoints else []
-    if checkpoints:
-        averages["checkpoints"] = [uniform_soup(states) for states in checkpoints]
-
-    def mean_accuracy(kind: str, split: Split) -> float | None:
-        if split not in splits or (kind, split) in known:
-            return known.get((kind, split))
-        return statistics.fmean(evaluate(state, split).accuracy for state in averages[kind])
-
-    found: dict[str, Accuracies] = {
-        kind: {f"{split}_accuracy": mean_accuracy(kind, split) for split in _SPLITS}
-        for kind in averages
-    }
-    if checkpoints:
-        found["snapshots"] = _ensembles_of_checkpoints(checkpoints, evaluate, splits)
+        found["ema"] = _mean_scores(of_model, [state for state in moving if state], splits)
+    if last_checkpoints:
+        checkpoints = _last_checkpoints(stored, last_checkpoints)
+        means = [uniform_soup(states) for states in checkpoints]
+        found["checkpoints"] = _mean_scores(of_model, means, splits)
+        found["snapshots"] = _mean_scores(of_ensemble, checkpoints, splits)
     return found
 
 
-def _ensembles_of_checkpoints(
-    checkpoints: Sequence[Sequence[State]], evaluate: Evaluate, splits: Sequence[Split]
+def _mean_scores(
+    scores: Callable[[T, Split], Accuracies], networks: Sequence[T], splits: Sequence[Split]
 ) -> Accuracies:
-    """Test the ensemble of each network's last checkpoints, with batch norm re-estimated in each.
-
-    Returns: test_accuracy, val_accuracy and test_calibration_error in percent, and test_loss in
-        nats: means over the networks. None without a validation split, or if a checkpoint is not
-        finite.
-    """
-    names = ("test_accuracy", "test_loss", "test_calibration_error", "val_accuracy")
+    """Scores by split and name, means over the networks."""
     rows = [
         {
             f"{split}_{name}": value
             for split in splits
-            for name, value in score_ensemble(evaluate(state, split) for state in states).items()
+            for name, value in scores(each, split).items()
         }
-        for states in checkpoints
+        for each in networks
     ]
-    return {name: mean_or_none([row.get(name) for row in rows]) for name in names}
+    return {name: mean_or_none([row.get(name) for row in rows]) for name in _SCORES}
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:
     """Mean of values that were all measured; otherwise None."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def score(result: EvalResult) -> Accuracies:
+    """Accuracy, loss and calibration error; the last two are None if a prediction is not finite."""
+    assert result.probabilities is not None
+    assert result.labels is not None
+    return {
+        "accuracy": result.accuracy,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "calibration_error": (
+            calibration_error(result.probabilities, result.labels) if result.finite else None
+        ),
+    }
 
 
 def score_ensemble(results: Iterable[EvalResult]) -> Accuracies:

@@ -15,10 +15,10 @@ from dist_graft.printing import format_number, format_table
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-EVALUATION_FORMAT = 3
-"""Version of evaluation.json. Version 2 has fewer values with re-estimated batch norm; version 1
-also has no calibration errors, disagreement and barrier. Neither has the barrier before the last
-round and averages.snapshots."""
+EVALUATION_FORMAT = 4
+"""Version of evaluation.json. Version 3 has only accuracies of averages. Version 2 also has fewer
+values with re-estimated batch norm, and version 1 no calibration errors, disagreement and barrier;
+neither has the barrier before the last round and averages.snapshots."""
 
 
 def build_parser(settings: Mapping[str, Any]) -> ArgumentParser:
@@ -116,7 +116,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
     }
     for kind, title in titles.items():
         if found := result["averages"].get(kind):
-            rows.append(row(title, found["test_accuracy"], "", "", "", found["val_accuracy"]))
+            scores = (found[f"test_{name}"] for name in ("accuracy", "loss", "calibration_error"))
+            rows.append(row(title, "", *scores, found["val_accuracy"]))
     lines = [format_table(header, rows)]
     if result["disagreement"] is not None:
         lines.append(

@@ -17,8 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_graft.analysis.averages import evaluate_averages, mean_or_none, score_ensemble
-from dist_graft.analysis.calibration import calibration_error
+from dist_graft.analysis.averages import evaluate_averages, mean_or_none, score, score_ensemble
 from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
@@ -86,7 +85,11 @@ def evaluate_run(options: Options) -> dict[str, Any]:
                 states,
                 partial(evaluator.evaluate, reestimated=True),
                 splits=("test", "val") if data.has_validation else ("test",),
-                soup_test_accuracy=result["uniform_soup"]["batch_norm_reestimated"],
+                soup={
+                    "test_accuracy": result["uniform_soup"]["batch_norm_reestimated"],
+                    "test_loss": result["uniform_soup"]["test_loss"],
+                    "test_calibration_error": result["uniform_soup"]["test_calibration_error"],
+                },
                 last_checkpoints=options["last_checkpoints"],
             )
     except torch.OutOfMemoryError as error:
@@ -141,12 +144,12 @@ class _Evaluator:
 
     def evaluate_soup(self, state: State) -> dict[str, float | None]:
         """Test accuracies of a soup; loss and calibration with re-estimated statistics."""
-        reestimated = self.evaluate(state, "test", reestimated=True)
+        reestimated = score(self.evaluate(state, "test", reestimated=True))
         return {
             "batch_norm_as_is": self.evaluate(state, "test").accuracy,
-            "batch_norm_reestimated": reestimated.accuracy,
-            "test_loss": _finite(reestimated.loss),
-            "test_calibration_error": _calibration_error(reestimated),
+            "batch_norm_reestimated": reestimated["accuracy"],
+            "test_loss": reestimated["loss"],
+            "test_calibration_error": reestimated["calibration_error"],
         }
 
     @torch.no_grad()
@@ -238,9 +241,7 @@ def _test_members(
         for state in states:
             result = evaluator.evaluate(state, "test", reestimated=reestimated)
             assert result.probabilities is not None
-            error = _calibration_error(result)
-            loss = _finite(result.loss)
-            members.append({"accuracy": result.accuracy, "loss": loss, "calibration_error": error})
+            members.append(score(result))
             predictions.append(result.probabilities.argmax(1))
             yield result
 
@@ -321,13 +322,3 @@ def _between(first: State, second: State, position: float) -> dict[str, Tensor]:
         key: torch.lerp(tensor, second[key], position) if tensor.is_floating_point() else tensor
         for key, tensor in first.items()
     }
-
-
-def _calibration_error(result: EvalResult) -> float | None:
-    assert result.probabilities is not None
-    assert result.labels is not None
-    return calibration_error(result.probabilities, result.labels) if result.finite else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

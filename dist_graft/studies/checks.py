@@ -23,6 +23,7 @@ from dist_graft.studies.statistics import (
 )
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.data.sources import DATASET_INFO
+from dist_graft.training.learning_rates import initial_rates
 
 SOUP_MARGIN = 1.0
 """Percentage points by which a soup may be below the mean of its members."""
@@ -47,6 +48,8 @@ class Check:
     warnings: Sequence[str] = ()
     facts: Sequence[str] = ()
     """What was measured, where neither of the above says it."""
+    weak: bool = False
+    """Whether the arm is a control that is no evidence for what is better than it."""
 
     @property
     def not_tested(self) -> str | None:
@@ -96,6 +99,7 @@ def check_arms(
             failures=[text for part in parts for text in part.failures],
             warnings=[text for part in parts for text in part.warnings],
             facts=[text for part in parts for text in part.facts],
+            weak=any(part.weak for part in parts),
         )
         if merged != Check(failures=[], warnings=[], facts=[]):
             checks.append((result.arm, merged))
@@ -149,16 +153,24 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
     if without_exchange:
         invalid, filters = (without_exchange.values(name) for name in ("invalid_0.1", "filters"))
         shares = 100 * invalid / filters
-    if shares.empty:
+    if without_exchange is None or shares.empty:
         return Check(warnings=["invalid filters without exchange were not counted"])
     share = float(shares.mean())
     if share == 0:
         text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
         return Check(failures=[text])
     text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1)"
+    if (rates := _rates(without_exchange)) != _rates(result):
+        text += f", at other learning rates ({rates})"
     if share < FEW_INVALID:
         return Check(warnings=[f"{text}: there is little to re-activate"])
     return Check(facts=[text])
+
+
+def _rates(result: ArmResult) -> str:
+    """Initial learning rates of an arm's networks."""
+    rates = initial_rates(result.arm.config(0), result.arm.networks)
+    return ", ".join(f"{rate:.4g}" for rate in dict.fromkeys(rates))
 
 
 def check_coefficients(result: ArmResult) -> Check:
@@ -227,7 +239,7 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
         return Check(warnings=[warning])
     if test.mean <= -SATURATION_MARGIN:
         warning = f"{text}: longer training does harm, so it is no evidence to be better than it"
-        return Check(warnings=[warning])
+        return Check(warnings=[warning], weak=True)
     return Check(facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
 
 

@@ -30,6 +30,12 @@ def verdict(result: ContrastResult) -> Verdict:
     return "better" if result.test.mean > 0 else "worse"
 
 
+def qualified_verdict(result: ContrastResult) -> str:
+    """Return the verdict, with a remark if a weak control makes it worth nothing."""
+    word = verdict(result)
+    return f"{word} (weak control)" if word == "better" and result.weak_control else word
+
+
 def conclusion(result: ContrastResult, *, under_trained: bool = False) -> str:
     """Return what a contrast shows, as a sentence; `under_trained` as its population size is."""
     names = f"{result.contrast.method.label}, compared with {result.contrast.control_name}"
@@ -47,7 +53,7 @@ def findings(result: ContrastResult) -> str:
     if result.not_tested:
         return f"not tested: {result.not_tested}; difference: {_difference(result)}"
     word = verdict(result)
-    text = f"{word}, {_difference(result)}"
+    text = f"{qualified_verdict(result)}, {_difference(result)}"
     if word == "worse" and result.under_trained:
         text += f" ({UNDER_TRAINED})"
     if result.half_width is None:
@@ -76,9 +82,7 @@ def _difference(result: ContrastResult) -> str:
         mean = format_signed(test.mean)
         undefined = "" if mean == "0.00" else "; without variation the t-test is undefined"
         return f"{mean} for each of {seeds}{undefined}"
-    digits = digits_for(width)
-    interval = f"{format_signed(test.mean, digits)} ± {width:.{digits}f}"
-    return f"{interval} percentage points over {seeds}"
+    return f"{format_interval(result)} percentage points over {seeds}"
 
 
 def is_equivalent(result: ContrastResult) -> bool:
@@ -132,7 +136,7 @@ def _worse(primary: Sequence[ContrastResult], secondary: Sequence[ContrastResult
         if not worse:
             continue
         names = "; ".join(
-            f"{r.contrast.control_name} ({format_signed(r.test.mean)}"
+            f"{r.contrast.control_name} ({format_interval(r)}"
             f"{f', {UNDER_TRAINED}' if r.under_trained else ''}{_small(r)})"
             for r in worse
         )
@@ -171,7 +175,8 @@ def _better(tested: Sequence[ContrastResult], secondary: Sequence[ContrastResult
         others = [other for other in secondary if other.contrast.method is method]
         text = (
             f"{method.label} is better than {result.contrast.control_name} "
-            f"({format_signed(result.test.mean)}{_small(result)})"
+            f"({format_interval(result)}{', weak control' if result.weak_control else ''}"
+            f"{_small(result)})"
         )
         unclear = [
             o.contrast.control_name
@@ -204,6 +209,15 @@ def digits_for(spread: float) -> int:
     while digits < 4 and spread < 10 ** (1 - digits):
         digits += 1
     return digits
+
+
+def format_interval(result: ContrastResult) -> str:
+    """Format mean ± half-width of the interval; only the mean without variation."""
+    width = result.half_width
+    if width is None:
+        return format_signed(result.test.mean)
+    digits = digits_for(width)
+    return f"{format_signed(result.test.mean, digits)} ± {width:.{digits}f}"
 
 
 def format_spread(values: Iterable[float], digits: int = 2) -> str:

@@ -25,6 +25,7 @@ from dist_graft.studies.checks import (
 from dist_graft.studies.conclusions import format_number, format_spread
 from dist_graft.studies.controls import Arm
 from dist_graft.studies.measurements import NEAR_HALF
+from dist_graft.studies.plan import BUILT_IN
 from dist_graft.studies.records import Results, Start, plan_sha256
 from dist_graft.studies.rendering import Block, Heading, Items, Paragraph, Picture, Table
 from dist_graft.studies.selection import StudyState
@@ -38,6 +39,8 @@ _CALIBRATION_HEADERS = {
     "calibration_error": "calibration error, members, %",
     "soup_calibration_error": "soup, %",
     "ensemble_calibration_error": "ensemble, %",
+    "average_nll": "NLL, average",
+    "average_calibration_error": "average, %",
 }
 _DIFFERENCE_HEADERS = {
     "disagreement": "disagreement, %",
@@ -49,7 +52,9 @@ _NAMED_IN_SETTING = (
     *("model.name", "optim.lr", "optim.weight_decay"),
 )
 """Options that the section Setting shows in lines of their own; rates have a section."""
-_DIGITS = dict.fromkeys(("nll", "soup_nll", "ensemble_nll", "barrier_before", "barrier"), 3)
+_DIGITS = dict.fromkeys(
+    ("nll", "soup_nll", "ensemble_nll", "average_nll", "barrier_before", "barrier"), 3
+)
 
 
 # Setting and checks
@@ -163,10 +168,17 @@ def calibration(arms: Sequence[ArmResult]) -> list[Block]:
             "Negative log-likelihood (NLL) in nats and expected calibration error (15 equal-width "
             "bins, arXiv 1706.04599) on the test set, mean ± standard deviation over the seeds. "
             "Lower is better. Soups have re-estimated batch norm statistics."
-            f"{without_average(arms)}"
+            f"{_on_averages(arms)}"
         ),
         _spreads(headers, arms),
     ]
+
+
+def _on_averages(arms: Sequence[ArmResult]) -> str:
+    """Sentences on arms that deliver an average over their training; empty if there are none."""
+    measured = [arm for arm in arms if len(arm.values("average_nll"))]
+    text = " Average: the average over the training that an arm delivers." if measured else ""
+    return text + without_average([arm for arm in arms if not len(arm.values("average_nll"))])
 
 
 def without_average(arms: Sequence[ArmResult]) -> str:
@@ -343,19 +355,23 @@ def read_published() -> list[Published]:
 
 
 def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
-    """Differences of this comparison beside the published gains of methods of the same name."""
-    names = {result.contrast.method.name for result in primary}
+    """Differences of this comparison beside the published gains of the same built-in methods."""
+    built_in = {
+        result.contrast.method.label: built_in_method(result.contrast.method) for result in primary
+    }
+    names = set(built_in.values())
     published = [gain for gain in read_published() if gain.method in names]
     shown = [result for result in primary if result.test.n]
     if not published or not shown:
         return []
-    absent = sorted(names - {gain.method for gain in published})
+    known = {gain.method for gain in published}
+    absent = [label for label, name in built_in.items() if name not in known]
     text = (
         "Published gains are over the authors' own baselines, on other data and models, at other "
         "lengths, and most without an interval. They do not predict this comparison."
     )
     if absent:
-        text += f" No published gain is on file under the name of: {', '.join(absent)}."
+        text += f" No published gain is on file for the method of: {'; '.join(absent)}."
     return [
         Heading(2, "Published gains"),
         Paragraph(text),
@@ -363,10 +379,21 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
             "published",
             png(plots.forest(shown, [(g.method, g.setting, g.gain) for g in published])),
             "Differences of this comparison with 95% intervals (diamonds), and published gains of "
-            "methods of the same name (squares).",
+            "the same methods (squares), whatever their options.",
         ),
         Items(list(dict.fromkeys(f"{gain.method}: {gain.source}" for gain in published))),
     ]
+
+
+def built_in_method(arm: Arm) -> str | None:
+    """The built-in method whose options the arm has; the one with the most options if several."""
+    options = dict(flatten(arm.options))
+    matching = [
+        (len(own), name)
+        for name, own in ((name, dict(flatten(own))) for name, own in BUILT_IN.items())
+        if all(options.get(option) == value for option, value in own.items())
+    ]
+    return max(matching)[1] if matching else None
 
 
 def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]:

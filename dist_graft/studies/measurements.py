@@ -15,7 +15,7 @@ from dist_graft.grafting.rules.papa import PapaConfig
 from dist_graft.grafting.rules.wash import WashConfig
 from dist_graft.run_directory import RunDirectory
 from dist_graft.studies.controls import Run
-from dist_graft.studies.train_options import has_exchange
+from dist_graft.studies.train_options import Delivery, has_exchange
 
 NEAR_HALF = 0.02
 """Coefficients this close to 1/2 make a layer a plain average of recipient and donor."""
@@ -26,6 +26,8 @@ MEASURED: Mapping[str, str] = {
     **dict.fromkeys(
         ("calibration_error", "ensemble_calibration_error", "soup_calibration_error"), "float64"
     ),
+    # Of the average over the training that the arm delivers
+    **dict.fromkeys(("average_nll", "average_calibration_error"), "float64"),
     "disagreement": "float64",
     "barrier": "float64",
     "barrier_before": "float64",  # before the last round
@@ -65,11 +67,7 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     measured: dict[str, Any] = {"heals": len(healed)}
     if run.split == "test" and (folder / "evaluation.json").is_file():
         evaluation = read_json(folder / "evaluation.json")
-        measured |= read_evaluation(evaluation)
-        if run.arm.delivers == "snapshots":
-            snapshots = evaluation["averages"]["snapshots"]
-            measured["ensemble_nll"] = snapshots["test_loss"]
-            measured["ensemble_calibration_error"] = snapshots["test_calibration_error"]
+        measured |= read_evaluation(evaluation, run.arm.delivers)
     if not has_exchange(config, run.arm.networks):
         return measured
     return measured | measure_rounds(config, metrics)
@@ -81,8 +79,11 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return [event for path in paths if path.is_file() for event in read_json(path)]
 
 
-def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the columns that ``dist-graft evaluate`` measures, from evaluation.json."""
+def read_evaluation(evaluation: Mapping[str, Any], delivers: Delivery) -> dict[str, float]:
+    """Return the columns that ``dist-graft evaluate`` measures, from evaluation.json.
+
+    A snapshot ensemble is the ensemble of a run that delivers it.
+    """
     members = evaluation["members"]
     soup = evaluation["uniform_soup"]
     values = {
@@ -98,6 +99,11 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float]:
         "barrier": (evaluation["barrier"] or {}).get("mean"),
         "barrier_before": (evaluation["barrier_before_last_round"] or {}).get("mean"),
     }
+    if delivers in ("ema", "checkpoints", "snapshots"):
+        prefix = "ensemble" if delivers == "snapshots" else "average"
+        scores = evaluation["averages"][delivers]
+        values[f"{prefix}_nll"] = scores["test_loss"]
+        values[f"{prefix}_calibration_error"] = scores["test_calibration_error"]
     return {name: value for name, value in values.items() if value is not None}
 
 

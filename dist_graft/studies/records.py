@@ -87,6 +87,9 @@ class Results:
     Args:
         folder: directory of results.csv and curves.csv, which need not exist yet.
 
+    A results.csv of an earlier version may lack measurements. They are empty in its rows, and the
+    next row is written with a header that has them.
+
     Raises: RunDirectoryError if results.csv has other columns.
     """
 
@@ -139,8 +142,10 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """Read a CSV file, ignoring a last line that a crash truncated."""
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1] or ",".join(columns) + "\n"
-    if text.partition("\n")[0].split(",") != list(columns):
+    found = text.partition("\n")[0].split(",")
+    if found != [name for name in columns if name in found or name not in MEASURED]:
         raise ValueError("other columns")
+    text = _with_columns(text, columns)
     return pd.read_csv(
         io.StringIO(text),
         dtype=dict(columns),
@@ -149,17 +154,32 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     )
 
 
+def _with_columns(text: str, columns: Iterable[str]) -> str:
+    """Return the text of a CSV file with further columns, empty in each of its rows."""
+    if text.partition("\n")[0].split(",") == list(columns):
+        return text
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv.DictReader(io.StringIO(text)))
+    return buffer.getvalue()
+
+
 def _append_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
     """Append rows with a single write, replacing a last line that a crash truncated."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     content = path.read_bytes() if path.exists() else b""
-    if b"\n" not in content:
+    complete = content[: content.rfind(b"\n") + 1]
+    if not complete:
         writer.writerow(columns)
+    elif (wider := _with_columns(complete.decode(), columns).encode()) != complete:
+        write_atomically(path, wider)
+        complete = wider
     writer.writerows([_format_cell(name, row.get(name, "")) for name in columns] for row in rows)
     try:
         with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
-            file.truncate(content.rfind(b"\n") + 1)
+            file.truncate(len(complete))
             file.seek(0, os.SEEK_END)
             file.write(buffer.getvalue().encode())
             os.fsync(file.fileno())

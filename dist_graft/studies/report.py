@@ -15,14 +15,15 @@ from dist_graft.studies.checks import check_arms
 from dist_graft.studies.conclusions import (
     conclusion,
     digits_for,
+    format_interval,
     format_number,
     format_p,
     format_signed,
     format_spread,
     is_equivalent,
     overall_conclusions,
+    qualified_verdict,
     under_trained_sizes,
-    verdict,
 )
 from dist_graft.studies.controls import Design
 from dist_graft.studies.plan import plan_text
@@ -108,8 +109,9 @@ def build_report(
     checks = check_arms(state.design, arms, results.curves, plan.primary)
     margin = plan.smallest_effect
     failed = {arm.key: check.not_tested for arm, check in checks if check.not_tested}
+    weak = [arm.key for arm, check in checks if check.weak]
     primary, secondary = (
-        contrast_results(contrasts, plan.test_seeds, rows, margin=margin, failed=failed)
+        contrast_results(contrasts, plan.test_seeds, rows, margin=margin, failed=failed, weak=weak)
         for contrasts in (state.design.primary, state.design.secondary)
     )
     first, *others = overall_conclusions(primary, secondary)
@@ -181,9 +183,7 @@ def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
 def _contrast_table(results: Sequence[ContrastResult]) -> Table:
     rows = []
     for result in results:
-        width = result.half_width
-        digits = 2 if width is None else digits_for(width)
-        difference = format_signed(result.test.mean, digits) if result.test.n else "–"
+        digits = 2 if result.half_width is None else digits_for(result.half_width)
         equivalent = "–"
         if result.equivalence_p is not None and not result.not_tested:
             word = "shown" if is_equivalent(result) else "not shown"
@@ -192,12 +192,12 @@ def _contrast_table(results: Sequence[ContrastResult]) -> Table:
             (
                 result.contrast.method.label,
                 result.contrast.control_name,
-                difference if width is None else f"{difference} ± {width:.{digits}f}",
+                format_interval(result) if result.test.n else "–",
                 str(result.test.n),
                 "–" if result.test.p is None else format_p(result.decision.adjusted_p),
                 equivalent,
                 format_number(result.detectable, digits),
-                verdict(result),
+                qualified_verdict(result),
             )
         )
     margin = f"within ±{results[0].margin:g} (p)" if results else "equivalent (p)"
@@ -330,7 +330,11 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
         for arm in arms
         if len(arm.rows) and (arm.arm.networks > 1 or arm.arm.delivers == "snapshots")
     ]
-    measured = [name for name in _OUTCOME_HEADERS if any(len(a.values(name)) for a in populations)]
+    headers = dict(_OUTCOME_HEADERS)
+    rates = [set(cell.split()) for arm in populations for cell in arm.rows["learning_rates"]]
+    if all(len(of_run) < 2 for of_run in rates):
+        del headers["largest_lr_member"]  # any of the members
+    measured = [name for name in headers if any(len(arm.values(name)) for arm in populations)]
     if not measured:
         return []
     drawn = any("soup" not in name for name in plots.OUTCOME_STYLES if name in measured)
@@ -354,7 +358,7 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
             "re-estimated on training images unless noted otherwise."
         ),
         Table(
-            ("arm", *(_OUTCOME_HEADERS[name] for name in measured)),
+            ("arm", *(headers[name] for name in measured)),
             [
                 (arm.arm.label, *(format_spread(arm.values(name)) for name in measured))
                 for arm in populations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,6 +203,8 @@ class ContrastResult:
     """Smallest effect of interest."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Why the method or the control does not count (see `checks`), by the arm's key."""
+    weak_control: bool = False
+    """Whether it is no evidence to be better than the control."""
 
     @property
     def not_tested(self) -> str | None:
@@ -263,6 +265,7 @@ def contrast_results(
     *,
     margin: float,
     failed: Mapping[str, str] | None = None,
+    weak: Collection[str] = (),
 ) -> list[ContrastResult]:
     """Test each contrast, with Holm's correction over all of them.
 
@@ -273,6 +276,7 @@ def contrast_results(
         margin: smallest effect of interest, in percentage points.
         failed: reason by key of each arm that failed its check. Their rows stay in Holm's
             correction, so that a failed check does not make the other rows look better.
+        weak: keys of controls that are no evidence for what is better than them.
     """
     differences = [
         (
@@ -298,6 +302,7 @@ def contrast_results(
                 for arm in (contrast.method, contrast.control)
                 if failed and arm.key in failed
             },
+            weak_control=contrast.control.key in weak,
         )
         for contrast, by_seed, test, decision in zip(
             contrasts, differences, tests, decisions, strict=True

@@ -1,4 +1,4 @@
-"""Accuracies of soups, moving averages, and means of checkpoints, as `evaluate` writes them."""
+"""Scores of soups, moving averages, and means of checkpoints, as `evaluate` writes them."""
 
 from __future__ import annotations
 
@@ -58,32 +58,36 @@ def evaluated(pair: Path) -> dict[str, Any]:
     return evaluate_run(pair, last_checkpoints=2)
 
 
-def expected(run: Path, states: list[dict[str, Tensor]], *, reestimated: bool) -> Any:
+def expected(run: Path, states: list[dict[str, Tensor]]) -> Any:
+    """Mean scores of models, with re-estimated batch norm."""
     reference = Reference(run)
-    return {
-        f"{split}_accuracy": pytest.approx(
-            np.mean([reference.accuracy(s, split, reestimated=reestimated) for s in states])
-        )
+    scores = {
+        f"{split}_accuracy": [reference.accuracy(s, split, reestimated=True) for s in states]
         for split in ("test", "val")
     }
+    tested = [reference.probabilities(s, reestimated=True) for s in states]
+    scores["test_loss"] = [surprise(p, labels) for p, labels in tested]
+    scores["test_calibration_error"] = [reference_calibration_error(*found) for found in tested]
+    return {name: pytest.approx(np.mean(values), rel=1e-3) for name, values in scores.items()}
 
 
 def test_soup(pair: Path, evaluated: dict[str, Any]) -> None:
     soup = mean_of([weights(number, 3) for number in range(2)])
-    assert evaluated["averages"]["soup"] == expected(pair, [soup], reestimated=True)
+    assert evaluated["averages"]["soup"] == expected(pair, [soup])
 
 
 def test_moving_averages(pair: Path, evaluated: dict[str, Any]) -> None:
     states = [weights(number, 103) for number in range(2)]
-    assert evaluated["averages"]["ema"] == expected(pair, states, reestimated=True)
+    assert evaluated["averages"]["ema"] == expected(pair, states)
 
 
 def test_means_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) -> None:
     means = [mean_of([weights(number, epoch) for epoch in (2, 3)]) for number in range(2)]
     found = evaluated["averages"]["checkpoints"]
-    assert found == expected(pair, means, reestimated=True)
+    assert found == expected(pair, means)
     line = next(s for s in evaluation_text(evaluated).splitlines() if "last checkpoints" in s)
     assert f"{found['test_accuracy']:.2f}" in line
+    assert f" {found['test_loss']:.4f} " in line
 
 
 def test_ensemble_of_the_last_checkpoints(pair: Path, evaluated: dict[str, Any]) -> None:

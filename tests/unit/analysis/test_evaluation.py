@@ -257,7 +257,7 @@ class TestNumbers:
             *("disagreement", "barrier", "barrier_before_last_round"),
             *("uniform_soup", "greedy_soup", "averages"),
         ]
-        assert (result["protocol"], result["epoch"], result["round"]) == (3, 2, 2)
+        assert (result["protocol"], result["epoch"], result["round"]) == (4, 2, 2)
         assert result["run_dir"] == str(trio)
 
     def test_table(self, evaluated: dict[str, Any]) -> None:

@@ -100,6 +100,12 @@ class TestReactivation:
         (text,) = check.warnings
         assert text.startswith("1.5 % of the filters are invalid without exchange")
 
+    @pytest.mark.parametrize(("own", "remark"), [(0.2, False), (0.1, True)])
+    def test_says_if_the_learning_rates_differ(self, own: float, remark: bool) -> None:
+        control = arm_result({"optim": {"lr": 0.2}}, **{"invalid_0.1": [20], "filters": [200]})
+        (text,) = check_reactivation(arm_result({"optim": {"lr": own}}), control).facts
+        assert text.endswith(", at other learning rates (0.2)") == remark
+
     def test_prints_the_share(self) -> None:
         (text,) = self.check([6, 10]).facts
         assert text.startswith("4 % of the filters are invalid without exchange")
@@ -226,6 +232,8 @@ class TestDoubling:
         (text,) = self.check([78, 88], [80, 90]).warnings
         assert text.startswith("4 times the epochs lost 1.00")
         assert "longer training does harm" in text
+        assert self.check([78, 88], [80, 90]).weak
+        assert not self.check([82, 92], [80, 90]).weak
 
     def test_without_a_common_seed(self) -> None:
         check = self.check([np.nan, 90], [80, np.nan])

@@ -14,6 +14,7 @@ import pytest
 from dist_graft.errors import RunDirectoryError
 from dist_graft.studies.controls import Arm, Run
 from dist_graft.studies.measurements import MEASURED, measure, parse_list
+from dist_graft.studies.train_options import Delivery
 from dist_graft.training.learning_rates import schedule
 
 
@@ -165,6 +166,25 @@ class TestOtherFiles:
             "soup_nll": 0.25,
         }
 
+    @pytest.mark.parametrize(
+        ("delivers", "prefix"),
+        [("ema", "average"), ("checkpoints", "average"), ("snapshots", "ensemble")],
+    )
+    def test_scores_of_a_delivered_average(
+        self, tmp_path: Path, delivers: Delivery, prefix: str
+    ) -> None:
+        write_metrics(tmp_path, [[None]])
+        scores = {"test_loss": 0.125, "test_calibration_error": 2.0}
+        averages = {kind: dict.fromkeys(scores, -1.0) for kind in ("soup", "ema")}
+        run = replace(run_of(1), arm=replace(run_of(1).arm, explicit_delivery=delivers))
+        for found in (scores, dict.fromkeys(scores)):
+            evaluation = EVALUATION | {"averages": averages | {delivers: found}}
+            (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+            measured = measure(tmp_path, run)
+            assert measured.get(f"{prefix}_nll") == found["test_loss"]
+            assert measured.get(f"{prefix}_calibration_error") == found["test_calibration_error"]
+            assert None not in measured.values()
+
     def test_a_trial_does_not_read_test_measurements(self, tmp_path: Path) -> None:
         write_metrics(tmp_path, [[None], [None]])
         (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
@@ -181,7 +201,7 @@ class TestOtherFiles:
 def test_every_column_is_declared(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
     for number, (method, options) in enumerate(
-        [("graft", {}), ("papa", {}), ("wash", {}), ("none", {})]
+        [("graft", {}), ("papa", {}), ("wash", {}), ("none", {"optim": {"ema_decay": 0.9}})]
     ):
         folder = tmp_path / str(number)
         write_metrics(folder, [[grafted(0.5)], [grafted(0.5)]])
@@ -190,6 +210,7 @@ def test_every_column_is_declared(tmp_path: Path) -> None:
         evaluation = {"members": [members], "uniform_soup": score, "disagreement": 1.0}
         evaluation |= {f"ensemble_{name}": 1.0 for name in members} | {"barrier": {"mean": 0.0}}
         evaluation["barrier_before_last_round"] = {"mean": 1.0}
+        evaluation["averages"] = {"ema": score}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         found |= measure(folder, run_of(method=method, **options))
     assert set(found) == set(MEASURED)

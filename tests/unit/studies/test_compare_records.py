@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
@@ -108,6 +109,27 @@ def test_a_repeated_curve_replaces_the_first(tmp_path: Path, runs: list[Run]) ->
     curve = Results(tmp_path).curves
     assert curve["epoch"].tolist() == list(range(12))
     assert curve["largest_lr_member"].iloc[-1] > 85
+
+
+def test_rows_of_a_version_with_fewer_measurements_are_kept(
+    tmp_path: Path, runs: list[Run]
+) -> None:
+    Results(tmp_path).add(made_up_row(runs[0], 80.0, error='it, said: "no"'))
+    path = tmp_path / "results.csv"
+    rows = list(csv.reader(path.read_text().splitlines()))
+    removed = rows[0].index("average_nll")
+    older = [[*row[:removed], *row[removed + 1 :]] for row in rows]
+    with path.open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows(older)
+        file.write("trunca")  # by a crash
+    content = path.read_bytes()
+    results = Results(tmp_path)
+    assert math.isnan(results.rows.loc[runs[0].key, "average_nll"])
+    assert path.read_bytes() == content
+    results.add(made_up_row(runs[1], 81.0))
+    again = path.read_text().splitlines()
+    assert list(csv.reader(again))[:2] == rows
+    assert [row["key"] for row in csv.DictReader(again)] == [run.key for run in runs[:2]]
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "key\nx\n"])

@@ -30,12 +30,15 @@ from dist_graft.studies.conclusions import (
     format_signed,
     format_spread,
     overall_conclusions,
+    qualified_verdict,
     under_trained_sizes,
     verdict,
 )
 from dist_graft.studies.controls import Arm, Contrast, Run
 from dist_graft.studies.measured_sections import (
     beside_published,
+    built_in_method,
+    calibration,
     image_sampling,
     read_published,
     superseded,
@@ -63,6 +66,7 @@ from dist_graft.studies.statistics import (
     holm,
     paired_test,
 )
+from dist_graft.studies.train_options import TrainOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -481,6 +485,38 @@ def test_arms_that_deliver_an_average_are_named() -> None:
     assert without_average(results).endswith(": ema, 4 networks.")
 
 
+def test_averages_have_columns_of_their_own() -> None:
+    average = replace(arm("ema"), explicit_delivery="ema")
+    rows = pd.DataFrame({"delivers": ["ema"], "nll": [0.5], "average_nll": [0.25]})
+    measured = ArmResult(arm=average, rows=rows, failed=[], missing=[])
+    _, text, table = calibration([measured])
+    assert isinstance(text, Paragraph)
+    assert "as trained" not in text.text
+    assert "the average over the training" in text.text
+    assert table == Table(
+        ("arm", "delivers", "NLL, members", "NLL, average"),
+        [("ema, 4 networks", "ema", "0.500", "0.250")],
+    )
+    unmeasured = replace(measured, rows=rows.drop(columns="average_nll"))
+    _, text, _ = calibration([unmeasured])
+    assert isinstance(text, Paragraph)
+    assert text.text.endswith("as trained, without the average that they deliver: ema, 4 networks.")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"method": "graft", "graft": {"sensitivity": 500}}, "graft"),
+        ({"method": "graft", "graft": {"criterion": "constant"}}, "constant"),
+        ({"method": "graft", "graft": {"level": "filter"}}, "filter"),
+        ({"method": "papa", "papa": {"beta": 0.8}}, "papa"),
+        ({"method": "none"}, None),
+    ],
+)
+def test_the_built_in_method_of_an_arm(options: TrainOptions, name: str | None) -> None:
+    assert built_in_method(replace(arm("my name"), options=options)) == name
+
+
 class TestPublished:
     def test_gains_are_differences_of_published_accuracies(self) -> None:
         found = {(p.method, p.setting): p.gain for p in read_published()}
@@ -489,16 +525,19 @@ class TestPublished:
         assert {p.method for p in read_published()} <= set(BUILT_IN)
         assert all("arXiv" in p.source for p in read_published())
 
-    def test_only_methods_of_the_same_name_are_shown(self) -> None:
+    def test_only_the_same_methods_are_shown(self) -> None:
+        grafting = replace(arm("sharp"), options={"method": "graft", "graft.sensitivity": 500})
         (*_, text, picture, sources) = beside_published(
-            [contrast(BETTER), contrast(UNCLEAR, method=arm("sharp"))]
+            [contrast(BETTER, method=grafting), contrast(UNCLEAR, method=arm("other"))]
         )
         assert isinstance(picture, Picture)
         assert isinstance(text, Paragraph)
-        assert text.text.endswith("No published gain is on file under the name of: sharp.")
+        assert text.text.endswith(
+            "No published gain is on file for the method of: other, 4 networks."
+        )
         assert isinstance(sources, Items)
         assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
-        assert beside_published([contrast(UNCLEAR, method=arm("sharp"))]) == []
+        assert beside_published([contrast(UNCLEAR, method=arm("other"))]) == []
 
 
 class TestPlots:
@@ -547,6 +586,7 @@ def contrast(
     planned: int | None = None,
     margin: float = 0.3,
     failed: dict[str, str] | None = None,
+    weak: bool = False,
 ) -> ContrastResult:
     """Result of the only contrast of a table; `failed` has the reason by name of an arm."""
     test = paired_test(differences)
@@ -568,6 +608,7 @@ def contrast(
         decision=decision,
         margin=margin,
         failed={keys[name]: reason for name, reason in (failed or {}).items()},
+        weak_control=weak,
     )
 
 
@@ -633,7 +674,7 @@ def test_worse_than_a_training_that_still_improves_is_worse() -> None:
     assert [verdict(r) for r in (worse, better, unclear)] == ["worse", "not tested", "not tested"]
     assert findings(worse).endswith("(under-trained regime)")
     first, *_ = overall_conclusions([contrast(UNCLEAR)], [worse])
-    assert first == "graft, 4 networks is worse than one network, 4 x epochs (−0.51, " + (
+    assert first == "graft, 4 networks is worse than one network, 4 x epochs (−0.51 ± 0.14, " + (
         "under-trained regime)."
     )
     failed = contrast(WORSE, control=ONE, failed=SHORT | {"graft": "its soup is at chance"})
@@ -648,6 +689,18 @@ def test_better_in_an_under_trained_regime_says_so() -> None:
     assert remark not in overall_conclusions([better])[-1]
     assert conclusion(better, under_trained=True).endswith(remark)
     assert remark not in conclusion(contrast(UNCLEAR), under_trained=True)
+
+
+def test_better_than_a_weak_control_says_so() -> None:
+    better, worse, unclear = (
+        contrast(values, control=ONE, weak=True) for values in (BETTER, WORSE, UNCLEAR)
+    )
+    assert qualified_verdict(better) == "better (weak control)"
+    assert findings(better).startswith("better (weak control), +0.51 ± 0.14")
+    assert overall_conclusions([better])[0].endswith("(+0.51 ± 0.14, weak control).")
+    assert qualified_verdict(worse) == "worse"
+    assert qualified_verdict(unclear) == "no difference shown"
+    assert qualified_verdict(contrast(BETTER)) == "better"
 
 
 def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:
@@ -672,7 +725,9 @@ class TestSummary:
     def test_worse_than_every_control(self) -> None:
         long = contrast(WORSE, control="one network, 4 x epochs")
         (text,) = overall_conclusions([contrast(WORSE)], [long])
-        assert text.endswith("every control: no exchange (−0.51); one network, 4 x epochs (−0.51).")
+        assert text.endswith(
+            "every control: no exchange (−0.51 ± 0.14); one network, 4 x epochs (−0.51 ± 0.14)."
+        )
 
     def test_better_names_controls_without_a_shown_difference(self) -> None:
         secondary = [

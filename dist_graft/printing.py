@@ -66,6 +66,6 @@ def format_metric(value: object, metric: str) -> str:
     return f"{value:.2f}" if metric == "accuracy" else f"{value:.4g}"
 
 
-def unit(metric: str) -> str:
+def metric_header(metric: str) -> str:
     """Header of a column of a metric: % for accuracies, otherwise its name."""
     return "%" if metric == "accuracy" else metric

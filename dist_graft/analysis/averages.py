@@ -95,7 +95,7 @@ def _mean_scores(
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:
-    """Mean of values that were all measured; otherwise None."""
+    """Mean of the values; None if one is missing."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 

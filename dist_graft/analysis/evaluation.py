@@ -154,7 +154,7 @@ class _Evaluator:
 
     @torch.no_grad()
     def training_loss(self, state: State) -> float:
-        """Loss on the first training batches, on which batch norm is re-estimated before."""
+        """Loss on the first training batches, after re-estimating batch norm on them."""
         load_state(self._predictor.model, state, self._source)
         reestimate_batch_norm(self._predictor, self._barrier_data())
         total, samples = 0.0, 0

@@ -52,9 +52,9 @@ _REPLACED = {
     "model": ("kwargs", "activation"),
     "optimizer": ("kwargs", "momentum", "nesterov", "betas", "weight_decay"),
 }
-"""Options that a part of a run replaces, besides its name, if it is given in Python."""
+"""Options replaced by an object passed to Trainer, besides its name."""
 _DEFAULT_SIZE = 32
-"""Image size of programs of runs that do not say theirs."""
+"""Image size of exported programs if the run does not record one."""
 
 
 def export_run(stored: StoredRun, folder: Path, kind: Format) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _other_formats(
 
 
 def how_to_load(kind: Format, model: str | None) -> str:
-    """One line of Python.
+    """Python expression that loads a file.
 
     Args:
         kind: format of the file.

@@ -21,7 +21,7 @@ from dist_graft.training.checkpoint.files import (
     job_checkpoints,
 )
 
-_MAX_NETWORKS = 10_000  # more are a damaged number
+_MAX_NETWORKS = 10_000  # a larger number means a damaged file
 _OF_NETWORK = ("log.txt", "status.json", "metrics.jsonl")
 _TAIL_BYTES = 1 << 18  # read of a growing file: hundreds of epochs, or a few of a huge network
 

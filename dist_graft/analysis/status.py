@@ -33,7 +33,7 @@ from dist_graft.monitoring.console import duration
 from dist_graft.monitoring.status_file import ENDED, HEARTBEAT_SECONDS
 from dist_graft.population.runtime.lease import LeaseInfo
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.printing import format_metric, format_number, format_table, unit
+from dist_graft.printing import format_metric, format_number, format_table, metric_header
 
 State = Literal["starting", "running", "finished", "stopped", "failed", "died"]
 ACTIVE: tuple[State, ...] = ("starting", "running")
@@ -253,13 +253,14 @@ def status_text(run: RunFiles, run_status: RunStatus, now: float) -> str:
     known = facts(run, run_status, now)
     left = known["seconds_left"]
     differ = any(row["options"] for row in known["networks"])
+    metric = metric_header(known["metric"])
     lines = [
         f"{run.path}: {run_status.words}{'' if left is None else f', {duration(left)} left'}",
         f"{len(run.networks)} x {known['model'] or '?'} on {known['data'] or '?'}, method "
         f"{known['method'] or '?'}; latest checkpoint: {run.checkpoint or 'none'}",
         format_table(
             (
-                *("network", "host", "phase", "epoch", "step", f"test {unit(known['metric'])}"),
+                *("network", "host", "phase", "epoch", "step", f"test {metric}"),
                 *("lr", "images/s", "last round", "events"),
                 *(("options",) if differ else ()),
                 *(("job", "lag", "lease", "checkpoint") if run.of_jobs else ()),
@@ -311,7 +312,7 @@ def overview(runs: Sequence[tuple[RunFiles, RunStatus]], now: float) -> str:
                 str(known["model"] or "?"),
                 str(known["method"] or "?"),
                 f"{epochs}/{known['epochs'] or '?'}",
-                mean if only_accuracy or not values else f"{mean} {unit(known['metric'])}",
+                mean if only_accuracy or not values else f"{mean} {metric_header(known['metric'])}",
                 "-" if left is None else duration(left),
             )
         )

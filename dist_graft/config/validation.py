@@ -7,7 +7,8 @@ import inspect
 import json
 import math
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dist_graft.errors import ConfigError
@@ -92,6 +93,17 @@ def check_kwargs(option: str, kwargs: Mapping[str, Any], reserved: Mapping[str, 
         json.dumps(kwargs)
     except TypeError as error:
         raise ConfigError(f"{option} must hold plain values, got {kwargs!r}") from error
+
+
+@contextmanager
+def fitting_kwargs(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Report an error of a model's function that was called with kwargs as a ConfigError."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if not kwargs:
+            raise
+        raise ConfigError(f"model.kwargs {dict(kwargs)} do not fit {name}: {error}") from error
 
 
 def own(option: str, reference: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.metrics import MOMENTS, EpochReport, NetworkRow
 from dist_graft.monitoring.status_file import StatusFile
-from dist_graft.printing import format_table, unit
+from dist_graft.printing import format_table, metric_header
 
 if TYPE_CHECKING:
     from dist_graft.training.trainer import Trainer
@@ -101,7 +101,7 @@ class EpochLog(Callback):
 def epoch_text(report: EpochReport, epochs: int) -> str:
     """Table of the population after an epoch, one line per network."""
     metric = report.metric
-    name = unit(metric or "")
+    name = metric_header(metric or "")
     header = [
         *("network", "lr", "train loss", f"train {name}", "test loss", f"test {name}"),
         *("images/s", "keeps"),

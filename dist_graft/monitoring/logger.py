@@ -222,7 +222,7 @@ def check_loggers(names: Sequence[str]) -> None:
         elif name in _SERVICES:
             for package in _packages(name):
                 spec = importlib.util.find_spec(package)
-                if spec is None or spec.origin is None:  # a mere folder of that name has none
+                if spec is None or spec.origin is None:  # a plain folder has no origin
                     raise ConfigError(
                         f"monitor.loggers {name} needs the package {package}: pip install "
                         "'dist_graft[loggers]'"

@@ -47,7 +47,7 @@ class Check:
     """Why the arm was not tested, with numbers; empty if it counts."""
     warnings: Sequence[str] = ()
     facts: Sequence[str] = ()
-    """What was measured, where neither of the above says it."""
+    """Measurements to report if there is no failure or warning."""
     weak: bool = False
     """Whether the arm is a control that is no evidence for what is better than it."""
 
@@ -238,7 +238,7 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
         warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
         return Check(warnings=[warning])
     if test.mean <= -SATURATION_MARGIN:
-        warning = f"{text}: longer training does harm, so it is no evidence to be better than it"
+        warning = f"{text}: longer training lowers accuracy, so beating it is no evidence"
         return Check(warnings=[warning], weak=True)
     return Check(facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
 

@@ -229,7 +229,7 @@ def format_spread(values: Iterable[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def format_number(value: float | None, digits: int = 2) -> str:
+def format_cell(value: float | None, digits: int = 2) -> str:
     """Format a number that may be missing."""
     return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 

@@ -15,11 +15,11 @@ from dist_graft.studies.train_options import (
     NO_EXCHANGE,
     Delivery,
     TrainOptions,
+    build_config,
     delivery,
     has_exchange,
     key_of,
     merge,
-    resolve,
     single_network,
     without_exchange,
     without_learning_rates,
@@ -102,7 +102,7 @@ class Arm:
 
     @cached_property
     def _config(self) -> TrainConfig:
-        return resolve(self.options, self.networks)
+        return build_config(self.options, self.networks)
 
     def config(self, seed: int) -> TrainConfig:
         """Configuration of the run with this seed."""
@@ -418,7 +418,7 @@ def _averages_of_one_network(name: str, method: Arm, options: TrainOptions) -> l
 def _data_parallel(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
     networks, alone = method.networks, single_network(options)
     parallel = {
-        "data": {"batch_size": networks * resolve(alone, 1).data.batch_size},
+        "data": {"batch_size": networks * build_config(alone, 1).data.batch_size},
         "runtime": {"replicas": networks},
     }
     longer = merge(alone, _longer_training(alone, networks), parallel)
@@ -428,7 +428,7 @@ def _data_parallel(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
 def _branches(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
     share = options.pop("start")
     alone = single_network(options)
-    config = resolve(alone, 1)
+    config = build_config(alone, 1)
     epochs, start = config.epochs, round(share * config.epochs)
     if not 0 < start < epochs:
         raise ConfigError(
@@ -447,7 +447,7 @@ def _snapshots(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
     whole = {"cycles": 1, "schedule_epochs": None}  # the cycles divide the long run
     alone = single_network(merge(options, {"optim": whole}))
     longer = merge(alone, _longer_training(alone, networks))
-    epochs = resolve(longer, 1).epochs
+    epochs = build_config(longer, 1).epochs
     checkpoint = {"keep": cycles, "every": epochs // cycles, "every_minutes": None}
     name = f"snapshot ensemble of {ONE_NETWORK}, {networks} x epochs in {cycles} cycles"
     cyclic = merge(longer, {"optim": {"cycles": cycles}, "checkpoint": checkpoint})
@@ -516,7 +516,7 @@ def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: 
 
 def _longer_training(options: TrainOptions, factor: int) -> TrainOptions:
     """Options that train `factor` times as long, with the schedule stretched accordingly."""
-    config = resolve(options, 1)
+    config = build_config(options, 1)
     longer: TrainOptions = {"epochs": config.epochs * factor}
     if config.optim.schedule == "step":
         longer["optim"] = {"step_epochs": config.optim.step_epochs * factor}

@@ -28,7 +28,7 @@ from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain, write_atomically
 from dist_graft.studies.controls import Run
-from dist_graft.studies.measurements import measure, read_events
+from dist_graft.studies.measurements import events_of_run, measure
 from dist_graft.studies.records import OUTCOMES, THRESHOLDS
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.learning_rates import initial_rates
@@ -498,7 +498,7 @@ def read_divergence(folder: Path) -> str:
     if networks:
         return f"network {networks[0]} diverged"
     found = (
-        event["text"] for event in read_events(folder) if event["kind"] in ("diverged", "healed")
+        event["text"] for event in events_of_run(folder) if event["kind"] in ("diverged", "healed")
     )
     return str(next(found, ""))
 

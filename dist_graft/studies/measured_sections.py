@@ -22,7 +22,7 @@ from dist_graft.studies.checks import (
     Check,
     delivered_model,
 )
-from dist_graft.studies.conclusions import format_number, format_spread
+from dist_graft.studies.conclusions import format_cell, format_spread
 from dist_graft.studies.controls import Arm
 from dist_graft.studies.measurements import NEAR_HALF
 from dist_graft.studies.plan import BUILT_IN
@@ -279,7 +279,7 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
             *(
                 format_spread(arm.values(name) * factor, digits)
                 if name.endswith("seconds")
-                else format_number(arm.mean(name) * factor, digits)
+                else format_cell(arm.mean(name) * factor, digits)
                 for name, (_, factor, digits) in columns.items()
             ),
             *((str(int(arm.values("heals").sum())),) if healed else ()),
@@ -327,7 +327,7 @@ def _of_stages(arms: Sequence[ArmResult]) -> str:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedGain:
     """A published gain of a method over its authors' baseline."""
 
     method: str
@@ -338,7 +338,7 @@ class Published:
     source: str
 
 
-def read_published() -> list[Published]:
+def read_published() -> list[PublishedGain]:
     """Return the published gains, method by method, from published.yaml."""
     content = yaml.safe_load(files("dist_graft.studies").joinpath("published.yaml").read_text())
     found = []
@@ -350,7 +350,7 @@ def read_published() -> list[Published]:
             text = f"{result['data']}, {result['model']}"
             if networks := result.get("networks"):
                 text += f", {networks} network{'s' if networks > 1 else ''}"
-            found.append(Published(method, text, gain, entry["source"]))
+            found.append(PublishedGain(method, text, gain, entry["source"]))
     return found
 
 
@@ -449,7 +449,7 @@ def of_earlier_plans(
     table = [
         (
             *(str(row[name]) for name in ("arm", "networks", "seed", "status")),
-            format_number(row.get(outcome)),
+            format_cell(row.get(outcome)),
             str(row["finished"]),
         )
         for _, row in unused.iterrows()
@@ -467,7 +467,7 @@ def of_earlier_plans(
 
 def _attempt(row: Mapping[Any, Any], outcome: str) -> str:
     """Outcome of a row, and when and from which commit it came."""
-    result = row["status"] if row["status"] == "failed" else format_number(row.get(outcome))
+    result = row["status"] if row["status"] == "failed" else format_cell(row.get(outcome))
     return f"{result} ({row['finished']}, {str(row['commit'])[:8] or 'no commit'})"
 
 

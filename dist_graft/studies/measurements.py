@@ -63,7 +63,7 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     """
     directory, config = RunDirectory(folder), run.config
     metrics = [read_json(directory.metrics(network)) for network in range(run.arm.networks)]
-    healed = [event for event in read_events(folder) if event["kind"] == "healed"]
+    healed = [event for event in events_of_run(folder) if event["kind"] == "healed"]
     measured: dict[str, Any] = {"heals": len(healed)}
     if run.split == "test" and (folder / "evaluation.json").is_file():
         evaluation = read_json(folder / "evaluation.json")
@@ -73,7 +73,7 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     return measured | measure_rounds(config, metrics)
 
 
-def read_events(folder: Path) -> list[dict[str, Any]]:
+def events_of_run(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run, or of all of its jobs."""
     paths = [RunDirectory(folder).events, *sorted(folder.glob("network*/events.jsonl"))]
     return [event for path in paths if path.is_file() for event in read_json(path)]

@@ -15,8 +15,8 @@ from dist_graft.studies.checks import check_arms
 from dist_graft.studies.conclusions import (
     conclusion,
     digits_for,
+    format_cell,
     format_interval,
-    format_number,
     format_p,
     format_signed,
     format_spread,
@@ -196,7 +196,7 @@ def _contrast_table(results: Sequence[ContrastResult]) -> Table:
                 str(result.test.n),
                 "–" if result.test.p is None else format_p(result.decision.adjusted_p),
                 equivalent,
-                format_number(result.detectable, digits),
+                format_cell(result.detectable, digits),
                 qualified_verdict(result),
             )
         )
@@ -412,8 +412,8 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
                 format_options(search.recipes[regime.recipe] or {}),
                 str(regime.networks),
                 regime.method,
-                format_number(mean_outcome(regime.trial.best_runs, rows, primary)),
-                format_number(mean_outcome(regime.reference.best_runs, rows, primary)),
+                format_cell(mean_outcome(regime.trial.best_runs, rows, primary)),
+                format_cell(mean_outcome(regime.reference.best_runs, rows, primary)),
                 f"{format_signed(test.mean)}{spread}" if test.n else "–",
                 str(test.n),
                 "chosen" if regime is state.chosen else "",
@@ -445,7 +445,7 @@ def _learning_rate_search(state: StudyState) -> list[Block]:
     table = [
         (
             trial.arm.label,
-            *(format_number(trial.scores.get(rate)) for rate in rates),
+            *(format_cell(trial.scores.get(rate)) for rate in rates),
             f"{trial.best:.4g}" if trial.finished and trial.best is not None else "–",
         )
         for trial in state.trials
@@ -491,9 +491,9 @@ def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> li
                     str(row["networks"]),
                     str(row["seed"]),
                     row["split"] if row["status"] == "ok" else row["status"],
-                    format_number(row.get(state.plan.primary)),
+                    format_cell(row.get(state.plan.primary)),
                     " ".join(f"{float(member):.2f}" for member in row["members"].split()) or "–",
-                    format_number(row["ensemble"]),
+                    format_cell(row["ensemble"]),
                     f"{row['core_seconds']:.1f}",
                     str(key),
                 )

@@ -148,7 +148,7 @@ class StudyState:
 
     @property
     def warnings(self) -> list[str]:
-        """What the reader of a report must know about the protocol of the comparison."""
+        """Notes on the protocol, for the report."""
         plan, texts = self.confirmed, []
         if len(plan.rates) < 2:
             source = "as the plan sets them"

@@ -23,7 +23,7 @@ ALPHA = 0.05
 POWER = 0.8
 """Power at which minimum detectable differences and numbers of seeds are computed."""
 UNDER_TRAINED = "under-trained regime"
-"""How the reason begins for which a long training does not count."""
+"""Prefix of the reason why a long training is not a valid control."""
 _ROUNDING = 1e-9  # percentage points: differences this close count as equal
 
 

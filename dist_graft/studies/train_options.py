@@ -124,7 +124,7 @@ def parse(options: Mapping[str, Any]) -> TrainConfig:
     return _parse(json.dumps(options, default=str))
 
 
-def resolve(options: Mapping[str, Any], networks: int) -> TrainConfig:
+def build_config(options: Mapping[str, Any], networks: int) -> TrainConfig:
     """Build the configuration of a run, with the checks of ``train``.
 
     Raises: ConfigError for options that ``train`` would reject.
@@ -194,7 +194,7 @@ def _key_of(
     delivers: Delivery | None,
     stages: tuple[tuple[str, int | str], ...],
 ) -> str:
-    config = resolve(json.loads(options), networks)
+    config = build_config(json.loads(options), networks)
     return run_key(replace(config, seed=seed), networks, delivers, **dict(stages))
 
 

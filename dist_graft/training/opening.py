@@ -57,7 +57,7 @@ def configs_of_networks(
 def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
     """Check everything that the configuration names.
 
-    Of optim.loss, which `build_task` checks, only whether it takes the targets of mixed images.
+    For optim.loss, only whether it accepts targets of mixed images; `build_task` checks the rest.
 
     Args:
         config: of one network.
@@ -101,7 +101,7 @@ def refuse_stopped(directory: RunDirectory, process: ProcessInfo) -> None:
     """Raise StoppedEarlyError if a launcher has restarted a run that was asked to stop."""
     if process.restarts and directory.stopped.exists():
         raise StoppedEarlyError(
-            f"{directory.own} was asked to stop, and the launcher started it again: left unchanged"
+            f"{directory.own} was asked to stop, but the launcher restarted it; nothing was changed"
         )
 
 

@@ -94,7 +94,7 @@ def refuse_loss_of_classes(config: OptimConfig) -> None:
     """Raise ConfigError if optim.loss takes classes as targets, but not their probabilities.
 
     The loss is called on two samples of ten classes. One that fails with both kinds of targets, as
-    it may if it expects another number of classes, is left to the first step.
+    it may if it expects another number of classes, is reported by the first step.
     """
     scores, labels = torch.zeros(2, 10), torch.tensor([0, 1])
     with caught() as found:

@@ -38,6 +38,11 @@ SHORT = (
     # the last batch has a single image, fewer than processes, so each computes all of it
     *("--data.train_samples", "97", "--optim.accumulation", "2", "--optim.clip_norm", "1"),
 )
+DIVERSE = (
+    "--members",
+    "[{optim.weight_decay: 0.05, data.cutmix: 1}, {optim.label_smoothing: 0.1, data.mixup: 0.5}]",
+    *("--diversity", "{optim.lr: {uniform: [0.05, 0.2]}, data.random_erasing: {choice: [0, 0.3]}}"),
+)
 EPOCHS = 3
 LONG = (
     *("--model.name", "resnet8", "--epochs", str(EPOCHS), "--data.train_samples", "480"),
@@ -49,21 +54,31 @@ def replicas(number: int) -> tuple[str, str]:
     return "--runtime.replicas", str(number)
 
 
-@pytest.mark.parametrize(("networks", "number"), [(2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("networks", "number", "more"),
+    [(2, 2, ()), (1, 3, ()), (2, 2, DIVERSE)],
+    ids=["2x2", "1x3", "2x2-members"],
+)
 def test_replicas_change_only_the_order_of_sums(
-    networks: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    networks: int,
+    number: int,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "group_norm.py").write_text(GROUP_NORM_MODEL)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     single, replicated = tmp_path / "single", tmp_path / "replicated"
-    run_population(networks, single, *SHORT)
-    run_population(networks * number, replicated, *SHORT, *replicas(number))
+    run_population(networks, single, *SHORT, *more)
+    run_population(networks * number, replicated, *SHORT, *more, *replicas(number))
     for network in range(networks):
         first, second = (checkpoint(run, 2, network) for run in (single, replicated))
         assert first["round"] == second["round"] == (2 if networks > 1 else 0)
         for key, value in first["model"].items():
             torch.testing.assert_close(second["model"][key], value, rtol=1e-3, atol=1e-5)
         for one, other in zip(metrics(single, network), metrics(replicated, network), strict=True):
+            assert one.get("options") == other.get("options")
+            assert bool(one.get("options")) == bool(more)
             for what in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
                 assert other[what] == pytest.approx(one[what], rel=1e-3)
             if networks > 1:
@@ -85,7 +100,7 @@ def test_stopped_and_killed_run_resumes_exactly(networks: int, number: int, tmp_
     """With batch norm: inside an epoch, its statistics differ between the processes."""
     processes = networks * number
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
-    options = (*LONG, *replicas(number))
+    options = (*LONG, *replicas(number), *(DIVERSE if networks == 2 else ()))
     run_population(processes, uninterrupted, *options)
 
     with running([program(run, *options)] * processes) as started:

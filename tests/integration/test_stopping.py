@@ -78,7 +78,7 @@ def test_stops_inside_an_epoch_and_resumes_exactly(
     for done in ends:
         assert done.status == (1 if launched else 75)
         assert "stopped early by " in done.errors
-        assert "the launcher started it again" not in done.errors
+        assert "the launcher restarted it" not in done.errors
     assert (run / "network00/log.txt").read_text().count("epochs 1 to 3") == 1
     for network in (0, 1):
         (line,) = (run / f"network{network:02d}/log.txt").read_text().splitlines()[-1:]

@@ -53,7 +53,7 @@ class Progress:
     """Floating-point buffers of each replica, [replicas, elements]."""
 
     def adopt(self, lr: float, *, fresh: bool) -> None:
-        """Make the progress of another network this network's own, at the same position.
+        """Adopt another network's progress at the same position.
 
         Args:
             lr: learning rate of this network.
@@ -110,7 +110,7 @@ class Progress:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
         """Restore what `state_dict` returned, also in checkpoints of version 0.1.0."""
         trained = dict(state["trained"] or {})
-        if "accuracy" in trained:  # 0.1.0 knew no other metric
+        if "accuracy" in trained:  # 0.1.0 had only accuracy
             trained["metrics"] = {"accuracy": trained.pop("accuracy")}
             trained["counts"] = {"accuracy": float(trained["images"])}
         if "images" in trained:  # the name of `samples` in 0.1.0

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dist_graft.config import ModelConfig
-from dist_graft.config.validation import own
+from dist_graft.config.validation import fitting_kwargs, own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.references import is_reference
 from dist_graft.training.models.mobilenetv2 import MobileNetV2
@@ -108,14 +108,8 @@ def _build_own(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Mo
     if function is None:
         function = partial(ResNet, _RESNET_DEPTHS[config.name])
         arguments["activation"] = config.activation
-    try:
+    with fitting_kwargs(config.name, config.kwargs):
         return function(**arguments, **config.kwargs)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        if not config.kwargs:
-            raise
-        raise ConfigError(
-            f"model.kwargs {config.kwargs} do not fit {config.name}: {error}"
-        ) from error
 
 
 def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn.Module:

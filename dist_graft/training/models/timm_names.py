@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dist_graft.config.validation import nearest_names
+from dist_graft.config.validation import fitting_kwargs, nearest_names
 from dist_graft.errors import ConfigError
 
 try:
@@ -38,14 +38,10 @@ def build(name: str, *, num_classes: int, channels: int, kwargs: Mapping[str, An
         ConfigError: timm has no model of this name, or rejects kwargs.
     """
     check(name)
-    try:
+    with fitting_kwargs(name, kwargs):
         model: nn.Module = timm.create_model(
             name.removeprefix("timm/"), num_classes=num_classes, in_chans=channels, **kwargs
         )
-    except (TypeError, ValueError) as error:
-        if not kwargs:
-            raise
-        raise ConfigError(f"model.kwargs {dict(kwargs)} do not fit {name}: {error}") from error
     return model
 
 

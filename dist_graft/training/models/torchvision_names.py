@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dist_graft.config.validation import nearest_names
+from dist_graft.config.validation import fitting_kwargs, nearest_names
 from dist_graft.errors import ConfigError
 
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
@@ -55,12 +55,8 @@ def build(
     check(name, own_names=own_names)
     bare = name.removeprefix("torchvision/")
     arguments = {"num_classes": num_classes, **_OPTIONS.get(bare, {}), **kwargs}
-    try:
+    with fitting_kwargs(name, kwargs):
         model: nn.Module = torchvision.models.get_model(bare, **arguments)
-    except (TypeError, ValueError) as error:
-        if not kwargs:
-            raise
-        raise ConfigError(f"model.kwargs {dict(kwargs)} do not fit {name}: {error}") from error
     if channels == 1:
         _convert_to_grayscale(model)
     return model

@@ -10,7 +10,7 @@ from dist_graft.config import TrainConfig
 from dist_graft.errors import ConfigError
 from dist_graft.studies.controls import Arm, Design, Run, build_design
 from dist_graft.studies.plan import BASELINES, Plan
-from dist_graft.studies.train_options import delivery, expand, merge, resolve, run_key
+from dist_graft.studies.train_options import build_config, delivery, expand, merge, run_key
 
 
 def plan(**changes: Any) -> Plan:
@@ -386,7 +386,7 @@ class TestBaselines:
         found = self.named(baselines=["checkpoint_average"], networks=[1], methods=["internal"])
         keys = [arm.key for arm in found.values()]
         assert len(keys) == 1
-        assert keys[0] != run_key(resolve({"method": "none"}, 1), 1)
+        assert keys[0] != run_key(build_config({"method": "none"}, 1), 1)
 
 
 class TestDelivery:
@@ -406,7 +406,7 @@ class TestDelivery:
         ],
     )
     def test_of_a_run(self, options: dict[str, Any], networks: int, delivered: str) -> None:
-        assert delivery(resolve(expand(options), networks), networks) == delivered
+        assert delivery(build_config(expand(options), networks), networks) == delivered
 
     def test_of_the_plan_replaces_that_of_the_rule(self) -> None:
         methods = {"graft": None, "soup": {"method": "graft", "delivers": "soup"}}
@@ -433,7 +433,7 @@ class TestKeys:
     CONFIG = TrainConfig()
 
     def key(self, networks: int = 2, **options: Any) -> str:
-        return run_key(resolve(expand(options), networks), networks)
+        return run_key(build_config(expand(options), networks), networks)
 
     def test_options_that_change_results_change_the_key(self) -> None:
         keys = [
@@ -470,7 +470,8 @@ class TestKeys:
     def test_options_of_checkpoints_change_the_mean_of_checkpoints(self) -> None:
         options = [{}, {"keep": 5}, {"keep": 10}, {"every": 2}, {"every_minutes": 1.0}]
         keys = [
-            run_key(resolve({"checkpoint": changed}, 2), 2, "checkpoints") for changed in options
+            run_key(build_config({"checkpoint": changed}, 2), 2, "checkpoints")
+            for changed in options
         ]
         assert len(set(keys)) == len(keys)
 

@@ -58,7 +58,7 @@ NOT_PARSED = {
     "pip install --no-index --no-deps --target site wheels/*.whl": "pip, needs the wheels",
     'pip install ".[lightning]"': "pip, needs a network",
     'pip install ".[transformers]"': "pip, needs a network",
-    "pip install .": "tests/launch/test_packaging.py installs the wheel",
+    "pip install .": "tests/launch/test_packaging.py",
     "pip install 'dist_graft[loggers]'": "pip, needs a network",
     "pip install 'dist_graft[studies]'": "pip, needs a network",
     "pip install '.[completion]'": "pip, needs a network",

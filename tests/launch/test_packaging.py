@@ -1,4 +1,4 @@
-"""The built distributions are complete, and an installed wheel trains without the checkout."""
+"""Distributions are complete, and what pip installs trains without the checkout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from reading import metrics
 pytestmark = pytest.mark.slow
 PACKAGE_DATA = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("py.typed", "training/data/fashion_mini/*", "studies/templates/*")
+    for pattern in (
+        "py.typed",
+        "training/data/fashion_mini/*",
+        "studies/published.yaml",
+        "studies/templates/*",
+    )
     for path in (ROOT / "dist_graft").glob(pattern)
 )
 OPTIONS = (
@@ -41,12 +46,8 @@ def run(*command: str | Path, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a wheel and an sdist, built from a copy of the files under version control."""
-    folder = tmp_path_factory.mktemp("distributions")
-    source = folder / "source"
-    source.mkdir()
+def copy_checkout(folder: Path) -> Path:
+    """Copy the files under version control."""
     files = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -55,8 +56,16 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).stdout.split(b"\0")
     for name in (file.decode() for file in files if file):
         if (ROOT / name).is_file():  # not deleted since the last commit
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a wheel and an sdist."""
+    folder = tmp_path_factory.mktemp("distributions")
+    source = copy_checkout(folder / "source")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=source)
     return folder
 
@@ -76,18 +85,31 @@ def test_the_distributions_are_complete(distributions: Path) -> None:
     assert sources >= expected | {"README.md", "pyproject.toml", "setup.cfg", *PACKAGE_DATA}
 
 
-def test_an_installed_wheel_trains(distributions: Path, tmp_path: Path) -> None:
-    """In a new virtual environment with the dependencies but without the checkout."""
-    (wheel,) = distributions.glob("*.whl")
+@pytest.mark.parametrize("kind", ["wheel", "checkout"])
+def test_an_installed_package_trains(kind: str, distributions: Path, tmp_path: Path) -> None:
+    """In a new virtual environment with the dependencies but without dist_graft."""
     environment_folder, folder = tmp_path / "venv", tmp_path / "empty"
     folder.mkdir()
     venv.create(environment_folder, with_pip=False)
     python = environment_folder / "bin/python"
     (site_packages,) = environment_folder.glob("lib/python*/site-packages")
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "dist_graft" not in path.name:
+            (dependencies / path.name).symlink_to(path)
+    (site_packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    absent = "from importlib import util; assert util.find_spec('dist_graft') is None"
+    run(python, "-c", absent, cwd=folder)
+
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
-    # A plain path: the editable install's own .pth files in there are not processed.
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = (*pip, "install", "--quiet", "--no-deps", "--no-index")
+    if kind == "wheel":
+        (wheel,) = distributions.glob("*.whl")
+        run(*install, wheel, cwd=folder)
+    else:
+        run(*install, "--no-build-isolation", ".", cwd=copy_checkout(tmp_path / "checkout"))
+    assert not [name for name in PACKAGE_DATA if not (site_packages / name).is_file()]
     installed = f"import dist_graft; assert dist_graft.__file__.startswith('{site_packages}')"
     run(python, "-c", installed, cwd=folder)
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")

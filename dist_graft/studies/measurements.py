@@ -46,7 +46,7 @@ MEASURED: Mapping[str, str] = {
     **dict.fromkeys(("cumulative_pull", "moves_per_scalar"), "float64"),
     **dict.fromkeys(("rounds", "heals", "bytes_moved"), "Int64"),
 }
-"""Columns with their dtypes; empty: not measured. See docs/compare.md for their meaning."""
+"""Columns with their dtypes; empty: not measured. See docs/compare_report.md for their meaning."""
 
 
 def measure(folder: Path, run: Run) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class GraftCallback(lightning.Callback):
             paths["checkpoints"] = getattr(callback, "dirpath", None)
         group = self.options.get("group")
         refuse_shared_paths(
-            gather_texts(encode_paths(paths), group),
+            gather_texts(encode_paths(paths), pl_module.device, group),
             "use dist_graft.integrations.lightning.network_trainer, with a function (folder) -> "
             "logger, or put the rank into their folders",
         )

@@ -134,9 +134,11 @@ class GraftCallback(TrainerCallback):
                 "the Trainer trains one network in all processes, and there is nothing to graft: "
                 "create its arguments with dist_graft.integrations.transformers.network_arguments"
             )
-        join_networks(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        join_networks(device)
+        paths = encode_paths({"checkpoints": args.output_dir})
         refuse_shared_paths(
-            gather_texts(encode_paths({"checkpoints": args.output_dir}), self.options.get("group")),
+            gather_texts(paths, device, self.options.get("group")),
             "create the arguments with dist_graft.integrations.transformers.network_arguments",
         )
         if args.world_size == 1:

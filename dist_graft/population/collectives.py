@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -20,6 +20,9 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3  # seconds between two looks at an 
 _ABORT_SECONDS = 5.0
 _SOURCE_LOCATION = re.compile(r"^\[[^]]*\] *")
 _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
+
+Gather = Callable[[Tensor], Tensor]
+"""Gathers one vector from each rank: [n] -> [ranks, n]."""
 
 
 class CommunicationError(Exception):
@@ -195,3 +198,22 @@ def gather_on_device(
         else:
             work.wait()
     return gathered.view(ranks, -1)
+
+
+def gather_bytes(
+    data: bytes, gather: Gather, *, lengths: Sequence[int] | None = None
+) -> list[bytes]:
+    """Gather one byte string from each rank; every rank of the group must call this.
+
+    Args:
+        data: this rank's bytes.
+        gather: collective over the group.
+        lengths: length of each rank's bytes; None: the lengths are gathered first.
+
+    Returns: the bytes of each rank.
+    """
+    if lengths is None:
+        lengths = gather(torch.tensor([len(data)])).flatten().tolist()
+    padded = bytearray(data.ljust(max(1, *lengths), b" "))  # a buffer must not be empty
+    rows = gather(torch.frombuffer(padded, dtype=torch.uint8))
+    return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]

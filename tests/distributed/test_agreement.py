@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_graft import Graft, Grafter
 from dist_graft.grafting.rules.base import Rule
+from dist_graft.population.runtime.framework_processes import gather_texts
 
 
 class OtherRule(Graft):
@@ -218,3 +219,14 @@ def test_tensors_on_several_devices_are_an_error() -> None:
     assert run(graft_on_two_devices, 1) == [
         ("ValueError", "1.weight is on meta and 0.weight on cpu: move the network to one device")
     ]
+
+
+def gather_different_texts(context: RankContext) -> list[list[str]]:
+    """Gather texts of different lengths, and only empty ones."""
+    cpu = torch.device("cpu")
+    return [gather_texts(text, cpu) for text in ("é" * 300 * context.rank + " ", "")]
+
+
+def test_texts_of_any_length_are_gathered() -> None:
+    expected = [[" ", "é" * 300 + " ", "é" * 600 + " "], ["", "", ""]]
+    assert run(gather_different_texts, 3) == [expected] * 3

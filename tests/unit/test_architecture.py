@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 PACKAGE = Path(__file__).parents[2] / "dist_graft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -89,6 +90,19 @@ def test_only_population_communicates(path):
 
 def test_population_communicates():
     assert any(communicates(path.read_text()) for path in (PACKAGE / "population").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative_name)
+def test_no_collective_pickles(path):
+    """Collectives of objects send pickles."""
+    names = {name.rpartition(".")[2] for name in imported_names(path.read_text())}
+    assert not {name for name in names if "object" in name and name in vars(dist)}
+
+
+def test_collectives_of_objects_are_detected():
+    source = "import torch.distributed as dist\ndist.all_gather_object([], 0)"
+    assert "torch.distributed.all_gather_object" in imported_names(source)
+    assert "all_gather_object" in vars(dist)
 
 
 def modules_after(statement: str) -> set[str]:

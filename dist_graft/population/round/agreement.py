@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
 from dist_graft.grafting.memory_layout import memory_order
 from dist_graft.grafting.rules.base import Rule
+from dist_graft.population.collectives import Gather, gather_bytes
 
 MESSAGE_FORMAT = 5
 FINITE = -1
@@ -21,9 +22,6 @@ FINITE = -1
 LOSS_NOT_FINITE = -2
 """Header.diverged of a network whose weights are finite, but not its loss."""
 RATE_SCALE = 2**53
-
-Gather = Callable[[Tensor], Tensor]
-"""Gathers one vector from each rank: [n] -> [ranks, n]."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,8 @@ def agree(
         if len(set(values)) == 1:
             continue
         if name == "digest":
-            schemas = _gather_bytes(schema.json, [other.schema_bytes for other in headers], gather)
+            lengths = [other.schema_bytes for other in headers]
+            schemas = gather_bytes(schema.json, gather, lengths=lengths)
             raise DisagreementError(_first_difference([json.loads(text) for text in schemas]))
         rank = next(rank for rank, value in enumerate(values) if value != values[0])
         if name == "rate":
@@ -180,14 +179,6 @@ def diverged_error(diverged: Mapping[int, str], round_: int) -> NonFiniteError:
         "; ".join(f"network {network} has {what}" for network, what in diverged.items())
         + f" (round {round_}): try a lower learning rate, warm-up or gradient clipping"
     )
-
-
-def _gather_bytes(data: bytes, lengths: list[int], gather: Gather) -> list[bytes]:
-    """Gather byte strings of known lengths; every rank of the group must call this."""
-    padded = torch.frombuffer(bytearray(data.ljust(max(lengths), b" ")), dtype=torch.uint8)
-    return [
-        bytes(row[:length].tolist()) for row, length in zip(gather(padded), lengths, strict=True)
-    ]
 
 
 def _first_difference(schemas: list[dict[str, Any]]) -> str:

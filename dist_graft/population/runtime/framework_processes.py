@@ -1,14 +1,17 @@
-"""Processes of a launcher as networks, for frameworks that take them for replicas of one model."""
+"""Runs each launched process as its own network, in frameworks that treat processes as replicas."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from dist_graft.population.collectives import gather_bytes, gather_vectors
+from dist_graft.population.round.exchange import header_device, world
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 
 _LAUNCHER_VARIABLES = (
@@ -59,8 +62,18 @@ def join_networks(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Gather a text from every process of a group, by rank. A collective."""
-    texts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    return texts
+def gather_texts(
+    text: str, device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[str]:
+    """Gather a text from every process of a group, by rank. A collective.
+
+    Args:
+        text: of this process.
+        device: of this process's network.
+        group: the process group; None: the default group.
+
+    Raises: CommunicationError if a peer died or did not respond in time.
+    """
+    group = group or world()
+    gather = partial(gather_vectors, group=group, device=header_device(group, device))
+    return [content.decode() for content in gather_bytes(text.encode(), gather)]

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class Mixing:
     unit u of network i. Rows add up to 1."""
     donors: tuple[tuple[int, ...], ...]
     """Donors of each network, in blending order. A network is never its own donor."""
+    moves_scalars: ClassVar[bool] = False
+    """Whether single scalars are exchanged (`chosen_scalars`); otherwise whole tensors are blended
+    (`sequence`, `tensor_fraction`). Scalars require all networks at the same step."""
 
     def __post_init__(self) -> None:
         shares, networks = self.shares, len(self.donors)
@@ -122,6 +126,24 @@ class Mixing:
         """Return the networks to blend in order, each with its interpolation weight per unit."""
         return list(zip(self.donors[network], self.fractions(network), strict=True))
 
+    def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
+        """Return the scalars of one tensor to exchange, identical on every rank.
+
+        Used if `moves_scalars`. The default is none.
+
+        Args:
+            unit: index of the graft unit.
+            key: state-dict key of the tensor.
+            numel: number of the tensor's elements.
+
+        Returns: positions, int64 [n], in the tensor's logical order; and sources, int64
+            [n, networks]: the network whose scalar each network holds afterwards. Each row is a
+            permutation.
+        """
+        del unit, key, numel
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none.view(0, self.networks)
+
     def fractions(self, network: int) -> list[list[float]]:
         """Return the interpolation weight of each donor and unit, in blending order.
 
@@ -169,6 +191,7 @@ class ScalarSwap(Mixing):
 
     probability: tuple[float, ...] = ()
     """Probability that a scalar is chosen, per unit."""
+    moves_scalars = True
     seed: int = 0
     round: int = 0
 
@@ -185,12 +208,7 @@ class ScalarSwap(Mixing):
         return row
 
     def chosen_scalars(self, unit: int, key: str, numel: int) -> tuple[Tensor, Tensor]:
-        """Return the scalars of one tensor to exchange, identical on every rank.
-
-        Returns: positions, int64 [n], in the tensor's logical order; and sources, int64
-            [n, networks]: the network whose scalar each network holds afterwards. Each row is a
-            permutation.
-        """
+        """Draw scalars and a permutation of the networks for each one."""
         draw = random.Random(f"{self.seed}:{self.round}:{key}").getrandbits(63)
         generator = torch.Generator().manual_seed(draw)
         positions = bernoulli_positions(numel, self.probability[unit], generator)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_graft.errors import RoundStoppedError, RunDirectoryError
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.information import first_not_finite
-from dist_graft.grafting.mixing import Mixing, ScalarSwap
+from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.topology import ring
@@ -330,7 +330,7 @@ class Grafter:
 
     def _apply(self, tensors: dict[str, Tensor], mixing: Mixing, transport: Transport) -> Applied:
         """Exchange and change tensors in place; every rank of the groups must call this."""
-        if isinstance(mixing, ScalarSwap):
+        if mixing.moves_scalars:
             return swap_scalars(tensors, self.units, mixing, transport)
         return blend_tensors(tensors, self.units, mixing, transport)
 
@@ -551,7 +551,8 @@ class Grafter:
     ) -> GraftRecord:
         names = [unit.name for unit in self.units]
         donors = mixing.donors[network]
-        information = measured if hasattr(self._rule, "criterion") else []
+        reports = getattr(self._rule, "reports_information", False)  # as in reset_rule_state
+        information = measured if reports else []
         phase_seconds = timer.seconds  # waits for the device, so before the total
         if no_donor is None:
             no_donor = ring(mixing.networks)[network]

@@ -49,7 +49,7 @@ class Round:
 class MeasuresEntropy:
     """Rule that measures the entropy of each lead."""
 
-    criterion = "entropy"
+    reports_information = True
 
     def measure(self, units: Sequence[GraftUnit], tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([entropy(tensors[unit.lead].detach()) for unit in units])

@@ -1,4 +1,4 @@
-"""Only `population` communicates, and light modules do not import torch."""
+"""Only `population` communicates, knows no method by name, and light modules import no torch."""
 
 from __future__ import annotations
 
@@ -90,6 +90,40 @@ def test_only_population_communicates(path):
 
 def test_population_communicates():
     assert any(communicates(path.read_text()) for path in (PACKAGE / "population").rglob("*.py"))
+
+
+def checked_classes(source: str) -> set[str]:
+    """Names of the classes that a file passes to isinstance, issubclass or `type(x) is`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            classes: list[ast.expr] = node.args[1:]
+        elif isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type("):
+            classes = node.comparators
+        else:
+            continue
+        parts = [part for each in classes for part in ast.walk(each)]
+        found |= {part.id for part in parts if isinstance(part, ast.Name)}
+        found |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+    return found
+
+
+def test_checks_of_classes_are_detected():
+    source = "isinstance(x, A | b.C)\nissubclass(y, (D, E))\ntype(x) is F\nisinstance(G, int)"
+    assert checked_classes(source) == {"A", "b", "C", "D", "E", "F", "int"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "population").rglob("*.py")), ids=relative_name)
+def test_population_does_not_test_for_methods(path):
+    """A Mixing and a rule declare how they are exchanged (ADR 24)."""
+    methods = {
+        node.name
+        for file in (PACKAGE / "grafting").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"Mixing", "ScalarSwap", "Rule", "Graft"} <= methods
+    assert not checked_classes(path.read_text()) & methods
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative_name)

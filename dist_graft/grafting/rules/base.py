@@ -59,6 +59,8 @@ class Rule(Schedule, ABC):
     in_step: ClassVar[bool] = False
     """Whether all networks must exchange at the same time, so that independent jobs (exchange
     "files") cannot use the method."""
+    reports_information: ClassVar[bool] = False
+    """Whether `measure` returns the information of each unit, which records then hold."""
     same_start: ClassVar[bool] = False
     """Whether all networks must start with the same weights (model.shared_init)."""
 

@@ -44,6 +44,7 @@ class Graft(Rule):
     seed) -> donor of each network."""
     seed: int = 0
     """Seed of the random topology and of the shuffled coefficients."""
+    reports_information = True
 
     def __post_init__(self) -> None:
         from dist_graft.grafting.coefficient import graft_coefficient

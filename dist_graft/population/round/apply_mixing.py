@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_graft.grafting.memory_layout import flat, memory_order, memory_positions
-from dist_graft.grafting.mixing import Mixing, ScalarSwap, blend_, blend_elementwise_
+from dist_graft.grafting.mixing import Mixing, blend_, blend_elementwise_
 from dist_graft.grafting.multi_tensor import multi_tensor
 from dist_graft.grafting.units import GraftUnit
 from dist_graft.population.collectives import gather_on_device, gather_vectors
@@ -217,7 +217,7 @@ class _ElementFractions:
 def swap_scalars(
     tensors: Mapping[str, Tensor],
     units: Sequence[GraftUnit],
-    mixing: ScalarSwap,
+    mixing: Mixing,
     transport: Transport,
 ) -> Applied:
     """Exchange the scalars that the mixing chooses and write them in place, dtype by dtype.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_graft.grafting.divergence import without_diverged
-from dist_graft.grafting.mixing import Mixing, ScalarSwap
+from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.population.round.agreement import diverged_error
 
@@ -148,14 +148,14 @@ def decide_among(
         if others:
             raise diverged_error(diverged, own.round)
         keeps = Mixing(shares=torch.ones(own.units, 1, 1, dtype=torch.float64), donors=((),))
-        return Decided(keeps, present, row, diverged)  # there is nobody to heal from
+        return Decided(keeps, present, row, diverged)  # no finite network to copy
     length = max(len(published.information) for published in by_network.values())
     matrix = torch.zeros(len(present), length, dtype=torch.float64)
     for index, network in enumerate(present):
         if network not in diverged:
             matrix[index] = torch.tensor(by_network[network].information, dtype=torch.float64)
     mixing = rule.decide(matrix, own.round)
-    if isinstance(mixing, ScalarSwap):
+    if mixing.moves_scalars:
         raise ValueError(needs_step(rule))
     if rate != 1.0:
         mixing = mixing.scaled(rate)

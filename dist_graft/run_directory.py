@@ -206,7 +206,7 @@ class RunDirectory:
     def clear_stop(self) -> None:
         """Remove the stop request and marker of an earlier start.
 
-        A job leaves the request to all jobs, which others may still have to see.
+        A job keeps the request to all jobs; others may not have seen it yet.
         """
         for path in (self.stop_job, self.stopped):
             with contextlib.suppress(OSError):
@@ -326,42 +326,66 @@ def _starts_with(longer: Any, shorter: Any) -> bool:
     return bool(shorter) and longer[: len(shorter)] == shorter
 
 
-def write_atomically(
-    path: Path, content: bytes | memoryview, *, exclusive: bool = False, durable: bool = True
-) -> None:
+@contextlib.contextmanager
+def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) -> Iterator[Path]:
     """Replace a file atomically: a reader sees its old content or all of the new one.
+
+    Yields a temporary path in the same folder, which the block must write. After the block the file
+    is renamed to its final name. On an error it is removed.
 
     Args:
         path: of the file; missing folders are created.
-        content: of the file.
         exclusive: whether to fail if the file exists.
         durable: whether the file must survive a crash of the machine.
 
-    Raises: RunDirectoryError naming the file, on a disk error; FileExistsError if `exclusive` and
-        the file exists.
+    Raises: OSError; FileExistsError if `exclusive` and the file exists.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        yield temporary
+        if durable:
+            _sync(temporary)
         if exclusive:
             os.link(temporary, path)
             temporary.unlink()
         else:
             temporary.replace(path)
         if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
+            _sync(path.parent)
+    except Exception:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Write what the system caches of a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(
+    path: Path, content: bytes | memoryview, *, exclusive: bool = False, durable: bool = True
+) -> None:
+    """Replace a file's content atomically.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        exclusive: as in `atomic_path`.
+        durable: as in `atomic_path`.
+
+    Raises: RunDirectoryError naming the file, on a disk error; FileExistsError if `exclusive` and
+        the file exists.
+    """
+    try:
+        with atomic_path(path, exclusive=exclusive, durable=durable) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
         if exclusive and isinstance(error, FileExistsError):
             raise
         raise RunDirectoryError.not_written(path, error) from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from dist_graft import cli
 from dist_graft.config import DataConfig, GraftConfig, OptimConfig, PopulationConfig, TrainConfig
 from dist_graft.config.parsing import option_names
 from dist_graft.errors import RunDirectoryError
-from dist_graft.run_directory import RunDirectory, git_commit, write_atomically
+from dist_graft.run_directory import RunDirectory, atomic_path, git_commit, write_atomically
 from dist_graft.training.command import read_options
 
 FREE = {
@@ -183,6 +184,32 @@ class TestWriteAtomically:
         with pytest.raises(RunDirectoryError, match="name cannot be written"):
             write_atomically(tmp_path / "name", b"content")
         assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+class TestAtomicPath:
+    def test_an_error_in_the_block_leaves_the_old_content(self, tmp_path: Path) -> None:
+        path = tmp_path / "name"
+        path.write_text("old")
+        with contextlib.suppress(ValueError), atomic_path(path) as temporary:
+            temporary.write_text("new")
+            raise ValueError("half of it is written")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_block_that_writes_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "name"):
+            pass
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("durable", [True, False])
+    def test_exclusive(self, tmp_path: Path, durable: bool) -> None:
+        path = tmp_path / "name"
+        with atomic_path(path, exclusive=True, durable=durable) as temporary:
+            temporary.write_text("first")
+        with pytest.raises(FileExistsError), atomic_path(path, exclusive=True) as temporary:
+            temporary.write_text("second")
+        assert path.read_text() == "first"
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_paths() -> None:

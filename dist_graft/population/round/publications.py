@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_graft.grafting.information import is_finite
 from dist_graft.population.round.file_choice import Place, Published
-from dist_graft.run_directory import network_name
+from dist_graft.run_directory import atomic_path, network_name
 from dist_graft.version import VERSION
 
 FORMAT = "1"
@@ -247,7 +247,7 @@ def _digest(strings: Mapping[str, str]) -> str:
 
 
 def write_publication(folder: Path, published: Published, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a publication under a temporary name, and rename it into place.
+    """Write a publication atomically.
 
     Args:
         folder: of the network's publications.
@@ -260,19 +260,13 @@ def write_publication(folder: Path, published: Published, tensors: Mapping[str, 
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     sha256 = {key: _tensor_digest(tensor) for key, tensor in contiguous.items()}
     strings = _strings(published) | {"tensors": json.dumps(sha256)}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{os.getpid()}"
     try:
-        save_file(contiguous, temporary, strings | {"sha256": _digest(strings)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error)) from error  # safetensors has its own error for a full disk
+        with atomic_path(path) as temporary:
+            save_file(contiguous, temporary, strings | {"sha256": _digest(strings)})
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has its own error for a full disk
+        raise OSError(str(error)) from error
     return path
 
 

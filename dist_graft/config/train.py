@@ -194,7 +194,7 @@ class TrainConfig:
                 "graft.exchange files publishes weights, not moving averages: set graft.ema false "
                 "to keep optim.ema_decay, whose averages then do not take part in rounds"
             )
-        if self.method in RULES and RULES[self.method].in_step:
+        if self.method in RULES and RULES[self.method].synchronous:
             raise ConfigError(
                 f"method {self.method} needs all networks at the same step, which jobs that come "
                 "and go (graft.exchange files) cannot provide: use graft.exchange all_gather or p2p"

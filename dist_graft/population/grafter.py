@@ -58,8 +58,8 @@ from dist_graft.population.round.files import (
     JobState,
     Search,
     copy_to_host,
-    restore,
     schema_digest,
+    undo_blend,
 )
 from dist_graft.population.round.groups import RoundGroups
 from dist_graft.population.round.record import GraftRecord
@@ -384,7 +384,7 @@ class Grafter:
             bad = {int(other) for other in flags.flatten() if other >= 0}
             if not bad:
                 break
-            restore(tensors, copied)
+            undo_blend(tensors, copied)
             search.drop(bad)
 
         # Record.

@@ -14,7 +14,7 @@ from dist_graft.config.members import member_configs
 from dist_graft.config.parsing import from_mapping
 from dist_graft.config.validation import own
 from dist_graft.grafting.rules import RULES, Rule
-from dist_graft.grafting.rules.base import Schedule
+from dist_graft.grafting.rules.base import RoundSchedule
 from dist_graft.references import is_reference
 from dist_graft.run_directory import flatten
 from dist_graft.training.data import check_dataset_name
@@ -151,7 +151,7 @@ def has_exchange(config: TrainConfig, networks: int) -> bool:
     if config.method == "none" or (networks == 1 and not grafts_itself):
         return False
     options = getattr(config, config.method, None)
-    has_own_interval = isinstance(options, Schedule) and options.interval is not None
+    has_own_interval = isinstance(options, RoundSchedule) and options.interval is not None
     if config.method in RULES and not has_own_interval:
         return config.graft.every > 0 or config.graft.every_steps > 0
     return True

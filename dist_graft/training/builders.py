@@ -15,7 +15,7 @@ from dist_graft.config import TrainConfig
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
-from dist_graft.grafting.rules.base import Rule, Schedule
+from dist_graft.grafting.rules.base import RoundSchedule, Rule
 from dist_graft.grafting.units import GraftUnit, graft_tensors, graft_units
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.console import EpochLog, ProgressBar
@@ -34,7 +34,7 @@ from dist_graft.training.checkpoint.last_round import WeightsBeforeLastRound
 from dist_graft.training.data import Data, ImageData, load_data
 from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
-from dist_graft.training.learning_rates import initial_rates, schedule, warmup_steps
+from dist_graft.training.learning_rates import initial_rates, lr_factor, warmup_steps
 from dist_graft.training.models import build_model
 from dist_graft.training.optimizers import build_optimizer, checked_optimizer
 from dist_graft.training.schedule import Cadence, quadratic_steps
@@ -160,14 +160,14 @@ def build_state(
             optimizer = checked_optimizer("optimizer=", make_optimizer(model, lr))
     if config.runtime.precision == "fp16":  # loss scaling may skip the very first step
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
+    factor = lr_factor(config.optim, epochs=config.epochs, steps_per_epoch=data.steps_per_epoch)
     forward = compiled(model, config.runtime.compile)
     return TrainState(
         model=model,
         forward=forward,
         train_forward=forward,
         optimizer=optimizer,
-        scheduler=LambdaLR(optimizer, lr_factor),
+        scheduler=LambdaLR(optimizer, factor),
         scaler=torch.amp.GradScaler(
             runtime.device.type, enabled=config.runtime.precision == "fp16"
         ),
@@ -361,7 +361,7 @@ def build_cadence(
             **limits,
         )
     largest = max(initial_rates(config, networks))
-    factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    factor = lr_factor(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     warmup = warmup_steps(config.optim, steps_per_epoch)
     end = min(graft.stop or config.epochs, config.epochs)
     return Cadence(
@@ -381,11 +381,11 @@ def build_rate(
 ) -> Callable[[int], float]:
     """Return the factor for all donors' shares as a function of the steps finished in the run."""
     method = _method_schedule(config, user_rule)
-    lr_factor = schedule(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
-    return lambda steps: method.rate(lr_factor(steps - 1))
+    factor = lr_factor(config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    return lambda steps: method.rate(factor(steps - 1))
 
 
-def _method_schedule(config: TrainConfig, user_rule: Rule | None) -> Schedule:
+def _method_schedule(config: TrainConfig, user_rule: Rule | None) -> RoundSchedule:
     """The schedule of the method's rounds: the user's rule or the options of the method."""
     method = user_rule or getattr(config, config.method, None)
-    return method if isinstance(method, Schedule) else Schedule()
+    return method if isinstance(method, RoundSchedule) else RoundSchedule()

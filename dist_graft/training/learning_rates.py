@@ -43,7 +43,7 @@ def learning_rates(config: OptimConfig, networks: int) -> list[float]:
     ]
 
 
-def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+def lr_factor(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """Factor of the learning rate as a function of the optimizer step, counted from 0.
 
     In epoch e it is (1 + cos(pi e / epochs)) / 2 (cosine), step_factor^floor(e / step_epochs)
@@ -78,7 +78,7 @@ def schedule(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> Calla
 def own_schedule(config: OptimConfig) -> Callable[[float], float]:
     """Return the user's function, from progress in [0, 1] to the factor of the learning rate.
 
-    Raises: like `schedule`.
+    Raises: as `lr_factor`.
     """
     what = f"optim.schedule {config.schedule}"
     kwargs = config.schedule_kwargs

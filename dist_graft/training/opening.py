@@ -19,7 +19,7 @@ from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.membership import archive_networks, pending_change
 from dist_graft.training.data.base import transform_function
 from dist_graft.training.data.datasets import Datasets, refuse_image_options
-from dist_graft.training.learning_rates import schedule
+from dist_graft.training.learning_rates import lr_factor
 from dist_graft.training.models import check_model_name
 from dist_graft.training.optimizers import optimizer_call, refuse_optimizer_options
 from dist_graft.training.task import LossFunction, MetricFunction, refuse_loss_of_classes
@@ -74,7 +74,7 @@ def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
         refuse_optimizer_options(config.optim)
     if config.optim.loss is not None and config.data.mixes:
         refuse_loss_of_classes(config.optim)
-    schedule(config.optim, epochs=1, steps_per_epoch=1)
+    lr_factor(config.optim, epochs=1, steps_per_epoch=1)
     if config.data.transform is not None:
         transform_function(config.data)
     named = {

@@ -52,7 +52,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_graft.grafting.rules.base import Interval, Rule, Schedule, require
+from dist_graft.grafting.rules.base import Interval, RoundSchedule, Rule, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowConfig(Schedule):
+class FollowConfig(RoundSchedule):
     """Follow, for method follow."""
 
     keep: float = 0.9

@@ -5,7 +5,7 @@ only inside functions, because command-line help and validation read the rules' 
 """
 
 from dist_graft.grafting.rules.average import Average
-from dist_graft.grafting.rules.base import Interval, Rule, Schedule
+from dist_graft.grafting.rules.base import Interval, RoundSchedule, Rule
 from dist_graft.grafting.rules.diloco import Diloco
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.rules.papa import Papa
@@ -20,4 +20,14 @@ RULES: dict[str, type[Rule]] = {
 }
 """Rule of each method, by the name that --method takes."""
 
-__all__ = ["RULES", "Average", "Diloco", "Graft", "Interval", "Papa", "Rule", "Schedule", "Wash"]
+__all__ = [
+    "RULES",
+    "Average",
+    "Diloco",
+    "Graft",
+    "Interval",
+    "Papa",
+    "RoundSchedule",
+    "Rule",
+    "Wash",
+]

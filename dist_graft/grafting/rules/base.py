@@ -23,7 +23,7 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class RoundSchedule:
     """Interval and strength of a method's rounds; the defaults suit most methods.
 
     Base class of the rules and of the classes that hold their options.
@@ -44,7 +44,7 @@ class Schedule:
         return 1.0
 
 
-class Rule(Schedule, ABC):
+class Rule(RoundSchedule, ABC):
     """A population method, which decides the shares of all networks in every round.
 
     Subclasses are frozen dataclasses. Every rank must create the same rule; the fields are compared
@@ -56,7 +56,7 @@ class Rule(Schedule, ABC):
     delivers: ClassVar[Literal["member", "soup"]] = "member"
     """The model that the method delivers and that is evaluated: one network of the population, or
     the mean of all networks' weights."""
-    in_step: ClassVar[bool] = False
+    synchronous: ClassVar[bool] = False
     """Whether all networks must exchange at the same time, so that independent jobs (exchange
     "files") cannot use the method."""
     reports_information: ClassVar[bool] = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_graft.grafting.rules.base import Interval, Rule, Schedule, require
+from dist_graft.grafting.rules.base import Interval, RoundSchedule, Rule, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DilocoConfig(Schedule):
+class DilocoConfig(RoundSchedule):
     """DiLoCo (arXiv 2311.08105), for method diloco; requires model.shared_init."""
 
     every_steps: int = 500
@@ -53,7 +53,7 @@ class Diloco(DilocoConfig, Rule):
     """
 
     options = DilocoConfig
-    in_step = True
+    synchronous = True
     same_start = True
 
     def decide(self, information: "Tensor", round_: int) -> "Mixing":

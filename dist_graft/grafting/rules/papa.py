@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dist_graft.grafting.rules.base import Interval, Rule, Schedule, require
+from dist_graft.grafting.rules.base import Interval, RoundSchedule, Rule, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PapaConfig(Schedule):
+class PapaConfig(RoundSchedule):
     """PAPA (arXiv 2304.03094), for method papa."""
 
     every_steps: int = 10

@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_graft.grafting.rules.base import Interval, Rule, Schedule, require
+from dist_graft.grafting.rules.base import Interval, RoundSchedule, Rule, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WashConfig(Schedule):
+class WashConfig(RoundSchedule):
     """WASH (arXiv 2405.17517), for method wash."""
 
     probability: float = 0.001
@@ -46,7 +46,7 @@ class Wash(WashConfig, Rule):
 
     options = WashConfig
     delivers = "soup"
-    in_step = True
+    synchronous = True
 
     seed: int = 0
 

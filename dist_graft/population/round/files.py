@@ -142,7 +142,7 @@ class FilesRound:
             raise ValueError(f"max_lag must be at least 0, got {max_lag!r}")
         if not wait_seconds >= 0:
             raise ValueError(f"wait_seconds must be at least 0, got {wait_seconds!r}")
-        if getattr(rule, "in_step", False):  # a rule of the user may be any class
+        if getattr(rule, "synchronous", False):  # a rule of the user may be any class
             raise ValueError(needs_step(rule))
         self.network = network
         self.networks = networks
@@ -152,13 +152,13 @@ class FilesRound:
         """How long a round waits for the networks it needs."""
         self.only_donor = getattr(rule, "needs_only_donor", False) and max_lag > 0
         """Whether the nearest network upstream suffices."""
-        self._publisher = Publisher(network_folder(self._exchange, network), keep_all=self.in_step)
+        self._publisher = Publisher(network_folder(self._exchange, network), keep_all=self.lockstep)
         self._first = True
-        self._needed_from: Place | None = Place(0) if self.in_step else None
+        self._needed_from: Place | None = Place(0) if self.lockstep else None
         self._damaged: dict[Path, tuple[int, ...]] = {}
 
     @property
-    def in_step(self) -> bool:
+    def lockstep(self) -> bool:
         """Whether only publications of the same place are used (max_lag 0)."""
         return self._max_lag == 0
 
@@ -169,12 +169,12 @@ class FilesRound:
             published: description of the network.
             copied: its tensors in host memory, which are not changed afterwards.
         """
-        if self._first and not self.in_step:
+        if self._first and not self.lockstep:
             self._publisher.discard_after(published.place)
         self._first = False
         if not published.diverged:
             self._publisher.publish(published, copied, self._needed_from)
-        elif self.in_step:  # the others wait for this network: say that it has no weights to give
+        elif self.lockstep:  # the others wait for this network: say that it has no weights to give
             self._publisher.publish(published, {}, self._needed_from)
 
     def flush(self) -> None:
@@ -203,14 +203,14 @@ class FilesRound:
         """Close the files, and note which publications the networks may still need."""
         resume = {other: found.published.resume for other, found in search.found.items()}
         resume[self.network] = search.own.resume
-        if self.in_step:
+        if self.lockstep:
             self._needed_from = needed_from(resume, range(self.networks))
         search.close()
 
     def others(self) -> list[int]:
         """The other networks that exist or are expected, the ring's donor first."""
         known = set(range(self.networks))
-        if not self.in_step:
+        if not self.lockstep:
             known |= set(published_networks(self._exchange))
         return upstream(self.network, sorted({*known, self.network}))
 
@@ -227,7 +227,7 @@ class FilesRound:
         Files that cannot be used are skipped with a warning.
         """
         folder = network_folder(self._exchange, network)
-        if self.in_step:
+        if self.lockstep:
             places = [own.place] if publication_path(folder, own.place).exists() else []
         else:
             places = usable(
@@ -258,7 +258,7 @@ class FilesRound:
                 raise PublicationError(
                     f"it is of network {found.network} at epoch {found.place.epochs:g}"
                 )
-            if found.diverged and not self.in_step:
+            if found.diverged and not self.lockstep:
                 raise PublicationError(f"its network has {found.diverged}")
             publication.check_tensors(tensors)
         except PublicationError as error:
@@ -362,7 +362,7 @@ class Search:
 
         The round continues without these networks, or waits for them with max_lag 0.
         """
-        if self._files.in_step:
+        if self._files.lockstep:
             time.sleep(self._pause)
         else:
             self._excluded |= set(networks)
@@ -499,7 +499,7 @@ def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(tensors: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> None:
+def undo_blend(tensors: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> None:
     """Undo a blend in place."""
     for key, tensor in tensors.items():
         tensor.copy_(copied[key])

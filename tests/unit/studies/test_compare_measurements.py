@@ -15,7 +15,7 @@ from dist_graft.errors import RunDirectoryError
 from dist_graft.studies.controls import Arm, Run
 from dist_graft.studies.measurements import MEASURED, measure, parse_list
 from dist_graft.studies.train_options import Delivery
-from dist_graft.training.learning_rates import schedule
+from dist_graft.training.learning_rates import lr_factor
 
 
 def run_of(networks: int = 2, **options: Any) -> Run:
@@ -103,7 +103,7 @@ class TestRounds:
 class TestStrength:
     def test_pull_of_papa_equals_the_product_of_its_shares(self, tmp_path: Path) -> None:
         run = run_of(method="papa", papa={"beta": 0.9}, epochs=4)
-        factor = schedule(run.config.optim, epochs=4, steps_per_epoch=10)
+        factor = lr_factor(run.config.optim, epochs=4, steps_per_epoch=10)
         rates = [factor(10 * epoch) for epoch in range(4)]
         folder = tmp_path / "network00"
         folder.mkdir()

@@ -22,7 +22,7 @@ from dist_graft.training.callbacks import CallbackList
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
 from dist_graft.training.data.images import ResidentImages
 from dist_graft.training.data.sources import DatasetInfo, ImageSet
-from dist_graft.training.learning_rates import schedule
+from dist_graft.training.learning_rates import lr_factor
 from dist_graft.training.optimizers import build_optimizer
 from dist_graft.training.schedule import Segment
 from dist_graft.training.state import TrainState, moving_average
@@ -76,13 +76,13 @@ def make_state(
     """A small network in training, on batches of make_data."""
     model = model or small_model()
     optimizer = build_optimizer(config, model, lr=config.lr)
-    lr_factor = schedule(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    factor = lr_factor(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
     return TrainState(
         model=model,
         forward=model,
         train_forward=model,
         optimizer=optimizer,
-        scheduler=LambdaLR(optimizer, lr_factor),
+        scheduler=LambdaLR(optimizer, factor),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         precision=precision,  # type: ignore[arg-type]
         device=CPU,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError, FunctionError
-from dist_graft.training.learning_rates import learning_rates, schedule
+from dist_graft.training.learning_rates import learning_rates, lr_factor
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_wrong_number_of_rates_is_rejected(networks: int) -> None:
 
 
 def factors(config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> list[float]:
-    factor = schedule(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    factor = lr_factor(config, epochs=epochs, steps_per_epoch=steps_per_epoch)
     return [factor(step) for step in range(epochs * steps_per_epoch)]
 
 
@@ -78,7 +78,7 @@ def test_every_cycle_is_a_cosine_schedule_of_its_length(unit: Any, steps: int) -
     cycle = factors(OptimConfig(schedule_unit=unit), epochs=4, steps_per_epoch=steps)
     assert found == pytest.approx(cycle * 3)
     assert found[:: 4 * steps] == [1.0, 1.0, 1.0]
-    assert schedule(config, epochs=12, steps_per_epoch=steps)(12 * steps) == 0.0
+    assert lr_factor(config, epochs=12, steps_per_epoch=steps)(12 * steps) == 0.0
 
 
 def test_schedule_epochs_replace_the_epochs_of_the_run() -> None:
@@ -152,7 +152,7 @@ class TestOwnSchedule:
         config = OptimConfig(schedule=self.NAME, schedule_unit="step", warmup_epochs=1.0)
         found = factors(config, epochs=2, steps_per_epoch=2)
         assert found == [0.0, 0.5, 1.0, 0.5]
-        assert schedule(config, epochs=2, steps_per_epoch=2)(4) == 0.0
+        assert lr_factor(config, epochs=2, steps_per_epoch=2)(4) == 0.0
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -167,9 +167,9 @@ class TestOwnSchedule:
     )
     def test_a_wrong_function_is_refused(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            schedule(OptimConfig(**options), epochs=2, steps_per_epoch=2)
+            lr_factor(OptimConfig(**options), epochs=2, steps_per_epoch=2)
 
     def test_a_function_that_fails(self) -> None:
         config = OptimConfig(schedule=self.NAME, schedule_kwargs={"peak": "high"})
         with pytest.raises(FunctionError, match=r"optim\.schedule .*triangle failed: TypeError"):
-            schedule(config, epochs=2, steps_per_epoch=2)
+            lr_factor(config, epochs=2, steps_per_epoch=2)

@@ -76,9 +76,8 @@ class TrainConfig:
     checkpoint that it continues, or fresh to start from new weights. Networks beyond the list start
     from copies of the listed ones."""
     method: str = "graft"
-    """How the networks exchange weights. graft; average: replace all networks by their mean, every
-    graft.every epochs; papa; wash; diloco; none: no exchange; or package.module:name of a
-    user-defined rule."""
+    """How the networks exchange weights: a built-in method such as graft or average
+    (docs/variants.md lists all), none, or package.module:name of a user-defined rule."""
     on_divergence: Literal["heal", "abort", "exclude"] = "heal"
     """What to do on NaN or Inf in a network's weights or loss. heal: copy the weights of the
     previous network; abort: stop the run; exclude: no network grafts from it."""
@@ -134,7 +133,7 @@ class TrainConfig:
             self._check_files()
         elif self.population != PopulationConfig():
             raise ConfigError("the options of section population require graft.exchange files")
-        if self.graft.rule and (self.method, self.graft.source) != ("graft", "external"):
+        if self.graft.rule and (self.method != "graft" or self.is_self_grafting):
             raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.method in RULES and RULES[self.method].same_start:
             self._check_same_start()
@@ -142,6 +141,11 @@ class TrainConfig:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
             )
+
+    @property
+    def is_self_grafting(self) -> bool:
+        """Whether rounds take place inside each network, without an exchange."""
+        return self.method == "graft" and self.graft.source != "external"
 
     def _check_resume_networks(self, networks: list[int | Literal["fresh"]]) -> None:
         numbers = [entry for entry in networks if isinstance(entry, int)]

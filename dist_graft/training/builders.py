@@ -322,15 +322,10 @@ def build_rounds(
     cadence = build_cadence(config, runtime.process.networks, steps_per_epoch, user_rule)
     rate = build_rate(config, steps_per_epoch, user_rule)
     grafter = None
-    if not cadence.never and not is_self_grafting(config):
+    if not cadence.never and not config.is_self_grafting:
         rule = user_rule or build_rule(config, state, units)
         grafter = build_grafter(config, state, rule, runtime)
     return Rounds(units, criterion, cadence, rate, grafter)
-
-
-def is_self_grafting(config: TrainConfig) -> bool:
-    """Whether rounds take place inside each network, without an exchange."""
-    return config.method == "graft" and config.graft.source != "external"
 
 
 def build_cadence(
@@ -344,7 +339,7 @@ def build_cadence(
     Raises: ConfigError if the method has its own interval and graft.qsr_alpha is given.
     """
     graft = config.graft
-    if config.method == "none" or (networks == 1 and not is_self_grafting(config)):
+    if config.method == "none" or (networks == 1 and not config.is_self_grafting):
         return Cadence()
     limits: dict[str, Any] = {"start_epoch": graft.start, "stop_epoch": graft.stop}
     if interval := _method_schedule(config, user_rule).interval:

@@ -253,12 +253,8 @@ class CheckpointManager:
     def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
         """Start saving in the background; all networks must call this at the same position.
 
-        Waits for the previous checkpoint first.
-
-        Raises: RunDirectoryError when too many checkpoints in a row could not be written, on all
-            ranks; PeerError when another network exited or did not respond.
+        Call `settle` first, which waits for the previous checkpoint.
         """
-        self.settle()
         path = self.next_path(progress)
         self._newest = path.name
         self._start(path.name, path, progress, state)
@@ -277,7 +273,7 @@ class CheckpointManager:
     def finish(self) -> None:
         """Wait for the last checkpoint.
 
-        Raises: RunDirectoryError when it could not be written; PeerError as `save` does.
+        Raises: RunDirectoryError when it could not be written; PeerError as `settle` does.
         """
         if failure := self.settle(last=True):
             raise RunDirectoryError(f"the last checkpoint is not complete: {failure}")
@@ -297,7 +293,14 @@ class CheckpointManager:
         self._writer.close()
 
     def settle(self, *, last: bool = False) -> str:
-        """Wait for the checkpoint that is being written; returns why it failed, or ""."""
+        """Wait for the checkpoint that is being written; returns why it failed, or "".
+
+        Args:
+            last: whether no checkpoint follows: any number of failures in a row is then accepted.
+
+        Raises: RunDirectoryError when too many checkpoints in a row could not be written, on all
+            ranks; PeerError when another network exited or did not respond.
+        """
         outcome = self._writer.result()
         if outcome is None:
             return ""

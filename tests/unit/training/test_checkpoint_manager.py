@@ -98,7 +98,8 @@ class TestSaving:
         saver.save(at(1), {})
         assert "Is a directory" in saver.settle()
         assert "epoch_0001 is not complete" in caplog.messages[0]
-        saver.save(at(3), {})  # a success starts the count again
+        saver.save(at(3), {})
+        assert saver.settle() == ""  # a success starts the count again
         saver.save(at(4), {})
         assert "Is a directory" in saver.settle()
         assert saver.settle() == ""  # nothing was written, so the count stays

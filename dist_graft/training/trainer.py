@@ -531,8 +531,13 @@ class Trainer:
             self.grafter.check()  # a collective: models and options must be the same
 
     def _join(self) -> None:
-        """Start with the weights and the epoch of the network that has trained farthest."""
-        found = self.grafter.join(self._job_state(0)) if self.grafter else None
+        """Start with the weights and the epoch of the network that has trained farthest.
+
+        A collective of the network's replicas.
+        """
+        found = None
+        if self.grafter:
+            found = self.grafter.join(self._job_state(0))
         if found is None:
             self.log.info("no other network has published weights: starting from the beginning")
             return
@@ -937,10 +942,10 @@ class Trainer:
         check_equal_samples(rows)
         ensembles = None
         if self.task.classification and self.directory.job is None:
-            ensembles = [
-                self._ensemble_accuracy(result, f"the ensemble {when} the last round")
-                for when, result in (("before", before), ("after", after))
-            ]
+            ensembles = []
+            for when, result in (("before", before), ("after", after)):
+                what = f"the ensemble {when} the last round"
+                ensembles.append(self._ensemble_accuracy(result, what))
         seconds = time.monotonic() - self._start_time
         first = self.process.first_network
         self.summary = summarize(metric, rows, ensembles=ensembles, seconds=seconds, first=first)
@@ -989,7 +994,9 @@ class Trainer:
         if not summaries:
             return
         check_equal_samples([row_of(summary) for summary in summaries])
-        ensembles = self._job_ensembles() if self.task.classification else None
+        ensembles = None
+        if self.task.classification:
+            ensembles = self._job_ensembles()
         self.summary = population_summary(self.directory, summaries, ensembles)
         if self.process.is_main:
             self._write_summary(self.directory.summary, self.summary)

@@ -434,9 +434,22 @@ class Grafter:
             found = int(rows[0, 1])
             if found < 0:
                 continue
-            table = Choice.empty(found) if choice is None else choice.to_tensor()
-            rows = groups.gather_replicas(table.flatten(), device)
-            return Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+            return self._leaders_choice(choice, found, job, device)
+
+    def _leaders_choice(
+        self, choice: Choice | None, networks: int, job: JobState, device: torch.device
+    ) -> Choice:
+        """Return the leader's choice; a collective of the replicas.
+
+        Args:
+            choice: on the leader; None on the other replicas.
+            networks: number of networks in the leader's choice.
+            job: this job.
+            device: device of the network.
+        """
+        table = Choice.empty(networks) if choice is None else choice.to_tensor()
+        rows = self._groups.gather_replicas(table.flatten(), device)
+        return Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
 
     def join(self, job: JobState | None) -> tuple[int, Place] | None:
         """Copy the weights of the network that has trained farthest (exchange "files").
@@ -452,11 +465,10 @@ class Grafter:
         tensors = graft_tensors(self._module)
         own = self._published(files, tensors, job, torch.zeros(0))
         search, device = files.search(own, tensors), _device(tensors)
-        choice = search.farthest() if groups.is_leader else Choice({}, {})
-        sizes = groups.gather_replicas(torch.tensor([len(choice.places)]), device)
-        table = choice.to_tensor() if len(choice.places) else Choice.empty(int(sizes[0, 0]))
-        rows = groups.gather_replicas(table.flatten(), device)
-        choice = Choice.from_tensor(rows[0].view(table.shape), job.place.steps_per_epoch)
+        found = search.farthest() if groups.is_leader else None
+        size = len(found.places) if found else 0
+        sizes = groups.gather_replicas(torch.tensor([size]), device)
+        choice = self._leaders_choice(found, int(sizes[0, 0]), job, device)
         failed = search.open(choice) or search.copy(tensors, choice)
         flags = groups.gather_replicas(torch.tensor([len(failed)]), device)
         search.close()

@@ -16,7 +16,7 @@ from dist_graft.population.compat import all_gather_single, group_timeout
 from dist_graft.population.runtime.store import call_with_timeout
 
 _POLL_SECONDS = 1.0
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3  # seconds between two looks at an event
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3  # polling interval of an event, seconds
 _ABORT_SECONDS = 5.0
 _SOURCE_LOCATION = re.compile(r"^\[[^]]*\] *")
 _GLOO = re.compile(r"^\[[^]]*\bgloo\b")
@@ -129,7 +129,7 @@ def wait_for_device(
 
 
 def record_event(device: torch.device) -> torch.Event:
-    """Event that happens when the device's current stream has finished what is queued now."""
+    """Event that completes when the work queued on the current stream is done."""
     event = torch.Event(device)
     event.record()
     return event

@@ -51,7 +51,7 @@ def shutdown_option(seconds: int) -> dict[str, Any]:
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float | None:
-    """Timeout in seconds of the group's collectives on a device; None if torch does not tell."""
+    """Timeout in seconds of the group's collectives on a device; None if unknown."""
     try:
         timeout: timedelta = group._get_backend(device).options._timeout
     except (AttributeError, RuntimeError):

@@ -72,7 +72,7 @@ PHASES = ("measure", "agree", "pack", "exchange", "distance", "blend")
 """Phases of a round."""
 OnDivergence = Literal["raise", "heal", "exclude"]
 _SAME_START = "digest of the weights at the start (model.shared_init)"
-_POLL_SECONDS = 1.0  # between two looks at requests to stop, while waiting for publications
+_POLL_SECONDS = 1.0  # polling interval for stop requests, while waiting for publications
 
 
 class Grafter:
@@ -82,7 +82,7 @@ class Grafter:
     arguments from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
 
     With exchange "files", networks need no process group: each is a job of its own that shares a
-    directory with the others, and may start, stop, and be late as it likes (ADR 39). Pass
+    directory with the others, and may start, stop, or lag behind at any time (ADR 39). Pass
     `directory`, `network`, and `networks`.
 
     Args:

@@ -185,8 +185,8 @@ def population_of_reduced_means() -> list[dict[str, Tensor]]:
         (after, *_) = mix(tensors, units, RULE.decide(torch.zeros(3, len(units)), number))
         RULE.after_exchange(units, after, state)
         with torch.no_grad():
-            for mine in tensors:
-                for key, value in mine.items():
+            for own in tensors:
+                for key, value in own.items():
                     value.copy_(after[key])
         afters.append(after)
     return afters

@@ -244,7 +244,7 @@ def test_invalid_option_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         (["--data.batch_size", "1" + "0" * 400], ["data.batch_size must be at most 2147483647"]),
         (["--runtime.timeout_seconds", "1e12"], ["runtime.timeout_seconds must be at most 1e+08"]),
         (["--checkpoint.grace_seconds", "1e9"], ["checkpoint.grace_seconds must be at most"]),
-        (["--runtime.threads", "1000"], ["runtime.threads 1000 is too much for"]),
+        (["--runtime.threads", "1000"], ["runtime.threads 1000 exceeds the limit for"]),
         (
             ["--data.name", "errors_of_users:no_memory"],
             ["data.name errors_of_users:no_memory failed"],

@@ -174,7 +174,7 @@ class FilesRound:
         self._first = False
         if not published.diverged:
             self._publisher.publish(published, copied, self._needed_from)
-        elif self.lockstep:  # the others wait for this network: say that it has no weights to give
+        elif self.lockstep:  # the others wait for this network: publish that it has no weights
             self._publisher.publish(published, {}, self._needed_from)
 
     def flush(self) -> None:

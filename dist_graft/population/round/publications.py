@@ -301,7 +301,7 @@ class _Job:
 class Publisher:
     """Writes the publications of one network in a thread, beside the training.
 
-    A disk error is a warning, and the publication is tried again every few seconds.
+    A disk error is a warning, and the write is retried every few seconds.
 
     Args:
         folder: of the network's publications.
@@ -357,7 +357,7 @@ class Publisher:
             self._closing = False
 
     def _write_all(self) -> None:
-        """Write what waits, and end."""
+        """Write the pending publications, then exit."""
         while True:
             with self._changed:
                 if not self._queue:
@@ -388,14 +388,14 @@ class Publisher:
         except OSError as error:
             if not self._failing:
                 _log.warning(
-                    "%s cannot be written: %s; training continues, and it is tried again",
+                    "%s cannot be written: %s; training continues, and the write will be retried",
                     publication_path(self._folder, job.published.place),
                     error.strerror or error,
                 )
             self._failing = True
             return False
         if self._failing:
-            _log.warning("%s was written: publishing works again", path)
+            _log.warning("%s was written: publishing resumed", path)
         self._failing = False
         with contextlib.suppress(OSError):  # leftover files do no harm
             places = published_places(self._folder, job.published.place.steps_per_epoch)

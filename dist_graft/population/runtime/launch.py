@@ -377,7 +377,7 @@ def _no_process_left() -> Iterator[None]:
 
 
 class _Interrupts:
-    """Ends the launcher by SIGINT as by the other signals, but not while it starts the processes.
+    """Handles SIGINT like the other signals, but defers it while processes start.
 
     A process whose launcher is interrupted then prints a traceback. Blocking the signal does not
     suffice, because a thread that a library has started earlier does not block it.
@@ -394,7 +394,7 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, lambda number, _: self._interrupt())
         yield
-        self.resume()  # the processes may have ended before the launcher has looked after them
+        self.resume()  # the processes may end before the launcher first polls them
 
     def postpone(self) -> None:
         """Keep an interrupt until `resume`."""

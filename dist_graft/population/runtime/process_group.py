@@ -54,12 +54,12 @@ from dist_graft.population.runtime.store import StoreClient, call_with_timeout
 from dist_graft.population.runtime.timeouts import Timeouts
 
 _RUNS = itertools.count()
-"""Numbers of the runs in this process, the same in every process of a run."""
+"""Counter of runs in this process; identical on every rank."""
 _WATCHDOG_FACTOR = 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _MIN_THREADS, _MAX_THREADS_PER_CORE = 64, 8  # always accepted; beyond, threads fail to start
 _RESPONSE_SECONDS = 2.0  # so that the store reports its timeout first
-_MAX_NAMED = 3  # options
+_MAX_NAMED = 3  # differing options named in an error
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ def start(config: RuntimeConfig, process: ProcessInfo, options: str = "{}") -> R
     device = choose_device(config.device, process)
     if config.threads > max(_MIN_THREADS, _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)):
         raise ConfigError(
-            f"runtime.threads {config.threads} is too much for {os.cpu_count()} CPU cores: use at "
-            "most one per core"
+            f"runtime.threads {config.threads} exceeds the limit for {os.cpu_count()} CPU cores: "
+            "use at most one per core"
         )
     torch.set_num_threads(config.threads or process.cpu_share())
     if device.type == "cpu":

@@ -47,7 +47,7 @@ class GracePeriod:
         return self._end - time.monotonic()
 
     def cancel(self) -> None:
-        """Let the process live; the period cannot be started again."""
+        """Cancel the grace period; it cannot be restarted."""
         self._timer.cancel()
 
 

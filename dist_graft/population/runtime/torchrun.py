@@ -90,7 +90,7 @@ def _numa_binding(processes: str) -> str | None:
 
 
 def _cores_near(gpu: int) -> set[int]:
-    """Cores of the NUMA node of a GPU; empty if the system does not tell."""
+    """Cores of the NUMA node of a GPU; empty if unknown."""
     device: Any = torch.cuda.get_device_properties(gpu)
     address = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
     try:

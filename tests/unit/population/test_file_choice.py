@@ -76,13 +76,13 @@ def test_what_the_slowest_network_needs() -> None:
 @pytest.mark.parametrize("networks", [2, 3, 5])
 @pytest.mark.parametrize("rate", [1.0, 0.25])
 def test_all_networks_together_decide_as_the_rule(rule: Rule, networks: int, rate: float) -> None:
-    everyone = [published(network) for network in range(networks)]
-    matrix = torch.tensor([each.information for each in everyone], dtype=torch.float64)
+    all_jobs = [published(network) for network in range(networks)]
+    matrix = torch.tensor([each.information for each in all_jobs], dtype=torch.float64)
     whole = rule.decide(matrix, 4)
     if rate != 1.0:
         whole = whole.scaled(rate)
-    for network, own in enumerate(everyone):
-        others = [each for each in everyone if each is not own]
+    for network, own in enumerate(all_jobs):
+        others = [each for each in all_jobs if each is not own]
         decided = decide_among(rule, own, others, rate=rate, heal=False)
         mixing = decided.for_population(networks)
         assert decided.diverged == {}
@@ -95,9 +95,9 @@ def test_all_networks_together_decide_as_the_rule(rule: Rule, networks: int, rat
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.needs_only_donor], ids=str)
 def test_on_the_ring_the_donor_alone_decides(rule: Rule) -> None:
-    everyone = [published(network) for network in range(4)]
-    own, donor = everyone[2], everyone[1]
-    of_all = decide_among(rule, own, [*everyone[:2], everyone[3]], rate=1.0, heal=True)
+    all_jobs = [published(network) for network in range(4)]
+    own, donor = all_jobs[2], all_jobs[1]
+    of_all = decide_among(rule, own, [*all_jobs[:2], all_jobs[3]], rate=1.0, heal=True)
     of_two = decide_among(rule, own, [donor], rate=1.0, heal=True)
     assert torch.equal(of_all.for_population(4).shares, of_two.for_population(4).shares)
 
@@ -121,12 +121,12 @@ def test_a_network_alone_keeps_its_weights() -> None:
 
 @pytest.mark.parametrize("heal", [True, False])
 def test_diverged_networks_are_treated_as_in_a_synchronous_round(heal: bool) -> None:
-    everyone = [published(0), published(1, diverged="a loss"), published(2), published(3)]
-    rows = [each.information or [0.0] * UNITS for each in everyone]
+    all_jobs = [published(0), published(1, diverged="a loss"), published(2), published(3)]
+    rows = [each.information or [0.0] * UNITS for each in all_jobs]
     matrix = torch.tensor(rows, dtype=torch.float64)
     whole = without_diverged(Graft().decide(matrix, 4), {1}, heal=heal)
-    for network, own in enumerate(everyone):
-        others = [each for each in everyone if each is not own]
+    for network, own in enumerate(all_jobs):
+        others = [each for each in all_jobs if each is not own]
         decided = decide_among(Graft(), own, others, rate=1.0, heal=heal)
         mixing = decided.for_population(4)
         assert decided.diverged == {1: "a loss"}

@@ -237,7 +237,7 @@ class TestPublisher:
         first, last = caplog.messages
         assert f"{publication_path(tmp_path, Place(1))} cannot be written: No space left" in first
         assert "training continues" in first
-        assert "publishing works again" in last
+        assert "publishing resumed" in last
 
     def test_flush_ends_on_a_disk_that_refuses(self, tmp_path: Path) -> None:
         folder = tmp_path / "network01"

@@ -147,8 +147,7 @@ def _parse(options: str) -> TrainConfig:
 
 def has_exchange(config: TrainConfig, networks: int) -> bool:
     """Whether a method changes the networks besides their training."""
-    grafts_itself = config.method == "graft" and config.graft.source != "external"
-    if config.method == "none" or (networks == 1 and not grafts_itself):
+    if config.method == "none" or (networks == 1 and not config.is_self_grafting):
         return False
     options = getattr(config, config.method, None)
     has_own_interval = isinstance(options, RoundSchedule) and options.interval is not None

@@ -43,9 +43,9 @@ class NetworkFiles:
     error: str | None
     """Last line of log.txt, if it is an error."""
     checkpoint: str | None = None
-    """Name of its latest complete checkpoint, if the network is a job of its own."""
+    """Name of its latest complete checkpoint, if the network is an independent job."""
     lease: LeaseInfo | None = None
-    """Holder of the network, if it is a job of its own."""
+    """Holder of the network, if it is an independent job."""
 
     @property
     def phase(self) -> str | None:
@@ -77,7 +77,7 @@ class RunFiles:
 
     @property
     def of_jobs(self) -> bool:
-        """Whether each network is a job of its own."""
+        """Whether each network is an independent job."""
         return _is_of_jobs(self.config)
 
     @property
@@ -148,7 +148,7 @@ def _network_folders(path: Path) -> set[int]:
 
 
 def _is_of_jobs(config: Fields) -> bool:
-    """Whether each network is a job of its own (graft.exchange files)."""
+    """Whether each network is an independent job (graft.exchange files)."""
     return section(config, "graft").get("exchange") == "files"
 
 

@@ -45,9 +45,9 @@ class StoredRun:
     path: Path
     config: TrainConfig
     members: Mapping[int, Checkpoint]
-    """Checkpoint of each network: the same, unless each network is a job of its own."""
+    """Checkpoint of each network: the same, unless each network is an independent job."""
     population: int
-    """Size of the population. Networks that are jobs of their own may have no checkpoint yet."""
+    """Size of the population. Networks that are independent jobs may have no checkpoint yet."""
     custom: Collection[str] = ()
     """Parts of the run that were passed in Python, such as "model", instead of configured."""
 

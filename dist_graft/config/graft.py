@@ -60,7 +60,7 @@ class GraftConfig:
     """Layers that form graft units; use conv+linear for MLPs and transformers."""
     exchange: Literal["all_gather", "p2p", "files"] = "all_gather"
     """all_gather: every network receives all networks' weights; p2p: only its donor's; files: every
-    network is a job of its own, and they exchange weights through run_dir only (section
+    network is an independent job, and they exchange weights through run_dir only (section
     population)."""
     max_lag: float = 2
     """files: maximum distance to a donor in epochs, ahead or behind; 0: only donors at the same

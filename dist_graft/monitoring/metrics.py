@@ -102,7 +102,7 @@ class EpochReport:
     layers: LayerStats
     """Layers of this process's network."""
     networks: Sequence[NetworkRow]
-    """Results of all networks, in order; of this one only, if each network is a job of its own."""
+    """Results of all networks, in order; only of this one if each is an independent job."""
     metric: str | None
     """Name of the metric in `networks`: the first one of the task."""
     ensemble_accuracy: float | None

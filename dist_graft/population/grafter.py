@@ -81,7 +81,7 @@ class Grafter:
     Create one on every rank after `init_process_group`; the constructor does not communicate. The
     arguments from amplitude to criterion are shorthand for `rule=Graft(...)` on the ring.
 
-    With exchange "files", networks need no process group: each is a job of its own that shares a
+    With exchange "files", networks need no process group: each is an independent job that shares a
     directory with the others, and may start, stop, or lag behind at any time (ADR 39). Pass
     `directory`, `network`, and `networks`.
 

@@ -300,7 +300,7 @@ def build_grafter(config: TrainConfig, state: TrainState, rule: Rule, runtime: R
 
 
 def _files_options(config: TrainConfig, process: ProcessInfo) -> dict[str, Any]:
-    """Arguments of a Grafter whose network is a job of its own."""
+    """Arguments of a Grafter whose network is an independent job."""
     if config.graft.exchange != "files":
         return {}
     return {

@@ -64,7 +64,7 @@ def read_options(options: Options) -> tuple[TrainConfig, int | None]:
     if networks and config.graft.exchange == "files":
         raise ConfigError(
             "--networks starts networks that run together, but with graft.exchange files each "
-            "network is a job of its own: start one job for each, without --networks"
+            "network is an independent job: start one job for each, without --networks"
         )
     return config, networks
 

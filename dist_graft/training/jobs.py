@@ -13,7 +13,7 @@ from dist_graft.training.checkpoint.files import complete_checkpoints
 
 
 def assign_network(config: TrainConfig, process: ProcessInfo) -> ProcessInfo:
-    """Assign the process to a network: by its rank, or as a job of its own.
+    """Assign the process to a network: by its rank, or as an independent job.
 
     Raises: ConfigError when the number of processes or the index of the task does not fit.
     """
@@ -66,5 +66,5 @@ def _is_finished(directory: RunDirectory, epochs: int) -> bool:
 
 
 def is_job(config: TrainConfig) -> bool:
-    """Whether each network is a job of its own."""
+    """Whether each network is an independent job."""
     return config.graft.exchange == "files"

@@ -26,7 +26,7 @@ class ProcessInfo:
     """Number of processes that train one network together. Their ranks are consecutive, so that
     they share a machine where possible, and the peers on the ring of networks are close."""
     first_network: int = 0
-    """Network of rank 0; above 0 only where each network is a job of its own."""
+    """Network of rank 0; above 0 only where each network is an independent job."""
     population: int | None = None
     """Size of a population whose networks are separate jobs; None: all run together."""
 
@@ -58,7 +58,7 @@ class ProcessInfo:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the process that writes the files of the whole run (of the job,
-        where each network is a job of its own).
+        where each network is an independent job).
         """
         return self.rank == 0
 

@@ -146,7 +146,7 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def job_checkpoints(run: Path) -> dict[int, list[Checkpoint]]:
-    """Complete checkpoints of each network that is a job of its own, the newest last.
+    """Complete checkpoints of each network that is an independent job, the newest last.
 
     Empty for a run whose networks run together: its checkpoints are in RUN/checkpoints.
     """

@@ -85,9 +85,9 @@ def check_arms(
         parts = [check_chance(result, outcome)]
         if result.arm.name.startswith(ONE_NETWORK) and result.arm.role == "control":
             parts.append(check_saturation(result, curves))
-            short, factor = design.lengthened.get(result.arm.key, (None, 0))
-            if short and short.key in results:
-                parts.append(check_doubling(result, results[short.key], factor))
+        short, factor = design.lengthened.get(result.arm.key, (None, 0))
+        if short and short.key in results:
+            parts.append(check_doubling(result, results[short.key], factor))
         if result.arm.networks > 1 and delivered_model(result) == "soup":
             parts.append(check_soup(result))
         if result.arm.role == "method" and _reactivates(config, result.arm.networks):
@@ -221,7 +221,7 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     """Gain per doubling of the epochs: a training `factor` times as long, compared with `short`.
 
     Both end at the same fraction of the initial learning rate, so the decay alone adds nothing. A
-    long training that loses accuracy is a weak control.
+    long training that is worse than the short one, by `SATURATION_MARGIN`, is a weak control.
     """
     gain = (result.values("delivered") - short.values("delivered")).dropna() / math.log2(factor)
     test = paired_test(gain)
@@ -237,8 +237,8 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     if test.mean >= SATURATION_MARGIN:
         warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
         return Check(warnings=[warning])
-    if test.mean <= -SATURATION_MARGIN:
-        warning = f"{text}: longer training lowers accuracy, so beating it is no evidence"
+    if test.mean * math.log2(factor) <= -SATURATION_MARGIN:
+        warning = f"{text}: more training lowers accuracy, so beating it is no evidence"
         return Check(warnings=[warning], weak=True)
     return Check(facts=[f"{text}, less than {SATURATION_MARGIN:g}"])
 

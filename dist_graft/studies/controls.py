@@ -187,8 +187,8 @@ class Design:
     omitted: list[str] = field(default_factory=list)
     """Controls that are not run, each with the reason."""
     lengthened: dict[str, tuple[Arm, int]] = field(default_factory=dict)
-    """By the key of a long control: the same training at the recipe's length, and the ratio of the
-    lengths."""
+    """By the key of a control that trains longer: one network at the recipe's length, and the ratio
+    of the lengths."""
 
     def add(self, arm: Arm) -> Arm | None:
         """Add an arm with its learning rate, and return it or an arm that trains identically.
@@ -350,7 +350,9 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
             _add_contrast(design, plan, method, criterion, uninformed)
 
     for baseline in baseline_arms(plan, method):
-        _add_contrast(design, plan, method, "baseline", baseline)
+        added = _add_contrast(design, plan, method, "baseline", baseline)
+        if added and short and added.config(0).runtime.replicas > short.config(0).runtime.replicas:
+            design.lengthened[added.key] = short, networks  # data-parallel
 
 
 def _compare_with_isolated(design: Design, plan: Plan, methods: Sequence[Arm]) -> None:

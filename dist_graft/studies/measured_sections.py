@@ -148,7 +148,8 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict. The gain of the long training over the recipe's length, both at the "
             "end of their schedules, shows what a doubling of the epochs is worth (a warning from "
-            f"{SATURATION_MARGIN:g} points of gain or loss; after a loss the control is weak)."
+            f"{SATURATION_MARGIN:g} points of gain per doubling, or of loss in all: the control is "
+            "then weak)."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]
@@ -387,7 +388,7 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
 
 def built_in_method(arm: Arm) -> str | None:
     """The built-in method whose options the arm has; the one with the most options if several."""
-    options = dict(flatten(arm.options))
+    options = dict(flatten(asdict(arm.config(0))))
     matching = [
         (len(own), name)
         for name, own in ((name, dict(flatten(own))) for name, own in BUILT_IN.items())

@@ -507,6 +507,7 @@ def test_averages_have_columns_of_their_own() -> None:
     ("options", "name"),
     [
         ({"method": "graft", "graft": {"sensitivity": 500}}, "graft"),
+        ({"graft": {"sensitivity": 500}}, "graft"),
         ({"method": "graft", "graft": {"criterion": "constant"}}, "constant"),
         ({"method": "graft", "graft": {"level": "filter"}}, "filter"),
         ({"method": "papa", "papa": {"beta": 0.8}}, "papa"),
@@ -526,9 +527,10 @@ class TestPublished:
         assert all("arXiv" in p.source for p in read_published())
 
     def test_only_the_same_methods_are_shown(self) -> None:
-        grafting = replace(arm("sharp"), options={"method": "graft", "graft.sensitivity": 500})
+        grafting = replace(arm("sharp"), options={"graft": {"sensitivity": 500}})
+        other = replace(arm("other"), options={"method": "none"})
         (*_, text, picture, sources) = beside_published(
-            [contrast(BETTER, method=grafting), contrast(UNCLEAR, method=arm("other"))]
+            [contrast(BETTER, method=grafting), contrast(UNCLEAR, method=other)]
         )
         assert isinstance(picture, Picture)
         assert isinstance(text, Paragraph)
@@ -537,7 +539,7 @@ class TestPublished:
         )
         assert isinstance(sources, Items)
         assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
-        assert beside_published([contrast(UNCLEAR, method=arm("other"))]) == []
+        assert beside_published([contrast(UNCLEAR, method=other)]) == []
 
 
 class TestPlots:

@@ -331,7 +331,7 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
     """Replace a file atomically: a reader sees its old content or all of the new one.
 
     Yields a temporary path in the same folder, which the block must write. After the block the file
-    is renamed to its final name. On an error it is removed.
+    gets its final name; on an error, it is removed.
 
     Args:
         path: of the file; missing folders are created.
@@ -348,15 +348,13 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
             _sync(temporary)
         if exclusive:
             os.link(temporary, path)
-            temporary.unlink()
         else:
             temporary.replace(path)
         if durable:
             _sync(path.parent)
-    except Exception:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sync(path: Path) -> None:

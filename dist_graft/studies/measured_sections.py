@@ -148,8 +148,8 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict. The gain of the long training over the recipe's length, both at the "
             "end of their schedules, shows what a doubling of the epochs is worth (a warning from "
-            f"{SATURATION_MARGIN:g} points of gain per doubling, or of loss in all: the control is "
-            "then weak)."
+            f"{SATURATION_MARGIN:g} points of gain per doubling; after as large a loss in all, the "
+            "control is weak)."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]

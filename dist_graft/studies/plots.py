@@ -257,19 +257,21 @@ def coefficients(arms: Sequence[ArmResult]) -> Figure:
 
 
 @plot_style(grid="x")
-def outcomes(arms: Sequence[ArmResult], label: str) -> Figure:
+def outcomes(arms: Sequence[ArmResult], names: Sequence[str], label: str) -> Figure:
     """Plot the means of single networks, ensembles and soups, one row per population.
 
     Networks and ensembles determine the axis. A soup far below is printed at the left edge.
+
+    Args: names: columns to plot, keys of OUTCOME_STYLES.
     """
     figure, axes = _arm_rows(arms, height=0.42)
     spreads = {
         (name, row): spread
-        for name in OUTCOME_STYLES
+        for name in names
         for row, arm in enumerate(arms)
         if (spread := mean_and_deviation(arm.values(name)))
     }
-    shown = [name for name in OUTCOME_STYLES if any(name == key for key, _ in spreads)]
+    shown = [name for name in names if any(name == key for key, _ in spreads)]
     means = [mean for (name, _), (mean, _) in spreads.items() if "soup" not in name]
     left = min(means) - max(max(means) - min(means), 0.5)
     for number, name in enumerate(shown):
@@ -303,9 +305,7 @@ def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> Figu
         text: [(100 * arm.rows[name] / arm.rows["filters"]).dropna().tolist() for arm in arms]
         for name, text in names.items()
     }
-    figure = _dots_from_zero(
-        arms, values, "invalid filters of the member with the largest learning rate (%)"
-    )
+    figure = _dots_from_zero(arms, values, "invalid filters of one network of each run (%)")
     if not any(any(of_arm) for by_arm in values.values() for of_arm in by_arm):
         (axes,) = figure.axes
         where: Style = {"ha": "center", "va": "center", "transform": axes.transAxes}

@@ -337,15 +337,15 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
     measured = [name for name in headers if any(len(arm.values(name)) for arm in populations)]
     if not measured:
         return []
-    drawn = any("soup" not in name for name in plots.OUTCOME_STYLES if name in measured)
+    plotted = [name for name in plots.OUTCOME_STYLES if name in measured]
     picture = (
         Picture(
             "outcomes",
-            png(plots.outcomes(populations, "test accuracy (%)")),
+            png(plots.outcomes(populations, plotted, "test accuracy (%)")),
             "Single networks, ensembles and soups; bars are one standard deviation. A number at "
             "the left edge is the accuracy of a soup far below the axis.",
         )
-        if drawn
+        if any("soup" not in name for name in plotted)
         else None
     )
     return [
@@ -383,8 +383,9 @@ def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
     return [
         Heading(2, "Invalid filters"),
         Paragraph(
-            "Filters of the member with the largest learning rate whose L1 norm is below a "
-            "threshold after the training, mean ± standard deviation over the seeds."
+            "Filters whose L1 norm is below a threshold after the training, in one network of each "
+            "run: the member with the largest learning rate, the last one if rates are equal. Mean "
+            "± standard deviation over the seeds."
         ),
         Table(("arm", *_FILTER_HEADERS.values(), "filters"), table),
         Picture(

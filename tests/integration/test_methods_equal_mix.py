@@ -46,7 +46,7 @@ def specify_rule(rule: Rule) -> Callable[[list[State]], list[State]]:
     return round_
 
 
-def specify_self_grafting(source: str) -> Callable[[list[State]], list[State]]:
+def specify_self_grafting(source: str, *, add: bool) -> Callable[[list[State]], list[State]]:
     """Return a function that applies the first round of noise or internal scions."""
 
     def round_(states: list[State]) -> list[State]:
@@ -55,7 +55,7 @@ def specify_self_grafting(source: str) -> Callable[[list[State]], list[State]]:
             for unit in UNITS:
                 filters = unit.filters(state[unit.lead])
                 if source == "internal":
-                    grafted = graft_internal(filters, threshold=THRESHOLD)
+                    grafted = graft_internal(filters, threshold=THRESHOLD, add=add)
                 else:
                     deviation = noise_deviation(0, annealing=0.9)
                     grafted = graft_noise(
@@ -77,9 +77,10 @@ class Method:
     """Epochs before the first round."""
 
 
-def self_grafting(source: str) -> Method:
-    options = ("--graft.threshold", str(THRESHOLD), "--graft.noise_annealing", "0.9")
-    return Method(specify_self_grafting(source), ("--graft.source", source, *options))
+def self_grafting(source: str, *own: str) -> Method:
+    options = ("--graft.threshold", str(THRESHOLD), "--graft.noise_annealing", "0.9", *own)
+    round_ = specify_self_grafting(source, add="add" in own)
+    return Method(round_, ("--graft.source", source, *options))
 
 
 # Two networks that graft: test_two_networks.py. Rules without random numbers, between processes:
@@ -114,6 +115,7 @@ METHODS: dict[str, Method] = {
     ),
     "noise": self_grafting("noise"),
     "internal": self_grafting("internal"),
+    "internal-add": self_grafting("internal", "--graft.internal", "add"),
     "papa": Method(
         specify_rule(Papa(beta=0.9, seed=SEED)),
         ("--method", "papa", "--papa.beta", "0.9", "--papa.every_steps", STEPS_PER_EPOCH),
@@ -157,7 +159,8 @@ def models(run: Path, epoch: int, networks: int) -> list[State]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("networks", "name"), [(2 if name in ("noise", "internal") else 4, name) for name in METHODS]
+    ("networks", "name"),
+    [(2 if "--graft.source" in method.options else 4, name) for name, method in METHODS.items()],
 )
 def test_run_equals_mix_and_resumes(
     networks: int, name: str, independent: Callable[[int], Path], tmp_path: Path

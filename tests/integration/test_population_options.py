@@ -1,12 +1,16 @@
-"""Options that take effect only in a population of real processes, tested in one run."""
+"""Options that take effect only in a population of real processes."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launching import run_population
-from reading import checkpoint, metrics, scalars, summary
+from reading import assert_same_bits, checkpoint, metrics, scalars, summary
+
+from dist_graft.run_directory import RunDirectory
 
 NETWORKS = (0, 1)
 
@@ -83,3 +87,35 @@ def test_images_have_three_channels(run: Path) -> None:
 def test_accuracies_are_equal_if_the_last_epoch_has_no_round(run: Path) -> None:
     for row in summary(run)["networks"]:
         assert row["accuracy_before_last_round"] == row["accuracy_after_last_round"]
+
+
+def test_no_rounds_after_graft_stop(tmp_path: Path) -> None:
+    """Rounds follow the first two of three epochs, also if the run resumes between the two."""
+    run = tmp_path / "run"
+    options = ("--epochs", "3", "--graft.stop", "2", "--checkpoint.before_last_round", "true")
+    options += ("--checkpoint.keep", "3")
+    before = [RunDirectory(run).before_last_round(network) for network in NETWORKS]
+
+    def train() -> list[list[dict]]:
+        """Train or resume; returns the weights before and after the last round, and at the end."""
+        run_population(2, run, *options)
+        for network in NETWORKS:
+            rounds = [line["graft"] and line["graft"]["round"] for line in metrics(run, network)]
+            assert rounds == [0, 1, None]
+            assert [checkpoint(run, n, network)["round"] for n in (1, 2, 3)] == [1, 2, 2]
+        saved = [torch.load(path) for path in before]
+        assert [content["round"] for content in saved] == [1, 1]
+        ends = [[checkpoint(run, n, network)["model"] for network in NETWORKS] for n in (2, 3)]
+        return [[content["model"] for content in saved], *ends]
+
+    uninterrupted = train()
+    own, donor = (state["conv1.weight"] for state in uninterrupted[0])
+    kept = metrics(run, 0)[1]["graft"]["coefficient"]["conv1"]
+    torch.testing.assert_close(uninterrupted[1][0]["conv1.weight"], kept * own + (1 - kept) * donor)
+    for epoch in (2, 3):
+        shutil.rmtree(run / f"checkpoints/epoch_{epoch:04d}")
+    for path in before:
+        path.unlink()
+    for states, expected in zip(train(), uninterrupted, strict=True):
+        for network in NETWORKS:
+            assert_same_bits(states[network], expected[network])

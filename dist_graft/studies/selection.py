@@ -23,6 +23,7 @@ from dist_graft.studies.controls import (
 from dist_graft.studies.plan import PILOT_SEEDS, Plan, read_plan
 from dist_graft.studies.records import COLUMNS, COUNTED
 from dist_graft.studies.statistics import PairedTest, paired_test
+from dist_graft.studies.train_options import has_exchange, without_exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Regime:
     trial: Trial
     """Of the method."""
     references: Sequence[Trial]
-    """Of independent networks and, for grafting, of constant coefficients."""
+    """Of independent networks and, if the method exchanges, of constant coefficients."""
 
     @property
     def finished(self) -> bool:
@@ -313,7 +314,7 @@ def search_regimes(plan: Plan, rows: pd.DataFrame) -> list[Regime]:
                 arms = [
                     method,
                     independent_arm(regime, method),
-                    uninformed_arm(regime, method, "constant"),
+                    _constant_arm(regime, method),
                 ]
                 trial, *references = (
                     run_trial(
@@ -336,6 +337,26 @@ def search_regimes(plan: Plan, rows: pd.DataFrame) -> list[Regime]:
                     )
                 )
     return regimes
+
+
+def _constant_arm(plan: Plan, method: Arm) -> Arm | None:
+    """Grafting with constant coefficients, the second reference of a method that exchanges.
+
+    A method without coefficients of layers is compared with the built-in method `constant`, in the
+    training of the method. Returns None if that is the method itself.
+    """
+    arm = uninformed_arm(plan, method, "constant")
+    if arm is None and has_exchange(method.config(0), method.networks):
+        training = without_exchange(plan.method_options(method.name))
+        delivers = method.explicit_delivery
+        grafting = replace(plan, methods={"graft": training | {"delivers": delivers}})
+        graft = method_arm(grafting, "graft", method.networks)
+        arm = uninformed_arm(grafting, graft, "constant")
+        if arm and arm.key == method.key:
+            return None
+        if arm and (training or delivers):
+            arm = replace(arm, name=f"{arm.name} (as {method.name})")
+    return arm
 
 
 def gain(regime: Regime, rows: pd.DataFrame, outcome: str) -> PairedTest:

@@ -117,6 +117,38 @@ class TestRegimes:
         references = {r.reference.arm.name for r in state.regimes if r.method == "graft"}
         assert references == {"constant, fast", "independent, plain"}
 
+    def test_methods_without_coefficients_are_also_measured_against_constant(
+        self, tmp_path: Path
+    ) -> None:
+        def value(run: Run) -> float:
+            return 80.0 + run.seed / 10 + {"none": 0.0, "graft": 2.0}.get(run.config.method, 1.0)
+
+        methods = {
+            **dict.fromkeys(("papa", "wash", "average", "filter", "constant", "independent")),
+            "diloco": {"delivers": "soup"},
+        }
+        state, results = carry_out(searching(methods=methods, networks=[2]), tmp_path, value)
+        gains = {r.method: gain(r, results.rows, "delivered").mean for r in state.regimes}
+        expected = dict.fromkeys(("papa", "wash", "average", "diloco"), -1.0)
+        expected |= {"filter": 0.0, "constant": 2.0, "independent": 0.0}
+        assert gains == pytest.approx(expected)
+        references = {r.method: r.references[1:] for r in state.regimes if r.recipe == "plain"}
+        names = {name: [trial.arm.name for trial in found] for name, found in references.items()}
+        shared = ["constant, plain"]
+        assert names == dict.fromkeys(("papa", "wash", "average", "filter"), shared) | {
+            "constant": [],
+            "independent": [],
+            "diloco": ["constant (as diloco), plain"],
+        }
+        (diloco,) = references["diloco"]
+        assert diloco.arm.config(0).model.shared_init
+        assert diloco.arm.delivers == "soup"
+        assert diloco.arm.networks == 2
+
+    def test_one_network_has_no_constant_coefficients(self) -> None:
+        state = study_state(searching(methods=["internal"], networks=[1]))
+        assert {len(regime.references) for regime in state.regimes} == {1}
+
     def test_regimes_are_compared_at_the_best_rates(self, tmp_path: Path) -> None:
         def value(run: Run) -> float:
             best = 0.2 if run.config.method == "papa" else 0.1

@@ -59,12 +59,11 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise StartError(f"compare needs {', '.join(missing)}: pip install 'dist_graft[studies]'")
-    from dist_graft.studies.comparison import compare, dry_run
+    from dist_graft.studies.comparison import compare, dry_run, require_reason
     from dist_graft.studies.selection import load_plan
 
     redo, reason = options["redo"] or "", " ".join((options["reason"] or "").split())
-    if bool(redo) != bool(reason):
-        raise ConfigError("--redo and --reason belong together: name an arm, and give the reason")
+    require_reason(redo, reason)
     given = [f"--{mode}" for mode in (*_FLAGS, "redo") if options[mode]]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are mutually exclusive: give one")

@@ -61,14 +61,15 @@ def compare(
             that the plan needs instead of a report.
         redo: name of an arm whose runs on the test set are repeated. The new rows supersede the old
             ones, which are kept, as are the run directories.
-        reason: why they are repeated.
+        reason: why they are repeated; required with `redo`.
 
     Returns: the conclusions and the path of the report.
 
     Raises: StoppedError on a signal; the next call resumes. FailedRunsError if runs failed; the
-    report is written first. ConfigError if a part of the plan changed that must stay fixed, or for
-    an unknown arm.
+    report is written first. ConfigError if a part of the plan changed that must stay fixed, for an
+    unknown arm, or if only one of `redo` and `reason` is given.
     """
+    require_reason(redo, reason)
     if report_only:
         _require_same_plan(plan, folder)
         return _report(plan, Results(folder), folder)
@@ -317,6 +318,12 @@ def _report(plan: Plan, results: Results, folder: Path) -> str:
     blocks, conclusions = build_report(state, results, read_starts(folder))
     write_report(plan.name, blocks, folder)
     return "\n".join([*conclusions, *state.warnings, f"report: {folder / 'report.html'}"])
+
+
+def require_reason(redo: str, reason: str) -> None:
+    """Raise ConfigError if only one of the two is given."""
+    if bool(redo) != bool(reason.strip()):
+        raise ConfigError("--redo and --reason belong together: name an arm, and give the reason")
 
 
 def _require_arm(name: str, state: StudyState) -> None:

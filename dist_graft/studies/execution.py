@@ -26,12 +26,13 @@ from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
 from dist_graft.errors import DistGraftError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
-from dist_graft.run_directory import RunDirectory, as_plain, write_atomically
+from dist_graft.run_directory import RunDirectory, as_plain, git_commit, write_atomically
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import events_of_run, measure
 from dist_graft.studies.records import OUTCOMES, THRESHOLDS
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.learning_rates import initial_rates
+from dist_graft.version import versions
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
 _DIVERGED = re.compile(r"network \d+ has a non-finite (weight|training loss)")
@@ -101,25 +102,26 @@ def execute_run(
         except (DistGraftError, KeyError, TypeError, ValueError) as error:
             remarks.append(f"not measured: {error}")
         try:
-            outcomes |= count_filters(folder, largest(rates))
+            outcomes |= count_filters(folder, run.arm.networks)
         except (DistGraftError, ValueError) as error:
             remarks.append(f"filters not counted: {error}")
         curve = read_curve(folder, rates, run.split)
-        outcomes |= {"learning_rates": rates} | read_versions(folder)
+        outcomes["learning_rates"] = rates
         divergence = read_divergence(folder)
     except RunFailedError as error:
         if not _DIVERGED.search(str(error)):
-            return _row(run, stages, status="failed", error=str(error)), None
+            return _row(run, folder, stages, status="failed", error=str(error)), None
         outcomes, curve, divergence = {}, None, str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:
         message = f"{folder} has no results: {error}"
-        return _row(run, stages, status="failed", error=message), None
+        return _row(run, folder, stages, status="failed", error=message), None
     if divergence:
         outcomes |= _chance(run, outcomes)
     for trained in stages:
         _prune(trained, keep_checkpoints)
     row = _row(
         run,
+        folder,
         stages,
         status="diverged" if divergence else "ok",
         error="; ".join([divergence, *remarks] if divergence else remarks),
@@ -355,6 +357,7 @@ def error_line(output: str, status: int) -> str:
 
 def _row(
     run: Run,
+    folder: Path,
     stages: Mapping[Path, Run],
     *,
     status: Literal["ok", "diverged", "failed"],
@@ -374,6 +377,7 @@ def _row(
         "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "error": " ".join(error.split()),
         **_cost(stages),
+        **read_versions(folder),
     }
 
 
@@ -551,16 +555,24 @@ def read_curve(run: Path, rates: Sequence[float], split: str) -> pd.DataFrame:
 
 
 def read_versions(run: Path) -> Row:
-    """Read the versions and the commit that trained the run."""
-    stored = yaml.safe_load((run / "config.yaml").read_text())["run"]
-    versions = " ".join(f"{name} {version}" for name, version in stored["versions"].items())
+    """Read the versions and the commit that trained the run.
+
+    Without a readable config.yaml, the run failed before it trained, and has those of this process.
+    """
+    try:
+        stored = yaml.safe_load((run / "config.yaml").read_text())["run"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        stored = {"versions": versions(), "git_commit": git_commit()}
     commit = stored["git_commit"] or ""
-    dirty = ("yes" if commit.endswith("-dirty") else "no") if commit else ""
-    return {"versions": versions, "commit": commit, "dirty": dirty}
+    return {
+        "versions": " ".join(f"{name} {version}" for name, version in stored["versions"].items()),
+        "commit": commit,
+        "dirty": ("yes" if commit.endswith("-dirty") else "no") if commit else "",
+    }
 
 
-def count_filters(run: Path, network: int) -> Row:
-    """Count a network's filters, and those whose L1 norm is below each threshold.
+def count_filters(run: Path, networks: int) -> Row:
+    """Count the filters of all networks, and those whose L1 norm is below each threshold.
 
     Raises: RunDirectoryError without a checkpoint; ConfigError if it does not fit the model.
     """
@@ -569,10 +581,10 @@ def count_filters(run: Path, network: int) -> Row:
     from dist_graft.grafting.units import graft_units
 
     stored = open_run(run)
-    state = stored.state(network)
-    model = architecture(stored.config.model, state, run, stored.shape)
+    states = [stored.state(network) for network in range(networks)]
+    model = architecture(stored.config.model, states[0], run, stored.shape)
     units = graft_units(model, lead=stored.config.graft.lead)
-    leads = [unit.filters(state[unit.lead]) for unit in units]
+    leads = [unit.filters(state[unit.lead]) for state in states for unit in units]
     return {"filters": sum(len(filters) for filters in leads)} | {
         f"invalid_{threshold:g}": sum(int(invalid_filters(lead, threshold)) for lead in leads)
         for threshold in THRESHOLDS

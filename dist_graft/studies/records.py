@@ -44,7 +44,8 @@ OUTCOMES = (
 THRESHOLDS = (0.1, 0.01)
 """L1 norms below which a filter counts as invalid."""
 FILTER_COUNTS = ("filters", *(f"invalid_{threshold:g}" for threshold in THRESHOLDS))
-"""Filter counts of the member with the largest learning rate: all, and invalid ones."""
+"""Filters of all members: their number, and that of the invalid ones. Rows of an earlier version
+count those of the member with the largest learning rate."""
 
 COLUMNS: Mapping[str, str] = {
     "key": "str",

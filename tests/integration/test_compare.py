@@ -134,7 +134,7 @@ def test_interrupted_comparison_resumes(compared: Compared) -> None:
         assert row["ensemble"] == pytest.approx(evaluation["ensemble_test_accuracy_reestimated"])
         soup = evaluation["uniform_soup"]["batch_norm_reestimated"]
         assert row["uniform_soup"] == pytest.approx(soup)
-        assert row["filters"] == 240  # of ResNet-8 without shortcut convolutions
+        assert row["filters"] == 2 * 240  # of ResNet-8 without shortcut convolutions
         curves = compared.results.curves
         assert (curves["key"] == row.name).sum() == 2
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["epoch_0002"]

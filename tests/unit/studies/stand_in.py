@@ -31,6 +31,8 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         print("dist-graft: error: out of memory")
         print("and a table of failures")
         return 1
+    stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
+    (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))
     if action == "diverge":
         print("dist-graft: error: epoch 0: network 0 has a non-finite weight in conv.weight; try")
         return 1
@@ -66,8 +68,6 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         files = {f"network{network:02d}.pt": "" for network in range(networks)}
         complete = {"epoch": epoch, "round": epoch, "networks": networks, "sha256": files}
         (folder / "COMPLETE.json").write_text(json.dumps(complete))
-    stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
-    (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))
     rates = options["optim"]["lrs"] or [options["optim"]["lr"]] * networks
     summary = {
         "networks": [

@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from made_up import make_plan
 
+from dist_graft.analysis import stored_weights
 from dist_graft.errors import ConfigError, RunDirectoryError, StartError, StoppedError
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.studies import command, comparison, execution
@@ -26,6 +29,7 @@ from dist_graft.studies.comparison import FailedRunsError, compare, dry_run
 from dist_graft.studies.controls import Run
 from dist_graft.studies.execution import (
     RunFailedError,
+    count_filters,
     count_images,
     error_line,
     finished_epochs,
@@ -42,7 +46,9 @@ from dist_graft.studies.plan import Plan
 from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, read_starts
 from dist_graft.studies.selection import study_state
 from dist_graft.studies.statistics import seeds_needed, upper_limit
+from dist_graft.studies.train_options import build_config
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
+from dist_graft.training.models import build_model
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -235,7 +241,9 @@ class TestComparison:
         with pytest.raises(RunDirectoryError, match="has no comparison to report on"):
             compare(plan(), out, report_only=True)
         compare(plan(), out)
+        history = (out / "history.jsonl").read_bytes()
         assert "the conclusion" in compare(plan(), out, report_only=True)
+        assert (out / "history.jsonl").read_bytes() == history
         assert len(starts(behaviour)) == 4
         with pytest.raises(ConfigError, match="has the comparison of another plan"):
             compare(plan(seeds=[0, 1, 2]), out, report_only=True)
@@ -312,8 +320,13 @@ class TestStages:
 
 class TestFailedRun:
     def test_is_reported_in_one_line_and_the_others_run(
-        self, behaviour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        behaviour: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(execution, "git_commit", lambda: "f00d-dirty")
         broken = study_state(plan()).comparison_runs[1]
         (behaviour / folder_of(broken)).write_text("fail")
         with pytest.raises(
@@ -324,6 +337,10 @@ class TestFailedRun:
         assert rows["status"].tolist() == ["ok", "failed", "ok", "ok"]
         line = "out of memory"
         assert rows.loc[broken.key, "error"] == line
+        # It failed before it wrote config.yaml
+        assert rows.loc[broken.key, ["commit", "dirty"]].tolist() == ["f00d-dirty", "yes"]
+        assert "torch" in rows.loc[broken.key, "versions"]
+        assert rows.drop(broken.key)["commit"].unique().tolist() == ["c0ffee"]
         assert rows.loc[broken.key, list(OUTCOMES)].isna().all()
         assert f"failed: {line}" in capsys.readouterr().out
 
@@ -395,6 +412,7 @@ class TestLostCheckpoint:
             compare(plan(), tmp_path / "out")
         assert starts(behaviour).count(folder_of(broken)) == 2
         rows = Results(tmp_path / "out").rows
+        assert rows.loc[broken.key, ["commit", "dirty"]].tolist() == ["c0ffee", "no"]
         assert rows["status"].tolist() == ["failed", "ok", "ok", "ok"]
 
 
@@ -417,6 +435,9 @@ class TestDivergence:
         names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
         assert rows.loc[broken.key, names].tolist() == [10.0] * 5  # ten classes
         assert rows.loc[broken.key, "error"].startswith(error)
+        assert rows.loc[broken.key, ["versions", "commit", "dirty"]].tolist() == [
+            *("dist_graft 0 torch 0", "c0ffee", "no")
+        ]
         compare(plan(), tmp_path / "out")
         assert len(starts(behaviour)) == 4
 
@@ -480,6 +501,17 @@ class TestRedo:
             self.redo(tmp_path / "out", arm="papa")
         assert not (tmp_path / "out/history.jsonl").exists()
 
+    @pytest.mark.parametrize(("arm", "reason"), [("graft", ""), ("graft", " "), ("", "a bug")])
+    def test_needs_an_arm_and_a_reason(
+        self, arm: str, reason: str, behaviour: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        compare(plan(seeds=[0]), out)
+        with pytest.raises(ConfigError, match="--redo and --reason belong together"):
+            compare(plan(seeds=[0]), out, redo=arm, reason=reason)
+        assert len(read_starts(out)) == 1
+        assert len(starts(behaviour)) == 2
+
 
 class TestPilotAndDryRun:
     def test_dry_run_lists_the_runs(self, behaviour: Path, tmp_path: Path) -> None:
@@ -514,6 +546,7 @@ class TestPilotAndDryRun:
 
         def noisy(run: Run, *args: Any, **options: Any) -> Any:
             row, curve = execute_run(run, *args, **options)
+            row["wall_seconds"] = 3600.0
             if run.arm.name == "graft":
                 row["delivered"] += next(deviations)
             return row, curve
@@ -533,7 +566,10 @@ class TestPilotAndDryRun:
         assert "0.05 / 2" in lines[1]
         assert lines[1].endswith(f": {needed} (the plan has 4)")
         assert lines[2].endswith(f"it takes {careful} seeds")
-        assert "3 arms" in lines[3]
+        # 9 is the smallest n with a power of 0.8 at 0.025, from scipy's noncentral t distribution.
+        # A run of 2 networks and 1 epoch took an hour, so a seed of 3 arms takes 3 hours.
+        assert needed == 9
+        assert lines[3] == "estimated time of 9 seeds of 3 arms, without trials: 27.00 h"
         compare(asked, tmp_path / "out")
         assert len(starts(behaviour)) == 3 * 4  # those of the pilot are not repeated
 
@@ -839,6 +875,18 @@ class TestReading:
         assert count_images(stages) == images | {"images_seen": (2 * 4 + 4) * 60}
         (tmp_path / "a/network00/status.json").unlink()
         assert count_images(stages) == {}
+
+    def test_filters_of_all_networks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = build_config({"model": {"name": "resnet8"}}, 1)
+        model = build_model(config.model, num_classes=10, channels=1)
+        states = [deepcopy(model.state_dict()) for _ in range(2)]
+        for state, invalid in zip(states, (1, 3), strict=True):
+            next(tensor for tensor in state.values() if tensor.dim() == 4)[:invalid] = 0.001
+        stored = SimpleNamespace(state=states.__getitem__, config=config, shape=(10, 1))
+        monkeypatch.setattr(stored_weights, "open_run", lambda folder: stored)
+        counts = {"filters": 2 * 240, "invalid_0.1": 4, "invalid_0.01": 4}
+        assert count_filters(tmp_path, 2) == counts
+        assert count_filters(tmp_path, 1) == {"filters": 240, "invalid_0.1": 1, "invalid_0.01": 1}
 
     def test_a_run_that_branches_is_finished_with_all_networks(self, tmp_path: Path) -> None:
         assert not is_finished(tmp_path, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -42,6 +42,13 @@ _CALIBRATION_HEADERS = {
     "average_nll": "NLL, average",
     "average_calibration_error": "average, %",
 }
+_NLL_OF = {
+    "soup": "soup_nll",
+    "ema": "average_nll",
+    "checkpoints": "average_nll",
+    "snapshots": "ensemble_nll",
+}
+"""Columns with the NLL of the delivered model, where that is not a network as trained."""
 _DIFFERENCE_HEADERS = {
     "disagreement": "disagreement, %",
     "barrier_before": "loss barrier before the last round, nats",
@@ -160,6 +167,7 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
 
 def calibration(arms: Sequence[ArmResult]) -> list[Block]:
     """Likelihood and calibration of members, soups and ensembles."""
+    arms, left_out = _without_diverged(arms)
     headers = _measured(_CALIBRATION_HEADERS, arms)
     if not headers:
         return []
@@ -169,31 +177,52 @@ def calibration(arms: Sequence[ArmResult]) -> list[Block]:
             "Negative log-likelihood (NLL) in nats and expected calibration error (15 equal-width "
             "bins, arXiv 1706.04599) on the test set, mean ± standard deviation over the seeds. "
             "Lower is better. Soups have re-estimated batch norm statistics."
-            f"{_on_averages(arms)}"
+            f"{_on_averages(arms)}{left_out}"
         ),
         _spreads(headers, arms),
     ]
 
 
 def _on_averages(arms: Sequence[ArmResult]) -> str:
-    """Sentences on arms that deliver an average over their training; empty if there are none."""
+    """Sentences on delivered averages, and on arms whose delivered model was not measured."""
     measured = [arm for arm in arms if len(arm.values("average_nll"))]
     text = " Average: the average over the training that an arm delivers." if measured else ""
-    return text + without_average([arm for arm in arms if not len(arm.values("average_nll"))])
+    return text + without_average(
+        [
+            arm
+            for arm in arms
+            if len(arm.values("nll")) and not len(arm.values(_NLL_OF.get(arm.arm.delivers, "nll")))
+        ]
+    )
 
 
 def without_average(arms: Sequence[ArmResult]) -> str:
-    """Sentence on arms that deliver an average over their training; empty if there are none."""
-    labels = [arm.arm.label for arm in arms if arm.arm.delivers in ("ema", "checkpoints")]
+    """Sentence on arms that deliver an average or an ensemble; empty if there are none."""
+    labels = [arm.arm.label for arm in arms if arm.arm.delivers in _NLL_OF]
     if not labels:
         return ""
     return (
-        f" These are shown as trained, without the average that they deliver: {'; '.join(labels)}."
+        " These are shown as trained, without the average or ensemble that they deliver: "
+        f"{'; '.join(labels)}."
     )
+
+
+def _without_diverged(arms: Sequence[ArmResult]) -> tuple[list[ArmResult], str]:
+    """The arms without runs that count as chance accuracy, and a sentence that names these runs."""
+    kept = [replace(arm, rows=arm.rows[arm.rows["status"] != "diverged"]) for arm in arms]
+    diverged = [
+        f"{arm.arm.label} (seed {', '.join(map(str, arm.diverged))})"
+        for arm in arms
+        if arm.diverged
+    ]
+    if not diverged:
+        return kept, ""
+    return kept, f" Runs that count as chance accuracy are left out: {'; '.join(diverged)}."
 
 
 def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
     """How far the members of a population are apart."""
+    arms, left_out = _without_diverged(arms)
     headers = _measured(_DIFFERENCE_HEADERS, arms)
     if not headers:
         return []
@@ -206,7 +235,7 @@ def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
             "exceeds the line between their losses, with re-estimated batch norm statistics, mean "
             "over the neighbors. Without a barrier, weights can be averaged. A round brings the "
             "networks together, so the barrier before it shows whether training kept them in one "
-            "basin since the round before, at the learning rate of the last epoch."
+            f"basin since the round before, at the learning rate of the last epoch.{left_out}"
         ),
         _spreads(headers, arms),
     ]
@@ -274,6 +303,8 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
         if any(len(arm.values(name)) for arm in trained)
     }
     healed = any(len(arm.values("heals")) for arm in trained)
+    replicated = any(arm.arm.config(0).runtime.replicas > 1 for arm in trained)
+    gradients = ", without the gradients of runtime.replicas" if replicated else ""
     rows = [
         (
             arm.arm.label,
@@ -299,9 +330,9 @@ def costs(arms: Sequence[ArmResult]) -> list[Block]:
         Paragraph(
             "To train the whole population once, startup and evaluation during training included: "
             "mean (± standard deviation) over the seeds. Wall time depends on the load of the "
-            "machine. Moved: bytes that the networks received in all rounds. Heals: how often a "
-            "network that was not finite copied another one, sum over the seeds. Diverged runs "
-            f"count as chance accuracy.{_of_stages(trained)}"
+            f"machine. Moved: bytes that the networks received in all rounds{gradients}. Heals: "
+            "how often a network that was not finite copied another one, sum over the seeds. "
+            f"Diverged runs count as chance accuracy.{_of_stages(trained)}"
         ),
         *([Paragraph(f"Note: {slow}.")] if (slow := _simulated_speed(trained)) else []),
         Table(header, rows),
@@ -334,6 +365,9 @@ class PublishedGain:
     method: str
     setting: str
     """Data, model and number of networks."""
+    networks: int | None
+    different_rates: bool
+    """Whether the networks are known to have had different learning rates."""
     gain: float
     """Percentage points."""
     source: str
@@ -348,10 +382,11 @@ def read_published() -> list[PublishedGain]:
             gain = result.get("gain")
             if gain is None:
                 gain = round(result["accuracy"] - result["baseline"], 2)
-            text = f"{result['data']}, {result['model']}"
-            if networks := result.get("networks"):
+            text, networks = f"{result['data']}, {result['model']}", result.get("networks")
+            if networks:
                 text += f", {networks} network{'s' if networks > 1 else ''}"
-            found.append(PublishedGain(method, text, gain, entry["source"]))
+            different = result.get("different_rates", False)
+            found.append(PublishedGain(method, text, networks, different, gain, entry["source"]))
     return found
 
 
@@ -361,15 +396,17 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
         result.contrast.method.label: built_in_method(result.contrast.method) for result in primary
     }
     names = set(built_in.values())
-    published = [gain for gain in read_published() if gain.method in names]
     shown = [result for result in primary if result.test.n]
+    sizes = {None, 1, 2, *(result.contrast.method.networks for result in shown)}
+    published = [g for g in read_published() if g.method in names and g.networks in sizes]
     if not published or not shown:
         return []
     known = {gain.method for gain in published}
     absent = [label for label, name in built_in.items() if name not in known]
     text = (
         "Published gains are over the authors' own baselines, on other data and models, at other "
-        "lengths, and most without an interval. They do not predict this comparison."
+        "lengths, and most without an interval. They do not predict this comparison. Populations "
+        "of more than two networks are shown if this comparison has as many."
     )
     if absent:
         text += f" No published gain is on file for the method of: {'; '.join(absent)}."
@@ -378,9 +415,14 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
         Paragraph(text),
         Picture(
             "published",
-            png(plots.forest(shown, [(g.method, g.setting, g.gain) for g in published])),
+            png(
+                plots.forest(
+                    shown, [(g.method, g.setting, g.gain, g.different_rates) for g in published]
+                )
+            ),
             "Differences of this comparison with 95% intervals (diamonds), and published gains of "
-            "the same methods (squares), whatever their options.",
+            "the same methods (squares; open: with different learning rates), whatever their "
+            "options.",
         ),
         Items(list(dict.fromkeys(f"{gain.method}: {gain.source}" for gain in published))),
     ]
@@ -397,9 +439,11 @@ def built_in_method(arm: Arm) -> str | None:
     return max(matching)[1] if matching else None
 
 
-def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]:
-    """Rows that later rows replaced, both with their outcome, and why."""
-    keys = {run.key for run in state.all_runs}
+def superseded(results: Results, outcome: str) -> list[Block]:
+    """Rows that later rows replaced, both with their outcome, and why.
+
+    Runs of earlier plans are among them.
+    """
     table = [
         (
             *(str(old[name]) for name in ("arm", "networks", "seed", "split")),
@@ -408,7 +452,6 @@ def superseded(state: StudyState, results: Results, outcome: str) -> list[Block]
             new["reason"],
         )
         for old, new in results.superseded()
-        if old["key"] in keys
     ]
     if not table:
         return []

@@ -23,6 +23,7 @@ from dist_graft.plot_style import (
     Style,
     plot_style,
 )
+from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import parse_list
 from dist_graft.studies.statistics import ArmResult, ContrastResult, mean_and_deviation
 
@@ -82,21 +83,24 @@ def differences(results: Sequence[ContrastResult]) -> Figure:
 
 @plot_style(grid="x")
 def forest(
-    results: Sequence[ContrastResult], published: Sequence[tuple[str, str, float]]
+    results: Sequence[ContrastResult], published: Sequence[tuple[str, str, float, bool]]
 ) -> Figure:
-    """Plot this comparison's intervals above published gains.
+    """Plot this comparison's intervals above published gains, one row per method and setting.
 
-    Args: published: method, setting and gain in percentage points.
+    Args: published: method, setting, gain in percentage points, and whether its square is open.
     """
+    settings = list(dict.fromkeys((method, setting) for method, setting, *_ in published))
     names = _pairs(results)
-    names += [f"{method}, published:\n{setting}" for method, setting, _ in published]
+    names += [f"{method}, published:\n{setting}" for method, setting in settings]
     figure, axes = _rows(names, height=0.4)
     axes.axvline(0, color=BLACK, lw=1)
     for row, result in enumerate(results):
         _draw_interval(axes, row, result)
     axes.axhline(len(results) - 0.5, color="#999999", lw=0.8)
-    gains = [gain for _, _, gain in published]
-    axes.plot(gains, range(len(results), len(names)), "s", color=ORANGE, ms=6)
+    for method, setting, gain, is_open in published:
+        row = len(results) + settings.index((method, setting))
+        axes.plot([gain], [row], "s", color=ORANGE, mfc="white" if is_open else ORANGE, ms=6)
+    gains = [gain for _, _, gain, _ in published]
     _clip(axes, results, max(map(abs, [*gains, *(r.test.mean for r in results)])))
     axes.set_xlabel("gain in accuracy (percentage points)")
     _annotate(axes, "diamonds and bars: this comparison; squares: published, other data and models")
@@ -193,7 +197,8 @@ def accuracy_by_cost(
 ) -> Figure:
     """Plot the mean accuracy against images seen, if they are known, and against wall time.
 
-    The epochs of a run are taken to be equally long. `outcome` is a column of the curves.
+    The epochs of all networks of an arm are taken to be equally long. The curve of a network with
+    teachers begins at their cost. `outcome` is a column of the curves.
     """
     costs = [
         (column, factor, text)
@@ -211,9 +216,12 @@ def accuracy_by_cost(
             continue
         means = points.groupby("epoch")[outcome].mean()
         ends.append(float(means.iloc[-1]))
+        run = Run(phase="comparison", arm=arm.arm, seed=0)
+        before = run.teachers.cost if run.teachers else 0
+        shares = [(before + run.trained(epoch + 1)) / run.cost for epoch in range(len(means))]
         for axes, (column, factor, _) in zip(panels, costs, strict=True):
             total = arm.mean(column) * factor
-            x = [total * (epoch + 1) / len(means) for epoch in range(len(means))]
+            x = [total * share for share in shares]
             (curve,) = axes.plot(x, means, lw=1.6, **style)
             axes.plot(x[-1:], means.iloc[-1:], "o", ms=5, color=style["color"])
         curve.set_label(arm.arm.label)
@@ -305,7 +313,7 @@ def invalid_filters(arms: Sequence[ArmResult], names: Mapping[str, str]) -> Figu
         text: [(100 * arm.rows[name] / arm.rows["filters"]).dropna().tolist() for arm in arms]
         for name, text in names.items()
     }
-    figure = _dots_from_zero(arms, values, "invalid filters of one network of each run (%)")
+    figure = _dots_from_zero(arms, values, "invalid filters (%)")
     if not any(any(of_arm) for by_arm in values.values() for of_arm in by_arm):
         (axes,) = figure.axes
         where: Style = {"ha": "center", "va": "center", "transform": axes.transAxes}

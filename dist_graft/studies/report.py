@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_graft.plot_style import png
-from dist_graft.run_directory import flatten, write_atomically
+from dist_graft.run_directory import flatten, git_commit, write_atomically
 from dist_graft.studies import measured_sections as sections
 from dist_graft.studies import plots
 from dist_graft.studies.checks import check_arms
@@ -102,6 +102,7 @@ def build_report(
     if state.design is None:
         text = "No conclusion yet: the trials on the validation split have not finished, or failed."
         blocks = [title, Paragraph(text, "summary"), *_items(changes), *unused]
+        blocks += sections.superseded(results, plan.primary)
         blocks += [*_regime_search(state, rows), *_learning_rate_search(state)]
         return [*blocks, *_details(state, results, starts)], [text, *changes]
 
@@ -134,7 +135,7 @@ def build_report(
         *_other_controls(secondary),
         *_shared_runs(primary, secondary),
         *unused,
-        *sections.superseded(state, results, plan.primary),
+        *sections.superseded(results, plan.primary),
         *_learning_curves(state, arms, results),
         *_other_outcomes(arms),
         *sections.calibration(arms),
@@ -308,8 +309,11 @@ def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Resu
             name = f"cost_curves_{networks}_networks"
             caption = (
                 f"Accuracy by images seen and by wall time, population size {networks}, with the "
-                "controls that train longer. The epochs of a run are taken to be equally long."
+                "controls that train longer. The epochs of all networks of an arm are taken to be "
+                "equally long."
             )
+            if any(arm.arm.teachers for arm in group):
+                caption += " A distilled network begins at the cost of its teachers."
             pictures.append(Picture(name, png(figure), caption))
     if not pictures:
         return []
@@ -318,7 +322,8 @@ def _learning_curves(state: StudyState, arms: Sequence[ArmResult], results: Resu
         Heading(2, "Learning curves"),
         Paragraph(
             f"{what} at the end of each epoch, before its round: mean over the seeds, with a band "
-            f"of one standard deviation.{sections.without_average(arms)}"
+            "of one standard deviation."
+            f"{sections.without_average([arm for arm in arms if len(arm.rows)])}"
         ),
         *pictures,
     ]
@@ -375,19 +380,20 @@ def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
     table = [
         (
             arm.arm.label,
-            *(format_spread(rows[name].astype(float), 1) for name in _FILTER_HEADERS),
-            str(rows["filters"].iloc[0]),
+            *(format_spread(100 * rows[name] / rows["filters"], 1) for name in _FILTER_HEADERS),
+            _join(sorted(set(rows["filters"]))),
         )
         for arm, rows in counted
     ]
+    headers = [f"{text}, %" for text in _FILTER_HEADERS.values()]
     return [
         Heading(2, "Invalid filters"),
         Paragraph(
-            "Filters whose L1 norm is below a threshold after the training, in one network of each "
-            "run: the member with the largest learning rate, the last one if rates are equal. Mean "
-            "± standard deviation over the seeds."
+            "Percentage of filters whose L1 norm is below a threshold after the training: mean ± "
+            "standard deviation over the seeds. The filters of all members are counted, or those "
+            "of one member in rows of an earlier version."
         ),
-        Table(("arm", *_FILTER_HEADERS.values(), "filters"), table),
+        Table(("arm", *headers, "filters counted"), table),
         Picture(
             "filters",
             png(plots.invalid_filters([arm for arm, _ in counted], _FILTER_HEADERS)),
@@ -541,6 +547,8 @@ def _provenance(state: StudyState, rows: pd.DataFrame, starts: Sequence[Start]) 
             "versions of the comparison",
             [" ".join(f"{n} {v}" for n, v in start.versions.items()) for start in starts],
         ),
+        ("commit of the report", [git_commit()]),
+        ("commit of the comparison", [start.commit for start in starts]),
         ("versions of the runs", rows["versions"]),
         ("commit of the runs", rows["commit"]),
     ):

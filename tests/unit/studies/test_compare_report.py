@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import carry_out, made_up_row, make_plan
+from made_up import carry_out, made_up_curve, made_up_row, make_plan
 from matplotlib.figure import Figure
 from measured_rows import carry_out_measured
 
@@ -39,6 +39,8 @@ from dist_graft.studies.measured_sections import (
     beside_published,
     built_in_method,
     calibration,
+    costs,
+    differences_between_networks,
     image_sampling,
     read_published,
     superseded,
@@ -66,7 +68,7 @@ from dist_graft.studies.statistics import (
     holm,
     paired_test,
 )
-from dist_graft.studies.train_options import TrainOptions
+from dist_graft.studies.train_options import Delivery, TrainOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -214,14 +216,15 @@ class TestReport:
 
         primary, outcomes, filters, cost = (
             {row["arm"]: row for row in table_of(blocks, column)}["graft, 4 networks"]
-            for column in ("each seed", "uniform soup", "filters", "wall time, s")
+            for column in ("each seed", "uniform soup", "filters counted", "wall time, s")
         )
         assert primary["mean ± std"] == spread("delivered", 2)
         assert numbers(primary["each seed"]) == rows["delivered"].round(2).tolist()
         assert outcomes["ensemble"] == spread("ensemble", 2)
         assert outcomes["uniform soup, batch norm averaged"] == spread("uniform_soup_as_is", 2)
-        assert filters["L1 norm below 0.1"] == spread("invalid_0.1", 1)
-        assert filters["filters"] == "240"
+        shares = 100 * rows["invalid_0.1"].to_numpy(dtype=float) / 240
+        assert filters["L1 norm below 0.1, %"] == f"{shares.mean():.1f} ± {shares.std(ddof=1):.1f}"
+        assert filters["filters counted"] == "240"
         assert cost["CPU time, core-s"] == spread("core_seconds", 1)
 
     def test_differences_are_paired_by_seed(self, written: Written) -> None:
@@ -293,6 +296,20 @@ class TestReport:
         assert "core" in facts["hardware"]
         assert facts["versions of the runs"] == "dist_graft 0.1.0 torch 2.14.1"
         assert blocks[-1] == Code(plan_yaml.decode())
+
+    def test_names_the_commits(self, written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+        out, state, results, _ = written
+        monkeypatch.setattr(report, "git_commit", lambda: "feed-dirty")
+        (start,) = read_starts(out)
+        starts = [replace(start, commit=commit) for commit in ("aaa", "bbb-dirty", "aaa", "")]
+        _, facts, _ = report._provenance(state, results.rows, starts)
+        assert isinstance(facts, Items)
+        assert [text for text in facts.texts if text.startswith("commit ")] == [
+            "commit of the report: feed-dirty",
+            "commit of the comparison: aaa",
+            "commit of the comparison: bbb-dirty",
+            "commit of the runs: 0123abcd",
+        ]
 
 
 class TestIncompleteReport:
@@ -404,22 +421,39 @@ class TestChangedPlan:
 def test_superseded_rows_are_shown_with_the_reason(tmp_path: Path) -> None:
     small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
     state, results = carry_out(small, tmp_path, value_of)
-    assert superseded(state, results, small.primary) == []
+    assert superseded(results, small.primary) == []
     first, second = state.comparison_runs[:2]
     results.add(made_up_row(first, 90.0) | {"finished": "later", "reason": "a bug in the schedule"})
     results.add(made_up_row(second, 0.0, error="out of memory"))
     results.add(made_up_row(second, 91.0) | {"reason": "the earlier attempt failed"})
     (row,) = [
         row
-        for row in table_of(superseded(state, results, small.primary), "before")
+        for row in table_of(superseded(results, small.primary), "before")
         if row["arm"] == first.arm.name and row["seed"] == str(first.seed)
     ]
     assert numbers(row["before"])[0] == pytest.approx(value_of(first), abs=0.006)
     assert row["after"].startswith("90.00 (later, ")
     assert row["reason"] == "a bug in the schedule"
     results.all_rows = results.all_rows.assign(reason="a bug in the schedule")
-    rows = table_of(superseded(state, results, small.primary), "before")
+    rows = table_of(superseded(results, small.primary), "before")
     assert {row["reason"] for row in rows} == {"a bug in the schedule"}
+
+
+def test_superseded_rows_of_an_arm_that_left_the_plan_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    before, after = (
+        make_plan(recipe={"epochs": 1}, methods=methods, seeds=[1])
+        for methods in (["average", "wash"], ["average"])
+    )
+    _, results = carry_out(before, tmp_path, value_of)
+    (run,) = (r for r in study_state(before).comparison_runs if r.arm.name == "wash")
+    results.add(made_up_row(run, 80.0) | {"reason": "too few moves"})
+    blocks, _ = build_report(study_state(after, results.rows), results, [])
+    (row,) = table_of(blocks, "before", "after", "reason")
+    assert (row["arm"], row["reason"]) == ("wash", "too few moves")
 
 
 def test_diverged_runs_count(tmp_path: Path) -> None:
@@ -476,18 +510,99 @@ def test_seeds_with_their_own_images_are_named() -> None:
     assert "held out" in image_sampling(DataConfig(val_fraction=0.1))
 
 
-def test_arms_that_deliver_an_average_are_named() -> None:
-    average = replace(arm("ema"), explicit_delivery="ema")
-    results = [
-        ArmResult(arm=each, rows=pd.DataFrame(), failed=[], missing=[]) for each in (GRAFT, average)
+def test_arms_that_deliver_an_average_or_an_ensemble_are_named() -> None:
+    arms = [
+        replace(arm(kind), explicit_delivery=kind)
+        for kind in ("member", "soup", "ema", "checkpoints", "snapshots")
     ]
+    results = [ArmResult(arm=each, rows=pd.DataFrame(), failed=[], missing=[]) for each in arms]
     assert without_average(results[:1]) == ""
-    assert without_average(results).endswith(": ema, 4 networks.")
+    labels = "soup, 4 networks; ema, 4 networks; checkpoints, 4 networks; snapshots, 4 networks"
+    assert without_average(results).endswith(f"that they deliver: {labels}.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"), [("soup", "soup_nll"), ("snapshots", "ensemble_nll"), ("ema", None)]
+)
+def test_delivered_models_with_a_likelihood_are_not_shown_as_trained(
+    kind: Delivery, column: str | None
+) -> None:
+    values = {"status": ["ok"], "delivers": [kind], "nll": [0.5]}
+    rows = pd.DataFrame(values | ({column: [0.4]} if column else {}))
+    delivering = replace(arm("own"), explicit_delivery=kind)
+    _, text, _ = calibration([ArmResult(arm=delivering, rows=rows, failed=[], missing=[])])
+    assert isinstance(text, Paragraph)
+    assert ("as trained" in text.text) == (column is None)
+
+
+def test_diverged_runs_are_left_out_of_measurements() -> None:
+    rows = pd.DataFrame(
+        {
+            "status": ["ok", "diverged", "ok"],
+            "delivers": ["member"] * 3,
+            "nll": [0.5, 2.3, 0.7],
+            "calibration_error": [1.0, 50.0, 3.0],
+            "disagreement": [4.0, 90.0, 6.0],
+        },
+        index=[1, 2, 3],
+    )
+    result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
+    for section, values in (
+        (calibration, ["0.600 ± 0.141", "2.00 ± 1.41"]),
+        (differences_between_networks, ["5.00 ± 1.41"]),
+    ):
+        _, text, table = section([result])
+        assert isinstance(text, Paragraph)
+        assert isinstance(table, Table)
+        assert text.text.endswith("are left out: graft, 4 networks (seed 2).")
+        assert list(table.rows[0][2:]) == values
+        _, text, _ = section([replace(result, rows=rows[rows["status"] == "ok"])])
+        assert isinstance(text, Paragraph)
+        assert "left out" not in text.text
+
+
+def test_costs_count_heals_and_diverged_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_sections, "png", lambda figure: PNG)
+    rows = pd.DataFrame(
+        {
+            "status": ["ok", "diverged", "diverged"],
+            "wall_seconds": [1.0, 2.0, 3.0],
+            "core_seconds": [2.0, 3.0, 4.0],
+            "heals": [0, 2, 3],
+        },
+        index=[1, 2, 3],
+    )
+    result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
+    blocks = costs([result])
+    (row,) = table_of(blocks, "heals")
+    assert (row["heals"], row["diverged runs"]) == ("5", "2")
+    replicas: TrainOptions = {"epochs": 1, "runtime": {"replicas": 2}}
+    parallel = replace(result, arm=replace(arm("parallel"), networks=1, options=replicas))
+    texts = [
+        " ".join(block.text for block in found if isinstance(block, Paragraph))
+        for found in (blocks, costs([result, parallel]))
+    ]
+    assert ["without the gradients of runtime.replicas" in text for text in texts] == [False, True]
+
+
+def test_filters_are_compared_by_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an earlier version count the filters of one member."""
+    monkeypatch.setattr(report, "png", lambda figure: PNG)
+    rows = pd.DataFrame({"filters": [240, 960], "invalid_0.1": [24, 48], "invalid_0.01": [0, 48]})
+    result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
+    (row,) = table_of(report._invalid_filters([result]), "filters counted")
+    assert row == {
+        "arm": "graft, 4 networks",
+        "L1 norm below 0.1, %": "7.5 ± 3.5",
+        "L1 norm below 0.01, %": "2.5 ± 3.5",
+        "filters counted": "240, 960",
+    }
 
 
 def test_averages_have_columns_of_their_own() -> None:
     average = replace(arm("ema"), explicit_delivery="ema")
-    rows = pd.DataFrame({"delivers": ["ema"], "nll": [0.5], "average_nll": [0.25]})
+    values = {"status": ["ok"], "delivers": ["ema"], "nll": [0.5], "average_nll": [0.25]}
+    rows = pd.DataFrame(values)
     measured = ArmResult(arm=average, rows=rows, failed=[], missing=[])
     _, text, table = calibration([measured])
     assert isinstance(text, Paragraph)
@@ -500,7 +615,7 @@ def test_averages_have_columns_of_their_own() -> None:
     unmeasured = replace(measured, rows=rows.drop(columns="average_nll"))
     _, text, _ = calibration([unmeasured])
     assert isinstance(text, Paragraph)
-    assert text.text.endswith("as trained, without the average that they deliver: ema, 4 networks.")
+    assert text.text.endswith("without the average or ensemble that they deliver: ema, 4 networks.")
 
 
 @pytest.mark.parametrize(
@@ -520,9 +635,13 @@ def test_the_built_in_method_of_an_arm(options: TrainOptions, name: str | None) 
 
 class TestPublished:
     def test_gains_are_differences_of_published_accuracies(self) -> None:
-        found = {(p.method, p.setting): p.gain for p in read_published()}
-        assert found["graft", "CIFAR-10, ResNet-32, 2 networks"] == 0.5
-        assert found["papa", "ImageNet, various models"] == 1.6
+        found = {(p.method, p.setting, p.different_rates): p.gain for p in read_published()}
+        assert len(found) == len(read_published())
+        assert found["graft", "CIFAR-10, ResNet-32, 2 networks", False] == 0.5
+        assert found["graft", "CIFAR-100, ResNet-110, 2 networks", True] == 2.06
+        assert found["papa", "ImageNet, various models", False] == 1.6
+        several = {p.networks: p.gain for p in read_published() if "CIFAR-10," in p.setting}
+        assert [several[networks] for networks in (3, 4, 6, 8)] == [2.13, 2.81, 2.91, 2.78]
         assert {p.method for p in read_published()} <= set(BUILT_IN)
         assert all("arXiv" in p.source for p in read_published())
 
@@ -541,12 +660,25 @@ class TestPublished:
         assert [source.partition(":")[0] for source in sources.texts] == ["graft"]
         assert beside_published([contrast(UNCLEAR, method=other)]) == []
 
+    def test_larger_populations_are_shown_beside_as_large_ones(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[tuple[str, str, float, bool]] = []
+        monkeypatch.setattr(measured_sections, "png", lambda figure: PNG)
+        monkeypatch.setattr(plots, "forest", lambda results, published: drawn.extend(published))
+        beside_published([contrast(BETTER, method=replace(GRAFT, options={"method": "graft"}))])
+        sizes = [re.findall(r"(\d+) networks", setting)[0] for _, setting, *_ in drawn]
+        assert [sizes.count(size) for size in "23468"] == [16, 0, 2, 0, 0]
+
 
 class TestPlots:
     @pytest.mark.parametrize("differences", [[-0.5, 0.5], [-0.1, 0.1, 0.05]])
     def test_clipped_intervals_end_in_arrows(self, differences: list[float]) -> None:
         result = contrast(differences)
-        for figure in (plots.differences([result]), plots.forest([result], [("a", "b", 0.1)])):
+        for figure in (
+            plots.differences([result]),
+            plots.forest([result], [("a", "b", 0.1, False)]),
+        ):
             (axes,) = figure.axes
             low, high = axes.get_xlim()
             assert result.half_width is not None
@@ -557,6 +689,15 @@ class TestPlots:
             markers = [line.get_marker() for line in axes.lines]
             assert {marker: marker in markers for marker in clipped} == clipped
         assert any(clipped.values()) == (len(differences) == 2)
+
+    def test_published_gains_of_a_setting_share_a_row(self) -> None:
+        published = [("a", "b", 0.1, False), ("a", "c", 0.2, False), ("a", "b", 0.3, True)]
+        figure = plots.forest([contrast(BETTER)], published)
+        assert isinstance(figure, Figure)
+        squares = [line for line in figure.axes[0].lines if line.get_marker() == "s"]
+        places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in squares]
+        assert places == [(0.1, 1), (0.2, 2), (0.3, 1)]
+        assert [line.get_markerfacecolor() == "white" for line in squares] == [False, False, True]
 
     @pytest.mark.parametrize("count", [0, 3])
     def test_filter_plot_says_that_none_is_invalid(self, count: int) -> None:
@@ -847,6 +988,44 @@ class TestBaselinesInStages:
         assert f"{self.BRANCHES}: 4 + 2 x 4 epochs of a network, instead of 2 x 8" in text
         assert f"{self.DISTILLED}: the 2 members are included" in text
         assert "snapshot" not in text
+
+    def test_curves_by_cost(self) -> None:
+        design = study_state(
+            plan(networks=[2], seeds=[1], baselines=["branches", "distilled"])
+        ).design
+        assert design is not None
+        runs = {
+            arm.label: Run(phase="comparison", arm=arm, seed=1)
+            for arm in design.arms
+            if arm.label in ("graft, 2 networks", self.BRANCHES, self.DISTILLED)
+        }
+        arms = [
+            ArmResult(
+                arm=run.arm,
+                rows=pd.DataFrame(
+                    {
+                        "key": [run.key],
+                        "images_seen": [10_000 * run.cost],
+                        "wall_seconds": [60.0 * run.cost],
+                    }
+                ),
+                failed=[],
+                missing=[],
+            )
+            for run in runs.values()
+        ]
+        curves = pd.concat(made_up_curve(run, 86.0).assign(key=run.key) for run in runs.values())
+        figure = plots.accuracy_by_cost(arms, curves, "mean_of_members", "accuracy")
+        assert isinstance(figure, Figure)
+        epochs = {
+            "graft, 2 networks": [2, 4, 6, 8, 10, 12, 14, 16],
+            self.BRANCHES: [1, 2, 3, 4, 6, 8, 10, 12],
+            self.DISTILLED: [17, 18, 19, 20, 21, 22, 23, 24],
+        }
+        for axes, unit in zip(figure.axes, (0.01, 1.0), strict=True):
+            for label, curve in zip(runs, axes.lines[::2], strict=True):
+                expected = [unit * count for count in epochs[label]]
+                assert list(curve.get_xdata()) == pytest.approx(expected)
 
     def test_delivered_models(self, blocks: list[Block]) -> None:
         rows = table_of(blocks, "delivers", "NLL, members")

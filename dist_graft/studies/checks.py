@@ -21,7 +21,7 @@ from dist_graft.studies.statistics import (
     half_width,
     paired_test,
 )
-from dist_graft.studies.train_options import has_exchange
+from dist_graft.studies.train_options import delivery, has_exchange
 from dist_graft.training.data.sources import DATASET_INFO
 from dist_graft.training.learning_rates import initial_rates
 
@@ -34,6 +34,8 @@ FEW_DONORS = 50.0
 """Percentage of rounds with a donor below which grafting was rare."""
 FEW_INVALID = 3.0
 """Percentage of invalid filters below which there is little to re-activate."""
+MOSTLY_HALF = 90.0
+"""Percentage of coefficients near 1/2 from which grafting is nearly a plain average."""
 NEAR_CHANCE = 2.0
 """An arm is near chance below this many times chance accuracy."""
 _ROUNDING = 1e-6  # results.csv has six digits
@@ -81,16 +83,19 @@ def check_arms(
     for result in arms:
         if result.rows.empty:
             continue
-        config = result.arm.config(0)
+        config, networks = result.arm.config(0), result.arm.networks
         parts = [check_chance(result, outcome)]
+        if has_exchange(config, networks):
+            parts.append(check_rounds(result))
         if result.arm.name.startswith(ONE_NETWORK) and result.arm.role == "control":
             parts.append(check_saturation(result, curves))
         short, factor = design.lengthened.get(result.arm.key, (None, 0))
         if short and short.key in results:
             parts.append(check_doubling(result, results[short.key], factor))
-        if result.arm.networks > 1 and delivered_model(result) == "soup":
+        # PAPA and WASH must form a soup even if the plan changes what they deliver
+        if networks > 1 and "soup" in (delivered_model(result), delivery(config, networks)):
             parts.append(check_soup(result))
-        if result.arm.role == "method" and _reactivates(config, result.arm.networks):
+        if result.arm.role == "method" and _reactivates(config, networks):
             control = without.get(result.arm.key)
             parts.append(check_reactivation(result, results.get(control.key) if control else None))
             if config.graft.source == "external":
@@ -111,8 +116,16 @@ def delivered_model(result: ArmResult) -> str:
     return str(result.rows["delivers"].iloc[0])
 
 
+def check_rounds(result: ArmResult) -> Check:
+    """An exchange needs a round, or the arm equals one without exchange."""
+    rounds = result.values("rounds")
+    if len(rounds) and not rounds.any():
+        return Check(failures=["no round took place"])
+    return Check()
+
+
 def check_soup(result: ArmResult) -> Check:
-    """A method that delivers a soup must form one: within 1 point of the mean member.
+    """An arm that delivers a soup, or whose rule does, must form one near the mean member.
 
     Runs that diverged have no soup; if all did, the arm has its verdict from chance accuracy.
     """
@@ -136,7 +149,7 @@ def check_soup(result: ArmResult) -> Check:
 
 
 def _strength(result: ArmResult) -> list[str]:
-    """How much a method that delivers a soup pulled or moved."""
+    """How much PAPA pulled, or WASH moved."""
     return [
         f"{text} {result.mean(column):.3g}{unit}"
         for column, text, unit in (
@@ -174,28 +187,41 @@ def _rates(result: ArmResult) -> str:
 
 
 def check_coefficients(result: ArmResult) -> Check:
-    """Coefficients must leave 1/2, or the method is an average of neighbors."""
+    """Coefficients must leave 1/2, or the method is an average of neighbors.
+
+    With graft.level filter, means over the channels of a layer are measured. They can be near 1/2
+    although the channels differ, so only the donors are checked.
+    """
     low, high = result.values("coefficient_min"), result.values("coefficient_max")
     with_donor = result.values("rounds_with_donor")
     if low.empty:
         if len(with_donor) and not with_donor.any():
             return Check(failures=["no round had a donor: nothing was grafted"])
-        if result.values("rounds").any():
+        rounds = result.values("rounds")
+        if rounds.any():
             return Check(failures=["its rounds have no coefficients"])
-        return Check(warnings=["its coefficients were not measured"])
+        return Check(warnings=["its coefficients were not measured"] if rounds.empty else [])
     warnings = []
     if len(with_donor) and with_donor.mean() < FEW_DONORS:
         warnings.append(f"only {with_donor.mean():.0f} % of its rounds had a donor")
+    if result.arm.config(0).graft.level == "filter":
+        return Check(warnings=[*warnings, "coefficients of channels are not checked"])
     middle = ", ".join(
         f"{result.mean(f'coefficient_{name}'):.3f} ({text})"
         for name, text in (("5", "5%"), ("median", "median"), ("95", "95%"))
     )
+    near_half = result.mean("coefficient_near_half")
     text = (
         f"coefficients {low.min():.3f} to {high.max():.3f}, {middle}; "
-        f"{result.mean('coefficient_near_half'):.0f} % within {NEAR_HALF:g} of 1/2"
+        f"{near_half:.0f} % within {NEAR_HALF:g} of 1/2"
     )
     if max(0.5 - low.min(), high.max() - 0.5) < NEAR_HALF + _ROUNDING:
         return Check(failures=[f"{text}: the layers' information has no effect"], warnings=warnings)
+    if near_half >= MOSTLY_HALF:
+        warnings.append(
+            f"{near_half:.0f} % of the coefficients are within {NEAR_HALF:g} of 1/2: nearly a "
+            "plain average"
+        )
     return Check(facts=[text], warnings=warnings)
 
 

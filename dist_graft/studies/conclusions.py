@@ -31,9 +31,9 @@ def verdict(result: ContrastResult) -> Verdict:
 
 
 def qualified_verdict(result: ContrastResult) -> str:
-    """Return the verdict, with a remark if a weak control makes it worth nothing."""
+    """Return the verdict, with a remark if the control is weak, unless the method is worse."""
     word = verdict(result)
-    return f"{word} (weak control)" if word == "better" and result.weak_control else word
+    return f"{word} (weak control)" if word != "worse" and result.weak_control else word
 
 
 def conclusion(result: ContrastResult, *, under_trained: bool = False) -> str:
@@ -51,7 +51,8 @@ def under_trained_sizes(results: Iterable[ContrastResult]) -> set[int]:
 def findings(result: ContrastResult) -> str:
     """Return the verdict with the numbers that it is based on."""
     if result.not_tested:
-        return f"not tested: {result.not_tested}; difference: {_difference(result)}"
+        reason = f"{qualified_verdict(result)}: {result.not_tested}"
+        return f"{reason}; difference: {_difference(result)}"
     word = verdict(result)
     text = f"{qualified_verdict(result)}, {_difference(result)}"
     if word == "worse" and result.under_trained:
@@ -120,7 +121,9 @@ def overall_conclusions(
     ]
     if unclear:
         names = "; ".join(
-            f"{r.contrast.method.label} and {r.contrast.control_name}" for r in unclear
+            f"{r.contrast.method.label} and {r.contrast.control_name}"
+            f"{' (weak control)' if r.weak_control else ''}"
+            for r in unclear
         )
         sentences.append(f"No difference is shown between {names}.")
     return sentences
@@ -181,6 +184,7 @@ def _better(tested: Sequence[ContrastResult], secondary: Sequence[ContrastResult
         unclear = [
             o.contrast.control_name
             + (f", equivalent within ±{o.margin:g}" if is_equivalent(o) else "")
+            + (", weak control" if o.weak_control else "")
             for o in others
             if verdict(o) == "no difference shown"
         ]

@@ -13,7 +13,7 @@ import pytest
 from made_up import make_plan
 from measured_rows import carry_out_measured
 
-from dist_graft.studies import statistics
+from dist_graft.studies import measured_sections, report, statistics
 from dist_graft.studies.checks import (
     Check,
     check_arms,
@@ -21,6 +21,7 @@ from dist_graft.studies.checks import (
     check_coefficients,
     check_doubling,
     check_reactivation,
+    check_rounds,
     check_saturation,
     check_soup,
 )
@@ -45,6 +46,14 @@ def arm_result(
 
 
 PAPA, WASH = {"method": "papa"}, {"method": "wash"}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "failures"),
+    [([0, 0], ["no round took place"]), ([0, 3], []), ([np.nan, np.nan], [])],
+)
+def test_an_exchange_needs_a_round(rounds: Sequence[float], failures: list[str]) -> None:
+    assert list(check_rounds(arm_result({}, rounds=rounds)).failures) == failures
 
 
 class TestSoup:
@@ -121,14 +130,16 @@ class TestReactivation:
 
 class TestCoefficients:
     @staticmethod
-    def check(low: float, high: float) -> Check:
+    def check(
+        low: float, high: float, *, near_half: float = 80.0, options: dict[str, Any] | None = None
+    ) -> Check:
         return check_coefficients(
             arm_result(
-                {},
+                options or {},
                 coefficient_min=[0.5, low],
                 coefficient_max=[high, 0.5],
                 **{f"coefficient_{name}": [0.5, 0.5] for name in ("5", "median", "95")},
-                coefficient_near_half=[80.0, 90.0],
+                coefficient_near_half=[near_half, 90.0],
             )
         )
 
@@ -150,6 +161,18 @@ class TestCoefficients:
         assert text.startswith(f"coefficients {low:.3f} to {high:.3f}")
         assert "85 % within 0.02 of 1/2" in text
 
+    @pytest.mark.parametrize(("near_half", "warns"), [(89.8, False), (90.0, True), (100.0, True)])
+    def test_warns_if_nearly_all_are_near_one_half(self, near_half: float, warns: bool) -> None:
+        check = self.check(0.3, 0.7, near_half=near_half)
+        assert check.not_tested is None
+        text = f"{(near_half + 90) / 2:.0f} % of the coefficients are within 0.02 of 1/2: nearly"
+        assert [warning.startswith(text) for warning in check.warnings] == [True] * warns
+
+    def test_of_channels_are_not_checked(self) -> None:
+        check = self.check(0.49, 0.51, options={"graft": {"level": "filter"}})
+        assert (check.failures, check.facts) == ((), ())
+        assert check.warnings == ["coefficients of channels are not checked"]
+
     def test_warns_if_they_were_not_measured(self) -> None:
         check = check_coefficients(arm_result({}))
         assert check.not_tested is None
@@ -163,6 +186,9 @@ class TestCoefficients:
         few = check_coefficients(arm_result({}, rounds_with_donor=[40.0], **columns))
         assert (few.not_tested, few.warnings) == (None, ["only 40 % of its rounds had a donor"])
         assert not check_coefficients(arm_result({}, rounds_with_donor=[60.0], **columns)).warnings
+
+    def test_need_rounds(self) -> None:
+        assert check_coefficients(arm_result({}, rounds=[0, 0])) == Check(warnings=[])
 
     def test_rounds_without_coefficients_fail(self) -> None:
         check = check_coefficients(arm_result({}, rounds=[8, 8]))
@@ -260,18 +286,30 @@ class TestChance:
 class TestOfAComparison:
     """Checks change verdicts, but neither differences nor Holm's correction."""
 
+    @pytest.fixture(autouse=True)
+    @staticmethod
+    def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (report, measured_sections):
+            monkeypatch.setattr(module, "png", lambda figure: b"")
+
     @staticmethod
     def carry_out(
-        folder: Path, *, soup: float, invalid: int, **columns: Any
+        folder: Path,
+        *,
+        soup: float = 0.5,
+        invalid: int = 20,
+        methods: Any = ("graft", "papa", "average"),
+        leave_out: Sequence[str] = ("constant", "shuffled"),
+        **columns: Any,
     ) -> tuple[StudyState, Results, list[ArmResult]]:
-        """Made-up runs of three methods whose long control is saturated."""
+        """Made-up runs of methods whose long control is saturated."""
         folder.mkdir()
         plan = make_plan(
-            methods=["graft", "papa", "average"],
+            methods=methods if isinstance(methods, dict) else list(methods),
             networks=[4],
             seeds=[1, 2, 3],
             recipe={"epochs": 8},
-            leave_out=["constant", "shuffled"],
+            leave_out=list(leave_out),
         )
         state, results = carry_out_measured(
             plan, folder, lambda run: 86 + run.seed + (run.config.method == "graft"), **columns
@@ -314,6 +352,19 @@ class TestOfAComparison:
         half = {"coefficient_min": 0.49, "coefficient_max": 0.51}
         assert self.outcomes(tmp_path, soup=0.5, invalid=20, **half)["failures"] == ["graft"]
 
+    def test_arms_without_a_round_were_not_tested(self, tmp_path: Path) -> None:
+        methods, leave_out = ("graft", "diloco", "average"), ["shuffled"]
+        found = self.outcomes(tmp_path, methods=methods, leave_out=leave_out, rounds=0)
+        assert sorted(found["failures"]) == ["average", "constant", "diloco", "graft"]
+
+    @pytest.mark.parametrize("delivers", ["member", "checkpoints"])
+    def test_papa_must_form_a_soup_whatever_it_delivers(
+        self, delivers: str, tmp_path: Path
+    ) -> None:
+        methods = {"papa": {"delivers": delivers}, "average": {"delivers": "soup"}}
+        found = self.outcomes(tmp_path, soup=1.5, methods=methods)
+        assert found["failures"] == ["papa", "average"]
+
     def test_rows_of_older_versions_have_no_measurements(self, tmp_path: Path) -> None:
         state, results, arms = self.carry_out(tmp_path / "out", soup=0.5, invalid=20)
         old = [
@@ -338,3 +389,37 @@ class TestOfAComparison:
         assert verdicts["average, 4 networks"] != "not tested"
         for before, after in zip(passed.rows, failed.rows, strict=True):
             assert before[2:5] == after[2:5]  # difference, n, p
+
+    @staticmethod
+    def rows(state: StudyState, results: Results, column: str) -> list[tuple[str, ...]]:
+        """Rows of the report's tables that have this column."""
+        blocks, _ = build_report(state, results, [])
+        tables = [b for b in blocks if isinstance(b, Table) and column in b.header]
+        return [tuple(row) for table in tables for row in table.rows]
+
+    def test_a_rising_long_training_is_no_control(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out")
+        (long,) = (result for result in arms if result.arm.name.startswith("one network"))
+        of_long = results.curves["key"].isin(long.rows["key"])
+        results.curves.loc[of_long, "mean_of_members"] += results.curves["epoch"]
+        verdicts = {row[-1] for row in self.rows(state, results, "p (Holm)") if "one" in row[1]}
+        assert verdicts == {"not tested"}
+
+    def test_diverged_and_healed_runs_are_named(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out")
+        graft, *_ = (result.rows["key"] for result in arms if result.arm.name == "graft")
+        results.rows.loc[graft[2], "status"] = "diverged"
+        results.rows.loc[graft[3], "heals"] = 2
+        rows = self.rows(state, results, "numbers")
+        warnings = [text for _, word, text in rows if word == "warning"]
+        assert [text[:23] for text in warnings] == [
+            "diverged with seed 2, w",
+            "2 times, a network that",
+        ]
+
+    def test_a_long_training_that_lowers_accuracy_is_a_weak_control(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out")
+        (long,) = (result for result in arms if result.arm.name.startswith("one network"))
+        results.rows.loc[long.rows["key"], "delivered"] -= [1.99, 2.0, 2.01]
+        verdicts = {row[-1] for row in self.rows(state, results, "p (Holm)") if "one" in row[1]}
+        assert verdicts == {"better (weak control)"}

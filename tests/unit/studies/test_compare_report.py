@@ -834,7 +834,7 @@ def test_better_in_an_under_trained_regime_says_so() -> None:
     assert remark not in conclusion(contrast(UNCLEAR), under_trained=True)
 
 
-def test_better_than_a_weak_control_says_so() -> None:
+def test_a_weak_control_is_named_unless_the_method_is_worse() -> None:
     better, worse, unclear = (
         contrast(values, control=ONE, weak=True) for values in (BETTER, WORSE, UNCLEAR)
     )
@@ -842,8 +842,20 @@ def test_better_than_a_weak_control_says_so() -> None:
     assert findings(better).startswith("better (weak control), +0.51 ± 0.14")
     assert overall_conclusions([better])[0].endswith("(+0.51 ± 0.14, weak control).")
     assert qualified_verdict(worse) == "worse"
-    assert qualified_verdict(unclear) == "no difference shown"
+    assert "weak control" not in findings(worse) + overall_conclusions([worse])[0]
+    assert qualified_verdict(unclear) == "no difference shown (weak control)"
+    assert findings(unclear).startswith("no difference shown (weak control), −0.09")
+    assert overall_conclusions([unclear])[0].endswith(f"and {ONE} (weak control).")
+    (text,) = overall_conclusions([contrast(BETTER)], [unclear])
+    assert text.endswith(f"not shown to differ from: {ONE}, weak control.")
+    not_tested, single = (
+        contrast(values, control=ONE, weak=True, failed=failed)
+        for values, failed in ((BETTER, SHORT), ([0.3], None))
+    )
+    assert findings(not_tested).startswith("not tested (weak control): one network")
+    assert qualified_verdict(single) == "no conclusion (weak control)"
     assert qualified_verdict(contrast(BETTER)) == "better"
+    assert "weak control" not in overall_conclusions([contrast(UNCLEAR)])[0]
 
 
 def summary(*results: ContrastResult, secondary: Iterable[ContrastResult] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from dist_graft.studies import plots
 from dist_graft.studies.checks import (
     FEW_DONORS,
     FEW_INVALID,
+    MOSTLY_HALF,
     SATURATION_MARGIN,
     SOUP_MARGIN,
     Check,
@@ -146,11 +147,12 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
         Heading(2, "Was it tested?"),
         Paragraph(
             "An arm that fails its check has no verdict, but a method can still be worse than an "
-            "under-trained long training. A method that delivers a soup must form "
-            f"one within {SOUP_MARGIN:g} point of the mean member. Grafting needs invalid filters "
-            f"in the population without exchange (a warning below {FEW_INVALID:g} %) and "
-            f"coefficients that leave 1/2 by more than {NEAR_HALF:g}, in rounds that had a donor "
-            f"(a warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
+            "under-trained long training. An arm with an exchange needs a round. PAPA, WASH, and "
+            f"all arms that deliver a soup must form one within {SOUP_MARGIN:g} point of the mean "
+            "member. Grafting needs invalid filters in the population without exchange (a warning "
+            f"below {FEW_INVALID:g} %) and coefficients that leave 1/2 by more than {NEAR_HALF:g} "
+            f"(a warning if at least {MOSTLY_HALF:g} % do not), in rounds that had a donor (a "
+            f"warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
             "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
             "check is strict. The gain of the long training over the recipe's length, both at the "

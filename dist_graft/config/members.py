@@ -7,6 +7,7 @@ every network. Nothing here depends on the number of networks, except the length
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -178,10 +179,16 @@ def _dotted(options: object) -> Options:
             dotted[str(name)] = value
     for name in dotted:
         if name not in MEMBER_OPTIONS:
-            raise ConfigError(
-                f"{name} cannot differ between networks; {', '.join(MEMBER_OPTIONS)} can"
-            )
+            raise ConfigError(f"{name} cannot differ between networks; {_hint(name)}")
     return dotted
+
+
+def _hint(name: str) -> str:
+    same = [option for option in MEMBER_OPTIONS if option.endswith(f".{name}")]
+    near = same or difflib.get_close_matches(name, MEMBER_OPTIONS, n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return "options of the optimizer, the loss, augmentation, and model.dropout can"
 
 
 def _spec(name: str, spec: object) -> Spec:

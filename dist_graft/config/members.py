@@ -188,7 +188,7 @@ def _hint(name: str) -> str:
     near = same or difflib.get_close_matches(name, MEMBER_OPTIONS, n=1, cutoff=0.8)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return "options of the optimizer, the loss, augmentation, and model.dropout can"
+    return "only options of optim (not the schedule), augmentation (data), and model.dropout can"
 
 
 def _spec(name: str, spec: object) -> Spec:

@@ -164,8 +164,8 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
     """Grafting needs invalid filters in the same population without exchange."""
     shares = pd.Series(dtype="float64")
     if without_exchange:
-        invalid, filters = (without_exchange.values(name) for name in ("invalid_0.1", "filters"))
-        shares = 100 * invalid / filters
+        rows = without_exchange.rows[without_exchange.rows["status"] != "diverged"]
+        shares = (100 * rows["invalid_0.1"] / rows["filters"]).dropna()
     if without_exchange is None or shares.empty:
         return Check(warnings=["invalid filters without exchange were not counted"])
     share = float(shares.mean())

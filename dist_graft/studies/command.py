@@ -62,7 +62,7 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
     from dist_graft.studies.comparison import compare, dry_run, require_reason
     from dist_graft.studies.selection import load_plan
 
-    redo, reason = options["redo"] or "", " ".join((options["reason"] or "").split())
+    redo, reason = options["redo"] or "", (options["reason"] or "").strip()
     require_reason(redo, reason)
     given = [f"--{mode}" for mode in (*_FLAGS, "redo") if options[mode]]
     if len(given) > 1:

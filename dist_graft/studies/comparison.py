@@ -69,6 +69,7 @@ def compare(
     report is written first. ConfigError if a part of the plan changed that must stay fixed, for an
     unknown arm, or if only one of `redo` and `reason` is given.
     """
+    reason = " ".join(reason.split())
     require_reason(redo, reason)
     if report_only:
         _require_same_plan(plan, folder)
@@ -322,7 +323,7 @@ def _report(plan: Plan, results: Results, folder: Path) -> str:
 
 def require_reason(redo: str, reason: str) -> None:
     """Raise ConfigError if only one of the two is given."""
-    if bool(redo) != bool(reason.strip()):
+    if bool(redo) != bool(reason):
         raise ConfigError("--redo and --reason belong together: name an arm, and give the reason")
 
 

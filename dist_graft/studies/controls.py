@@ -475,6 +475,7 @@ def _has_layer_coefficients(method: Arm) -> bool:
     config = method.config(0)
     return (
         config.method == "graft"
+        and config.graft.rule is None
         and method.networks > 1
         and config.graft.source == "external"
         and config.graft.level == "layer"

@@ -29,7 +29,7 @@ from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain, git_commit, write_atomically
 from dist_graft.studies.controls import Run
 from dist_graft.studies.measurements import events_of_run, measure
-from dist_graft.studies.records import OUTCOMES, THRESHOLDS
+from dist_graft.studies.records import FILTER_COUNTS, OUTCOMES, THRESHOLDS
 from dist_graft.studies.train_options import has_exchange
 from dist_graft.training.learning_rates import initial_rates
 from dist_graft.version import versions
@@ -102,7 +102,7 @@ def execute_run(
         except (DistGraftError, KeyError, TypeError, ValueError) as error:
             remarks.append(f"not measured: {error}")
         try:
-            outcomes |= count_filters(folder, run.arm.networks)
+            outcomes |= count_filters(folder)
         except (DistGraftError, ValueError) as error:
             remarks.append(f"filters not counted: {error}")
         curve = read_curve(folder, rates, run.split)
@@ -561,17 +561,17 @@ def read_versions(run: Path) -> Row:
     """
     try:
         stored = yaml.safe_load((run / "config.yaml").read_text())["run"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        stored = {"versions": versions(), "git_commit": git_commit()}
-    commit = stored["git_commit"] or ""
+        names, commit = stored["versions"].items(), stored["git_commit"] or ""
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        names, commit = versions().items(), git_commit() or ""
     return {
-        "versions": " ".join(f"{name} {version}" for name, version in stored["versions"].items()),
+        "versions": " ".join(f"{name} {version}" for name, version in names),
         "commit": commit,
         "dirty": ("yes" if commit.endswith("-dirty") else "no") if commit else "",
     }
 
 
-def count_filters(run: Path, networks: int) -> Row:
+def count_filters(run: Path) -> Row:
     """Count the filters of all networks, and those whose L1 norm is below each threshold.
 
     Raises: RunDirectoryError without a checkpoint; ConfigError if it does not fit the model.
@@ -581,11 +581,12 @@ def count_filters(run: Path, networks: int) -> Row:
     from dist_graft.grafting.units import graft_units
 
     stored = open_run(run)
-    states = [stored.state(network) for network in range(networks)]
-    model = architecture(stored.config.model, states[0], run, stored.shape)
-    units = graft_units(model, lead=stored.config.graft.lead)
-    leads = [unit.filters(state[unit.lead]) for state in states for unit in units]
-    return {"filters": sum(len(filters) for filters in leads)} | {
-        f"invalid_{threshold:g}": sum(int(invalid_filters(lead, threshold)) for lead in leads)
-        for threshold in THRESHOLDS
-    }
+    counts = dict.fromkeys(FILTER_COUNTS, 0)
+    for state in stored.states():
+        model = architecture(stored.config.model, state, run, stored.shape)
+        for unit in graft_units(model, lead=stored.config.graft.lead):
+            filters = unit.filters(state[unit.lead])
+            counts["filters"] += len(filters)
+            for threshold in THRESHOLDS:
+                counts[f"invalid_{threshold:g}"] += int(invalid_filters(filters, threshold))
+    return dict(counts)

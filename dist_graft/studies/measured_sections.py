@@ -147,9 +147,10 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
         Heading(2, "Was it tested?"),
         Paragraph(
             "An arm that fails its check has no verdict, but a method can still be worse than an "
-            "under-trained long training. An arm with an exchange needs a round. PAPA, WASH, and "
-            f"all arms that deliver a soup must form one within {SOUP_MARGIN:g} point of the mean "
-            "member. Grafting needs invalid filters in the population without exchange (a warning "
+            "under-trained long training. An arm with an exchange needs at least one round. PAPA, "
+            "WASH, and all arms that deliver a soup must form one within "
+            f"{SOUP_MARGIN:g} point of the mean member. Grafting needs invalid filters in the "
+            "population without exchange (a warning "
             f"below {FEW_INVALID:g} %) and coefficients that leave 1/2 by more than {NEAR_HALF:g} "
             f"(a warning if at least {MOSTLY_HALF:g} % do not), in rounds that had a donor (a "
             f"warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
@@ -169,7 +170,7 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
 
 def calibration(arms: Sequence[ArmResult]) -> list[Block]:
     """Likelihood and calibration of members, soups and ensembles."""
-    arms, left_out = _without_diverged(arms)
+    arms, left_out = without_diverged(arms)
     headers = _measured(_CALIBRATION_HEADERS, arms)
     if not headers:
         return []
@@ -204,12 +205,12 @@ def without_average(arms: Sequence[ArmResult]) -> str:
     if not labels:
         return ""
     return (
-        " These are shown as trained, without the average or ensemble that they deliver: "
+        " These are shown as trained, not as the average or ensemble that they deliver: "
         f"{'; '.join(labels)}."
     )
 
 
-def _without_diverged(arms: Sequence[ArmResult]) -> tuple[list[ArmResult], str]:
+def without_diverged(arms: Sequence[ArmResult]) -> tuple[list[ArmResult], str]:
     """The arms without runs that count as chance accuracy, and a sentence that names these runs."""
     kept = [replace(arm, rows=arm.rows[arm.rows["status"] != "diverged"]) for arm in arms]
     diverged = [
@@ -224,7 +225,7 @@ def _without_diverged(arms: Sequence[ArmResult]) -> tuple[list[ArmResult], str]:
 
 def differences_between_networks(arms: Sequence[ArmResult]) -> list[Block]:
     """How far the members of a population are apart."""
-    arms, left_out = _without_diverged(arms)
+    arms, left_out = without_diverged([arm for arm in arms if arm.arm.networks > 1])
     headers = _measured(_DIFFERENCE_HEADERS, arms)
     if not headers:
         return []
@@ -369,7 +370,7 @@ class PublishedGain:
     """Data, model and number of networks."""
     networks: int | None
     different_rates: bool
-    """Whether the networks are known to have had different learning rates."""
+    """Whether the authors say that the networks had different learning rates."""
     gain: float
     """Percentage points."""
     source: str
@@ -423,8 +424,8 @@ def beside_published(primary: Sequence[ContrastResult]) -> list[Block]:
                 )
             ),
             "Differences of this comparison with 95% intervals (diamonds), and published gains of "
-            "the same methods (squares; open: with different learning rates), whatever their "
-            "options.",
+            "the same methods (squares; open: published as different learning rates), whatever "
+            "their options.",
         ),
         Items(list(dict.fromkeys(f"{gain.method}: {gain.source}" for gain in published))),
     ]

@@ -374,6 +374,7 @@ def _other_outcomes(arms: Sequence[ArmResult]) -> list[Block]:
 
 
 def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
+    arms, left_out = sections.without_diverged(arms)
     counted = [(arm, rows) for arm in arms if len(rows := arm.rows[arm.rows["filters"] > 0])]
     if not counted:
         return []
@@ -390,8 +391,9 @@ def _invalid_filters(arms: Sequence[ArmResult]) -> list[Block]:
         Heading(2, "Invalid filters"),
         Paragraph(
             "Percentage of filters whose L1 norm is below a threshold after the training: mean ± "
-            "standard deviation over the seeds. The filters of all members are counted, or those "
-            "of one member in rows of an earlier version."
+            "standard deviation over the seeds. The filters of all members are counted; in rows "
+            "of an earlier version, those of the member with the largest learning rate."
+            f"{left_out}"
         ),
         Table(("arm", *headers, "filters counted"), table),
         Picture(
@@ -434,8 +436,8 @@ def _regime_search(state: StudyState, rows: pd.DataFrame) -> list[Block]:
         Heading(2, "Regime search"),
         Paragraph(
             f"All regimes of the search, on a validation split, with seeds {_join(search.seeds)}. "
-            "The gain is over the better of independent networks and constant coefficients, all at "
-            "their best learning rates. "
+            "The gain is over the better of independent networks and, for methods that exchange, "
+            "constant coefficients, all at their best learning rates. "
             "Test accuracies of these runs were not read. The regime with the largest mean gain "
             f"was trained again with seeds {_join(search.confirm_seeds)} and evaluated on the test "
             "set. The largest of many gains is biased upward, so only the results on the test set "

@@ -20,10 +20,10 @@ from dist_graft.studies.controls import (
     method_arm,
     uninformed_arm,
 )
-from dist_graft.studies.plan import PILOT_SEEDS, Plan, read_plan
+from dist_graft.studies.plan import BUILT_IN, PILOT_SEEDS, Plan, read_plan
 from dist_graft.studies.records import COLUMNS, COUNTED
 from dist_graft.studies.statistics import PairedTest, paired_test
-from dist_graft.studies.train_options import has_exchange, without_exchange
+from dist_graft.studies.train_options import has_exchange, merge, without_exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,20 +343,22 @@ def _constant_arm(plan: Plan, method: Arm) -> Arm | None:
     """Grafting with constant coefficients, the second reference of a method that exchanges.
 
     A method without coefficients of layers is compared with the built-in method `constant`, in the
-    training of the method. Returns None if that is the method itself.
+    training of the method. Returns None if that is the method itself, or without an exchange.
     """
+    if not has_exchange(method.config(0), method.networks):
+        return None
     arm = uninformed_arm(plan, method, "constant")
-    if arm is None and has_exchange(method.config(0), method.networks):
-        training = without_exchange(plan.method_options(method.name))
-        delivers = method.explicit_delivery
-        grafting = replace(plan, methods={"graft": training | {"delivers": delivers}})
-        graft = method_arm(grafting, "graft", method.networks)
-        arm = uninformed_arm(grafting, graft, "constant")
-        if arm and arm.key == method.key:
-            return None
-        if arm and (training or delivers):
-            arm = replace(arm, name=f"{arm.name} (as {method.name})")
-    return arm
+    if arm is None:
+        training = without_exchange(merge(plan.recipe, plan.method_options(method.name)))
+        arm = Arm(
+            name=f"constant (as {method.name})",
+            role="control",
+            networks=method.networks,
+            options=merge(training, BUILT_IN["constant"]),
+            group=method.networks,
+            explicit_delivery=method.explicit_delivery,
+        )
+    return None if arm.key == method.key else arm
 
 
 def gain(regime: Regime, rows: pd.DataFrame, outcome: str) -> PairedTest:

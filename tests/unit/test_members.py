@@ -144,7 +144,10 @@ def test_the_learning_rate_of_a_network_replaces_the_common_rule() -> None:
         ({"members": [{"optim.kwargs": 3}]}, "optim.kwargs must be a mapping, got 3"),
         ({"members": [{"optim.betas": ["a", 1]}]}, "must be a list of numbers"),
         ({"members": [{"data.rand_augment": 2.5}]}, "must be a whole number or a text or null"),
-        ({"members": [{"data.batch_size": 4}]}, "data.batch_size cannot differ between networks;"),
+        (
+            {"members": [{"data.batch_size": 4}]},
+            "data.batch_size cannot differ between networks; only",
+        ),
         ({"members": [{"optim.schedule": "step"}]}, "optim.schedule cannot differ"),
         ({"members": [{"graft": {"every": 2}}]}, "members[0]: graft cannot differ"),
         ({"members": [{"lr": 0.1}]}, "lr cannot differ between networks; did you mean optim.lr?"),

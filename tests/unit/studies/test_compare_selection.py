@@ -134,11 +134,10 @@ class TestRegimes:
         assert gains == pytest.approx(expected)
         references = {r.method: r.references[1:] for r in state.regimes if r.recipe == "plain"}
         names = {name: [trial.arm.name for trial in found] for name, found in references.items()}
-        shared = ["constant, plain"]
-        assert names == dict.fromkeys(("papa", "wash", "average", "filter"), shared) | {
+        exchanging = ("papa", "wash", "average", "filter", "diloco")
+        assert names == {name: [f"constant (as {name}), plain"] for name in exchanging} | {
             "constant": [],
             "independent": [],
-            "diloco": ["constant (as diloco), plain"],
         }
         (diloco,) = references["diloco"]
         assert diloco.arm.config(0).model.shared_init

@@ -345,7 +345,7 @@ def _constant_arm(plan: Plan, method: Arm) -> Arm | None:
     A method without coefficients of layers is compared with the built-in method `constant`, in the
     training of the method. Returns None if that is the method itself, or without an exchange.
     """
-    if not has_exchange(method.config(0), method.networks):
+    if method.networks < 2 or not has_exchange(method.config(0), method.networks):
         return None
     arm = uninformed_arm(plan, method, "constant")
     if arm is None:

@@ -588,9 +588,17 @@ def test_costs_count_heals_and_diverged_runs(monkeypatch: pytest.MonkeyPatch) ->
 def test_filters_are_compared_by_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of an earlier version count the filters of one member."""
     monkeypatch.setattr(report, "png", lambda figure: PNG)
-    rows = pd.DataFrame({"filters": [240, 960], "invalid_0.1": [24, 48], "invalid_0.01": [0, 48]})
+    rows = pd.DataFrame(
+        {
+            **{"filters": [240, 960, 960], "invalid_0.1": [24, 48, 960]},
+            **{"invalid_0.01": [0, 48, 960], "status": ["ok", "ok", "diverged"]},
+        },
+        index=[1, 2, 3],
+    )
     result = ArmResult(arm=GRAFT, rows=rows, failed=[], missing=[])
-    (row,) = table_of(report._invalid_filters([result]), "filters counted")
+    blocks = report._invalid_filters([result])
+    assert "left out: graft, 4 networks (seed 3)" in str(blocks[1])
+    (row,) = table_of(blocks, "filters counted")
     assert row == {
         "arm": "graft, 4 networks",
         "L1 norm below 0.1, %": "7.5 ± 3.5",
@@ -615,7 +623,7 @@ def test_averages_have_columns_of_their_own() -> None:
     unmeasured = replace(measured, rows=rows.drop(columns="average_nll"))
     _, text, _ = calibration([unmeasured])
     assert isinstance(text, Paragraph)
-    assert text.text.endswith("without the average or ensemble that they deliver: ema, 4 networks.")
+    assert text.text.endswith("not as the average or ensemble that they deliver: ema, 4 networks.")
 
 
 @pytest.mark.parametrize(

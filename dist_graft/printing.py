@@ -11,10 +11,14 @@ from typing import TextIO
 def print_line(text: object, stream: TextIO | None = None) -> None:
     """Print a line and flush it, by default to standard error.
 
-    A closed pipe or terminal and a full disk are ignored.
+    The line and its end are written at once, where `print` writes twice: processes that share a
+    pipe, as under torchrun, do not mix their lines. A closed pipe or terminal and a full disk are
+    ignored.
     """
+    stream = stream or sys.stderr
     with contextlib.suppress(OSError):
-        print(printable(text), file=stream or sys.stderr, flush=True)
+        stream.write(f"{printable(text)}\n")
+        stream.flush()
 
 
 def printable(text: object) -> str:

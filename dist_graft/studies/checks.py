@@ -6,7 +6,7 @@ An arm that fails its check was not tested: its contrasts have no other verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -60,7 +60,11 @@ class Check:
 
 
 def check_arms(
-    design: Design, arms: Sequence[ArmResult], curves: pd.DataFrame, outcome: str
+    design: Design,
+    arms: Sequence[ArmResult],
+    curves: pd.DataFrame,
+    outcome: str,
+    at_edge: Collection[str] = (),
 ) -> list[tuple[Arm, Check]]:
     """Check every arm that has runs.
 
@@ -69,6 +73,7 @@ def check_arms(
         arms: results of its arms, in order.
         curves: learning curves, as `Results.curves`.
         outcome: primary outcome.
+        at_edge: keys of the arms whose best learning rate is the smallest or largest one tried.
 
     Returns: each arm with a finding, and its checks.
     """
@@ -85,6 +90,8 @@ def check_arms(
             continue
         config, networks = result.arm.config(0), result.arm.networks
         parts = [check_chance(result, outcome)]
+        if result.arm.key in at_edge:
+            parts.append(check_edge(result))
         if has_exchange(config, networks):
             parts.append(check_rounds(result))
         if result.arm.name.startswith(ONE_NETWORK) and result.arm.role == "control":
@@ -114,6 +121,12 @@ def check_arms(
 def delivered_model(result: ArmResult) -> str:
     """What the arm delivers: member, soup, or another word of its rows."""
     return str(result.rows["delivers"].iloc[0])
+
+
+def check_edge(result: ArmResult) -> Check:
+    """An arm whose best learning rate is at the edge may be better at another one."""
+    text = f"its best learning rate, {_rates(result)}, is at the edge of those that were tried"
+    return Check(warnings=[text], weak=result.arm.role == "control")
 
 
 def check_rounds(result: ArmResult) -> Check:
@@ -169,12 +182,13 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
     if without_exchange is None or shares.empty:
         return Check(warnings=["invalid filters without exchange were not counted"])
     share = float(shares.mean())
-    if share == 0:
+    other = ""
+    if (rates := _rates(without_exchange)) != _rates(result):
+        other = f", at other learning rates ({rates})"
+    if share == 0 and not other:
         text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
         return Check(failures=[text])
-    text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1)"
-    if (rates := _rates(without_exchange)) != _rates(result):
-        text += f", at other learning rates ({rates})"
+    text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1){other}"
     if share < FEW_INVALID:
         return Check(warnings=[f"{text}: there is little to re-activate"])
     return Check(facts=[text])
@@ -236,6 +250,11 @@ def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
         return Check(failures=[f"{UNDER_TRAINED}: {epochs} epochs have no last quarter"])
     added = float(accuracy.iloc[-1] - accuracy.iloc[epochs - epochs // 4 - 1])
     text = f"the last quarter of its training {_gained(added, 'added')} points"
+    optim = result.arm.config(0).optim
+    if optim.schedule == "step" and (epochs - 1) // optim.step_epochs * optim.step_epochs <= (
+        epochs - epochs // 4
+    ):
+        text += ", in the last stage of the step schedule"
     if added >= SATURATION_MARGIN:
         return Check(failures=[f"{UNDER_TRAINED}: {text} (margin {SATURATION_MARGIN:g})"])
     if added <= -SATURATION_MARGIN:

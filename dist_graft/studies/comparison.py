@@ -79,7 +79,8 @@ def compare(
     with _lock(folder):
         results = Results(folder)
         rows = results.rows
-        tested = bool((rows["phase"] == "comparison").any())
+        done = rows[rows["phase"] == "comparison"]
+        tested = not done.empty
         if tested and any(run.key not in rows.index for run in study_state(plan, rows).search_runs):
             raise ConfigError(
                 f"search must not grow after its result in {folder} was tested: choose new seeds "
@@ -91,6 +92,7 @@ def compare(
             plan,
             folder,
             runs_before=len(rows),
+            tests_before=len(done),
             command=["dist-graft", *sys.argv[1:]],
             redo=redo,
             reason=reason,
@@ -99,7 +101,6 @@ def compare(
 
         # Choose the regime, then the learning rates, then run what is measured on the test set.
         study.run_all("search", lambda state: state.search_runs, retry=not tested)
-        done = rows[rows["phase"] == "comparison"]
         judged = set(zip(done["arm"], done["networks"], strict=True))
         study.run_all("tuning", lambda state: state.trial_runs(exclude=judged))
         study.run_all("tuning", lambda state: state.tuning_runs, retry=False)
@@ -287,6 +288,8 @@ def pilot_text(state: StudyState, results: Results) -> str:
             f"estimated time of {needed} seeds of {len(arms)} arms, without trials: "
             f"{needed * cost * seconds / 3600:.2f} h"
         )
+        if any(arm.networks == 1 for arm in arms):
+            lines.append("epochs of one network alone may take longer than this estimate assumes")
     return "\n".join(lines)
 
 
@@ -304,11 +307,11 @@ def _print(line: str) -> None:
 
 
 def _describe(row: Row, *, accuracy: bool) -> str:
-    """Outcome of a run; without `accuracy` not even its test accuracy, as `pilot_text` explains."""
+    """Outcome of a run; without `accuracy` only its duration, as `pilot_text` explains."""
     if row["status"] == "failed":
         return f"failed: {row['error']}"
     seconds = f"{row['wall_seconds']:.0f} s"
-    if not accuracy and row["split"] == "test":
+    if not accuracy:
         return f"trained in {seconds}"
     diverged = ", diverged" if row["status"] == "diverged" else ""
     return f"{row['delivered']:.2f} % ({row['split']}{diverged}), {seconds}"

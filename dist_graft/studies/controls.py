@@ -95,6 +95,18 @@ class Arm:
         """Return the arm with this learning rate."""
         return self.adding({"optim": {"lr": lr}})
 
+    @property
+    def of_population_size(self) -> Arm:
+        """The arm with K networks instead of one, each trained as that one.
+
+        Only for one network in one process without teachers whose delivered model is measured as a
+        mean over networks; other arms remain as they are.
+        """
+        alone = self.networks == 1 and self._config.runtime.replicas == 1 and not self.teachers
+        if not alone or self.delivers not in ("network", "ema", "checkpoints"):
+            return self
+        return replace(self, networks=self.group)
+
     def adding(self, options: TrainOptions) -> Arm:
         """Return the arm, and its teachers, with further options."""
         teachers = self.teachers.adding(options) if self.teachers else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dist_graft.config import TrainConfig
+from dist_graft.config import DataConfig, TrainConfig
 from dist_graft.plot_style import png
 from dist_graft.run_directory import flatten
 from dist_graft.studies import plots
@@ -72,12 +72,11 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
     """Data, model, length and hardware: the head of the report."""
     config = arms[0].arm.config(state.confirmed.test_seeds[0])
     data, epochs = config.data, sorted({arm.arm.config(0).epochs for arm in arms})
-    images = "all" if data.train_samples is None else f"the first {data.train_samples:,}"
     tested = "all test images"
     if data.test_samples is not None:
         tested = f"only the first {data.test_samples:,} test images, set by the plan"
     lines = [
-        f"data: {data.name}, {images} training images, {tested}",
+        f"data: {data.name}, {training_images(data)}, {tested}",
         f"model: {config.model.name}",
         f"training: {' to '.join(map(str, sorted({epochs[0], epochs[-1]})))} epochs, batch size "
         f"{data.batch_size}, weight decay {config.optim.weight_decay:g}",
@@ -95,8 +94,28 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
     hardware = dict.fromkeys(start.hardware for start in starts)
     lines += [f"hardware: {'; '.join(hardware)}"] if hardware else []
     lines += [slow] if (slow := _simulated_speed(arms)) else []
+    if state.trials and state.design:
+        chosen = "; ".join(
+            f"{arm.label} {arm.config(0).optim.lr:.4g}" for arm in state.design.arms if arm.tunable
+        )
+        lines.append(f"learning rates, chosen on validation images: {chosen}")
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
     return [Items(lines)]
+
+
+def training_images(data: DataConfig) -> str:
+    """Say how many images a network trains on, and of which ones."""
+    total = None if data.train_samples is None else f"the first {data.train_samples:,}"
+    if not data.val_fraction:
+        return f"{total or 'all'} training images"
+    if data.train_samples is None:
+        share = f"{100 * data.val_fraction:.3g} %"
+        return f"all training images, of which {share} are held out in each run"
+    held_out = round(data.train_samples * data.val_fraction)
+    return (
+        f"{data.train_samples - held_out:,} of {total} training images; the other {held_out:,} are "
+        "held out in each run"
+    )
 
 
 def _other_options(recipe: TrainConfig) -> list[str]:
@@ -118,11 +137,16 @@ def _simulated_speed(arms: Sequence[ArmResult]) -> str:
     return text if slow else ""
 
 
-def image_sampling(data: Any) -> str:
-    """Say which training images the seeds share, and so what the intervals do not cover."""
+def image_sampling(data: DataConfig) -> str:
+    """Say which images the seeds share, and so what the intervals do not cover."""
     varied = "initial weights, data order and augmentation (if there is any)"
     if data.val_fraction > 0:
-        varied += ", and in the images held out for validation"
+        return (
+            f"They share their test images, and differ in {varied} and in the training images that "
+            f"are held out. Two seeds have about {100 * (1 - data.val_fraction):.0f} % of their "
+            "training images in common: the intervals cover the choice of training images only in "
+            "part, and not that of the test images"
+        )
     return (
         f"They share their training and test images and differ in {varied}: the intervals do not "
         "cover the choice of images"
@@ -155,11 +179,13 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
             f"(a warning if at least {MOSTLY_HALF:g} % do not), in rounds that had a donor (a "
             f"warning if fewer than {FEW_DONORS:g} % had one). The last quarter of the long "
             f"training must add less than {SATURATION_MARGIN:g} points; otherwise every run is "
-            "under-trained. A decaying learning rate alone raises the accuracy at the end, so this "
-            "check is strict. The gain of the long training over the recipe's length, both at the "
-            "end of their schedules, shows what a doubling of the epochs is worth (a warning from "
+            "under-trained. A learning rate that decays until the end raises the accuracy, so this "
+            "check is strict; within the last stage of a step schedule, it shows little. The gain "
+            "of the long training over the recipe's length, both at the end of their schedules, "
+            "shows what a doubling of the epochs is worth (a warning from "
             f"{SATURATION_MARGIN:g} points of gain per doubling; after as large a loss in all, the "
-            "control is weak)."
+            "control is weak). An arm whose best learning rate is at the edge of the rates tried "
+            "gets a warning; a control is then weak."
         ),
         Table(("arm", "result", "numbers"), rows),
     ]
@@ -483,12 +509,18 @@ def of_earlier_plans(
     ]
     changes = [first, *changes] if first and first not in changes else changes
     texts = [
-        f"The plan was changed on {start.time}, when {start.runs_before} runs had results."
+        f"The plan was changed on {start.time}, when {_results_before(start, starts)}."
         for start in changes
         if start.runs_before
     ]
-    unused = results.rows[results.rows["phase"] == "comparison"]
-    unused = unused.drop([run.key for run in state.all_runs], errors="ignore")
+    unused = results.rows.drop([run.key for run in state.all_runs], errors="ignore")
+    trials = unused[unused["phase"] != "comparison"]
+    if len(trials):
+        texts.append(
+            f"{len(trials)} runs on a validation split are not used: the present plan, or this "
+            "version, has other ones."
+        )
+    unused = unused[unused["phase"] == "comparison"]
     if unused.empty:
         return texts, []
     names = dict.fromkeys(f"{row['arm']}, K = {row['networks']}" for _, row in unused.iterrows())
@@ -510,6 +542,16 @@ def of_earlier_plans(
         ),
         Table(("arm", "K", "seed", "status", "unused outcome", "finished"), table),
     ]
+
+
+def _results_before(start: Start, starts: Sequence[Start]) -> str:
+    """How many runs had results before a start, and whether anyone could have seen them."""
+    text = f"{start.runs_before} runs had results"
+    if start.tests_before is not None:
+        text += f", {start.tests_before} of them on the test set"
+    if all(other.is_pilot for other in starts[: starts.index(start)]):
+        text += " (of a pilot, which prints no accuracies)"
+    return text
 
 
 def _attempt(row: Mapping[Any, Any], outcome: str) -> str:

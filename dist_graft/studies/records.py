@@ -205,6 +205,8 @@ class Start:
     against: str
     runs_before: int
     """Number of runs that had results already."""
+    tests_before: int | None = None
+    """Those with results on the test set; None in lines of earlier versions."""
     smallest_effect: float
     tuning: dict[str, Any]
     protocol: int = 1
@@ -217,6 +219,11 @@ class Start:
     hardware: str
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
+
+    @property
+    def is_pilot(self) -> bool:
+        """Whether this start was a pilot, which prints no accuracies."""
+        return "--pilot" in shlex.split(self.command)
 
     def repeats(self, run: Run) -> bool:
         """Whether this start asked to repeat a run."""
@@ -233,6 +240,7 @@ def record_start(
     folder: Path,
     *,
     runs_before: int,
+    tests_before: int | None = None,
     command: Sequence[str],
     redo: str = "",
     reason: str = "",
@@ -270,6 +278,7 @@ def record_start(
         **fixed,
         protocol=PROTOCOL,
         runs_before=runs_before,
+        tests_before=tests_before,
         redo=redo,
         reason=reason,
         command=shlex.join(command),

@@ -39,7 +39,7 @@ from dist_graft.studies.rendering import (
     to_html,
     to_markdown,
 )
-from dist_graft.studies.selection import StudyState, gain, mean_outcome
+from dist_graft.studies.selection import StudyState, Trial, gain, mean_outcome
 from dist_graft.studies.statistics import (
     ALPHA,
     POWER,
@@ -82,6 +82,11 @@ STATISTICS_TEXT = (
     "accuracy."
 )
 
+_CHOSEN_RATES_TEXT = (
+    " The learning rates were chosen once, before the test runs: intervals and p-values do not "
+    "cover that choice."
+)
+
 
 def write_report(name: str, blocks: Sequence[Block], out: Path) -> None:
     """Write report.html, report.md and pictures/ from the blocks of `build_report`."""
@@ -107,7 +112,7 @@ def build_report(
         return [*blocks, *_details(state, results, starts)], [text, *changes]
 
     arms = [arm_result(arm, plan.test_seeds, rows) for arm in state.design.arms]
-    checks = check_arms(state.design, arms, results.curves, plan.primary)
+    checks = check_arms(state.design, arms, results.curves, plan.primary, state.at_edge)
     margin = plan.smallest_effect
     failed = {arm.key: check.not_tested for arm, check in checks if check.not_tested}
     weak = [arm.key for arm, check in checks if check.weak]
@@ -132,7 +137,7 @@ def build_report(
         Items([*sentences, *state.warnings]),
         *sections.check_section(checks),
         *_primary_outcome(plan.primary, state.design, arms, primary),
-        *_other_controls(secondary),
+        *_other_controls(state, secondary),
         *_shared_runs(primary, secondary),
         *unused,
         *sections.superseded(results, plan.primary),
@@ -271,16 +276,17 @@ def _primary_outcome(
     return blocks
 
 
-def _other_controls(secondary: Sequence[ContrastResult]) -> list[Block]:
+def _other_controls(state: StudyState, secondary: Sequence[ContrastResult]) -> list[Block]:
     if not secondary:
         return []
+    tuned = " Their learning rate was chosen for the delivered model." if state.trials else ""
     return [
         Heading(2, "Other controls"),
         Paragraph(
             "The same outcome compared with the other controls, such as K times the epochs, or "
             "coefficients that ignore the layer (constant: 1/2; shuffled: those of other layers). "
             "An ensemble averages the predictions of its K networks, at K times the inference "
-            "cost. Holm's correction is over this table, separately from the table above."
+            f"cost.{tuned} Holm's correction is over this table, separately from the table above."
         ),
         _contrast_table(secondary),
     ]
@@ -454,21 +460,40 @@ def _learning_rate_search(state: StudyState) -> list[Block]:
     table = [
         (
             trial.arm.label,
-            *(format_cell(trial.scores.get(rate)) for rate in rates),
+            *(_score(trial, rate) for rate in rates),
             f"{trial.best:.4g}" if trial.finished and trial.best is not None else "–",
         )
         for trial in state.trials
     ]
+    seeds = state.plan.tuning_seeds
+    word = "seed" if len(seeds) == 1 else "seeds"
+    alone = [
+        trial.arm.label
+        for trial in state.trials
+        if trial.arm.group > 1 and all(run.arm.networks == 1 for run in trial.all_runs)
+    ]
+    text = (
+        "Every method and control tried the same learning rates, at its own length, with "
+        f"{word} {_join(seeds)} (n = {len(seeds)}). The table has the mean accuracy of the "
+        "delivered model in percent, on validation images that all arms of a seed share. A control "
+        "of one network was tried with as many networks as the population has, all trained in "
+        "the same way. While the best rate was the smallest or the largest, another one was added, "
+        f"up to {state.plan.tuning.max_extensions} times. Test accuracies of these runs were not "
+        "read."
+    )
+    if alone:
+        text += f" Tried with one network only: {'; '.join(alone)}."
     return [
         Heading(2, "Learning rates"),
-        Paragraph(
-            "Every method and control tried the same learning rates on a validation split, at its "
-            f"own length, with seeds {_join(state.plan.tuning_seeds)}. The table has the mean "
-            "accuracy of the delivered model in percent. While the best rate was the smallest or "
-            "the largest, another one was added. Test accuracies of these runs were not read."
-        ),
+        Paragraph(text),
         Table(("arm", *(f"{rate:.4g}" for rate in rates), "chosen"), table),
     ]
+
+
+def _score(trial: Trial, rate: float) -> str:
+    if rate in trial.runs and trial.finished and rate not in trial.scores:
+        return "failed"
+    return format_cell(trial.scores.get(rate))
 
 
 # Runs, statistics and provenance
@@ -511,7 +536,7 @@ def _details(state: StudyState, results: Results, starts: Sequence[Start]) -> li
             dense=True,
         ),
         Heading(2, "Statistics"),
-        Paragraph(STATISTICS_TEXT),
+        Paragraph(STATISTICS_TEXT + (_CHOSEN_RATES_TEXT if state.trials else "")),
     ]
     if state.design:
         options = [

@@ -148,6 +148,12 @@ class StudyState:
         return [run for run in self._runs(arms) if run.seed in seeds]
 
     @property
+    def at_edge(self) -> list[str]:
+        """Keys of the arms whose best learning rate is the smallest or largest one tried."""
+        ended = [trial for trial in self.trials if trial.finished and trial.at_edge]
+        return [trial.arm.at(trial.best).key for trial in ended if trial.best is not None]
+
+    @property
     def warnings(self) -> list[str]:
         """Notes on the protocol, for the report."""
         plan, texts = self.confirmed, []
@@ -270,7 +276,9 @@ def run_trial(
     """Return the runs that try the plan's learning rates for an arm, and their scores.
 
     While the best rate is the smallest or the largest, the next one in the same ratio is added, at
-    most `tuning.max_extensions` times. An arm that is not tuned has a single rate, its own.
+    most `tuning.max_extensions` times. An arm that is not tuned has a single rate, its own. An arm
+    of one network tries each rate with K networks, so that chance has as little influence on its
+    choice as on that of a population.
     """
     fraction = plan.search.val_fraction if phase == "search" else plan.tuning.val_fraction
     rates = plan.rates if plan.rates and arm.tunable else [arm.config(0).optim.lr]
@@ -282,6 +290,7 @@ def run_trial(
             name = f"{arm.name}, lr {rate:.4g}" if len(rates) > 1 else arm.name
             own = tried.config(0).data.val_fraction
             tried = replace(tried, name=name).adding({"data": {"val_fraction": own or fraction}})
+            tried = tried.of_population_size
             runs[rate] = [Run(phase=phase, arm=tried, seed=seed) for seed in seeds]
         scores = {
             rate: score

@@ -115,6 +115,14 @@ class TestReactivation:
         (text,) = check_reactivation(arm_result({"optim": {"lr": own}}), control).facts
         assert text.endswith(", at other learning rates (0.2)") == remark
 
+    def test_none_at_another_learning_rate_is_a_warning(self) -> None:
+        """Grafting may have had filters to re-activate at its own rate."""
+        control = arm_result({"optim": {"lr": 0.2}}, **{"invalid_0.1": [0], "filters": [200]})
+        check = check_reactivation(arm_result({"optim": {"lr": 0.4}}), control)
+        assert check.not_tested is None
+        assert "0 % of the filters" in check.warnings[0]
+        assert "at other learning rates (0.2)" in check.warnings[0]
+
     def test_prints_the_share(self) -> None:
         (text,) = self.check([6, 10]).facts
         assert text.startswith("4 % of the filters are invalid without exchange")
@@ -197,8 +205,8 @@ class TestCoefficients:
 
 class TestSaturation:
     @staticmethod
-    def check(accuracy: Sequence[float]) -> Check:
-        result = arm_result({}, networks=1, key=["a", "b"])
+    def check(accuracy: Sequence[float], options: dict[str, Any] | None = None) -> Check:
+        result = arm_result(options or {}, networks=1, key=["a", "b"])
         curves = pd.concat(
             pd.DataFrame({"key": key, "mean_of_members": np.array(accuracy) + shift})
             .rename_axis("epoch")
@@ -222,6 +230,13 @@ class TestSaturation:
         assert check.not_tested is not None
         assert check.not_tested.startswith("under-trained regime: ")
         assert "added 0.40 points (margin 0.3)" in check.not_tested
+
+    @pytest.mark.parametrize(("step_epochs", "remark"), [(3, True), (4, True), (7, False)])
+    def test_names_the_last_stage_of_a_step_schedule(self, step_epochs: int, remark: bool) -> None:
+        """The last quarter begins in epoch 6 of 8; stages begin in 6, 4 and 7."""
+        schedule = {"optim": {"schedule": "step", "step_epochs": step_epochs}}
+        (text,) = self.check([50, 60, 70, 80, 85, 90, 90.1, 90.29], schedule).facts
+        assert ("in the last stage of the step schedule" in text) == remark
 
     def test_needs_four_epochs(self) -> None:
         assert "under-trained regime" in str(self.check([90, 90, 90]).not_tested)
@@ -347,6 +362,18 @@ class TestOfAComparison:
         assert facts[-1] == (
             "4 times the epochs gained 0.00 points per doubling (3 seeds), less than 0.3"
         )
+
+    def test_a_rate_at_the_edge_makes_a_control_weak(self, tmp_path: Path) -> None:
+        state, results, arms = self.carry_out(tmp_path / "out", soup=0.5, invalid=20)
+        assert state.design is not None
+        edge = [arm.key for arm in state.design.arms if arm.name in ("graft", "no exchange")]
+        checks = check_arms(state.design, arms, results.curves, state.plan.primary, edge)
+        found = {arm.name: check for arm, check in checks if check.warnings}
+        assert list(found) == ["graft", "no exchange"]
+        assert [check.weak for check in found.values()] == [False, True]
+        assert found["graft"].warnings == [
+            "its best learning rate, 0.1, is at the edge of those that were tried"
+        ]
 
     def test_coefficients_of_one_half_are_no_grafting(self, tmp_path: Path) -> None:
         half = {"coefficient_min": 0.49, "coefficient_max": 0.51}

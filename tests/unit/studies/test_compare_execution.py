@@ -553,7 +553,7 @@ class TestPilotAndDryRun:
         assert len(starts(behaviour)) == 6
         printed = capsys.readouterr().out
         assert printed.count("trained in ") == 6
-        assert "(test)" not in printed
+        assert "%" not in printed
         lines = text.splitlines()
         assert "standard deviation of 0.40 points over 3 seeds" in lines[0]
         needed, careful = (
@@ -567,6 +567,7 @@ class TestPilotAndDryRun:
         # A run of 2 networks and 1 epoch took an hour, so a seed of 3 arms takes 3 hours.
         assert needed == 9
         assert lines[3] == "estimated time of 9 seeds of 3 arms, without trials: 27.00 h"
+        assert len(lines) == 4  # no arm of one network
         compare(asked, tmp_path / "out")
         assert len(starts(behaviour)) == 3 * 4  # those of the pilot are not repeated
 

@@ -44,6 +44,7 @@ from dist_graft.studies.measured_sections import (
     image_sampling,
     read_published,
     superseded,
+    training_images,
     without_average,
 )
 from dist_graft.studies.plan import BUILT_IN, Plan
@@ -386,7 +387,9 @@ class TestChangedPlan:
         )
         record_start(first, folder, runs_before=0, command=["compare"])
         _, results = carry_out(first, folder, value_of)
-        record_start(second, folder, runs_before=len(results.rows), command=["compare"])
+        record_start(
+            second, folder, runs_before=len(results.rows), tests_before=9, command=["compare"]
+        )
         return first, second, results, read_starts(folder)
 
     def test_lists_the_runs_that_it_left_out(
@@ -396,7 +399,7 @@ class TestChangedPlan:
         blocks, conclusions = build_report(study_state(second, results.rows), results, starts)
         assert isinstance(blocks[2], Items)
         texts = list(blocks[2].texts)
-        assert any("when 9 runs had results" in text for text in texts)
+        assert any("when 9 runs had results, 9 of them on the test set." in t for t in texts)
         assert any(text.startswith("3 test runs of an earlier plan are not used") for text in texts)
         assert set(texts) <= set(conclusions)
         rows = table_of(blocks, "unused outcome")
@@ -405,6 +408,17 @@ class TestChangedPlan:
         value = results.rows.loc[run.comparison_runs[0].key, "delivered"]
         assert float(rows[0]["unused outcome"]) == pytest.approx(value, abs=0.006)
         assert "earlier plan: sha256" in to_markdown(blocks)
+
+    def test_seeds_removed_after_a_pilot_are_told_from_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, second, results, starts = self.build(tmp_path, monkeypatch)
+        pilot = replace(starts[0], command="dist-graft compare p.yaml --pilot")
+        state = study_state(second, results.rows)
+        for before, remark in (([pilot], True), ([pilot, starts[0]], False)):
+            texts = build_report(state, results, [*before, starts[1]])[1]
+            (text,) = [text for text in texts if "plan was changed" in text]
+            assert text.endswith("(of a pilot, which prints no accuracies).") == remark
 
     def test_a_later_plan_replaced_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -507,7 +521,26 @@ def test_seeds_with_their_own_images_are_named() -> None:
     shared = image_sampling(DataConfig())
     assert "do not cover" in shared
     assert "held out" not in shared
-    assert "held out" in image_sampling(DataConfig(val_fraction=0.1))
+    own = image_sampling(DataConfig(val_fraction=0.375))
+    assert "share their test images" in own
+    assert "share their training" not in own
+    assert "Two seeds have about 62 % of their training images in common" in own
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "all training images"),
+        ({"train_samples": 2000}, "the first 2,000 training images"),
+        (
+            {"train_samples": 16000, "val_fraction": 0.375},
+            "10,000 of the first 16,000 training images; the other 6,000 are held out in each run",
+        ),
+        ({"val_fraction": 0.1}, "all training images, of which 10 % are held out in each run"),
+    ],
+)
+def test_images_that_a_network_trains_on(options: dict[str, Any], text: str) -> None:
+    assert training_images(DataConfig(**options)) == text
 
 
 def test_arms_that_deliver_an_average_or_an_ensemble_are_named() -> None:

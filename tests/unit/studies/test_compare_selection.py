@@ -204,6 +204,22 @@ class TestTuning:
         assert set(rows["split"]) == {"validation"}
         assert set(rows["seed"]) == {1000, 1001}
         assert set(rows.loc[rows["arm"].str.startswith("one network"), "epochs"]) == {40}
+        assert set(rows["networks"]) == {2}  # one network is tried twice, side by side
+        tested = results.rows[results.rows["phase"] == "comparison"]
+        assert set(tested.loc[tested["arm"].str.startswith("one network"), "networks"]) == {1}
+
+    def test_only_single_processes_are_tried_side_by_side(self) -> None:
+        """Networks that take several processes, or deliver an ensemble, are tried as they are."""
+        baselines = ["ema", "checkpoint_average", "data_parallel", "snapshots", "distilled"]
+        plan = comparing(baselines=baselines, tuning={"rates": [0.1, 0.2]})
+        trials = study_state(plan).trials
+        networks = {t.arm.name: {run.arm.networks for run in t.all_runs} for t in trials}
+        alone = {name.partition(" ")[0] for name, sizes in networks.items() if sizes == {1}}
+        assert alone == {"data", "snapshot", "distilled"}
+        assert all(sizes == {2} for name, sizes in networks.items() if "EMA" in name)
+        assert {run.arm.delivers for t in trials if "EMA" in t.arm.name for run in t.all_runs} == {
+            "ema"
+        }
 
     def test_the_delivered_model_decides(self, tmp_path: Path) -> None:
         plan = comparing(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
@@ -231,6 +247,8 @@ class TestTuning:
         assert [list(trial.runs) for trial in state.trials] == [tried] * 3
         warnings = [text for text in state.warnings if "at the edge of the rates" in text]
         assert len(warnings) == (3 if edge else 0)
+        assert state.design is not None
+        assert state.at_edge == ([arm.key for arm in state.design.arms] if edge else [])
 
     def test_an_arm_is_left_out_until_its_rate_is_chosen(self, tmp_path: Path) -> None:
         state, results = carry_out(comparing(), tmp_path, near(0.1))
@@ -317,6 +335,55 @@ class TestTuning:
         state = study_state(plan, results.rows)
         assert {trial.best for trial in state.trials} == {0.2}
         assert all(trial.scores[0.1] == 45.0 for trial in state.trials)
+
+
+class TestReportOfTuning:
+    def text(
+        self, folder: Path, value: Callable[[Run], float] | None = None, **changes: Any
+    ) -> str:
+        state, results = carry_out(comparing(**changes), folder, value or near(0.1))
+        return to_markdown(build_report(state, results, [])[0])
+
+    def test_says_what_was_tried_and_chosen(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, baselines=["data_parallel"])
+        assert "with seeds 1000, 1001 (n = 2)" in text
+        assert "Tried with one network only: data parallel, one network on 2 processes." in text
+        assert (
+            "learning rates, chosen on validation images: graft, 2 networks 0.1; "
+            "no exchange, 2 networks 0.1; one network, 2 x epochs 0.1; data parallel"
+        ) in text
+        assert "intervals and p-values do not cover that choice" in text
+
+    def test_one_seed_is_called_one_seed(self, tmp_path: Path) -> None:
+        tuning = {"rates": [0.05, 0.1, 0.2], "seeds": [7]}
+        assert "with seed 7 (n = 1)" in self.text(tmp_path, tuning=tuning)
+
+    def test_a_rate_that_failed_is_told_from_one_that_was_not_tried(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            broken = run.phase == "tuning" and run.config.optim.lr == 0.05
+            best = 0.4 if run.config.method == "graft" else 0.1
+            return math.nan if broken else near(best)(run)
+
+        table = self.text(tmp_path, value).partition("## Learning rates")[2].partition("##")[0]
+        lines = [line for line in table.splitlines() if " | failed | " in line]
+        rates = {line.split(" | ")[0]: line.count("–") for line in lines}  # 0.4 and 0.8
+        assert rates == {
+            "| graft, 2 networks": 0,
+            "| no exchange, 2 networks": 2,
+            "| one network, 2 x epochs": 2,
+        }
+
+    def test_a_rate_at_the_edge_makes_the_control_weak(self, tmp_path: Path) -> None:
+        tuning = {**TUNED["tuning"], "max_extensions": 0}
+        text = self.text(tmp_path, near(0.2), tuning=tuning)
+        assert "| no exchange, 2 networks | warning | its best learning rate, 0.2, is at" in text
+
+    def test_validation_runs_of_another_plan_are_counted(self, tmp_path: Path) -> None:
+        _, results = carry_out(comparing(), tmp_path, near(0.1))
+        other = comparing(recipe={"optim.momentum": 0.5})
+        _, conclusions = build_report(study_state(other, results.rows), results, [])
+        assert any(line.startswith("18 runs on a validation split are") for line in conclusions)
+        assert any("6 test runs of an earlier plan" in line for line in conclusions)
 
 
 def test_a_plan_without_a_longer_training_says_so() -> None:

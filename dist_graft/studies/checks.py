@@ -33,7 +33,7 @@ add."""
 FEW_DONORS = 50.0
 """Percentage of rounds with a donor below which grafting was rare."""
 FEW_INVALID = 3.0
-"""Percentage of invalid filters below which there is little to re-activate."""
+"""Percentage of invalid filters below which there is little to reactivate."""
 MOSTLY_HALF = 90.0
 """Percentage of coefficients near 1/2 from which grafting is nearly a plain average."""
 NEAR_CHANCE = 2.0
@@ -186,11 +186,11 @@ def check_reactivation(result: ArmResult, without_exchange: ArmResult | None) ->
     if (rates := _rates(without_exchange)) != _rates(result):
         other = f", at other learning rates ({rates})"
     if share == 0 and not other:
-        text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to re-activate"
+        text = "no filter is invalid without exchange (L1 norm below 0.1): nothing to reactivate"
         return Check(failures=[text])
     text = f"{share:.2g} % of the filters are invalid without exchange (L1 norm below 0.1){other}"
     if share < FEW_INVALID:
-        return Check(warnings=[f"{text}: there is little to re-activate"])
+        return Check(warnings=[f"{text}: there is little to reactivate"])
     return Check(facts=[text])
 
 

@@ -116,7 +116,7 @@ class TestReactivation:
         assert text.endswith(", at other learning rates (0.2)") == remark
 
     def test_none_at_another_learning_rate_is_a_warning(self) -> None:
-        """Grafting may have had filters to re-activate at its own rate."""
+        """Grafting may have had filters to reactivate at its own rate."""
         control = arm_result({"optim": {"lr": 0.2}}, **{"invalid_0.1": [0], "filters": [200]})
         check = check_reactivation(arm_result({"optim": {"lr": 0.4}}), control)
         assert check.not_tested is None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from launching import SMALL
 
 
 @pytest.mark.parametrize("stream", ["stderr", "stdout"])
@@ -21,3 +23,26 @@ def test_a_line_and_its_end_are_one_write(stream: str) -> None:
     os.close(writer)
     assert [os.read(reader, 4096) for _ in range(3)] == [b"first\n", b"second\n", b""]
     os.close(reader)
+
+
+@pytest.mark.parametrize(("closed", "says"), [("2>&-", "out"), (">&-", "err"), (">&- 2>&-", "")])
+def test_commands_started_without_a_stream(closed: str, says: str, tmp_path: Path) -> None:
+    """The error is on standard output if standard error is closed."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -m dist_graft status "$1" {closed}', sys.executable, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    for name, output in (("out", done.stdout), ("err", done.stderr)):
+        assert ("is not a run directory" in output) == (says == name)
+
+
+def test_training_without_standard_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(tmp_path / "run")]
+    options = [*SMALL, "--epochs", "1", "--model.name", "resnet8", "--monitor.tensorboard", "false"]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, *options]
+    done = subprocess.run(closed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "epoch 1/1" in done.stdout

@@ -198,6 +198,8 @@ class Design:
     """Contrasts with the other controls."""
     omitted: list[str] = field(default_factory=list)
     """Controls that are not run, each with the reason."""
+    without_rate: list[str] = field(default_factory=list)
+    """Arms that are not run because no trial of theirs has succeeded so far."""
     lengthened: dict[str, tuple[Arm, int]] = field(default_factory=dict)
     """By the key of a control that trains longer: one network at the recipe's length, and the ratio
     of the lengths."""
@@ -214,6 +216,7 @@ class Design:
             raise ConfigError(f"{arm.name} with {arm.networks} networks: {error}") from error
         if tuned is None:
             self.omit(f"{arm.label}: no learning rate, its trials failed or have not finished")
+            self.without_rate.append(arm.label)
         elif same is None:
             self.arms.append(tuned)
         elif arm.name != same.name and arm.name not in self.aliases.setdefault(same.key, []):

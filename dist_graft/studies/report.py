@@ -132,7 +132,7 @@ def build_report(
         *_items([*others, *changes]),
         Heading(2, "Setting"),
         *sections.setting(state, arms, starts),
-        *_completeness(arms),
+        *_completeness(arms, state.design),
         Heading(2, "Comparisons with the plan's control"),
         Items([*sentences, *state.warnings]),
         *sections.check_section(checks),
@@ -167,21 +167,24 @@ def _join(numbers: Iterable[int]) -> str:
 # Results
 
 
-def _completeness(arms: Sequence[ArmResult]) -> list[Block]:
+def _completeness(arms: Sequence[ArmResult], design: Design) -> list[Block]:
     succeeded, failed, missing = (
         sum(len(getattr(arm, kind)) for arm in arms) for kind in ("rows", "failed", "missing")
     )
-    if not failed and not missing:
+    unknown = list(dict.fromkeys(design.without_rate))
+    if not failed and not missing and not unknown:
         return []
     text = f"{succeeded} of {succeeded + failed + missing} runs succeeded"
     if failed:
         text += f", {failed} failed (listed below, their seeds are excluded)"
     if missing:
         text += f", {missing} have not finished"
+    if unknown:
+        text += f", arms without a learning rate are missing ({'; '.join(unknown)})"
     return [
         Paragraph(
             f"This report is incomplete: {text}. Its conclusions are interim: p-values hold for a "
-            "number of seeds that does not depend on results."
+            "number of seeds, and of arms, that does not depend on results."
         )
     ]
 

@@ -302,8 +302,10 @@ class TestTuning:
             broken = run.phase == "tuning" and run.config.method == "none"
             return math.nan if broken else 80.0
 
-        state, _ = carry_out(comparing(), tmp_path, value)
+        state, results = carry_out(comparing(), tmp_path, value)
         assert state.design is not None
+        text = to_markdown(build_report(state, results, [])[0])
+        assert "arms without a learning rate are missing (no exchange, 2 networks; ind" in text
         assert [arm.name for arm in state.design.arms] == ["graft"]
         assert state.design.primary == []
         omitted = [text for text in state.design.omitted if "no learning rate" in text]

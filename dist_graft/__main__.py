@@ -28,6 +28,7 @@ def _open_standard_streams() -> None:
     if sys.stdout is None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
+        os.set_inheritable(1, True)  # dup2 does nothing if null is 1 already
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         os.dup2(1, 2)

@@ -11,14 +11,11 @@ from typing import TextIO
 def print_line(text: object, stream: TextIO | None = None) -> None:
     """Print a line and flush it, by default to standard error.
 
-    The line and its end are written at once, where `print` writes twice: processes that share a
-    pipe, as under torchrun, do not mix their lines. A closed pipe or terminal and a full disk are
-    ignored.
+    The line and its end are one write, so that processes that share a pipe, as under torchrun, do
+    not mix their lines. A closed pipe or terminal and a full disk are ignored.
     """
-    stream = stream or sys.stderr
     with contextlib.suppress(OSError):
-        stream.write(f"{printable(text)}\n")
-        stream.flush()
+        print(f"{printable(text)}\n", end="", file=stream or sys.stderr, flush=True)
 
 
 def printable(text: object) -> str:

@@ -96,7 +96,9 @@ def setting(state: StudyState, arms: Sequence[ArmResult], starts: Sequence[Start
     lines += [slow] if (slow := _simulated_speed(arms)) else []
     if state.trials and state.design:
         chosen = "; ".join(
-            f"{arm.label} {arm.config(0).optim.lr:.4g}" for arm in state.design.arms if arm.tunable
+            f"{arm.config(0).optim.lr:.4g} ({arm.label})"
+            for arm in state.design.arms
+            if arm.tunable
         )
         lines.append(f"learning rates, chosen on validation images: {chosen}")
     lines.append(f"seeds: {len(state.confirmed.test_seeds)}. {image_sampling(config.data)}")
@@ -545,12 +547,13 @@ def of_earlier_plans(
 
 
 def _results_before(start: Start, starts: Sequence[Start]) -> str:
-    """How many runs had results before a start, and whether anyone could have seen them."""
+    """How many runs had results before a start, and whether only a pilot had run."""
     text = f"{start.runs_before} runs had results"
     if start.tests_before is not None:
         text += f", {start.tests_before} of them on the test set"
-    if all(other.is_pilot for other in starts[: starts.index(start)]):
-        text += " (of a pilot, which prints no accuracies)"
+    earlier = starts[: starts.index(start)]
+    if earlier and all(other.is_pilot for other in earlier):
+        text += " (of a pilot, which prints no test accuracies)"
     return text
 
 

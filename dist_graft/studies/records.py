@@ -222,7 +222,7 @@ class Start:
 
     @property
     def is_pilot(self) -> bool:
-        """Whether this start was a pilot, which prints no accuracies."""
+        """Whether this start was a pilot, which prints no test accuracies."""
         return "--pilot" in shlex.split(self.command)
 
     def repeats(self, run: Run) -> bool:

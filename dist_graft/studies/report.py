@@ -282,7 +282,7 @@ def _primary_outcome(
 def _other_controls(state: StudyState, secondary: Sequence[ContrastResult]) -> list[Block]:
     if not secondary:
         return []
-    tuned = " Their learning rate was chosen for the delivered model." if state.trials else ""
+    tuned = " Learning rates were chosen for the delivered model." if state.trials else ""
     return [
         Heading(2, "Other controls"),
         Paragraph(

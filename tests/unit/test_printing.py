@@ -39,10 +39,13 @@ def test_commands_started_without_a_stream(closed: str, says: str, tmp_path: Pat
         assert ("is not a run directory" in output) == (says == name)
 
 
-def test_training_without_standard_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("closed", "networks"), [("2>&-", 1), (">&-", 2)])
+def test_training_without_a_stream(closed: str, networks: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_graft", "train", "--run_dir", str(tmp_path / "run")]
+    command += ["--networks", str(networks)]
     options = [*SMALL, "--epochs", "1", "--model.name", "resnet8", "--monitor.tensorboard", "false"]
-    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, *options]
-    done = subprocess.run(closed, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "epoch 1/1" in done.stdout
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command, *options]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    assert ("epoch 1/1" in done.stdout) == (closed == "2>&-")
+    assert (tmp_path / "run" / "summary.json").exists()

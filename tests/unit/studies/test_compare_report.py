@@ -415,10 +415,10 @@ class TestChangedPlan:
         _, second, results, starts = self.build(tmp_path, monkeypatch)
         pilot = replace(starts[0], command="dist-graft compare p.yaml --pilot")
         state = study_state(second, results.rows)
-        for before, remark in (([pilot], True), ([pilot, starts[0]], False)):
+        for before, remark in (([pilot], True), ([pilot, starts[0]], False), ([], False)):
             texts = build_report(state, results, [*before, starts[1]])[1]
             (text,) = [text for text in texts if "plan was changed" in text]
-            assert text.endswith("(of a pilot, which prints no accuracies).") == remark
+            assert text.endswith("(of a pilot, which prints no test accuracies).") == remark
 
     def test_a_later_plan_replaced_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -351,8 +351,8 @@ class TestReportOfTuning:
         assert "with seeds 1000, 1001 (n = 2)" in text
         assert "Tried with one network only: data parallel, one network on 2 processes." in text
         assert (
-            "learning rates, chosen on validation images: graft, 2 networks 0.1; "
-            "no exchange, 2 networks 0.1; one network, 2 x epochs 0.1; data parallel"
+            "learning rates, chosen on validation images: 0.1 (graft, 2 networks); "
+            "0.1 (no exchange, 2 networks); 0.1 (one network, 2 x epochs); 0.1 (data parallel"
         ) in text
         assert "intervals and p-values do not cover that choice" in text
 

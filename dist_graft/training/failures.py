@@ -63,12 +63,14 @@ def _stop_or_peer(
 ) -> DistGraftError:
     """The stop, unless the launcher sent the signal because a peer has failed.
 
-    Peers that have ended because of the same stop have announced it.
+    A peer that ends because of the same stop announces it first, so the announcement is read after
+    the list of peers that have ended.
     """
     resume = "rerun the command to resume from the latest checkpoint"
     with suppress(PeerError):
+        exited = peers.dead_peers()
         if not peers.stop_reason():
-            if exited := peers.dead_peers():
+            if exited:
                 return PeerError(f"{'; '.join(exited)} ended: {SEE_PEER}; {resume}")
             number = signal.Signals(error.exit_status - 128)
             if number == signal.SIGTERM and process.local_world_size < process.world_size:

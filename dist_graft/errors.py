@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 SEE_PEER = "see its output for the cause"
 """Part of the messages of processes that end because another one has failed."""
+_HAS_DIVERGED = re.compile(r"network \d+ has a [a-z, ]+ that is not finite")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,7 +63,23 @@ class DisagreementError(DistGraftError):
 
 
 class NonFiniteError(DistGraftError):
-    """A weight is NaN or infinite."""
+    """A weight, training loss or gradient is NaN or infinite."""
+
+    @classmethod
+    def of_networks(cls, diverged: Mapping[int, str], when: str) -> NonFiniteError:
+        """The error of a run whose networks have diverged.
+
+        Args:
+            diverged: what is not finite in them, by network, as in "a weight that is not finite".
+            when: epoch or round.
+        """
+        who = "; ".join(f"network {network} has {what}" for network, what in diverged.items())
+        return cls(f"{who} ({when}): try a lower learning rate, warm-up or gradient clipping")
+
+    @staticmethod
+    def is_cause(line: str) -> bool:
+        """Whether a line of a run's output is such an error."""
+        return bool(_HAS_DIVERGED.search(line))
 
 
 class PeerError(DistGraftError):

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import RoundStoppedError, RunDirectoryError
+from dist_graft.errors import NonFiniteError, RoundStoppedError, RunDirectoryError
 from dist_graft.grafting.divergence import without_diverged
-from dist_graft.grafting.information import first_not_finite
 from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.grafting.rules.graft import Graft
@@ -31,7 +30,6 @@ from dist_graft.grafting.units import GraftUnit, Lead, graft_tensors, graft_unit
 from dist_graft.phase_timer import PhaseTimer
 from dist_graft.population.round.agreement import (
     FINITE,
-    LOSS_NOT_FINITE,
     MESSAGE_FORMAT,
     RATE_SCALE,
     Agreement,
@@ -39,7 +37,7 @@ from dist_graft.population.round.agreement import (
     Schema,
     agree,
     describe_divergence,
-    diverged_error,
+    finite_state,
     merge_replica_headers,
     rule_options,
 )
@@ -263,7 +261,7 @@ class Grafter:
         # Measure.
         information = None
         with timer.phase("measure"):
-            state = FINITE if stop else _finite_state(tensors, diverged)
+            state = FINITE if stop else finite_state(tensors, diverged)
             if not stop and state == FINITE:
                 information = self._rule.measure(self.units, tensors).double()
 
@@ -352,9 +350,9 @@ class Grafter:
         with timer.phase("agree"), self._reporting_missing_peers(self.round):
             states = groups.gather_replicas(torch.tensor([state]), device).flatten().tolist()
         state = next((other for other in states if other != FINITE), FINITE)
-        what = "" if state == FINITE else describe_divergence(state, list(tensors))
+        what = describe_divergence(state, list(tensors))
         if what and self._on_divergence == "raise":
-            raise diverged_error({network: what}, self.round)
+            raise NonFiniteError.of_networks({network: what}, f"round {self.round}")
 
         # Publish. The network returns to the copy if a donor's file fails during the blend.
         own = self._published(files, tensors, job, None if what else information, diverged=what)
@@ -638,12 +636,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     for value in state.values():
         digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
-
-
-def _finite_state(tensors: dict[str, Tensor], diverged: bool) -> int:
-    """Return the index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE."""
-    first = first_not_finite(list(tensors.values()))
-    return (LOSS_NOT_FINITE if diverged else FINITE) if first is None else first
 
 
 def _device(tensors: dict[str, Tensor]) -> torch.device:

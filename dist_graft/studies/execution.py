@@ -24,7 +24,7 @@ import yaml
 from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.run_files import read_json
 from dist_graft.config import TrainConfig
-from dist_graft.errors import DistGraftError, RunDirectoryError
+from dist_graft.errors import DistGraftError, NonFiniteError, RunDirectoryError
 from dist_graft.population.runtime.process import die_with_launcher
 from dist_graft.run_directory import RunDirectory, as_plain, git_commit, write_atomically
 from dist_graft.studies.controls import Run
@@ -35,7 +35,6 @@ from dist_graft.training.learning_rates import initial_rates
 from dist_graft.version import versions
 
 _ERROR = re.compile(r"dist-graft: error: (.*)")
-_DIVERGED = re.compile(r"network \d+ has a non-finite (weight|training loss)")
 _KILLED = re.compile(r"Root Cause.*?Signal \d+ \((SIG\w+)\)", re.DOTALL)  # table of torchrun
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 40.0  # torchrun itself waits 30 s for its workers
@@ -109,7 +108,7 @@ def execute_run(
         outcomes["learning_rates"] = rates
         divergence = read_divergence(folder)
     except RunFailedError as error:
-        if not _DIVERGED.search(str(error)):
+        if not NonFiniteError.is_cause(str(error)):
             return _row(run, folder, stages, status="failed", error=str(error)), None
         outcomes, curve, divergence = {}, None, str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:

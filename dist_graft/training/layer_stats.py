@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from dist_graft.config import TrainConfig
 from dist_graft.errors import NonFiniteError
-from dist_graft.grafting.information import first_not_finite, invalid_filters, is_finite
+from dist_graft.grafting.information import invalid_filters, is_finite
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
 from dist_graft.monitoring.metrics import LayerStats, NetworkRow
+from dist_graft.population.round.agreement import describe_divergence, finite_state
 from dist_graft.training.state import TrainState
 
 INVALID_THRESHOLDS = (0.1, 0.01)
@@ -45,10 +46,7 @@ def non_finite_part(state: TrainState, *, loss: bool) -> str:
     `loss`: whether the training loss, or fp16 gradients repeatedly, were not finite.
     """
     tensors = graft_tensors(state.model)
-    first = first_not_finite(list(tensors.values()))
-    if first is not None:
-        return f"a non-finite weight in {list(tensors)[first]}"
-    return "a non-finite training loss or gradient" if loss else ""
+    return describe_divergence(finite_state(tensors, loss), list(tensors))
 
 
 def check_finite(
@@ -75,13 +73,10 @@ def check_finite(
     diverged = [other for other, row in enumerate(networks, first) if not row.finite]
     if not diverged or (tolerant and len(diverged) < len(networks)):
         return
-    elsewhere = "a non-finite weight, training loss or gradient"
-    who = "; ".join(
-        f"network {other} has {non_finite if other == network else elsewhere}" for other in diverged
-    )
-    raise NonFiniteError(
-        f"epoch {epoch}: {who}; try a lower learning rate, warm-up or gradient clipping{hint}"
-    )
+    parts = dict.fromkeys(diverged, "a weight, training loss or gradient that is not finite")
+    if network in parts:
+        parts[network] = non_finite
+    raise NonFiniteError(f"{NonFiniteError.of_networks(parts, f'epoch {epoch}')}{hint}")
 
 
 @contextmanager

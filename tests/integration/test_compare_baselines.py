@@ -1,4 +1,4 @@
-"""Baselines of a comparison that train in one stage, with real training runs.
+"""Baselines of a comparison that train in one stage, and divergence, with real training runs.
 
 Branches, snapshots and distilled networks: test_compare.py.
 """
@@ -14,24 +14,26 @@ import torch
 import yaml
 from reading import checkpoint
 
+from dist_graft.studies.controls import Run
 from dist_graft.studies.execution import Row, execute_run, run_folder
-from dist_graft.studies.plan import parse_plan
+from dist_graft.studies.plan import Plan, parse_plan
 from dist_graft.studies.selection import study_state
 
 IMAGES, EPOCHS, STEPS = 64, 2, 4
+RECIPE: dict[str, Any] = {
+    "epochs": EPOCHS,
+    "data": {
+        **{"name": "fashion-mini", "train_samples": IMAGES, "test_samples": 50},
+        "batch_size": IMAGES * EPOCHS // STEPS,
+    },
+    "model": {"name": "resnet8"},
+    "monitor": {"tensorboard": False},
+    "runtime": {"device": "cpu", "threads": 1},
+}
 PLAN = parse_plan(
     {
         "name": "baselines",
-        "recipe": {
-            "epochs": EPOCHS,
-            "data": {
-                **{"name": "fashion-mini", "train_samples": IMAGES, "test_samples": 50},
-                "batch_size": IMAGES * EPOCHS // STEPS,
-            },
-            "model": {"name": "resnet8"},
-            "monitor": {"tensorboard": False},
-            "runtime": {"device": "cpu", "threads": 1},
-        },
+        "recipe": RECIPE,
         "methods": ["graft"],
         "networks": [2],
         "seeds": [0],
@@ -44,12 +46,27 @@ PLAN = parse_plan(
         },
     }
 )
+DIVERGING = parse_plan(
+    {
+        "name": "diverging",
+        "recipe": {**RECIPE, "optim": {"lr": 1e30}},
+        "methods": ["graft", "papa"],
+        "networks": [2],
+        "seeds": [0],
+        "tuning": "none",
+    }
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run_of(plan: Plan, name: str) -> Run:
+    (run,) = (run for run in study_state(plan).comparison_runs if run.arm.name == name)
+    return run
 
 
 def execute(name: str, out: Path) -> tuple[Row, Path, dict[str, Any]]:
     """Train and evaluate an arm; returns its row, its directory and evaluation.json."""
-    (run,) = (run for run in study_state(PLAN).comparison_runs if run.arm.name == name)
+    run = run_of(PLAN, name)
     row, curve = execute_run(run, out, keep_checkpoints=EPOCHS, on_progress=lambda done: None)
     assert (row["status"], row["error"]) == ("ok", "")
     assert curve is not None
@@ -94,3 +111,11 @@ def test_local_sgd_averages_the_networks(tmp_path: Path) -> None:
     assert first["round"] == second["round"] == 2
     for key, value in first["model"].items():
         torch.testing.assert_close(value, second["model"][key], msg=key)
+
+
+@pytest.mark.parametrize("name", ["graft", "papa", "no exchange", "one network, 2 x epochs"])
+def test_divergence_counts_as_chance_in_every_arm(name: str, tmp_path: Path) -> None:
+    run = run_of(DIVERGING, name)
+    row, _ = execute_run(run, tmp_path, keep_checkpoints=1, on_progress=lambda done: None)
+    assert (row["status"], row["delivered"]) == ("diverged", 10.0)
+    assert "that is not finite" in row["error"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_graft.errors import DisagreementError, NonFiniteError, RoundStoppedError
+from dist_graft.grafting.information import first_not_finite
 from dist_graft.grafting.memory_layout import memory_order
 from dist_graft.grafting.rules.base import Rule
 from dist_graft.population.collectives import Gather, gather_bytes
@@ -162,23 +163,24 @@ def agree(
         if other.diverged != FINITE
     }
     if diverged and not (tolerant and len(diverged) < len(headers)):
-        raise diverged_error(diverged, header.round)
+        raise NonFiniteError.of_networks(diverged, f"round {header.round}")
     return Agreement(diverged, max(other.measured for other in headers))
 
 
+def finite_state(tensors: Mapping[str, Tensor], diverged: bool) -> int:
+    """Return the index of the first tensor that is not finite, LOSS_NOT_FINITE, or FINITE.
+
+    `diverged`: whether the training loss is not finite.
+    """
+    first = first_not_finite(list(tensors.values()))
+    return (LOSS_NOT_FINITE if diverged else FINITE) if first is None else first
+
+
 def describe_divergence(state: int, keys: Sequence[str]) -> str:
-    """Return what is not finite, from Header.diverged and the keys of the tensors in order."""
+    """Return what is not finite, from `finite_state` and the keys of the tensors in order."""
     if state >= 0:
         return f"a weight that is not finite in {keys[state]}"
-    return "a training loss or gradient that is not finite"
-
-
-def diverged_error(diverged: Mapping[int, str], round_: int) -> NonFiniteError:
-    """Error that names the diverged networks of a round."""
-    return NonFiniteError(
-        "; ".join(f"network {network} has {what}" for network, what in diverged.items())
-        + f" (round {round_}): try a lower learning rate, warm-up or gradient clipping"
-    )
+    return "" if state == FINITE else "a training loss or gradient that is not finite"
 
 
 def _first_difference(schemas: list[dict[str, Any]]) -> str:

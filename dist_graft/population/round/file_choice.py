@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
-from dist_graft.population.round.agreement import diverged_error
 
 
 @dataclass(frozen=True, order=True)
@@ -146,7 +146,7 @@ def decide_among(
     }
     if len(diverged) == len(present):
         if others:
-            raise diverged_error(diverged, own.round)
+            raise NonFiniteError.of_networks(diverged, f"round {own.round}")
         keeps = Mixing(shares=torch.ones(own.units, 1, 1, dtype=torch.float64), donors=((),))
         return Decided(keeps, present, row, diverged)  # no finite network to copy
     length = max(len(published.information) for published in by_network.values())

@@ -254,7 +254,9 @@ def test_weights_that_are_not_finite_are_never_blended(
     before = own.state
     with torch.no_grad():
         donor.model[-1].bias[0] = math.nan  # type: ignore[index, union-attr]
-    monkeypatch.setattr("dist_graft.population.grafter.first_not_finite", lambda tensors: None)
+    monkeypatch.setattr(
+        "dist_graft.population.round.agreement.first_not_finite", lambda tensors: None
+    )
     donor.graft(3)  # as a foreign program might
     assert own.graft(3).donor == -1
     assert same(own.state, before)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from dist_graft.analysis.evaluate import EVALUATION_FORMAT
+from dist_graft.errors import NonFiniteError
 
 
 def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
@@ -34,7 +35,8 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
     (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))
     if action == "diverge":
-        print("dist-graft: error: epoch 0: network 0 has a non-finite weight in conv.weight; try")
+        error = NonFiniteError.of_networks({0: "a weight that is not finite in conv"}, "round 1")
+        print(f"dist-graft: error: epoch 0: {error}")
         return 1
     if action == "no space":
         print("dist-graft: error: /runs/diverged/network00 cannot be written: No space left")

@@ -420,7 +420,7 @@ class TestDivergence:
     @pytest.mark.parametrize(
         ("action", "error"),
         [
-            ("diverge", "epoch 0: network 0 has a non-finite"),
+            ("diverge", "epoch 0: network 0 has a weight that is not finite in conv (round 1)"),
             ("heal", "network 1 copied network 0"),
         ],
     )

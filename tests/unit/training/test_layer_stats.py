@@ -20,12 +20,12 @@ def test_a_non_finite_weight_is_named(key: str, value: float) -> None:
     assert not non_finite_part(state, loss=False)
     state.model.state_dict()[key].view(-1)[-1] = value
     for loss in (False, True):
-        assert non_finite_part(state, loss=loss) == f"a non-finite weight in {key}"
+        assert non_finite_part(state, loss=loss) == f"a weight that is not finite in {key}"
 
 
 def test_a_loss_is_named_when_all_weights_are_finite() -> None:
     found = non_finite_part(make_state(OptimConfig()), loss=True)
-    assert found == "a non-finite training loss or gradient"
+    assert found == "a training loss or gradient that is not finite"
 
 
 def test_integers_are_ignored() -> None:
@@ -59,10 +59,11 @@ class TestCheckFinite:
     def test_the_error_names_all_diverged_networks(self) -> None:
         rows = self.networks(False, True, False)
         with pytest.raises(NonFiniteError) as caught:
-            check_finite(rows, 7, 2, "a non-finite weight in a.b", tolerant=False)
+            check_finite(rows, 7, 2, "a weight that is not finite in a.b", tolerant=False)
         assert str(caught.value) == (
-            "epoch 7: network 0 has a non-finite weight, training loss or gradient; network 2 has "
-            "a non-finite weight in a.b; try a lower learning rate, warm-up or gradient clipping"
+            "network 0 has a weight, training loss or gradient that is not finite; network 2 has "
+            "a weight that is not finite in a.b (epoch 7): try a lower learning rate, warm-up or "
+            "gradient clipping"
         )
         with pytest.raises(NonFiniteError, match=r"network 0 has a .*; network 2 has a "):
             check_finite(rows, 7, 1, "", tolerant=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -340,7 +341,7 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
 
     Raises: OSError; FileExistsError if `exclusive` and the file exists.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary

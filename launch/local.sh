@@ -28,9 +28,10 @@ if [ -n "${JOBS:-}" ]; then
     trap 'kill -TERM "${jobs[@]}" 2>/dev/null' INT TERM
     status=0
     for job in "${jobs[@]}"; do
-        while kill -0 "$job" 2>/dev/null; do # a signal ends the wait, not yet the job
+        while :; do
             ended=0
             wait "$job" || ended=$?
+            kill -0 "$job" 2>/dev/null || break # a signal ends the wait, not yet the job
         done
         if [ "$ended" -ne 0 ]; then status=$ended; fi
     done

@@ -192,6 +192,7 @@ def _program(
 
 
 def _context() -> Any:
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as in programs; the server imports torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness import Done, Program
@@ -189,11 +190,23 @@ def by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nothing listens on, and that neither the system nor another worker gives away."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def _ports() -> Iterator[int]:
+    """Ports below those that the system assigns, a hundred pairs for each pytest worker."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(12000 + 200 * (worker % 100), 12200 + 200 * (worker % 100), 2)
+    start = os.getpid() % len(ports)
+    return itertools.cycle([*ports[start:], *ports[:start]])
+
+
+_PORTS = _ports()
 
 
 def wait_until(
@@ -214,8 +227,13 @@ def wait_until(
 
 
 def checkpoint_is_complete(run: Path, epochs: int) -> Callable[[], bool]:
-    """Return a function that tells whether the checkpoint after so many epochs is complete."""
-    return (run / "checkpoints" / f"epoch_{epochs:04d}" / "COMPLETE.json").exists
+    """Return a function that tells whether a checkpoint after that many epochs is complete."""
+
+    def is_complete() -> bool:  # of later epochs, too: only the newest ones are kept
+        found = (run / "checkpoints").glob("epoch_[0-9][0-9][0-9][0-9]*/COMPLETE.json")
+        return any(int(path.parent.name[6:10]) >= epochs for path in found)
+
+    return is_complete
 
 
 def children(process: Process) -> list[int]:

@@ -116,6 +116,18 @@ def summary(run: Path) -> dict[str, Any]:
     return content
 
 
+def events(run: Path) -> list[dict[str, Any]]:
+    """Events in summary.json, except for slow networks, which depend on the load."""
+    return [event for event in summary(run)["events"] if event["kind"] != "slow"]
+
+
+def event_rows(run: Path) -> list[str]:
+    """Rows of TensorBoard's tables of events, except for slow networks."""
+    tables = texts(run / "population").get("run/events", {}).values()
+    rows = [row for table in tables for row in table.splitlines()[2:]]
+    return [row for row in rows if "| slow |" not in row]
+
+
 def contents(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the sha256 of every file below a folder by path, except for the names in `without`."""
     return {

@@ -165,6 +165,8 @@ def _state(
             f"{duration(min(silent, default=0))} ago, without an error message (killed, out of "
             f"memory, or the machine failed); {resume}"
         )
+    if {files.phase for files in run.networks} == {"stopped"}:  # a start has removed the marker
+        return "stopped", f"stopped early; {resume}"
     return "died", f"exited before the last epoch, for an unknown reason; {resume}"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -166,7 +167,7 @@ class StatusFile(Callback):
         self._ended.set()
         if self._thread:
             self._thread.join(HEARTBEAT_SECONDS)  # a disk that hangs does not block the process
-        if self._status.phase not in ENDED:
+        if self._status.phase not in ENDED and sys.exception() is None:
             self._status.phase = "finished"
             self._status.epochs, self._status.rounds = trainer.config.epochs, trainer.round
         self._write()

@@ -43,7 +43,12 @@ from dist_graft.population.round.file_choice import Place
 from dist_graft.population.round.files import JobState
 from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.lease import Lease, is_taken_over, sees_lease
-from dist_graft.population.runtime.process import SIGNALS, die_with_launcher, stop_on_signals
+from dist_graft.population.runtime.process import (
+    SIGNALS,
+    die_with_launcher,
+    handle_signals,
+    stop_on_signals,
+)
 from dist_graft.population.runtime.process_group import Runtime, start
 from dist_graft.population.runtime.process_info import ProcessInfo, read_process_info
 from dist_graft.population.runtime.replicas import Replicas
@@ -199,6 +204,7 @@ class Trainer:
         self.timer = PhaseTimer(PHASES)
         self._summary_error: RunDirectoryError | None = None
         self._has_log = False
+        self._explained: tuple[BaseException, BaseException] | None = None
         self._lease: Lease | None = None
         self._lease_token = ""
         self._signals: SignalMonitor | None = None
@@ -288,7 +294,7 @@ class Trainer:
                 self._open_run()
                 self._fit()
             except BaseException as error:
-                explained = explain(error, self.runtime.peers, self.process)
+                explained = self._explain(error)
                 if self._has_log and not isinstance(explained, LeaseHeldError):
                     process = str(self.process) if self.process.world_size > 1 else ""
                     folder = self.directory.network(self.process.network)
@@ -304,6 +310,7 @@ class Trainer:
                 error.exit_status = StoppedEarlyError.exit_status
             raise
         finally:
+            self._explained = None  # its traceback refers to all tensors
             if self._signals:
                 self._signals.close()
                 self._grace.cancel()
@@ -341,14 +348,23 @@ class Trainer:
             self.runtime.shutdown()
         except BaseException as error:
             if not isinstance(error, LeaseLostError):
-                self.callbacks.call(
-                    "on_exception", self, explain(error, self.runtime.peers, self.process)
-                )
+                self.callbacks.call("on_exception", self, self._explain(error))
             raise
         finally:
             if not self.process.launched:  # a launched process is about to exit
                 self.checkpoints.close()
             self.callbacks.call("teardown", self)
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """The error to report, which stays the same when peers end meanwhile.
+
+        From now on, signals do not interrupt the main thread: a launcher stops all processes when
+        the first one has ended.
+        """
+        handle_signals(lambda *_: None)
+        if self._explained is None or self._explained[0] is not error:
+            self._explained = error, explain(error, self.runtime.peers, self.process)
+        return self._explained[1]
 
     # ---- Start -----------------------------------------------------------------------------------
 
@@ -426,7 +442,7 @@ class Trainer:
             self.runtime.peers,
             grace=self._grace,
             on_poll=self._check_lease,
-            ignore_existing=self.directory.job is not None,
+            ignored=[] if self.directory.job is None else [self.directory.stop],
         )
         self._announce_signal = self.stop_requests.announce
         self.run_events, built_in = built_in_callbacks(self.config, self.process)

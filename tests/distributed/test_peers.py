@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from harness import RankContext, result_or_error, run
 
 from dist_graft import Grafter, PeerError
 from dist_graft.errors import StartError
+from dist_graft.population.compat import set_timeout
+from dist_graft.population.round.exchange import world
 from dist_graft.population.runtime.devices import can_use_nccl
 from dist_graft.population.runtime.peers import PeerRegistry
 
@@ -89,6 +92,8 @@ def graft_with_a_hanging_peer(context: RankContext):
     peers = PeerRegistry(context.store, context.rank, context.networks)
     peers.check_in(60)
     grafter = Grafter(build("plain", context.rank), peers=peers)
+    dist.barrier()  # with the long timeout
+    set_timeout(timedelta(seconds=1), world())
     if context.rank == 1:
         context.store.wait(["gave up"])
         return None
@@ -98,7 +103,7 @@ def graft_with_a_hanging_peer(context: RankContext):
 
 
 def test_a_hanging_peer_is_named_after_the_timeout():
-    (kind, text), _ = run(graft_with_a_hanging_peer, 2, group_timeout=1)
+    (kind, text), _ = run(graft_with_a_hanging_peer, 2)
     assert kind == "PeerError"
     assert "network 1 (rank 1 on " in text
 
@@ -216,7 +221,7 @@ def test_the_number_of_requests_does_not_grow_with_the_number_of_processes(store
     counting.requests.clear()
     with pytest.raises(PeerError, match=r"network 0 .* did not respond"):
         peers.collect("score", 1.5)
-    assert counting.requests.count("wait") == 2
+    assert 1 <= counting.requests.count("wait") <= 3
     assert len(counting.requests) < 12 + 64  # the missing key is searched for once, at the end
     peers.publish("score", "0")
     counting.requests.clear()

@@ -92,8 +92,8 @@ def test_a_hanging_logger_delays_no_training(
     names = "[own_loggers:HangingLogger, own_loggers:FileLogger]"
     done = train(run, "--epochs", "2", *STEADY, "--monitor.loggers", names)
     assert done.status == 0, done
-    (line,) = warnings_of(done.output)
-    assert "own_loggers:HangingLogger did not finish in time" in line
+    lines = warnings_of(done.output)  # perhaps also of FileLogger, on a busy machine
+    assert any("own_loggers:HangingLogger did not finish in time" in line for line in lines)
     assert len(metrics(run, 0)) == 2
 
 

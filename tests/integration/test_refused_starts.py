@@ -42,15 +42,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def refusals(run: Path, *options: str) -> list[str]:
-    """Start three networks, and return the only line that each of them prints.
-
-    Except for warnings of torch's store about slow waits: a program silences them before it imports
-    torch, but the server that these processes are forked from has imported it already.
-    """
+    """Start three networks, and return the only line that each of them prints."""
     ends = end_population(NETWORKS, run, *options)
     for done in ends:
-        lines = [line for line in done.errors.splitlines() if not line.startswith("[W")]
-        assert lines == [ERROR + error_line(done)]
+        assert done.errors.splitlines() == [ERROR + error_line(done)]
         assert not done.output
     return [error_line(done) for done in ends]
 

@@ -65,6 +65,20 @@ def test_machines_that_do_not_start(tmp_path: Path) -> None:
     )
 
 
+def test_a_job_that_fails_before_the_others_end(tmp_path: Path) -> None:
+    """local.sh waits for the jobs in the order of their numbers."""
+    job = tmp_path / "python"
+    job.write_text(
+        '#!/bin/sh\ncd "$FOLDER"\n'
+        'case "$*" in *"population.network 0"*) until [ -e ended ]; do sleep 0.1; done;;\n'
+        "*) touch ended; exit 3;; esac\n"
+    )
+    job.chmod(0o755)
+    places = {"JOBS": "2", "PYTHON": str(job), "FOLDER": str(tmp_path)}
+    done = run_program([str(ROOT / "launch/local.sh")], timeout=60, **places)
+    assert done.status == 3
+
+
 @pytest.mark.parametrize("setting", ["HEAD", "NODES"])
 def test_a_missing_setting(setting: str, tmp_path: Path) -> None:
     done = multinode(tmp_path / "run", **{setting: ""})

@@ -196,6 +196,17 @@ class TestAtomicPath:
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_two_writers(self, tmp_path: Path) -> None:
+        """Processes in several containers may have the same id."""
+        path = tmp_path / "name"
+        with atomic_path(path) as first:
+            first.write_text("first")
+            with atomic_path(path) as second:
+                second.write_text("second")
+            assert path.read_text() == "second"
+        assert path.read_text() == "first"
+        assert list(tmp_path.iterdir()) == [path]
+
     def test_a_block_that_writes_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "name"):
             pass

@@ -98,14 +98,15 @@ class Lease:
         Raises: LeaseHeldError naming the holder; RunDirectoryError on a disk error.
         """
         try:
+            began = _now()  # before the file's time, as this process may be stopped in between
             self._made_folder = not self._path.parent.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while not self._try_to_acquire():
-                pass
+                began = _now()
             self._remove_leftovers()
         except OSError as error:
             raise RunDirectoryError.not_written(self._path, error) from error
-        self._refreshed = _now()
+        self._refreshed = began
         threading.Thread(target=self._refresh_regularly, name="lease", daemon=True).start()
         return self
 
@@ -229,13 +230,14 @@ class Lease:
 
     def _refresh(self) -> None:
         """Refresh the heartbeat; create the file again if it was deleted."""
+        began = _now()
         try:
             os.utime(self._path)
         except FileNotFoundError:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._new_file() as (new, _):
                 self._create(new, self._path)
-        self._refreshed = _now()
+        self._refreshed = began
 
 
 def read_lease(path: Path) -> LeaseInfo | None:

@@ -45,11 +45,12 @@ def has_ended(pid: int) -> bool:
     """Whether a process of this user has ended; true for a zombie."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        state = _state(pid)
+        if not state:  # there is no /proc, or the process has just disappeared from it
+            os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):  # reused by another user's process
         return True
-    except PermissionError:  # reused by another user's process
-        return True
-    return _state(pid)[:1] == ["Z"]
+    return state[:1] in (["Z"], ["X"])
 
 
 def process_start(pid: int) -> str | None:

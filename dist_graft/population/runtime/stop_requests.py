@@ -93,7 +93,7 @@ class StopRequests:
         peers: registry of the run; None for a single process.
         grace: started by the first request.
         on_poll: called at most once a second, at a poll.
-        ignore_existing: whether a file that exists now requests nothing until it is touched again.
+        ignored: those of the files that request nothing, if they exist now, until touched again.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class StopRequests:
         *,
         grace: GracePeriod,
         on_poll: Callable[[], object] = lambda: None,
-        ignore_existing: bool = False,
+        ignored: Collection[Path] = (),
     ) -> None:
-        self._files = {path: _touched(path) if ignore_existing else None for path in files}
+        self._files = {path: _touched(path) if path in ignored else None for path in files}
         self._on_poll = on_poll
         self._peers = peers
         self._grace = grace

@@ -35,7 +35,7 @@ from dist_graft.printing import print_line
 
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 600.0  # torchrun's default
-_EXIT_SECONDS = 15.0  # from the end of the processes to the end of their launcher
+_EXIT_SECONDS = 15.0  # from the loss of the store to the end of the launcher
 _NUMA_NODES = Path("/sys/devices/system/node")
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
@@ -152,10 +152,12 @@ def _rendezvous_failed(endpoint: str, seconds: float) -> str:
 
 
 def _watch(endpoint: str, join_seconds: float) -> None:
-    """End this launcher if the rendezvous fails, and soon after its processes have ended.
+    """End this launcher if the rendezvous fails, or its store is lost after the processes ended.
 
-    torchrun waits without a timeout for a rendezvous store whose link was cut.
+    torchrun waits without a timeout for a rendezvous store whose link was cut. As long as the store
+    responds, torchrun may be waiting for the other machines.
     """
+    host, _, port = endpoint.rpartition(":")
     began = time.monotonic()
     while not _has_processes():
         if time.monotonic() > began + join_seconds + _CONNECT_SECONDS:
@@ -164,7 +166,7 @@ def _watch(endpoint: str, join_seconds: float) -> None:
     last_seen = time.monotonic()
     while time.monotonic() < last_seen + _EXIT_SECONDS:
         time.sleep(1)
-        if _has_processes():
+        if _has_processes() or _is_store(host, int(port)):
             last_seen = time.monotonic()
     _fail(
         f"{socket.gethostname()} lost the connection to {endpoint}, and its processes have ended: "

@@ -124,6 +124,14 @@ class TestState:
         assert state == "stopped"
         assert text.startswith(f"{run}: stopped early by SIGTERM: goes on from there\n")
 
+    def test_stopped_while_it_starts_again(self, run: Path) -> None:
+        """The start has removed the marker, and no network has written its status yet."""
+        for network in range(2):
+            write_status(run, network, phase="stopped", reason="stopped early by SIGTERM")
+        state, text = status_of(run)
+        assert state == "stopped"
+        assert text.startswith(f"{run}: stopped early; rerun the same command to resume from ")
+
     def test_failed_with_the_reason_in_the_log(self, run: Path) -> None:
         """The cause is shown, not the network that the launcher terminated afterwards."""
         write_status(run, 0, phase="failed", reason="stopped by SIGTERM")

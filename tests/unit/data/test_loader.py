@@ -44,7 +44,10 @@ raise RuntimeError("the traceback keeps the loader alive")
 FIVE_EPOCHS = """
 print("ready", flush=True)
 for epoch in range(5):
-    assert len(list(data.train_batches(epoch, 0, 12))) == 12
+    batches = data.train_batches(epoch, 0, 12)
+    next(batches)
+    sys.stdin.readline()
+    assert len(list(batches)) == 11
 print("done", flush=True)
 """
 Trainer = subprocess.Popen[str]
@@ -92,16 +95,19 @@ def test_a_worker_is_shielded_from_its_start(image_root):
     with trainer(FIVE_EPOCHS, image_root) as process:
         assert first_line(process) == "ready"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        signalled = set()
-        while process.poll() is None:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                pids = [int(pid) for pid in children.read_text().split()]
-                send_all(pids)
-                signalled.update(pids)
-            time.sleep(0.001)
+        signalled: set[int] = set()
+        for epoch in range(5):
+            while len(signalled) < 2 * (epoch + 1) and process.poll() is None:
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    pids = [int(pid) for pid in children.read_text().split()]
+                    send_all(pids)
+                    signalled.update(pids)
+                time.sleep(0.001)
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
         out, errors = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "done\n"), errors
-        assert len(signalled) == 10
 
 
 def test_workers_end_when_their_trainer_is_killed(image_root):

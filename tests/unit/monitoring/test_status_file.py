@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def test_the_process_is_known_at_once(fake: FakeTrainer) -> None:
             **{"rounds": 0, "images_per_second": None, "seconds_left": None, "reason": None},
             "time": 0,
         }
+
+
+def test_a_process_that_ends_with_an_unreported_error_has_not_finished(fake: FakeTrainer) -> None:
+    with suppress(KeyboardInterrupt), running(fake):
+        raise KeyboardInterrupt
+    assert content(fake)["phase"] == "starting"
 
 
 def test_a_thread_writes_the_progress(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

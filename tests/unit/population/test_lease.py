@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dist_graft.errors import LeaseHeldError, RunDirectoryError
+from dist_graft.population.runtime import lease as lease_module
 from dist_graft.population.runtime.lease import (
     Lease,
     LeaseInfo,
@@ -173,8 +174,27 @@ def test_a_holder_notices_a_takeover_that_has_ended(path: Path) -> None:
     assert read_lease(path) is None
 
 
+def test_a_holder_that_is_stopped_within_a_heartbeat_knows_that_it_may_have_expired(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(lease_module, "_now", lambda: now)
+    with held(path, expire_seconds=60) as stopped:
+        utime = os.utime
+
+        def stop_after(file: Path) -> None:
+            nonlocal now
+            utime(file)
+            now += 61
+
+        monkeypatch.setattr(os, "utime", stop_after)
+        stopped._refresh()
+        assert stopped._may_have_expired
+        assert not stopped.lost  # the file is still there
+
+
 def test_a_deleted_lease_is_created_again(path: Path) -> None:
-    with held(path, expire_seconds=0.4) as lease:
+    with held(path, expire_seconds=4) as lease:
         shutil.rmtree(path.parent)
         assert not lease.lost
         deadline = time.monotonic() + 10

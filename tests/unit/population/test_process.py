@@ -1,4 +1,4 @@
-"""Memory settings of a training process."""
+"""Memory settings of a training process, and processes that end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+
+from dist_graft.population.runtime import process
+from dist_graft.population.runtime.process import has_ended
 
 FAULTS = """
 import resource
@@ -48,3 +51,25 @@ def test_freed_memory_is_kept_unless_the_environment_sets_thresholds(
     )
     pages = int(done.stdout)
     assert pages > PAGES / 2 if is_returned else pages < PAGES / 20
+
+
+@pytest.mark.parametrize("disappears", [False, True])
+def test_a_process_that_ended_before_its_parent_waited(
+    disappears: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `disappears`, its parent waits right after the first look at it."""
+    child = subprocess.Popen(["sleep", "600"])
+    assert not has_ended(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    look = process._state
+
+    def look_late(pid: int) -> list[str]:
+        child.wait()
+        return look(pid)
+
+    if disappears:
+        monkeypatch.setattr(process, "_state", look_late)
+    assert has_ended(child.pid)
+    child.wait()
+    assert has_ended(child.pid)

@@ -1,11 +1,14 @@
-"""When the launcher binds processes to the NUMA nodes of their GPUs."""
+"""When the launcher binds processes to the NUMA nodes of their GPUs, and when it gives up."""
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from dist_graft.population.runtime import torchrun
 
@@ -76,3 +79,34 @@ def test_the_option_of_torchrun(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert torchrun.main(["--nproc-per-node=4", *option, "program.py"]) == 0
     assert [options.numa_binding for options in started] == [binding]
+
+
+def test_the_launcher_waits_for_other_machines_as_long_as_the_store_responds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    looks, looked_often = iter([True]), threading.Event()
+    answers, failed = [], threading.Event()
+    ask = torchrun._is_store
+
+    def is_store(host: str, port: int) -> bool:
+        answers.append(ask(host, port))
+        if len(answers) == 4:
+            looked_often.set()
+        return answers[-1]
+
+    monkeypatch.setattr(torchrun, "_has_processes", lambda: next(looks, False))
+    monkeypatch.setattr(torchrun, "_is_store", is_store)
+    monkeypatch.setattr(torchrun, "_EXIT_SECONDS", 2.0)
+    monkeypatch.setattr(torchrun, "_CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(torchrun, "_fail", lambda line: failed.set())
+    watch = threading.Thread(target=torchrun._watch, args=(f"127.0.0.1:{store.port}", 60.0))
+    watch.start()
+    assert looked_often.wait(60)
+    assert all(answers[:4])
+    assert not failed.is_set()
+    del store
+    assert failed.wait(60)
+    watch.join(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,6 +188,23 @@ class TestFailures:
         assert recorder.hooks()[-2:] == [("on_exception", 0, 1), ("teardown", 0, 1)]
         log = (tmp_path / "network00/log.txt").read_text()
         assert f"callback Failing failed in {hook}: {type(error).__name__}: second" in log
+
+    @pytest.mark.parametrize("hook", ["setup", "on_step_end"])
+    def test_the_signal_of_a_launcher_does_not_replace_the_error(
+        self, tmp_path: Path, hook: str
+    ) -> None:
+        """A launcher stops all processes when the first one has ended."""
+
+        class Terminated(Callback):
+            def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        first = Failing(ValueError("first"), hook)
+        with pytest.raises(CallbackError, match=f"{hook}: ValueError: first"):
+            REGRESSION.trainer(config_of(tmp_path), first, Terminated()).fit()
+        status = json.loads((tmp_path / "network00/status.json").read_text())
+        assert status["phase"] == "failed"
+        assert "ValueError: first" in status["reason"]
 
     def test_a_failing_teardown_does_not_fail_the_run(self, tmp_path: Path) -> None:
         REGRESSION.trainer(config_of(tmp_path), Failing(ValueError("late"), "teardown")).fit()

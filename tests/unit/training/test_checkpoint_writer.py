@@ -143,10 +143,13 @@ def test_one_failure_makes_the_checkpoint_incomplete_for_all(
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [3]
 
 
-def test_complete_json_that_cannot_be_written(tmp_path: Path, make_writers: MakeWriters) -> None:
+def test_complete_json_that_cannot_be_written(
+    tmp_path: Path, make_writers: MakeWriters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path, 1)
     before, path = contents(tmp_path), checkpoint_path(tmp_path, 2)
-    (path / f".COMPLETE.json.{os.getpid()}").mkdir(parents=True)
+    monkeypatch.setattr("secrets.token_hex", lambda length: "taken")
+    (path / ".COMPLETE.json.taken").mkdir(parents=True)
     first, second = save(make_writers(), path)
     assert first == second
     assert "COMPLETE.json cannot be written" in first.failure

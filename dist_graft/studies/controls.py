@@ -366,8 +366,15 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
 
     for baseline in baseline_arms(plan, method):
         added = _add_contrast(design, plan, method, "baseline", baseline)
-        if added and short and added.config(0).runtime.replicas > short.config(0).runtime.replicas:
-            design.lengthened[added.key] = short, networks  # data-parallel
+        if added and short and _is_one_longer_training(added, short):
+            design.lengthened[added.key] = short, networks
+
+
+def _is_one_longer_training(baseline: Arm, short: Arm) -> bool:
+    """Whether a baseline is one network that trains longer: data-parallel, or with an average."""
+    is_long = baseline.config(0).epochs > short.config(0).epochs
+    is_parallel = baseline.config(0).runtime.replicas > short.config(0).runtime.replicas
+    return is_parallel or (is_long and baseline.delivers in ("ema", "checkpoints"))
 
 
 def _compare_with_isolated(design: Design, plan: Plan, methods: Sequence[Arm]) -> None:

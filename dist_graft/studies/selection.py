@@ -52,8 +52,9 @@ class Trial:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best of several rates is the smallest or the largest one."""
-        return len(self.runs) > 1 and self.best in (min(self.runs), max(self.runs))
+        """Whether the best of several rates is the smallest or the largest one with a score."""
+        scored = sorted(self.scores)
+        return len(self.runs) > 1 and self.best in (*scored[:1], *scored[-1:])
 
     @property
     def all_runs(self) -> list[Run]:
@@ -299,7 +300,7 @@ def run_trial(
         }
         ended = all(run.key in rows.index for tried in runs.values() for run in tried)
         trial = Trial(arm=arm, runs=runs, scores=scores, finished=ended)
-        if not ended or not trial.at_edge or extensions == 0:
+        if not ended or trial.best not in (rates[0], rates[-1]) or extensions == 0:
             return trial
         extensions -= 1
         rates = _extended(rates, downward=trial.best == rates[0])

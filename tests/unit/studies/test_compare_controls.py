@@ -274,13 +274,19 @@ class TestBaselines:
         assert (arm.networks, config.runtime.replicas) == (1, 4)
         assert (config.data.batch_size, config.epochs) == (4 * TrainConfig().data.batch_size, 20)
 
-    def test_data_parallel_training_is_checked_against_independent_networks(self) -> None:
-        design = build_design(make_plan(baselines=["data_parallel"], networks=[4]))
+    def test_longer_training_is_checked_against_independent_networks(self) -> None:
+        baselines = ["data_parallel", "ema", "checkpoint_average"]
+        design = build_design(make_plan(baselines=baselines, networks=[4]))
         names = {arm.key: arm.name for arm in design.arms}
         compared = {names[key]: (arm.name, n) for key, (arm, n) in design.lengthened.items()}
-        control = compared["data parallel, one network on 4 processes"]
-        assert control == compared["one network, 4 x epochs"]
-        assert control[1] == 4
+        assert set(compared) == {
+            "one network, 4 x epochs",
+            "EMA of one network, 4 x epochs",
+            "mean of checkpoints of one network, 4 x epochs",
+            "data parallel, one network on 4 processes",
+        }
+        assert len(set(compared.values())) == 1
+        assert compared["one network, 4 x epochs"][1] == 4
 
     def test_local_sgd_is_a_population(self) -> None:
         (arm,) = self.named(baselines={"local_sgd": {"graft.every_steps": 7}}).values()

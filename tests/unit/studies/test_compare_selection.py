@@ -250,6 +250,16 @@ class TestTuning:
         assert state.design is not None
         assert state.at_edge == ([arm.key for arm in state.design.arms] if edge else [])
 
+    def test_the_best_rate_below_one_that_failed_is_at_the_edge(self, tmp_path: Path) -> None:
+        def value(run: Run) -> float:
+            is_tuning, lr = run.phase == "tuning", run.config.optim.lr
+            return math.nan if is_tuning and lr == 0.2 else near(0.2)(run)
+
+        state, _ = carry_out(comparing(), tmp_path, value)
+        assert [list(trial.runs) for trial in state.trials] == [[0.05, 0.1, 0.2]] * 3
+        assert [(trial.best, trial.at_edge) for trial in state.trials] == [(0.1, True)] * 3
+        assert sum("failed at learning rate 0.2" in text for text in state.warnings) == 3
+
     def test_an_arm_is_left_out_until_its_rate_is_chosen(self, tmp_path: Path) -> None:
         state, results = carry_out(comparing(), tmp_path, near(0.1))
         assert state.design is not None

@@ -31,7 +31,8 @@ if [ -n "${JOBS:-}" ]; then
         while :; do
             ended=0
             wait "$job" || ended=$?
-            kill -0 "$job" 2>/dev/null || break # a signal ends the wait, not yet the job
+            # A signal ends the wait, not yet the job.
+            if [ "$ended" -le 128 ] || ! kill -0 "$job" 2>/dev/null; then break; fi
         done
         if [ "$ended" -ne 0 ]; then status=$ended; fi
     done

@@ -21,9 +21,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -192,9 +194,11 @@ def _program(
 
 
 def _context() -> Any:
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as in programs; the server imports torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    # The server imports torch, and programs set this before they do.
+    with patch.dict(os.environ, TORCH_CPP_LOG_LEVEL="ERROR"):
+        forkserver.ensure_running()
     return context
 
 

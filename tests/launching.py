@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import random
 import re
 import socket
 import subprocess
@@ -21,6 +21,7 @@ SMALL = (
     *("--data.train_samples", "64", "--data.test_samples", "40", "--data.batch_size", "32"),
     *("--model.name", "resnet20", "--runtime.device", "cpu", "--runtime.threads", "1"),
 )
+_RANDOM = random.SystemRandom()
 PAIR = ("--epochs", "3", "--seed", "5", "--optim.lr_diversity", "cosine")
 """Options of the two-network run that most tests examine."""
 PROMPT_SECONDS = 20
@@ -190,23 +191,17 @@ def by_hand(processes: int, device: str = "cpu") -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on, and that neither the system nor another worker gives away."""
-    while True:
-        port = next(_PORTS)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
+    """An even port that nothing listens on, nor on the next one.
+
+    It is below those that the system assigns, so that no other program gets it before it is used.
+    """
+    for _ in range(1000):
+        port = _RANDOM.randrange(12000, 32000, 2)
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
             return port
-
-
-def _ports() -> Iterator[int]:
-    """Ports below those that the system assigns, a hundred pairs for each pytest worker."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    ports = range(12000 + 200 * (worker % 100), 12200 + 200 * (worker % 100), 2)
-    start = os.getpid() % len(ports)
-    return itertools.cycle([*ports[start:], *ports[:start]])
-
-
-_PORTS = _ports()
+    raise OSError("no free port was found")
 
 
 def wait_until(

@@ -122,9 +122,9 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def event_rows(run: Path) -> list[str]:
-    """Rows of TensorBoard's tables of events, except for slow networks."""
-    tables = texts(run / "population").get("run/events", {}).values()
-    rows = [row for table in tables for row in table.splitlines()[2:]]
+    """Rows of TensorBoard's last table of events, except for slow networks."""
+    tables = texts(run / "population").get("run/events")
+    rows = tables[max(tables)].splitlines()[2:] if tables else []
     return [row for row in rows if "| slow |" not in row]
 
 

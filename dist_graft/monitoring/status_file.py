@@ -116,6 +116,7 @@ class StatusFile(Callback):
         self._thread: threading.Thread | None = None
 
     def setup(self, trainer: Trainer) -> None:
+        self._handled = sys.exception()  # that the caller of `fit` is handling
         self._status = Status(network=trainer.process.network)
         self._lease_lost = lambda: trainer.lease_lost
         if trainer.process.is_leader:
@@ -167,7 +168,7 @@ class StatusFile(Callback):
         self._ended.set()
         if self._thread:
             self._thread.join(HEARTBEAT_SECONDS)  # a disk that hangs does not block the process
-        if self._status.phase not in ENDED and sys.exception() is None:
+        if self._status.phase not in ENDED and sys.exception() is self._handled:
             self._status.phase = "finished"
             self._status.epochs, self._status.rounds = trainer.config.epochs, trainer.round
         self._write()

@@ -73,7 +73,8 @@ def check_arms(
         arms: results of its arms, in order.
         curves: learning curves, as `Results.curves`.
         outcome: primary outcome.
-        at_edge: keys of the arms whose best learning rate is the smallest or largest one tried.
+        at_edge: keys of the arms whose best learning rate is the smallest or the largest whose
+            trials succeeded.
 
     Returns: each arm with a finding, and its checks.
     """
@@ -125,7 +126,9 @@ def delivered_model(result: ArmResult) -> str:
 
 def check_edge(result: ArmResult) -> Check:
     """An arm whose best learning rate is at the edge may be better at another one."""
-    text = f"its best learning rate, {_rates(result)}, is at the edge of those that were tried"
+    text = (
+        f"its best learning rate, {_rates(result)}, is at the edge of those whose trials succeeded"
+    )
     return Check(warnings=[text], weak=result.arm.role == "control")
 
 

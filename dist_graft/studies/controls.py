@@ -201,8 +201,8 @@ class Design:
     without_rate: list[str] = field(default_factory=list)
     """Arms that are not run because no trial of theirs has succeeded so far."""
     lengthened: dict[str, tuple[Arm, int]] = field(default_factory=dict)
-    """By the key of a control that trains longer: one network at the recipe's length, and the ratio
-    of the lengths."""
+    """By the key of a control that trains longer: one network at the recipe's length, with the same
+    average if it delivers one, and the ratio of the lengths."""
 
     def add(self, arm: Arm) -> Arm | None:
         """Add an arm with its learning rate, and return it or an arm that trains identically.
@@ -364,17 +364,17 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
         if uninformed and criterion not in plan.leave_out:
             _add_contrast(design, plan, method, criterion, uninformed)
 
+    averages: dict[Delivery, Arm] = {}  # of one network at the recipe's length
     for baseline in baseline_arms(plan, method):
         added = _add_contrast(design, plan, method, "baseline", baseline)
-        if added and short and _is_one_longer_training(added, short):
-            design.lengthened[added.key] = short, networks
-
-
-def _is_one_longer_training(baseline: Arm, short: Arm) -> bool:
-    """Whether a baseline is one network that trains longer: data-parallel, or with an average."""
-    is_long = baseline.config(0).epochs > short.config(0).epochs
-    is_parallel = baseline.config(0).runtime.replicas > short.config(0).runtime.replicas
-    return is_parallel or (is_long and baseline.delivers in ("ema", "checkpoints"))
+        if not added:
+            continue
+        if short and added.config(0).runtime.replicas > short.config(0).runtime.replicas:
+            design.lengthened[added.key] = short, networks  # data-parallel
+        if added.delivers in ("ema", "checkpoints"):
+            average = averages.setdefault(added.delivers, added)
+            if added.config(0).epochs > average.config(0).epochs:
+                design.lengthened[added.key] = average, networks
 
 
 def _compare_with_isolated(design: Design, plan: Plan, methods: Sequence[Arm]) -> None:

@@ -52,7 +52,7 @@ class Trial:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best of several rates is the smallest or the largest one with a score."""
+        """Whether the best of several rates is the smallest or largest whose trials succeeded."""
         scored = sorted(self.scores)
         return len(self.runs) > 1 and self.best in (*scored[:1], *scored[-1:])
 
@@ -150,7 +150,7 @@ class StudyState:
 
     @property
     def at_edge(self) -> list[str]:
-        """Keys of the arms whose best learning rate is the smallest or largest one tried."""
+        """Keys of the arms whose best learning rate is the smallest or largest that succeeded."""
         ended = [trial for trial in self.trials if trial.finished and trial.at_edge]
         return [trial.arm.at(trial.best).key for trial in ended if trial.best is not None]
 
@@ -174,7 +174,7 @@ class StudyState:
             if trial.finished and trial.at_edge:
                 texts.append(
                     f"The best learning rate of {name}, {trial.best:.4g}, is at the edge of the "
-                    f"rates that were tried ({_join(trial.runs)})."
+                    f"rates whose trials succeeded ({_join(sorted(trial.scores))})."
                 )
             failed = sorted(set(trial.runs) - set(trial.scores))
             if trial.finished and failed:

@@ -85,7 +85,7 @@ class Slurm:
                ("key-file", "socket", "pid-file", "log-file", "seed-file")]  # fmt: skip
         self._daemon("munged", "--foreground", "--force", *own)
         wait_until((self.folder / "munge.socket").exists, "munged", seconds=10)
-        first = _two_free_ports()
+        first = free_port()
         (self.folder / "slurm.conf").write_text(
             _CONFIGURATION.format(
                 folder=self.folder,
@@ -184,15 +184,6 @@ class Slurm:
                 stderr=output,
                 start_new_session=True,
             )
-
-
-def _two_free_ports() -> int:
-    """The first of two consecutive free ports."""
-    while True:
-        first = free_port()
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", first + 1))
-            return first
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from dist_graft.printing import print_line
 
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 600.0  # torchrun's default
-_EXIT_SECONDS = 15.0  # from the loss of the store to the end of the launcher
+_EXIT_SECONDS = 15.0  # from the end of the processes and the loss of the store
 _NUMA_NODES = Path("/sys/devices/system/node")
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
@@ -137,8 +137,10 @@ def _is_store(host: str, port: int) -> bool:
         dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout).check([""])
 
     try:
+        # A TCPStore would print a failed connection.
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
         call_with_timeout(request, _CONNECT_SECONDS)
-    except (RuntimeError, TimeoutError):
+    except (OSError, RuntimeError):  # TimeoutError is an OSError
         return False
     return True
 

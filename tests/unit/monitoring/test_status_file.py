@@ -60,6 +60,15 @@ def test_a_process_that_ends_with_an_unreported_error_has_not_finished(fake: Fak
     assert content(fake)["phase"] == "starting"
 
 
+def test_a_run_within_the_handler_of_an_error_finishes(fake: FakeTrainer) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with running(fake):
+            pass
+    assert content(fake)["phase"] == "finished"
+
+
 def test_a_thread_writes_the_progress(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_file, "HEARTBEAT_SECONDS", 0.01)
     with running(fake) as callback:

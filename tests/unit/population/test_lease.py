@@ -193,6 +193,23 @@ def test_a_holder_that_is_stopped_within_a_heartbeat_knows_that_it_may_have_expi
         assert not stopped.lost  # the file is still there
 
 
+def test_a_holder_that_is_stopped_while_it_acquires_knows_that_it_may_have_expired(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, acquire = 1000.0, Lease._try_to_acquire
+
+    def stop_after(lease: Lease) -> bool:
+        nonlocal now
+        acquired = acquire(lease)
+        now += 61
+        return acquired
+
+    monkeypatch.setattr(lease_module, "_now", lambda: now)
+    monkeypatch.setattr(Lease, "_try_to_acquire", stop_after)
+    with held(path, expire_seconds=60) as stopped:
+        assert stopped._may_have_expired
+
+
 def test_a_deleted_lease_is_created_again(path: Path) -> None:
     with held(path, expire_seconds=4) as lease:
         shutil.rmtree(path.parent)

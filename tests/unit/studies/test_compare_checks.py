@@ -372,7 +372,7 @@ class TestOfAComparison:
         assert list(found) == ["graft", "no exchange"]
         assert [check.weak for check in found.values()] == [False, True]
         assert found["graft"].warnings == [
-            "its best learning rate, 0.1, is at the edge of those that were tried"
+            "its best learning rate, 0.1, is at the edge of those whose trials succeeded"
         ]
 
     def test_coefficients_of_one_half_are_no_grafting(self, tmp_path: Path) -> None:

@@ -231,7 +231,10 @@ class TestComparison:
         assert rows["phase"].tolist() == ["tuning"] * 12 + ["comparison"] * 4
         on_validation = {1079.0, 1079.5, 1080.0, 1080.5}
         assert set(rows["delivered"][:12]) == on_validation
-        assert text.count("0.05, is at the edge of the rates that were tried (0.05, 0.1, 0.2)") == 2
+        assert (
+            text.count("0.05, is at the edge of the rates whose trials succeeded (0.05, 0.1, 0.2)")
+            == 2
+        )
         assert "tuning 1/8: graft, lr 0.1, 2 networks, seed 1000: started" in (
             capsys.readouterr().out
         )

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,19 +190,20 @@ class TestFailures:
         log = (tmp_path / "network00/log.txt").read_text()
         assert f"callback Failing failed in {hook}: {type(error).__name__}: second" in log
 
-    @pytest.mark.parametrize("hook", ["setup", "on_step_end"])
-    def test_the_signal_of_a_launcher_does_not_replace_the_error(
-        self, tmp_path: Path, hook: str
+    def test_the_signal_of_a_launcher_does_not_replace_an_error_before_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A launcher stops all processes when the first one has ended."""
+        call = CallbackList.call
 
-        class Terminated(Callback):
-            def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        def call_after_a_signal(callbacks: CallbackList, hook: str, *arguments: Any) -> None:
+            if hook == "on_exception":
                 os.kill(os.getpid(), signal.SIGTERM)
+            call(callbacks, hook, *arguments)
 
-        first = Failing(ValueError("first"), hook)
-        with pytest.raises(CallbackError, match=f"{hook}: ValueError: first"):
-            REGRESSION.trainer(config_of(tmp_path), first, Terminated()).fit()
+        monkeypatch.setattr(CallbackList, "call", call_after_a_signal)
+        with pytest.raises(CallbackError, match="setup: ValueError: first"):
+            REGRESSION.trainer(config_of(tmp_path), Failing(ValueError("first"), "setup")).fit()
         status = json.loads((tmp_path / "network00/status.json").read_text())
         assert status["phase"] == "failed"
         assert "ValueError: first" in status["reason"]

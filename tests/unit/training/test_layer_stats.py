@@ -10,6 +10,7 @@ from dist_graft.config import GraftConfig, OptimConfig, TrainConfig
 from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.units import graft_units
 from dist_graft.monitoring.metrics import NetworkRow
+from dist_graft.population.round.agreement import LOSS_NOT_FINITE, describe_divergence
 from dist_graft.training.layer_stats import check_finite, layer_stats, non_finite_part
 
 
@@ -67,6 +68,14 @@ class TestCheckFinite:
         )
         with pytest.raises(NonFiniteError, match=r"network 0 has a .*; network 2 has a "):
             check_finite(rows, 7, 1, "", tolerant=False)
+
+    @pytest.mark.parametrize("own", [0, LOSS_NOT_FINITE, None])
+    def test_a_line_of_the_error_is_recognized(self, own: int | None) -> None:
+        """That of the diverged network, and that of another one."""
+        part = "" if own is None else describe_divergence(own, ["a.b"])
+        with pytest.raises(NonFiniteError) as caught:
+            check_finite(self.networks(True, False), 7, int(bool(part)), part, tolerant=False)
+        assert NonFiniteError.is_cause(f"dist-graft: error: {caught.value}")
 
 
 def test_information_is_measured_on_the_lead() -> None:

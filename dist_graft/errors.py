@@ -66,19 +66,20 @@ class NonFiniteError(DistGraftError):
     """A weight, training loss or gradient is NaN or infinite."""
 
     @classmethod
-    def of_networks(cls, diverged: Mapping[int, str], when: str) -> NonFiniteError:
+    def of_networks(cls, diverged: Mapping[int, str], round_: int | None = None) -> NonFiniteError:
         """The error of a run whose networks have diverged.
 
         Args:
-            diverged: what is not finite in them, by network, as in "a weight that is not finite".
-            when: epoch or round.
+            diverged: by network, what is not finite in it, such as "a weight that is not finite".
+            round_: round that found it; None outside of rounds.
         """
         who = "; ".join(f"network {network} has {what}" for network, what in diverged.items())
-        return cls(f"{who} ({when}): try a lower learning rate, warm-up or gradient clipping")
+        where = "" if round_ is None else f" (round {round_})"
+        return cls(f"{who}{where}: try a lower learning rate, warm-up or gradient clipping")
 
     @staticmethod
-    def is_cause(line: str) -> bool:
-        """Whether a line of a run's output is such an error."""
+    def is_reported_in(line: str) -> bool:
+        """Whether a line of a run's output reports networks that have diverged."""
         return bool(_HAS_DIVERGED.search(line))
 
 

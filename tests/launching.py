@@ -222,7 +222,7 @@ def wait_until(
 
 
 def checkpoint_is_complete(run: Path, epochs: int) -> Callable[[], bool]:
-    """Return a function that tells whether a checkpoint after that many epochs is complete."""
+    """Return a function that tells whether a checkpoint after that many epochs, or more, exists."""
 
     def is_complete() -> bool:  # of later epochs, too: only the newest ones are kept
         found = (run / "checkpoints").glob("epoch_[0-9][0-9][0-9][0-9]*/COMPLETE.json")

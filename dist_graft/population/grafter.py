@@ -352,7 +352,7 @@ class Grafter:
         state = next((other for other in states if other != FINITE), FINITE)
         what = describe_divergence(state, list(tensors))
         if what and self._on_divergence == "raise":
-            raise NonFiniteError.of_networks({network: what}, f"round {self.round}")
+            raise NonFiniteError.of_networks({network: what}, self.round)
 
         # Publish. The network returns to the copy if a donor's file fails during the blend.
         own = self._published(files, tensors, job, None if what else information, diverged=what)

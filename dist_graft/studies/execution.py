@@ -108,7 +108,7 @@ def execute_run(
         outcomes["learning_rates"] = rates
         divergence = read_divergence(folder)
     except RunFailedError as error:
-        if not NonFiniteError.is_cause(str(error)):
+        if not NonFiniteError.is_reported_in(str(error)):
             return _row(run, folder, stages, status="failed", error=str(error)), None
         outcomes, curve, divergence = {}, None, str(error)
     except (KeyError, TypeError, RunDirectoryError) as error:

@@ -51,24 +51,20 @@ def non_finite_part(state: TrainState, *, loss: bool) -> str:
 
 def check_finite(
     networks: Sequence[NetworkRow],
-    epoch: int,
     network: int,
     non_finite: str,
     *,
     tolerant: bool,
     first: int = 0,
-    hint: str = "",
 ) -> None:
     """Raise NonFiniteError, on all ranks, when diverged networks end the run.
 
     Args:
         networks: rows of all networks.
-        epoch: finished epoch, for the message.
         network: index of this process's network.
         non_finite: what `non_finite_part` found in it.
         tolerant: whether the run continues as long as one network is finite.
         first: number of the first network.
-        hint: appended to the message.
     """
     diverged = [other for other, row in enumerate(networks, first) if not row.finite]
     if not diverged or (tolerant and len(diverged) < len(networks)):
@@ -76,12 +72,12 @@ def check_finite(
     parts = dict.fromkeys(diverged, "a weight, training loss or gradient that is not finite")
     if network in parts:
         parts[network] = non_finite
-    raise NonFiniteError(f"{NonFiniteError.of_networks(parts, f'epoch {epoch}')}{hint}")
+    raise NonFiniteError.of_networks(parts)
 
 
 @contextmanager
 def naming_epoch(epoch: int, hint: str) -> Iterator[None]:
-    """Add the epoch and a hint to the NonFiniteError of a round."""
+    """Add the epoch and a hint to a NonFiniteError."""
     try:
         yield
     except NonFiniteError as error:

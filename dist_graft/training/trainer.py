@@ -893,15 +893,14 @@ class Trainer:
         self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
         if not (self._tolerant and self.directory.job is not None):  # others may be finite
-            check_finite(
-                networks,
-                epoch,
-                self.process.network,
-                non_finite,
-                tolerant=self._tolerant,
-                first=self.process.first_network,
-                hint=rate_hint(self.config, self.process, epoch),
-            )
+            with naming_epoch(epoch, rate_hint(self.config, self.process, epoch)):
+                check_finite(
+                    networks,
+                    self.process.network,
+                    non_finite,
+                    tolerant=self._tolerant,
+                    first=self.process.first_network,
+                )
         return not non_finite
 
     def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:

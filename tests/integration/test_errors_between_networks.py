@@ -110,7 +110,7 @@ def test_stopped_peer_does_not_block_the_other_network(
     with running([program(run, *options)] * 2) as processes:
         wait_until(checkpoint_is_complete(run, 1), "the first checkpoint", meanwhile=processes)
         processes[stopped].send_signal(signal.SIGSTOP)
-        done = wait_for_end(processes[other], 60)
+        done = wait_for_end(processes[other], 60 if stopped == 0 else PROMPT_SECONDS)
     error_line(done, *parts, log=run / f"network{other:02d}/log.txt")
 
 

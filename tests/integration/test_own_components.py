@@ -166,4 +166,4 @@ def test_a_learning_rate_out_of_proportion(train: Train, tmp_path: Path) -> None
     assert train(tmp_path / "usual", *options).status == 0
     assert "learning rate" not in (tmp_path / "usual/network00/log.txt").read_text()
     done = train(tmp_path / "huge", *options, "--optim.lr", "1e30")
-    error_line(done, "(epoch 0)", "(optim.lr is 1e+30)")
+    error_line(done, "epoch 0: ", "(optim.lr is 1e+30)")

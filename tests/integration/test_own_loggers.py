@@ -87,13 +87,13 @@ def test_a_failing_logger_is_one_warning(train: Train, tmp_path: Path) -> None:
 def test_a_hanging_logger_delays_no_training(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_loggers, "_FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(run_loggers, "_FINISH_SECONDS", 3.0)
     run = tmp_path / "run"
     names = "[own_loggers:HangingLogger, own_loggers:FileLogger]"
     done = train(run, "--epochs", "2", *STEADY, "--monitor.loggers", names)
     assert done.status == 0, done
-    lines = warnings_of(done.output)  # perhaps also of FileLogger, on a busy machine
-    assert any("own_loggers:HangingLogger did not finish in time" in line for line in lines)
+    (line,) = warnings_of(done.output)
+    assert "own_loggers:HangingLogger did not finish in time" in line
     assert len(metrics(run, 0)) == 2
 
 

@@ -163,7 +163,7 @@ def agree(
         if other.diverged != FINITE
     }
     if diverged and not (tolerant and len(diverged) < len(headers)):
-        raise NonFiniteError.of_networks(diverged, f"round {header.round}")
+        raise NonFiniteError.of_networks(diverged, header.round)
     return Agreement(diverged, max(other.measured for other in headers))
 
 

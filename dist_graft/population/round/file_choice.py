@@ -146,7 +146,7 @@ def decide_among(
     }
     if len(diverged) == len(present):
         if others:
-            raise NonFiniteError.of_networks(diverged, f"round {own.round}")
+            raise NonFiniteError.of_networks(diverged, own.round)
         keeps = Mixing(shares=torch.ones(own.units, 1, 1, dtype=torch.float64), donors=((),))
         return Decided(keeps, present, row, diverged)  # no finite network to copy
     length = max(len(published.information) for published in by_network.values())

@@ -108,6 +108,7 @@ def test_a_worker_is_shielded_from_its_start(image_root):
             process.stdin.flush()
         out, errors = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "done\n"), errors
+        assert len(signalled) == 10
 
 
 def test_workers_end_when_their_trainer_is_killed(image_root):

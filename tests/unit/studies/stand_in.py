@@ -35,7 +35,7 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     stored = {"versions": {"dist_graft": "0", "torch": "0"}, "git_commit": "c0ffee"}
     (run / "config.yaml").write_text(json.dumps({"run_dir": str(run), "run": stored}))
     if action == "diverge":
-        error = NonFiniteError.of_networks({0: "a weight that is not finite in conv"}, "round 1")
+        error = NonFiniteError.of_networks({0: "a weight that is not finite in conv"}, 1)
         print(f"dist-graft: error: epoch 0: {error}")
         return 1
     if action == "no space":

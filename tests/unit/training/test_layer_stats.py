@@ -11,7 +11,7 @@ from dist_graft.errors import NonFiniteError
 from dist_graft.grafting.units import graft_units
 from dist_graft.monitoring.metrics import NetworkRow
 from dist_graft.population.round.agreement import LOSS_NOT_FINITE, describe_divergence
-from dist_graft.training.layer_stats import check_finite, layer_stats, non_finite_part
+from dist_graft.training.layer_stats import check_finite, layer_stats, naming_epoch, non_finite_part
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -41,41 +41,41 @@ class TestCheckFinite:
 
     @pytest.mark.parametrize("tolerant", [True, False])
     def test_finite_networks_continue(self, tolerant: bool) -> None:
-        check_finite(self.networks(True, True), 7, 0, "", tolerant=tolerant)
+        check_finite(self.networks(True, True), 0, "", tolerant=tolerant)
 
     @pytest.mark.parametrize("network", [0, 1, 2])
     def test_one_finite_network_is_enough_for_a_tolerant_run(self, network: int) -> None:
         rows = self.networks(False, True, False)
-        check_finite(rows, 7, network, "a weight", tolerant=True)
+        check_finite(rows, network, "a weight", tolerant=True)
         with pytest.raises(NonFiniteError):
-            check_finite(rows, 7, network, "a weight", tolerant=False)
+            check_finite(rows, network, "a weight", tolerant=False)
 
     @pytest.mark.parametrize("tolerant", [True, False])
     @pytest.mark.parametrize("networks", [1, 3])
     def test_without_a_finite_network_the_run_ends(self, networks: int, tolerant: bool) -> None:
         rows = self.networks(*[False] * networks)
         with pytest.raises(NonFiniteError, match="network 0 has something"):
-            check_finite(rows, 7, 0, "something", tolerant=tolerant)
+            check_finite(rows, 0, "something", tolerant=tolerant)
 
     def test_the_error_names_all_diverged_networks(self) -> None:
         rows = self.networks(False, True, False)
-        with pytest.raises(NonFiniteError) as caught:
-            check_finite(rows, 7, 2, "a weight that is not finite in a.b", tolerant=False)
+        with pytest.raises(NonFiniteError) as caught, naming_epoch(7, "; a hint"):
+            check_finite(rows, 2, "a weight that is not finite in a.b", tolerant=False)
         assert str(caught.value) == (
-            "network 0 has a weight, training loss or gradient that is not finite; network 2 has "
-            "a weight that is not finite in a.b (epoch 7): try a lower learning rate, warm-up or "
-            "gradient clipping"
+            "epoch 7: network 0 has a weight, training loss or gradient that is not finite; "
+            "network 2 has a weight that is not finite in a.b: try a lower learning rate, warm-up "
+            "or gradient clipping; a hint"
         )
         with pytest.raises(NonFiniteError, match=r"network 0 has a .*; network 2 has a "):
-            check_finite(rows, 7, 1, "", tolerant=False)
+            check_finite(rows, 1, "", tolerant=False)
 
     @pytest.mark.parametrize("own", [0, LOSS_NOT_FINITE, None])
     def test_a_line_of_the_error_is_recognized(self, own: int | None) -> None:
         """That of the diverged network, and that of another one."""
         part = "" if own is None else describe_divergence(own, ["a.b"])
         with pytest.raises(NonFiniteError) as caught:
-            check_finite(self.networks(True, False), 7, int(bool(part)), part, tolerant=False)
-        assert NonFiniteError.is_cause(f"dist-graft: error: {caught.value}")
+            check_finite(self.networks(True, False), int(bool(part)), part, tolerant=False)
+        assert NonFiniteError.is_reported_in(f"dist-graft: error: {caught.value}")
 
 
 def test_information_is_measured_on_the_lead() -> None:

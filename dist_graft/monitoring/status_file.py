@@ -51,6 +51,8 @@ class Status:
     step: int = 0
     """Steps finished in the epoch."""
     steps_per_epoch: int = 0
+    train_samples: int = 0
+    """Training samples in an epoch."""
     rounds: int = 0
     """Rounds finished."""
     images_per_second: float | None = None
@@ -130,6 +132,7 @@ class StatusFile(Callback):
         self._batch = trainer.config.data.batch_size
         self._status.epochs = trainer.config.epochs
         self._status.steps_per_epoch = trainer.steps_per_epoch
+        self._status.train_samples = trainer.data.train_size
         self._status.rounds = trainer.round
 
     def on_epoch_start(self, trainer: Trainer) -> None:

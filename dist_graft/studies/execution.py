@@ -516,14 +516,11 @@ def count_images(stages: Mapping[Path, Run]) -> Row:
         path = RunDirectory(folder).status(0)
         if not path.is_file():
             return {}
-        steps = int(read_json(path)["steps_per_epoch"])
-        data = run.config.data
-        images = steps * data.batch_size
-        if data.train_samples:
-            held_out = round(data.train_samples * data.val_fraction)
-            images = min(images, data.train_samples - held_out)
-        total += run.trained(run.config.epochs) * images
-        steps *= run.config.epochs
+        status = read_json(path)
+        if "train_samples" not in status:  # written by an earlier version
+            return {}
+        steps = int(status["steps_per_epoch"]) * run.config.epochs
+        total += run.trained(run.config.epochs) * int(status["train_samples"])
     return {"steps": steps, "images_seen": total}
 
 

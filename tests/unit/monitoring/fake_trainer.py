@@ -58,7 +58,7 @@ class FakeTrainer:
         self.log.setLevel(logging.DEBUG)
         self.device = torch.device("cpu")
         self.task = classification()
-        self.data = SimpleNamespace(has_validation=False)
+        self.data = SimpleNamespace(has_validation=False, train_size=35)
         self.hosts = [f"host{network}" for network in range(self.process.networks)]
 
     @property

@@ -49,8 +49,8 @@ def test_the_process_is_known_at_once(fake: FakeTrainer) -> None:
         assert content(fake) | {"time": 0} == {
             **{"network": 1, "host": socket.gethostname(), "pid": os.getpid()},
             **{"phase": "starting", "epoch": 0, "epochs": 0, "step": 0, "steps_per_epoch": 0},
-            **{"rounds": 0, "images_per_second": None, "seconds_left": None, "reason": None},
-            "time": 0,
+            **{"train_samples": 0, "rounds": 0, "images_per_second": None},
+            **{"seconds_left": None, "reason": None, "time": 0},
         }
 
 
@@ -83,7 +83,7 @@ def test_a_thread_writes_the_progress(fake: FakeTrainer, monkeypatch: pytest.Mon
             time.sleep(0.01)
         seen = content(fake)
     assert (seen["phase"], seen["epoch"], seen["rounds"]) == ("training", 1, 2)
-    assert (seen["epochs"], seen["steps_per_epoch"]) == (3, 4)
+    assert (seen["epochs"], seen["steps_per_epoch"], seen["train_samples"]) == (3, 4, 35)
     assert seen["images_per_second"] > 0
     assert seen["seconds_left"] > 0
     assert "status.json" not in [thread.name for thread in threading.enumerate()]

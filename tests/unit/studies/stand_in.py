@@ -57,7 +57,9 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
         folder.mkdir(exist_ok=True)
         line = {"test_accuracy": value, "val_accuracy": value - 1, "graft": None}
         (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * options["epochs"])
-        (folder / "status.json").write_text(json.dumps({"steps_per_epoch": 8}))
+        (folder / "status.json").write_text(
+            json.dumps({"steps_per_epoch": 8, "train_samples": 1_000})
+        )
     if action == "heal":
         (run / "population").mkdir()
         event = {"kind": "healed", "text": "network 1 copied network 0"}

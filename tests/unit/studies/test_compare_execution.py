@@ -127,7 +127,7 @@ class TestComparison:
         assert row[["delivers", "plan_sha256", "supersedes", "reason"]].tolist() == [
             *("member", plan_sha256(plan()), "", "")
         ]
-        assert row[["steps", "images_seen"]].tolist() == [8, 2 * 8 * 128]
+        assert row[["steps", "images_seen"]].tolist() == [8, 2 * 1_000]
         assert row["uniform_soup"] == 20.0
         assert row["wall_seconds"] > 0
         assert row["core_seconds"] > 0
@@ -860,7 +860,7 @@ class TestReading:
         assert finished_epochs(tmp_path) == 3
 
     def test_images_of_all_stages(self, tmp_path: Path) -> None:
-        recipe = {"epochs": 4, "data.batch_size": 32, "data.train_samples": 60}
+        recipe = {"epochs": 4, "data.batch_size": 32}
         state = study_state(plan(recipe=recipe, baselines=["branches", "distilled"]))
         branches, student = (
             next(run for run in state.comparison_runs if name in run.arm.name)
@@ -869,11 +869,14 @@ class TestReading:
         assert student.teachers
         for name in ("a", "b"):
             (tmp_path / name / "network00").mkdir(parents=True)
-            write_json(tmp_path / name / "network00" / "status.json", {"steps_per_epoch": 2})
+            status = {"steps_per_epoch": 2, "train_samples": 60}  # the last batch has 28
+            write_json(tmp_path / name / "network00" / "status.json", status)
         images = {"steps": 4 * 2, "images_seen": (2 + 2 * 2) * 60}
         assert count_images({tmp_path / "a": branches}) == images
         stages = {tmp_path / "a": student.teachers, tmp_path / "b": student}
         assert count_images(stages) == images | {"images_seen": (2 * 4 + 4) * 60}
+        write_json(tmp_path / "a/network00/status.json", {"steps_per_epoch": 2})
+        assert count_images(stages) == {}, "an earlier version did not write train_samples"
         (tmp_path / "a/network00/status.json").unlink()
         assert count_images(stages) == {}
 

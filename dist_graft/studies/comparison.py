@@ -21,10 +21,11 @@ from dist_graft.studies.plan import PILOT_SEEDS, Plan
 from dist_graft.studies.records import (
     COUNTED,
     Results,
-    Start,
+    awaits_repetition,
     plan_sha256,
     read_starts,
     record_start,
+    repetitions,
 )
 from dist_graft.studies.report import build_report, write_report
 from dist_graft.studies.selection import StudyState, study_state
@@ -81,19 +82,21 @@ def compare(
         rows = results.rows
         done = rows[rows["phase"] == "comparison"]
         tested = not done.empty
-        if tested and any(run.key not in rows.index for run in study_state(plan, rows).search_runs):
+        state = study_state(plan, rows)
+        if tested and any(run.key not in rows.index for run in state.search_runs):
             raise ConfigError(
                 f"search must not grow after its result in {folder} was tested: choose new seeds "
                 "and another directory with --out"
             )
         if redo:
-            _require_arm(redo, study_state(plan, rows))
+            _require_arm(redo, state)
         record_start(
             plan,
             folder,
             runs_before=len(rows),
             tests_before=len(done),
             command=["dist-graft", *sys.argv[1:]],
+            pilot=pilot,
             redo=redo,
             reason=reason,
         )
@@ -102,7 +105,8 @@ def compare(
         # Choose the regime, then the learning rates, then run what is measured on the test set.
         study.run_all("search", lambda state: state.search_runs, retry=not tested)
         judged = set(zip(done["arm"], done["networks"], strict=True))
-        study.run_all("tuning", lambda state: state.trial_runs(exclude=judged))
+        for _ in range(2):  # a second chance for a failed trial: none is repeated after a test
+            study.run_all("tuning", lambda state: state.trial_runs(exclude=judged))
         study.run_all("tuning", lambda state: state.tuning_runs, retry=False)
         if study.state.design is None:
             raise FailedRunsError(
@@ -122,9 +126,12 @@ def compare(
     failed = rows[rows["status"] == "failed"]
     if len(failed):
         print(text)
+        what = "rerun the command to retry them"
+        if (failed["phase"] != "comparison").any() and not pilot:
+            what += ", except trials of an arm that has been tested"
         raise FailedRunsError(
             f"{len(failed)} of {len(rows)} runs failed, the first with: {failed['error'].iloc[0]}; "
-            f"see {folder / 'results.csv'}, and rerun the command to retry them"
+            f"see {folder / 'results.csv'}, and {what}"
         )
     return text
 
@@ -163,19 +170,11 @@ class _Study:
             self._execute(title, runs, len(runs_of(self.state)))
             attempted |= {run.key for run in runs}
 
-    def _repetitions(self, run: Run) -> list[Start]:
-        """Starts that asked to repeat the run."""
-        tested = run.phase == "comparison"
-        return [start for start in self._starts if tested and start.repeats(run)]
-
     def _is_due(self, run: Run, *, retry: bool) -> bool:
         if run.key not in self._results.rows.index:
             return True
-        for start in self._repetitions(run)[-1:]:
-            rows = self._results.all_rows
-            rows = rows[(rows["key"] == run.key) & (rows["reason"] == start.reason)]
-            if not (rows["finished"] >= start.time).any():
-                return True
+        if awaits_repetition(run, self._results, self._starts):
+            return True
         return retry and not self._results.succeeded(run.key)
 
     def _execute(self, title: str, runs: Sequence[Run], count: int) -> None:
@@ -194,14 +193,14 @@ class _Study:
                     bar.n = finished + min(done, run.cost)
                     bar.refresh()
 
-                repetitions = self._repetitions(run)
+                repeated = repetitions(run, self._starts)
                 try:
                     row, curve = execute_run(
                         run,
                         self._folder,
                         keep_checkpoints=self._plan.keep_checkpoints,
                         on_progress=show,
-                        repetition=len(repetitions),
+                        repetition=len(repeated),
                     )
                 except StoppedError as error:
                     cause = str(error).partition(";")[0]  # "stopped by SIGTERM"
@@ -209,7 +208,7 @@ class _Study:
                         f"{cause} in {run}, after {number - 1} of {count} runs ({title}): rerun "
                         "the command to resume"
                     ) from error
-                self._record(run, row, curve, repetitions[-1].reason if repetitions else "")
+                self._record(run, row, curve, repeated[-1].reason if repeated else "")
                 finished += run.cost
                 bar.n = finished
                 line = (
@@ -238,7 +237,12 @@ def dry_run(plan: Plan, folder: Path) -> str:
     """
     results = Results(folder)
     state = study_state(plan, results.rows)
-    runs = [run for run in state.all_runs if not results.succeeded(run.key)]
+    starts = read_starts(folder)
+    runs = [
+        run
+        for run in state.all_runs
+        if not results.succeeded(run.key) or awaits_repetition(run, results, starts)
+    ]
     seconds = _seconds_per_cost(state, results)
     lines = [f"{number}. {run.phase}: {run}" for number, run in enumerate(runs, start=1)]
     if not all(trial.finished for trial in state.trials):
@@ -341,6 +345,11 @@ def _require_same_plan(plan: Plan, folder: Path) -> None:
     starts = read_starts(folder)
     if not starts:
         raise RunDirectoryError(f"{folder} has no comparison to report on")
+    if all(start.is_pilot for start in starts):
+        raise ConfigError(
+            f"{folder} has a pilot only, whose accuracies must not be known before the number of "
+            "seeds is fixed: fix it in the plan, and run the plan without --report_only"
+        )
     if starts[-1].plan_sha256 != plan_sha256(plan):
         raise ConfigError(
             f"{folder} has the comparison of another plan, see {folder / 'plan.yaml'}: run this "

@@ -38,6 +38,8 @@ _UNINFORMED: dict[str, TrainOptions] = {
     "shuffled": {"criterion": "shuffled"},
 }
 """Options of `graft` whose coefficients do not depend on the information of the layer."""
+_AVERAGES = {"ema": "EMA", "checkpoint_average": "mean of checkpoints"}
+"""Baselines that average the weights of one network, and the name of the average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,12 @@ class Design:
             self.secondary.remove(same)
             self.primary.append(same)
 
+    def outcome_of(self, arm: Arm, primary: str) -> str:
+        """The outcome by which an arm is judged: the plan's, or another one in its contrasts."""
+        judged = (c for c in (*self.primary, *self.secondary) if c.control.key == arm.key)
+        contrast = next(judged, None)
+        return primary if arm.role == "method" or not contrast else contrast.control_outcome
+
     def omit(self, reason: str) -> None:
         """Record that a control is not run."""
         if reason not in self.omitted:
@@ -375,6 +383,7 @@ def _add_controls(design: Design, plan: Plan, method: Arm) -> None:
             average = averages.setdefault(added.delivers, added)
             if added.config(0).epochs > average.config(0).epochs:
                 design.lengthened[added.key] = average, networks
+    _omit_lengths(design, plan, networks)
 
 
 def _compare_with_isolated(design: Design, plan: Plan, methods: Sequence[Arm]) -> None:
@@ -414,7 +423,7 @@ def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:
     for name, own in plan.baselines.items():
         options = merge(plan.recipe, BASELINES[name], own or {})
         explicit: Delivery | None = options.pop("delivers", None)
-        if name in ("ema", "checkpoint_average"):
+        if name in _AVERAGES:
             arms = _averages_of_one_network(name, method, options)
         elif name == "local_sgd":
             arms = [_control("local SGD", method, options)]
@@ -429,14 +438,28 @@ def baseline_arms(plan: Plan, method: Arm) -> Iterator[Arm]:
 def _averages_of_one_network(name: str, method: Arm, options: TrainOptions) -> list[Arm]:
     networks, lengths = method.networks, options.pop("lengths")
     alone = single_network(options)
-    title = "EMA" if name == "ema" else "mean of checkpoints"
     variants = {}
     if 1 in lengths or networks == 1:
-        variants[f"{title} of {ONE_NETWORK}"] = alone
+        variants[_average_name(name, 1)] = alone
     if "K" in lengths and networks > 1:
-        longer = merge(alone, _longer_training(alone, networks))
-        variants[f"{title} of {ONE_NETWORK}, {networks} x epochs"] = longer
+        variants[_average_name(name, networks)] = merge(alone, _longer_training(alone, networks))
     return [_control(label, method, variant, 1) for label, variant in variants.items()]
+
+
+def _average_name(baseline: str, factor: int) -> str:
+    return f"{_AVERAGES[baseline]} of {ONE_NETWORK}{f', {factor} x epochs' if factor > 1 else ''}"
+
+
+def _omit_lengths(design: Design, plan: Plan, networks: int) -> None:
+    """Record the lengths at which the plan does not average one network."""
+    for name in _AVERAGES:
+        if name not in plan.baselines:
+            continue
+        lengths = merge(BASELINES[name], plan.baselines[name] or {})["lengths"]
+        for length, factor in ((1, 1), ("K", networks)):
+            if networks > 1 and length not in lengths:
+                option = f"baselines.{name}.lengths"
+                design.omit(f"{_average_name(name, factor)}: left out by the plan ({option})")
 
 
 def _data_parallel(plan: Plan, method: Arm, options: TrainOptions) -> Arm:
@@ -515,9 +538,8 @@ def _add_contrast(design: Design, plan: Plan, method: Arm, kind: str, declared: 
     control = design.add(declared)
     if control is None:
         return None
-    by_delivered = kind == "baseline" or (
-        plan.primary == "uniform_soup" and control.delivers != "soup"
-    )
+    forms_soup = control.delivers == "soup" or has_exchange(control.config(0), control.networks)
+    by_delivered = not forms_soup if plan.primary == "uniform_soup" else kind == "baseline"
     contrast = Contrast(
         method=method,
         control=control,

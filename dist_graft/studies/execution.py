@@ -110,7 +110,8 @@ def execute_run(
     except RunFailedError as error:
         if not NonFiniteError.is_reported_in(str(error)):
             return _row(run, folder, stages, status="failed", error=str(error)), None
-        outcomes, curve, divergence = {}, None, str(error)
+        outcomes, divergence = {}, str(error)
+        curve = _chance_curve(run)
     except (KeyError, TypeError, RunDirectoryError) as error:
         message = f"{folder} has no results: {error}"
         return _row(run, folder, stages, status="failed", error=message), None
@@ -131,9 +132,18 @@ def execute_run(
 def _chance(run: Run, outcomes: Row) -> Row:
     """Accuracies of a run that diverged, in percent: those of guessing, measured or not."""
     names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble"]
-    names += ["uniform_soup"] if run.arm.networks > 1 else []
+    if run.arm.networks > 1:
+        names += ["uniform_soup", "uniform_soup_as_is"]
+        names += ["greedy_soup"] if run.config.data.val_fraction else []
     names += [name for name in OUTCOMES if name in outcomes]
     return dict.fromkeys(names, 100.0 / count_classes(run.config))
+
+
+def _chance_curve(run: Run) -> pd.DataFrame:
+    """Learning curve of a run that diverged and stopped: chance accuracy in each epoch."""
+    chance = 100.0 / count_classes(run.config)
+    columns = dict.fromkeys(("largest_lr_member", "mean_of_members"), chance)
+    return pd.DataFrame({"epoch": range(run.config.epochs)} | columns)
 
 
 # Processes

@@ -185,8 +185,8 @@ def check_section(checks: Sequence[tuple[Arm, Check]]) -> list[Block]:
             "check is strict; within the last stage of a step schedule, it shows little. The gain "
             "of the long training over the recipe's length, both at the end of their schedules, "
             "shows what a doubling of the epochs is worth (a warning from "
-            f"{SATURATION_MARGIN:g} points of gain per doubling; after as large a loss in all, the "
-            "control is weak). An arm whose best learning rate is at the edge of the rates whose "
+            f"{SATURATION_MARGIN:g} points of gain per doubling; if it is a loss, the control is "
+            "weak). An arm whose best learning rate is at the edge of the rates whose "
             "trials succeeded gets a warning; a control is then weak."
         ),
         Table(("arm", "result", "numbers"), rows),

@@ -42,10 +42,13 @@ OUTCOME_STYLES = {
 
 
 @plot_style(grid="x")
-def seeds(arms: Sequence[ArmResult], outcome: str, label: str) -> Figure:
-    """Plot each seed as a dot, and mean and standard deviation as a bar, one row per arm."""
+def seeds(arms: Sequence[ArmResult], outcomes: Sequence[str], label: str) -> Figure:
+    """Plot each seed as a dot, and mean and standard deviation as a bar, one row per arm.
+
+    Args: outcomes: of each arm.
+    """
     figure, axes = _arm_rows(arms)
-    for row, arm in enumerate(arms):
+    for row, (arm, outcome) in enumerate(zip(arms, outcomes, strict=True)):
         values = arm.values(outcome).tolist()
         color = BLUE if arm.arm.role == "method" else GREY
         axes.plot(values, _spread_rows(row, len(values)), "o", color=color, ms=4.5, alpha=0.75)

@@ -211,6 +211,8 @@ class Start:
     tuning: dict[str, Any]
     protocol: int = 1
     """See `PROTOCOL`."""
+    pilot: bool = False
+    """Whether this start was a pilot; lines of earlier versions say so in `command` only."""
     redo: str = ""
     """Arm whose runs are repeated."""
     reason: str = ""
@@ -223,11 +225,28 @@ class Start:
     @property
     def is_pilot(self) -> bool:
         """Whether this start was a pilot, which prints no test accuracies."""
-        return "--pilot" in shlex.split(self.command)
+        return self.pilot or "--pilot" in shlex.split(self.command)
 
     def repeats(self, run: Run) -> bool:
         """Whether this start asked to repeat a run."""
         return bool(self.redo) and self.redo in (run.arm.name, run.arm.label)
+
+
+def repetitions(run: Run, starts: Iterable[Start]) -> list[Start]:
+    """Starts that asked to repeat a run, the first one first."""
+    tested = run.phase == "comparison"
+    return [start for start in starts if tested and start.repeats(run)]
+
+
+def awaits_repetition(run: Run, results: Results, starts: Iterable[Start]) -> bool:
+    """Whether a run has a result, and its last repetition has none yet."""
+    if run.key not in results.rows.index:
+        return False
+    for start in repetitions(run, starts)[-1:]:
+        rows = results.all_rows
+        rows = rows[(rows["key"] == run.key) & (rows["reason"] == start.reason)]
+        return not (rows["finished"] >= start.time).any()
+    return False
 
 
 def plan_sha256(plan: Plan) -> str:
@@ -242,6 +261,7 @@ def record_start(
     runs_before: int,
     tests_before: int | None = None,
     command: Sequence[str],
+    pilot: bool = False,
     redo: str = "",
     reason: str = "",
 ) -> None:
@@ -255,6 +275,8 @@ def record_start(
     starts = read_starts(folder)
     fixed = {name: getattr(plan, name) for name in ("primary", "against", "smallest_effect")}
     fixed["tuning"] = asdict(plan.tuning)
+    if len(plan.rates) > 1:  # the default seeds depend on those of the test runs
+        fixed["tuning"]["seeds"] = plan.tuning_seeds
     if starts and runs_before:
         if starts[-1].protocol != PROTOCOL:
             raise ConfigError(
@@ -263,14 +285,19 @@ def record_start(
             )
         for name, now in fixed.items():
             before = getattr(starts[-1], name)
+            if name == "tuning" and not before["seeds"]:  # an earlier version
+                before = before | {"seeds": now["seeds"]}
             if before != now:
                 raise ConfigError(
                     f"{name} must not change once there are runs in {folder}: it was {before}, got "
                     f"{now}; choose another directory with --out"
                 )
     path, sha256 = folder / "plan.yaml", plan_sha256(plan)
-    if path.exists() and starts and starts[-1].plan_sha256 != sha256:
-        path.replace(folder / f"plan-{starts[-1].plan_sha256[:8]}.yaml")
+    if starts and path.exists():
+        # Neither this plan nor one whose start was interrupted before history.jsonl had it
+        before = hashlib.sha256(path.read_bytes()).hexdigest()
+        if before != sha256 and before == starts[-1].plan_sha256:
+            path.replace(folder / f"plan-{before[:8]}.yaml")
     write_atomically(path, plan_text(plan).encode())
     start = Start(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -279,6 +306,7 @@ def record_start(
         protocol=PROTOCOL,
         runs_before=runs_before,
         tests_before=tests_before,
+        pilot=pilot,
         redo=redo,
         reason=reason,
         command=shlex.join(command),

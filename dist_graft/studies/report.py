@@ -27,7 +27,7 @@ from dist_graft.studies.conclusions import (
 )
 from dist_graft.studies.controls import Design
 from dist_graft.studies.plan import plan_text
-from dist_graft.studies.records import Results, Start, plan_sha256
+from dist_graft.studies.records import Results, Start, awaits_repetition, plan_sha256
 from dist_graft.studies.rendering import (
     Block,
     Code,
@@ -126,13 +126,14 @@ def build_report(
         conclusion(result, under_trained=result.contrast.method.group in short)
         for result in primary
     ]
+    missing = _completeness(state, arms, results, starts)
     blocks = [
         title,
+        *(Paragraph(text) for text in missing),
         Paragraph(first, "summary"),
         *_items([*others, *changes]),
         Heading(2, "Setting"),
         *sections.setting(state, arms, starts),
-        *_completeness(arms, state.design),
         Heading(2, "Comparisons with the plan's control"),
         Items([*sentences, *state.warnings]),
         *sections.check_section(checks),
@@ -153,7 +154,7 @@ def build_report(
         *_learning_rate_search(state),
         *_details(state, results, starts),
     ]
-    return blocks, [first, *others, *changes, *sentences]
+    return blocks, [*missing, first, *others, *changes, *sentences]
 
 
 def _items(texts: Sequence[str]) -> list[Block]:
@@ -167,25 +168,30 @@ def _join(numbers: Iterable[int]) -> str:
 # Results
 
 
-def _completeness(arms: Sequence[ArmResult], design: Design) -> list[Block]:
+def _completeness(
+    state: StudyState, arms: Sequence[ArmResult], results: Results, starts: Sequence[Start]
+) -> list[str]:
+    """What is missing, in one sentence or two; [] if nothing is."""
     succeeded, failed, missing = (
         sum(len(getattr(arm, kind)) for arm in arms) for kind in ("rows", "failed", "missing")
     )
-    unknown = list(dict.fromkeys(design.without_rate))
-    if not failed and not missing and not unknown:
+    repeated = [run for run in state.comparison_runs if awaits_repetition(run, results, starts)]
+    unknown = list(dict.fromkeys(state.design.without_rate if state.design else []))
+    if not (failed or missing or unknown or repeated):
         return []
     text = f"{succeeded} of {succeeded + failed + missing} runs succeeded"
     if failed:
         text += f", {failed} failed (listed below, their seeds are excluded)"
     if missing:
         text += f", {missing} have not finished"
+    if repeated:
+        names = "; ".join(dict.fromkeys(run.arm.label for run in repeated))
+        text += f", {len(repeated)} are still to be repeated, and count as they were ({names})"
     if unknown:
         text += f", arms without a learning rate are missing ({'; '.join(unknown)})"
     return [
-        Paragraph(
-            f"This report is incomplete: {text}. Its conclusions are interim: p-values hold for a "
-            "number of seeds, and of arms, that does not depend on results."
-        )
+        f"This report is incomplete: {text}. Its conclusions are interim: p-values hold for a "
+        "number of seeds, and of arms, that does not depend on results."
     ]
 
 
@@ -234,7 +240,9 @@ def _primary_outcome(
     text = PRIMARY_TEXTS[outcome]
     if outcome != "ensemble":
         arms = [arm for arm in arms if arm.arm.delivers != "snapshots"]
-    values = [(arm, arm.values(outcome)) for arm in arms]
+    names = [design.outcome_of(arm.arm, outcome) for arm in arms]
+    values = [(arm, arm.values(name)) for arm, name in zip(arms, names, strict=True)]
+    others = [arm.arm.label for arm, name in zip(arms, names, strict=True) if name != outcome]
     table = Table(
         ("arm", "role", "mean ± std", "n", "each seed"),
         [
@@ -262,10 +270,13 @@ def _primary_outcome(
         table,
         Picture(
             "primary",
-            png(plots.seeds(arms, outcome, f"{text} (%)")),
+            png(plots.seeds(arms, names, f"{text} (%)")),
             f"{text.capitalize()}, after the last round.",
         ),
     ]
+    if others:
+        note = f"Judged, and shown here, by the model that they deliver: {'; '.join(others)}."
+        blocks.append(Paragraph(note, "small"))
     aliases = [
         f"{arm.label} is also {', '.join(design.aliases[arm.key])}"
         for arm in design.arms

@@ -212,7 +212,8 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = F
         rows: indexed by key, as `Results.rows`; None: no results.
         pilot: whether only the first primary pair is needed.
 
-    Raises: ConfigError naming the method whose options ``train`` would reject.
+    Raises: ConfigError naming the method whose options ``train`` would reject, or a seed that is
+    used on the validation and on the test split.
     """
     if rows is None:
         rows = pd.DataFrame(columns=list(COLUMNS)).set_index("key")
@@ -242,7 +243,7 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = F
         if best or not trials:
             design = build_design(confirmed, best if trials else None)
             design = design if design.arms else None
-    return StudyState(
+    state = StudyState(
         plan=plan,
         confirmed=confirmed,
         regimes=regimes,
@@ -250,6 +251,15 @@ def study_state(plan: Plan, rows: pd.DataFrame | None = None, *, pilot: bool = F
         trials=trials,
         design=design,
     )
+    for run in state.all_runs:
+        measured = str(rows["split"].get(run.key, run.split))
+        if measured != run.split:
+            raise ConfigError(
+                f"seed {run.seed} is needed on the {run.split} split, but the same training of "
+                f"{run.arm.label} has a result on the {measured} split: choose other seeds, or "
+                "another directory with --out"
+            )
+    return state
 
 
 def load_plan(path: Path) -> Plan:

@@ -4,8 +4,8 @@
     stand_in.py evaluate RUN_DIR
 
 BEHAVIOUR is a folder. A file with the name of the run directory contains what the run does: fail,
-diverge, no space, heal, lose,
-lose once, silent, killed or sleep. Each start appends the name to the file `starts`.
+fail once, diverge, no space, heal, lose, lose once, silent, killed or sleep. Each start appends the
+name to the file `starts`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def train(options: dict, run: Path, networks: int, behaviour: Path) -> int:
     path = behaviour / run.name
     action = path.read_text() if path.exists() else ""
     print(f"training {run}")
-    if action == "fail":
+    if action == "fail once":
+        path.unlink()
+    if action in ("fail", "fail once"):
         print("dist-graft: error: network 1: stopped by SIGTERM; another network failed")
         print("dist-graft: error: out of memory")
         print("and a table of failures")

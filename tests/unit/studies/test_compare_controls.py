@@ -176,6 +176,11 @@ class TestControls:
         found = designed(plan(primary="uniform_soup", methods={"graft": {"delivers": "soup"}}))
         outcomes = {c.control_name: c.control_outcome for c in (*found.primary, *found.secondary)}
         assert outcomes["no exchange"] == outcomes["one network, 2 x epochs"] == "delivered"
+        methods = {"average": {"delivers": "soup"}}
+        found = designed(plan(primary="uniform_soup", methods=methods, baselines=["local_sgd"]))
+        assert [c.control_outcome for c in found.secondary if c.control_name == "local SGD"] == [
+            "uniform_soup"  # local SGD exchanges, and so forms one
+        ]
         assert {c.outcome for c in found.primary} == {"uniform_soup"}
 
     def test_independent_networks_drop_the_members_options(self) -> None:
@@ -242,6 +247,15 @@ class TestUninformedCoefficients:
             "shuffled: left out by the plan",
         ]
         assert not any(arm.name.startswith(("one network", "shuff")) for arm in found.arms)
+
+    def test_omitted_lengths_are_reported(self) -> None:
+        baselines = {"ema": {"lengths": [1]}, "checkpoint_average": {"lengths": ["K"]}}
+        found = designed(plan(baselines=baselines))
+        assert [text for text in found.omitted if "lengths" in text] == [
+            "EMA of one network, 2 x epochs: left out by the plan (baselines.ema.lengths)",
+            "mean of checkpoints of one network: left out by the plan "
+            "(baselines.checkpoint_average.lengths)",
+        ]
 
 
 class TestBaselines:

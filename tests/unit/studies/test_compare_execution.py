@@ -182,6 +182,35 @@ class TestComparison:
             compare(plan(**change), tmp_path / "out")
         assert len(starts(behaviour)) == 4
 
+    def test_default_seeds_of_the_trials_must_not_move(
+        self, behaviour: Path, tmp_path: Path
+    ) -> None:
+        """A test seed that was one of the trials would move them to other seeds."""
+        tuned = plan(tuning={"rates": [0.1, 0.2], "max_extensions": 0})
+        compare(tuned, tmp_path / "out")
+        count = len(starts(behaviour))
+        with pytest.raises(ConfigError, match="tuning must not change once there are runs"):
+            compare(replace(tuned, seeds=[0, 1, 1000]), tmp_path / "out")
+        history = tmp_path / "out/history.jsonl"
+        line = json.loads(history.read_text())
+        assert line["tuning"]["seeds"] == [1000, 1001]
+        line["tuning"]["seeds"] = None  # an earlier version
+        history.write_text(json.dumps(line) + "\n")
+        compare(tuned, tmp_path / "out")
+        assert len(starts(behaviour)) == count
+
+    def test_a_seed_is_measured_on_one_split(self, behaviour: Path, tmp_path: Path) -> None:
+        """If the recipe holds out images, a trial and a test train in the same way."""
+        search = {"recipes": {"as it is": {}}, "seeds": [0, 1], "confirm_seeds": [2, 3, 4, 5, 6]}
+        recipe = {"epochs": 1, "data.val_fraction": 0.2}
+        asked = plan(recipe=recipe, seeds=[], search=search)
+        compare(asked, tmp_path / "out")
+        moved = search | {"seeds": [0], "confirm_seeds": [1, 2, 3, 4, 5, 6]}
+        history = (tmp_path / "out/history.jsonl").read_bytes()
+        with pytest.raises(ConfigError, match="seed 1 is needed on the test split, but"):
+            compare(plan(recipe=recipe, seeds=[], search=moved), tmp_path / "out")
+        assert (tmp_path / "out/history.jsonl").read_bytes() == history
+
     def test_runs_that_were_measured_in_another_way_are_not_continued(
         self, behaviour: Path, tmp_path: Path
     ) -> None:
@@ -250,6 +279,13 @@ class TestComparison:
         assert len(starts(behaviour)) == 4
         with pytest.raises(ConfigError, match="has the comparison of another plan"):
             compare(plan(seeds=[0, 1, 2]), out, report_only=True)
+
+    def test_a_pilot_has_no_report(self, behaviour: Path, tmp_path: Path) -> None:
+        compare(plan(), tmp_path / "out", pilot=True)
+        with pytest.raises(ConfigError, match="has a pilot only, whose accuracies must not"):
+            compare(plan(), tmp_path / "out", report_only=True)
+        compare(plan(), tmp_path / "out")
+        assert "the conclusion" in compare(plan(), tmp_path / "out", report_only=True)
 
 
 class TestStages:
@@ -382,6 +418,19 @@ class TestFailedRun:
         assert len(starts(behaviour)) == before + 2 + 1  # the trials, and the test of papa
         assert set(Results(tmp_path / "out").rows["status"]) == {"ok"}
 
+    def test_a_trial_is_tried_twice_before_the_tests(self, behaviour: Path, tmp_path: Path) -> None:
+        tuning = {"rates": [0.1, 0.2], "seeds": [9], "max_extensions": 0}
+        asked = plan(seeds=[0], tuning=tuning)
+        once, always = study_state(asked).tuning_runs[:2]
+        (behaviour / folder_of(once)).write_text("fail once")
+        (behaviour / folder_of(always)).write_text("fail")
+        with pytest.raises(FailedRunsError, match="except trials of an arm that has been tested"):
+            compare(asked, tmp_path / "out")
+        rows = Results(tmp_path / "out").all_rows
+        assert rows.loc[rows["key"] == once.key, "status"].tolist() == ["failed", "ok"]
+        assert rows.loc[rows["key"] == always.key, "status"].tolist() == ["failed", "failed"]
+        assert rows["phase"].tolist() == ["tuning"] * 6 + ["comparison"] * 2
+
     @pytest.mark.parametrize(
         ("what", "line"), [("silent", "training "), ("killed", "killed by SIGKILL")]
     )
@@ -435,8 +484,12 @@ class TestDivergence:
         compare(plan(), tmp_path / "out")
         rows = Results(tmp_path / "out").rows
         assert rows["status"].tolist() == ["diverged", "ok", "ok", "ok"]
-        names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble", "uniform_soup"]
-        assert rows.loc[broken.key, names].tolist() == [10.0] * 5  # ten classes
+        names = ["delivered", "largest_lr_member", "mean_of_members", "ensemble"]
+        names += ["uniform_soup", "uniform_soup_as_is"]
+        assert rows.loc[broken.key, names].tolist() == [10.0] * 6  # ten classes
+        if action == "diverge":
+            curves = Results(tmp_path / "out").curves
+            assert curves.loc[curves["key"] == broken.key, "mean_of_members"].tolist() == [10.0]
         assert rows.loc[broken.key, "error"].startswith(error)
         assert rows.loc[broken.key, ["versions", "commit", "dirty"]].tolist() == [
             *("dist_graft 0 torch 0", "c0ffee", "no")
@@ -487,7 +540,9 @@ class TestRedo:
             patch.setattr(comparison, "execute_run", stopped)
             with pytest.raises(StoppedError):
                 self.redo(out)
+        assert "2 runs, " in dry_run(plan(), out)
         compare(plan(), out)
+        assert "0 runs, " in dry_run(plan(), out)
         assert len(starts(behaviour)) == 6
         assert len(Results(out).superseded()) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,8 @@ from made_up import made_up_curve, made_up_row, make_plan
 
 from dist_graft.errors import RunDirectoryError
 from dist_graft.studies.controls import Run
-from dist_graft.studies.records import OUTCOMES, Results
+from dist_graft.studies.plan import Plan
+from dist_graft.studies.records import OUTCOMES, Results, plan_sha256, record_start
 from dist_graft.studies.selection import study_state
 
 
@@ -137,3 +139,31 @@ def test_unknown_columns_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"results\.csv has an unknown format"):
         Results(tmp_path)
+
+
+class TestPlanFile:
+    """plan.yaml, and the copies of earlier plans."""
+
+    def record(self, plan: Plan, folder: Path) -> None:
+        record_start(plan, folder, runs_before=0, command=["dist-graft"])
+
+    def test_an_earlier_plan_is_kept_under_its_hash(self, tmp_path: Path) -> None:
+        first, second = make_plan(), make_plan(seeds=[0, 1, 2])
+        self.record(first, tmp_path)
+        before = (tmp_path / "plan.yaml").read_bytes()
+        self.record(second, tmp_path)
+        kept = tmp_path / f"plan-{plan_sha256(first)[:8]}.yaml"
+        assert kept.read_bytes() == before
+        assert sha256((tmp_path / "plan.yaml").read_bytes()).hexdigest() == plan_sha256(second)
+
+    def test_a_start_that_was_killed_before_its_line_replaces_no_plan(self, tmp_path: Path) -> None:
+        first, second = make_plan(), make_plan(seeds=[0, 1, 2])
+        self.record(first, tmp_path)
+        before = (tmp_path / "plan.yaml").read_bytes()
+        history = (tmp_path / "history.jsonl").read_bytes()
+        self.record(second, tmp_path)
+        (tmp_path / "history.jsonl").write_bytes(history)
+        self.record(second, tmp_path)
+        kept = tmp_path / f"plan-{plan_sha256(first)[:8]}.yaml"
+        assert kept.read_bytes() == before
+        assert sha256((tmp_path / "plan.yaml").read_bytes()).hexdigest() == plan_sha256(second)

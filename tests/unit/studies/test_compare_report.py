@@ -138,7 +138,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     record_start(plan(), out, runs_before=0, command=["dist-graft", "compare", "my plan.yaml"])
     state, results = carry_out_measured(plan(), out, value_of)
     blocks, conclusions = build_report(state, results, read_starts(out))
-    assert blocks[1] == Paragraph(conclusions[0], "summary")
+    assert blocks[1:3] == [Paragraph(conclusions[0]), Paragraph(conclusions[1], "summary")]
     write_report("fashion", blocks, out)
     return out, state, results, blocks
 
@@ -186,11 +186,12 @@ class TestReport:
         linked = re.findall(r"\]\((pictures/\S+\.png)\)", (out / "report.md").read_text())
         assert sorted(linked) == sorted(f"pictures/{name}" for name in pictures)
 
-    def test_begins_with_the_conclusion(self, written: Written) -> None:
+    def test_begins_with_what_is_missing_and_the_conclusion(self, written: Written) -> None:
         out, _, _, blocks = written
-        assert isinstance(blocks[1], Paragraph)
+        missing, first = [block.text for block in blocks if isinstance(block, Paragraph)][:2]
+        assert missing.startswith("This report is incomplete: ")
         lines = [line for line in (out / "report.md").read_text().splitlines() if line]
-        assert lines[:2] == ["# Comparison: fashion", f"**{blocks[1].text}**"]
+        assert lines[:3] == ["# Comparison: fashion", missing, f"**{first}**"]
 
     def test_counts_failed_runs(self, written: Written) -> None:
         _, state, results, blocks = written
@@ -261,7 +262,7 @@ class TestReport:
     def test_head_names_the_setting(self, written: Written) -> None:
         blocks = written[3]
         (index,) = (i for i, block in enumerate(blocks) if block == Heading(2, "Setting"))
-        assert index <= 3
+        assert index <= 4
         setting = blocks[index + 1]
         assert isinstance(setting, Items)
         facts = dict(text.split(": ", 1) for text in setting.texts)
@@ -326,7 +327,7 @@ class TestIncompleteReport:
         known = sum(run.key in results.rows.index for run in runs)
         assert numbers(text) == [known, len(runs), len(runs) - known]
         if share == 0:
-            assert overall_conclusions([]) == conclusions[:1]
+            assert overall_conclusions([]) == conclusions[1:2]
 
     def test_with_one_seed_and_one_network(self, tmp_path: Path) -> None:
         single = plan(seeds=[1], networks=[1], methods={"internal": None})
@@ -468,6 +469,64 @@ def test_superseded_rows_of_an_arm_that_left_the_plan_are_shown(
     blocks, _ = build_report(study_state(after, results.rows), results, [])
     (row,) = table_of(blocks, "before", "after", "reason")
     assert (row["arm"], row["reason"]) == ("wash", "too few moves")
+
+
+def test_a_complete_report_begins_with_the_conclusion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
+    blocks, conclusions = build_report(*carry_out(small, tmp_path, value_of), [])
+    assert blocks[1] == Paragraph(conclusions[0], "summary")
+
+
+def test_runs_that_await_their_repetition_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    small = plan(networks=[2], methods={"average": None}, seeds=[1, 2], recipe={"epochs": 4})
+    state, results = carry_out(small, tmp_path, value_of)
+    options: dict[str, Any] = {"runs_before": 4, "command": ["dist-graft"], "redo": "average"}
+    record_start(small, tmp_path, **options, reason="a bug")
+    starts = read_starts(tmp_path)
+    runs = [run for run in state.comparison_runs if run.arm.name == "average"]
+    new = {"finished": starts[0].time, "reason": "a bug"}
+    for count, run in zip((2, 1, 0), (*runs, None), strict=True):
+        missing = build_report(state, results, starts)[1][0]
+        text = f"{count} are still to be repeated, and count as they were (average, 2 networks)"
+        assert (text in missing) == (count > 0)
+        assert missing.startswith("This report is incomplete") == (count > 0)
+        if run:
+            results.add(made_up_row(run, 80.0) | new)
+
+
+def test_arms_that_are_judged_by_another_outcome_are_shown_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With uniform soups, networks without exchange are judged by what they deliver."""
+    for module in (report, measured_sections):
+        monkeypatch.setattr(module, "png", lambda figure: PNG)
+    soups = plan(
+        networks=[2],
+        methods={"graft": {"delivers": "soup"}},
+        seeds=[1, 2],
+        recipe={"epochs": 4},
+        primary="uniform_soup",
+        baselines=["local_sgd"],
+    )
+    state, results = carry_out(soups, tmp_path, value_of)
+    blocks, _ = build_report(state, results, [])
+    rows = {row["arm"]: numbers(row["each seed"]) for row in table_of(blocks, "each seed", "role")}
+    assert state.design is not None
+    for arm in state.design.arms:
+        exchanges = arm.name in ("graft", "constant", "local SGD")
+        outcome = "uniform_soup" if exchanges else "delivered"
+        expected = arm_result(arm, [1, 2], results.rows).values(outcome)
+        assert rows[arm.label] == pytest.approx(expected.tolist(), abs=0.006)
+    (note,) = [b.text for b in blocks if isinstance(b, Paragraph) and b.text.startswith("Judged,")]
+    assert note.endswith(": no exchange, 2 networks; one network, 2 x epochs.")
 
 
 def test_diverged_runs_count(tmp_path: Path) -> None:

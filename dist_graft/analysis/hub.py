@@ -76,7 +76,7 @@ def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -
     if not run.summary:
         raise ConfigError(f"--control {path} has no summary.json: let this run finish")
     if any(network.last_round for network in run.networks):
-        raise ConfigError(f"--control {path} exchanged weights: train it with --graft.every 0")
+        raise ConfigError(f"--control {path} exchanged weights: train it with --method none")
     found = training_options(run.config, RunDirectory(path).read_custom())
     for source, own in ((f"--control {path}", found["own"]), (folder, expected.get("own"))):
         if own:

@@ -101,7 +101,14 @@ def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
 
 
 def _refuse_unused(config: TrainConfig, configs: Sequence[TrainConfig]) -> None:
-    """Raise ConfigError for an option of an optimizer that no network can use."""
+    """Raise ConfigError for an option of an optimizer that its networks cannot use."""
+    for network, (entry, found) in enumerate(zip(config.members, configs, strict=False)):
+        for option, name in OWN_OPTIONS.items():
+            if f"optim.{option}" in entry and found.optim.name != name:
+                raise ConfigError(
+                    f"members[{network}]: optim.{option} applies to optim.name {name} only, and "
+                    f"the optimizer of this network is {found.optim.name}"
+                )
     names = {found.optim.name for found in configs}
     names.update(config.diversity.get("optim.name", {}).get("choice", ()))
     for option, name in OWN_OPTIONS.items():

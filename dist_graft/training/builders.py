@@ -77,6 +77,11 @@ def build_task(
     default = classification(config.optim.label_smoothing, own_loss)
     if loss is None and metrics is None:
         return default
+    if loss is not None and config.optim.label_smoothing:
+        raise ConfigError(
+            "optim.label_smoothing applies to the cross entropy, which Trainer(loss=) replaces: "
+            "leave out one"
+        )
     if config.data.mixes:
         raise ConfigError(
             "data.mixup and data.cutmix turn targets into class probabilities: leave out loss "
@@ -336,17 +341,23 @@ def build_cadence(
     A single network has rounds only if it grafts itself. Methods that define no interval follow
     graft.every, graft.every_steps and graft.qsr_alpha. graft.start and graft.stop apply to all.
 
-    Raises: ConfigError if the method has its own interval and graft.qsr_alpha is given.
+    Raises: ConfigError if the method has its own interval, and another one is given.
     """
     graft = config.graft
     if config.method == "none" or (networks == 1 and not config.is_self_grafting):
         return Cadence()
     limits: dict[str, Any] = {"start_epoch": graft.start, "stop_epoch": graft.stop}
     if interval := _method_schedule(config, user_rule).interval:
-        if graft.qsr_alpha is not None:
+        given = {"qsr_alpha": graft.qsr_alpha is not None, "every_steps": graft.every_steps > 0}
+        if others := [f"graft.{name}" for name, is_given in given.items() if is_given]:
             raise ConfigError(
                 f"method {config.method} has its own interval between rounds: leave out "
-                "graft.qsr_alpha"
+                f"{' and '.join(others)}"
+            )
+        if graft.every == 0:
+            raise ConfigError(
+                f"method {config.method} has its own interval between rounds, which graft.every 0 "
+                "does not change: choose method none to train without exchange"
             )
         return Cadence(every_epochs=interval.epochs, every_steps=interval.steps, **limits)
     if graft.qsr_alpha is None:

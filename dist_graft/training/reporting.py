@@ -39,6 +39,14 @@ def log_start(trainer: Trainer) -> None:
     warning = too_many_workers(trainer.data.workers, process)
     if warning and process.is_main:
         log.warning("%s", warning)
+    rounds = trainer.cadence.rounds_before(config.epochs, 0, trainer.steps_per_epoch)
+    if not (rounds or trainer.cadence.never) and process.is_main:
+        log.warning(
+            "no round takes place within %d epochs of %d steps, so the networks train without "
+            "exchange: shorten the interval between rounds, or train longer",
+            config.epochs,
+            trainer.steps_per_epoch,
+        )
 
 
 def startup_message(trainer: Trainer) -> str:

@@ -499,9 +499,6 @@ class Trainer:
         self.units, self.criterion, self.cadence, self.rate, self.grafter = build_rounds(
             config, self.state, runtime, self.steps_per_epoch
         )
-        self._tolerant = config.on_divergence == "exclude" or (
-            config.on_divergence == "heal" and self.grafter is not None
-        )
 
     def _resume(self) -> None:
         """Restore the latest checkpoint, if there is one; all networks load the same one."""
@@ -516,6 +513,10 @@ class Trainer:
                     replicas=self.replicas,
                     steps_per_epoch=self.steps_per_epoch,
                 )
+                # A network that was alone has had no rounds; those inside an epoch are counted.
+                place = self.progress.position
+                due = self.cadence.rounds_before(place.epoch, place.step, self.steps_per_epoch)
+                self.progress.position = replace(place, round=max(place.round, due))
             self.runtime.raise_together(found.error, f"the restoring of {name}")
             self.resumed_from, _, origin = loaded
             if origin is not None:
@@ -892,16 +893,27 @@ class Trainer:
         )
         self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
-        if not (self._tolerant and self.directory.job is not None):  # others may be finite
+        tolerant = self._tolerates_divergence(epoch)
+        if not (tolerant and self.directory.job is not None):  # others may be finite
             with naming_epoch(epoch, rate_hint(self.config, self.process, epoch)):
                 check_finite(
                     networks,
                     self.process.network,
                     non_finite,
-                    tolerant=self._tolerant,
+                    tolerant=tolerant,
                     first=self.process.first_network,
                 )
         return not non_finite
+
+    def _tolerates_divergence(self, epoch: int) -> bool:
+        """Whether the run continues after an epoch as long as one network is finite.
+
+        To heal, there must be rounds after it: none follow once graft.stop epochs have finished.
+        """
+        if self.config.on_divergence != "heal":
+            return self.config.on_divergence == "exclude"
+        stop = self.config.graft.stop
+        return self.grafter is not None and not 0 < stop <= epoch
 
     def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
         """Accuracy of the ensemble after an epoch, in percent. A collective.

@@ -47,6 +47,23 @@ def test_non_finite_weights(tmp_path: Path) -> None:
     assert not (run / "summary.json").exists()
 
 
+def test_a_network_that_diverges_after_the_last_round_ends_the_run(tmp_path: Path) -> None:
+    """The round after the first epoch heals it; none follows the second."""
+    options = ("--epochs", "3", "--graft.stop", "1", "--optim.lrs", "[0.05,1e30]")
+    (done, _) = run_programs([program(tmp_path / "run", *options)] * 2, timeout=PROMPT_SECONDS)
+    error_line(done, "epoch 1: network 1 has ")
+    assert "it copied the weights of network 0" in (tmp_path / "run/network00/log.txt").read_text()
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_without_a_round_says_so(tmp_path: Path) -> None:
+    options = (*SHORT, "--graft.start", "5")
+    ends = run_programs([program(tmp_path / "run", *options)] * 2, timeout=PROMPT_SECONDS)
+    assert [done.status for done in ends] == [0, 0]
+    logs = [(tmp_path / f"run/network{k:02d}/log.txt").read_text() for k in (0, 1)]
+    assert ["no round takes place within 1 epochs" in log for log in logs] == [True, False]
+
+
 @pytest.mark.slow
 def test_run_directory_that_is_not_shared(tmp_path: Path) -> None:
     """As on two machines with separate disks: nothing remains."""

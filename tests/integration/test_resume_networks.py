@@ -111,3 +111,33 @@ def test_a_second_attempt_to_move_the_folders(three: Path, tmp_path: Path) -> No
     moved = [len(metrics(run / "before_epoch_0002", network)) for network in range(3)]
     assert moved == [2, 2, 2]
     assert len(metrics(run, 0)) == 1
+
+
+def test_a_grown_population_resumes_inside_an_epoch_bit_for_bit(tmp_path: Path) -> None:
+    """One network has had no rounds; the rounds of the grown population are not repeated."""
+    options = ("--model.name", "resnet8", "--optim.schedule", "constant", "--method", "papa")
+    options += ("--papa.every_steps", "2", "--papa.beta", "0.5", "--data.batch_size", "16")
+    run, again = tmp_path / "run", tmp_path / "again"
+    run_population(1, run, *options, "--epochs", "1")
+    options += ("--checkpoint.keep", "100")
+    grown = (*options, "--epochs", "2", "--checkpoint.every_minutes", "1e-6")
+    grown += ("--resume_networks", "[0]")
+    run_population(2, run, *grown)
+    shutil.copytree(run, again)
+    (chosen,) = (
+        path.name
+        for path in again.glob("checkpoints/epoch_0001_round_*")
+        if torch.load(path / "network00.pt", weights_only=True)["step"] == 2  # after a round
+    )
+    for path in again.glob("checkpoints/*"):
+        if path.name > chosen:
+            shutil.rmtree(path)
+    (again / "summary.json").unlink()
+    run_population(2, again, *grown)
+    log = (again / "network00/log.txt").read_text()
+    assert f"resumed from {again}/checkpoints/{chosen}" in log
+    for network in range(2):
+        first, second = (checkpoint(each, 2, network) for each in (run, again))
+        assert first["round"] == second["round"]
+        assert_same_bits(first["model"], second["model"])
+        assert_same_bits(optimizer_tensors(first), optimizer_tensors(second))

@@ -222,6 +222,10 @@ def test_an_option_of_an_optimizer_that_no_network_has(
     with pytest.raises(ConfigError, match=message):
         member_configs(TrainConfig(optim=optim), 2)
     member_configs(TrainConfig(optim=optim, members=[{}, {"optim.name": owner}]), 2)
+    entry = {"optim.name": name, f"optim.{option}": value}
+    message = rf"members\[1\]: optim\.{option} applies to optim\.name {owner} only, and"
+    with pytest.raises(ConfigError, match=message):
+        member_configs(TrainConfig(members=[{"optim.name": owner}, entry]), 2)
     drawn = {"optim.name": {"choice": [name, owner]}}
     for seed in range(5):
         member_configs(TrainConfig(optim=optim, diversity=drawn, seed=seed), 1)

@@ -180,7 +180,7 @@ def test_the_card_has_the_control(exported: Path, control: Path, tmp_path: Path)
         ("epochs", r"has epochs 7, but .* has epochs \d+"),
         ("start", "has init_from weights.pt, but .* has init_from None"),
         ("own", "was trained in Python with its own data, loss, which cannot be compared"),
-        ("rounds", "exchanged weights: train it with --graft.every 0"),
+        ("rounds", "exchanged weights: train it with --method none"),
         ("summary", "has no summary.json: let this run finish"),
         ("run", "is not a run directory"),
     ],

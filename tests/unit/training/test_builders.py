@@ -254,6 +254,22 @@ class TestQuadraticSynchronization:
             build_cadence(config, 2, 20)
 
 
+@pytest.mark.parametrize(
+    ("method", "graft", "message"),
+    [
+        ("papa", GraftConfig(every_steps=4), "leave out graft.every_steps"),
+        ("wash", GraftConfig(every=0), "graft.every 0 does not change: choose method none"),
+    ],
+)
+def test_a_method_with_its_own_interval_takes_no_other(
+    method: str, graft: GraftConfig, message: str
+) -> None:
+    config = TrainConfig(method=method, graft=graft)
+    with pytest.raises(ConfigError, match=f"method {method} has its own interval .*{message}"):
+        build_cadence(config, 2, 20)
+    assert build_cadence(config, 1, 20).never, "one network exchanges nothing"
+
+
 def test_delivered_model_of_each_method() -> None:
     expected = dict.fromkeys(("graft", "average", "diloco"), "member")
     expected |= {"papa": "soup", "wash": "soup"}
@@ -330,6 +346,10 @@ class TestCustomParts:
         assert build_task(named, None, metrics).metrics == metrics
         with pytest.raises(ConfigError, match=r"optim\.loss and Trainer\(loss=\) are mutually"):
             build_task(named, loss, None)
+        smooth = TrainConfig(optim=OptimConfig(label_smoothing=0.1))
+        assert build_task(smooth, None, metrics).metrics == metrics
+        with pytest.raises(ConfigError, match=r"label_smoothing applies to the cross entropy"):
+            build_task(smooth, loss, None)
         mixed = TrainConfig(data=DataConfig(cutmix=1.0))
         assert build_task(mixed, None, None).classification
         for arguments in ((loss, None), (None, metrics)):

@@ -130,3 +130,16 @@ class GraftConfig:
         require(wait >= 0, "graft.wait_seconds", self.wait_seconds, "at least 0, or inf")
         if self.exchange != "files" and (self.max_lag, wait) != (2, 0):
             raise ConfigError("graft.max_lag and graft.wait_seconds require graft.exchange files")
+
+
+def refuse_intervals(graft: GraftConfig, name: str) -> None:
+    """Raise ConfigError if there are options for the interval of a method that has its own."""
+    own = f"{name} has its own interval between rounds"
+    given = {"qsr_alpha": graft.qsr_alpha is not None, "every_steps": graft.every_steps > 0}
+    if others := [f"graft.{option}" for option, is_given in given.items() if is_given]:
+        raise ConfigError(f"{own}: leave out {' and '.join(others)}")
+    if graft.every == 0:
+        raise ConfigError(
+            f"{own}, which graft.every 0 does not change: choose method none to train without "
+            "exchange"
+        )

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from dist_graft.config.checkpoint import CheckpointConfig
 from dist_graft.config.data import DataConfig
 from dist_graft.config.distill import DistillConfig
-from dist_graft.config.graft import GraftConfig
+from dist_graft.config.graft import GraftConfig, refuse_intervals
 from dist_graft.config.members import checked_diversity, checked_members
 from dist_graft.config.model import ModelConfig
 from dist_graft.config.monitor import MonitorConfig
@@ -18,6 +18,7 @@ from dist_graft.config.runtime import RuntimeConfig
 from dist_graft.config.validation import at_least, check_kwargs, known_or_own, require
 from dist_graft.errors import ConfigError
 from dist_graft.grafting.rules import RULES
+from dist_graft.grafting.rules.base import RoundSchedule
 
 _Config = TypeVar("_Config")
 
@@ -137,6 +138,9 @@ class TrainConfig:
             raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.method in RULES and RULES[self.method].same_start:
             self._check_same_start()
+        options = getattr(self, self.method, None)
+        if isinstance(options, RoundSchedule) and options.interval is not None:
+            refuse_intervals(self.graft, f"method {self.method}")
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"

@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_graft.config import TrainConfig
+from dist_graft.config.graft import refuse_intervals
 from dist_graft.config.validation import own
 from dist_graft.errors import ConfigError, user_code
 from dist_graft.grafting.rules import RULES, Graft
@@ -341,24 +342,14 @@ def build_cadence(
     A single network has rounds only if it grafts itself. Methods that define no interval follow
     graft.every, graft.every_steps and graft.qsr_alpha. graft.start and graft.stop apply to all.
 
-    Raises: ConfigError if the method has its own interval, and another one is given.
+    Raises: ConfigError if a user's rule has its own interval, and another one is given.
     """
     graft = config.graft
     if config.method == "none" or (networks == 1 and not config.is_self_grafting):
         return Cadence()
     limits: dict[str, Any] = {"start_epoch": graft.start, "stop_epoch": graft.stop}
     if interval := _method_schedule(config, user_rule).interval:
-        given = {"qsr_alpha": graft.qsr_alpha is not None, "every_steps": graft.every_steps > 0}
-        if others := [f"graft.{name}" for name, is_given in given.items() if is_given]:
-            raise ConfigError(
-                f"method {config.method} has its own interval between rounds: leave out "
-                f"{' and '.join(others)}"
-            )
-        if graft.every == 0:
-            raise ConfigError(
-                f"method {config.method} has its own interval between rounds, which graft.every 0 "
-                "does not change: choose method none to train without exchange"
-            )
+        refuse_intervals(graft, f"rule {graft.rule}")
         return Cadence(every_epochs=interval.epochs, every_steps=interval.steps, **limits)
     if graft.qsr_alpha is None:
         return Cadence(

@@ -259,8 +259,11 @@ class TestConfigFile:
     @pytest.mark.parametrize(
         "left_out",
         [
-            ["optim.nesterov", "optim.lrs", "runtime.replicas", "optim.label_smoothing"],
-            ["optim.name", "data.skip_broken", "optim.loss"],
+            [
+                *("optim.nesterov", "optim.lrs", "runtime.replicas", "optim.label_smoothing"),
+                "graft.source",
+            ],
+            ["optim.name", "data.skip_broken", "optim.loss", "graft.level"],
         ],
     )
     def test_every_option_comes_back_through_the_command_line(

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dist_graft.config import TrainConfig
-from dist_graft.config.members import member_options
+from dist_graft.config.members import differing_options, member_options
 from dist_graft.config.train import is_named_weights
 from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
@@ -203,6 +203,13 @@ class RunDirectory:
                 f"{'; '.join(differences)}; pass the same options, or choose another run_dir"
             )
         self._check_epochs(before_epochs, config)
+        own_rates = config.optim.lrs is not None or "optim.lr" in differing_options(config)
+        if grows and own_rates and config.graft.qsr_alpha is not None:
+            raise RunDirectoryError(
+                f"{self.path} holds a population of {before_networks} networks, and with "
+                "graft.qsr_alpha, the learning rates of further ones would move its rounds: "
+                "population.size must stay as it is, or choose another run_dir"
+            )
 
     def clear_stop(self) -> None:
         """Remove the stop request and marker of an earlier start.

@@ -403,6 +403,35 @@ class TestCheck:
             directory.check(of(second, second, first), 3)
 
     @pytest.mark.parametrize(
+        ("optim", "members", "free"),
+        [
+            (OptimConfig(lr_diversity="cosine"), [{}], True),
+            (OptimConfig(lrs=[0.1] * 2), [{}], False),
+            (OptimConfig(), [{"optim.lr": 0.1}], False),
+        ],
+    )
+    def test_rates_of_further_networks_must_not_move_rounds(
+        self, tmp_path: Path, optim: OptimConfig, members: list[dict[str, Any]], free: bool
+    ) -> None:
+        def of(size: int) -> TrainConfig:
+            return TrainConfig(
+                graft=GraftConfig(exchange="files", every_steps=2, qsr_alpha=0.1),
+                population=PopulationConfig(size=size),
+                optim=dataclasses.replace(optim, lrs=optim.lrs and [*optim.lrs, 0.2][:size]),
+                members=members * size,
+            )
+
+        directory = RunDirectory(tmp_path, job=0)
+        directory.write_config(of(2), 2)
+        directory.check(of(2), 2)
+        with (
+            contextlib.nullcontext()
+            if free
+            else pytest.raises(RunDirectoryError, match="move its rounds")
+        ):
+            directory.check(of(3), 3)
+
+    @pytest.mark.parametrize(
         ("option", "value", "free"),
         [
             ("graft.wait_seconds", "inf", True),

@@ -89,7 +89,8 @@ def run(argv: Sequence[str]) -> int:
         elif process.networks > 1:
             raise StartError(f"{name} runs in one process: start it without torchrun")
         for text in command.run(options, process):
-            _print(text)
+            if not _print(text) and command.only_prints:
+                break
         return 0
     except DistGraftError as error:
         if isinstance(error, StoppedEarlyError) and process.launched and process.local_rank == 0:
@@ -109,11 +110,14 @@ def run(argv: Sequence[str]) -> int:
         return _fail(error, 1, process)
 
 
-def _print(text: str) -> None:
+def _print(text: str) -> bool:
+    """Print a text, and return whether somebody reads it."""
     try:
         print(printable(text), flush=True)
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _fail(

@@ -33,6 +33,8 @@ class Command:
     assign: Callable[[Options, ProcessInfo], ProcessInfo] | None = None
     """Assigns the process to a network of the population. None: the command runs in one process
     and is refused under torchrun."""
+    only_prints: bool = False
+    """Whether the command may end as soon as nobody reads its output, such as ``| head``."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that other programs use for the command's options, without dashes."""
 

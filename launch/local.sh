@@ -18,9 +18,10 @@ if ! type "${python[0]}" &>/dev/null; then
     exit 1
 fi
 if [ -n "${JOBS:-}" ]; then
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) cores=$(nproc) jobs=()
+    count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) cores=$(nproc) jobs=()
+    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}"
     for ((network = 0; network < JOBS; network++)); do
-        if [ "$gpus" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=$((network % gpus)); fi
+        if [ "${#gpus[@]}" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=${gpus[network % ${#gpus[@]}]}; fi
         "${python[@]}" -m dist_graft train --graft.exchange files --population.size "$JOBS" \
             --population.network "$network" --runtime.threads $((cores > JOBS ? cores / JOBS : 1)) "$@" &
         jobs+=($!)

@@ -14,7 +14,7 @@ from dist_graft.analysis.soups import uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, open_run
 from dist_graft.errors import ConfigError
 from dist_graft.run_directory import RunDirectory
-from dist_graft.training.checkpoint.files import complete_checkpoints
+from dist_graft.training.checkpoint.files import Checkpoint, complete_checkpoints
 from dist_graft.training.step import EvalResult
 from dist_graft.training.task import accuracy
 from dist_graft.training.weights import State
@@ -36,9 +36,10 @@ def evaluate_averages(
     states: Sequence[State],
     evaluate: Evaluate,
     *,
+    moving: Sequence[State | None],
     splits: Sequence[Split],
     soup: Accuracies,
-    last_checkpoints: int,
+    checkpoints: Sequence[Checkpoint],
 ) -> dict[str, Accuracies]:
     """Evaluate the averaged weights that a run can deliver.
 
@@ -46,18 +47,17 @@ def evaluate_averages(
         stored: the run.
         states: weights of its networks.
         evaluate: evaluates weights.
+        moving: moving average of the weights of each network, if the run has them.
         splits: "test", and "val" if there is a validation split.
         soup: test_accuracy, test_loss and test_calibration_error of the uniform soup, which has
             been tested already.
-        last_checkpoints: number of checkpoints to average; 0: none.
+        checkpoints: of all networks, to average; [] for no such average.
 
     Returns: test_accuracy, val_accuracy and test_calibration_error in percent and test_loss in nats
         of the uniform soup ("soup"), of the moving averages of the weights ("ema", if the run has
         them), of the mean of the last checkpoints ("checkpoints"), and of their ensemble
         ("snapshots"). All but the soup's are means over the networks. Batch norm is re-estimated.
         None without a validation split, or if weights are not finite.
-
-    Raises: ConfigError if the run has fewer checkpoints.
     """
 
     def of_model(state: State, split: Split) -> Accuracies:
@@ -68,14 +68,14 @@ def evaluate_averages(
 
     validated = evaluate(uniform_soup(states), "val").accuracy if "val" in splits else None
     found = {"soup": soup | {"val_accuracy": validated}}
-    moving = [stored.averaged_state(network) for network in stored.networks]
     if all(moving):
         found["ema"] = _mean_scores(of_model, [state for state in moving if state], splits)
-    if last_checkpoints:
-        checkpoints = _last_checkpoints(stored, last_checkpoints)
-        means = [uniform_soup(states) for states in checkpoints]
+    if checkpoints:
+        runs = [open_run(stored.path, checkpoint.path.name) for checkpoint in checkpoints]
+        snapshots = [[run.state(network) for run in runs] for network in stored.networks]
+        means = [uniform_soup(states) for states in snapshots]
         found["checkpoints"] = _mean_scores(of_model, means, splits)
-        found["snapshots"] = _mean_scores(of_ensemble, checkpoints, splits)
+        found["snapshots"] = _mean_scores(of_ensemble, snapshots, splits)
     return found
 
 
@@ -117,38 +117,52 @@ def score_ensemble(results: Iterable[EvalResult]) -> Accuracies:
     """Accuracy, loss and calibration error of the mean of the predicted probabilities.
 
     The results are used one at a time, and only the sum of their probabilities is kept, in the
-    first one's. Loss and calibration error are None if a network is not finite.
+    first one's. Networks that are not finite are left out, as during training; if all are, the
+    accuracy is that of the last one.
     """
     total: Tensor | None = None
-    finite, count = True, 0
+    count = 0
     for result in results:
         assert result.probabilities is not None
-        finite &= result.finite
-        count += 1
-        total = result.probabilities if total is None else total.add_(result.probabilities)
-    assert total is not None
+        if result.finite:
+            count += 1
+            total = result.probabilities if total is None else total.add_(result.probabilities)
+    if total is None:
+        return score(result)
     assert result.labels is not None
     right = accuracy(total, result.labels)
     mean = total.div_(count)
     return {
         "accuracy": right,
-        "loss": negative_log_likelihood(mean, result.labels) if finite else None,
-        "calibration_error": calibration_error(mean, result.labels) if finite else None,
+        "loss": negative_log_likelihood(mean, result.labels),
+        "calibration_error": calibration_error(mean, result.labels),
     }
 
 
-def _last_checkpoints(stored: StoredRun, count: int) -> list[list[State]]:
-    """Weights of each network in its last checkpoints."""
+def last_checkpoints(stored: StoredRun, count: int) -> list[Checkpoint]:
+    """The last checkpoints of all networks up to the one that the run was opened at.
+
+    Raises: ConfigError if there are fewer, or the networks are independent jobs.
+    """
+    if not count:
+        return []
+    if stored.config.graft.exchange == "files":
+        raise ConfigError(
+            "--last_checkpoints needs checkpoints of all networks, and independent jobs "
+            "(graft.exchange files) have their own: leave it out"
+        )
     found = [
         each
         for each in complete_checkpoints(RunDirectory(stored.path).checkpoints)
         if (each.networks, each.resumed_networks)
         == (stored.checkpoint.networks, stored.checkpoint.resumed_networks)
     ]
+    names = [each.path.name for each in found]
+    found = found[: names.index(stored.checkpoint.path.name) + 1]
     if len(found) < count:
         raise ConfigError(
-            f"{stored.path} has {len(found)} checkpoints of all networks, fewer than "
-            f"--last_checkpoints {count}: train with --checkpoint.keep {count}"
+            f"{stored.path} has {len(found)} checkpoints of all networks up to "
+            f"{stored.checkpoint.path.name}, fewer than --last_checkpoints {count}: train with "
+            f"--checkpoint.keep {count}"
         )
-    runs = [open_run(stored.path, checkpoint.path.name) for checkpoint in found[-count:]]
-    return [[run.state(network) for run in runs] for network in stored.networks]
+    return found[-count:]

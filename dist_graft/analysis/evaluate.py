@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from dist_graft.command import Command, Options, add_run_arguments
 from dist_graft.config.validation import at_least
 from dist_graft.population.runtime.process_info import ProcessInfo
-from dist_graft.printing import format_number, format_table
+from dist_graft.printing import format_metric, format_number, format_table
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -95,7 +95,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
 
     rows = [
         row(
-            f"network {member['network']} (lr {member['lr']:.4g})",
+            f"network {member['network']} (lr {format_metric(member['lr'], 'lr')})",
             *(member[f"test_{name}"] for name in names),
             member["val_accuracy"],
         )

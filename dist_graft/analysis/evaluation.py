@@ -17,7 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_graft.analysis.averages import evaluate_averages, mean_or_none, score, score_ensemble
+from dist_graft.analysis.averages import (
+    evaluate_averages,
+    last_checkpoints,
+    mean_or_none,
+    score,
+    score_ensemble,
+)
 from dist_graft.analysis.evaluate import EVALUATION_FORMAT
 from dist_graft.analysis.soups import greedy_soup, reestimate_batch_norm, uniform_soup
 from dist_graft.analysis.stored_weights import StoredRun, load_state, open_run
@@ -51,6 +57,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     """
     stored = open_run(Path(options["run"]), options["checkpoint"])
     stored.require_configured("model", "data", "loss", "metrics")
+    checkpoints = last_checkpoints(stored, options["last_checkpoints"])
     config = stored.config
     data_config = replace(
         config.data,
@@ -75,6 +82,8 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     )
     refuse_other_classes(RunDirectory(stored.path), data, data_config.root)
     states = list(stored.states())
+    # Now, because a run that is still training will delete this checkpoint.
+    moving = [stored.averaged_state(network) for network in stored.networks]
     try:
         with tqdm(desc="evaluating", unit=" passes", leave=False, disable=None) as bar:
             batches = options["batch_norm_batches"]
@@ -84,13 +93,14 @@ def evaluate_run(options: Options) -> dict[str, Any]:
                 stored,
                 states,
                 partial(evaluator.evaluate, reestimated=True),
+                moving=moving,
                 splits=("test", "val") if data.has_validation else ("test",),
                 soup={
                     "test_accuracy": result["uniform_soup"]["batch_norm_reestimated"],
                     "test_loss": result["uniform_soup"]["test_loss"],
                     "test_calibration_error": result["uniform_soup"]["test_calibration_error"],
                 },
-                last_checkpoints=options["last_checkpoints"],
+                checkpoints=checkpoints,
             )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -173,7 +183,7 @@ class _Evaluator:
 
 def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator) -> dict[str, Any]:
     """Content of evaluation.json."""
-    rates = initial_rates(stored.config, stored.population)
+    rates = _initial_rates(stored)
     members, ensemble, predictions = _test_members(states, evaluator)
     members_reestimated, ensemble_reestimated, _ = _test_members(
         states, evaluator, reestimated=True
@@ -224,6 +234,18 @@ def _evaluate(stored: StoredRun, states: Sequence[State], evaluator: _Evaluator)
         "uniform_soup": uniform,
         "greedy_soup": greedy,
     }
+
+
+def _initial_rates(stored: StoredRun) -> Sequence[float | None]:
+    """Learning rate of each network; None if the configuration is of another number of networks.
+
+    That happens at a checkpoint from before the number was changed (resume_networks).
+    """
+    config, networks = stored.config, stored.population
+    own = (config.optim.lrs, config.members or None)
+    if any(values is not None and len(values) != networks for values in own):
+        return [None] * networks
+    return initial_rates(config, networks)
 
 
 def _test_members(

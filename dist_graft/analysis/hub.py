@@ -11,12 +11,18 @@ from typing import Any
 from dist_graft.analysis.exported import verified_content
 from dist_graft.analysis.exporting import training_options, weights_file
 from dist_graft.analysis.run_files import read_run
+from dist_graft.config.train import is_named_weights
 from dist_graft.errors import ConfigError
 from dist_graft.monitoring.console import final_results
 from dist_graft.printing import format_metric, markdown_table
 from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory
-from dist_graft.training.weights import EXPORT_DESCRIPTION, read_description, read_weights
+from dist_graft.training.weights import (
+    EXPORT_DESCRIPTION,
+    is_network_file,
+    read_description,
+    read_weights,
+)
 
 _EXPORTED = (".safetensors", ".pt")
 _NO_CONTROL = "No control was trained: these numbers do not show whether the exchange helped."
@@ -50,6 +56,8 @@ def repository_files(folder: Path, repo: str, *, control: Path | None = None) ->
         if name.endswith(".pt"):
             content = weights_file(read_weights(folder / name), "safetensors")
         files[f"{stem}.safetensors"] = content
+    if training := description.get("training"):
+        description["training"] = _without_folders(training)
     description |= {
         "run_dir": Path(description.get("run_dir", "")).name,  # no paths of this machine
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -60,6 +68,18 @@ def repository_files(folder: Path, repo: str, *, control: Path | None = None) ->
     files[EXPORT_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
     files["README.md"] = model_card(description, repo, control=control_summary).encode()
     return files
+
+
+def _without_folders(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the training with the names of files of weights, without their folders."""
+    shown = dict(training)
+    start = shown.get("init_from")
+    if start and not is_named_weights(start):
+        shown["init_from"] = Path(start).name
+    if distill := shown.get("distill"):
+        names = [Path(teacher).name for teacher in distill["teachers"]]
+        shown["distill"] = {**distill, "teachers": names}
+    return shown
 
 
 def _control_summary(path: Path, description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -131,15 +151,21 @@ def upload(files: Mapping[str, bytes], repo: str, *, private: bool) -> str:
     ]
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.create_commit(
-            repo, operations, commit_message=f"Upload {len(files)} files of dist_graft"
-        )
+        is_public = private and not api.repo_info(repo).private  # it may have existed before
+        if not is_public:
+            message = f"Upload {len(files)} files of dist_graft"
+            api.create_commit(repo, operations, commit_message=message)
     except Exception as error:  # of the HTTP library, which depends on the version
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"{repo} cannot be uploaded ({cause}): check the network, the name, and that you are "
             "logged in (hf auth login, or HF_TOKEN); --out FOLDER writes the files instead"
         ) from error
+    if is_public:
+        raise ConfigError(
+            f"{url} exists and is public, so nothing was uploaded: make it private on the Hub, "
+            "choose another --repo, or leave out --private"
+        )
     return f"uploaded {len(files)} files: {url}"
 
 
@@ -153,7 +179,7 @@ def model_card(
         repo: name of the repository.
         control: content of summary.json of the control, a run without exchange.
     """
-    networks = [name for name in description["sha256"] if name.startswith("network")]
+    networks = [name for name in description["sha256"] if is_network_file(name)]
     name = description["model"] or "a model built in Python"
     of_timm = name.startswith("timm/")
     classification = bool(description.get("classes"))

@@ -93,7 +93,11 @@ def run(options: Options, process: ProcessInfo) -> Iterator[str]:
 
 
 COMMAND = Command(
-    name="status", help="show the progress of a run", build_parser=build_parser, run=run
+    name="status",
+    help="show the progress of a run",
+    build_parser=build_parser,
+    run=run,
+    only_prints=True,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def _state_of_jobs(
     run: RunFiles, alive: Collection[int], errors: Mapping[int, str]
 ) -> tuple[State, str]:
     """State of a population whose networks are independent jobs."""
-    presence = {files.network: _presence(files, alive) for files in run.networks}
+    presence = {files.network: _presence(files, alive, run.epochs) for files in run.networks}
     groups = [
         (word, [network for network, found in presence.items() if found == word])
         for word in ("running", "finished", "left", "not started")
@@ -187,6 +191,7 @@ def _state_of_jobs(
         missing = "" if run.summary else f"; dist-graft evaluate {run.path} computes the results"
         return "finished", f"finished: all jobs are done{missing}"
     stopped = [files for files in run.networks if files.phase == "stopped"]
+    stopped += [files for files in run.networks if _has_epochs_left(files, run.epochs)]
     failed = {network: errors[network] for network in errors if presence[network] == "left"}
     for files in stopped:
         failed.pop(files.network, None)
@@ -195,13 +200,21 @@ def _state_of_jobs(
     return state, f"no job is running: {counted}{causes}; start the jobs again to resume"
 
 
-def _presence(files: NetworkFiles, alive: Collection[int]) -> str:
+def _presence(files: NetworkFiles, alive: Collection[int], epochs: int) -> str:
     """Whether the job of a network is running, finished, has left, or was never started."""
     if files.network in alive:
         return "running"
     if files.phase is None and not files.last_epoch:
         return "not started"
-    return "finished" if files.phase == "finished" else "left"
+    if files.phase == "finished" and not _has_epochs_left(files, epochs):
+        return "finished"
+    return "left"
+
+
+def _has_epochs_left(files: NetworkFiles, epochs: int) -> bool:
+    """Whether a job finished, and the population now trains for more epochs."""
+    trained = files.last_epoch["epoch"] + 1 if files.last_epoch else epochs
+    return files.phase == "finished" and trained < epochs
 
 
 def _is_alive(files: NetworkFiles, now: float) -> bool:
@@ -375,7 +388,7 @@ def _network_facts(
         "donor": _as_int(graft.get("donor")),
         "donor_epoch": _as_float(graft.get("donor_epoch")),
         "lag": _as_float(graft.get("lag")),
-        "presence": _presence(files, run_status.alive),
+        "presence": _presence(files, run_status.alive, run.epochs),
         "job": files.lease.job if files.lease else None,
         "lease": _lease_text(files.lease),
         "checkpoint": files.checkpoint if run.of_jobs else run.checkpoint,

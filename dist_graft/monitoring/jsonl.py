@@ -116,13 +116,15 @@ def _wanted(content: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> 
 
 
 def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(content)) + "\n"
+    return json.dumps(finite_or_none(content)) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and Inf, which JSON does not have, by None."""
+def finite_or_none(value: Any) -> Any:
+    """Replace NaN and Inf, which JSON does not have, by None; also inside mappings and lists."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def row_of(summary: Mapping[str, Any]) -> list[float]:
     metric = summary.get("metric", "accuracy")
     values = summary["networks"][0]
     numbers = [values["lr"], *(values[f"{metric}_{when}"] for when in MOMENTS)]
-    return [*map(float, numbers), float(not summary["diverged"]), float(summary["samples"])]
+    numbers = [math.nan if number is None else float(number) for number in numbers]
+    return [*numbers, float(not summary["diverged"]), float(summary["samples"])]
 
 
 def population_summary(

@@ -35,6 +35,7 @@ from dist_graft.errors import (
 )
 from dist_graft.monitoring.callback import Callback
 from dist_graft.monitoring.chart_layout import PHASES
+from dist_graft.monitoring.jsonl import finite_or_none
 from dist_graft.monitoring.log import append_error, close_log, hold_warnings, open_log
 from dist_graft.monitoring.logger import check_loggers
 from dist_graft.monitoring.metrics import EpochReport, LayerStats, NetworkRow, network_row
@@ -1059,7 +1060,7 @@ class Trainer:
         return [accuracies[0], accuracies[-1]]
 
     def _write_summary(self, path: Path, summary: Mapping[str, Any]) -> None:
-        text = json.dumps(summary, indent=1) + "\n"
+        text = json.dumps(finite_or_none(summary), indent=1) + "\n"
         try:
             write_atomically(path, text.encode())
         except RunDirectoryError as error:  # raised once the checkpoint is saved

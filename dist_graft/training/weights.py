@@ -66,12 +66,17 @@ def exported_files(folder: Path) -> list[Path]:
     Raises: RunDirectoryError if there is no valid export.json, or it describes no such file.
     """
     described = sorted(read_description(folder)["sha256"])  # .safetensors after .pt, and preferred
-    files = {Path(name).stem: folder / name for name in described if _EXPORTED.fullmatch(name)}
+    files = {Path(name).stem: folder / name for name in described if is_network_file(name)}
     if not files:
         raise RunDirectoryError(
             f"{folder} holds no weights: export the run with --format safetensors"
         )
-    return [files[stem] for stem in sorted(files)]
+    return [files[stem] for stem in sorted(files, key=lambda stem: (len(stem), stem))]
+
+
+def is_network_file(name: str) -> bool:
+    """Whether an exported file has the weights of a network, not an average or a soup."""
+    return _EXPORTED.fullmatch(name) is not None
 
 
 def initialize(model: nn.Module, config: TrainConfig, network: int) -> str:

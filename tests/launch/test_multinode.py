@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +79,28 @@ def test_a_job_that_fails_before_the_others_end(tmp_path: Path) -> None:
     places = {"JOBS": "2", "PYTHON": str(job), "FOLDER": str(tmp_path)}
     done = run_program([str(ROOT / "launch/local.sh")], timeout=60, **places)
     assert done.status == 3
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, ["0", "1", "0"]), ("6,7", ["6", "7", "6"]), ("", [""] * 3)]
+)
+def test_jobs_share_the_gpus_that_are_visible(
+    visible: str | None, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "nvidia-smi": "printf 'GPU 0\\nGPU 1\\n'",
+        "python": 'case "$*" in *"population.network 0"*) k=0;; *"population.network 1"*) k=1;; '
+        '*) k=2;; esac; echo "$CUDA_VISIBLE_DEVICES" > "$FOLDER/seen$k"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    environment = {key: value for key, value in os.environ.items() if "VISIBLE" not in key}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    environment |= {"JOBS": "3", "PYTHON": str(tmp_path / "python"), "FOLDER": str(tmp_path)}
+    subprocess.run([str(ROOT / "launch/local.sh")], env=environment, check=True, timeout=60)
+    assert [(tmp_path / f"seen{k}").read_text().strip() for k in range(3)] == seen
 
 
 @pytest.mark.parametrize("setting", ["HEAD", "NODES"])

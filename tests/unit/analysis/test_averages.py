@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from stored_runs import evaluate_run, network, write_run
 from test_evaluation import Reference, mean_of, reference_calibration_error, surprise
 from torch import Tensor
 
+from dist_graft.analysis.averages import last_checkpoints
 from dist_graft.analysis.evaluate import evaluation_text
+from dist_graft.analysis.stored_weights import open_run
+from dist_graft.config import GraftConfig, PopulationConfig
 from dist_graft.errors import ConfigError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import checkpoint_path, mark_complete, save_network
@@ -124,5 +128,28 @@ def test_without_them(tmp_path: Path) -> None:
     soup = result["averages"]["soup"]
     assert soup["test_accuracy"] == result["uniform_soup"]["batch_norm_reestimated"]
     assert soup["val_accuracy"] is None
-    with pytest.raises(ConfigError, match="has 1 checkpoints of all networks, fewer than --last_c"):
+    (run / "evaluation.json").unlink()
+    with pytest.raises(
+        ConfigError, match="has 1 checkpoints of all networks up to epoch_0001, few"
+    ):
         evaluate_run(run, batch_norm_batches=1, last_checkpoints=2)
+
+
+def test_the_last_checkpoints_end_with_the_chosen_one(pair: Path) -> None:
+    found = last_checkpoints(open_run(pair, "epoch_0002"), 2)
+    assert [checkpoint.epoch for checkpoint in found] == [1, 2]
+    assert [checkpoint.epoch for checkpoint in last_checkpoints(open_run(pair), 2)] == [2, 3]
+    assert last_checkpoints(open_run(pair), 0) == []
+    with pytest.raises(ConfigError, match="has 2 checkpoints of all networks up to epoch_0002"):
+        last_checkpoints(open_run(pair, "epoch_0002"), 3)
+
+
+def test_independent_jobs_have_no_last_checkpoints(pair: Path) -> None:
+    stored = open_run(pair)
+    files = replace(
+        stored.config,
+        graft=GraftConfig(exchange="files"),
+        population=PopulationConfig(size=2),
+    )
+    with pytest.raises(ConfigError, match="independent jobs"):
+        last_checkpoints(replace(stored, config=files), 2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from dist_graft.analysis.calibration import calibration_error, negative_log_likelihood
 from dist_graft.analysis.evaluate import evaluation_text
+from dist_graft.config import OptimConfig
 from dist_graft.errors import ConfigError, RunDirectoryError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.last_round import load_weights_before
@@ -306,12 +308,37 @@ class TestNotFinite:
         run = write_run(tmp_path / "run", states)
         evaluate_run(run, batch_norm_batches=1)
         result = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
-        assert result["members"][0]["test_calibration_error"] is not None
+        first = result["members"][0]
+        assert first["test_calibration_error"] is not None
         assert result["members"][1]["test_calibration_error"] is None
-        assert result["ensemble_test_loss"] is None
+        for name in ("accuracy", "loss", "calibration_error"):  # without the second one
+            assert result[f"ensemble_test_{name}"] == pytest.approx(first[f"test_{name}"])
         assert result["barrier"]["mean"] is None
         assert result["uniform_soup"]["test_calibration_error"] is None
         assert " - " in evaluation_text(result)
+
+    def test_without_a_finite_network(self, tmp_path: Path) -> None:
+        states = related_states(2)
+        for state in states:
+            state["conv1.weight"][0] = math.nan
+        result = evaluate_run(write_run(tmp_path / "run", states), batch_norm_batches=1)
+        assert result["ensemble_test_accuracy"] == result["members"][1]["test_accuracy"]
+        assert result["ensemble_test_loss"] is None
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(lrs=[0.1, 0.2]), OptimConfig()])
+def test_rates_of_another_number_of_networks_are_unknown(
+    optim: OptimConfig, tmp_path: Path
+) -> None:
+    """A checkpoint of three networks, in a run that has continued with two."""
+    run = write_run(tmp_path / "run", related_states(3))
+    directory = RunDirectory(run)
+    config, _ = directory.read_config()
+    members = [] if optim.lrs else [{"optim.lr": 0.1}, {"optim.lr": 0.2}]
+    directory.write_config(replace(config, optim=optim, members=members), 2)
+    result = evaluate_run(run, batch_norm_batches=1)
+    assert [member["lr"] for member in result["members"]] == [None] * 3
+    assert "network 2 (lr -)" in evaluation_text(result)
 
 
 class TestCalibration:

@@ -288,6 +288,13 @@ def test_new_safetensors_are_preferred_to_an_old_state_dict(tmp_path: Path) -> N
     assert files == ["network00.safetensors", "network01.pt"]
 
 
+def test_more_than_a_hundred_networks_are_in_order(tmp_path: Path) -> None:
+    names = [f"network{number:02d}.safetensors" for number in range(102)]
+    content = {"model": None, "lead": "conv", "sha256": dict.fromkeys(names, "0")}
+    (tmp_path / "export.json").write_text(json.dumps(content))
+    assert [path.name for path in exported_files(tmp_path)] == names
+
+
 def test_networks_may_change_between_two_checkpoints(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", related_states(2), epochs=(1, 2))
     path = RunDirectory(run).checkpoints / "epoch_0003"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,31 @@ def test_into_a_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "secret-host" not in published
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(dist_graft.load(out)(images), dist_graft.load(exported)(images))
+
+
+def test_moving_averages_are_no_networks(exported: Path) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    names = [f"network0{k}{kind}.safetensors" for k in (0, 1) for kind in ("", "_ema")]
+    card = model_card(description | {"sha256": dict.fromkeys(names, "0")}, "me/boots")
+    assert "2 x resnet8, trained side by side" in card
+
+
+def test_files_of_weights_are_published_without_their_folders(
+    exported: Path, tmp_path: Path
+) -> None:
+    export, out = shutil.copytree(exported, tmp_path / "export"), tmp_path / "hub"
+    description = json.loads((export / "export.json").read_text())
+    teachers = ["/home/me/runs/big/network00.pt"]
+    description["training"] |= {
+        "init_from": "/home/me/runs/base",
+        "distill": description["training"]["distill"] | {"teachers": teachers},
+    }
+    (export / "export.json").write_text(json.dumps(description))
+    assert cli.run(["push", str(export), "--repo", "me/boots", "--out", str(out)]) == 0
+    text = (out / "export.json").read_text()
+    assert "/home/me" not in text
+    training = json.loads(text)["training"]
+    assert (training["init_from"], training["distill"]["teachers"]) == ("base", ["network00.pt"])
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -226,6 +252,10 @@ class _Hub(BaseHTTPRequestHandler):
     """Answers as the Hub does, and records the requests."""
 
     requests: list[tuple[str, bytes]]
+    private = True
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/boots", "private": self.private})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -242,6 +272,9 @@ class _Hub(BaseHTTPRequestHandler):
             }
         elif "/commit/" in self.path:
             answer = {"commitUrl": f"{host}/me/boots/commit/1", "commitOid": "1", "success": True}
+        self._answer(answer)
+
+    def _answer(self, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -284,6 +317,18 @@ def test_recorded_request(
         *("network00.safetensors", "network01.safetensors", "uniform_soup.safetensors"),
         *("export.json", "README.md"),
     }
+
+
+def test_a_public_repository_gets_nothing_private(
+    exported: Path,
+    hub: list[tuple[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(_Hub, "private", False)
+    assert cli.run(["push", str(exported), "--repo", "me/boots", "--private"]) == 2
+    assert "me/boots exists and is public, so nothing was uploaded" in capsys.readouterr().err
+    assert [path for path, _ in hub] == ["/api/repos/create"]
 
 
 def test_unreachable_hub(

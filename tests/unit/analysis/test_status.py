@@ -116,6 +116,22 @@ class TestState:
         write_summary(run)
         assert status_of(run)[0] == "died"
 
+    @pytest.mark.parametrize(("epochs", "state"), [(3, "finished"), (4, "stopped")])
+    def test_a_job_that_has_epochs_left(self, epochs: int, state: State, tmp_path: Path) -> None:
+        """Another job has continued the population for more epochs, and finished them."""
+        run = make_run(tmp_path / "run", epochs=epochs)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config |= {"graft": {"exchange": "files"}, "population": {"size": 2}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        line = {"epoch": epochs - 1, "lr": 0.1, "test_accuracy": 60.0}
+        with (run / "network00/metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for network in range(2):
+            write_status(run, network, phase="finished")
+        found, text = status_of(run)
+        assert found == state
+        assert ("network 1 left" in text) == (state == "stopped")
+
     def test_stopped(self, run: Path) -> None:
         for network in range(2):
             write_status(run, network, phase="stopped", reason="stopped early by SIGTERM")

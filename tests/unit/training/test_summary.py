@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_graft.errors import DataError
+from dist_graft.training.job_summary import row_of
 from dist_graft.training.step import EvalResult
 from dist_graft.training.summary import (
     check_equal_samples,
@@ -90,6 +91,13 @@ def test_an_ensemble_is_summed_in_chunks(
     assert [len(part) for part in parts] == [len(part) for part in labels] == sizes
     assert result.probabilities is not None
     assert torch.equal(torch.cat(parts), result.probabilities)
+
+
+def test_a_result_of_a_job_that_is_not_finite() -> None:
+    """JSON has no NaN: null stands for it."""
+    values = {"network": 3, "lr": 0.1, "loss_before_last_round": None, "loss_after_last_round": 2.0}
+    row = row_of({"metric": "loss", "networks": [values], "diverged": [3], "samples": 40})
+    assert row == pytest.approx([0.1, math.nan, 2.0, 0.0, 40.0], nan_ok=True)
 
 
 def test_networks_tested_on_different_samples_are_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,8 @@ from dist_graft.config.validation import from_nested, require
 from dist_graft.errors import RunDirectoryError
 from dist_graft.version import versions
 
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of `os.link` on a disk without hard links."""
 _CHANGEABLE = (
     *("run_dir", "resume", "resume_networks", "callbacks"),
     *("checkpoint.", "monitor.", "population."),
@@ -355,7 +358,7 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
         if durable:
             _sync(temporary)
         if exclusive:
-            os.link(temporary, path)
+            _link(temporary, path)
         else:
             temporary.replace(path)
         if durable:
@@ -363,6 +366,21 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or its only one on a disk without hard links.
+
+    Raises: FileExistsError if the target exists.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        if target.exists():
+            raise FileExistsError(f"{target} exists") from error
+        source.replace(target)
 
 
 def _sync(path: Path) -> None:

@@ -118,3 +118,20 @@ class Counter(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         folder = trainer.directory.network(trainer.process.network)
         (folder / "counter.txt").write_text(repr(self._arguments))
+
+
+def own_donors(networks: int, round_: int, seed: int) -> list[int]:
+    """A topology in which every network is its own donor."""
+    del round_, seed
+    return list(range(networks))
+
+
+def no_criterion(filters: Tensor, num_bins: int) -> float:
+    """A criterion that fails."""
+    raise ZeroDivisionError(f"{num_bins} bins")
+
+
+def unknown_criterion(filters: Tensor, num_bins: int) -> float:
+    """A criterion without a value."""
+    del filters, num_bins
+    return float("nan")

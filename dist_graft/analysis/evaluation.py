@@ -37,7 +37,7 @@ from dist_graft.training.checkpoint.last_round import load_weights_before
 from dist_graft.training.classes import refuse_other_classes
 from dist_graft.training.data import ImageData, ensure_available, load_data
 from dist_graft.training.learning_rates import initial_rates
-from dist_graft.training.models import build_model
+from dist_graft.training.models import build_model, to_channels_last
 from dist_graft.training.state import Predictor, compiled, uses_cuda_graphs
 from dist_graft.training.step import EvalResult, evaluate
 from dist_graft.training.weights import State
@@ -126,7 +126,7 @@ class _Evaluator:
         model = build_model(config.model, num_classes=data.num_classes, channels=data.channels)
         model.to(device)
         if config.runtime.channels_last:
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
         self._predictor = Predictor(
             model=model,
             forward=compiled(model, config.runtime.compile),

@@ -137,7 +137,7 @@ class TrainConfig:
         if self.graft.rule and (self.method != "graft" or self.is_self_grafting):
             raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.method in RULES and RULES[self.method].same_start:
-            self._check_same_start()
+            self.check_same_start(f"method {self.method}")
         options = getattr(self, self.method, None)
         if isinstance(options, RoundSchedule) and options.interval is not None:
             refuse_intervals(self.graft, f"method {self.method}")
@@ -178,17 +178,20 @@ class TrainConfig:
                 "new weights (resume_networks fresh)"
             )
 
-    def _check_same_start(self) -> None:
-        """Check what a method needs that keeps all networks equal after a round."""
+    def check_same_start(self, name: str) -> None:
+        """Check what a method or rule needs that keeps all networks equal after a round.
+
+        Args: name: of the method or rule, for the error.
+        Raises: ConfigError.
+        """
         if not self.model.shared_init:
             raise ConfigError(
-                f"method {self.method} requires model.shared_init true: all networks start with "
-                "the same weights"
+                f"{name} requires model.shared_init true: all networks start with the same weights"
             )
         if self.on_divergence == "exclude":
             raise ConfigError(
-                f"method {self.method} gives all networks the same weights, so none can be "
-                "excluded: set on_divergence to heal or abort"
+                f"{name} gives all networks the same weights, so none can be excluded: set "
+                "on_divergence to heal or abort"
             )
 
     def _check_files(self) -> None:

@@ -52,7 +52,8 @@ TOPOLOGIES: dict[str, Callable[[int, int, int], list[int]]] = {
 def donors_of(topology: str, networks: int, round_: int, seed: int) -> list[int]:
     """Return the donor of each network for a topology's name or package.module:name.
 
-    Raises: ValueError when a user's function returns donors that do not exist.
+    Raises: ValueError when a user's function returns donors that do not exist, or a network as its
+    own donor.
     """
     if not is_reference(topology):
         return TOPOLOGIES[topology](networks, round_, seed)
@@ -62,4 +63,7 @@ def donors_of(topology: str, networks: int, round_: int, seed: int) -> list[int]
             f"topology {topology} must return a donor from 0 to {networks - 1} for each network, "
             f"got {donors}"
         )
+    for network, donor in enumerate(donors):
+        if donor == network and networks > 1:
+            raise ValueError(f"network {network} of {networks} is its own donor")
     return donors

@@ -105,7 +105,10 @@ class RunEvents(Callback):
                 )
             elif network not in self._diverged:
                 kind = "diverged"
-                text = f"network {network} has {what}: it is excluded from now on"
+                then = "it is excluded from now on"
+                if trainer.config.on_divergence == "heal":  # of a job
+                    then = "it was not healed in this round"
+                text = f"network {network} has {what}: {then}"
             else:
                 continue
             event = Event(

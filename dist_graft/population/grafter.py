@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_graft.errors import NonFiniteError, RoundStoppedError, RunDirectoryError
+from dist_graft.errors import NonFiniteError, RoundStoppedError, RunDirectoryError, user_code
 from dist_graft.grafting.divergence import without_diverged
 from dist_graft.grafting.mixing import Mixing
 from dist_graft.grafting.rules.base import Rule
@@ -256,14 +256,17 @@ class Grafter:
             with timer.phase("agree"), self._reporting_missing_peers(self.round):
                 stop = bool(groups.gather_replicas(torch.tensor([int(stop)]), device).any())
                 if not stop:
-                    average_buffers(self._module, partial(groups.gather_replicas, device=device))
+                    gather = partial(groups.gather_replicas, device=device)
+                    for module in (self._module, *also):
+                        average_buffers(module, gather)
 
         # Measure.
         information = None
         with timer.phase("measure"):
             state = FINITE if stop else finite_state(tensors, diverged)
             if not stop and state == FINITE:
-                information = self._rule.measure(self.units, tensors).double()
+                with self._naming_user_code("criterion"):
+                    information = self._rule.measure(self.units, tensors).double()
 
         # Networks that share only a directory.
         if self._files:
@@ -287,7 +290,8 @@ class Grafter:
             matrix = groups.gather_networks(information, device)
 
         # Decide.
-        mixing = self._rule.decide(matrix, self.round)
+        with self._naming_user_code("criterion", "topology"):
+            mixing = self._rule.decide(matrix, self.round)
         if rate != 1.0:
             mixing = mixing.scaled(rate)
         if agreement.diverged:
@@ -325,6 +329,15 @@ class Grafter:
         self.round += 1
         self._identity_check.observe(record)
         return record
+
+    def _naming_user_code(self, *options: str) -> AbstractContextManager[None]:
+        """Name the user's rule, or functions that are options of the rule, if it fails there."""
+        kind = type(self._rule)
+        names = [f"rule {kind.__module__}:{kind.__qualname__}"]
+        if kind.__module__.startswith("dist_graft."):
+            values = {option: str(getattr(self._rule, option, "")) for option in options}
+            names = [f"{option} {value}" for option, value in values.items() if ":" in value]
+        return user_code(" or ".join(names)) if names else nullcontext()
 
     def _apply(self, tensors: dict[str, Tensor], mixing: Mixing, transport: Transport) -> Applied:
         """Exchange and change tensors in place; every rank of the groups must call this."""

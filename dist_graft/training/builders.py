@@ -36,7 +36,7 @@ from dist_graft.training.data import Data, ImageData, load_data
 from dist_graft.training.data.datasets import DatasetData, Datasets
 from dist_graft.training.data.order import Share
 from dist_graft.training.learning_rates import initial_rates, lr_factor, warmup_steps
-from dist_graft.training.models import build_model
+from dist_graft.training.models import build_model, to_channels_last
 from dist_graft.training.optimizers import build_optimizer, checked_optimizer
 from dist_graft.training.schedule import Cadence, quadratic_steps
 from dist_graft.training.state import TrainState, compiled, moving_average, uses_cuda_graphs
@@ -99,6 +99,10 @@ def build_data(config: TrainConfig, datasets: Datasets | None, runtime: Runtime)
     """Load the data: the batches of this process."""
     process = runtime.process
     if datasets is not None:
+        if config.distill.teachers:
+            raise ConfigError(
+                "distill.teachers needs a dataset that data.name names: leave out Trainer(data=)"
+            )
         return DatasetData(
             datasets,
             config.data,
@@ -153,7 +157,7 @@ def build_state(
             layer.p = config.model.dropout
     model.to(runtime.device)
     if config.runtime.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     decay = config.optim.ema_decay
     ema = None if decay is None else moving_average(model, decay)  # SyncBatchNorm is not copyable
     if config.runtime.sync_bn:
@@ -325,6 +329,8 @@ def build_rounds(
     units = build_units(config, state)
     criterion = criterion_name(config)
     user_rule = build_user_rule(config)
+    if user_rule and user_rule.same_start:
+        config.check_same_start(f"rule {config.graft.rule}")
     cadence = build_cadence(config, runtime.process.networks, steps_per_epoch, user_rule)
     rate = build_rate(config, steps_per_epoch, user_rule)
     grafter = None

@@ -10,13 +10,15 @@ from dist_graft.config import TrainConfig
 from dist_graft.config.members import member_configs
 from dist_graft.config.train import callback_with_arguments
 from dist_graft.config.validation import own
-from dist_graft.errors import RunDirectoryError, StoppedEarlyError
+from dist_graft.errors import DataError, RunDirectoryError, StoppedEarlyError
+from dist_graft.population.runtime.process_group import Runtime
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.references import is_reference
 from dist_graft.run_directory import RunDirectory, as_plain, flatten
 from dist_graft.training.builders import build_task
 from dist_graft.training.checkpoint.files import complete_checkpoints
 from dist_graft.training.checkpoint.membership import archive_networks, pending_change
+from dist_graft.training.data import Data
 from dist_graft.training.data.base import transform_function
 from dist_graft.training.data.datasets import Datasets, refuse_image_options
 from dist_graft.training.learning_rates import lr_factor
@@ -89,6 +91,20 @@ def check_names(config: TrainConfig, *, model: bool, optimizer: bool) -> None:
             own(option, name)
     for entry in config.callbacks:
         own("callbacks", callback_with_arguments(entry)[0])
+
+
+def refuse_other_lengths(runtime: Runtime, data: Data) -> None:
+    """Raise DataError, on all ranks, if an epoch does not have equally many steps everywhere.
+
+    Rounds and checkpoints inside an epoch follow its steps. A collective.
+    """
+    rows = runtime.gather_all_ranks([float(data.steps_per_epoch)], "the lengths of an epoch")
+    lengths = [int(steps) for (steps,) in rows]
+    if len(set(lengths)) > 1:
+        raise DataError(
+            f"an epoch has different numbers of steps on different ranks ({lengths}): give all "
+            "networks, on all machines, equally many training samples"
+        )
 
 
 def options_text(config: TrainConfig) -> str:

@@ -20,6 +20,7 @@ from dist_graft.training.optimizers import check_optimizer_state, option_names
 from dist_graft.training.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 _MAX_GRAPHS = 64
 """Shapes after which torch stops compiling and runs further ones without; its default is 8."""
 MIN_LOSS_SCALE = 1e-4
@@ -224,5 +225,19 @@ def uses_cuda_graphs(mode: bool | CompileMode, device: torch.device) -> bool:
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and buffers, updated once per optimizer step."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """Exponential moving average of parameters and buffers, updated once per optimizer step.
+
+    Integers and booleans, such as tables of indices, are copied: torch would round their average
+    down.
+    """
+    blend = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(averages: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            blend(averages, current, count)
+        else:
+            for average, tensor in zip(averages, current, strict=True):
+                average.copy_(tensor)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

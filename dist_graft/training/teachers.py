@@ -17,7 +17,7 @@ from dist_graft.config.distill import DistillConfig
 from dist_graft.errors import ConfigError
 from dist_graft.training.checkpoint.files import run_of_checkpoint
 from dist_graft.training.data import ImageData
-from dist_graft.training.models import build_model
+from dist_graft.training.models import build_model, to_channels_last
 
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
@@ -84,7 +84,8 @@ def load_teachers(config: TrainConfig, data: ImageData, device: torch.device) ->
         return None
     models = [_load(Path(path), data, device) for path in config.distill.teachers]
     if config.runtime.channels_last:
-        models = [model.to(memory_format=torch.channels_last) for model in models]
+        for model in models:
+            to_channels_last(model)
     return Teachers(models, config.distill)
 
 

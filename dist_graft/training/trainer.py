@@ -88,6 +88,7 @@ from dist_graft.training.opening import (
     configs_of_networks,
     options_text,
     prepare_directory,
+    refuse_other_lengths,
     refuse_stopped,
     refuse_unshared,
 )
@@ -486,14 +487,17 @@ class Trainer:
             if self._datasets is None and self.process.local_rank == 0:
                 ensure_available(config.data)
         runtime.raise_together(found.error, "the preparation of the data")
-        self.data = build_data(self.member_config, self._datasets, runtime)
         with caught() as found:
+            self.data = build_data(self.member_config, self._datasets, runtime)
             refuse_other_classes(self.directory, self.data, config.data.root)
-        runtime.raise_together(found.error, "the comparison of the classes")
-        self.state = build_state(
-            *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
-            lr=self.max_lr,
-        )
+        runtime.raise_together(found.error, "the loading of the data")
+        refuse_other_lengths(runtime, self.data)
+        with caught() as found:
+            self.state = build_state(
+                *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
+                lr=self.max_lr,
+            )
+        runtime.raise_together(found.error, "the construction of the network")
         if "model.dropout" in differing_options(config):
             dropout_layers(self.model)  # fails on all ranks, not only where it is set
         self.state.train_forward = self.replicas.wrap(self.state.forward)
@@ -643,8 +647,15 @@ class Trainer:
         self.progress = Progress(
             Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
         )
-        if segment.save or due:
+        if (segment.save or due) and not self._awaits_healing(finite):
             self.save()
+
+    def _awaits_healing(self, finite: bool) -> bool:
+        """Whether the last finite checkpoint must remain: of a job that has found no donor."""
+        if self.directory.job is None or self.config.on_divergence != "heal":
+            return False
+        (diverged,) = self.replicas.agree([not finite])
+        return diverged
 
     @property
     def _epoch_seconds(self) -> float:
@@ -895,7 +906,9 @@ class Trainer:
         self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
         tolerant = self._tolerates_divergence(epoch)
-        if not (tolerant and self.directory.job is not None):  # others may be finite
+        heals = self.config.on_divergence == "heal"
+        is_over = heals and epoch + 1 == self.config.epochs
+        if not (tolerant and self.directory.job is not None and not is_over):
             with naming_epoch(epoch, rate_hint(self.config, self.process, epoch)):
                 check_finite(
                     networks,

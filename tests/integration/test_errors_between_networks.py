@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from image_folders import write_images
 from launching import (
     PROMPT_SECONDS,
     checkpoint_is_complete,
@@ -54,6 +55,45 @@ def test_a_network_that_diverges_after_the_last_round_ends_the_run(tmp_path: Pat
     error_line(done, "epoch 1: network 1 has ")
     assert "it copied the weights of network 0" in (tmp_path / "run/network00/log.txt").read_text()
     assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("topology own_components:own_donors", "ValueError: network 0 of 2 is its own donor"),
+        ("criterion own_components:no_criterion", "ZeroDivisionError: 10 bins"),
+        ("criterion own_components:unknown_criterion", "ValueError: "),
+    ],
+)
+def test_functions_of_a_round_that_fail_are_named(option: str, says: str, tmp_path: Path) -> None:
+    options = (*SHORT, *f"--graft.{option}".split())
+    ends = run_programs([program(tmp_path / "run", *options)] * 2, timeout=PROMPT_SECONDS)
+    for done in ends:
+        error_line(done, f"{option} failed: {says}")
+
+
+def test_data_of_different_lengths(tmp_path: Path) -> None:
+    roots = [write_images(tmp_path / str(count), "a", "b", count=count) for count in (4, 5)]
+    options = ("--data.name", "imagefolder", "--data.image_size", "16", "--data.batch_size", "8")
+    run = tmp_path / "run"
+    ends = run_programs(
+        [program(run, *SHORT, *options, "--data.root", str(root)) for root in roots],
+        timeout=PROMPT_SECONDS,
+    )
+    for done in ends:
+        error_line(done, "an epoch has different numbers of steps on different ranks ([1, 2])")
+
+
+def test_data_that_one_machine_lacks(tmp_path: Path) -> None:
+    roots = [write_images(tmp_path / "data", "a", "b"), tmp_path / "nothing"]
+    options = ("--data.name", "imagefolder", "--data.image_size", "16")
+    run = tmp_path / "run"
+    ends = run_programs(
+        [program(run, *SHORT, *options, "--data.root", str(root)) for root in roots],
+        timeout=PROMPT_SECONDS,
+    )
+    for done in ends:
+        error_line(done, f"{tmp_path}/nothing/train is missing")
 
 
 def test_a_run_without_a_round_says_so(tmp_path: Path) -> None:

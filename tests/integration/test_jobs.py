@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from launching import (
     PROMPT_SECONDS,
@@ -30,6 +31,7 @@ from dist_graft.analysis.run_files import read_run
 from dist_graft.analysis.status import facts, judge, status_text
 from dist_graft.population.runtime.lease import Lease, this_process
 from dist_graft.run_directory import RunDirectory
+from dist_graft.training.checkpoint.files import mark_complete, save_network
 
 FILES = (
     *("--graft.exchange", "files", "--population.size", "3", "--model.name", "resnet8"),
@@ -123,6 +125,23 @@ def test_the_last_job_writes_the_summary(two_jobs: Path, train: Train) -> None:
     (two_jobs / "summary.json").unlink()
     assert train(two_jobs, *job(1)).status == 0
     assert not (two_jobs / "summary.json").exists()
+
+
+def test_a_job_that_no_other_one_can_heal_keeps_its_last_finite_checkpoint(
+    tmp_path: Path, train: Train
+) -> None:
+    run = tmp_path / "run"
+    options = (*job(0), "--optim.schedule", "constant")
+    assert train(run, *options, "--epochs", "1").status == 0
+    (before,) = (run / "network00/checkpoints").iterdir()
+    content = torch.load(before / "network00.pt", weights_only=True)
+    content["model"]["conv1.weight"][:] = 1e30  # diverges in the next step
+    digest = save_network(before / "network00.pt", content)
+    mark_complete(before, epoch=1, round_=content["round"], sha256=[digest])
+    done = train(run, *options, "--epochs", "3")
+    error_line(done, "epoch 2: network 0 has ")
+    assert [path.name for path in (run / "network00/checkpoints").iterdir()] == [before.name]
+    assert "it was not healed in this round" in (run / "network00/log.txt").read_text()
 
 
 def test_commands_use_whatever_is_there(two_jobs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import subprocess
 import tempfile
 import typing
@@ -554,3 +556,18 @@ def test_only_changes_of_the_package_mark_the_commit(
     assert git_commit() == commit
     module.write_text("second")
     assert git_commit() == f"{commit}-dirty"
+
+
+def test_a_new_file_on_a_disk_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "config.yaml"
+    write_atomically(path, b"first", exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"second", exclusive=True)
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -17,11 +16,11 @@ from typing import Any
 
 from dist_graft.errors import LeaseHeldError, RunDirectoryError
 from dist_graft.population.runtime.process import has_ended, process_start
+from dist_graft.run_directory import NO_HARD_LINKS
 
 _DEFAULT_SECONDS = 60.0
 _LARGEST_PID = 2**31
 _POLL_SECONDS = 0.2
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # runs while a machine is suspended
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
@@ -192,7 +191,7 @@ class Lease:
                 return _read(target).get("token") == self._token
             return False
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             try:
                 with target.open("xb") as file:

@@ -126,16 +126,17 @@ def check_dataset_name(name: str) -> None:
 def ensure_available(config: DataConfig) -> None:
     """Download the dataset if it is missing and can be downloaded.
 
-    Call this in one process per machine while the others wait.
+    Call this in one process per machine while the others wait. Processes on machines that share
+    data.root, and jobs, download one after the other.
 
     Raises: ConfigError for an unknown name; DataError if the dataset is missing and data.download
     is false, or if the download fails.
     """
     check_dataset_name(config.name)
     if config.name in ("cifar10", "cifar100"):
-        from dist_graft.training.data.sources import open_cifar
+        from dist_graft.training.data.sources import ensure_cifar
 
-        open_cifar(config.name, config.root, train=True, download=config.download)
+        ensure_cifar(config.name, config.root, download=config.download)
 
 
 def load_data(

@@ -12,9 +12,9 @@ from dist_graft.training.data import check_dataset_name
 from dist_graft.training.data.sources import (
     CIFAR_FOLDERS,
     FASHION_MINI,
+    ensure_cifar,
     fashion_folder,
     find_idx,
-    open_cifar,
     read_bytes,
     read_fashion_split,
 )
@@ -50,7 +50,7 @@ def prepare(name: str, *, root: str, source: str | None = None) -> str:
         return f"imagefolder reads your images from {root}/train/CLASS/* and {root}/val/CLASS/*"
     if name == "fashion-mnist":
         return _prepare_fashion_mnist(root, source)
-    open_cifar(name, root, train=True, download=True)
+    ensure_cifar(name, root, download=True)
     return f"{name} is in {Path(root) / CIFAR_FOLDERS[name]}"
 
 

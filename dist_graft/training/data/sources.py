@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import http.client
 import math
@@ -209,6 +210,24 @@ def _read_fashion_mnist(root: str) -> tuple[ImageSet, ImageSet]:
     if train is None or test is None:
         raise DataError(f"{folder} does not contain Fashion-MNIST: {command}")
     return train, test
+
+
+def ensure_cifar(name: str, root: str, *, download: bool) -> None:
+    """Download cifar10 or cifar100 if it is missing, unless another process has just done so.
+
+    Raises: DataError as `open_cifar` does.
+    """
+    try:
+        open_cifar(name, root, train=True, download=False)
+    except DataError:
+        if not download:
+            raise
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a disk without locks
+                Path(root).mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((Path(root) / f".{name}.lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            open_cifar(name, root, train=True, download=True)
 
 
 def open_cifar(name: str, root: str, *, train: bool, download: bool) -> Any:

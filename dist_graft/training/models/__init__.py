@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_graft.config import ModelConfig
@@ -124,3 +125,13 @@ def _build_custom(config: ModelConfig, *, num_classes: int, channels: int) -> nn
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name {config.name!r} must return an nn.Module, got {model!r}")
     return model
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Give all 4-D parameters and buffers the memory format channels_last, in place.
+
+    `Module.to(memory_format=...)` would try the same with those of 3-D convolutions, and fail.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)

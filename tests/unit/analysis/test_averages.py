@@ -130,7 +130,7 @@ def test_without_them(tmp_path: Path) -> None:
     assert soup["val_accuracy"] is None
     (run / "evaluation.json").unlink()
     with pytest.raises(
-        ConfigError, match="has 1 checkpoints of all networks up to epoch_0001, few"
+        ConfigError, match="has 1 checkpoints of all networks up to epoch_0002, few"
     ):
         evaluate_run(run, batch_norm_batches=1, last_checkpoints=2)
 

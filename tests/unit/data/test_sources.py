@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import pickle
 import subprocess
 import sys
+import threading
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -252,6 +255,32 @@ def test_damaged_cifar_names_the_file(cifar_root, name, file, missing):
     config = DataConfig(name=name, root=str(cifar_root), download=False)
     with pytest.raises(DataError, match=f"^{path} is missing or damaged, run dist-graft prepare"):
         ensure_available(config)
+
+
+def test_jobs_download_one_after_the_other(cifar_root, tmp_path, monkeypatch):
+    """The second one finds what the first one has downloaded."""
+    folder, hidden = cifar_root / "cifar-100-python", tmp_path / "hidden"
+    folder.rename(hidden)
+    waits = threading.Event()
+    lock = fcntl.flock
+
+    def announced(*arguments):
+        waits.set()
+        lock(*arguments)
+
+    def no_download(*_, **__):
+        raise AssertionError("downloaded twice")
+
+    config = DataConfig(name="cifar100", root=str(cifar_root))
+    with (cifar_root / ".cifar100.lock").open("w") as first, ThreadPoolExecutor(1) as pool:
+        lock(first, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", announced)
+        monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_download)
+        second = pool.submit(ensure_available, config)
+        assert waits.wait(60)
+        hidden.rename(folder)
+        lock(first, fcntl.LOCK_UN)
+        second.result(60)
 
 
 def test_missing_cifar_without_download(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -34,6 +35,7 @@ from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.training.builders import (
     build_cadence,
     build_rate,
+    build_rounds,
     build_rule,
     build_state,
     build_task,
@@ -140,6 +142,14 @@ CHAIN = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3),
 def test_the_rule_has_all_options(config: TrainConfig, expected: Rule) -> None:
     state = make_state(OptimConfig(), model=CHAIN)
     assert build_rule(config, state, build_units(config, state)) == expected
+
+
+def test_a_rule_of_the_user_may_need_the_same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = SimpleNamespace(same_start=True)
+    monkeypatch.setattr("dist_graft.training.builders.build_user_rule", lambda config: rule)
+    config = TrainConfig(graft=GraftConfig(rule="a:b"))
+    with pytest.raises(ConfigError, match=r"rule a:b requires model\.shared_init true"):
+        build_rounds(config, make_state(OptimConfig(), model=CHAIN), make_runtime(), 4)
 
 
 def test_the_rule_of_the_filter_level() -> None:

@@ -17,7 +17,7 @@ from dist_graft.population.runtime.replicas import Replicas
 from dist_graft.training.data import Data
 from dist_graft.training.data.order import Part, Share
 from dist_graft.training.optimizers import build_optimizer
-from dist_graft.training.state import TrainState
+from dist_graft.training.state import TrainState, moving_average
 from dist_graft.training.step import (
     EvalResult,
     RunningSums,
@@ -631,3 +631,23 @@ class TestMixedImages:
         assert result.loss == pytest.approx(losses / 29)
         assert result.metrics["accuracy"] == pytest.approx(100 * right / 29)
         assert result.samples == 29
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_a_moving_average_copies_integers(decay: float) -> None:
+    """Indices must remain valid: torch would round their average down."""
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("table", torch.arange(169))
+    average = moving_average(model, decay)
+    for number in range(3):
+        with torch.no_grad():
+            model.weight.fill_(number)
+        assert model.num_batches_tracked is not None
+        model.num_batches_tracked.fill_(number)
+        average.update_parameters(model)
+    assert torch.equal(average.module.get_buffer("table"), torch.arange(169))
+    assert average.module.get_buffer("num_batches_tracked") == 2
+    expected = torch.zeros(2)  # the first update copies
+    for number in (1, 2):
+        expected = expected.lerp(torch.full((2,), float(number)), 1 - decay)
+    assert torch.equal(average.module.get_parameter("weight"), expected)

@@ -24,11 +24,18 @@ from runs import (
     config_of,
 )
 from small import make_data, make_state, make_trainer, small_model, train_steps
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import dist_graft
 from dist_graft import Callback, GraftRecord, Trainer
-from dist_graft.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig
+from dist_graft.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from dist_graft.errors import ConfigError, LeaseLostError, StoppedEarlyError
 from dist_graft.run_directory import RunDirectory
 from dist_graft.training.checkpoint.files import complete_checkpoints
@@ -109,6 +116,29 @@ class TestTasks:
         with pytest.raises(ConfigError, match=r"does not apply with Trainer\(optimizer=\)"):
             REGRESSION.trainer(config).fit()
         assert not (tmp_path / "run").exists()
+
+    def test_a_network_with_3d_convolutions(self, tmp_path: Path) -> None:
+        """channels_last, the default, is a format of images."""
+
+        def model() -> nn.Module:
+            return nn.Sequential(nn.Conv3d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 1))
+
+        volumes = TensorDataset(torch.randn(16, 1, 3, 3, 3), torch.randn(16, 1))
+        data = dist_graft.Datasets(train=volumes, test=volumes)
+        loss = nn.functional.mse_loss
+        trainer = Trainer(config_of(tmp_path / "run"), model=model, data=data, loss=loss)
+        assert trainer.config.runtime.channels_last
+        trainer.fit()
+        assert metrics(tmp_path / "run", 0)[-1]["test_loss"] > 0
+
+    def test_teachers_need_a_named_dataset(self, tmp_path: Path) -> None:
+        pairs = TensorDataset(torch.randn(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64))
+        data = dist_graft.Datasets(train=pairs, test=pairs)
+        config = dataclasses.replace(
+            config_of(tmp_path / "run"), distill=DistillConfig(teachers=["network00.pt"])
+        )
+        with pytest.raises(ConfigError, match=r"distill\.teachers needs a dataset that data\.name"):
+            Trainer(config, model=small_model, data=data).fit()
 
     def test_a_finished_run_is_left_unchanged(self, tmp_path: Path) -> None:
         config = config_of(tmp_path / "run")

@@ -99,8 +99,8 @@ def run(argv: Sequence[str]) -> int:
             terminate_launcher(process.restarts)
         if isinstance(error, NetworkFailedError) and error.traceback:
             print_line(error.traceback)
-        if isinstance(error, UserCodeError) and error.__cause__:
-            print_line(error.user_traceback())
+        if isinstance(error, UserCodeError) and (text := error.user_traceback()):
+            print_line(text)
         is_stop = isinstance(error, StoppedError)
         return _fail(error, error.exit_status, process, root_cause=not is_stop)
     except KeyboardInterrupt:

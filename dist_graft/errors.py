@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 SEE_PEER = "see its output for the cause"
 """Part of the messages of processes that end because another one has failed."""
@@ -149,10 +150,17 @@ class UserCodeError(DistGraftError):
     """User code raised an exception, which is the cause of this error."""
 
     def user_traceback(self) -> str:
-        """Traceback of the user's exception; empty if it was raised in another process."""
+        """Traceback of the user's exception, without the frames of this package.
+
+        Empty if it was raised in another process, or here because of what the user's code returned.
+        """
         if self.__cause__ is None:
             return ""
-        return "".join(traceback.format_exception(self.__cause__)).rstrip()
+        found = traceback.TracebackException.from_exception(self.__cause__)
+        package = Path(__file__).parent
+        frames = [frame for frame in found.stack if package not in Path(frame.filename).parents]
+        found.stack = traceback.StackSummary.from_list(frames)
+        return "".join(found.format()).rstrip() if frames else ""
 
 
 class FunctionError(UserCodeError):

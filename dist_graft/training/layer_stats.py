@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from dist_graft.config import TrainConfig
-from dist_graft.errors import NonFiniteError
+from dist_graft.errors import NonFiniteError, user_code
 from dist_graft.grafting.information import invalid_filters, is_finite
 from dist_graft.grafting.rules.graft import Graft
 from dist_graft.grafting.units import GraftUnit, graft_tensors
 from dist_graft.monitoring.metrics import LayerStats, NetworkRow
 from dist_graft.population.round.agreement import describe_divergence, finite_state
+from dist_graft.references import is_reference
 from dist_graft.training.state import TrainState
 
 INVALID_THRESHOLDS = (0.1, 0.01)
@@ -26,11 +27,14 @@ def layer_stats(config: TrainConfig, state: TrainState, units: Sequence[GraftUni
     tensors = graft_tensors(state.model)
     rule = Graft(criterion=config.graft.criterion, num_bins=config.graft.num_bins)
     filters = {unit.name: unit.filters(tensors[unit.lead].detach()) for unit in units}
+    own = is_reference(rule.criterion)
+    with user_code(f"criterion {rule.criterion}") if own else nullcontext():
+        information = {
+            name: float(rule.information(rows)) for name, rows in filters.items() if is_finite(rows)
+        }
     return LayerStats(
         criterion=rule.measured,
-        information={
-            name: float(rule.information(rows)) for name, rows in filters.items() if is_finite(rows)
-        },
+        information=information,
         invalid={
             threshold: {
                 name: int(invalid_filters(rows, threshold)) for name, rows in filters.items()

@@ -349,7 +349,7 @@ def _free_port() -> int:
 
 def papa_part(options: argparse.Namespace) -> Result:
     """Train with and without pulls."""
-    pulls = ("--method", "papa", "--graft.every_steps", "2" if options.tiny else "10")
+    pulls = ("--method", "papa", "--papa.every_steps", "2" if options.tiny else "10")
     return {
         "papa": train_population(2, options, *pulls, environment={}),
         "none": train_population(2, options, "--method", "none", environment={}),

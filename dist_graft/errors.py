@@ -199,17 +199,19 @@ class CaughtError:
 
 
 @contextmanager
-def caught() -> Iterator[CaughtError]:
+def caught(*others: type[DistGraftError]) -> Iterator[CaughtError]:
     """Catch a DistGraftError, so that all ranks can raise it together.
 
     Except a stop by a signal, after which a process must not wait for the others.
+
+    Args: others: further errors that are not caught.
     """
     found = CaughtError()
     try:
         yield found
-    except StoppedError:
-        raise
     except DistGraftError as error:
+        if isinstance(error, (StoppedError, *others)):
+            raise
         found.error = error
 
 

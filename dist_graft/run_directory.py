@@ -371,6 +371,8 @@ def atomic_path(path: Path, *, exclusive: bool = False, durable: bool = True) ->
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, or its only one on a disk without hard links.
 
+    Without hard links, the last one of several processes that come at the same moment wins.
+
     Raises: FileExistsError if the target exists.
     """
     try:

@@ -106,8 +106,9 @@ class RunEvents(Callback):
             elif network not in self._diverged:
                 kind = "diverged"
                 then = "it is excluded from now on"
-                if trainer.config.on_divergence == "heal":  # of a job
-                    then = "it was not healed in this round"
+                if trainer.config.on_divergence == "heal":  # a job
+                    own = network == trainer.process.network
+                    then = "no network could heal it" if own else "its weights are not used"
                 text = f"network {network} has {what}: {then}"
             else:
                 continue
@@ -134,6 +135,25 @@ class RunEvents(Callback):
             )
             self._add(trainer, event)
         self._slow = set(slow)
+        self._report_the_unhealed(trainer, report)
+
+    def _report_the_unhealed(self, trainer: Trainer, report: EpochReport) -> None:
+        """Report networks that diverge after the last round of a run."""
+        config, cadence = trainer.config, trainer.cadence
+        rounds = cadence.rounds_before(config.epochs, 0, trainer.steps_per_epoch)
+        if cadence.never or trainer.round < rounds or config.on_divergence == "abort":
+            return
+        for network, row in enumerate(report.networks, report.first_network):
+            if not row.finite and network not in self._diverged:
+                event = Event(
+                    kind="diverged",
+                    epoch=report.metrics.epoch,
+                    round=trainer.round,
+                    network=network,
+                    text=f"network {network} is not finite, and no round follows to heal it",
+                )
+                self._add(trainer, event)
+                self._diverged.add(network)
 
     def _add(self, trainer: Trainer, event: Event, level: int = logging.WARNING) -> None:
         trainer.log.log(level, "epoch %d: %s", event.epoch + 1, event.text)

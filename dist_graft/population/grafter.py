@@ -381,13 +381,14 @@ class Grafter:
                 choice = self._agree_on_choice(search, job, device)
             failed = search.open(choice)
             if not failed:
-                decided = decide_among(
-                    self._rule,
-                    own,
-                    [search.found[other].published for other in choice.places],
-                    rate=rate,
-                    heal=self._on_divergence == "heal",
-                )
+                with self._naming_user_code("criterion", "topology"):
+                    decided = decide_among(
+                        self._rule,
+                        own,
+                        [search.found[other].published for other in choice.places],
+                        rate=rate,
+                        heal=self._on_divergence == "heal",
+                    )
                 with timer.phase("blend"):
                     applied, failed = search.blend(tensors, self.units, decided)
             with timer.phase("agree"), self._reporting_missing_peers(self.round):

@@ -244,7 +244,8 @@ def check_coefficients(result: ArmResult) -> Check:
 
 def check_saturation(result: ArmResult, curves: pd.DataFrame) -> Check:
     """The last quarter of a long training must add little; otherwise every run is too short."""
-    points = curves[curves["key"].isin(result.rows["key"])]
+    rows = result.rows[result.rows["status"] != "diverged"]
+    points = curves[curves["key"].isin(rows["key"])]
     if points.empty:
         return Check(warnings=["its learning curve is missing"])
     accuracy = points.groupby("epoch")["mean_of_members"].mean()
@@ -285,7 +286,7 @@ def check_doubling(result: ArmResult, short: ArmResult, factor: int) -> Check:
     if test.mean >= SATURATION_MARGIN:
         warning = f"{text}, at least {SATURATION_MARGIN:g}: longer training still helps"
         return Check(warnings=[warning])
-    if test.mean < 0:
+    if test.mean < -_ROUNDING:
         warning = f"{text}: more training lowers accuracy, so beating it is no evidence"
         return Check(warnings=[warning], weak=True)
     return Check(facts=[f"{text}, less than {SATURATION_MARGIN:g}"])

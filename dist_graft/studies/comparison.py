@@ -128,7 +128,7 @@ def compare(
         print(text)
         what = "rerun the command to retry them"
         if (failed["phase"] != "comparison").any() and not pilot:
-            what += ", except trials of an arm that has been tested"
+            what += ", except those on a validation split whose result has been used in a test"
         raise FailedRunsError(
             f"{len(failed)} of {len(rows)} runs failed, the first with: {failed['error'].iloc[0]}; "
             f"see {folder / 'results.csv'}, and {what}"

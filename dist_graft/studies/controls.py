@@ -244,9 +244,11 @@ class Design:
 
     def outcome_of(self, arm: Arm, primary: str) -> str:
         """The outcome by which an arm is judged: the plan's, or another one in its contrasts."""
+        if has_exchange(arm.config(0), arm.networks):
+            return primary
         judged = (c for c in (*self.primary, *self.secondary) if c.control.key == arm.key)
         contrast = next(judged, None)
-        return primary if arm.role == "method" or not contrast else contrast.control_outcome
+        return contrast.control_outcome if contrast else primary
 
     def omit(self, reason: str) -> None:
         """Record that a control is not run."""

@@ -176,7 +176,8 @@ def _completeness(
         sum(len(getattr(arm, kind)) for arm in arms) for kind in ("rows", "failed", "missing")
     )
     repeated = [run for run in state.comparison_runs if awaits_repetition(run, results, starts)]
-    unknown = list(dict.fromkeys(state.design.without_rate if state.design else []))
+    assert state.design is not None
+    unknown = list(dict.fromkeys(state.design.without_rate))
     if not (failed or missing or unknown or repeated):
         return []
     text = f"{succeeded} of {succeeded + failed + missing} runs succeeded"

@@ -329,7 +329,7 @@ def build_rounds(
     units = build_units(config, state)
     criterion = criterion_name(config)
     user_rule = build_user_rule(config)
-    if user_rule and user_rule.same_start:
+    if getattr(user_rule, "same_start", False):  # a rule may be any class
         config.check_same_start(f"rule {config.graft.rule}")
     cadence = build_cadence(config, runtime.process.networks, steps_per_epoch, user_rule)
     rate = build_rate(config, steps_per_epoch, user_rule)

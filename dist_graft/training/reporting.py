@@ -42,10 +42,9 @@ def log_start(trainer: Trainer) -> None:
     rounds = trainer.cadence.rounds_before(config.epochs, 0, trainer.steps_per_epoch)
     if not (rounds or trainer.cadence.never) and process.is_main:
         log.warning(
-            "no round takes place within %d epochs of %d steps, so the networks train without "
-            "exchange: shorten the interval between rounds, or train longer",
-            config.epochs,
-            trainer.steps_per_epoch,
+            "no round takes place before the run ends, after %d steps: shorten the interval "
+            "between rounds, or train longer",
+            config.epochs * trainer.steps_per_epoch,
         )
 
 

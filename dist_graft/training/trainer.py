@@ -30,6 +30,7 @@ from dist_graft.errors import (
     RunDirectoryError,
     StoppedAtStartError,
     StoppedEarlyError,
+    UserCodeError,
     caught,
     mark_common,
 )
@@ -215,6 +216,7 @@ class Trainer:
         self._epoch_start: float | None = None
         self._busy_seconds = 0.0
         self._votes_after = 0
+        self._unhealed = False
 
     @property
     def model_name(self) -> str:
@@ -487,22 +489,23 @@ class Trainer:
             if self._datasets is None and self.process.local_rank == 0:
                 ensure_available(config.data)
         runtime.raise_together(found.error, "the preparation of the data")
-        with caught() as found:
+        with caught(UserCodeError) as found:  # which ends this process at once, with its traceback
             self.data = build_data(self.member_config, self._datasets, runtime)
             refuse_other_classes(self.directory, self.data, config.data.root)
         runtime.raise_together(found.error, "the loading of the data")
         refuse_other_lengths(runtime, self.data)
-        with caught() as found:
-            self.state = build_state(
-                *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
-                lr=self.max_lr,
-            )
-        runtime.raise_together(found.error, "the construction of the network")
+        self.state = build_state(
+            *(self.member_config, self.data, runtime, self._make_model, self._make_optimizer),
+            lr=self.max_lr,
+        )
         if "model.dropout" in differing_options(config):
             dropout_layers(self.model)  # fails on all ranks, not only where it is set
         self.state.train_forward = self.replicas.wrap(self.state.forward)
         self.units, self.criterion, self.cadence, self.rate, self.grafter = build_rounds(
             config, self.state, runtime, self.steps_per_epoch
+        )
+        self._tolerant = config.on_divergence == "exclude" or (
+            config.on_divergence == "heal" and self.grafter is not None
         )
 
     def _resume(self) -> None:
@@ -629,7 +632,7 @@ class Trainer:
                 due = False
                 if segment.vote:
                     due = self._vote(f"a checkpoint at step {segment.last} of epoch {epoch}")
-                if due and not segment.evaluate:
+                if due and not segment.evaluate and not self._unhealed:
                     self.save()
 
         # ---- Report ----
@@ -647,7 +650,8 @@ class Trainer:
         self.progress = Progress(
             Position(epoch + 1, 0, self.round), diverged=self.progress.diverged
         )
-        if (segment.save or due) and not self._awaits_healing(finite):
+        self._unhealed = self._awaits_healing(finite)
+        if (segment.save or due) and not self._unhealed:
             self.save()
 
     def _awaits_healing(self, finite: bool) -> bool:
@@ -905,29 +909,25 @@ class Trainer:
         )
         self._check_lease()
         self.callbacks.call("on_epoch_end", self, report)
-        tolerant = self._tolerates_divergence(epoch)
-        heals = self.config.on_divergence == "heal"
-        is_over = heals and epoch + 1 == self.config.epochs
-        if not (tolerant and self.directory.job is not None and not is_over):
+        if self._ends_when_diverged(epoch):
             with naming_epoch(epoch, rate_hint(self.config, self.process, epoch)):
                 check_finite(
                     networks,
                     self.process.network,
                     non_finite,
-                    tolerant=tolerant,
+                    tolerant=self._tolerant and self.directory.job is None,
                     first=self.process.first_network,
                 )
         return not non_finite
 
-    def _tolerates_divergence(self, epoch: int) -> bool:
-        """Whether the run continues after an epoch as long as one network is finite.
+    def _ends_when_diverged(self, epoch: int) -> bool:
+        """Whether networks that are not finite after an epoch can end the run.
 
-        To heal, there must be rounds after it: none follow once graft.stop epochs have finished.
+        Those of other jobs may be finite, and heal a job until its last epoch.
         """
-        if self.config.on_divergence != "heal":
-            return self.config.on_divergence == "exclude"
-        stop = self.config.graft.stop
-        return self.grafter is not None and not 0 < stop <= epoch
+        if self.directory.job is None or not self._tolerant:
+            return True
+        return self.config.on_divergence == "heal" and epoch + 1 == self.config.epochs
 
     def _epoch_ensemble(self, tested: EvalResult, epoch: int) -> float | None:
         """Accuracy of the ensemble after an epoch, in percent. A collective.

@@ -197,7 +197,8 @@ def test_checkpoints_within_an_epoch_resume_exactly(method: str, tmp_path: Path)
     They are saved where all networks have finished the same steps.
     """
     run, straight = tmp_path / "run", tmp_path / "straight"
-    options = ("--method", method, "--graft.every_steps", "5", "--checkpoint.every", "0")
+    interval = "papa" if method == "papa" else "graft"
+    options = ("--method", method, f"--{interval}.every_steps", "5", "--checkpoint.every", "0")
     options += ("--model.name", "resnet20")  # epochs long enough for a checkpoint inside
     run_population(3, straight, *OPTIONS, *options)
     timed = (*options, "--checkpoint.every_minutes", "0.003", "--checkpoint.keep", "99")

@@ -116,7 +116,7 @@ def test_a_second_attempt_to_move_the_folders(three: Path, tmp_path: Path) -> No
 def test_a_grown_population_resumes_inside_an_epoch_bit_for_bit(tmp_path: Path) -> None:
     """One network has had no rounds; the rounds of the grown population are not repeated."""
     options = ("--model.name", "resnet8", "--optim.schedule", "constant", "--method", "papa")
-    options += ("--papa.every_steps", "2", "--papa.beta", "0.5", "--data.batch_size", "16")
+    options += ("--papa.every_steps", "2", "--papa.beta", "0.5", "--data.batch_size", "4")
     run, again = tmp_path / "run", tmp_path / "again"
     run_population(1, run, *options, "--epochs", "1")
     options += ("--checkpoint.keep", "100")
@@ -124,11 +124,10 @@ def test_a_grown_population_resumes_inside_an_epoch_bit_for_bit(tmp_path: Path) 
     grown += ("--resume_networks", "[0]")
     run_population(2, run, *grown)
     shutil.copytree(run, again)
-    (chosen,) = (
-        path.name
-        for path in again.glob("checkpoints/epoch_0001_round_*")
-        if torch.load(path / "network00.pt", weights_only=True)["step"] == 2  # after a round
-    )
+    saved = sorted(again.glob("checkpoints/epoch_0001_round_*"))
+    steps = [torch.load(path / "network00.pt", weights_only=True)["step"] for path in saved]
+    # Just after a round
+    chosen = next(p.name for p, step in zip(saved, steps, strict=True) if step % 2 == 0)
     for path in again.glob("checkpoints/*"):
         if path.name > chosen:
             shutil.rmtree(path)

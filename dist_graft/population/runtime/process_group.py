@@ -23,6 +23,7 @@ from dist_graft.errors import (
     ConfigError,
     DisagreementError,
     DistGraftError,
+    PeerError,
     StartError,
     caught,
     from_text,
@@ -170,7 +171,12 @@ class Runtime:
 
         Raises: that error; PeerError if a peer died or did not respond.
         """
-        rows = self.gather_all_ranks([float(error is not None)], what)
+        try:
+            rows = self.gather_all_ranks([float(error is not None)], what)
+        except PeerError:
+            if error is not None:  # the others may be slow to come here
+                raise error from None
+            raise
         failed = [rank for rank, (flag,) in enumerate(rows) if flag]
         if not failed:
             return

@@ -18,6 +18,7 @@ from dist_graft.monitoring.metrics import EpochMetrics, EpochReport, LayerStats,
 from dist_graft.population.round.record import GraftRecord
 from dist_graft.population.runtime.process_info import ProcessInfo
 from dist_graft.run_directory import RunDirectory
+from dist_graft.training.schedule import Cadence
 from dist_graft.training.task import classification
 
 LAYERS = LayerStats(
@@ -38,6 +39,7 @@ class FakeTrainer:
     step: int = 0
     round: int = 0
     steps_per_epoch: int = 4
+    cadence: Cadence = field(default_factory=lambda: Cadence(every_epochs=1))
     summary: dict[str, Any] = field(default_factory=dict)
     resumed_from: Path | None = None
     grafter: object = None

@@ -242,6 +242,13 @@ class TestSaturation:
         assert "under-trained regime" in str(self.check([90, 90, 90]).not_tested)
         assert self.check([80, 90, 90, 90]).not_tested is None
 
+    def test_curves_of_runs_that_diverged_do_not_count(self) -> None:
+        result = arm_result({}, key=["a", "b"], status=["ok", "diverged"])
+        points = [("a", epoch, 50 + 10 * epoch) for epoch in range(4)]
+        points += [("b", epoch, 10) for epoch in range(4)]
+        curves = pd.DataFrame(points, columns=["key", "epoch", "mean_of_members"])
+        assert "added 10.00" in str(check_saturation(result, curves).not_tested)
+
     def test_warns_without_a_curve(self) -> None:
         none = pd.DataFrame({"key": [], "epoch": [], "mean_of_members": []})
         assert len(check_saturation(arm_result({}), none).warnings) == 1

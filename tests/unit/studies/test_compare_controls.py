@@ -518,7 +518,6 @@ class TestKeys:
         assert self.key(graft={"every": 0, "amplitude": 1.0}) == none
         assert self.key(method="average", graft={"every": 0}) == none
         assert self.key(graft={"every": 0, "every_steps": 5}) != none
-        assert self.key(method="papa", graft={"every": 0}) != none
 
     def test_single_networks_do_not_depend_on_shared_initial_weights(self) -> None:
         methods = {"graft": None, "wash": {"model.shared_init": True}}

@@ -424,7 +424,7 @@ class TestFailedRun:
         once, always = study_state(asked).tuning_runs[:2]
         (behaviour / folder_of(once)).write_text("fail once")
         (behaviour / folder_of(always)).write_text("fail")
-        with pytest.raises(FailedRunsError, match="except trials of an arm that has been tested"):
+        with pytest.raises(FailedRunsError, match="except those on a validation split"):
             compare(asked, tmp_path / "out")
         rows = Results(tmp_path / "out").all_rows
         assert rows.loc[rows["key"] == once.key, "status"].tolist() == ["failed", "ok"]

@@ -157,12 +157,13 @@ def last_checkpoints(stored: StoredRun, count: int) -> list[Checkpoint]:
         if (each.networks, each.resumed_networks)
         == (stored.checkpoint.networks, stored.checkpoint.resumed_networks)
     ]
+    newest = stored.checkpoint.path.name
     names = [each.path.name for each in found]
-    found = found[: names.index(stored.checkpoint.path.name) + 1]
+    # A run that is still training may have deleted it.
+    found = found[: names.index(newest) + 1] if newest in names else []
     if len(found) < count:
         raise ConfigError(
-            f"{stored.path} has {len(found)} checkpoints of all networks up to "
-            f"{stored.checkpoint.path.name}, fewer than --last_checkpoints {count}: train with "
-            f"--checkpoint.keep {count}"
+            f"{stored.path} has {len(found)} checkpoints of all networks up to {newest}, fewer "
+            f"than --last_checkpoints {count}: train with --checkpoint.keep {count}"
         )
     return found[-count:]

@@ -103,13 +103,6 @@ class GraftConfig:
             raise ConfigError("graft.filter_rule requires graft.level filter")
         if self.internal != "replace" and self.source != "internal":
             raise ConfigError("graft.internal requires graft.source internal")
-        if self.level == "filter" and self.source != "external":
-            raise ConfigError("graft.level filter requires graft.source external")
-        if self.level == "filter" and self.criterion in ("constant", "shuffled"):
-            raise ConfigError(
-                f"graft.criterion {self.criterion} is a control for graft.level layer: at level "
-                "filter, the batch norm scales decide, whatever the criterion"
-            )
         known_or_own("graft.criterion", self.criterion, _CRITERIA)
         known_or_own("graft.topology", self.topology, _TOPOLOGIES)
         if self.rule is not None:

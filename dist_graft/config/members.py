@@ -86,6 +86,7 @@ def member_configs(config: TrainConfig, networks: int) -> list[TrainConfig]:
 
     Raises: ConfigError if `members` does not have one entry per network, or an option does not fit.
     """
+    config.refuse_unused()
     if config.members and len(config.members) != networks:
         raise ConfigError(
             f"members has length {len(config.members)} for {networks} networks: give one mapping "

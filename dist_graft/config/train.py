@@ -138,9 +138,6 @@ class TrainConfig:
             raise ConfigError("graft.rule requires method graft and graft.source external")
         if self.method in RULES and RULES[self.method].same_start:
             self.check_same_start(f"method {self.method}")
-        options = getattr(self, self.method, None)
-        if isinstance(options, RoundSchedule) and options.interval is not None:
-            refuse_intervals(self.graft, f"method {self.method}")
         if self.data.skip_broken and self.runtime.replicas > 1:
             raise ConfigError(
                 "data.skip_broken requires runtime.replicas 1: replicas need equal parts of a batch"
@@ -176,6 +173,23 @@ class TrainConfig:
             raise ConfigError(
                 f"method {self.method} keeps all networks equal after a round: none can start from "
                 "new weights (resume_networks fresh)"
+            )
+
+    def refuse_unused(self) -> None:
+        """Raise ConfigError for options of the exchange that have no effect beside others.
+
+        It is called before a run starts, not for every configuration: run directories of earlier
+        versions may have such options, and remain readable.
+        """
+        options, graft = getattr(self, self.method, None), self.graft
+        if isinstance(options, RoundSchedule) and options.interval is not None:
+            refuse_intervals(graft, f"method {self.method}")
+        if graft.level == "filter" and graft.source != "external":
+            raise ConfigError("graft.level filter requires graft.source external")
+        if graft.level == "filter" and graft.criterion in ("constant", "shuffled"):
+            raise ConfigError(
+                f"graft.criterion {graft.criterion} is a control for graft.level layer: at level "
+                "filter, the batch norm scales decide, whatever the criterion"
             )
 
     def check_same_start(self, name: str) -> None:

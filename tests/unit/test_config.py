@@ -185,11 +185,6 @@ def test_an_error_in_the_options_of_a_method_names_its_section(
         (lambda: GraftConfig(start=2, stop=2), "graft.stop must be above graft.start, got 2 and 2"),
         (lambda: GraftConfig(qsr_alpha=0.1), "graft.qsr_alpha requires graft.every_steps"),
         (lambda: GraftConfig(filter_rule="authors"), "requires graft.level filter"),
-        (lambda: GraftConfig(level="filter", source="noise"), "requires graft.source external"),
-        (
-            lambda: GraftConfig(level="filter", criterion="constant"),
-            "graft.criterion constant is a control for graft.level layer",
-        ),
         (lambda: GraftConfig(internal="add"), "graft.internal requires graft.source internal"),
         (
             lambda: OptimConfig(schedule="step", schedule_unit="step"),

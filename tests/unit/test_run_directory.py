@@ -261,11 +261,8 @@ class TestConfigFile:
     @pytest.mark.parametrize(
         "left_out",
         [
-            [
-                *("optim.nesterov", "optim.lrs", "runtime.replicas", "optim.label_smoothing"),
-                "graft.source",
-            ],
-            ["optim.name", "data.skip_broken", "optim.loss", "graft.level"],
+            ["optim.nesterov", "optim.lrs", "runtime.replicas", "optim.label_smoothing"],
+            ["optim.name", "data.skip_broken", "optim.loss"],
         ],
     )
     def test_every_option_comes_back_through_the_command_line(

@@ -174,9 +174,9 @@ class Runtime:
         try:
             rows = self.gather_all_ranks([float(error is not None)], what)
         except PeerError:
-            if error is not None:  # the others may be slow to come here
-                raise error from None
-            raise
+            if error is None:
+                raise
+            raise error from error.__cause__  # the others may be slow to come here
         failed = [rank for rank, (flag,) in enumerate(rows) if flag]
         if not failed:
             return

@@ -22,6 +22,7 @@ from dist_graft.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from dist_graft.config.members import member_configs
 from dist_graft.errors import ConfigError, FunctionError
 from dist_graft.grafting.rules import RULES
 from dist_graft.grafting.rules.average import Average
@@ -262,23 +263,35 @@ class TestQuadraticSynchronization:
     def test_a_method_with_its_own_interval_is_an_error(self) -> None:
         graft = GraftConfig(every_steps=4, qsr_alpha=0.051)
         with pytest.raises(ConfigError, match=r"method papa has its own interval.*qsr_alpha"):
-            TrainConfig(method="papa", graft=graft)
+            member_configs(TrainConfig(method="papa", graft=graft), 2)
         with pytest.raises(ConfigError, match=r"rule a:b has its own interval.*qsr_alpha"):
             build_cadence(TrainConfig(graft=replace(graft, rule="a:b")), 2, 20, Papa())
 
 
 @pytest.mark.parametrize(
-    ("method", "graft", "message"),
+    ("config", "message"),
     [
-        ("papa", GraftConfig(every_steps=4), "leave out graft.every_steps"),
-        ("wash", GraftConfig(every=0), "graft.every 0 does not change: choose method none"),
+        (
+            TrainConfig(method="papa", graft=GraftConfig(every_steps=4)),
+            "method papa has its own interval between rounds: leave out graft.every_steps",
+        ),
+        (
+            TrainConfig(method="wash", graft=GraftConfig(every=0)),
+            "graft.every 0 does not change: choose method none",
+        ),
+        (
+            TrainConfig(graft=GraftConfig(level="filter", source="noise")),
+            "graft.level filter requires graft.source external",
+        ),
+        (
+            TrainConfig(graft=GraftConfig(level="filter", criterion="constant")),
+            "graft.criterion constant is a control for graft.level layer",
+        ),
     ],
 )
-def test_a_method_with_its_own_interval_takes_no_other(
-    method: str, graft: GraftConfig, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"method {method} has its own interval .*{message}"):
-        TrainConfig(method=method, graft=graft)
+def test_options_without_effect_are_refused_before_a_run(config: TrainConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        member_configs(config, 2)
 
 
 def test_delivered_model_of_each_method() -> None:

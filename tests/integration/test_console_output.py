@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
+import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +132,15 @@ def test_run_completes_with_closed_pipes(streams: tuple[str, ...], tmp_path: Pat
     assert "Error" not in errors
     assert (run / "summary.json").is_file()
     assert "results in" in (run / "network00/log.txt").read_text()
+
+
+def test_a_watch_ends_when_nobody_reads_it(pair: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(pair, tmp_path / "run")
+    path = run / "network00/status.json"
+    running = {"phase": "training", "time": time.time() + 3600}
+    path.write_text(json.dumps(json.loads(path.read_text()) | running))
+    watch = [sys.executable, "-m", "dist_graft", "status", str(run), "--watch", "--every", "0.1"]
+    assert run_with_closed_pipes(watch, "stdout") == (0, "")
 
 
 def test_tensorboard_is_not_recommended_if_it_is_off(tmp_path: Path) -> None:
